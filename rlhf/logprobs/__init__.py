@@ -1,0 +1,23 @@
+"""Log-probabilities of the tokens that count: targets, the head as data, and the bridge to Hugging Face models."""
+
+from rlhf.logprobs.bridge import model_scores
+from rlhf.logprobs.head import Head, HeadSettings, head_settings, read_head, verified_settings
+from rlhf.logprobs.score import Scores, score
+from rlhf.logprobs.targets import Targets
+from rlhf.losses import perplexity, sequence_logps, shift, token_logps
+
+__all__ = [
+    "Head",
+    "HeadSettings",
+    "Scores",
+    "Targets",
+    "head_settings",
+    "model_scores",
+    "perplexity",
+    "read_head",
+    "score",
+    "sequence_logps",
+    "shift",
+    "token_logps",
+    "verified_settings",
+]

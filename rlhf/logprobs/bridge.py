@@ -1,0 +1,52 @@
+"""From any Hugging Face causal LM to :class:`Scores`: the backbone, then the head in chunks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.logprobs.head import backbone_of, read_head, verified_settings
+from rlhf.logprobs.score import Mode, Scores, score
+from rlhf.logprobs.targets import Targets
+
+
+def model_scores(
+    model: nn.Module,
+    targets: Targets,
+    *,
+    entropy: bool = False,
+    mode: Mode = "auto",
+    chunk_size: int | None = None,
+    **inputs: Any,
+) -> Scores:
+    """Score ``targets`` under a causal LM.
+
+    Args:
+        model: a transformers causal LM or a PEFT model around one. Inside DDP, FSDP or ZeRO, call this from the
+            wrapped module's ``forward`` (``rlhf.models.Policy`` does), so that their hooks fire.
+        targets: built from the same ``input_ids`` [B, T].
+        entropy, mode, chunk_size: as in :func:`score`; a model that runs its own head ignores mode and chunk size.
+        inputs: what the model's forward takes: ``input_ids``, ``attention_mask``, ``position_ids``, …
+    Returns:
+        Scores of [N] vectors, at least float32.
+    """
+    if hasattr(model, "get_base_model"):  # PEFT
+        model = model.get_base_model()  # type: ignore[operator]
+    settings = verified_settings(model)
+    # A cache would be wasted, and with it transformers drops a packed mask without a word.
+    if settings is None:
+        return _own_head(model, targets, entropy, inputs)
+    hidden = backbone_of(model)(**inputs, use_cache=False)[0]
+    return score(hidden, read_head(model, settings), targets, entropy=entropy, mode=mode, chunk_size=chunk_size)
+
+
+def _own_head(model: nn.Module, targets: Targets, entropy: bool, inputs: dict[str, Any]) -> Scores:
+    """The exact fallback: the model's own logits, at the positions that are scored."""
+    kept, row = targets.source.unique(return_inverse=True)
+    shape = inputs["input_ids"].shape
+    mask = torch.zeros(shape.numel(), dtype=torch.bool, device=kept.device)
+    mask[kept] = True
+    logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=mask.view(shape)).logits
+    logps = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32).log_softmax(-1)
+    entropies = -(logps.exp() * logps).sum(-1)[row] if entropy else None
+    return Scores(logps[row, targets.token], entropies)

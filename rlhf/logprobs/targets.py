@@ -1,0 +1,115 @@
+"""What is scored: the one contract for shifting and ``ignore_index``."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """Row ``source`` of the flattened hidden states predicts ``token`` of ``sequence``.
+
+    Built once, in the collator; nothing downstream shifts again. Everything kept for a token is a flat [N] vector
+    aligned with it, everything kept for a sequence is [S].
+
+    Args:
+        source: int64 [N], row of ``hidden.view(-1, H)``. The same row may predict several tokens (shared prompts).
+        token: int64 [N], the token that is predicted.
+        sequence: int64 [N] in [0, S), the completion that the token belongs to.
+        num_sequences: S. Sequences without a scored token count too, so give it where there may be some;
+            by default the largest sequence + 1.
+    Raises:
+        ValueError: the three vectors differ in shape or are no flat integer vectors.
+    """
+
+    source: Tensor
+    token: Tensor
+    sequence: Tensor
+    num_sequences: int = -1
+
+    def __post_init__(self) -> None:
+        for name in ("source", "token", "sequence"):
+            value = getattr(self, name)
+            if value.dim() != 1 or value.dtype != torch.int64 or value.shape != self.source.shape:
+                raise ValueError(
+                    f"Targets.{name} must be int64 [{self.source.numel()}], got {value.dtype} {tuple(value.shape)}"
+                )
+        if self.num_sequences < 0:
+            object.__setattr__(self, "num_sequences", int(self.sequence.max()) + 1 if len(self) else 0)
+
+    def __len__(self) -> int:
+        return self.source.numel()
+
+    @classmethod
+    def from_labels(cls, labels: Tensor, attention_mask: Tensor | None = None, ignore_index: int = -100) -> "Targets":
+        """Every label that is not ignored, predicted from the position before it.
+
+        Args:
+            labels: int64 [B, T], aligned with ``input_ids`` (unshifted), as in Hugging Face.
+            attention_mask: [B, T], non-zero where there is a token. Give it with left padding: without it, the
+                first real token of a row would be predicted from a pad.
+            ignore_index: label that is not scored.
+        Returns:
+            Sequence b is row b. A row's first token has nothing before it and is never scored.
+        """
+        _check_grid("labels", labels)
+        scored = labels != ignore_index
+        if attention_mask is not None:
+            _check_grid("attention_mask", attention_mask, labels)
+            scored = scored & attention_mask.bool()
+            scored[:, 1:] &= attention_mask[:, :-1].bool()
+        scored[:, 0] = False
+        row, column = scored.nonzero(as_tuple=True)
+        return cls(row * labels.size(1) + column - 1, labels[row, column], row, labels.size(0))
+
+    @classmethod
+    def from_mask(cls, input_ids: Tensor, mask: Tensor, attention_mask: Tensor | None = None) -> "Targets":
+        """The tokens of ``input_ids`` [B, T] where ``mask`` [B, T] is True, each from the position before it."""
+        _check_grid("mask", mask, input_ids)
+        return cls.from_labels(torch.where(mask.bool(), input_ids, -100), attention_mask)
+
+    @classmethod
+    def from_lengths(
+        cls,
+        input_ids: Tensor,
+        prompt_lengths: Tensor,
+        completion_lengths: Tensor,
+        padding_side: Literal["left", "right"] = "right",
+    ) -> "Targets":
+        """The completion of each row ``[prompt, completion]`` of ``input_ids`` [B, T]; lengths are int [B].
+
+        Raises:
+            ValueError: a row is shorter than its prompt and completion.
+        """
+        _check_grid("input_ids", input_ids)
+        width = input_ids.size(1)
+        used = prompt_lengths + completion_lengths
+        if bool((used > width).any()):
+            row = int((used > width).nonzero()[0])
+            raise ValueError(f"row {row} has prompt + completion = {int(used[row])} tokens, input_ids only {width}")
+        column = torch.arange(width, device=input_ids.device)[None]
+        start = (width - used if padding_side == "left" else torch.zeros_like(used))[:, None]
+        attention_mask = (column >= start) & (column < start + used[:, None])
+        return cls.from_mask(input_ids, attention_mask & (column >= start + prompt_lengths[:, None]), attention_mask)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
+        source, token, sequence = (
+            t.to(device, non_blocking=non_blocking) for t in (self.source, self.token, self.sequence)
+        )
+        return replace(self, source=source, token=token, sequence=sequence)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of ``values`` [N] over each sequence: [S], 0 for a sequence without a scored token."""
+        return values.new_zeros(self.num_sequences).index_add(0, self.sequence, values)
+
+    def counts(self) -> Tensor:
+        """Scored tokens of each sequence: int64 [S]."""
+        return torch.bincount(self.sequence, minlength=self.num_sequences)
+
+
+def _check_grid(name: str, value: Tensor, like: Tensor | None = None) -> None:
+    if value.dim() != 2 or (like is not None and value.shape != like.shape):
+        want = "[batch, seq]" if like is None else f"{tuple(like.shape)}"
+        raise ValueError(f"{name} must be {want}, got {tuple(value.shape)}")

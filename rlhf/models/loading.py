@@ -1,0 +1,77 @@
+"""Models and tokenizers from a folder or the hub."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
+    """A causal LM in the dtype of its checkpoint (``dtype="float32"`` and others override it).
+
+    A folder that holds a PEFT adapter is loaded with its base model and merged, so that what comes next
+    (another adapter, a frozen reference) starts from the tuned weights.
+
+    Raises:
+        FileNotFoundError: a path that is no folder, or a folder without a model.
+        ValueError: neither a folder here nor a model on the hub.
+    """
+    kwargs.setdefault("dtype", "auto")
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+            base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+            logger.info("%s: an adapter; merging it into %s", name_or_path, base)
+            adapted = PeftModel.from_pretrained(load_model(str(base), **kwargs), str(folder))
+            return adapted.merge_and_unload()  # type: ignore[operator]
+        if not (folder / "config.json").exists():
+            raise FileNotFoundError(f"{name_or_path}: the folder holds no model (no config.json)")
+    elif folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
+        raise FileNotFoundError(f"{name_or_path}: no such model folder")
+    try:
+        return AutoModelForCausalLM.from_pretrained(str(folder) if folder.is_dir() else name_or_path, **kwargs)
+    except (OSError, ValueError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{name_or_path}: cannot be loaded as a causal LM ({first})") from error
+
+
+def load_tokenizer(name_or_path: str, chat_template_path: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer, with the chat template of a ``.jinja`` file or of another model's folder where one is given."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(Path(name_or_path).expanduser()))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name_or_path}: no tokenizer found there; pass processing_class, or copy one in") from error
+    if chat_template_path is not None:
+        path = Path(chat_template_path).expanduser()
+        if path.is_file():
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        else:
+            tokenizer.chat_template = load_tokenizer(chat_template_path).chat_template
+    return tokenizer
+
+
+def add_adapter(model: nn.Module, peft_config: PeftConfig) -> nn.Module:
+    """Freeze ``model`` and put the adapter on it."""
+    if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
+        peft_config.target_modules = "all-linear"
+    return get_peft_model(model, peft_config)  # type: ignore[arg-type]
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Make repeated forward passes agree, in training mode too."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):  # read by the attention function
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def adapter_is_trained(model: nn.Module) -> bool:
+    """Whether a PEFT model differs from its base (some LoRA B matrix is not zero)."""
+    return any("lora_B" in name and bool(torch.any(p != 0)) for name, p in model.named_parameters())

@@ -1,0 +1,268 @@
+"""Everything that touches the inside of ``transformers.Trainer``; a trainer itself says only what its loss is.
+
+Sums are divided by what counts (scored tokens, pairs) in the *whole* optimizer step, over micro-batches and ranks.
+Metrics are sums and counts on the device, reduced once at each logging step. Evaluation adds up sums and counts
+over the data set, so nothing depends on the batch size.
+"""
+
+import logging
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from rlhf.data import Batch, Collator
+from rlhf.models import Policy, add_adapter, disable_dropout, load_model, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class BaseConfig(TrainingArguments):
+    """What all trainers share, on top of ``transformers.TrainingArguments``."""
+
+    max_length: int = field(
+        default=1024, metadata={"help": "Longest sequence in tokens. What is longer loses its end, never its prompt."}
+    )
+    drop_long_prompts: bool = field(
+        default=False, metadata={"help": "Leave out rows whose prompt alone reaches max_length, instead of stopping."}
+    )
+    chat_template_path: str | None = field(
+        default=None, metadata={"help": "A .jinja file, or a model folder, to take the chat template from."}
+    )
+    disable_dropout: bool = field(default=False, metadata={"help": "Train without dropout."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Passed to from_pretrained where the model is given by name."}
+    )
+    max_seq_length: int | None = field(default=None, metadata={"help": "Old name of max_length."})
+    # Defaults that differ from transformers'.
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Leave this off: the collator reads."})
+
+    _dict_fields: ClassVar[list[str]] = [*TrainingArguments._dict_fields, "model_init_kwargs"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_seq_length is not None:
+            logger.warning("max_seq_length is now called max_length; using max_length=%d", self.max_seq_length)
+            self.max_length, self.max_seq_length = self.max_seq_length, None
+        if self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2 tokens, got {self.max_length}")
+
+
+class Measures(NamedTuple):
+    """What one batch adds up to, for each item ([S]: a sequence, or a pair)."""
+
+    loss: Tensor  # [S], summed over what counts; carries the gradient
+    count: Tensor  # [S], what the loss is divided by
+    metrics: dict[str, tuple[Tensor, Tensor]]  # name to ([S] sums, [S] counts)
+
+
+class BaseTrainer(Trainer):
+    """A ``transformers.Trainer`` around a :class:`Policy`.
+
+    A subclass defines :meth:`tokenize`, :meth:`count` and :meth:`measure`.
+    """
+
+    config_class: ClassVar[type[BaseConfig]] = BaseConfig
+    exponentials: ClassVar[frozenset[str]] = frozenset()  # metrics reported as exp(sum / count)
+    loss_is_scaled_for_ga = True  # ours is normalised over the whole step already
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: BaseConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: PeftConfig | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        args = args if args is not None else self.config_class(output_dir="runs")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process: start with `accelerate launch`, "
+                "or show it one (CUDA_VISIBLE_DEVICES=0)"
+            )
+        if tokenizer is not None:
+            logger.warning("tokenizer= is now called processing_class=")
+            processing_class = tokenizer
+        if isinstance(model, str):
+            model = load_model(model, **(args.model_init_kwargs or {}))  # type: ignore[arg-type]
+        if processing_class is None:
+            processing_class = load_tokenizer(model.config._name_or_path, args.chat_template_path)  # type: ignore[union-attr]
+        vocab_size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        with args.main_process_first(desc="tokenising"):
+            train_dataset = self._prepare(train_dataset, processing_class, args, vocab_size)
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {k: self._prepare(v, processing_class, args, vocab_size) for k, v in eval_dataset.items()}
+            else:
+                eval_dataset = self._prepare(eval_dataset, processing_class, args, vocab_size)
+        if peft_config is not None:
+            model = add_adapter(model, peft_config)
+        if args.disable_dropout:
+            disable_dropout(model)
+        _warn_of_lost_updates(model, args)
+        pad = next((i for i in (processing_class.pad_token_id, processing_class.eos_token_id) if i is not None), 0)
+        use_cache = model.config.use_cache  # type: ignore[union-attr]
+        super().__init__(
+            model=Policy(model),
+            args=args,
+            data_collator=data_collator or Collator(pad),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        model.config.use_cache = use_cache  # type: ignore[union-attr]  # Trainer turns it off, into the saved config
+        self._sums: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def tokenize(
+        self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int
+    ) -> Dataset: ...  # fmt: skip
+
+    @abstractmethod
+    def count(self, batch: Batch) -> int:
+        """What the loss of a batch is divided by: scored tokens, or pairs."""
+
+    @abstractmethod
+    def measure(self, model: nn.Module, batch: Batch) -> Measures: ...
+
+    def _prepare(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int) -> Any:
+        if dataset is None:
+            return None
+        if not isinstance(dataset, Dataset):
+            raise ValueError(f"expected a datasets.Dataset, got {type(dataset).__name__}: load it without streaming")
+        return self.tokenize(dataset, tokenizer, args, vocab_size)
+
+    # The loss, and the metrics that come with it
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
+        count = torch.tensor(sum(self.count(batch) for batch in batch_samples), device=device)
+        return self.accelerator.reduce(count)
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:  # type: ignore[override]
+        return inputs.to(self.args.device)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        measures = self.measure(model, inputs)
+        count = num_items_in_batch if num_items_in_batch is not None else measures.count.sum()
+        # Gradients are averaged over ranks, so each adds its share of the sum times their number.
+        loss = measures.loss.sum() * (self.accelerator.num_processes / torch.clamp(count, min=1))
+        tokens = inputs.attention_mask.sum()
+        self._add({**measures.metrics, "num_tokens": (tokens, torch.zeros_like(tokens))})
+        return (loss, measures) if return_outputs else loss
+
+    def _add(self, metrics: dict[str, tuple[Tensor, Tensor]]) -> None:
+        for name, (total, count) in metrics.items():
+            both = torch.stack([total.detach().sum().float(), count.sum().float()])
+            self._sums[name] = self._sums[name] + both if name in self._sums else both
+
+    def _value(self, name: str, total: float, count: float) -> float:
+        mean = total / count if count else math.nan
+        return math.exp(min(mean, 700.0)) if name in self.exponentials else mean
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._sums:
+            names = list(self._sums)
+            sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names])).tolist()
+            self._sums = {}
+            own = dict(zip(names, sums, strict=True))
+            # Kept in the trainer's state, so that a resumed run goes on counting.
+            self.state.num_input_tokens_seen += int(own.pop("num_tokens")[0])
+            logs |= {name: self._value(name, *pair) for name, pair in own.items()}
+            logs["num_tokens"] = self.state.num_input_tokens_seen
+        super().log(logs, start_time)
+
+    # Evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Sums and counts over the data set, each row once however it is spread over ranks."""
+        model = self.model
+        if not self.accelerator._models and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            model = self.model = self.model_wrapped = self.accelerator.prepare(model)
+        model.eval()
+        names: list[str] = []
+        sums, rows = torch.zeros(0, dtype=torch.float64), 0
+        for batch in dataloader:
+            with torch.no_grad(), self.accelerator.autocast():
+                measures = self.measure(model, batch)
+            columns = {"loss": (measures.loss, measures.count), **measures.metrics}
+            names = list(columns)
+            table = torch.stack([column.float() for pair in columns.values() for column in pair], dim=1)
+            # Ranks are evened out by repeating rows; this drops the repeated ones.
+            table = self.accelerator.gather_for_metrics(table)
+            added = table.double().sum(0).cpu()
+            sums = sums + added if len(sums) else added
+            rows += len(table)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        pairs = sums.view(-1, 2).tolist()
+        metrics = {f"{metric_key_prefix}_{name}": self._value(name, *pair) for name, pair in zip(names, pairs, strict=True)}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore[arg-type]
+
+    # Saving and loading as an ordinary checkpoint: the model inside the policy, never the wrapper
+
+    @contextmanager
+    def _inner_model(self) -> Iterator[nn.Module]:
+        outer = self.model
+        self.model = self.accelerator.unwrap_model(outer).model
+        try:
+            yield self.model
+        finally:
+            self.model = outer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is not None:
+            state_dict = {key.removeprefix("model."): value for key, value in state_dict.items()}
+        with self._inner_model():
+            super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with self._inner_model() as inner:
+            super()._load_from_checkpoint(resume_from_checkpoint, inner)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_best_model()
+        with self._inner_model():
+            super()._load_best_model()
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # transformers' estimate reads a dict of inputs
+
+
+def _warn_of_lost_updates(model: nn.Module, args: BaseConfig) -> None:
+    half = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+    if half and args.do_train is not False and args.learning_rate < 1e-4:
+        logger.warning(
+            "training %s weights in place: an update below 1/256 of a weight is rounded away, and at learning rate %g "
+            "most are; load in float32 (--dtype float32) and add --bf16 on a GPU",
+            str(half.pop()).removeprefix("torch."), args.learning_rate,
+        )  # fmt: skip

@@ -1,0 +1,142 @@
+"""Direct preference optimisation and its family, on pairs against a frozen reference."""
+
+import copy
+import inspect
+import logging
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.data import Batch, tokenize_preferences
+from rlhf.losses import PREFERENCE_LOSSES
+from rlhf.models import Policy, disable_dropout, load_model
+from rlhf.models.loading import adapter_is_trained
+from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DPOConfig(BaseConfig):
+    """Arguments of :class:`DPOTrainer`; names and defaults are TRL's where TRL has the same thing."""
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of AdamW."})
+    beta: float = field(default=0.1, metadata={"help": "Larger stays nearer the reference."})
+    loss_type: str = field(default="sigmoid", metadata={"help": f"One of {', '.join(PREFERENCE_LOSSES)}."})
+    label_smoothing: float = field(default=0.0, metadata={"help": "Chance that a pair is labelled the wrong way."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.loss_type, list) and len(self.loss_type) == 1:  # TRL's form
+            self.loss_type = self.loss_type[0]
+        if self.loss_type not in PREFERENCE_LOSSES:
+            raise ValueError(f"loss_type must be one of {', '.join(PREFERENCE_LOSSES)}, got {self.loss_type!r}")
+        zero = torch.zeros(1)  # the loss itself checks its hyper-parameters, now rather than at the first step
+        PREFERENCE_LOSSES[self.loss_type](zero, zero, zero, zero, self.beta, label_smoothing=self.label_smoothing)
+
+
+class DPOTrainer(BaseTrainer):
+    """Align a policy with preference pairs.
+
+    The reference is, under a new adapter, the model with the adapter off; otherwise a frozen copy of the weights as
+    they are now (or ``ref_model``). The loss is the mean over the pairs of the whole optimizer step.
+
+    Args:
+        model: a model, a PEFT model, or a name or folder to load one from.
+        ref_model: another reference, as a model or by name.
+        args: the configuration. train_dataset, eval_dataset: rows of ``prompt``, ``chosen``, ``rejected``.
+        kwargs: ``processing_class``, ``peft_config``, ``callbacks``, … as in :class:`SFTTrainer`.
+    Logs:
+        ``loss`` (log 2 at the start, for ``sigmoid``), ``rewards/chosen`` and ``rewards/rejected``
+        (beta * log-ratio to the reference), ``rewards/margins`` (their difference), ``rewards/accuracies`` (share of
+        pairs whose margin is positive; a tie counts one half, so policy = reference gives 0.5), ``logps/chosen`` and
+        ``logps/rejected`` (sums over completion tokens, in nats).
+    Raises:
+        ValueError: bad data, named by data set and row, before any step.
+    """
+
+    config_class: ClassVar[type[BaseConfig]] = DPOConfig
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        ref_model: str | nn.Module | None = None,
+        args: DPOConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args if args is not None else DPOConfig(output_dir="runs")
+        super().__init__(model, args, **kwargs)
+        self.ref_policy: Policy | None = None
+        if ref_model is not None:
+            loaded = load_model(ref_model, **(args.model_init_kwargs or {})) if isinstance(ref_model, str) else ref_model  # type: ignore[arg-type]
+            self.ref_policy = self._freeze(loaded)
+        elif not self.model.has_adapter:
+            self.ref_policy = self._freeze(copy.deepcopy(self.model.model))
+        elif kwargs.get("peft_config") is None and adapter_is_trained(self.model):
+            logger.warning(
+                "the reference is the model without its adapter, and this adapter is trained already; to align from "
+                "where it stands, merge it first: model = model.merge_and_unload()"
+            )
+
+    def _freeze(self, model: nn.Module) -> Policy:
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError("ZeRO-3 cannot hold a frozen copy as the reference yet: use LoRA (--use_peft), or FSDP2")
+        if self.is_fsdp_enabled:
+            logger.warning("the frozen reference is not sharded: each rank holds a whole copy; LoRA needs none")
+        disable_dropout(model)
+        return Policy(model.requires_grad_(False).eval().to(self.args.device))
+
+    def tokenize(
+        self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int
+    ) -> Dataset:  # fmt: skip
+        return tokenize_preferences(
+            dataset,
+            tokenizer,
+            max_length=args.max_length,
+            vocab_size=vocab_size,
+            drop_long_prompts=args.drop_long_prompts,
+            num_proc=args.dataset_num_proc,
+        )
+
+    def count(self, batch: Batch) -> int:
+        return batch.targets.num_sequences // 2
+
+    def ref_logps(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Log-probabilities of the scored tokens under the reference, [N]."""
+        with torch.no_grad(), self.accelerator.autocast():
+            if self.ref_policy is not None:
+                return self.ref_policy(batch).logps
+            with self.accelerator.unwrap_model(model).adapter_off():
+                return model(batch).logps
+
+    def measure(self, model: nn.Module, batch: Batch) -> Measures:
+        targets, args = batch.targets, self.args
+        ref_chosen, ref_rejected = targets.sum(self.ref_logps(model, batch)).view(-1, 2).unbind(1)
+        chosen, rejected = targets.sum(model(batch).logps).view(-1, 2).unbind(1)
+        chosen_lengths, rejected_lengths = targets.counts().view(-1, 2).unbind(1)
+        loss = PREFERENCE_LOSSES[args.loss_type]
+        offered = dict(
+            label_smoothing=args.label_smoothing, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths
+        )  # fmt: skip
+        named = inspect.signature(loss).parameters  # a loss is passed what it names
+        own = {name: value for name, value in offered.items() if name in named}
+        losses = loss(chosen, rejected, ref_chosen, ref_rejected, args.beta, reduction="none", **own)
+
+        rewards_chosen = args.beta * (chosen - ref_chosen).detach()
+        rewards_rejected = args.beta * (rejected - ref_rejected).detach()
+        margins = rewards_chosen - rewards_rejected
+        one = torch.ones_like(margins)
+        metrics = {
+            "rewards/chosen": rewards_chosen,
+            "rewards/rejected": rewards_rejected,
+            "rewards/accuracies": (margins > 0) + 0.5 * (margins == 0),
+            "rewards/margins": margins,
+            "logps/chosen": chosen,
+            "logps/rejected": rejected,
+        }
+        return Measures(losses, one, {name: (value, one) for name, value in metrics.items()})
