@@ -50,13 +50,14 @@ class BaseConfig(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Leave this off: the collator reads."})
 
-    _dict_fields: ClassVar[list[str]] = [*TrainingArguments._dict_fields, "model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_seq_length is not None:
             logger.warning("max_seq_length is now called max_length; using max_length=%d", self.max_seq_length)
             self.max_length, self.max_seq_length = self.max_seq_length, None
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         if self.max_length < 2:
             raise ValueError(f"max_length must be at least 2 tokens, got {self.max_length}")
 

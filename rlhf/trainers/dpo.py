@@ -55,12 +55,13 @@ class DPOTrainer(BaseTrainer):
         ``loss`` (log 2 at the start, for ``sigmoid``), ``rewards/chosen`` and ``rewards/rejected``
         (beta * log-ratio to the reference), ``rewards/margins`` (their difference), ``rewards/accuracies`` (share of
         pairs whose margin is positive; a tie counts one half, so policy = reference gives 0.5), ``logps/chosen`` and
-        ``logps/rejected`` (sums over completion tokens, in nats).
+        ``logps/rejected`` (sums over completion tokens, in nats), ``perplexity/chosen`` (of all chosen tokens together).
     Raises:
         ValueError: bad data, named by data set and row, before any step.
     """
 
     config_class: ClassVar[type[BaseConfig]] = DPOConfig
+    exponentials: ClassVar[frozenset[str]] = frozenset({"perplexity/chosen"})
 
     def __init__(
         self,
@@ -139,4 +140,5 @@ class DPOTrainer(BaseTrainer):
             "logps/chosen": chosen,
             "logps/rejected": rejected,
         }
-        return Measures(losses, one, {name: (value, one) for name, value in metrics.items()})
+        counted = {name: (value, one) for name, value in metrics.items()}
+        return Measures(losses, one, {**counted, "perplexity/chosen": (-chosen, chosen_lengths)})

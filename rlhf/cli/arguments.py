@@ -1,0 +1,132 @@
+"""Options from a YAML file and the command line, into data classes."""
+
+import difflib
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from peft import LoraConfig
+from transformers import HfArgumentParser, TrainingArguments
+
+SHIPPED_CONFIGS = Path(__file__).parents[1] / "configs"  # in an installed wheel
+
+
+@dataclass
+class ModelArguments:
+    """The model and, with ``use_peft``, the adapter."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A folder, or a name on the hub."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
+    dtype: str = field(default="auto", metadata={"help": "auto (the checkpoint's), float32, bfloat16 or float16."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, …"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the hub."})
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of the weights."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Its scale, times rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of it."})
+    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Where it sits; all linear layers."})
+
+    def load_kwargs(self) -> dict[str, Any]:
+        return dict(
+            revision=self.model_revision,
+            dtype=self.dtype,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def peft_config(self) -> LoraConfig | None:
+        if not self.use_peft:
+            return None
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.lora_target_modules,
+        )
+
+
+@dataclass
+class DataArguments:
+    """The rows, and what to do with a folder that is not empty."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "JSON, JSONL, Parquet or CSV file (.gz too), saved folder, or hub name."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split; a slice such as train[:1000] too."})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Rows to evaluate on, like dataset_name."})
+    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the run in output_dir."})
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parse(command: str, classes: Sequence[type], argv: list[str]) -> tuple[Any, ...]:
+    """Fill ``classes`` from ``--config`` and then from ``argv``, which wins.
+
+    Raises:
+        ValueError: an unknown option or key (with the nearest known one), or a value that does not fit.
+    """
+    parser = _Parser(list(classes), prog=f"rlhf {command}", allow_abbrev=False)  # type: ignore[arg-type]
+    parser.add_argument("--config", metavar="FILE", help="YAML file of these options; the command line wins.")
+    known = {name for cls in classes for name in (f.name for f in fields(cls) if f.init)}
+    _group(parser, command, classes)
+    config = _Parser([], add_help=False, allow_abbrev=False)
+    config.add_argument("--config")
+    file = config.parse_known_args(argv)[0].config
+    if file is not None:
+        parser.set_defaults(**_read_yaml(file, known, parser))
+    *parsed, _, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+    if rest:
+        raise ValueError(f"unknown option {rest[0]}{_nearest(rest[0].lstrip('-').split('=')[0], known, '--')}")
+    return tuple(parsed)
+
+
+def _nearest(name: str, known: set[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _read_yaml(file: str, known: set[str], parser: ArgumentParser) -> dict[str, Any]:
+    path = Path(file)
+    if not path.exists() and (SHIPPED_CONFIGS / path.name).exists():
+        path = SHIPPED_CONFIGS / path.name
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such config file") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected `option: value` lines, found a {type(values).__name__}")
+    types = {action.dest: action for action in parser._actions}
+    for key, value in values.items():
+        if key not in known:
+            raise ValueError(f"{file}: unknown key {key!r}{_nearest(str(key), known)}")
+        if isinstance(value, list) and types[key].nargs not in ("+", "*"):
+            raise ValueError(f"{file}: {key!r} takes one value, got a list")
+        if isinstance(value, (bool, int, float)):
+            values[key] = str(value)  # as if typed on the command line: argparse then converts and checks it
+    return values
+
+
+def _group(parser: ArgumentParser, command: str, classes: Sequence[type]) -> None:
+    """List our own options first and what transformers brings after."""
+    inherited = {f.name: f.default for f in fields(TrainingArguments)}
+    own = {f.name for cls in classes for f in fields(cls) if f.name not in inherited or f.default != inherited[f.name]}
+    own |= {"config", "help", "output_dir", "max_steps", "num_train_epochs"}
+    own |= {"per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"}
+    first = parser.add_argument_group(f"options of rlhf {command}")
+    after = parser.add_argument_group("inherited from transformers.TrainingArguments")
+    for group in parser._action_groups:
+        group._group_actions.clear()
+    for action in parser._actions:
+        (first if action.dest.removeprefix("no_") in own else after)._group_actions.append(action)

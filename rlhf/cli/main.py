@@ -1,0 +1,69 @@
+"""``rlhf COMMAND``: pick the command; its module is imported only then, so that help answers at once."""
+
+import argparse
+import os
+import sys
+import traceback
+from importlib import import_module
+
+COMMANDS = {
+    "sft": "fine-tune on text, conversations, or prompts with completions",
+    "dpo": "align with preference pairs (prompt, chosen, rejected)",
+    "eval": "perplexity of a model; preference accuracy and margins against a reference",
+}
+
+_EXAMPLES = """examples:
+  rlhf sft --config configs/sft.yaml
+  rlhf dpo --config configs/dpo.yaml --beta 0.2 --output_dir runs/dpo-0.2
+  rlhf eval --model_name_or_path runs/dpo --ref_model_name_or_path runs/sft --dataset_name pairs.jsonl
+  accelerate launch --config_file configs/accelerate/multi_gpu.yaml scripts/dpo.py --config configs/dpo.yaml
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; 0 on success, 2 for bad input (one line on stderr; the traceback with ``--debug``)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        "rlhf",
+        description="Fine-tune language models on text and on preferences.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands (rlhf COMMAND --help)")
+    for name, summary in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    args, rest = parser.parse_known_args(argv[:1])
+    if args.version:
+        from rlhf import __version__
+
+        print(__version__)
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 2 if rest else 0
+    rest = argv[1:]
+    debug = _take_debug(rest)
+    try:
+        import_module(f"rlhf.cli.{args.command}").run(rest)
+    except (ValueError, OSError) as error:
+        # Of a job's processes only the first speaks.
+        if debug:
+            traceback.print_exc()
+        elif os.environ.get("RANK", "0") == "0":
+            print(f"rlhf {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _take_debug(argv: list[str]) -> bool:
+    """Remove a bare ``--debug``; with a value it is transformers' own option and stays."""
+    for index, word in enumerate(argv):
+        if word == "--debug" and (index + 1 == len(argv) or argv[index + 1].startswith("-")):
+            del argv[index]
+            return True
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""What `rlhf sft` and `rlhf dpo` share: from parsed options to a saved checkpoint."""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as transformers_logging
+
+from rlhf.cli.arguments import DataArguments, ModelArguments
+from rlhf.data import load_data
+from rlhf.models import load_model, load_tokenizer
+from rlhf.trainers.base import BaseConfig, BaseTrainer
+
+
+def quiet_logging() -> None:
+    """Our own messages as plain lines from the first process; transformers' only from warnings on."""
+    main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("rlhf").setLevel(logging.INFO if main else logging.ERROR)
+    transformers_logging.set_verbosity_warning()
+
+
+def train(
+    data: DataArguments, model: ModelArguments, args: BaseConfig, make: Callable[..., BaseTrainer]
+) -> BaseTrainer:  # fmt: skip
+    """Check everything, then train, evaluate and save; nothing that existed is touched before training starts."""
+    quiet_logging()
+    _require(model_name_or_path=model.model_name_or_path, dataset_name=data.dataset_name)
+    if args.output_dir == "trainer_output":
+        _require(output_dir=None)
+    checkpoint = _check_output(Path(args.output_dir), data)
+    train_rows = load_data(str(data.dataset_name), data.dataset_train_split, data.dataset_config)
+    eval_rows = _eval_rows(data)
+    if eval_rows is None and (args.eval_strategy != "no" or args.eval_on_start):
+        raise ValueError("evaluation is asked for, but there are no rows: pass --eval_dataset_name")
+    tokenizer = load_tokenizer(str(model.model_name_or_path), args.chat_template_path)
+    trainer = make(
+        model=load_model(str(model.model_name_or_path), **model.load_kwargs()),
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        peft_config=model.peft_config(),
+    )
+    if data.overwrite:
+        _clear(Path(args.output_dir), trainer)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    metrics: dict[str, Any] = dict(result.metrics)
+    if eval_rows is not None:
+        metrics |= trainer.evaluate()
+    trainer.save_metrics("all", metrics)
+    if trainer.is_world_process_zero():
+        print(f"saved {args.output_dir}")
+    return trainer
+
+
+def _require(**named: Any) -> None:
+    for name, value in named.items():
+        if value is None:
+            raise ValueError(f"--{name} is missing: give it on the command line or in the config file")
+
+
+def _eval_rows(data: DataArguments) -> Dataset | None:
+    if data.eval_dataset_name is None and data.dataset_test_split is None:
+        return None
+    return load_data(
+        str(data.eval_dataset_name or data.dataset_name),
+        data.dataset_test_split or "train",
+        data.dataset_config if data.eval_dataset_name is None else None,
+    )
+
+
+def _check_output(folder: Path, data: DataArguments) -> str | None:
+    """The checkpoint to go on from; raises where the folder holds something that nobody said to replace."""
+    if data.resume and data.overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
+    if data.resume:
+        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if checkpoint is None:
+            raise ValueError(f"{folder}: no checkpoint to resume from; leave out --resume to start")
+        return checkpoint
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: output_dir is a file; choose a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not _holds_run(folder):
+            raise ValueError(f"{folder}: not empty and no run of ours; choose another --output_dir")
+        if not data.overwrite:
+            raise ValueError(f"{folder}: holds a run already; pass --resume to go on, or --overwrite to replace it")
+    return None
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / "training_args.bin").exists() or get_last_checkpoint(str(folder)) is not None
+
+
+def _clear(folder: Path, trainer: BaseTrainer) -> None:
+    if trainer.is_world_process_zero():
+        shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+    trainer.accelerator.wait_for_everyone()
