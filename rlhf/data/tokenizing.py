@@ -11,11 +11,11 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import chat, formats
+from rlhf.data.batching import IGNORE
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-IGNORE = -100
 _VERSION = 1  # part of the cache key: raise it when the meaning of a tokenised row changes
 
 

@@ -33,9 +33,9 @@ def model_scores(
     if hasattr(model, "get_base_model"):  # PEFT
         model = model.get_base_model()  # type: ignore[operator]
     settings = verified_settings(model)
-    # A cache would be wasted, and with it transformers drops a packed mask without a word.
     if settings is None:
         return _own_head(model, targets, entropy, inputs)
+    # A cache would be wasted, and with it transformers drops a packed mask without a word.
     hidden = backbone_of(model)(**inputs, use_cache=False)[0]
     return score(hidden, read_head(model, settings), targets, entropy=entropy, mode=mode, chunk_size=chunk_size)
 

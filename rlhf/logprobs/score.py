@@ -133,8 +133,8 @@ def _log_softmax(rows: Tensor, head: Head, op: _Operands) -> tuple[Tensor, Tenso
     return torch.ops.aten._log_softmax.out(logits, 1, False, out=logits), slope  # in place: one pass, no second buffer
 
 
-def _entropy(logps: Tensor) -> Tensor:
-    return -torch.bmm(logps.exp()[:, None], logps[:, :, None]).view(-1)
+def _entropy(p: Tensor, logps: Tensor) -> Tensor:
+    return -torch.bmm(p[:, None], logps[:, :, None]).view(-1)
 
 
 def _scan(
@@ -151,7 +151,7 @@ def _scan(
             dense, slope = _log_softmax(rows[chunk], head, op)
             logps[chunk] = dense.gather(1, token[chunk, None]).squeeze(1)
             if entropies is not None:
-                entropies[chunk] = _entropy(dense)
+                entropies[chunk] = _entropy(dense.exp(), dense)
             if index < keep:
                 kept.append((dense, slope))
     return (logps, entropies), kept
@@ -219,7 +219,7 @@ def _grad_logits(logps: Tensor, token: Tensor, g: Tensor | None, e: Tensor | Non
     p = logps.exp()
     dz = torch.zeros_like(p) if e is None and g is None else p
     if e is not None:
-        entropy = -torch.bmm(p[:, None], logps[:, :, None]).view(-1, 1)
+        entropy = _entropy(p, logps)[:, None]
         dz = p * (logps + entropy).mul_(-e[:, None])
         if g is not None:
             dz -= g[:, None] * p
