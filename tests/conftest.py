@@ -19,7 +19,30 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "the a cat dog bird house tree river is was big small red blue green says hello world yes no why how".split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "bird",
+    "house",
+    "tree",
+    "river",
+    "is",
+    "was",
+    "big",
+    "small",
+    "red",
+    "blue",
+    "green",
+    "says",
+    "hello",
+    "world",
+    "yes",
+    "no",
+    "why",
+    "how",
+]
 
 
 def sentences(seed: int, count: int, shortest: int = 3, longest: int = 9) -> list[str]:
@@ -35,7 +58,7 @@ def tokenizer():
     bpe.decoder = decoders.ByteLevel()
     special = ["<|im_end|>", "<|im_start|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=330, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=330, special_tokens=special, initial_alphabet=bpe.pre_tokenizer.alphabet(), show_progress=False
     )  # fmt: skip
     bpe.train_from_iterator([*sentences(0, 200), "user assistant system"], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|im_end|>")

@@ -69,13 +69,18 @@ class _Parser(HfArgumentParser):
         raise ValueError(message)
 
 
-def parse(command: str, classes: Sequence[type], argv: list[str]) -> tuple[Any, ...]:
+def parse(command: str, classes: Sequence[Any], argv: list[str]) -> tuple[Any, ...]:
     """Fill ``classes`` from ``--config`` and then from ``argv``, which wins.
 
     Raises:
         ValueError: an unknown option or key (with the nearest known one), or a value that does not fit.
     """
-    parser = _Parser(list(classes), prog=f"rlhf {command}", usage=f"rlhf {command} [--config FILE] [--OPTION VALUE ...]", allow_abbrev=False)  # type: ignore[arg-type]
+    parser = _Parser(
+        list(classes),
+        prog=f"rlhf {command}",
+        usage=f"rlhf {command} [--config FILE] [--OPTION VALUE ...]",
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file of these options; the command line wins.")
     known = {name for cls in classes for name in (f.name for f in fields(cls) if f.init)}
     _group(parser, command, classes)

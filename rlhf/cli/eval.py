@@ -57,7 +57,11 @@ def run(argv: list[str]) -> None:
                 model, SFTConfig(scratch, disable_dropout=True, **shared), eval_dataset=rows, processing_class=tokenizer
             )
         metrics = trainer.evaluate()
-    kept = {k.removeprefix("eval_"): v for k, v in metrics.items() if k != "epoch" and "_second" not in k and "runtime" not in k}
+    kept = {
+        k.removeprefix("eval_"): v
+        for k, v in metrics.items()
+        if k != "epoch" and "_second" not in k and "runtime" not in k
+    }
     prompts = prompts_of(rows, args.num_completions)
     answers = complete(model, tokenizer, prompts, args.max_new_tokens)
     if not trainer.is_world_process_zero():

@@ -33,7 +33,8 @@ def train(
     _require(model_name_or_path=model.model_name_or_path, dataset_name=data.dataset_name)
     if args.output_dir == "trainer_output":
         _require(output_dir=None)
-    checkpoint = _check_output(Path(args.output_dir), data)
+    output = Path(str(args.output_dir))
+    checkpoint = _check_output(output, data)
     train_rows = load_data(str(data.dataset_name), data.dataset_train_split, data.dataset_config)
     eval_rows = _eval_rows(data)
     if eval_rows is None and (args.eval_strategy != "no" or args.eval_on_start):
@@ -48,7 +49,7 @@ def train(
         peft_config=model.peft_config(),
     )
     if data.overwrite:
-        _clear(Path(args.output_dir), trainer)
+        _clear(output, trainer)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()

@@ -21,10 +21,11 @@ class Batch:
     targets: Targets
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        tensors = (t.to(device, non_blocking=non_blocking) for t in self.inputs().values())
-        return Batch(*tensors, self.targets.to(device, non_blocking))
+        tensors = {name: t.to(device, non_blocking=non_blocking) for name, t in self.inputs().items()}
+        return Batch(targets=self.targets.to(device, non_blocking), **tensors)
 
-    def inputs(self) -> dict[str, Tensor]:
+    def inputs(self) -> dict[str, Any]:
+        """What a causal LM's forward takes."""
         return {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,

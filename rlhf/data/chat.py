@@ -57,7 +57,8 @@ def encode_completions(
     turns = [list(completion) for completion in completions if not isinstance(completion, str)]
     before = _render(tokenizer, prompt, generate=True)
     full = [_render(tokenizer, prompt + turn) for turn in turns]
-    common = os.path.commonprefix([before, *full])  # the whole of `before`, unless the template rewrites it
+    # All of `before`, unless the template rewrites it.
+    common = os.path.commonprefix([before, *full])  # noqa: RUF071  # characters are meant
     encoded = []
     for text in full:
         ids = _ids(tokenizer, text[len(common) :])

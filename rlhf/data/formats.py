@@ -72,7 +72,7 @@ def prompt_and_pair(row: Mapping[str, Any]) -> tuple[Turns, Turns, Turns]:
 
 def _common_prompt(chosen: Turns, rejected: Turns) -> Turns:
     if isinstance(chosen, str) and isinstance(rejected, str):
-        common = os.path.commonprefix([chosen, rejected])
+        common = os.path.commonprefix([chosen, rejected])  # noqa: RUF071  # characters are meant
         # Cut at white space: a word that both answers begin alike belongs to the answers.
         return common[: max(common.rfind(" "), common.rfind("\n")) + 1].rstrip(" ")
     same = 0

@@ -4,7 +4,8 @@ import gzip
 import json
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from datasets.arrow_reader import ReadInstruction
 from datasets.exceptions import DatasetGenerationError
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -15,7 +16,7 @@ def load_data(source: str, split: str = "train", name: str | None = None) -> Dat
 
     Args:
         source: a JSON, JSONL (each also .gz), Parquet or CSV file; a folder saved by ``datasets``; a hub name.
-        split: split of a folder or a hub data set; a single file has no splits.
+        split: split of a folder or a hub data set, or a slice of it (``train[:1000]``); a single file is all ``train``.
         name: configuration of a hub data set.
     Raises:
         FileNotFoundError: no such file or folder.
@@ -27,30 +28,39 @@ def load_data(source: str, split: str = "train", name: str | None = None) -> Dat
         if suffix not in _BUILDERS:
             raise ValueError(f"{source}: cannot tell the format; rename it to one of {', '.join(_BUILDERS)} (or .gz)")
         try:
-            dataset = load_dataset(_BUILDERS[suffix], data_files=str(path), split="train")
+            dataset = load_dataset(_BUILDERS[suffix], data_files=str(path), split=split)
         except (DatasetGenerationError, ValueError, OSError, EOFError) as error:
             fault = _json_fault(path) if _BUILDERS[suffix] == "json" else None
-            cause = str(error.__cause__ or error).splitlines()[0]
-            raise ValueError(f"{source}: {fault or f'cannot be read as {suffix[1:]} ({cause})'}") from error
+            raise ValueError(
+                f"{source}: {fault or f'cannot be read ({_first_line(error.__cause__ or error)})'}"
+            ) from error
     elif path.is_dir():
         saved = any((path / mark).exists() for mark in ("state.json", "dataset_dict.json"))
-        dataset = load_from_disk(str(path)) if saved else load_dataset(str(path), split=split)
-        if isinstance(dataset, DatasetDict):
-            if split not in dataset:
-                raise ValueError(f"{source}: no split {split!r}; it has {', '.join(dataset)}")
-            dataset = dataset[split]
+        try:
+            dataset = _saved_split(path, split) if saved else load_dataset(str(path), split=split)
+        except (DatasetGenerationError, ValueError) as error:
+            raise ValueError(f"{source}: {_first_line(error)}") from error
     elif suffix in _BUILDERS or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise FileNotFoundError(f"{source}: no such file or folder")
     else:
         try:
             dataset = load_dataset(source, name, split=split)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{source}: neither a file here nor a data set on the hub ({_first_line(error)})") from error
+            raise ValueError(
+                f"{source}: neither a file here nor a data set on the hub ({_first_line(error)})"
+            ) from error
     dataset.info.dataset_name = source
     return dataset
 
 
-def _first_line(error: Exception) -> str:
+def _saved_split(path: Path, split: str) -> Dataset:
+    saved = load_from_disk(str(path))
+    splits = saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
+    parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
+    return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
+
+
+def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 

@@ -39,7 +39,7 @@ def tokenize_sft(
     with _naming(dataset):
         column = formats.completion_columns(dataset.column_names, text_field)
     if column == "chosen":
-        logger.info("%s: preference rows; fine-tuning on the chosen answers", _name(dataset))
+        logger.info("%s: preference rows; their chosen answers are scored", _name(dataset))
     encode = partial(_encode_sft, tokenizer=tokenizer, column=column)
     return _tokenize(
         dataset, tokenizer, encode, ("sft", column), max_length, vocab_size, drop_long_prompts, num_proc

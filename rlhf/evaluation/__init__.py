@@ -1,4 +1,4 @@
-"""What a model is worth: answers side by side, tables. (Corpus perplexity and accuracies: the trainers' ``evaluate``.)"""
+"""Answers and figures side by side. (Corpus perplexity and accuracies come from the trainers' ``evaluate``.)"""
 
 from rlhf.evaluation.completions import complete, prompts_of
 from rlhf.evaluation.tables import show_completions, show_metrics

@@ -99,7 +99,7 @@ def _verify(model: nn.Module) -> tuple[HeadSettings | None, str | None]:
         return None, "an adapter sits on the head"
     if hasattr(weight, "ds_id") or weight.is_meta or weight.dim() != 2 or not weight.is_floating_point():
         return None, "the head's weights are not in memory as one matrix"
-    settings = head_settings(model.config)  # type: ignore[arg-type]
+    settings = head_settings(model.config)
     found: dict[str, Tensor] = {}
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:

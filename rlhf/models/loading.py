@@ -29,7 +29,7 @@ def load_model(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
             base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
             logger.info("%s: an adapter; merging it into %s", name_or_path, base)
             adapted = PeftModel.from_pretrained(load_model(str(base), **kwargs), str(folder))
-            return adapted.merge_and_unload()  # type: ignore[operator]
+            return adapted.merge_and_unload()
         if not (folder / "config.json").exists():
             raise FileNotFoundError(f"{name_or_path}: the folder holds no model (no config.json)")
     elif folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
@@ -60,7 +60,7 @@ def add_adapter(model: nn.Module, peft_config: PeftConfig) -> nn.Module:
     """Freeze ``model`` and put the adapter on it."""
     if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
         peft_config.target_modules = "all-linear"
-    return get_peft_model(model, peft_config)  # type: ignore[arg-type]
+    return get_peft_model(model, peft_config)
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -48,9 +48,9 @@ class BaseConfig(TrainingArguments):
     max_seq_length: int | None = field(default=None, metadata={"help": "Old name of max_length."})
     # Defaults that differ from transformers'.
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Leave this off: the collator reads."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave this off: the collator reads."})
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012  # not a field
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,12 +61,15 @@ class BaseConfig(TrainingArguments):
         if self.max_length < 2:
             raise ValueError(f"max_length must be at least 2 tokens, got {self.max_length}")
 
+    def model_kwargs(self) -> dict[str, Any]:
+        return self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
+
 
 class Measures(NamedTuple):
     """What one batch adds up to, for each item ([S]: a sequence, or a pair)."""
 
     loss: Tensor  # [S], summed over what counts; carries the gradient
-    count: Tensor  # [S], what the loss is divided by
+    counts: Tensor  # [S], what the loss is divided by
     metrics: dict[str, tuple[Tensor, Tensor]]  # name to ([S] sums, [S] counts)
 
 
@@ -78,11 +81,13 @@ class BaseTrainer(Trainer):
 
     config_class: ClassVar[type[BaseConfig]] = BaseConfig
     exponentials: ClassVar[frozenset[str]] = frozenset()  # metrics reported as exp(sum / count)
+    args: Any  # of config_class
+    model: Any  # a Policy, or what accelerate made of it
     loss_is_scaled_for_ga = True  # ours is normalised over the whole step already
 
     def __init__(
         self,
-        model: str | nn.Module,
+        model: Any,
         args: BaseConfig | None = None,
         data_collator: Any = None,
         train_dataset: Dataset | None = None,
@@ -103,14 +108,16 @@ class BaseTrainer(Trainer):
             logger.warning("tokenizer= is now called processing_class=")
             processing_class = tokenizer
         if isinstance(model, str):
-            model = load_model(model, **(args.model_init_kwargs or {}))  # type: ignore[arg-type]
+            model = load_model(model, **args.model_kwargs())
         if processing_class is None:
-            processing_class = load_tokenizer(model.config._name_or_path, args.chat_template_path)  # type: ignore[union-attr]
-        vocab_size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+            processing_class = load_tokenizer(model.config._name_or_path, args.chat_template_path)
+        vocab_size = model.get_input_embeddings().num_embeddings
         with args.main_process_first(desc="tokenising"):
             train_dataset = self._prepare(train_dataset, processing_class, args, vocab_size)
             if isinstance(eval_dataset, dict):
-                eval_dataset = {k: self._prepare(v, processing_class, args, vocab_size) for k, v in eval_dataset.items()}
+                eval_dataset = {
+                    k: self._prepare(v, processing_class, args, vocab_size) for k, v in eval_dataset.items()
+                }
             else:
                 eval_dataset = self._prepare(eval_dataset, processing_class, args, vocab_size)
         if peft_config is not None:
@@ -119,18 +126,18 @@ class BaseTrainer(Trainer):
             disable_dropout(model)
         _warn_of_lost_updates(model, args)
         pad = next((i for i in (processing_class.pad_token_id, processing_class.eos_token_id) if i is not None), 0)
-        use_cache = model.config.use_cache  # type: ignore[union-attr]
+        use_cache = model.config.use_cache
         super().__init__(
             model=Policy(model),
             args=args,
-            data_collator=data_collator or Collator(pad),
+            data_collator=data_collator or Collator(pad),  # type: ignore[arg-type]  # to a Batch, not a dict
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        model.config.use_cache = use_cache  # type: ignore[union-attr]  # Trainer turns it off, into the saved config
+        model.config.use_cache = use_cache  # Trainer turns it off, into the saved config
         self._sums: dict[str, Tensor] = {}
 
     @abstractmethod
@@ -165,7 +172,7 @@ class BaseTrainer(Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         measures = self.measure(model, inputs)
-        count = num_items_in_batch if num_items_in_batch is not None else measures.count.sum()
+        count = num_items_in_batch if num_items_in_batch is not None else measures.counts.sum()
         # Gradients are averaged over ranks, so each adds its share of the sum times their number.
         loss = measures.loss.sum() * (self.accelerator.num_processes / torch.clamp(count, min=1))
         tokens = inputs.attention_mask.sum()
@@ -213,7 +220,7 @@ class BaseTrainer(Trainer):
         for batch in dataloader:
             with torch.no_grad(), self.accelerator.autocast():
                 measures = self.measure(model, batch)
-            columns = {"loss": (measures.loss, measures.count), **measures.metrics}
+            columns = {"loss": (measures.loss, measures.counts), **measures.metrics}
             names = list(columns)
             table = torch.stack([column.float() for pair in columns.values() for column in pair], dim=1)
             # Ranks are evened out by repeating rows; this drops the repeated ones.
@@ -223,7 +230,9 @@ class BaseTrainer(Trainer):
             rows += len(table)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         pairs = sums.view(-1, 2).tolist()
-        metrics = {f"{metric_key_prefix}_{name}": self._value(name, *pair) for name, pair in zip(names, pairs, strict=True)}
+        metrics = {
+            f"{metric_key_prefix}_{name}": self._value(name, *pair) for name, pair in zip(names, pairs, strict=True)
+        }
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore[arg-type]
 
     # Saving and loading as an ordinary checkpoint: the model inside the policy, never the wrapper

@@ -49,13 +49,14 @@ class DPOTrainer(BaseTrainer):
     Args:
         model: a model, a PEFT model, or a name or folder to load one from.
         ref_model: another reference, as a model or by name.
-        args: the configuration. train_dataset, eval_dataset: rows of ``prompt``, ``chosen``, ``rejected``.
+        args: the configuration.
+        train_dataset, eval_dataset: rows of ``prompt``, ``chosen``, ``rejected``.
         kwargs: ``processing_class``, ``peft_config``, ``callbacks``, … as in :class:`SFTTrainer`.
     Logs:
         ``loss`` (log 2 at the start, for ``sigmoid``), ``rewards/chosen`` and ``rewards/rejected``
         (beta * log-ratio to the reference), ``rewards/margins`` (their difference), ``rewards/accuracies`` (share of
         pairs whose margin is positive; a tie counts one half, so policy = reference gives 0.5), ``logps/chosen`` and
-        ``logps/rejected`` (sums over completion tokens, in nats), ``perplexity/chosen`` (of all chosen tokens together).
+        ``logps/rejected`` (sums over completion tokens, in nats), ``perplexity/chosen`` (of all chosen tokens).
     Raises:
         ValueError: bad data, named by data set and row, before any step.
     """
@@ -74,7 +75,7 @@ class DPOTrainer(BaseTrainer):
         super().__init__(model, args, **kwargs)
         self.ref_policy: Policy | None = None
         if ref_model is not None:
-            loaded = load_model(ref_model, **(args.model_init_kwargs or {})) if isinstance(ref_model, str) else ref_model  # type: ignore[arg-type]
+            loaded = load_model(ref_model, **args.model_kwargs()) if isinstance(ref_model, str) else ref_model
             self.ref_policy = self._freeze(loaded)
         elif not self.model.has_adapter:
             self.ref_policy = self._freeze(copy.deepcopy(self.model.model))

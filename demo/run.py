@@ -1,0 +1,80 @@
+"""``make demo``: supervised fine-tuning, then DPO, then what changed, through the ordinary commands.
+
+python demo/run.py            a new small model, trained from nothing on the bundled corpus
+python demo/run.py MODEL      a model of yours (folder or hub name) on the same corpus
+"""
+
+import json
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from rlhf.cli.main import main
+from rlhf.evaluation import show_completions, show_metrics
+
+OUT = Path("runs/demo")
+PAIRS = "demo/data/pairs_eval.jsonl"
+GENTLE = "--max_steps 30 --per_device_train_batch_size 8 --logging_steps 5"  # for weights that know something already
+
+
+def rlhf(command: str) -> None:
+    words = shlex.split(command)
+    print(f"\n$ rlhf {shlex.join(words)}", flush=True)
+    if status := main(words):
+        sys.exit(status)
+
+
+def new_model(folder: Path) -> str:
+    set_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("demo/model")).save_pretrained(folder)
+    AutoTokenizer.from_pretrained("demo/model").save_pretrained(folder)
+    return str(folder)
+
+
+def evaluate(stage: str, model: str, reference: str | None, options: str = "") -> dict:
+    report = OUT / f"eval_{stage}.json"
+    against = f"--ref_model_name_or_path {reference}" if reference else ""
+    rlhf(
+        f"eval --model_name_or_path {model} {against} --dataset_name {PAIRS} --max_length 128 "
+        f"--num_completions 4 --max_new_tokens 24 --output_file {report} {options}"
+    )
+    return json.loads(report.read_text(encoding="utf-8"))
+
+
+def demo(model: str | None) -> None:
+    start = time.monotonic()
+    shutil.rmtree(OUT, ignore_errors=True)
+    gentle = "" if model is None else f"--dtype float32 {GENTLE}"
+    if model is None:
+        model = new_model(OUT / "base")
+    template = "" if AutoTokenizer.from_pretrained(model).chat_template else "--chat_template_path demo/model"
+    sft, dpo = OUT / "sft", OUT / "dpo"
+    rates = ("--learning_rate 2e-5", "--learning_rate 5e-6") if gentle else ("", "")
+    rlhf(f"sft --config demo/sft.yaml --model_name_or_path {model} {template} {gentle} {rates[0]}")
+    rlhf(f"dpo --config demo/dpo.yaml {gentle} {rates[1]}")
+    reports = {
+        "before": evaluate("before", model, None, template),
+        "after SFT": evaluate("sft", str(sft), str(sft)),
+        "after DPO": evaluate("dpo", str(dpo), str(sft)),
+    }
+    print(f"\nHeld-out rows ({PAIRS}): chosen answers' perplexity, and preferences against the model after SFT")
+    show_metrics({name: _figures(report["metrics"]) for name, report in reports.items()})
+    prompts = [entry["prompt"] for entry in reports["before"]["completions"]]
+    answers = {name: [entry["completion"] for entry in report["completions"]] for name, report in reports.items()}
+    show_completions(prompts, answers)
+    print(f"The checkpoint is in {dpo}: AutoModelForCausalLM.from_pretrained({str(dpo)!r})")
+    print(f"{time.monotonic() - start:.0f} s in all")
+
+
+def _figures(metrics: dict) -> dict:
+    perplexity = metrics.get("perplexity", metrics.get("perplexity/chosen"))
+    preferences = {key: metrics[key] for key in ("rewards/accuracies", "rewards/margins") if key in metrics}
+    return {"perplexity": perplexity, **preferences}
+
+
+if __name__ == "__main__":
+    demo(sys.argv[1] if len(sys.argv) > 1 else None)
