@@ -130,9 +130,9 @@ def ipo_loss(
         raise ValueError("chosen_lengths and rejected_lengths go together: pass both or neither")
     if chosen_lengths is not None and rejected_lengths is not None:
         check_same_shape(policy_chosen=policy_chosen, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
-        per_chosen, per_rejected = 1 / chosen_lengths.clamp(min=1), 1 / rejected_lengths.clamp(min=1)
-        policy_chosen, ref_chosen = upcast(policy_chosen) * per_chosen, upcast(ref_chosen) * per_chosen
-        policy_rejected, ref_rejected = upcast(policy_rejected) * per_rejected, upcast(ref_rejected) * per_rejected
+        of_chosen, of_rejected = chosen_lengths.clamp(min=1), rejected_lengths.clamp(min=1)
+        policy_chosen, ref_chosen = upcast(policy_chosen) / of_chosen, upcast(ref_chosen) / of_chosen
+        policy_rejected, ref_rejected = upcast(policy_rejected) / of_rejected, upcast(ref_rejected) / of_rejected
     margin = _log_ratio_margin(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
     return reduce(_smoothed(lambda h: (h - 1 / (2 * beta)) ** 2, margin, label_smoothing), reduction, weight, mask)
 

@@ -32,3 +32,139 @@ def test_models_agree_with_their_own_logits(name):
     ids = torch.randint(1, 330, (2, 12), generator=torch.Generator().manual_seed(0))
     dense = model(ids).logits.double().log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None]).view(-1)
     close(model_scores(model, Targets.from_labels(ids), input_ids=ids).logps.detach(), dense.detach())
+
+
+def problem(rows=40, vocabulary=50, size=8, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, size, generator=g, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocabulary, size, generator=g, dtype=dtype, requires_grad=True)
+    source = torch.randint(rows, (33,), generator=g)  # some rows several times, as under a shared prompt
+    token = torch.randint(vocabulary, (33,), generator=g)
+    return hidden, Head(weight), Targets(source, token, torch.zeros_like(token))
+
+
+def dense(hidden, head, targets):
+    """(logps, entropy) by the plain formula, from all the logits at once."""
+    logits = head.logits(hidden).log_softmax(-1)[targets.source]
+    return logits.gather(1, targets.token[:, None]).squeeze(1), -(logits.exp() * logits).sum(-1)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("mode", ["auto", "save", "recompute"])
+@pytest.mark.parametrize("chunk_size", [None, 1, 7, 33, 100])
+def test_any_mode_and_chunk_size_is_the_dense_formula(mode, chunk_size, entropy):
+    hidden, head, targets = problem()
+    weights = torch.linspace(-1, 1, len(targets))
+
+    def gradients(logps, entropies):
+        total = (weights * logps).sum() + ((1 + weights) * entropies).sum() if entropy else (weights * logps).sum()
+        return torch.autograd.grad(total, (hidden, head.weight))
+
+    want_logps, want_entropy = dense(hidden, head, targets)
+    scores = score(hidden, head, targets, mode=mode, chunk_size=chunk_size, entropy=entropy)
+    close(scores.logps.detach(), want_logps.detach())
+    for got, want in zip(gradients(*scores), gradients(want_logps, want_entropy), strict=True):
+        close(got, want)
+
+
+@pytest.mark.parametrize(("mode", "products"), [("none", 1), ("save", 3), ("recompute", 4)])
+def test_the_profiler_counts_the_products_of_the_head(mode, products):
+    hidden, head, targets = problem(rows=64)
+    vocabulary = head.weight.size(0)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        if mode == "none":
+            with torch.no_grad():
+                score(hidden, head, targets, chunk_size=len(targets))
+        else:
+            score(hidden, head, targets, mode=mode, chunk_size=len(targets)).logps.sum().backward()
+    large = [
+        event
+        for event in profile.events()
+        if event.name in ("aten::mm", "aten::addmm", "aten::addmm_")
+        and any(vocabulary in shape for shape in event.input_shapes)
+    ]
+    assert len(large) == products, [event.name for event in large]
+
+
+def test_a_frozen_head_costs_one_product_less_and_gets_no_gradient():
+    hidden, head, targets = problem()
+    frozen = Head(head.weight.detach())
+    with torch.profiler.profile() as profile:
+        score(hidden, frozen, targets, mode="save", chunk_size=len(targets)).logps.sum().backward()
+    assert sum(event.name in ("aten::mm", "aten::addmm_") for event in profile.events()) == 2
+    assert hidden.grad is not None and frozen.weight.grad is None
+
+
+def test_never_more_than_a_chunk_of_logits():
+    hidden, head, _ = problem(rows=4096, vocabulary=4000)
+    many = Targets(torch.arange(4096), torch.zeros(4096, dtype=torch.int64), torch.zeros(4096, dtype=torch.int64))
+    with torch.profiler.profile(profile_memory=True) as profile, torch.no_grad():
+        score(hidden, head, many, chunk_size=64)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest < 3 * 64 * 4000 * 4  # a few chunks; all the logits would be 64 times as much
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_in_float32_out(dtype):
+    hidden, head, targets = problem(dtype=torch.float32)
+    low = hidden.detach().to(dtype).requires_grad_()
+    low_head = Head(head.weight.detach().to(dtype).requires_grad_())
+    scores = score(low, low_head, targets)
+    assert scores.logps.dtype == torch.float32
+    want, _ = dense(low.detach().float(), Head(low_head.weight.detach().float()), targets)
+    close(scores.logps.detach(), want)
+    scores.logps.sum().backward()
+    assert low.grad.dtype == dtype and low_head.weight.grad.dtype == dtype
+
+
+def test_logps_are_trls_chunked_ones():
+    trl = pytest.importorskip("trl.trainer.utils")
+    hidden, head, targets = problem()
+    want = trl.selective_log_softmax(head.logits(hidden)[targets.source], targets.token)
+    close(score(hidden, head, targets, chunk_size=5).logps.detach(), want.detach())
+
+
+def test_bad_input_is_named():
+    hidden, head, targets = problem()
+    with pytest.raises(ValueError, match="hidden states have size 7, the head 8"):
+        score(hidden[:, :7], head, targets)
+    with pytest.raises(ValueError, match=r"target token 50 is outside the vocabulary \[0, 50\)"):
+        score(hidden, head, Targets(targets.source, targets.token * 0 + 50, targets.sequence))
+
+
+class Scaled(torch.nn.Linear):
+    """A head that no config describes."""
+
+    def forward(self, x):
+        return super().forward(x) * 1.5
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_a_head_that_fails_the_check_takes_the_exact_fallback(entropy, caplog):
+    model = tiny_model().eval()
+    odd = Scaled(32, 330, bias=False)
+    odd.weight = model.lm_head.weight
+    model.lm_head = odd
+    ids = torch.randint(1, 330, (2, 12), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, :5] = -100
+    targets = Targets.from_labels(labels)
+    scores = model_scores(model, targets, entropy=entropy, input_ids=ids)
+    assert verified_settings(model) is None
+    assert sum("using the model's own head" in message for message in caplog.messages) == 1
+    logits = model(ids).logits.log_softmax(-1).view(-1, 330)[targets.source]
+    close(scores.logps.detach(), logits.gather(1, targets.token[:, None]).squeeze(1).detach())
+    if entropy:
+        close(scores.entropy.detach(), -(logits.exp() * logits).sum(-1).detach())
+
+
+def test_an_adapter_on_the_head_is_not_passed_over():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["lm_head"], init_lora_weights=False)).eval()
+    ids = torch.randint(1, 330, (2, 12), generator=torch.Generator().manual_seed(0))
+    want = model(input_ids=ids).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None]).view(-1)
+    scores = model_scores(model, Targets.from_labels(ids), input_ids=ids)
+    close(scores.logps.detach(), want.detach())
+    scores.logps.sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora" in n)
