@@ -57,6 +57,8 @@ class BaseConfig(TrainingArguments):
         if self.max_seq_length is not None:
             logger.warning("max_seq_length is now called max_length; using max_length=%d", self.max_seq_length)
             self.max_length, self.max_seq_length = self.max_seq_length, None
+        if self.ddp_find_unused_parameters is None:  # all are used; looking for others costs a walk of the graph a step
+            self.ddp_find_unused_parameters = False
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         if self.max_length < 2:
             raise ValueError(f"max_length must be at least 2 tokens, got {self.max_length}")

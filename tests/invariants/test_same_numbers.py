@@ -1,0 +1,157 @@
+"""Whole runs that must agree: losses, metrics and weights do not depend on how the work is cut up."""
+
+import importlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import close, tiny_model
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from rlhf import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from rlhf.data import Batch, Collator
+
+ROOT = Path(__file__).parents[2]
+STEPS = 3
+scoring = importlib.import_module("rlhf.logprobs.score")  # the name in the package is the function's
+KINDS = {"sft": (SFTTrainer, SFTConfig, "sft_rows"), "dpo": (DPOTrainer, DPOConfig, "preference_rows")}
+CUT = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "epoch")
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def run(kind, request, tmp_path, tokenizer):
+    """Train a fresh tiny model; gives its log and weights."""
+
+    def train(batch=8, accumulation=1, collator=None, resume=None, callbacks=(), name="run", **changes):
+        trainer_class, config_class, rows = KINDS[kind]
+        args = config_class(
+            str(tmp_path / name), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+            max_steps=STEPS, logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True,
+            **{"learning_rate": 1e-3, "save_strategy": "no", **changes},
+        )  # fmt: skip
+        trainer = trainer_class(
+            model=tiny_model(), args=args, data_collator=collator, train_dataset=request.getfixturevalue(rows),
+            processing_class=tokenizer, callbacks=list(callbacks),
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return log_of(trainer), dict(trainer.model.model.named_parameters())
+
+    return train
+
+
+def log_of(trainer):
+    return [{k: v for k, v in entry.items() if k not in CUT} for entry in trainer.state.log_history if "loss" in entry]
+
+
+def agree(one, other):
+    (log, weights), (other_log, other_weights) = one, other
+    assert len(log) == len(other_log) == STEPS
+    for entry, other_entry in zip(log, other_log, strict=True):
+        assert entry.keys() == other_entry.keys()
+        for key in entry:
+            close(other_entry[key], entry[key])
+    assert weights.keys() == other_weights.keys()
+    for key, weight in weights.items():
+        close(other_weights[key].detach(), weight.detach())
+
+
+@pytest.fixture
+def whole(run):
+    return run()
+
+
+def test_weights_move_and_the_log_has_figures(whole):
+    log, weights = whole
+    start = dict(tiny_model().named_parameters())
+    assert all(not torch.equal(weights[key], start[key]) for key in weights)
+    assert log[0]["loss"] > 0 and log[0]["grad_norm"] > 0
+
+
+def test_accumulated(run, whole):
+    agree(whole, run(batch=1, accumulation=8))
+
+
+def test_left_padded(run, whole):
+    agree(whole, run(collator=Collator(0, padding_side="left")))
+
+
+def wider(rows, more=5):
+    """The collator's batch with more padding, of a token that occurs in the text."""
+    batch = Collator(7)(rows)
+    width = batch.input_ids.size(1)
+    tensors = {name: F.pad(t, (0, more), value=7 if name == "input_ids" else 0) for name, t in batch.inputs().items()}
+    row, column = batch.targets.source // width, batch.targets.source % width
+    return Batch(targets=replace(batch.targets, source=row * (width + more) + column), **tensors)
+
+
+def test_padded_wider(run, whole):
+    agree(whole, run(collator=wider))
+
+
+def test_any_chunk_size(run, whole, monkeypatch):
+    monkeypatch.setattr(scoring, "_chunk_size", lambda *_: 3)
+    agree(whole, run())
+
+
+def test_logits_kept_or_computed_again(run, whole, monkeypatch):
+    monkeypatch.setattr(scoring, "_chunks_to_keep", lambda *_: 0)
+    agree(whole, run())
+
+
+def test_activation_checkpointing(run, whole):
+    agree(whole, run(activation_checkpointing=True))
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+
+
+def test_resumed_is_uninterrupted(run, whole, tmp_path):
+    run(name="cut", callbacks=[Stop()], save_strategy="steps", save_steps=2)
+    checkpoint = tmp_path / "cut" / "checkpoint-2"
+    assert AutoModelForCausalLM.from_pretrained(checkpoint).config.model_type == "llama"
+    agree(whole, run(name="cut", resume=str(checkpoint)))
+
+
+def test_two_processes(kind, tmp_path, model_folder, data_files):
+    """``accelerate launch`` with our own config and script (gloo), against one process with twice the batch."""
+
+    def command(folder, batch):
+        data = data_files / {"sft": "sft.jsonl", "dpo": "preferences.jsonl"}[kind]
+        options = dict(
+            model_name_or_path=model_folder, dataset_name=data, output_dir=folder, per_device_train_batch_size=batch,
+            max_steps=STEPS, learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none",
+            eval_dataset_name=data, per_device_eval_batch_size=5,
+        )  # fmt: skip
+        return [f"--{key}={value}" for key, value in options.items()] + ["--use_cpu"]
+
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/two_cpu.yaml"]
+    script = f"scripts/{kind}.py"
+    found = []
+    for folder, argv in (
+        (tmp_path / "one", [sys.executable, script, *command(tmp_path / "one", 8)]),
+        (tmp_path / "two", [*launch, "--main_process_port", "0", script, *command(tmp_path / "two", 4)]),
+    ):
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        state = json.loads((folder / "trainer_state.json").read_text())
+        evaluation = json.loads((folder / "all_results.json").read_text())
+        log = [{k: v for k, v in entry.items() if k not in CUT} for entry in state["log_history"] if "loss" in entry]
+        weights = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+        found.append((log, weights, evaluation))
+    agree(found[0][:2], found[1][:2])
+    measured = [k for k in found[0][2] if k.startswith("eval_") and "per_second" not in k and "runtime" not in k]
+    assert "eval_loss" in measured
+    for key in measured:
+        close(found[1][2][key], found[0][2][key])
