@@ -15,8 +15,9 @@ COMMANDS = {
 _EXAMPLES = """examples:
   rlhf sft --config configs/sft.yaml
   rlhf dpo --config configs/dpo.yaml --beta 0.2 --output_dir runs/dpo-0.2
-  rlhf eval --model_name_or_path runs/dpo --ref_model_name_or_path runs/sft --dataset_name pairs.jsonl
-  accelerate launch --config_file configs/accelerate/multi_gpu.yaml scripts/dpo.py --config configs/dpo.yaml
+  rlhf eval --model_name_or_path runs/dpo --dataset_name pairs.jsonl
+  accelerate launch --config_file configs/accelerate/multi_gpu.yaml \\
+      scripts/dpo.py --config configs/dpo.yaml
 """
 
 

@@ -105,7 +105,7 @@ def _turns(row: Mapping[str, Any], column: str) -> Turns:
             raise ValueError(f"{column!r} is empty")
         return value
     if not isinstance(value, list):
-        raise ValueError(f"{column!r} is {_kind(value)}, expected text or a list of messages")
+        raise ValueError(f"{column!r} is {kind(value)}, expected text or a list of messages")
     if not value:
         raise ValueError(f"{column!r} is empty")
     return [_message(turn, column, number) for number, turn in enumerate(value, start=1)]
@@ -114,7 +114,7 @@ def _turns(row: Mapping[str, Any], column: str) -> Turns:
 def _message(turn: Any, column: str, number: int) -> Message:
     where = f"{column!r}, message {number}"
     if not isinstance(turn, dict):
-        raise ValueError(f"{where} is {_kind(turn)}, expected an object with 'role' and 'content'")
+        raise ValueError(f"{where} is {kind(turn)}, expected an object with 'role' and 'content'")
     message = {key: value for key, value in turn.items() if value is not None}
     if "from" in message:  # ShareGPT
         role = message.pop("from")
@@ -123,11 +123,15 @@ def _message(turn: Any, column: str, number: int) -> Message:
         raise ValueError(f"{where} has no 'role'")
     content = message.get("content")
     if not isinstance(content, str) and "tool_calls" not in message:
-        raise ValueError(f"{where}: 'content' is {_kind(content)}, expected text")
+        raise ValueError(f"{where}: 'content' is {kind(content)}, expected text")
     if message["role"] == "assistant" and "tool_calls" not in message and not str(content).strip():
         raise ValueError(f"{where}: the assistant's answer is empty")
     return message
 
 
-def _kind(value: Any) -> str:
-    return "missing" if value is None else f"a {type(value).__name__}"
+_KINDS = {int: "a number", float: "a number", bool: "true or false", str: "text", list: "a list", dict: "an object"}
+
+
+def kind(value: Any) -> str:
+    """What a value is, in the words of a data file."""
+    return "missing" if value is None else _KINDS.get(type(value), f"a {type(value).__name__}")

@@ -29,7 +29,7 @@ def load_data(source: str, split: str = "train", name: str | None = None) -> Dat
             raise ValueError(f"{source}: cannot tell the format; rename it to one of {', '.join(_BUILDERS)} (or .gz)")
         try:
             dataset = load_dataset(_BUILDERS[suffix], data_files=str(path), split=split)
-        except (DatasetGenerationError, ValueError, OSError, EOFError) as error:
+        except (DatasetGenerationError, ValueError, OSError, EOFError, StopIteration) as error:
             fault = _json_fault(path) if _BUILDERS[suffix] == "json" else None
             raise ValueError(
                 f"{source}: {fault or f'cannot be read ({_first_line(error.__cause__ or error)})'}"

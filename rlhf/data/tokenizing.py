@@ -82,7 +82,7 @@ def _encode_sft(row: Row, tokenizer: PreTrainedTokenizerBase, column: str) -> Ro
         return {"input_ids": prompt_ids + completion_ids, "labels": [IGNORE] * len(prompt_ids) + completion_ids}
     text = row[column]
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{column!r} is {'empty' if text == '' else f'a {type(text).__name__}'}, expected text")
+        raise ValueError(f"{column!r} is {'empty' if isinstance(text, str) else formats.kind(text)}, expected text")
     ids = chat.encode_text(tokenizer, text)
     return {"input_ids": ids, "labels": ids}
 

@@ -23,7 +23,8 @@ def load_model(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
         ValueError: neither a folder here nor a model on the hub.
     """
     kwargs.setdefault("dtype", "auto")
-    folder = Path(name_or_path).expanduser()
+    name = _resolve(name_or_path)
+    folder = Path(name)
     if folder.is_dir():
         if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
             base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
@@ -32,19 +33,28 @@ def load_model(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
             return adapted.merge_and_unload()
         if not (folder / "config.json").exists():
             raise FileNotFoundError(f"{name_or_path}: the folder holds no model (no config.json)")
-    elif folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
-        raise FileNotFoundError(f"{name_or_path}: no such model folder")
     try:
-        return AutoModelForCausalLM.from_pretrained(str(folder) if folder.is_dir() else name_or_path, **kwargs)
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{name_or_path}: cannot be loaded as a causal LM ({first})") from error
 
 
+def _resolve(name_or_path: str) -> str:
+    """A folder that exists, or what may be a name on the hub; raises for a path to nothing."""
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
+        raise FileNotFoundError(f"{name_or_path}: no such model folder")
+    return name_or_path
+
+
 def load_tokenizer(name_or_path: str, chat_template_path: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer, with the chat template of a ``.jinja`` file or of another model's folder where one is given."""
+    name = _resolve(name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(Path(name_or_path).expanduser()))
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name_or_path}: no tokenizer found there; pass processing_class, or copy one in") from error
     if chat_template_path is not None:

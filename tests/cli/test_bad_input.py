@@ -1,0 +1,182 @@
+"""Each mistake ends with status 2 and one line that names what was found, where, and what to do; nothing is lost."""
+
+import gzip
+import json
+import shutil
+
+import pytest
+from conftest import write_rows
+
+from rlhf.cli.main import main
+
+GOOD = {"prompt": "the cat", "chosen": " is big", "rejected": " is red"}
+TURN = {"role": "user", "content": "why"}
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def fails(capsys, out, model_folder):
+    """Run a command that must fail; gives its one line."""
+
+    def run(command, data=None, model=model_folder, **options):
+        options = dict(model_name_or_path=model, output_dir=out, max_steps=1, report_to="none", use_cpu=True) | options
+        if data is not None:
+            options["dataset_name"] = data
+        capsys.readouterr()
+        argv = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+        assert main([command, *argv]) == 2
+        printed = capsys.readouterr()
+        lines = [line for line in printed.err.splitlines() if line.startswith(f"rlhf {command}: ")]
+        assert len(lines) == 1 and "Traceback" not in printed.err + printed.out
+        return lines[0]
+
+    return run
+
+
+def text_file(path, text):
+    path.write_text(text)
+    return path
+
+
+def truncated_gzip(path):
+    whole = gzip.compress("".join(json.dumps({**GOOD, "n": n}) + "\n" for n in range(2000)).encode())
+    path.write_bytes(whole[: len(whole) // 2])
+    return path
+
+
+ROWS = {
+    "empty completion": ("sft", {"prompt": "a", "completion": ""}, "'completion' is empty"),
+    "identical answers": ("dpo", {**GOOD, "rejected": GOOD["chosen"]}, "'chosen' and 'rejected' are identical"),
+    "a non-string": ("sft", {"prompt": "a", "completion": None}, "has no 'completion'"),
+    "an unknown label": ("sft", {"input_ids": [1, 2], "labels": [1, 5000]}, "token 5000 in 'labels' is outside"),
+    "a long prompt": ("dpo", {**GOOD, "prompt": "the " * 2000}, "raise --max_length, or pass --drop_long_prompts"),
+    "a message without content": (
+        "sft",
+        {"messages": [TURN, {"role": "assistant"}]},
+        "message 2: 'content' is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_a_bad_row_is_named_with_its_file(case, fails, tmp_path):
+    command, row, said = ROWS[case]
+    good = {key: "the cat " + key if isinstance(value, str) or value is None else value for key, value in row.items()}
+    good |= {"labels": [1, 2]} if "labels" in row else {}
+    good |= {"messages": [TURN, {"role": "assistant", "content": "no"}]} if "messages" in row else {}
+    line = fails(command, write_rows(tmp_path / "rows.jsonl", [good, good | {}, row]))
+    assert "rows.jsonl, row 3: " in line and said in line
+
+
+FILES = {
+    "no such file": (lambda p: p / "none.jsonl", "none.jsonl: no such file or folder"),
+    "a format that we do not know": (lambda p: text_file(p / "rows.txt", "a"), "rows.txt: cannot tell the format"),
+    "an empty file": (lambda p: text_file(p / "rows.jsonl", ""), "rows.jsonl: the file is empty"),
+    "half a gzip file": (lambda p: truncated_gzip(p / "rows.jsonl.gz"), "the gzip file ends early, after row"),
+    "half a line": (
+        lambda p: text_file(p / "rows.jsonl", json.dumps(GOOD) + '\n{"prompt": "a'),
+        "rows.jsonl: row 2 is not valid JSON",
+    ),
+    "a broken Parquet file": (lambda p: text_file(p / "rows.parquet", "PAR1"), "rows.parquet: cannot be read"),
+    "a missing column": (
+        lambda p: write_rows(p / "rows.jsonl", [{"question": "a"}]),
+        "rows.jsonl: no column 'chosen' and 'rejected': found question",
+    ),
+    "two types in a column": (
+        lambda p: write_rows(p / "rows.jsonl", [GOOD, {**GOOD, "chosen": 3}]),
+        "row 2: 'chosen' is a",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_bad_file_is_named(case, fails, tmp_path):
+    make, said = FILES[case]
+    assert said in fails("dpo", make(tmp_path))
+
+
+@pytest.fixture
+def pairs(data_files):
+    return data_files / "preferences.jsonl"
+
+
+def test_a_model_folder_that_is_not_there(fails, pairs, tmp_path):
+    assert "nowhere/model: no such model folder" in fails("dpo", pairs, model="./nowhere/model")
+    (tmp_path / "empty").mkdir()
+    assert "the folder holds no model (no config.json)" in fails("dpo", pairs, model=tmp_path / "empty")
+
+
+def test_weights_that_are_not_there(fails, pairs, tmp_path, model_folder):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    assert "cannot be loaded as a causal LM" in fails("dpo", pairs, model=folder)
+
+
+def test_conversations_without_a_template(fails, tmp_path, model_folder):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "chat_template.jinja").unlink()
+    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": [TURN, {"role": "assistant", "content": "no"}]}])
+    assert "row 1: the data is conversational but the tokenizer has no chat template" in fails(
+        "sft", rows, model=folder
+    )
+
+
+def test_options_are_checked_with_the_nearest_name(fails, pairs, tmp_path):
+    assert "unknown option --bta; did you mean --beta?" in fails("dpo", pairs, bta=1)
+    assert "--beta: invalid float value: 'high'" in fails("dpo", pairs, beta="high")
+    assert "loss_type must be one of sigmoid, hinge, ipo, got 'dpo'" in fails("dpo", pairs, loss_type="dpo")
+    assert "beta must be in (0.0, inf), got -1.0" in fails("dpo", pairs, beta=-1)
+    config = text_file(tmp_path / "c.yaml", "lerning_rate: 1e-6\n")
+    assert "c.yaml: unknown key 'lerning_rate'; did you mean learning_rate?" in fails("dpo", pairs, config=config)
+    config = text_file(tmp_path / "c.yaml", "beta: [1\n")
+    assert "c.yaml: not valid YAML" in fails("dpo", pairs, config=config)
+    assert "none.yaml: no such config file" in fails("dpo", pairs, config=tmp_path / "none.yaml")
+
+
+def test_what_is_missing_is_asked_for(fails, pairs):
+    assert "--dataset_name is missing" in fails("dpo")
+    assert "--model_name_or_path is missing" in fails("dpo", pairs, model=None)
+    assert "--output_dir is missing" in fails("dpo", pairs, output_dir=None)
+    assert "pass --eval_dataset_name" in fails("dpo", pairs, eval_strategy="epoch")
+
+
+def test_a_folder_that_holds_something_is_left_alone(fails, pairs, out):
+    out.mkdir()
+    (out / "thesis.tex").write_text("mine")
+    assert "not empty and no run of ours" in fails("dpo", pairs)
+    assert "not empty and no run of ours" in fails("dpo", pairs, overwrite=True)
+    assert (out / "thesis.tex").read_text() == "mine"
+    (out / "thesis.tex").unlink()
+    (out / "training_args.bin").write_bytes(b"a run")
+    assert "pass --resume to go on, or --overwrite to replace it" in fails("dpo", pairs)
+    assert "no checkpoint to resume from" in fails("dpo", pairs, resume=True)
+    assert "exclude each other" in fails("dpo", pairs, resume=True, overwrite=True)
+
+
+def test_bad_data_does_not_cost_the_run_that_it_would_replace(fails, out, tmp_path):
+    out.mkdir()
+    (out / "training_args.bin").write_bytes(b"a run")
+    bad = write_rows(tmp_path / "rows.jsonl", [{**GOOD, "chosen": ""}])
+    assert "row 1: 'chosen' is empty" in fails("dpo", bad, overwrite=True)
+    assert (out / "training_args.bin").read_bytes() == b"a run"
+
+
+def test_nothing_is_written_on_failure(fails, out, tmp_path):
+    fails("dpo", write_rows(tmp_path / "rows.jsonl", [{**GOOD, "chosen": ""}]))
+    assert not out.exists()
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert main(["sft", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_unknown_command_is_named(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["frobnicate"])
+    assert stopped.value.code == 2
+    assert "invalid choice: 'frobnicate'" in capsys.readouterr().err

@@ -1,0 +1,115 @@
+"""The commands from a data file to a checkpoint, in process."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf.cli.arguments import DataArguments, ModelArguments, parse
+from rlhf.cli.main import COMMANDS, main
+from rlhf.trainers import SFTConfig
+
+FILES = {"sft": "sft.jsonl", "dpo": "preferences.jsonl"}
+
+
+@pytest.fixture
+def train(tmp_path, model_folder, data_files, capsys):
+    def run(command, *more):
+        options = dict(
+            model_name_or_path=model_folder, output_dir=tmp_path / "run", max_steps=2, learning_rate=1e-3,
+            dataset_name=data_files / FILES[command], report_to="none", use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        assert main([command, *(f"--{k}={v}" for k, v in options.items()), *more]) == 0, capsys.readouterr().err
+        return tmp_path / "run"
+
+    return run
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo"])
+def test_from_a_file_to_a_checkpoint_that_loads(command, train, model_folder, data_files):
+    file = data_files / FILES[command]
+    folder = train(command, "--eval_dataset_name", str(file), "--dataset_test_split", "train[:8]")
+    trained, start = (AutoModelForCausalLM.from_pretrained(f) for f in (folder, model_folder))
+    assert trained.config.to_dict().keys() == start.config.to_dict().keys()
+    assert trained.config.use_cache == start.config.use_cache
+    assert not torch.equal(trained.lm_head.weight, start.lm_head.weight)
+    assert (
+        AutoTokenizer.from_pretrained(folder).chat_template == AutoTokenizer.from_pretrained(model_folder).chat_template
+    )
+    results = json.loads((folder / "all_results.json").read_text())
+    assert results["eval_perplexity" if command == "sft" else "eval_rewards/accuracies"] > 0
+
+
+def test_an_adapter_is_saved_alone_and_loads(train, model_folder):
+    folder = train("dpo", "--use_peft", "--lora_r", "4")
+    assert not (folder / "model.safetensors").exists()
+    adapted = AutoModelForCausalLM.from_pretrained(folder)  # transformers reads adapter_config.json
+    assert any("lora_B" in name and p.any() for name, p in adapted.named_parameters())
+    assert main(["eval", "--model_name_or_path", str(folder), "--dataset_name", "x.jsonl"]) == 2  # merges, then reads
+
+
+def test_resume_and_overwrite(train):
+    folder = train("sft", "--save_steps", "1")
+    assert (folder / "checkpoint-2").is_dir()
+    train("sft", "--save_steps", "1", "--resume", "--max_steps", "3")
+    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 3
+    train("sft", "--save_strategy", "no", "--overwrite")
+    assert not (folder / "checkpoint-2").exists() and (folder / "model.safetensors").exists()
+
+
+def test_eval_says_the_same_for_any_batch_size(tmp_path, model_folder, data_files, train):
+    tuned = train("sft")
+    found = []
+    for size in (1, 5, 48):
+        report = tmp_path / f"{size}.json"
+        argv = ["eval", "--model_name_or_path", str(tuned), "--ref_model_name_or_path", str(model_folder)]
+        argv += ["--dataset_name", str(data_files / "preferences.jsonl"), "--batch_size", str(size)]
+        assert main([*argv, "--num_completions", "2", "--max_new_tokens", "4", "--output_file", str(report)]) == 0
+        found.append(json.loads(report.read_text()))
+    for report in found[1:]:
+        assert report["metrics"] == pytest.approx(found[0]["metrics"], rel=1e-5, abs=1e-5)
+        assert report["completions"] == found[0]["completions"]
+    assert {"rewards/accuracies", "rewards/margins", "perplexity/chosen"} <= found[0]["metrics"].keys()
+    assert len(found[0]["completions"]) == 2
+
+
+def read(tmp_path, text, *argv):
+    (tmp_path / "c.yaml").write_text(text)
+    return parse("sft", (DataArguments, ModelArguments, SFTConfig), ["--config", str(tmp_path / "c.yaml"), *argv])
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path):
+    text = (
+        f"learning_rate: 3e-4\nmax_length: 77\nuse_peft: true\noutput_dir: {tmp_path}\nlora_target_modules: [q_proj]\n"
+    )
+    _, model, args = read(tmp_path, text, "--max_length", "99", "--use_peft", "false")
+    assert (args.learning_rate, args.max_length, model.use_peft) == (3e-4, 99, False)
+    assert model.lora_target_modules == ["q_proj"] and model.lora_r == 16
+
+
+def test_old_names_are_taken_with_a_warning(tmp_path, caplog):
+    args = read(tmp_path, f"max_seq_length: 55\noutput_dir: {tmp_path}\n")[-1]
+    assert args.max_length == 55 and "max_seq_length is now called max_length" in caplog.text
+
+
+def test_help_fits_a_screen(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) <= 24 and max(map(len, shown.splitlines())) <= 80
+    assert all(command in shown for command in COMMANDS)
+
+
+def test_help_of_a_command_lists_our_options_first(capsys):
+    with pytest.raises(SystemExit):
+        main(["sft", "--help"])
+    shown = capsys.readouterr().out
+    ours, theirs = shown.split("inherited from transformers.TrainingArguments")
+    assert all(f"--{name}" in ours for name in ("config", "dataset_name", "max_length", "output_dir", "learning_rate"))
+    assert "--adam_beta1" in theirs and "--adam_beta1" not in ours
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() in (Path(__file__).parents[2] / "pyproject.toml").read_text()
