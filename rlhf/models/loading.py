@@ -56,7 +56,7 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None = None) -> 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name_or_path}: no tokenizer found there; pass processing_class, or copy one in") from error
+        raise ValueError(f"{name_or_path}: no tokenizer found there; copy the base model's files in") from error
     if chat_template_path is not None:
         path = Path(chat_template_path).expanduser()
         if path.is_file():

@@ -104,10 +104,13 @@ def pairs(data_files):
     return data_files / "preferences.jsonl"
 
 
-def test_a_model_folder_that_is_not_there(fails, pairs, tmp_path):
+def test_a_model_folder_that_is_not_there(fails, pairs, tmp_path, model_folder):
     assert "nowhere/model: no such model folder" in fails("dpo", pairs, model="./nowhere/model")
     (tmp_path / "empty").mkdir()
-    assert "the folder holds no model (no config.json)" in fails("dpo", pairs, model=tmp_path / "empty")
+    assert "empty: no tokenizer found there" in fails("dpo", pairs, model=tmp_path / "empty")
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "config.json").unlink()
+    assert "the folder holds no model (no config.json)" in fails("dpo", pairs, model=folder)
 
 
 def test_weights_that_are_not_there(fails, pairs, tmp_path, model_folder):
