@@ -1,0 +1,15 @@
+"""FSDP2's sharding on two CPU processes; accelerate itself turns FSDP on for accelerators only."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def test_a_sharded_policy_scores_like_a_whole_one():
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", HERE / "sharded.py"]
+    paths = os.pathsep.join([str(HERE.parent), *sys.path])
+    done = subprocess.run(argv, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
