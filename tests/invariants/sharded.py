@@ -10,22 +10,31 @@ from torch.distributed.tensor import DTensor
 from rlhf.data import Collator
 from rlhf.models import Policy
 
-dist.init_process_group("gloo")
-mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-rows = [{"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, 7, 8, 9]}, {"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}]
-batch = Collator(0)(rows)
-for name in ("llama", "qwen2", "gemma2"):  # a separate head, a tied one, a capped one
-    whole, sharded = Policy(tiny_model(name)), Policy(tiny_model(name))
-    for layer in sharded.model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(sharded, mesh=mesh)
-    assert all(isinstance(p, DTensor) for p in sharded.parameters())
-    logps = [policy(batch).logps for policy in (whole, sharded)]
-    close(logps[1].detach(), logps[0].detach())
-    for scores in logps:
-        scores.sum().backward()
-    for one, other in zip(whole.parameters(), sharded.parameters(), strict=True):
-        close(other.grad.full_tensor(), one.grad)
-    with torch.no_grad():
-        close(sharded(batch).logps, logps[0].detach())
-dist.destroy_process_group()
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    rows = [
+        {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, 7, 8, 9]},
+        {"input_ids": [3, 4, 5], "labels": [-100, 4, 5]},
+    ]
+    batch = Collator(0)(rows)
+    for name in ("llama", "qwen2", "gemma2"):  # a separate head, a tied one, a capped one
+        whole, sharded = Policy(tiny_model(name)), Policy(tiny_model(name))
+        for layer in sharded.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        assert all(isinstance(p, DTensor) for p in sharded.parameters())
+        logps = [policy(batch).logps for policy in (whole, sharded)]
+        close(logps[1].detach(), logps[0].detach())
+        for scores in logps:
+            scores.sum().backward()
+        for one, other in zip(whole.parameters(), sharded.parameters(), strict=True):
+            close(other.grad.full_tensor(), one.grad)
+        with torch.no_grad():
+            close(sharded(batch).logps, logps[0].detach())
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
