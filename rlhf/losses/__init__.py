@@ -1,23 +1,68 @@
 """Every loss as a pure function of tensors; needs torch alone.
 
-One private file a family (language models, preferences; the rest of the catalogue joins them), re-exported here.
-Signature order: predictions, targets or old values, keyword hyper-parameters, ``reduction``, ``weight``, ``mask``.
+One private file a family, re-exported here. Signature order: predictions, targets or old values, keyword
+hyper-parameters, ``reduction``, ``weight``, ``mask``.
 """
 
+from rlhf.losses._anchored import kto_loss
 from rlhf.losses._checks import checks
+from rlhf.losses._classification import (
+    bce_loss,
+    bce_with_logits_loss,
+    categorical_cross_entropy,
+    class_weights,
+    cross_entropy_loss,
+    focal_loss,
+    hinge_loss,
+    label_smoothing_loss,
+    modified_huber_loss,
+    multiclass_focal_loss,
+    nll_loss,
+    poly1_loss,
+)
 from rlhf.losses._language import causal_lm_loss, perplexity, sequence_logps, shift, token_logps
-from rlhf.losses._preference import PREFERENCE_LOSSES, dpo_loss, hinge_loss, ipo_loss, sigmoid_loss
+from rlhf.losses._preference import PREFERENCE_LOSSES, arguments_of, dpo_loss
+from rlhf.losses._regression import (
+    epsilon_insensitive_loss,
+    huber_loss,
+    log_cosh_loss,
+    mae_loss,
+    mse_loss,
+    quantile_loss,
+    smooth_l1_loss,
+)
+from rlhf.losses._rewards import plackett_luce_loss, reward_loss
 
 __all__ = [
     "PREFERENCE_LOSSES",
+    "arguments_of",
+    "bce_loss",
+    "bce_with_logits_loss",
+    "categorical_cross_entropy",
     "causal_lm_loss",
     "checks",
+    "class_weights",
+    "cross_entropy_loss",
     "dpo_loss",
+    "epsilon_insensitive_loss",
+    "focal_loss",
     "hinge_loss",
-    "ipo_loss",
+    "huber_loss",
+    "kto_loss",
+    "label_smoothing_loss",
+    "log_cosh_loss",
+    "mae_loss",
+    "modified_huber_loss",
+    "mse_loss",
+    "multiclass_focal_loss",
+    "nll_loss",
     "perplexity",
+    "plackett_luce_loss",
+    "poly1_loss",
+    "quantile_loss",
+    "reward_loss",
     "sequence_logps",
     "shift",
-    "sigmoid_loss",
+    "smooth_l1_loss",
     "token_logps",
 ]

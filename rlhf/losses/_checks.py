@@ -27,8 +27,11 @@ def checks(enabled: bool = True) -> Iterator[None]:
 def check_floating(name: str, value: Tensor) -> None:
     if not value.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {value.dtype}: pass log-probabilities or logits")
-    if _value_checks and value.isnan().any():
-        raise ValueError(f"{name} holds NaN: look for an overflow or a division by zero upstream")
+    if _value_checks and not (finite := value.isfinite()).all():
+        where = tuple((~finite).nonzero()[0].tolist())
+        raise ValueError(
+            f"{name}{list(where)} is {float(value[where])}: look for an overflow or a division by zero upstream"
+        )
 
 
 def check_same_shape(**named: Tensor | None) -> None:
@@ -58,3 +61,11 @@ def check_range(name: str, value: float, low: float, high: float, *, open_low: b
     """Raise unless ``low <= value < high`` (``low < value`` with ``open_low``)."""
     if not (low < value if open_low else low <= value) or not value < high:
         raise ValueError(f"{name} must be in {'(' if open_low else '['}{low}, {high}), got {value}")
+
+
+def check_probabilities(name: str, value: Tensor) -> None:
+    """Raise unless all values lie in [0, 1]; like label ranges, read on CPU always and elsewhere on request."""
+    if value.numel() and (value.device.type == "cpu" or _value_checks):
+        low, high = float(value.detach().min()), float(value.detach().max())
+        if low < 0 or high > 1:
+            raise ValueError(f"{name} must be probabilities in [0, 1], got values from {low:.4g} to {high:.4g}")

@@ -1,146 +1,58 @@
 r"""Preference losses on summed log-probabilities of pairs, found by name in :data:`PREFERENCE_LOSSES`.
 
-Every member is called as ``loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=..., **own)`` on [S]
-tensors in nats. With :math:`\Delta = (c - c_{ref}) - (r - r_{ref})`, the margin of the implicit rewards is
-:math:`\beta\Delta`. To add a loss: one function, one entry in the dict, one test.
+Every member is called as ``loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=..., **own)``:
+
+* ``policy_chosen``, ``policy_rejected``: [S], nats, summed over completion tokens; carry gradient;
+* ``ref_chosen``, ``ref_rejected``: [S], the same under the reference; constant. None where a loss reads none;
+* ``beta``: > 0; unless the loss says otherwise, larger stays nearer the reference;
+* ``chosen_lengths``, ``rejected_lengths``: [S], completion tokens, where a loss names them;
+* ``reduction``, ``weight``, ``mask``: as everywhere; weight and mask are [S], mask True counts.
+
+It returns a scalar, or [S] for ``reduction="none"``; at least float32; 0 if nothing counts; and raises ValueError where
+shapes differ or a hyper-parameter is out of range. A docstring says only what is different. Notation:
+:math:`s_w = \log\frac{\pi(y_w)}{\pi_{ref}(y_w)}`, :math:`s_l` likewise, :math:`\Delta = s_w - s_l`,
+:math:`\ell(h) = -\log\sigma(h)`. To add a loss: one function, one entry in the dict, one formula in the tests.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.losses._checks import check_floating, check_range, check_same_shape
-from rlhf.losses._reduction import Reduction, reduce, upcast
-
-
-def _smoothed(loss: Callable[[Tensor], Tensor], margin: Tensor, label_smoothing: float) -> Tensor:
-    """Expected loss when each pair is flipped with probability ``label_smoothing`` (cDPO note, eq. 3)."""
-    check_range("label_smoothing", label_smoothing, 0.0, 0.5)
-    if label_smoothing == 0:
-        return loss(margin)
-    return (1 - label_smoothing) * loss(margin) + label_smoothing * loss(-margin)
-
-
-def _log_ratio_margin(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
-    named = dict(
-        policy_chosen=chosen, policy_rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected
-    )  # fmt: skip
-    check_same_shape(**named)
-    for name, value in named.items():
-        check_floating(name, value)
-    return (upcast(chosen) - upcast(ref_chosen)) - (upcast(rejected) - upcast(ref_rejected))
-
-
-def sigmoid_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float = 0.1,
-    *,
-    label_smoothing: float = 0.0,
-    reduction: Reduction = "mean",
-    weight: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    r"""DPO: favour the chosen completion over the rejected one, relative to a reference.
-
-    .. math:: -(1-\epsilon)\log\sigma(\beta\Delta) - \epsilon\log\sigma(-\beta\Delta)
-
-    Args:
-        policy_chosen, policy_rejected: [S], nats, summed over completion tokens; carry gradient.
-        ref_chosen, ref_rejected: [S], same under the reference; constant.
-        beta: > 0; larger stays nearer the reference.
-        label_smoothing: chance that a pair is flipped, in [0, 0.5).
-        reduction, weight, mask: as everywhere; weight and mask are [S], mask True counts.
-    Returns:
-        Scalar, or [S] for ``"none"``; at least fp32; 0 if nothing counts. log 2 where policy = reference.
-    Raises:
-        ValueError: shapes differ, ``beta <= 0``, or smoothing out of range.
-    Example:
-        >>> z = torch.zeros(2)
-        >>> sigmoid_loss(z, z, z, z)
-        tensor(0.6931)
-
-    Source: arXiv 2305.18290 eq. 7; cDPO note eq. 3. Differs from TRL, whose ``sigmoid`` ignores label smoothing.
-    """
-    check_range("beta", beta, 0.0, float("inf"), open_low=True)
-    margin = beta * _log_ratio_margin(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    return reduce(_smoothed(lambda h: -F.logsigmoid(h), margin, label_smoothing), reduction, weight, mask)
-
-
-def hinge_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float = 0.1,
-    *,
-    label_smoothing: float = 0.0,
-    reduction: Reduction = "mean",
-    weight: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    r"""Hinge on the margin of the implicit rewards: no gradient once a pair is apart by ``1 / beta`` nats.
-
-    .. math:: \max(0, 1 - \beta\Delta)
-
-    Arguments, returns and errors as in :func:`sigmoid_loss`; 1 where policy = reference.
-
-    Source: SLiC-HF, arXiv 2305.10425; on log-ratios in RSO, arXiv 2309.06657.
-    """
-    check_range("beta", beta, 0.0, float("inf"), open_low=True)
-    margin = beta * _log_ratio_margin(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    return reduce(_smoothed(lambda h: F.relu(1 - h), margin, label_smoothing), reduction, weight, mask)
-
-
-def ipo_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float = 0.1,
-    *,
-    chosen_lengths: Tensor | None = None,
-    rejected_lengths: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    reduction: Reduction = "mean",
-    weight: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    r"""IPO: pull the log-ratio margin to ``1 / (2 beta)`` instead of to infinity.
-
-    .. math:: (\Delta - \tfrac{1}{2\beta})^2
-
-    Args:
-        chosen_lengths, rejected_lengths: [S] scored tokens. Given both, log-probabilities are averaged over them
-            first, as the authors advise and as TRL and our ``DPOTrainer`` do; without them, the paper's sums.
-        The others: as in :func:`sigmoid_loss`. ``beta`` is the paper's tau.
-    Returns, Raises:
-        As in :func:`sigmoid_loss`; ``1 / (4 beta**2)`` where policy = reference.
-
-    Source: arXiv 2310.12036 eq. 17.
-    """
-    check_range("beta", beta, 0.0, float("inf"), open_low=True)
-    if (chosen_lengths is None) != (rejected_lengths is None):
-        raise ValueError("chosen_lengths and rejected_lengths go together: pass both or neither")
-    if chosen_lengths is not None and rejected_lengths is not None:
-        check_same_shape(policy_chosen=policy_chosen, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
-        of_chosen, of_rejected = chosen_lengths.clamp(min=1), rejected_lengths.clamp(min=1)
-        policy_chosen, ref_chosen = upcast(policy_chosen) / of_chosen, upcast(ref_chosen) / of_chosen
-        policy_rejected, ref_rejected = upcast(policy_rejected) / of_rejected, upcast(ref_rejected) / of_rejected
-    margin = _log_ratio_margin(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    return reduce(_smoothed(lambda h: (h - 1 / (2 * beta)) ** 2, margin, label_smoothing), reduction, weight, mask)
-
+from rlhf.losses import _anchored, _dpo, _dpo_regularised, _reference_free
+from rlhf.losses._checks import check_same_shape
 
 PREFERENCE_LOSSES: dict[str, Callable[..., Tensor]] = {
-    "sigmoid": sigmoid_loss,
-    "hinge": hinge_loss,
-    "ipo": ipo_loss,
+    "sigmoid": _dpo.dpo_sigmoid_loss,
+    "hinge": _dpo.dpo_hinge_loss,
+    "ipo": _dpo.ipo_loss,
+    "sigmoid_norm": _dpo.sigmoid_norm_loss,
+    "robust": _dpo.robust_loss,
+    "exo_pair": _dpo.exo_pair_loss,
+    "discopop": _dpo.discopop_loss,
+    "dpop": _dpo.dpop_loss,
+    "odpo": _dpo.odpo_loss,
+    "rpo": _dpo.rpo_loss,
+    "tdpo": _dpo_regularised.tdpo_loss,
+    "beta_dpo": _dpo_regularised.beta_dpo_loss,
+    "f_dpo": _dpo_regularised.f_dpo_loss,
+    "nca_pair": _anchored.nca_pair_loss,
+    "bco_pair": _anchored.bco_pair_loss,
+    "sppo_hard": _anchored.sppo_hard_loss,
+    "apo_zero": _anchored.apo_zero_loss,
+    "apo_down": _anchored.apo_down_loss,
+    "cal_dpo": _anchored.cal_dpo_loss,
+    "kto_pair": _anchored.kto_pair_loss,
+    "aot": _anchored.aot_loss,
+    "aot_unpaired": _anchored.aot_unpaired_loss,
+    "simpo": _reference_free.simpo_loss,
+    "cpo": _reference_free.cpo_loss,
+    "orpo": _reference_free.orpo_loss,
+    "slic": _reference_free.slic_loss,
+    "sft": _reference_free.chosen_nll_loss,
 }
 
 _INDEX_FORM = ("policy_logps", "ref_logps", "yw_idx", "yl_idx")
@@ -153,7 +65,7 @@ def _accepts_indices(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def call(*args: Any, **kwargs: Any) -> Tensor:
         named = dict(zip(_INDEX_FORM, args, strict=False)) | {k: kwargs[k] for k in _INDEX_FORM if k in kwargs}
         chosen, rejected = named.get("yw_idx"), named.get("yl_idx")
-        if len(named) < 4 or (torch.is_tensor(chosen) and chosen.is_floating_point()):
+        if len(named) < 4 or not torch.is_tensor(chosen) or chosen.is_floating_point():
             return loss(*args, **kwargs)
         policy, ref = named["policy_logps"], named["ref_logps"]
         check_same_shape(policy_logps=policy, ref_logps=ref)
@@ -171,10 +83,11 @@ def dpo_loss(
     ref_rejected: Tensor,
     beta: float = 0.1,
     *,
-    loss_type: str = "sigmoid",
+    loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
     **own: Any,
 ) -> Tensor:
-    """The preference loss named ``loss_type``, in either of the two forms that people know.
+    """The preference loss named ``loss_type``, or a weighted sum of several, in either of the forms that people know.
 
     * pairs: ``dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1)``, each [S];
     * indices, as the DPO paper prints it: ``dpo_loss(policy_logps, ref_logps, yw_idx, yl_idx, beta=0.1)``, where
@@ -183,20 +96,42 @@ def dpo_loss(
       ``beta * (policy_logps - ref_logps)``.)
 
     Args:
-        policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta: as in :func:`sigmoid_loss`.
-        loss_type: a key of :data:`PREFERENCE_LOSSES`.
-        own: what that loss takes: ``label_smoothing``, ``reduction``, ``weight``, ``mask``, …
+        policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta: as for every preference loss.
+        loss_type: a key of :data:`PREFERENCE_LOSSES`, or several: MPO is ``["sigmoid", "bco_pair", "sft"]``.
+        loss_weights: one weight for each of several, default 1; MPO's are ``[0.8, 0.2, 1.0]``.
+        own: what the losses take: ``label_smoothing``, ``chosen_lengths``, ``reduction``, ``weight``, ``mask``, …
+            Of several losses each is passed what it names.
     Returns:
         Scalar, or [S] for ``reduction="none"``.
     Raises:
-        ValueError: unknown ``loss_type``, or what the loss itself raises.
+        ValueError: unknown ``loss_type``, another number of weights than of losses, or what the loss itself raises.
+        TypeError: an argument that none of the losses takes.
     Example:
         >>> logps = torch.tensor([-5.0, -7.0, -4.0, -9.0])
         >>> dpo_loss(logps, logps, torch.tensor([0, 2]), torch.tensor([1, 3]))    # policy = reference
         tensor(0.6931)
 
-    Source: arXiv 2305.18290, eq. 7 and appendix B.
+    Source: arXiv 2305.18290, eq. 7 and appendix B; mixtures: MPO, arXiv 2411.10442.
     """
-    if loss_type not in PREFERENCE_LOSSES:
-        raise ValueError(f"loss_type must be one of {', '.join(PREFERENCE_LOSSES)}, got {loss_type!r}")
-    return PREFERENCE_LOSSES[loss_type](policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, **own)
+    several = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+    weights = [1.0] * len(several) if loss_weights is None else list(loss_weights)
+    if len(weights) != len(several) or not several:
+        raise ValueError(f"loss_weights must have one entry for each of {several}, got {weights}")
+    for name in several:
+        if name not in PREFERENCE_LOSSES:
+            raise ValueError(f"loss_type must be one of {', '.join(PREFERENCE_LOSSES)}, got {name!r}")
+    pairs = (policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
+    if len(several) == 1:
+        return weights[0] * PREFERENCE_LOSSES[several[0]](*pairs, **own)
+    takes = {name: arguments_of(PREFERENCE_LOSSES[name], own) for name in several}
+    if stray := set(own) - {key for taken in takes.values() for key in taken}:
+        raise TypeError(f"none of {', '.join(several)} takes {', '.join(sorted(stray))}")
+    parts = [w * PREFERENCE_LOSSES[name](*pairs, **takes[name]) for name, w in zip(several, weights, strict=True)]
+    return torch.stack(parts).sum(0)
+
+
+def arguments_of(loss: Callable[..., Tensor], offered: dict[str, Any]) -> dict[str, Any]:
+    """Those of the offered arguments that the loss names (or that AOT's ``**options`` takes)."""
+    named = inspect.signature(loss).parameters
+    extra = {"reduction", "mask"} if "options" in named else set()
+    return {name: value for name, value in offered.items() if name in named or name in extra}

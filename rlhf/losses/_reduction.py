@@ -1,11 +1,14 @@
-"""The one reducer under every loss, and the precision rule."""
+"""What every loss shares: the precision rule, what a mask hides, and the one reducer."""
 
-from typing import Literal
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from rlhf.losses._checks import check_same_shape
+from rlhf.losses._checks import check_floating, check_labels, check_same_shape
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -16,7 +19,11 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def reduce(
-    values: Tensor, reduction: Reduction = "mean", weight: Tensor | None = None, mask: Tensor | None = None
+    values: Tensor,
+    reduction: Reduction = "mean",
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """Reduce per-element losses.
 
@@ -26,6 +33,7 @@ def reduce(
             ``sum(w * x)``; ``"none"`` keeps the shape, with 0 where the mask is False.
         weight: same shape as ``values``, non-negative.
         mask: same shape, True counts. What it hides may be NaN or infinite without harm.
+        counts: same shape; what each element adds to the divisor of the mean, instead of 1.
     Returns:
         Scalar, or ``values``'s shape for ``"none"``. Nothing counts: a zero that can be differentiated.
     """
@@ -42,7 +50,96 @@ def reduce(
             return values.sum()
         case "mean":
             counted = weight if weight is not None else mask
+            if counts is not None:
+                counted = counts if counted is None else counted * counts
             total = values.new_tensor(values.numel()) if counted is None else counted.sum().to(values.dtype)
             # Nothing counts: 0 / 1 keeps the graph, where 0 / 0 would be NaN.
             return values.sum() / torch.where(total == 0, 1.0, total)
     raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+
+
+def _option(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+_SHARED = [
+    _option("reduction", "mean", Reduction),
+    _option("weight", None, Tensor | None),
+    _option("mask", None, Tensor | None),
+]
+
+
+def reducible(*inputs: str, labels: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Tensor]]:
+    """Give a function of per-element losses the arguments ``reduction``, ``weight`` and ``mask``.
+
+    Args:
+        inputs: its floating-point arguments that have the shape of the losses (or one more dimension, of classes).
+            They are checked, taken to float32 where they are half precision, and set to 0 where the mask is False, so
+            that what it hides reaches neither the loss nor, by way of 0 * NaN, a gradient. An argument may be None.
+        labels: its argument of class indices into the last dimension of the first input. They are checked, the
+            argument ``ignore_index`` is added, and what is ignored is masked. (Soft targets pass as an input does.)
+    """
+
+    def decorate(loss: Callable[..., Any]) -> Callable[..., Tensor]:
+        signature = inspect.signature(loss)
+        own = list(signature.parameters.values())
+        positional = [p.name for p in own if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+        @wraps(loss)
+        def call(
+            *args: Any,
+            reduction: Reduction = "mean",
+            weight: Tensor | None = None,
+            mask: Tensor | None = None,
+            **kwargs: Any,
+        ) -> Tensor:
+            if len(args) > len(positional):
+                signature.bind(*args, **kwargs)  # raises, naming what is too many
+            given = dict(zip(positional, args, strict=False), **kwargs)
+            if labels is not None:
+                mask = _take_labels(given, inputs[0], labels, mask)
+            for name in inputs:
+                if given.get(name) is not None:
+                    given[name] = _prepared(name, given[name], mask)
+            values = loss(**given)
+            values, counts = values if isinstance(values, tuple) else (values, None)
+            return reduce(values, reduction, weight, mask, counts)
+
+        added = _SHARED if labels is None else [_option("ignore_index", -100, int), *_SHARED]
+        call.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def _take_labels(given: dict[str, Any], scores: str, name: str, mask: Tensor | None) -> Tensor | None:
+    """Check the labels, put a valid one where none is scored, and return the mask of what is."""
+    ignore_index, logits, labels = given.pop("ignore_index", -100), given.get(scores), given.get(name)
+    if logits is None or labels is None:
+        return mask
+    if labels.shape == logits.shape:  # soft targets
+        given[name] = _prepared(name, labels, mask)
+        return mask
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"{name} must be indices of shape {tuple(logits.shape[:-1])} or probabilities of shape "
+            f"{tuple(logits.shape)}, to go with {scores} {tuple(logits.shape)}; got {tuple(labels.shape)}"
+        )
+    check_labels(name, labels, logits.size(-1), ignore_index)
+    scored = labels != ignore_index
+    check_same_shape(mask=mask, **{name: labels})
+    mask = scored if mask is None else mask.bool() & scored
+    given[name] = torch.where(mask, labels.long(), 0)
+    return mask
+
+
+def _prepared(name: str, value: Tensor, mask: Tensor | None) -> Tensor:
+    check_floating(name, value)
+    value = upcast(value)
+    if mask is None:
+        return value
+    visible = mask.bool()
+    if value.dim() == mask.dim() + 1:
+        visible = visible[..., None]
+    check_same_shape(mask=mask, **{name: value if value.dim() == mask.dim() else value[..., 0]})
+    return torch.where(visible, value, 0.0)

@@ -1,7 +1,6 @@
 """Direct preference optimisation and its family, on pairs against a frozen reference."""
 
 import copy
-import inspect
 import logging
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Batch, tokenize_preferences
-from rlhf.losses import PREFERENCE_LOSSES
+from rlhf.losses import PREFERENCE_LOSSES, arguments_of, dpo_loss
 from rlhf.models import Policy, disable_dropout, load_model
 from rlhf.models.loading import adapter_is_trained
 from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures
@@ -26,18 +25,38 @@ class DPOConfig(BaseConfig):
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of AdamW."})
     beta: float = field(default=0.1, metadata={"help": "Larger stays nearer the reference."})
-    loss_type: str = field(default="sigmoid", metadata={"help": f"One of {', '.join(PREFERENCE_LOSSES)}."})
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": f"One of {', '.join(PREFERENCE_LOSSES)}; or several, whose weighted sum is taken."},
+    )
+    loss_weights: list[float] | None = field(default=None, metadata={"help": "One weight for each loss_type."})
+    loss_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'What a loss takes besides, such as {"simpo_gamma": 1.0}.'}
+    )
     label_smoothing: float = field(default=0.0, metadata={"help": "Chance that a pair is labelled the wrong way."})
     disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
 
+    _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "loss_kwargs"]  # noqa: RUF012  # not a field
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.loss_type, list) and len(self.loss_type) == 1:  # TRL's form
-            self.loss_type = self.loss_type[0]
-        if self.loss_type not in PREFERENCE_LOSSES:
-            raise ValueError(f"loss_type must be one of {', '.join(PREFERENCE_LOSSES)}, got {self.loss_type!r}")
-        zero = torch.zeros(1)  # the loss itself checks its hyper-parameters, now rather than at the first step
-        PREFERENCE_LOSSES[self.loss_type](zero, zero, zero, zero, self.beta, label_smoothing=self.label_smoothing)
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        one = torch.ones(1)  # the loss itself checks its hyper-parameters, now rather than at the first step
+        try:
+            self.loss(one, one, one, one, chosen_lengths=one, rejected_lengths=one)
+        except TypeError as error:
+            raise ValueError(f"loss_type {' '.join(self.loss_type)}: {error}") from error
+
+    def loss(self, *logps: Tensor, **lengths: Tensor) -> Tensor:
+        """Loss of each pair, from the four sums of log-probabilities; [S]."""
+        offered = {"label_smoothing": self.label_smoothing, **lengths}
+        losses = [PREFERENCE_LOSSES[name] for name in self.loss_type if name in PREFERENCE_LOSSES]
+        taken = {name: value for loss in losses for name, value in arguments_of(loss, offered).items()}
+        own = self.loss_kwargs if isinstance(self.loss_kwargs, dict) else {}
+        return dpo_loss(
+            *logps, self.beta, loss_type=self.loss_type, loss_weights=self.loss_weights, reduction="none", **taken | own
+        )
 
 
 class DPOTrainer(BaseTrainer):
@@ -121,14 +140,9 @@ class DPOTrainer(BaseTrainer):
         ref_chosen, ref_rejected = targets.sum(self.ref_logps(model, batch)).view(-1, 2).unbind(1)
         chosen, rejected = targets.sum(model(batch).logps).view(-1, 2).unbind(1)
         chosen_lengths, rejected_lengths = targets.counts().view(-1, 2).unbind(1)
-        loss = PREFERENCE_LOSSES[args.loss_type]
-        offered = dict(
-            label_smoothing=args.label_smoothing, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths
-        )  # fmt: skip
-        named = inspect.signature(loss).parameters  # a loss is passed what it names
-        own = {name: value for name, value in offered.items() if name in named}
-        losses = loss(chosen, rejected, ref_chosen, ref_rejected, args.beta, reduction="none", **own)
-
+        losses = args.loss(
+            chosen, rejected, ref_chosen, ref_rejected, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths
+        )
         rewards_chosen = args.beta * (chosen - ref_chosen).detach()
         rewards_rejected = args.beta * (rejected - ref_rejected).detach()
         margins = rewards_chosen - rewards_rejected

@@ -1,0 +1,343 @@
+"""Classification losses: one label among two (``[...]`` logits) or among C (``[..., C]`` logits), and on margins."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf.losses._checks import check_probabilities, check_range, check_same_shape
+from rlhf.losses._reduction import reducible
+
+
+@reducible("logits", "targets")
+def bce_with_logits_loss(logits: Tensor, targets: Tensor, pos_weight: float | Tensor = 1.0) -> Tensor:
+    r"""Binary cross-entropy from logits: for two classes, or several labels that do not exclude each other.
+
+    .. math:: -w\,y\log\sigma(z) - (1-y)\log(1-\sigma(z))
+
+    Args:
+        logits: any shape, any real number (no sigmoid before). targets: same shape, probabilities in [0, 1].
+        pos_weight: > 0; weight of the positives, about negatives / positives; broadcasts.
+        reduction, weight, mask: as everywhere; mask True counts.
+    Returns:
+        Scalar, or the shape of the input for ``"none"``; nats, at least float32; 0 if nothing counts.
+    Raises:
+        ValueError: shapes differ, targets are no floats in [0, 1].
+    Example:
+        >>> bce_with_logits_loss(torch.tensor([0.0, 1000.0]), torch.tensor([1.0, 1.0]), reduction="none")
+        tensor([0.6931, 0.0000])
+
+    Source: Bernoulli likelihood; as ``torch.nn.functional.binary_cross_entropy_with_logits``.
+    """
+    check_same_shape(logits=logits, targets=targets)
+    check_probabilities("targets", targets)
+    weights = None if isinstance(pos_weight, float | int) and pos_weight == 1 else logits.new_tensor(pos_weight)
+    return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none")
+
+
+@reducible("probabilities", "targets")
+def bce_loss(probabilities: Tensor, targets: Tensor) -> Tensor:
+    r"""Binary cross-entropy from probabilities; prefer :func:`bce_with_logits_loss`, which cannot overflow.
+
+    .. math:: -y\log p - (1-y)\log(1-p)
+
+    Args:
+        probabilities: any shape, in [0, 1]; each logarithm is bounded at -100, so that 0 and 1 stay finite.
+        targets: same shape, in [0, 1].
+        reduction, weight, mask: as everywhere.
+    Returns, Raises:
+        As in :func:`bce_with_logits_loss`; ValueError for values outside [0, 1] (are they logits?).
+    Example:
+        >>> bce_loss(torch.tensor([0.5]), torch.tensor([1.0]))
+        tensor(0.6931)
+
+    Source: Bernoulli likelihood; as ``torch.nn.functional.binary_cross_entropy``.
+    """
+    check_same_shape(probabilities=probabilities, targets=targets)
+    check_probabilities("probabilities", probabilities)
+    check_probabilities("targets", targets)
+    return F.binary_cross_entropy(probabilities, targets, reduction="none")
+
+
+@reducible("logits", labels="targets")
+def cross_entropy_loss(
+    logits: Tensor, targets: Tensor, *, class_weights: Tensor | None = None, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor | None]:
+    r"""Cross-entropy from logits, against class indices or soft targets.
+
+    .. math:: -\sum_c w_c\, q_c \log \mathrm{softmax}(z)_c,\; q = (1-\epsilon)\,y + \epsilon/C
+
+    Args:
+        logits: [..., C], the classes last (no softmax before).
+        targets: [...] integer indices, ``ignore_index`` not scored; or [..., C] probabilities.
+        class_weights: [C], the weight of each class; with indices the mean divides by the summed weight of the
+            targets, as torch's does.
+        label_smoothing: share of the target that is spread over all classes, in [0, 1).
+        ignore_index, reduction, weight, mask: as everywhere; weight and mask are [...].
+    Returns:
+        Scalar, or [...] for ``"none"``; nats, at least float32; 0 if nothing counts.
+    Raises:
+        ValueError: shapes do not fit, indices outside [0, C), float indices, soft targets outside [0, 1].
+    Example:
+        >>> cross_entropy_loss(torch.zeros(2, 4), torch.tensor([3, -100]))
+        tensor(1.3863)
+
+    Source: multinomial likelihood; smoothing arXiv 1512.00567 §7. As ``torch.nn.functional.cross_entropy``.
+    """
+    check_range("label_smoothing", label_smoothing, 0.0, 1.0)
+    soft = targets.shape == logits.shape
+    if soft:
+        check_probabilities("targets", targets)
+    weights = None if class_weights is None else class_weights.to(logits.dtype)
+    flat = targets.reshape(-1, logits.size(-1)) if soft else targets.reshape(-1)
+    losses = F.cross_entropy(
+        logits.reshape(-1, logits.size(-1)), flat, weight=weights, label_smoothing=label_smoothing, reduction="none"
+    )
+    return losses.view(logits.shape[:-1]), None if soft or weights is None else weights[targets]
+
+
+def label_smoothing_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.1, **options: Any) -> Tensor:
+    r"""Cross-entropy against targets of which ``smoothing`` is spread over all classes.
+
+    .. math:: -(1-\epsilon)\log p_y - \tfrac{\epsilon}{C}\sum_c\log p_c
+
+    Args:
+        logits, targets: as in :func:`cross_entropy_loss`.
+        smoothing: in [0, 1); 0.1 is usual, and more than 0.2 rarely helps.
+        options: the others of :func:`cross_entropy_loss`.
+    Returns, Raises:
+        As in :func:`cross_entropy_loss`.
+    Example:
+        >>> label_smoothing_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([0]), smoothing=0.2)
+        tensor(0.3269)
+
+    Source: arXiv 1512.00567 §7.
+    """
+    return cross_entropy_loss(logits, targets, label_smoothing=smoothing, **options)
+
+
+@reducible("probabilities", "targets")
+def categorical_cross_entropy(probabilities: Tensor, targets: Tensor) -> Tensor:
+    r"""Cross-entropy from probabilities against one-hot or soft targets; prefer :func:`cross_entropy_loss`.
+
+    .. math:: -\sum_c y_c \log \max(p_c, \mathrm{tiny})
+
+    Args:
+        probabilities: [..., C], in [0, 1]; the logarithm is bounded below at that of the dtype's smallest normal.
+        targets: [..., C], in [0, 1]. reduction, weight, mask: as everywhere; weight and mask are [...].
+    Returns:
+        Scalar, or [...] for ``"none"``; nats, at least float32; 0 if nothing counts.
+    Raises:
+        ValueError: shapes differ, or values lie outside [0, 1] (are they logits?).
+    Example:
+        >>> categorical_cross_entropy(torch.tensor([[0.25, 0.75]]), torch.tensor([[0.0, 1.0]]))
+        tensor(0.2877)
+
+    Source: multinomial likelihood; Keras' form of it.
+    """
+    check_same_shape(probabilities=probabilities, targets=targets)
+    check_probabilities("probabilities", probabilities)
+    check_probabilities("targets", targets)
+    tiny = torch.finfo(probabilities.dtype).tiny
+    return -(targets * probabilities.clamp(min=tiny).log()).sum(-1)
+
+
+@reducible("log_probs", labels="targets")
+def nll_loss(
+    log_probs: Tensor, targets: Tensor, *, class_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    r"""Negative log-likelihood, for those who have log-probabilities already.
+
+    .. math:: -w_y \log p_y
+
+    Args:
+        log_probs: [..., C], each <= 0. targets: [...] integer indices, ``ignore_index`` not scored.
+        class_weights, ignore_index, reduction, weight, mask: as in :func:`cross_entropy_loss`.
+    Returns, Raises:
+        As in :func:`cross_entropy_loss`; ValueError for soft targets.
+    Example:
+        >>> nll_loss(torch.tensor([[0.25, 0.75]]).log(), torch.tensor([1]))
+        tensor(0.2877)
+
+    Source: as ``torch.nn.functional.nll_loss``, with the classes last.
+    """
+    if targets.shape == log_probs.shape:
+        raise ValueError("targets must be class indices: for soft targets use cross_entropy_loss on logits")
+    losses = -log_probs.gather(-1, targets[..., None]).squeeze(-1)
+    if class_weights is None:
+        return losses, None
+    counts = class_weights.to(log_probs.dtype)[targets]
+    return losses * counts, counts
+
+
+@reducible("logits", "targets")
+def focal_loss(logits: Tensor, targets: Tensor, alpha: float | None = 0.25, gamma: float = 2.0) -> Tensor:
+    r"""Binary cross-entropy that fades where the model is right already, for rare positives.
+
+    .. math:: -\alpha_t (1 - p_t)^\gamma \log p_t,\; p_t = \sigma(z) \text{ for } y=1,\; 1-\sigma(z) \text{ for } y=0
+
+    Args:
+        logits: any shape (no sigmoid before). targets: same shape, in [0, 1].
+        alpha: weight of the positives, in [0, 1] (1 - alpha is that of the negatives); None for none.
+        gamma: >= 0; how fast easy examples fade; 0 with ``alpha=None`` is :func:`bce_with_logits_loss`.
+        reduction, weight, mask: as everywhere.
+    Returns, Raises:
+        As in :func:`bce_with_logits_loss`; ValueError for alpha or gamma out of range.
+    Example:
+        >>> focal_loss(torch.tensor([0.0]), torch.tensor([1.0]))    # 0.25 * 0.5 ** 2 * log 2
+        tensor(0.0433)
+
+    Source: arXiv 1708.02002 eq. 5.
+    """
+    check_same_shape(logits=logits, targets=targets)
+    check_probabilities("targets", targets)
+    check_range("gamma", gamma, 0.0, math.inf)
+    # -log p_t and log(1 - p_t) for each label; the power is taken of an exponential, which has a gradient at p_t = 1.
+    positive = F.softplus(-logits) * torch.exp(-gamma * F.softplus(logits))
+    negative = F.softplus(logits) * torch.exp(-gamma * F.softplus(-logits))
+    if alpha is None:
+        return targets * positive + (1 - targets) * negative
+    check_range("alpha", alpha, 0.0, math.nextafter(1.0, 2.0))
+    return alpha * targets * positive + (1 - alpha) * (1 - targets) * negative
+
+
+@reducible("logits", labels="targets")
+def multiclass_focal_loss(
+    logits: Tensor, targets: Tensor, gamma: float = 2.0, *, class_weights: Tensor | None = None
+) -> Tensor:
+    r"""Cross-entropy over C classes that fades where the model is right already.
+
+    .. math:: -w_y (1 - p_y)^\gamma \log p_y
+
+    Args:
+        logits: [..., C]. targets: [...] integer indices, ``ignore_index`` not scored.
+        gamma: >= 0; 0 is :func:`cross_entropy_loss`.
+        class_weights: [C], the alpha of each class. The mean divides by the number of scored elements, as in the
+            paper's form (cross-entropy divides by the summed weights).
+        ignore_index, reduction, weight, mask: as in :func:`cross_entropy_loss`.
+    Returns, Raises:
+        As in :func:`cross_entropy_loss`; ValueError for soft targets or ``gamma < 0``.
+    Example:
+        >>> multiclass_focal_loss(torch.zeros(1, 2), torch.tensor([0]))    # 0.5 ** 2 * log 2
+        tensor(0.1733)
+
+    Source: arXiv 1708.02002 eq. 4, over a softmax.
+    """
+    check_range("gamma", gamma, 0.0, math.inf)
+    if targets.shape == logits.shape:
+        raise ValueError("targets must be class indices: the focal factor is defined for one true class")
+    log_probs = logits.log_softmax(-1)
+    logp = log_probs.gather(-1, targets[..., None]).squeeze(-1)
+    # log(1 - p_y) from the other classes: exact, and differentiable, where p_y rounds to 1.
+    others = log_probs.scatter(-1, targets[..., None], -math.inf).logsumexp(-1)
+    losses = -logp * torch.exp(gamma * others) if gamma else -logp
+    return losses if class_weights is None else losses * class_weights.to(logits.dtype)[targets]
+
+
+@reducible("scores", "targets")
+def hinge_loss(scores: Tensor, targets: Tensor, *, squared: bool = False) -> Tensor:
+    r"""Margin loss of linear classifiers: nothing is learned from what is right by a margin of 1.
+
+    .. math:: \max(0, 1 - y s)
+
+    Args:
+        scores: any shape, any real number. targets: same shape, -1 or +1 (not 0 and 1).
+        squared: square each loss, which makes it smooth.
+        reduction, weight, mask: as everywhere.
+    Returns:
+        Scalar, or the shape of the input for ``"none"``; at least float32; 0 if nothing counts.
+    Raises:
+        ValueError: shapes differ, or a target is neither -1 nor +1.
+    Example:
+        >>> hinge_loss(torch.tensor([0.5, -2.0]), torch.tensor([1.0, -1.0]), reduction="none")
+        tensor([0.5000, 0.0000])
+
+    Source: Cortes and Vapnik 1995. For preference pairs: ``PREFERENCE_LOSSES["hinge"]``.
+    """
+    losses = F.relu(1 - _margin(scores, targets))
+    return losses**2 if squared else losses
+
+
+@reducible("scores", "targets")
+def modified_huber_loss(scores: Tensor, targets: Tensor) -> Tensor:
+    r"""Squared hinge that grows only linearly where the model is far wrong; its scores map to probabilities.
+
+    .. math:: \max(0, 1 - ys)^2 \text{ if } ys \ge -1, \text{ else } -4ys
+
+    Arguments, returns and errors as in :func:`hinge_loss`.
+
+    Example:
+        >>> modified_huber_loss(torch.tensor([0.5, -3.0]), torch.tensor([1.0, 1.0]), reduction="none")
+        tensor([ 0.2500, 12.0000])
+
+    Source: Zhang 2004; as in ``sklearn.linear_model.SGDClassifier``.
+    """
+    margin = _margin(scores, targets)
+    return torch.where(margin >= -1, F.relu(1 - margin) ** 2, -4 * margin)
+
+
+@reducible("logits", labels="targets")
+def poly1_loss(logits: Tensor, targets: Tensor, epsilon: float = 1.0) -> Tensor:
+    r"""Cross-entropy with its first polynomial coefficient changed.
+
+    .. math:: -\log p_y + \epsilon (1 - p_y)
+
+    Args:
+        logits: [..., C]. targets: [...] integer indices, ``ignore_index`` not scored.
+        epsilon: >= -1; 0 is :func:`cross_entropy_loss`.
+        ignore_index, reduction, weight, mask: as in :func:`cross_entropy_loss`.
+    Returns, Raises:
+        As in :func:`cross_entropy_loss`; ValueError for soft targets or ``epsilon < -1``.
+    Example:
+        >>> poly1_loss(torch.zeros(1, 2), torch.tensor([0]))
+        tensor(1.1931)
+
+    Source: arXiv 2204.12511
+    """
+    check_range("epsilon", epsilon, -1.0, math.inf)
+    if targets.shape == logits.shape:
+        raise ValueError("targets must be class indices: the polynomial is in the probability of one true class")
+    logp = logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
+    return -logp - epsilon * logp.expm1()
+
+
+def class_weights(counts: Tensor, scheme: str = "balanced", *, beta: float = 0.999) -> Tensor:
+    r"""Weights of classes from how often each occurs, for ``class_weights=`` of the losses.
+
+    ``"inverse"``: 1 / n_c · ``"balanced"``: N / (C n_c), scikit-learn's · ``"effective"``: (1 - beta) / (1 - beta^n_c)
+    scaled to sum to C.
+
+    Args:
+        counts: [C], how often each class occurs, > 0. beta: in [0, 1), of the effective number.
+    Returns:
+        [C] float32 (float64 for float64 counts).
+    Raises:
+        ValueError: an unknown scheme, or a class that never occurs.
+    Example:
+        >>> class_weights(torch.tensor([90, 10]))
+        tensor([0.5556, 5.0000])
+
+    Source: King and Zeng 2001; effective number arXiv 1901.05555
+    """
+    n = counts if counts.dtype == torch.float64 else counts.float()
+    if (n <= 0).any():
+        raise ValueError(f"counts[{int((n <= 0).nonzero()[0])}] is 0: leave the class out, or give it a weight by hand")
+    match scheme:
+        case "inverse":
+            return 1 / n
+        case "balanced":
+            return n.sum() / (len(n) * n)
+        case "effective":
+            check_range("beta", beta, 0.0, 1.0)
+            weights = (1 - beta) / -torch.expm1(n * math.log(beta)) if beta else torch.ones_like(n)
+            return weights * len(n) / weights.sum()
+    raise ValueError(f'scheme must be "inverse", "balanced" or "effective", got {scheme!r}')
+
+
+def _margin(scores: Tensor, targets: Tensor) -> Tensor:
+    check_same_shape(scores=scores, targets=targets)
+    if targets.device.type == "cpu" and not ((targets == 0) | (targets.abs() == 1)).all():
+        raise ValueError("targets must be -1 or +1: for labels of 0 and 1 pass 2 * targets - 1")
+    return scores * targets

@@ -1,0 +1,166 @@
+r"""Regression losses, element by element, on the residual :math:`r = \hat y - y`."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf.losses._checks import check_range, check_same_shape
+from rlhf.losses._reduction import reducible
+
+
+def _residual(predictions: Tensor, targets: Tensor) -> Tensor:
+    check_same_shape(predictions=predictions, targets=targets)  # no silent broadcast of [B, 1] against [B]
+    return predictions - targets
+
+
+@reducible("predictions", "targets")
+def mse_loss(predictions: Tensor, targets: Tensor) -> Tensor:
+    r"""Squared error: the mean is estimated, and outliers pull hard.
+
+    .. math:: r^2
+
+    Args:
+        predictions: any shape, carries gradient. targets: same shape.
+        reduction: ``"mean"`` (over what counts), ``"sum"`` or ``"none"``.
+        weight: same shape, non-negative. mask: same shape, True counts.
+    Returns:
+        Scalar, or the shape of the input for ``"none"``; at least float32; in squared units; 0 if nothing counts.
+    Raises:
+        ValueError: shapes differ, or an input is not floating point.
+    Example:
+        >>> mse_loss(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
+        tensor(2.)
+
+    Source: Gauss 1809. As ``torch.nn.functional.mse_loss``, with a mask, and without broadcasting.
+    """
+    check_same_shape(predictions=predictions, targets=targets)
+    return F.mse_loss(predictions, targets, reduction="none")
+
+
+@reducible("predictions", "targets")
+def mae_loss(predictions: Tensor, targets: Tensor) -> Tensor:
+    r"""Absolute error: the median is estimated; the gradient is ±1 however near the target.
+
+    .. math:: |r|
+
+    Arguments, returns and errors as in :func:`mse_loss`; in the units of the target.
+
+    Example:
+        >>> mae_loss(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
+        tensor(1.)
+
+    Source: Boscovich 1757, Laplace 1793. As ``torch.nn.functional.l1_loss``.
+    """
+    check_same_shape(predictions=predictions, targets=targets)
+    return F.l1_loss(predictions, targets, reduction="none")
+
+
+@reducible("predictions", "targets")
+def huber_loss(predictions: Tensor, targets: Tensor, delta: float = 1.0) -> Tensor:
+    r"""Squared error near the target and absolute error beyond ``delta``: outliers pull with bounded force.
+
+    .. math:: \tfrac12 r^2 \text{ if } |r| \le \delta, \text{ else } \delta\,(|r| - \tfrac12\delta)
+
+    ``huber_loss(delta=d) = d * smooth_l1_loss(beta=d)``.
+
+    Args:
+        predictions, targets, reduction, weight, mask: as in :func:`mse_loss`.
+        delta: > 0, in the units of the target; about the size of an ordinary residual.
+    Returns, Raises:
+        As in :func:`mse_loss`; ValueError for ``delta <= 0``.
+    Example:
+        >>> huber_loss(torch.tensor([0.5, 3.0]), torch.zeros(2), reduction="none")
+        tensor([0.1250, 2.5000])
+
+    Source: Huber 1964, eq. 2.6. As ``torch.nn.functional.huber_loss``.
+    """
+    check_range("delta", delta, 0.0, math.inf, open_low=True)
+    check_same_shape(predictions=predictions, targets=targets)
+    return F.huber_loss(predictions, targets, delta=delta, reduction="none")
+
+
+@reducible("predictions", "targets")
+def smooth_l1_loss(predictions: Tensor, targets: Tensor, beta: float = 1.0) -> Tensor:
+    r"""Huber's loss divided by its threshold: the slope far away is 1 whatever ``beta``.
+
+    .. math:: \tfrac12 r^2/\beta \text{ if } |r| < \beta, \text{ else } |r| - \tfrac12\beta
+
+    ``smooth_l1_loss(beta=b) = huber_loss(delta=b) / b``; ``beta = 0`` is :func:`mae_loss`.
+
+    Args:
+        predictions, targets, reduction, weight, mask: as in :func:`mse_loss`.
+        beta: >= 0, in the units of the target.
+    Returns, Raises:
+        As in :func:`mse_loss`; ValueError for ``beta < 0``.
+    Example:
+        >>> smooth_l1_loss(torch.tensor([0.5, 3.0]), torch.zeros(2), beta=2.0, reduction="none")
+        tensor([0.0625, 2.0000])
+
+    Source: arXiv 1504.08083 eq. 3 (beta = 1). As ``torch.nn.functional.smooth_l1_loss``.
+    """
+    check_range("beta", beta, 0.0, math.inf)
+    check_same_shape(predictions=predictions, targets=targets)
+    return F.smooth_l1_loss(predictions, targets, beta=beta, reduction="none")
+
+
+@reducible("predictions", "targets")
+def log_cosh_loss(predictions: Tensor, targets: Tensor) -> Tensor:
+    r"""Like Huber's with delta 1, smooth in every derivative.
+
+    .. math:: \log\cosh r = |r| + \log(1 + e^{-2|r|}) - \log 2
+
+    Arguments, returns and errors as in :func:`mse_loss`.
+
+    Example:
+        >>> log_cosh_loss(torch.tensor([0.0, 1000.0]), torch.zeros(2), reduction="none")
+        tensor([  0.0000, 999.3068])
+
+    Source: Green 1990; the second form does not overflow.
+    """
+    r = _residual(predictions, targets)
+    return r + F.softplus(-2 * r) - math.log(2)  # even in r; softplus carries the derivative at 0 that |r| lacks
+
+
+@reducible("predictions", "targets")
+def quantile_loss(predictions: Tensor, targets: Tensor, quantile: float = 0.5) -> Tensor:
+    r"""Pinball loss: the ``quantile`` of the target is estimated.
+
+    .. math:: \max(q\,e, (q-1)\,e),\; e = y - \hat y
+
+    Args:
+        predictions, targets, reduction, weight, mask: as in :func:`mse_loss`.
+        quantile: in (0, 1); 0.9 punishes predictions that are too low nine times as much. 0.5 is half of MAE.
+    Returns, Raises:
+        As in :func:`mse_loss`; ValueError for a quantile outside (0, 1).
+    Example:
+        >>> quantile_loss(torch.zeros(2), torch.tensor([1.0, -1.0]), quantile=0.75, reduction="none")
+        tensor([0.7500, 0.2500])
+
+    Source: Koenker and Bassett 1978.
+    """
+    check_range("quantile", quantile, 0.0, 1.0, open_low=True)
+    error = -_residual(predictions, targets)
+    return torch.maximum(quantile * error, (quantile - 1) * error)
+
+
+@reducible("predictions", "targets")
+def epsilon_insensitive_loss(predictions: Tensor, targets: Tensor, epsilon: float = 0.1) -> Tensor:
+    r"""Absolute error beyond a tube: what is within ``epsilon`` costs nothing.
+
+    .. math:: \max(0, |r| - \epsilon)
+
+    Args:
+        predictions, targets, reduction, weight, mask: as in :func:`mse_loss`.
+        epsilon: >= 0, in the units of the target.
+    Returns, Raises:
+        As in :func:`mse_loss`; ValueError for ``epsilon < 0``.
+    Example:
+        >>> epsilon_insensitive_loss(torch.tensor([0.05, 1.0]), torch.zeros(2), reduction="none")
+        tensor([0.0000, 0.9000])
+
+    Source: Vapnik 1995; the loss of ``sklearn.svm.SVR``.
+    """
+    check_range("epsilon", epsilon, 0.0, math.inf)
+    return F.relu(_residual(predictions, targets).abs() - epsilon)
