@@ -54,7 +54,7 @@ def bco_pair_loss(
         >>> bco_pair_loss(z, z, z, z)
         tensor(1.3863)
 
-    Source: arXiv 2404.04656
+    Source: arXiv 2404.04656.
     """
     s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
     return ell(beta * s_w - shift) + ell(shift - beta * s_l)
@@ -94,7 +94,7 @@ def apo_zero_loss(
         >>> apo_zero_loss(z, z, z, z)
         tensor(1.)
 
-    Source: arXiv 2408.06266
+    Source: arXiv 2408.06266.
     """
     s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
     return torch.sigmoid(-beta * s_w) + torch.sigmoid(beta * s_l)
@@ -113,7 +113,7 @@ def apo_down_loss(
         >>> apo_down_loss(z, z, z, z)
         tensor(1.)
 
-    Source: arXiv 2408.06266
+    Source: arXiv 2408.06266.
     """
     s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
     return torch.sigmoid(beta * s_w) + torch.sigmoid(-beta * (s_w - s_l))
@@ -132,7 +132,7 @@ def cal_dpo_loss(
         >>> cal_dpo_loss(z, z, z, z, beta=0.5)
         tensor(2.6931)
 
-    Source: arXiv 2412.14516
+    Source: arXiv 2412.14516.
     """
     s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
     return ell(s_w - s_l) + (s_w - 0.5 / beta) ** 2 + (s_l + 0.5 / beta) ** 2
@@ -232,7 +232,7 @@ def aot_loss(
         >>> aot_loss(z, z, z, z)
         tensor(0.6931)
 
-    Source: arXiv 2406.05882
+    Source: arXiv 2406.05882.
     """
     ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
     policy, ref = upcast(policy_chosen) - upcast(policy_rejected), upcast(ref_chosen) - upcast(ref_rejected)
@@ -254,7 +254,7 @@ def aot_unpaired_loss(
         >>> aot_unpaired_loss(z, z, z, z)
         tensor(0.6931)
 
-    Source: arXiv 2406.05882
+    Source: arXiv 2406.05882.
     """
     s_w, s_l = ratios(upcast(policy_chosen), upcast(policy_rejected), upcast(ref_chosen), upcast(ref_rejected), beta)
     return _aot(s_w, s_l, beta, label_smoothing, options)

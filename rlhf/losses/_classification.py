@@ -294,7 +294,7 @@ def poly1_loss(logits: Tensor, targets: Tensor, epsilon: float = 1.0) -> Tensor:
         >>> poly1_loss(torch.zeros(1, 2), torch.tensor([0]))
         tensor(1.1931)
 
-    Source: arXiv 2204.12511
+    Source: arXiv 2204.12511.
     """
     check_range("epsilon", epsilon, -1.0, math.inf)
     if targets.shape == logits.shape:
@@ -319,7 +319,7 @@ def class_weights(counts: Tensor, scheme: str = "balanced", *, beta: float = 0.9
         >>> class_weights(torch.tensor([90, 10]))
         tensor([0.5556, 5.0000])
 
-    Source: King and Zeng 2001; effective number arXiv 1901.05555
+    Source: King and Zeng 2001; effective number arXiv 1901.05555.
     """
     n = counts if counts.dtype == torch.float64 else counts.float()
     if (n <= 0).any():
@@ -338,6 +338,7 @@ def class_weights(counts: Tensor, scheme: str = "balanced", *, beta: float = 0.9
 
 def _margin(scores: Tensor, targets: Tensor) -> Tensor:
     check_same_shape(scores=scores, targets=targets)
-    if targets.device.type == "cpu" and not ((targets == 0) | (targets.abs() == 1)).all():
+    hidden = (targets == 0) & (scores == 0)  # by a mask
+    if targets.device.type == "cpu" and not (hidden | (targets.abs() == 1)).all():
         raise ValueError("targets must be -1 or +1: for labels of 0 and 1 pass 2 * targets - 1")
     return scores * targets

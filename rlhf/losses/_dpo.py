@@ -154,7 +154,7 @@ def robust_loss(
         >>> robust_loss(z + 5, z, z, z, label_smoothing=0.1)
         tensor(0.4116)
 
-    Source: arXiv 2403.00409
+    Source: arXiv 2403.00409.
     """
     s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)
@@ -183,7 +183,7 @@ def exo_pair_loss(
         >>> exo_pair_loss(z, z, z, z)
         tensor(2.7612)
 
-    Source: arXiv 2402.00856
+    Source: arXiv 2402.00856.
     """
     s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
     check_range("label_smoothing", label_smoothing, 0.0, 0.5, open_low=True)
@@ -213,7 +213,7 @@ def discopop_loss(
         >>> discopop_loss(z, z, z, z)
         tensor(0.8466)
 
-    Source: arXiv 2406.08414 The factors of the exponential part are joined, so that it cannot overflow.
+    Source: arXiv 2406.08414. The factors of the exponential part are joined, so that it cannot overflow.
     """
     s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
     check_range("discopop_tau", discopop_tau, 0.0, math.inf, open_low=True)
@@ -270,7 +270,7 @@ def odpo_loss(
         >>> odpo_loss(z, z, z, z, margin=1.0)
         tensor(1.3133)
 
-    Source: arXiv 2402.10571
+    Source: arXiv 2402.10571.
     """
     s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
     return ell(beta * (s_w - s_l) - margin)

@@ -72,7 +72,7 @@ def beta_dpo_loss(
         >>> beta_dpo_loss(z + 10, z, z, z, beta_dpo_alpha=0.5)    # beta 0.15
         tensor(0.2014)
 
-    Source: arXiv 2407.08639
+    Source: arXiv 2407.08639.
     """
     s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
     check_range("beta_dpo_alpha", beta_dpo_alpha, 0.0, math.inf)

@@ -68,7 +68,7 @@ def cpo_loss(
         >>> cpo_loss(z - 3, z - 3)
         tensor(3.6931)
 
-    Source: arXiv 2401.08417
+    Source: arXiv 2401.08417.
     """
     check_range("beta", beta, 0.0, math.inf, open_low=True)
     check_range("cpo_alpha", cpo_alpha, 0.0, math.inf)
@@ -160,6 +160,6 @@ def chosen_nll_loss(
         >>> chosen_nll_loss(torch.tensor([-6.0]), chosen_lengths=torch.tensor([3]))
         tensor(2.)
 
-    Source: MPO, arXiv 2411.10442 TRL divides by the tokens of the micro-batch instead.
+    Source: MPO, arXiv 2411.10442. TRL divides by the tokens of the micro-batch instead.
     """
     return -per_token(policy_chosen, chosen_lengths)

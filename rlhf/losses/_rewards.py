@@ -37,7 +37,7 @@ def reward_loss(
         >>> reward_loss(torch.tensor([1.0]), torch.tensor([1.0]), center_rewards_coefficient=0.01)
         tensor(0.7331)
 
-    Source: Bradley and Terry 1952; margin arXiv 2307.09288 eq. 2; centring arXiv 2312.09244
+    Source: Bradley and Terry 1952; margin arXiv 2307.09288 eq. 2; centring arXiv 2312.09244.
     """
     check_range("center_rewards_coefficient", center_rewards_coefficient, 0.0, math.inf)
     check_same_shape(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
