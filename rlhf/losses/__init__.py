@@ -20,7 +20,16 @@ from rlhf.losses._classification import (
     nll_loss,
     poly1_loss,
 )
-from rlhf.losses._language import causal_lm_loss, perplexity, sequence_logps, shift, token_logps
+from rlhf.losses._language import (
+    bits_per_byte,
+    causal_lm_loss,
+    dft_loss,
+    perplexity,
+    sequence_logps,
+    shift,
+    token_logps,
+    unlikelihood_loss,
+)
 from rlhf.losses._preference import PREFERENCE_LOSSES, arguments_of, dpo_loss
 from rlhf.losses._regression import (
     epsilon_insensitive_loss,
@@ -38,11 +47,13 @@ __all__ = [
     "arguments_of",
     "bce_loss",
     "bce_with_logits_loss",
+    "bits_per_byte",
     "categorical_cross_entropy",
     "causal_lm_loss",
     "checks",
     "class_weights",
     "cross_entropy_loss",
+    "dft_loss",
     "dpo_loss",
     "epsilon_insensitive_loss",
     "focal_loss",
@@ -65,4 +76,5 @@ __all__ = [
     "shift",
     "smooth_l1_loss",
     "token_logps",
+    "unlikelihood_loss",
 ]

@@ -3,11 +3,13 @@
 Our trainers never build these logits (``rlhf.logprobs.score``); these are for people who already have them.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.losses._checks import check_floating, check_labels
+from rlhf.losses._checks import check_floating, check_labels, check_range, check_same_shape
 from rlhf.losses._reduction import Reduction, reduce, upcast
 
 
@@ -61,6 +63,9 @@ def causal_lm_loss(
     labels: Tensor,
     ignore_index: int = -100,
     *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    num_items: int | Tensor | None = None,
     reduction: Reduction = "mean",
     weight: Tensor | None = None,
     mask: Tensor | None = None,
@@ -68,28 +73,98 @@ def causal_lm_loss(
 ) -> Tensor:
     r"""Next-token cross-entropy.
 
-    .. math:: -\frac{1}{|S|} \sum_{t \in S} \log p(y_{t+1} \mid y_{\le t}),\; S = \{t : y_{t+1} \ne ignore\}
+    .. math:: -\frac{1}{|S|} \sum_{t \in S} \left(\log p(y_{t+1} \mid y_{\le t}) - \zeta \log^2 Z_t\right),\;
+              S = \{t : y_{t+1} \ne ignore\}
 
     Args:
         logits: [..., T, V]. labels: [..., T] aligned with ``input_ids``.
         ignore_index: label that is not scored.
+        label_smoothing: share of the target that is spread over the vocabulary, in [0, 1).
+        z_loss: >= 0, zeta; 1e-4 keeps the logits' normaliser near 1, which half precision likes.
+        num_items: divide the (weighted) sum by this instead of the scored tokens here: those of the whole optimizer
+            step, as ``transformers.Trainer`` counts them, so that accumulation does not change the loss.
         reduction: ``"mean"`` divides by the scored tokens (by their summed weight when ``weight`` is given).
         weight, mask: shape of ``labels``, aligned with them (shifted together); mask True counts.
         shift: False when the labels are shifted already.
     Returns:
         Scalar, or [..., T - 1] for ``"none"`` ([..., T] without shift); at least fp32. 0 when nothing is scored.
     Raises:
-        ValueError: shapes do not fit, labels are no indices or lie outside the vocabulary.
+        ValueError: shapes do not fit, labels are no indices or lie outside the vocabulary, options out of range.
     Example:
         >>> causal_lm_loss(torch.zeros(1, 3, 4), torch.tensor([[0, 2, 1]]))
         tensor(1.3863)
+
+    Source: z-loss arXiv 2204.02311 §5; smoothing arXiv 1512.00567 §7.
+    """
+    check_range("label_smoothing", label_smoothing, 0.0, 1.0)
+    check_range("z_loss", z_loss, 0.0, math.inf)
+    losses = _token_nll(logits, labels, ignore_index, shift, label_smoothing)
+    if z_loss:
+        losses = losses + z_loss * upcast(logits[..., :-1, :] if shift else logits).logsumexp(-1) ** 2
+    return _reduce_tokens(losses, labels, ignore_index, shift, reduction, weight, mask, num_items)
+
+
+def dft_loss(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int = -100,
+    *,
+    num_items: int | Tensor | None = None,
+    reduction: Reduction = "mean",
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    shift: bool = True,
+) -> Tensor:
+    r"""Dynamic fine-tuning: cross-entropy in which unlikely tokens do not shout.
+
+    .. math:: -\mathrm{sg}(p_t) \log p_t
+
+    Arguments, returns and errors as in :func:`causal_lm_loss`.
+
+    Example:
+        >>> dft_loss(torch.zeros(1, 2, 4), torch.tensor([[0, 2]]))    # log(4) / 4
+        tensor(0.3466)
+
+    Source: arXiv 2508.05629.
     """
     nll = _token_nll(logits, labels, ignore_index, shift)
-    cut = slice(1, None) if shift else slice(None)
-    scored = labels[..., cut] != ignore_index
-    if mask is not None:
-        scored = scored & mask[..., cut].bool()
-    return reduce(nll, reduction, None if weight is None else weight[..., cut], scored)
+    return _reduce_tokens(nll * (-nll.detach()).exp(), labels, ignore_index, shift, reduction, weight, mask, num_items)
+
+
+def unlikelihood_loss(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int = -100,
+    *,
+    num_items: int | Tensor | None = None,
+    reduction: Reduction = "mean",
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    shift: bool = True,
+) -> Tensor:
+    r"""Push tokens down: repetitions, or an answer that must not be given.
+
+    .. math:: -\log(1 - p(y_{t+1} \mid y_{\le t}))
+
+    Args:
+        labels: [..., T], the tokens that should *not* follow; ``ignore_index`` where none.
+        The others: as in :func:`causal_lm_loss`.
+    Returns, Raises:
+        As in :func:`causal_lm_loss`.
+    Example:
+        >>> unlikelihood_loss(torch.zeros(1, 2, 4), torch.tensor([[0, 2]]))    # -log(3 / 4)
+        tensor(0.2877)
+
+    Source: arXiv 1908.04319.
+    """
+    _check_dense(logits, labels)
+    check_floating("logits", logits)
+    check_labels("labels", labels, logits.size(-1), ignore_index)
+    dense, tokens = (logits[..., :-1, :], labels[..., 1:]) if shift else (logits, labels)
+    log_probs = upcast(dense).log_softmax(-1)
+    own = torch.where(tokens == ignore_index, 0, tokens.long())[..., None]
+    losses = -log_probs.scatter(-1, own, -math.inf).logsumexp(-1)  # of all the other tokens: exact where p rounds to 1
+    return _reduce_tokens(losses, labels, ignore_index, shift, reduction, weight, mask, num_items)
 
 
 def perplexity(logits: Tensor, labels: Tensor, ignore_index: int = -100, *, shift: bool = True) -> Tensor:
@@ -97,8 +172,48 @@ def perplexity(logits: Tensor, labels: Tensor, ignore_index: int = -100, *, shif
 
     Over several batches, sum NLL and counts first (``causal_lm_loss(..., reduction="sum")``): a mean of batch
     perplexities depends on the batch size.
+
+    Example:
+        >>> perplexity(torch.zeros(1, 3, 4), torch.tensor([[0, 2, 1]]))
+        tensor(4.)
     """
     return causal_lm_loss(logits, labels, ignore_index, shift=shift).exp()
+
+
+def bits_per_byte(
+    logits: Tensor, labels: Tensor, num_bytes: int | Tensor, ignore_index: int = -100, *, shift: bool = True
+) -> Tensor:
+    """Total NLL in bits for each byte of the text: comparable between tokenizers, as perplexity is not.
+
+    Args:
+        num_bytes: UTF-8 bytes of the text that the scored labels spell.
+        The others: as in :func:`causal_lm_loss`.
+    Example:
+        >>> bits_per_byte(torch.zeros(1, 3, 4), torch.tensor([[0, 2, 1]]), num_bytes=8)    # 2 tokens of 2 bits
+        tensor(0.5000)
+    """
+    return causal_lm_loss(logits, labels, ignore_index, reduction="sum", shift=shift) / (num_bytes * math.log(2))
+
+
+def _reduce_tokens(
+    losses: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    shift: bool,
+    reduction: Reduction,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    num_items: int | Tensor | None,
+) -> Tensor:
+    cut = slice(1, None) if shift else slice(None)
+    scored = labels[..., cut] != ignore_index
+    check_same_shape(labels=labels, weight=weight, mask=mask)
+    if mask is not None:
+        scored = scored & mask[..., cut].bool()
+    weight = None if weight is None else weight[..., cut]
+    if num_items is None or reduction != "mean":
+        return reduce(losses, reduction, weight, scored)
+    return reduce(losses, "sum", weight, scored) / num_items
 
 
 def _check_dense(logits: Tensor, labels: Tensor) -> None:
@@ -109,12 +224,20 @@ def _check_dense(logits: Tensor, labels: Tensor) -> None:
         )
 
 
-def _token_nll(logits: Tensor, labels: Tensor, ignore_index: int, shift: bool) -> Tensor:
+def _token_nll(
+    logits: Tensor, labels: Tensor, ignore_index: int, shift: bool, label_smoothing: float = 0.0
+) -> Tensor:  # fmt: skip
     _check_dense(logits, labels)
     check_floating("logits", logits)
     check_labels("labels", labels, logits.size(-1), ignore_index)
     if shift:
         logits, labels = logits[..., :-1, :], labels[..., 1:]
     flat = upcast(logits).reshape(-1, logits.size(-1))
-    nll = F.cross_entropy(flat, labels.reshape(-1).long(), ignore_index=ignore_index, reduction="none")
+    nll = F.cross_entropy(
+        flat,
+        labels.reshape(-1).long(),
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="none",
+    )
     return nll.view(torch.Size(labels.shape))

@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss
 
-from rlhf.losses import causal_lm_loss, perplexity, sequence_logps, shift, token_logps
+from rlhf.losses import (
+    bits_per_byte,
+    causal_lm_loss,
+    dft_loss,
+    perplexity,
+    sequence_logps,
+    shift,
+    token_logps,
+    unlikelihood_loss,
+)  # fmt: skip
 
 
 def example(seed=0, batch=3, length=7, vocabulary=11, dtype=torch.float64):
@@ -114,3 +123,59 @@ def test_bad_labels_are_named(labels, said):
 def test_unknown_reduction_is_named():
     with pytest.raises(ValueError, match='reduction must be "mean", "sum" or "none", got \'avg\''):
         causal_lm_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.int64), reduction="avg")
+
+
+def scored(logits, labels):
+    """(logits, labels) of the scored positions alone."""
+    shifted, targets = logits[:, :-1], labels[:, 1:]
+    return shifted[targets != -100], targets[targets != -100]
+
+
+def test_label_smoothing_and_z_loss():
+    logits, labels = example(8)
+    rows, targets = scored(logits, labels)
+    smooth = torch.nn.functional.cross_entropy(rows, targets, label_smoothing=0.1)
+    z = torch.logsumexp(rows, -1).square().mean()
+    close(causal_lm_loss(logits, labels, label_smoothing=0.1, z_loss=0.01), smooth + 0.01 * z, torch.float64)
+
+
+def test_num_items_makes_accumulated_micro_batches_one_batch():
+    logits, labels = example(9, batch=4)
+    whole = causal_lm_loss(logits, labels)
+    count = int((labels[:, 1:] != -100).sum())
+    parts = [causal_lm_loss(logits[i : i + 1], labels[i : i + 1], num_items=count) for i in range(4)]
+    close(sum(parts), whole, torch.float64)
+
+
+def test_dft_is_cross_entropy_weighted_by_probability_without_gradient():
+    logits, labels = example(10)
+    logits.requires_grad_()
+    rows, targets = scored(logits, labels)
+    logp = rows.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    close(dft_loss(logits, labels).detach(), -(logp.exp() * logp).mean().detach(), torch.float64)
+    (got,) = torch.autograd.grad(dft_loss(logits, labels), logits)
+    (want,) = torch.autograd.grad(-(logp.exp().detach() * logp).mean(), logits)
+    close(got, want, torch.float64)
+
+
+def test_unlikelihood_is_the_rest_of_the_probability():
+    logits, labels = example(11)
+    rows, targets = scored(logits, labels)
+    p = rows.softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    close(unlikelihood_loss(logits, labels), -(1 - p).log().mean(), torch.float64)
+    sure = torch.tensor([[[0.0, 50.0], [0.0, 0.0]]], requires_grad=True)
+    loss = unlikelihood_loss(sure, torch.tensor([[0, 1]]))
+    loss.backward()
+    close(loss.detach(), 50.0)
+    assert torch.isfinite(sure.grad).all()
+
+
+def test_gradcheck_of_unlikelihood():
+    logits, labels = example(12, batch=2, length=4, vocabulary=5)
+    assert torch.autograd.gradcheck(lambda z: unlikelihood_loss(z, labels), logits.requires_grad_())
+
+
+def test_bits_per_byte():
+    logits, labels = example(13)
+    want = sum(plain_nll(logits, labels)) / math.log(2) / 57
+    close(bits_per_byte(logits, labels, 57), want, torch.float64)
