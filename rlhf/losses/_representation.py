@@ -1,0 +1,313 @@
+"""Losses on embeddings: what belongs together is near, the rest is far."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf.losses._checks import check_range, check_same_shape
+from rlhf.losses._reduction import Reduction, reduce, reducible, upcast
+
+Distance = Literal["euclidean", "squared", "cosine"]
+
+
+def info_nce_loss(
+    queries: Tensor,
+    keys: Tensor,
+    negatives: Tensor | None = None,
+    temperature: float | Tensor = 0.07,
+    *,
+    symmetric: bool = True,
+    normalize: bool = True,
+    gather: bool = False,
+    reduction: Reduction = "mean",
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    r"""InfoNCE: each query finds its own key among all keys (CLIP's loss when symmetric).
+
+    .. math:: -\log\frac{e^{q_i \cdot k_i/\tau}}{\sum_j e^{q_i \cdot k_j/\tau} + \sum_m e^{q_i \cdot n_m/\tau}}
+
+    Args:
+        queries: [N, D]. keys: [N, D], row i belongs to query i.
+        negatives: [M, D], further keys that belong to no query (not used in the direction from keys to queries).
+        temperature: > 0, tau; a tensor may be learned (CLIP learns ``log_scale`` and passes ``(-log_scale).exp()``).
+        symmetric: average with the loss from keys to queries; False for one side.
+        normalize: scale embeddings to length 1 first.
+        gather: under ``torch.distributed``, take the keys (and queries) of all ranks as candidates, with gradient. The
+            loss is that of this rank's rows: averaging gradients over ranks gives that of the whole batch.
+        reduction, weight, mask: as everywhere, [N]; a pair that is masked is no candidate either.
+    Returns:
+        Scalar, or [N] for ``"none"``; nats, at least float32; log N for N equal pairs; 0 if nothing counts.
+    Raises:
+        ValueError: shapes do not fit, or ``temperature <= 0`` (for a number).
+    Example:
+        >>> info_nce_loss(torch.ones(4, 2), torch.ones(4, 2))
+        tensor(1.3863)
+
+    Source: arXiv 1807.03748 eq. 4; symmetric form CLIP, arXiv 2103.00020 figure 3.
+    """
+    _check_embeddings(queries=queries, keys=keys)
+    check_same_shape(queries=queries, keys=keys)
+    if not isinstance(temperature, Tensor):
+        check_range("temperature", temperature, 0.0, math.inf, open_low=True)
+    visible = torch.ones_like(queries[:, 0], dtype=torch.bool) if mask is None else mask.bool()
+    check_same_shape(queries=queries[:, 0], mask=visible, weight=weight)
+    queries, keys = (_ready(x, visible, normalize) for x in (queries, keys))
+    all_queries, all_keys, candidates, first = queries, keys, visible, 0
+    if gather and dist.is_available() and dist.is_initialized():
+        all_queries, all_keys = (torch.cat(_all_gather(x)) for x in (queries, keys))
+        candidates = torch.cat(_all_gather(visible.float())).bool()
+        first = dist.get_rank() * len(queries)
+    own = torch.arange(len(queries), device=queries.device) + first
+    # A row that is masked scores against itself alone, so that its softmax is not empty; its loss is dropped below.
+    allowed = candidates[None] | (torch.arange(len(candidates), device=own.device)[None] == own[:, None])
+
+    def one_side(x: Tensor, y: Tensor, extra: Tensor | None) -> Tensor:
+        logits = (x @ y.T / temperature).masked_fill(~allowed, -math.inf)
+        if extra is not None:
+            logits = torch.cat([logits, x @ extra.T / temperature], 1)
+        return F.cross_entropy(logits, own, reduction="none")
+
+    if negatives is not None:
+        _check_embeddings(negatives=negatives)
+        negatives = _ready(negatives, None, normalize)
+    losses = one_side(queries, all_keys, negatives)
+    if symmetric:
+        losses = (losses + one_side(keys, all_queries, None)) / 2
+    return reduce(losses, reduction, weight, None if mask is None else visible)
+
+
+def supervised_contrastive_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    temperature: float = 0.07,
+    *,
+    normalize: bool = True,
+    reduction: Reduction = "mean",
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    r"""SupCon: an example is near all others of its class.
+
+    .. math:: -\frac{1}{|P_i|}\sum_{p\in P_i}\log\frac{e^{z_i\cdot z_p/\tau}}{\sum_{a\ne i}e^{z_i\cdot z_a/\tau}}
+
+    Args:
+        embeddings: [N, D]. labels: [N] integers.
+        temperature: > 0. normalize: scale embeddings to length 1 first.
+        reduction, weight, mask: as everywhere, [N]. An example without another of its class does not count.
+    Returns:
+        Scalar, or [N] for ``"none"``; nats, at least float32; 0 if nothing counts.
+    Raises:
+        ValueError: shapes do not fit, or ``temperature <= 0``.
+    Example:
+        >>> supervised_contrastive_loss(torch.ones(4, 2), torch.tensor([0, 0, 1, 1]))    # log 3
+        tensor(1.0986)
+
+    Source: arXiv 2004.11362 eq. 2 (L_out).
+    """
+    _check_embeddings(embeddings=embeddings)
+    check_range("temperature", temperature, 0.0, math.inf, open_low=True)
+    visible = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
+    check_same_shape(embeddings=embeddings[:, 0], labels=labels, mask=visible, weight=weight)
+    z = _ready(embeddings, visible, normalize)
+    others = visible[None] & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positives = others & (labels[:, None] == labels[None])
+    logits = (z @ z.T / temperature).masked_fill(~others, -torch.finfo(z.dtype).max)
+    counts = positives.sum(1)
+    log_probs = torch.where(positives, logits.log_softmax(1), 0.0)
+    return reduce(-log_probs.sum(1) / counts.clamp(min=1), reduction, weight, visible & (counts > 0))
+
+
+def triplet_loss(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    margin: float = 1.0,
+    *,
+    distance: Distance = "euclidean",
+    reduction: Reduction = "mean",
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    r"""An anchor is nearer to its positive than to its negative, by a margin.
+
+    .. math:: \max(0, d(a, p) - d(a, n) + m)
+
+    Args:
+        anchors, positives, negatives: [..., D].
+        margin: >= 0, in units of the distance.
+        distance: ``"euclidean"``, ``"squared"`` (its square) or ``"cosine"`` (1 - cosine, in [0, 2]).
+        reduction, weight, mask: as everywhere, [...].
+    Returns:
+        Scalar, or [...] for ``"none"``; at least float32; 0 if nothing counts.
+    Raises:
+        ValueError: shapes differ, ``margin < 0``, or an unknown distance.
+    Example:
+        >>> triplet_loss(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 2.0]]))    # 5 - 2 + 1
+        tensor(4.)
+
+    Source: arXiv 1503.03832 eq. 3 (squared).
+    """
+    check_range("margin", margin, 0.0, math.inf)
+    check_same_shape(anchors=anchors, positives=positives, negatives=negatives)
+    a, p, n = (_ready(x, mask, False) for x in (anchors, positives, negatives))
+    return reduce(F.relu(_distance(a, p, distance) - _distance(a, n, distance) + margin), reduction, weight, mask)
+
+
+def batch_triplet_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    margin: float = 1.0,
+    *,
+    mining: Literal["all", "hard", "semi-hard"] = "semi-hard",
+    distance: Distance = "euclidean",
+    reduction: Literal["mean", "sum"] = "mean",
+) -> Tensor:
+    r"""Triplets found within a batch.
+
+    Args:
+        embeddings: [N, D]. labels: [N] integers.
+        mining: ``"all"`` valid triplets · ``"hard"``: for each anchor its farthest positive and nearest negative ·
+            ``"semi-hard"``: for each anchor and positive the nearest negative that is farther than the positive, or
+            the farthest negative where none is.
+        margin, distance: as in :func:`triplet_loss`.
+        reduction: ``"mean"`` (over the triplets found) or ``"sum"``.
+    Returns:
+        Scalar, at least float32; 0, differentiable, where the batch holds no triplet.
+    Raises:
+        ValueError: shapes do not fit, an unknown mining or distance.
+    Example:
+        >>> x = torch.tensor([[0.0], [1.0], [1.5]])
+        >>> batch_triplet_loss(x, torch.tensor([0, 0, 1]), mining="hard")    # (1 - 1.5 + 1 + 1 - 0.5 + 1) / 2
+        tensor(1.)
+
+    Source: hard: arXiv 1703.07737; semi-hard: arXiv 1503.03832 §3.2.
+    """
+    _check_embeddings(embeddings=embeddings)
+    check_range("margin", margin, 0.0, math.inf)
+    x = upcast(embeddings)
+    d = _distance(x[:, None], x[None], distance)
+    same = labels[:, None] == labels[None]
+    positive = same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
+    if mining == "hard":
+        farthest = d.masked_fill(~positive, -math.inf).amax(1)
+        nearest = d.masked_fill(same, math.inf).amin(1)
+        counts = positive.any(1) & ~same.all(1)
+        gaps = torch.where(counts, farthest, 0.0) - torch.where(counts, nearest, 0.0)
+        return reduce(F.relu(gaps + margin), reduction, mask=counts)
+    to_positive, to_negative = d[:, :, None], d[:, None, :]  # [anchor, positive, negative]
+    valid = positive[:, :, None] & ~same[:, None, :]
+    if mining == "all":
+        return reduce(F.relu(to_positive - to_negative + margin), reduction, mask=valid)
+    if mining != "semi-hard":
+        raise ValueError(f'mining must be "all", "hard" or "semi-hard", got {mining!r}')
+    beyond = valid & (to_negative > to_positive)
+    nearest = to_negative.masked_fill(~beyond, math.inf).amin(2)
+    farthest = to_negative.masked_fill(~valid, -math.inf).amax(2)
+    chosen = torch.where(beyond.any(2), nearest, farthest)
+    counts = valid.any(2)
+    return reduce(
+        F.relu(torch.where(counts, d - torch.where(counts, chosen, 0.0), 0.0) + margin), reduction, mask=counts
+    )
+
+
+def siglip_loss(
+    queries: Tensor,
+    keys: Tensor,
+    scale: float | Tensor = 10.0,
+    bias: float | Tensor = -10.0,
+    *,
+    normalize: bool = True,
+    reduction: Reduction = "mean",
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    r"""SigLIP: every pair is a yes or a no, without a softmax over the batch.
+
+    .. math:: \sum_j -\log\sigma(z_{ij}(s\,q_i\cdot k_j + b)),\; z_{ii} = 1,\; z_{ij} = -1
+
+    Args:
+        queries, keys: [N, D], row i of one belongs to row i of the other.
+        scale, bias: s and b; numbers, or learned tensors (the paper starts at exp(log 10) and -10).
+        normalize: scale embeddings to length 1 first.
+        reduction, weight, mask: as everywhere, [N]; a pair that is masked is no candidate either.
+    Returns:
+        Scalar, or [N] for ``"none"``; nats, at least float32; 0 if nothing counts.
+    Raises:
+        ValueError: shapes do not fit.
+    Example:
+        >>> siglip_loss(torch.zeros(2, 3), torch.zeros(2, 3), bias=0.0)    # 2 log 2
+        tensor(1.3863)
+
+    Source: arXiv 2303.15343 §3.2.
+    """
+    _check_embeddings(queries=queries, keys=keys)
+    check_same_shape(queries=queries, keys=keys)
+    visible = torch.ones_like(queries[:, 0], dtype=torch.bool) if mask is None else mask.bool()
+    q, k = (_ready(x, visible, normalize) for x in (queries, keys))
+    signs = 2 * torch.eye(len(q), dtype=q.dtype, device=q.device) - 1
+    losses = -F.logsigmoid(signs * (q @ k.T * scale + bias))
+    return reduce(torch.where(visible[None], losses, 0.0).sum(1), reduction, weight, None if mask is None else visible)
+
+
+@reducible("first", "second")
+def cosine_embedding_loss(first: Tensor, second: Tensor, targets: Tensor, margin: float = 0.0) -> Tensor:
+    r"""Pairs that match point the same way; others are apart by an angle.
+
+    .. math:: 1 - \cos(a, b) \text{ if } y = 1, \text{ else } \max(0, \cos(a, b) - m)
+
+    Args:
+        first, second: [..., D]. targets: [...], +1 for a match, -1 for none.
+        margin: m, in [-1, 1].
+        reduction, weight, mask: as everywhere, [...].
+    Returns:
+        Scalar, or [...] for ``"none"``; at least float32; 0 if nothing counts.
+    Raises:
+        ValueError: shapes do not fit, or a margin out of range.
+    Example:
+        >>> cosine_embedding_loss(torch.eye(2), torch.eye(2), torch.tensor([1, -1]), reduction="none")
+        tensor([0., 1.])
+
+    Source: as ``torch.nn.functional.cosine_embedding_loss``.
+    """
+    check_range("margin", margin, -1.0, math.nextafter(1.0, 2.0))
+    check_same_shape(first=first, second=second)
+    check_same_shape(targets=targets, first=first[..., 0])
+    size = first.size(-1)
+    losses = F.cosine_embedding_loss(
+        first.reshape(-1, size), second.reshape(-1, size), targets.reshape(-1), margin, reduction="none"
+    )
+    return losses.view(targets.shape)
+
+
+def _check_embeddings(**named: Tensor) -> None:
+    for name, value in named.items():
+        if value.dim() != 2 or not value.is_floating_point():
+            raise ValueError(f"{name} must be floating point [N, D], got {value.dtype} {tuple(value.shape)}")
+
+
+def _ready(x: Tensor, mask: Tensor | None, normalize: bool) -> Tensor:
+    x = upcast(x) if mask is None else torch.where(mask.bool()[..., None], upcast(x), 0.0)
+    return F.normalize(x, dim=-1) if normalize else x
+
+
+def _distance(a: Tensor, b: Tensor, kind: Distance) -> Tensor:
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(a, b, dim=-1)
+    squared = ((a - b) ** 2).sum(-1)
+    if kind == "squared":
+        return squared
+    if kind != "euclidean":
+        raise ValueError(f'distance must be "euclidean", "squared" or "cosine", got {kind!r}')
+    apart = squared > 0  # the root has no slope at 0, where the gradient is taken as 0
+    return torch.where(apart, torch.where(apart, squared, 1.0).sqrt(), 0.0)
+
+
+def _all_gather(x: Tensor) -> list[Tensor]:
+    from torch.distributed.nn.functional import all_gather  # differentiable
+
+    return list(all_gather(x))
