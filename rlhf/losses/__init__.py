@@ -4,6 +4,14 @@ One private file a family, re-exported here. Signature order: predictions, targe
 hyper-parameters, ``reduction``, ``weight``, ``mask``.
 """
 
+from rlhf.losses._advantages import (
+    AdaptiveKLController,
+    gae,
+    group_advantages,
+    rloo_advantages,
+    truncated_importance_weights,
+    whiten,
+)
 from rlhf.losses._anchored import kto_loss
 from rlhf.losses._checks import checks
 from rlhf.losses._classification import (
@@ -40,6 +48,21 @@ from rlhf.losses._language import (
     token_logps,
     unlikelihood_loss,
 )
+from rlhf.losses._policy import actor_critic_loss, kl_estimate, ppo_loss, value_loss
+from rlhf.losses._policy_sequences import (
+    POLICY_LOSSES,
+    bnpo_loss,
+    cispo_loss,
+    dapo_loss,
+    dr_grpo_loss,
+    gmpo_loss,
+    grpo_loss,
+    gspo_loss,
+    luspo_loss,
+    reinforce_loss,
+    rloo_loss,
+    sapo_loss,
+)
 from rlhf.losses._preference import PREFERENCE_LOSSES, arguments_of, dpo_loss
 from rlhf.losses._regression import (
     epsilon_insensitive_loss,
@@ -61,33 +84,47 @@ from rlhf.losses._representation import (
 from rlhf.losses._rewards import plackett_luce_loss, reward_loss
 
 __all__ = [
+    "POLICY_LOSSES",
     "PREFERENCE_LOSSES",
+    "AdaptiveKLController",
+    "actor_critic_loss",
     "alpha_divergence",
     "arguments_of",
     "batch_triplet_loss",
     "bce_loss",
     "bce_with_logits_loss",
     "bits_per_byte",
+    "bnpo_loss",
     "categorical_cross_entropy",
     "causal_lm_loss",
     "checks",
+    "cispo_loss",
     "class_weights",
     "cosine_embedding_loss",
     "cross_entropy_loss",
+    "dapo_loss",
     "dft_loss",
     "distillation_loss",
     "dpo_loss",
+    "dr_grpo_loss",
     "epsilon_insensitive_loss",
     "focal_loss",
+    "gae",
     "generalized_jsd",
+    "gmpo_loss",
+    "group_advantages",
+    "grpo_loss",
+    "gspo_loss",
     "hinge_loss",
     "huber_loss",
     "info_nce_loss",
     "jensen_shannon",
     "kl_divergence",
+    "kl_estimate",
     "kto_loss",
     "label_smoothing_loss",
     "log_cosh_loss",
+    "luspo_loss",
     "mae_loss",
     "modified_huber_loss",
     "mse_loss",
@@ -96,8 +133,13 @@ __all__ = [
     "perplexity",
     "plackett_luce_loss",
     "poly1_loss",
+    "ppo_loss",
     "quantile_loss",
+    "reinforce_loss",
     "reward_loss",
+    "rloo_advantages",
+    "rloo_loss",
+    "sapo_loss",
     "sequence_logps",
     "shift",
     "siglip_loss",
@@ -108,5 +150,8 @@ __all__ = [
     "top_k_kl",
     "total_variation",
     "triplet_loss",
+    "truncated_importance_weights",
     "unlikelihood_loss",
+    "value_loss",
+    "whiten",
 ]

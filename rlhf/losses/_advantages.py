@@ -1,0 +1,217 @@
+"""From rewards to advantages, and what keeps a policy near the one that sampled."""
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlhf.losses._checks import check_range, check_same_shape
+from rlhf.losses._reduction import upcast
+
+
+@torch.no_grad()
+def gae(
+    rewards: Tensor, values: Tensor, gamma: float = 1.0, lam: float = 0.95, *, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Generalised advantage estimation, from the last token back.
+
+    .. math:: A_t = \delta_t + \gamma\lambda A_{t+1},\; \delta_t = r_t + \gamma V_{t+1} - V_t,\; R_t = A_t + V_t
+
+    Args:
+        rewards, values: [..., T]; ``values[..., t]`` is the critic's before token t. After the last token V is 0.
+        gamma, lam: discount and lambda, in [0, 1].
+        mask: [..., T], True counts. A token that does not count (a tool's answer, padding on either side) is skipped
+            over: the next value and the running sum pass through it unchanged, without decay.
+    Returns:
+        ``(advantages, returns)``, [..., T], at least float32, 0 where the mask is False. No gradient.
+    Raises:
+        ValueError: shapes differ, gamma or lam outside [0, 1].
+    Example:
+        >>> gae(torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5]), lam=1.0)
+        (tensor([0.5000, 0.5000]), tensor([1., 1.]))
+
+    Source: arXiv 1506.02438 eq. 16.
+    """
+    check_range("gamma", gamma, 0.0, 1.0 + 1e-12)
+    check_range("lam", lam, 0.0, 1.0 + 1e-12)
+    check_same_shape(rewards=rewards, values=values, mask=mask)
+    rewards, values = upcast(rewards), upcast(values)
+    visible = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask.bool()
+    rewards, values = torch.where(visible, rewards, 0.0), torch.where(visible, values, 0.0)
+    advantages = torch.zeros_like(rewards)
+    running = following = torch.zeros_like(rewards[..., 0])
+    for t in reversed(range(rewards.size(-1))):
+        here = visible[..., t]
+        delta = rewards[..., t] + gamma * following - values[..., t]
+        running = torch.where(here, delta + gamma * lam * running, running)
+        following = torch.where(here, values[..., t], following)
+        advantages[..., t] = torch.where(here, running, 0.0)
+    return advantages, torch.where(visible, advantages + values, 0.0)
+
+
+@torch.no_grad()
+def whiten(
+    values: Tensor, *, mask: Tensor | None = None, shift_mean: bool = True, gather: bool = False, eps: float = 1e-8
+) -> Tensor:
+    """Mean 0 and variance 1 over what counts.
+
+    Args:
+        values: any shape. mask: same shape, True counts.
+        shift_mean: False scales only, and keeps the mean (rewards, whose sign matters).
+        gather: under ``torch.distributed``, the mean and variance of all ranks' values together.
+    Returns:
+        Same shape, at least float32, 0 where the mask is False. Equal values become 0 (unshifted, they stay).
+    Raises:
+        ValueError: shapes differ.
+    Example:
+        >>> whiten(torch.tensor([1.0, 3.0]))
+        tensor([-1.,  1.])
+
+    Source: arXiv 1909.08593's code; the variance is the biased one (divided by the count).
+    """
+    check_same_shape(values=values, mask=mask)
+    values = upcast(values)
+    visible = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.bool()
+    values = torch.where(visible, values, 0.0)
+
+    def total(x: Tensor) -> Tensor:
+        x = x.double().sum()
+        if gather and dist.is_available() and dist.is_initialized():
+            dist.all_reduce(x)
+        return x
+
+    count = total(visible).clamp(min=1)
+    mean = total(values) / count
+    variance = total(torch.where(visible, (values - mean) ** 2, 0.0)) / count  # two passes: no cancellation
+    whitened = (values - mean) / (variance + eps).sqrt()
+    return torch.where(visible, whitened if shift_mean else whitened + mean, 0.0).to(values.dtype)
+
+
+@torch.no_grad()
+def group_advantages(
+    rewards: Tensor, group: Tensor, scale: Literal["group", "batch", "none"] = "group", *, eps: float = 1e-4
+) -> Tensor:
+    r"""GRPO: a completion against the others of its prompt.
+
+    .. math:: A_i = \frac{r_i - \mathrm{mean}_g}{\mathrm{std} + \epsilon}
+
+    Args:
+        rewards: [S]; NaN where none could be had: it counts nowhere and gets 0.
+        group: int64 [S], the prompt of each.
+        scale: divide by the group's standard deviation (GRPO), the batch's, or not at all (Dr. GRPO).
+    Returns:
+        [S], at least float32; 0 in a group whose rewards are equal. No gradient.
+    Raises:
+        ValueError: shapes differ, an unknown scale, or a group of one, whose advantage would always be 0.
+    Example:
+        >>> group_advantages(torch.tensor([1.0, 3.0, 2.0, 2.0]), torch.tensor([0, 0, 1, 1]), "none")
+        tensor([-1.,  1.,  0.,  0.])
+
+    Source: arXiv 2402.03300 §4.1; without scale arXiv 2503.20783. The deviation is the unbiased one, as TRL's.
+    """
+    rewards, known, groups, counts = _grouped(rewards, group)
+    mean = _sums(rewards, groups, len(counts)) / counts.clamp(min=1)
+    centred = torch.where(known, rewards - mean[groups], 0.0)
+    match scale:
+        case "none":
+            return centred
+        case "group":
+            variance = _sums(centred**2, groups, len(counts)) / (counts - 1).clamp(min=1)
+            return centred / (variance.sqrt()[groups] + eps)
+        case "batch":
+            seen = rewards[known]
+            return centred / (seen.std() + eps) if seen.numel() > 1 else centred
+    raise ValueError(f'scale must be "group", "batch" or "none", got {scale!r}')
+
+
+@torch.no_grad()
+def rloo_advantages(rewards: Tensor, group: Tensor) -> Tensor:
+    r"""Leave one out: a completion against the mean of the *others* of its prompt.
+
+    .. math:: A_i = r_i - \frac{1}{k-1}\sum_{j\ne i} r_j
+
+    Args:
+        rewards, group: as in :func:`group_advantages`.
+    Returns, Raises:
+        As in :func:`group_advantages`.
+    Example:
+        >>> rloo_advantages(torch.tensor([1.0, 3.0]), torch.tensor([0, 0]))
+        tensor([-2.,  2.])
+
+    Source: arXiv 2402.14740.
+    """
+    rewards, known, groups, counts = _grouped(rewards, group)
+    others = (_sums(rewards, groups, len(counts))[groups] - rewards) / (counts[groups] - 1).clamp(min=1)
+    return torch.where(known & (counts[groups] > 1), rewards - others, 0.0)
+
+
+def truncated_importance_weights(
+    old_logps: Tensor, sampling_logps: Tensor, cap: float = 2.0, *, beyond: Literal["cap", "zero"] = "cap"
+) -> Tensor:
+    r"""Weights that correct for a sampler whose probabilities differ from the trainer's.
+
+    .. math:: \min(\pi_{old}/\pi_{sampler}, C)
+
+    Args:
+        old_logps: any shape, nats, by the trainer before its first update. sampling_logps: same, by the sampler.
+        cap: > 0, C. beyond: a larger weight becomes ``"cap"`` or ``"zero"`` (the token is left out).
+    Returns:
+        Same shape, at least float32, without gradient; pass it as ``weight`` of the losses of :data:`POLICY_LOSSES`.
+    Raises:
+        ValueError: shapes differ, ``cap <= 0``, or an unknown ``beyond``.
+    Example:
+        >>> truncated_importance_weights(torch.tensor([0.0, -1.0]), torch.tensor([-1.0, -1.0]))
+        tensor([2., 1.])
+
+    Source: truncated importance sampling, Ionides 2008; for language models Yao et al. 2025.
+    """
+    check_range("cap", cap, 0.0, float("inf"), open_low=True)
+    check_same_shape(old_logps=old_logps, sampling_logps=sampling_logps)
+    if beyond not in ("cap", "zero"):
+        raise ValueError(f'beyond must be "cap" or "zero", got {beyond!r}')
+    ratio = (upcast(old_logps) - upcast(sampling_logps)).detach().clamp(max=20).exp()
+    return ratio.clamp(max=cap) if beyond == "cap" else torch.where(ratio > cap, 0.0, ratio)
+
+
+class AdaptiveKLController:
+    """A KL coefficient that seeks a target: it grows while KL is above, by at most 20 % of the error a horizon.
+
+    Args:
+        init_kl_coef: > 0, where it starts. target: > 0, KL of a whole sequence, nats. horizon: > 0, in sequences.
+    Raises:
+        ValueError: an argument out of range.
+    Example:
+        >>> controller = AdaptiveKLController(0.1, target=6.0, horizon=100)
+        >>> round(controller.update(kl=12.0, n_steps=50), 4)    # 0.1 * (1 + 0.2 * 50 / 100)
+        0.11
+
+    Source: arXiv 1909.08593 §2.2.
+    """
+
+    def __init__(self, init_kl_coef: float = 0.2, target: float = 6.0, horizon: int = 10_000) -> None:
+        for name, value in (("init_kl_coef", init_kl_coef), ("target", target), ("horizon", horizon)):
+            check_range(name, value, 0.0, float("inf"), open_low=True)
+        self.value, self.target, self.horizon = init_kl_coef, target, horizon
+
+    def update(self, kl: float, n_steps: int) -> float:
+        """Take the mean KL of ``n_steps`` sequences (of all ranks); returns the new coefficient."""
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.value *= 1 + error * n_steps / self.horizon
+        return self.value
+
+
+def _grouped(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_same_shape(rewards=rewards, group=group)
+    rewards = upcast(rewards)
+    known = ~rewards.isnan()
+    _, groups, sizes = group.unique(return_inverse=True, return_counts=True)
+    if (sizes == 1).any():
+        lonely = int(group[(sizes[groups] == 1).nonzero()[0]])
+        raise ValueError(f"group {lonely} has one completion: at least two are needed to compare")
+    counts = _sums(known.to(rewards.dtype), groups, len(sizes))
+    return torch.where(known, rewards, 0.0), known, groups, counts
+
+
+def _sums(values: Tensor, groups: Tensor, size: int) -> Tensor:
+    return values.new_zeros(size).index_add(0, groups, values)

@@ -1,0 +1,154 @@
+r"""The elements of policy gradients, on tensors of any one shape: PPO's two losses, actor–critic, KL estimates.
+
+Losses that know which token belongs to which sequence are in :mod:`rlhf.losses._policy_sequences`.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from rlhf.losses._checks import check_range, check_same_shape
+from rlhf.losses._reduction import reducible, upcast
+
+_LIMIT = 20.0
+
+
+def stopped_log_ratio(logps: Tensor, old_logps: Tensor) -> Tensor:
+    """``log(pi / pi_old)``, within ±20: beyond it the exponential helps nobody."""
+    return (logps - old_logps).clamp(-_LIMIT, _LIMIT)
+
+
+def clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, low: float, high: float, dual_clip: float | None = None
+) -> Tensor:
+    """The pessimistic surrogate, negated."""
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+    if dual_clip is not None:
+        check_range("dual_clip", dual_clip, 1.0, math.inf, open_low=True)
+        surrogate = torch.where(advantages < 0, torch.maximum(surrogate, dual_clip * advantages), surrogate)
+    return -surrogate
+
+
+@reducible("logps", "old_logps", "advantages")
+def ppo_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    clip_ratio: float = 0.2,
+    *,
+    clip_ratio_high: float | None = None,
+    dual_clip: float | None = None,
+) -> Tensor:
+    r"""PPO's clipped objective: no reward for going further than the clip from the policy that sampled.
+
+    .. math:: -\min(\rho A, \mathrm{clip}(\rho, 1-\epsilon, 1+\epsilon_{high}) A)
+
+    Args:
+        logps, old_logps, advantages: any one shape, with ``mask`` where it is padded.
+        clip_ratio: in (0, 1), epsilon. clip_ratio_high: epsilon above, DAPO's clip-higher (0.28); as below if None.
+        dual_clip: > 1; for A < 0 the loss stops at ``-dual_clip * A`` (3 is usual); None for none.
+        reduction, weight, mask: as everywhere.
+    Returns:
+        Scalar, or the input's shape for ``"none"``; at least float32; 0 if nothing counts.
+    Raises:
+        ValueError: shapes differ, or a hyper-parameter is out of range.
+    Example:
+        >>> ppo_loss(torch.tensor([0.5]).log(), torch.tensor([0.25]).log(), torch.tensor([1.0]))    # ratio 2, clipped
+        tensor(-1.2000)
+
+    Source: arXiv 1707.06347 eq. 7; dual clip arXiv 1912.09729 eq. 4; clip-higher arXiv 2503.14476.
+    """
+    check_range("clip_ratio", clip_ratio, 0.0, 1.0, open_low=True)
+    check_same_shape(logps=logps, old_logps=old_logps, advantages=advantages)
+    high = clip_ratio if clip_ratio_high is None else clip_ratio_high
+    return clipped_surrogate(stopped_log_ratio(logps, old_logps).exp(), advantages, clip_ratio, high, dual_clip)
+
+
+@reducible("values", "old_values", "returns")
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float | None = 0.2) -> Tensor:
+    r"""PPO's critic: half the squared error, which cannot be lowered by leaving the clip around the old values.
+
+    .. math:: \tfrac12\max[(V - R)^2, (\mathrm{clip}(V, V_{old}-\epsilon, V_{old}+\epsilon) - R)^2]
+
+    Args:
+        values: any shape, carries gradient. old_values, returns: same shape, constant.
+        cliprange_value: > 0, epsilon, in units of the return; None for the plain squared error.
+        reduction, weight, mask: as everywhere.
+    Returns, Raises:
+        As in :func:`ppo_loss`.
+    Example:
+        >>> value_loss(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([2.0]))    # clipped to 0.2
+        tensor(1.6200)
+
+    Source: the PPO authors' code (openai/baselines, ppo2).
+    """
+    check_same_shape(values=values, old_values=old_values, returns=returns)
+    losses = (values - returns) ** 2
+    if cliprange_value is not None:
+        check_range("cliprange_value", cliprange_value, 0.0, math.inf, open_low=True)
+        near = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+        losses = torch.maximum(losses, (near - returns) ** 2)
+    return losses / 2
+
+
+@reducible("logps", "values", "returns", "entropy")
+def actor_critic_loss(
+    logps: Tensor,
+    values: Tensor,
+    returns: Tensor,
+    entropy: Tensor | None = None,
+    *,
+    vf_coef: float = 0.5,
+    entropy_coef: float = 0.0,
+) -> Tensor:
+    r"""The plain advantage actor–critic: policy, critic and entropy in one.
+
+    .. math:: -(R - \mathrm{sg}(V))\log\pi(a) + c_V\,(R - V)^2 - c_H H
+
+    Args:
+        logps, values: any shape, carry gradient. returns: same shape. entropy: same shape, where it is wanted.
+        vf_coef, entropy_coef: c_V and c_H, >= 0.
+        reduction, weight, mask: as everywhere.
+    Returns, Raises:
+        As in :func:`ppo_loss`.
+    Example:
+        >>> actor_critic_loss(torch.tensor([-1.0]), torch.tensor([2.0]), torch.tensor([3.0]))    # 1 + 0.5
+        tensor(1.5000)
+
+    Source: arXiv 1602.01783 (A3C), eq. in §4.
+    """
+    check_range("vf_coef", vf_coef, 0.0, math.inf)
+    check_same_shape(logps=logps, values=values, returns=returns, entropy=entropy)
+    losses = -(returns - values).detach() * logps + vf_coef * (returns - values) ** 2
+    return losses if entropy is None else losses - entropy_coef * entropy
+
+
+def kl_estimate(logps: Tensor, ref_logps: Tensor, kind: str = "k3") -> Tensor:
+    r"""KL(policy to reference) from sampled tokens, element by element.
+
+    With :math:`r = \log\pi - \log\pi_{ref}`: k1 = r (unbiased, may be negative), k2 = r²/2 (its gradient is the KL's),
+    k3 = :math:`e^{-r} - 1 + r` (unbiased, never negative; as a loss its gradient is that of the *forward* KL).
+
+    Args:
+        logps, ref_logps: any one shape, nats, of tokens that the policy sampled. kind: ``"k1"``, ``"k2"`` or ``"k3"``.
+    Returns:
+        Same shape, at least float32. In the reward only k1 is right (detached); in the loss only k2.
+    Raises:
+        ValueError: shapes differ, or an unknown kind.
+    Example:
+        >>> kl_estimate(torch.tensor([-1.0]), torch.tensor([-2.0]), "k3")
+        tensor([0.3679])
+
+    Source: Schulman 2020, "Approximating KL divergence".
+    """
+    check_same_shape(logps=logps, ref_logps=ref_logps)
+    r = upcast(logps) - upcast(ref_logps)
+    match kind:
+        case "k1":
+            return r
+        case "k2":
+            return r**2 / 2
+        case "k3":
+            return torch.expm1(-r.clamp(-_LIMIT, _LIMIT)) + r
+    raise ValueError(f'kind must be "k1", "k2" or "k3", got {kind!r}')
