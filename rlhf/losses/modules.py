@@ -1,0 +1,173 @@
+"""The losses as ``torch.nn`` modules, for people who configure modules: ``FocalLoss(alpha=0.25, gamma=2.0)``.
+
+Each is made from its function: the constructor takes the hyper-parameters, in the function's order or by name, and a
+call takes the tensors (and ``weight``, ``mask``, or any argument of the function). A tensor among the hyper-parameters
+becomes a buffer, and a ``Parameter`` is trained: ``InfoNCELoss(temperature=nn.Parameter(torch.tensor(0.07)))``.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rlhf import losses as functions
+
+
+class LossModule(nn.Module):
+    """A loss function with its hyper-parameters set."""
+
+    function: ClassVar[Callable[..., Tensor]]
+    hyper_parameters: ClassVar[tuple[str, ...]]
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__()
+        if len(args) > len(self.hyper_parameters):
+            raise TypeError(f"{type(self).__name__} takes {', '.join(self.hyper_parameters)}; got {len(args)} values")
+        options = dict(zip(self.hyper_parameters, args, strict=False), **options)
+        for name in options:
+            if name not in self.hyper_parameters:
+                raise TypeError(
+                    f"{type(self).__name__} has no argument {name!r}; it takes {', '.join(self.hyper_parameters)}"
+                )
+        self.names = tuple(options)
+        for name, value in options.items():
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+
+    def forward(self, *tensors: Tensor, **more: Any) -> Tensor:
+        return type(self).function(*tensors, **{name: getattr(self, name) for name in self.names} | more)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.names)
+
+
+def _module(name: str, function: Callable[..., Tensor]) -> type[LossModule]:
+    own = [p for p in inspect.signature(function).parameters.values() if p.name not in ("weight", "mask")]
+    names = [p.name for p in own if p.kind is p.KEYWORD_ONLY or (p.default is not p.empty and p.default is not None)]
+    if any(p.kind is p.VAR_KEYWORD for p in own):
+        names += [n for n in ("reduction", "ignore_index") if n not in names]
+    first = (function.__doc__ or "").strip().splitlines()[0]
+    return type(name, (LossModule,), {
+        "function": staticmethod(function), "hyper_parameters": tuple(names), "__module__": __name__,
+        "__doc__": f"{first} See :func:`rlhf.losses.{function.__name__}`.",
+    })  # fmt: skip
+
+
+MSELoss = _module("MSELoss", functions.mse_loss)
+MAELoss = _module("MAELoss", functions.mae_loss)
+HuberLoss = _module("HuberLoss", functions.huber_loss)
+SmoothL1Loss = _module("SmoothL1Loss", functions.smooth_l1_loss)
+LogCoshLoss = _module("LogCoshLoss", functions.log_cosh_loss)
+QuantileLoss = _module("QuantileLoss", functions.quantile_loss)
+EpsilonInsensitiveLoss = _module("EpsilonInsensitiveLoss", functions.epsilon_insensitive_loss)
+BCEWithLogitsLoss = _module("BCEWithLogitsLoss", functions.bce_with_logits_loss)
+BCELoss = _module("BCELoss", functions.bce_loss)
+CrossEntropyLoss = _module("CrossEntropyLoss", functions.cross_entropy_loss)
+LabelSmoothingLoss = _module("LabelSmoothingLoss", functions.label_smoothing_loss)
+CategoricalCrossEntropy = _module("CategoricalCrossEntropy", functions.categorical_cross_entropy)
+NLLLoss = _module("NLLLoss", functions.nll_loss)
+FocalLoss = _module("FocalLoss", functions.focal_loss)
+MulticlassFocalLoss = _module("MulticlassFocalLoss", functions.multiclass_focal_loss)
+HingeLoss = _module("HingeLoss", functions.hinge_loss)
+ModifiedHuberLoss = _module("ModifiedHuberLoss", functions.modified_huber_loss)
+Poly1Loss = _module("Poly1Loss", functions.poly1_loss)
+CausalLMLoss = _module("CausalLMLoss", functions.causal_lm_loss)
+DFTLoss = _module("DFTLoss", functions.dft_loss)
+UnlikelihoodLoss = _module("UnlikelihoodLoss", functions.unlikelihood_loss)
+InfoNCELoss = _module("InfoNCELoss", functions.info_nce_loss)
+SupervisedContrastiveLoss = _module("SupervisedContrastiveLoss", functions.supervised_contrastive_loss)
+TripletLoss = _module("TripletLoss", functions.triplet_loss)
+BatchTripletLoss = _module("BatchTripletLoss", functions.batch_triplet_loss)
+SigLIPLoss = _module("SigLIPLoss", functions.siglip_loss)
+CosineEmbeddingLoss = _module("CosineEmbeddingLoss", functions.cosine_embedding_loss)
+KLDivergence = _module("KLDivergence", functions.kl_divergence)
+GeneralizedJSD = _module("GeneralizedJSD", functions.generalized_jsd)
+JensenShannon = _module("JensenShannon", functions.jensen_shannon)
+SkewKL = _module("SkewKL", functions.skew_kl)
+TotalVariation = _module("TotalVariation", functions.total_variation)
+AlphaDivergence = _module("AlphaDivergence", functions.alpha_divergence)
+DistillationLoss = _module("DistillationLoss", functions.distillation_loss)
+RewardLoss = _module("RewardLoss", functions.reward_loss)
+PlackettLuceLoss = _module("PlackettLuceLoss", functions.plackett_luce_loss)
+KTOLoss = _module("KTOLoss", functions.kto_loss)
+PPOLoss = _module("PPOLoss", functions.ppo_loss)
+ValueLoss = _module("ValueLoss", functions.value_loss)
+ActorCriticLoss = _module("ActorCriticLoss", functions.actor_critic_loss)
+
+
+class DPOLoss(nn.Module):
+    """Any preference loss by name: ``DPOLoss(beta=0.1, loss_type="sigmoid", label_smoothing=0.1)``.
+
+    Takes the arguments of :func:`rlhf.losses.dpo_loss` that are no tensors, and is called with the tensors, in either
+    of its forms.
+    """
+
+    def __init__(self, beta: float = 0.1, loss_type: str | list[str] = "sigmoid", **options: Any) -> None:
+        super().__init__()
+        self.options = {"beta": beta, "loss_type": loss_type, **options}
+
+    def forward(self, *tensors: Tensor, **more: Any) -> Tensor:
+        return functions.dpo_loss(*tensors, **self.options | more)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class CombinedLoss(nn.Module):
+    r"""A weighted sum of losses on the same inputs, each part reported.
+
+    .. math:: \sum_i w_i\,l_i, \quad \text{or } \sum_i w_i\,l_i/\mathrm{sg}(l_i), \quad
+              \text{or } \sum_i w_i (e^{-s_i} l_i + s_i)
+
+    Args:
+        parts: name to loss (a function or module); each is called with what the call is given.
+        weights: name to w, default 1.
+        scheme: ``"sum"`` · ``"scaled"``: each part divided by its own present value, so that all pull alike whatever
+            their units (a part that is 0 stays 0) · ``"uncertainty"``: the s are learned (``log_variances``).
+    Returns:
+        From a call, ``(total, {name: value of the part})``; the values carry no gradient.
+    Raises:
+        ValueError: no parts, a weight for no part, or an unknown scheme.
+    Example:
+        >>> both = CombinedLoss({"mse": MSELoss(), "mae": MAELoss()}, weights={"mae": 0.5})
+        >>> both(torch.tensor([2.0]), torch.tensor([0.0]))
+        (tensor(5.), {'mse': tensor(4.), 'mae': tensor(2.)})
+
+    Source: uncertainty weighting arXiv 1705.07115, with s the log of the variance.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, Callable[..., Tensor]],
+        weights: Mapping[str, float] | None = None,
+        scheme: str = "sum",
+    ) -> None:
+        super().__init__()
+        if not parts or set(weights or {}) - set(parts):
+            raise ValueError(f"parts are {sorted(parts)}, weights are for {sorted(weights or {})}: name the same")
+        if scheme not in ("sum", "scaled", "uncertainty"):
+            raise ValueError(f'scheme must be "sum", "scaled" or "uncertainty", got {scheme!r}')
+        self.parts = dict(parts)
+        self.modules_of_parts = nn.ModuleDict({k: v for k, v in parts.items() if isinstance(v, nn.Module)})
+        self.weights = {name: (weights or {}).get(name, 1.0) for name in parts}
+        self.scheme = scheme
+        if scheme == "uncertainty":
+            self.log_variances = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in parts})
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        values = {name: loss(*args, **kwargs) for name, loss in self.parts.items()}
+        terms = [self.weights[name] * self._term(name, value) for name, value in values.items()]
+        return torch.stack(terms).sum(), {name: value.detach() for name, value in values.items()}
+
+    def _term(self, name: str, value: Tensor) -> Tensor:
+        if self.scheme == "scaled":
+            size = value.detach().abs()
+            return value / torch.where(size > 0, size, 1.0)
+        if self.scheme == "uncertainty":
+            s = self.log_variances[name]
+            return value * torch.exp(-s) + s
+        return value
