@@ -10,6 +10,7 @@ COMMANDS = {
     "sft": "fine-tune on text, conversations, or prompts with completions",
     "dpo": "align with preference pairs (prompt, chosen, rejected)",
     "eval": "perplexity of a model; preference accuracy and margins against a reference",
+    "losses": "the catalogue of losses: list, show one, advise",
 }
 
 _EXAMPLES = """examples:

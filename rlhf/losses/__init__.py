@@ -4,6 +4,7 @@ One private file a family, re-exported here. Signature order: predictions, targe
 hyper-parameters, ``reduction``, ``weight``, ``mask``.
 """
 
+from rlhf.losses._adapters import as_compute_loss
 from rlhf.losses._advantages import (
     AdaptiveKLController,
     gae,
@@ -90,6 +91,7 @@ __all__ = [
     "actor_critic_loss",
     "alpha_divergence",
     "arguments_of",
+    "as_compute_loss",
     "batch_triplet_loss",
     "bce_loss",
     "bce_with_logits_loss",

@@ -20,6 +20,10 @@ def shift(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits: [..., T, V]. labels: [..., T], aligned with ``input_ids`` as in Hugging Face.
     Returns:
         ``logits[..., :-1, :]`` and ``labels[..., 1:]``.
+    Example:
+        >>> logits, labels = shift(torch.zeros(1, 3, 4), torch.tensor([[0, 2, 1]]))
+        >>> tuple(logits.shape), labels
+        ((1, 2, 4), tensor([[2, 1]]))
     """
     _check_dense(logits, labels)
     return logits[..., :-1, :], labels[..., 1:]
@@ -50,6 +54,9 @@ def sequence_logps(
 
     Returns:
         [...] nats, at least fp32; 0 for a sequence without a scored token.
+    Example:
+        >>> sequence_logps(torch.zeros(1, 3, 4), torch.tensor([[0, 2, 1]]))    # -2 log 4
+        tensor([-2.7726])
     """
     sums = token_logps(logits, labels, ignore_index, shift=shift).sum(-1)
     if not average:

@@ -1,0 +1,167 @@
+"""The catalogue as data, read off the functions themselves: what `rlhf losses` and the docs show."""
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rlhf import losses
+
+FAMILIES = {
+    "_regression": "Regression",
+    "_classification": "Classification",
+    "_language": "Language models",
+    "_representation": "Representation",
+    "_divergences": "Divergences",
+    "_rewards": "Reward models and rankings",
+    "_dpo": "Preferences",
+    "_dpo_regularised": "Preferences",
+    "_anchored": "Preferences",
+    "_reference_free": "Preferences",
+    "_preference": "Preferences",
+    "_policy": "Policy gradients",
+    "_policy_sequences": "Policy gradients",
+    "_advantages": "Advantages and control",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One loss: where it belongs, what it is called, and what its docstring says."""
+
+    family: str
+    name: str  # as exported, or its key in PREFERENCE_LOSSES
+    function: Callable[..., object]
+
+    @property
+    def documentation(self) -> str:
+        return inspect.getdoc(self.function) or ""
+
+    @property
+    def summary(self) -> str:
+        return self.documentation.split("\n\n")[0].replace("\n", " ")
+
+    @property
+    def formula(self) -> str:
+        """TeX; empty where the docstring has none."""
+        found = re.search(r"\.\. math::(.*?)\n\n", self.documentation + "\n\n", re.DOTALL)
+        return " ".join(found.group(1).split()) if found else ""
+
+    @property
+    def source(self) -> str:
+        found = re.search(r"^Source: (.*?)(?:\n\n|\Z)", self.documentation, re.DOTALL | re.MULTILINE)
+        return " ".join(found.group(1).split()) if found else ""
+
+    @property
+    def signature(self) -> str:
+        return f"{self.function.__name__}{inspect.signature(self.function)}".replace("torch.Tensor", "Tensor")
+
+
+def entries() -> list[Entry]:
+    """Every public function of the catalogue, by family; the members of PREFERENCE_LOSSES under their names there."""
+    found = []
+    for name in losses.__all__:
+        thing = getattr(losses, name)
+        room = getattr(thing, "__module__", "").rpartition(".")[2]
+        if callable(thing) and room in FAMILIES and name != "arguments_of":
+            found.append(Entry(FAMILIES[room], name, thing))
+    found += [Entry("Preferences", name, loss) for name, loss in losses.PREFERENCE_LOSSES.items()]
+    order = list(dict.fromkeys(FAMILIES.values()))
+    return sorted(found, key=lambda entry: order.index(entry.family))
+
+
+def find(name: str) -> Entry:
+    """By exported name, by key of PREFERENCE_LOSSES or POLICY_LOSSES.
+
+    Raises:
+        ValueError: no such loss; names the nearest.
+    """
+    from difflib import get_close_matches
+
+    known = {entry.name: entry for entry in entries()}
+    known |= {key: known[loss.__name__] for key, loss in losses.POLICY_LOSSES.items()}
+    if name in known:
+        return known[name]
+    near = get_close_matches(name, known, n=1)
+    raise ValueError(f"no loss {name!r}" + (f"; did you mean {near[0]}?" if near else "; `rlhf losses` lists them"))
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A recommended loss, with where to start and why."""
+
+    loss: str
+    start: str
+    why: str
+
+
+def advise(
+    task: str, *, imbalance: float | None = None, outliers: bool = False, noise: float = 0.0, pairs: bool = True
+) -> list[Advice]:
+    """From a problem to losses worth trying, the first one first.
+
+    Args:
+        task: regression, binary, multiclass, language-model, embeddings, distillation, preferences, reward or rl.
+        imbalance: share of the rarer class, in (0, 0.5]; None where it does not matter.
+        outliers: some targets are far off. noise: share of labels thought wrong, in [0, 0.5).
+        pairs: preferences come as pairs, not as single answers marked good or bad.
+    Raises:
+        ValueError: an unknown task, or a share out of range.
+    """
+    if imbalance is not None and not 0 < imbalance <= 0.5:
+        raise ValueError(f"imbalance is the share of the rarer class, in (0, 0.5]; got {imbalance}")
+    if not 0 <= noise < 0.5:
+        raise ValueError(f"noise is the share of wrong labels, in [0, 0.5); got {noise}")
+    rare = imbalance is not None and imbalance < 0.2
+    match task:
+        case "regression":
+            plain = Advice("mse_loss", "", "estimates the mean; the best where errors are like normal ones")
+            robust = [
+                Advice("huber_loss", "delta = the size of an ordinary residual", "outliers pull with bounded force"),
+                Advice("mae_loss", "", "estimates the median; ignores how far an outlier is"),
+            ]
+            return [*robust, plain] if outliers else [plain, *robust]
+        case "binary":
+            plain = Advice("bce_with_logits_loss", "no sigmoid before it", "calibrated probabilities")
+            if not rare or imbalance is None:
+                return [plain]
+            ratio = (1 - imbalance) / imbalance
+            focal = Advice("focal_loss", f"gamma=2, alpha={1 - imbalance:.2g}", "easy negatives fade")
+            weighted = Advice("bce_with_logits_loss", f"pos_weight={ratio:.3g}", "negatives / positives; stays convex")
+            return [focal, weighted]
+        case "multiclass":
+            smooth = max(min(noise, 0.2), 0.1 if noise else 0.0)
+            plain = Advice("cross_entropy_loss", f"label_smoothing={smooth:.2g}", "more smoothing with wrong labels")
+            if not rare:
+                return [plain]
+            weights = 'class_weights=class_weights(counts, "effective")'
+            return [Advice("multiclass_focal_loss", f"gamma=2, {weights}", "rare classes keep their gradient"),
+                    Advice("cross_entropy_loss", weights, "the plain alternative")]  # fmt: skip
+        case "language-model":
+            return [Advice("causal_lm_loss", "num_items = scored tokens of the step", "exact under accumulation"),
+                    Advice("dft_loss", "", "few, clean demonstrations: unlikely tokens do not shout")]  # fmt: skip
+        case "embeddings":
+            return [Advice("info_nce_loss", "temperature=0.07, gather=True", "pairs; the larger the batch the better"),
+                    Advice("siglip_loss", "scale=10, bias=-10, both learned", "pairs; small batches suffice"),
+                    Advice("supervised_contrastive_loss", "temperature=0.1", "labels instead of pairs")]  # fmt: skip
+        case "distillation":
+            return [Advice("kl_divergence", "temperature 1 to 4, scale_by_temperature=True", "covers the teacher"),
+                    Advice("generalized_jsd", "beta 0.1 to 0.9", "on the student's own samples"),
+                    Advice("distillation_loss", "alpha=0.5, temperature=2", "with hard labels beside it")]  # fmt: skip
+        case "preferences":
+            if not pairs:
+                return [Advice("kto_loss", "beta=0.1", "answers that are good or bad by themselves")]
+            if noise:
+                return [Advice("robust", f"beta=0.1, label_smoothing={noise:.2g}", "unbiased when pairs are flipped"),
+                        Advice("ipo", "beta=0.1", "does not run off to infinity on sure pairs")]  # fmt: skip
+            return [Advice("sigmoid", "beta=0.1 (0.01 to 0.5), learning rate 5e-7 to 5e-6", "DPO, the default"),
+                    Advice("simpo", "beta=2, simpo_gamma=0.5 to 1", "no reference in memory"),
+                    Advice("ipo", "beta=0.1", "few or sure pairs, where DPO overfits")]  # fmt: skip
+        case "reward":
+            return [Advice("reward_loss", "center_rewards_coefficient=0.01", "Bradley–Terry, centred")]
+        case "rl":
+            return [Advice("dapo", "epsilon=0.2, epsilon_high=0.28", "verifiable rewards, groups of answers"),
+                    Advice("ppo_loss", "clip_ratio=0.2, with value_loss and gae", "a critic, dense rewards"),
+                    Advice("gspo", "epsilon=3e-4, epsilon_high=4e-4", "mixtures of experts; long answers")]  # fmt: skip
+    tasks = "regression, binary, multiclass, language-model, embeddings, distillation, preferences, reward, rl"
+    raise ValueError(f"task must be one of {tasks}; got {task!r}")
