@@ -39,6 +39,7 @@ from rlhf.losses._divergences import (
     top_k_kl,
     total_variation,
 )
+from rlhf.losses._explain import explain
 from rlhf.losses._language import (
     bits_per_byte,
     causal_lm_loss,
@@ -110,6 +111,7 @@ __all__ = [
     "dpo_loss",
     "dr_grpo_loss",
     "epsilon_insensitive_loss",
+    "explain",
     "focal_loss",
     "gae",
     "generalized_jsd",

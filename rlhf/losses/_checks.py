@@ -1,37 +1,65 @@
 """Input checks shared by every loss: one line that names the argument, what was seen and what to do."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-_value_checks = False
+_level: Literal["off", "warn", "error"] = "off"
+_sizes: dict[str, int] = {}  # elements that each loss was last summed over, inside a context
 
 
-@contextmanager
-def checks(enabled: bool = True) -> Iterator[None]:
-    """Also check *values* on an accelerator, where reading them waits for the device.
+class Checks:
+    """``with rlhf.losses.checks():`` and ``with rlhf.losses.checks.warn():`` look at *values* too.
 
-    Shapes, dtypes and hyper-parameters are always checked. Label ranges are always checked on CPU, where it costs
-    nothing; elsewhere, and for NaN everywhere, only inside ``with rlhf.losses.checks():``.
+    Shapes, dtypes and hyper-parameters are always checked. Label and probability ranges are always checked on CPU,
+    where it costs nothing. Inside ``checks()`` they are checked on an accelerator as well (which waits for the device),
+    and so is what is legal but looks like a mistake: NaN or infinity, a sigmoid or softmax before a loss that has its
+    own, continuous targets for a classification and labels for a regression, rare positives without a weight, sums over
+    batches of different sizes. ``checks.warn()`` warns of the latter kind instead of raising.
     """
-    global _value_checks
-    before, _value_checks = _value_checks, enabled
-    try:
-        yield
-    finally:
-        _value_checks = before
+
+    def __call__(self, enabled: bool = True):  # type: ignore[no-untyped-def]
+        return self._within("error" if enabled else "off")
+
+    def warn(self):  # type: ignore[no-untyped-def]
+        return self._within("warn")
+
+    @contextmanager
+    def _within(self, level: Literal["off", "warn", "error"]) -> Iterator[None]:
+        global _level
+        before, _level = _level, level
+        _sizes.clear()
+        try:
+            yield
+        finally:
+            _level = before
+
+
+checks = Checks()
+
+
+def checking() -> bool:
+    """Whether values are to be read on an accelerator too."""
+    return _level != "off"
+
+
+def suspect(message: str) -> None:
+    """Something legal that looks like a mistake; only called where :func:`checking`."""
+    if _level == "error":
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=4)
 
 
 def check_floating(name: str, value: Tensor) -> None:
     if not value.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {value.dtype}: pass log-probabilities or logits")
-    if _value_checks and not (finite := value.isfinite()).all():
+    if checking() and not (finite := value.isfinite()).all():
         where = tuple((~finite).nonzero()[0].tolist())
-        raise ValueError(
-            f"{name}{list(where)} is {float(value[where])}: look for an overflow or a division by zero upstream"
-        )
+        suspect(f"{name}{list(where)} is {float(value[where])}: look for an overflow or a division by zero upstream")
 
 
 def check_same_shape(**named: Tensor | None) -> None:
@@ -47,7 +75,7 @@ def check_labels(name: str, labels: Tensor, classes: int, ignore_index: int) -> 
         raise ValueError(
             f"{name} must hold class indices (integers), got {labels.dtype}: for one-hot rows pass {name}.argmax(-1)"
         )
-    if labels.numel() and (labels.device.type == "cpu" or _value_checks):
+    if labels.numel() and (labels.device.type == "cpu" or checking()):
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
         if wrong.any():
             where = tuple(wrong.nonzero()[0].tolist())
@@ -65,7 +93,46 @@ def check_range(name: str, value: float, low: float, high: float, *, open_low: b
 
 def check_probabilities(name: str, value: Tensor) -> None:
     """Raise unless all values lie in [0, 1]; like label ranges, read on CPU always and elsewhere on request."""
-    if value.numel() and (value.device.type == "cpu" or _value_checks):
+    if value.numel() and (value.device.type == "cpu" or checking()):
         low, high = float(value.detach().min()), float(value.detach().max())
         if low < 0 or high > 1:
             raise ValueError(f"{name} must be probabilities in [0, 1], got values from {low:.4g} to {high:.4g}")
+
+
+def check_binary(logits: Tensor, targets: Tensor, weighted: bool) -> None:
+    """What looks like a mistake in a binary classification from logits."""
+    if not checking() or logits.numel() < 8:
+        return
+    if logits.min() >= 0 and logits.max() <= 1:
+        suspect("logits all lie in [0, 1]: was a sigmoid applied before? this loss applies its own")
+    if not ((targets == 0) | (targets == 1)).all():
+        suspect("targets are neither 0 nor 1: for continuous targets use a regression loss")
+    positives = float(targets.float().mean())
+    if not weighted and targets.numel() >= 100 and 0 < positives < 0.05:
+        suspect(
+            f"{positives:.1%} of the targets are positive and weigh as all others: set pos_weight, or use focal_loss"
+        )
+
+
+def check_softmax(logits: Tensor) -> None:
+    """What looks like probabilities where logits belong."""
+    if checking() and logits.numel() >= 8 and logits.min() >= 0 and ((logits.sum(-1) - 1).abs() < 1e-3).all():
+        suspect("logits are not negative and sum to 1: was a softmax applied before? this loss applies its own")
+
+
+def check_continuous(targets: Tensor) -> None:
+    """What looks like labels where values belong."""
+    if checking() and targets.numel() >= 8 and ((targets == 0) | (targets == 1)).all() and len(targets.unique()) == 2:
+        suspect("targets are all 0 or 1: for labels use bce_with_logits_loss or cross_entropy_loss")
+
+
+def check_sum(loss: str, reduction: str, size: int) -> None:
+    """Sums over batches of different sizes pull with different force."""
+    if not checking() or reduction != "sum":
+        return
+    before = _sizes.setdefault(loss, size)
+    if before != size:
+        _sizes[loss] = size
+        suspect(
+            f'{loss} is summed over {size} elements after {before}: with reduction="sum" a step grows with the batch'
+        )

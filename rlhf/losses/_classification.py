@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.losses._checks import check_probabilities, check_range, check_same_shape
+from rlhf.losses._checks import check_binary, check_probabilities, check_range, check_same_shape, check_softmax
 from rlhf.losses._reduction import reducible
 
 
@@ -33,6 +33,7 @@ def bce_with_logits_loss(logits: Tensor, targets: Tensor, pos_weight: float | Te
     """
     check_same_shape(logits=logits, targets=targets)
     check_probabilities("targets", targets)
+    check_binary(logits, targets, weighted=isinstance(pos_weight, Tensor) or pos_weight != 1)
     weights = None if isinstance(pos_weight, float | int) and pos_weight == 1 else logits.new_tensor(pos_weight)
     return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none")
 
@@ -87,6 +88,7 @@ def cross_entropy_loss(
     Source: multinomial likelihood; smoothing arXiv 1512.00567 §7. As ``torch.nn.functional.cross_entropy``.
     """
     check_range("label_smoothing", label_smoothing, 0.0, 1.0)
+    check_softmax(logits)
     soft = targets.shape == logits.shape
     if soft:
         check_probabilities("targets", targets)
@@ -193,6 +195,7 @@ def focal_loss(logits: Tensor, targets: Tensor, alpha: float | None = 0.25, gamm
     """
     check_same_shape(logits=logits, targets=targets)
     check_probabilities("targets", targets)
+    check_binary(logits, targets, weighted=True)
     check_range("gamma", gamma, 0.0, math.inf)
     # -log p_t and log(1 - p_t) for each label; the power is taken of an exponential, which has a gradient at p_t = 1.
     positive = F.softplus(-logits) * torch.exp(-gamma * F.softplus(logits))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf.losses._checks import check_floating, check_labels, check_same_shape
+from rlhf.losses._checks import check_floating, check_labels, check_same_shape, check_sum
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -102,6 +102,7 @@ def reducible(*inputs: str, labels: str | None = None) -> Callable[[Callable[...
                 if given.get(name) is not None:
                     given[name] = _prepared(name, given[name], mask)
             values = loss(**given)
+            check_sum(loss.__name__, reduction, (values[0] if isinstance(values, tuple) else values).numel())
             values, counts = values if isinstance(values, tuple) else (values, None)
             return reduce(values, reduction, weight, mask, counts)
 

@@ -6,12 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.losses._checks import check_range, check_same_shape
+from rlhf.losses._checks import check_continuous, check_range, check_same_shape
 from rlhf.losses._reduction import reducible
 
 
-def _residual(predictions: Tensor, targets: Tensor) -> Tensor:
+def _check(predictions: Tensor, targets: Tensor) -> None:
     check_same_shape(predictions=predictions, targets=targets)  # no silent broadcast of [B, 1] against [B]
+    check_continuous(targets)
+
+
+def _residual(predictions: Tensor, targets: Tensor) -> Tensor:
+    _check(predictions, targets)
     return predictions - targets
 
 
@@ -35,7 +40,7 @@ def mse_loss(predictions: Tensor, targets: Tensor) -> Tensor:
 
     Source: Gauss 1809. As ``torch.nn.functional.mse_loss``, with a mask, and without broadcasting.
     """
-    check_same_shape(predictions=predictions, targets=targets)
+    _check(predictions, targets)
     return F.mse_loss(predictions, targets, reduction="none")
 
 
@@ -53,7 +58,7 @@ def mae_loss(predictions: Tensor, targets: Tensor) -> Tensor:
 
     Source: Boscovich 1757, Laplace 1793. As ``torch.nn.functional.l1_loss``.
     """
-    check_same_shape(predictions=predictions, targets=targets)
+    _check(predictions, targets)
     return F.l1_loss(predictions, targets, reduction="none")
 
 
@@ -77,7 +82,7 @@ def huber_loss(predictions: Tensor, targets: Tensor, delta: float = 1.0) -> Tens
     Source: Huber 1964, eq. 2.6. As ``torch.nn.functional.huber_loss``.
     """
     check_range("delta", delta, 0.0, math.inf, open_low=True)
-    check_same_shape(predictions=predictions, targets=targets)
+    _check(predictions, targets)
     return F.huber_loss(predictions, targets, delta=delta, reduction="none")
 
 
@@ -101,7 +106,7 @@ def smooth_l1_loss(predictions: Tensor, targets: Tensor, beta: float = 1.0) -> T
     Source: arXiv 1504.08083 eq. 3 (beta = 1). As ``torch.nn.functional.smooth_l1_loss``.
     """
     check_range("beta", beta, 0.0, math.inf)
-    check_same_shape(predictions=predictions, targets=targets)
+    _check(predictions, targets)
     return F.smooth_l1_loss(predictions, targets, beta=beta, reduction="none")
 
 
