@@ -126,7 +126,8 @@ class BaseTrainer(Trainer):
             model = add_adapter(model, peft_config)
         if args.disable_dropout:
             disable_dropout(model)
-        _warn_of_lost_updates(model, args)
+        if train_dataset is not None:
+            _warn_of_lost_updates(model, args)
         pad = next((i for i in (processing_class.pad_token_id, processing_class.eos_token_id) if i is not None), 0)
         use_cache = model.config.use_cache
         super().__init__(
@@ -272,7 +273,7 @@ class BaseTrainer(Trainer):
 
 def _warn_of_lost_updates(model: nn.Module, args: BaseConfig) -> None:
     half = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
-    if half and args.do_train is not False and args.learning_rate < 1e-4:
+    if half and args.learning_rate < 1e-4:
         logger.warning(
             "training %s weights in place: an update below 1/256 of a weight is rounded away, and at learning rate %g "
             "most are; load in float32 (--dtype float32) and add --bf16 on a GPU",

@@ -191,6 +191,11 @@ def test_a_model_by_name_brings_its_tokenizer(tmp_path, model_folder, sft_rows):
     assert trainer.model.dtype == torch.bfloat16 and trainer.processing_class.chat_template
 
 
+def test_small_updates_of_half_precision_weights_are_warned_of(sft, caplog):
+    sft(model=tiny_model().bfloat16(), learning_rate=1e-5)
+    assert "training bfloat16 weights in place" in caplog.text
+
+
 def test_streams_are_refused_with_a_line(tmp_path, tokenizer, sft_rows):
     args = SFTConfig(str(tmp_path), use_cpu=True, report_to="none")
     with pytest.raises(ValueError, match=r"expected a datasets.Dataset, got IterableDataset"):
