@@ -2,8 +2,8 @@
 
     python benchmarks/losses.py     # or: make bench
 
-Prints the ratio of the times (ours / plain), the median over rounds that alternate between the two. 1 is the goal; where
-the inputs are small, what is left above 1 is the checks.
+Prints the ratio of the times (ours / plain), the median over rounds that alternate between the two. 1 is the goal;
+where the inputs are small, what is left above 1 is the checks.
 """
 
 import statistics
@@ -62,7 +62,9 @@ CASES: dict[str, Case] = {
         lambda z: losses.cross_entropy_loss(z, LABELS), lambda z: F.cross_entropy(z, LABELS), (LOGITS,),
     ),
     "causal_lm_loss, 512 x 32k": (
-        lambda z: losses.causal_lm_loss(z[None], LABELS[None]), lambda z: F.cross_entropy(z[:-1], LABELS[1:]), (LOGITS,),
+        lambda z: losses.causal_lm_loss(z[None], LABELS[None]),
+        lambda z: F.cross_entropy(z[:-1], LABELS[1:]),
+        (LOGITS,),
     ),
     "kl_divergence, 512 x 32k": (
         lambda z: losses.kl_divergence(z, TEACHER),
