@@ -96,11 +96,12 @@ def reducible(*inputs: str, labels: str | None = None) -> Callable[[Callable[...
             if len(args) > len(positional):
                 signature.bind(*args, **kwargs)  # raises, naming what is too many
             given = dict(zip(positional, args, strict=False), **kwargs)
+            hidden = mask  # an ignored label hides its loss, but is not worth a copy of the logits, as in torch
             if labels is not None:
                 mask = _take_labels(given, inputs[0], labels, mask)
             for name in inputs:
                 if given.get(name) is not None:
-                    given[name] = _prepared(name, given[name], mask)
+                    given[name] = _prepared(name, given[name], hidden)
             values = loss(**given)
             check_sum(loss.__name__, reduction, (values[0] if isinstance(values, tuple) else values).numel())
             values, counts = values if isinstance(values, tuple) else (values, None)
