@@ -39,6 +39,7 @@ from rlhf.losses._divergences import (
     top_k_kl,
     total_variation,
 )
+from rlhf.losses._dpo_regularised import length_desensitized_logps
 from rlhf.losses._explain import explain
 from rlhf.losses._language import (
     bits_per_byte,
@@ -127,6 +128,7 @@ __all__ = [
     "kl_estimate",
     "kto_loss",
     "label_smoothing_loss",
+    "length_desensitized_logps",
     "log_cosh_loss",
     "luspo_loss",
     "mae_loss",

@@ -10,9 +10,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.losses._checks import check_range
+from rlhf.losses._checks import check_range, check_same_shape
 from rlhf.losses._pairs import ell, on_pairs, ratios
-from rlhf.losses._reduction import reducible
+from rlhf.losses._reduction import reducible, upcast
+
+
+def length_desensitized_logps(
+    logps: Tensor, sequence: Tensor, public_lengths: Tensor, ld_alpha: float = 0.5
+) -> Tensor:  # fmt: skip
+    r"""Sums of log-probs in which what an answer has beyond its partner's length weighs less (LD-DPO).
+
+    .. math:: \sum_{t \le n} \log\pi(y_t) + \alpha\sum_{t > n} \log\pi(y_t),\; n = \min(|y_w|, |y_l|)
+
+    Args:
+        logps: [N], nats, of the scored tokens, each sequence's in order and together (as ``Targets`` has them).
+        sequence: int64 [N] in [0, S), rising. public_lengths: [S], n, the same for both answers of a pair.
+        ld_alpha: alpha, in [0, 1]; 1 is the plain sum, 0 leaves the rest out.
+    Returns:
+        [S], at least float32; use it for policy and reference in any preference loss.
+    Raises:
+        ValueError: shapes differ, or alpha out of range.
+    Example:
+        >>> ids = torch.tensor([0, 0, 0, 1])
+        >>> length_desensitized_logps(torch.tensor([-1.0, -2.0, -4.0, -3.0]), ids, torch.tensor([1, 1]))
+        tensor([-4., -3.])
+
+    Source: arXiv 2409.06411.
+    """
+    check_range("ld_alpha", ld_alpha, 0.0, math.nextafter(1.0, 2.0))
+    check_same_shape(logps=logps, sequence=sequence)
+    logps, size = upcast(logps), len(public_lengths)
+    counts = torch.bincount(sequence, minlength=size)
+    position = torch.arange(len(logps), device=logps.device) - (counts.cumsum(0) - counts)[sequence]
+    weighted = torch.where(position < public_lengths[sequence], logps, ld_alpha * logps)
+    return logps.new_zeros(size).index_add(0, sequence, weighted)
 
 
 @reducible("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected", "chosen_kl", "rejected_kl")

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from sklearn.metrics import hinge_loss as sklearn_hinge
 from sklearn.metrics import log_loss
 
-from rlhf.losses import PREFERENCE_LOSSES, checks, dpo_loss, kto_loss, plackett_luce_loss, reward_loss
+from rlhf.losses import (
+    PREFERENCE_LOSSES,
+    checks,
+    dpo_loss,
+    kto_loss,
+    length_desensitized_logps,
+    plackett_luce_loss,
+    reward_loss,
+)
 
 
 def sig(x):
@@ -297,3 +305,13 @@ def test_signatures_say_what_is_taken(name):
     names = list(inspect.signature(PREFERENCE_LOSSES[name]).parameters)
     assert names[:5] == ["policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected", "beta"]
     assert names[-1] == "options" if name in SORTED else names[-3:] == ["reduction", "weight", "mask"]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_length_desensitised_sums(alpha):
+    tokens = [[-1.0, -2.0, -3.0], [-0.5], [-4.0, -1.5], [-2.5, -0.1, -0.2, -0.3]]
+    public = [1, 1, 2, 2]
+    want = [sum(t[:n]) + alpha * sum(t[n:]) for t, n in zip(tokens, public, strict=True)]
+    ids = torch.tensor([i for i, t in enumerate(tokens) for _ in t])
+    flat = torch.tensor([x for t in tokens for x in t], dtype=torch.float64)
+    close(length_desensitized_logps(flat, ids, torch.tensor(public), alpha), want, torch.float64)
