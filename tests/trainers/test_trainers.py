@@ -119,6 +119,24 @@ def test_other_losses_start_where_their_formula_says(dpo, loss_type):
     assert losses(trainer)[0] == pytest.approx({"hinge": 1.0, "ipo": 25.0}[loss_type], rel=1e-5)
 
 
+def test_mixtures_and_the_own_arguments_of_losses(dpo):
+    mixed = dpo(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0], max_steps=1)
+    mixed.train()
+    log = mixed.state.log_history[0]
+    likelihood = losses(mixed)[0] - 0.8 * math.log(2) - 0.2 * 2 * math.log(2)
+    assert likelihood == pytest.approx(math.log(log["perplexity/chosen"]), rel=0.2)  # over pairs, not over tokens
+    simpo = dpo(loss_type="simpo", beta=2.0, loss_kwargs={"simpo_gamma": 1.0}, max_steps=1)
+    simpo.train()
+    assert losses(simpo)[0] > math.log(1 + math.e) - 0.5
+
+
+def test_a_loss_that_wants_what_the_trainer_lacks_is_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match="loss_type tdpo: .*chosen_kl"):
+        DPOConfig(str(tmp_path), loss_type="tdpo", use_cpu=True)
+    with pytest.raises(ValueError, match="loss_type sigmoid: .*simpo_gamma"):
+        DPOConfig(str(tmp_path), loss_kwargs={"simpo_gamma": 1.0}, use_cpu=True)
+
+
 @pytest.mark.parametrize("make", ["sft", "dpo"])
 def test_evaluation_does_not_depend_on_the_batch_size(make, request):
     make = request.getfixturevalue(make)
