@@ -197,13 +197,13 @@ def focal_loss(logits: Tensor, targets: Tensor, alpha: float | None = 0.25, gamm
     check_probabilities("targets", targets)
     check_binary(logits, targets, weighted=True)
     check_range("gamma", gamma, 0.0, math.inf)
-    # -log p_t and log(1 - p_t) for each label; the power is taken of an exponential, which has a gradient at p_t = 1.
-    positive = F.softplus(-logits) * torch.exp(-gamma * F.softplus(logits))
-    negative = F.softplus(logits) * torch.exp(-gamma * F.softplus(-logits))
+    # The power is taken of an exponential, which has a gradient at p_t = 1.
+    log_p, log_1p = F.logsigmoid(logits), F.logsigmoid(-logits)
+    positive, negative = log_p * torch.exp(gamma * log_1p), log_1p * torch.exp(gamma * log_p)
     if alpha is None:
-        return targets * positive + (1 - targets) * negative
+        return -torch.lerp(negative, positive, targets)
     check_range("alpha", alpha, 0.0, math.nextafter(1.0, 2.0))
-    return alpha * targets * positive + (1 - alpha) * (1 - targets) * negative
+    return torch.lerp((alpha - 1) * negative, -alpha * positive, targets)
 
 
 @reducible("logits", labels="targets")

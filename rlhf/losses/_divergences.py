@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf.losses._checks import check_range, check_same_shape
@@ -25,12 +26,14 @@ def _log_probs(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Te
     """``(log q, log p)``."""
     check_range("temperature", temperature, 0.0, math.inf, open_low=True)
     check_same_shape(student_logits=student, teacher_logits=teacher)
-    return (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+    if temperature != 1:  # else two passes over the logits for nothing
+        student, teacher = student / temperature, teacher / temperature
+    return student.log_softmax(-1), teacher.log_softmax(-1)
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p, q) of log-probs. Where p is 0 its term is 0, whatever q."""
-    return torch.where(p == -math.inf, 0.0, p.exp() * (p - q)).sum(-1)
+    return F.kl_div(q, p, reduction="none", log_target=True).masked_fill_(p == -math.inf, 0.0).sum(-1)
 
 
 def _scaled(values: Tensor, temperature: float, scale_by_temperature: bool) -> Tensor:

@@ -54,20 +54,24 @@ def info_nce_loss(
     check_same_shape(queries=queries, keys=keys)
     if not isinstance(temperature, Tensor):
         check_range("temperature", temperature, 0.0, math.inf, open_low=True)
-    visible = torch.ones_like(queries[:, 0], dtype=torch.bool) if mask is None else mask.bool()
+    visible = None if mask is None else mask.bool()
     check_same_shape(queries=queries[:, 0], mask=visible, weight=weight)
     queries, keys = (_ready(x, visible, normalize) for x in (queries, keys))
     all_queries, all_keys, candidates, first = queries, keys, visible, 0
     if gather and dist.is_available() and dist.is_initialized():
         all_queries, all_keys = (torch.cat(_all_gather(x)) for x in (queries, keys))
-        candidates = torch.cat(_all_gather(visible.float())).bool()
+        candidates = None if visible is None else torch.cat(_all_gather(visible.float())).bool()
         first = dist.get_rank() * len(queries)
     own = torch.arange(len(queries), device=queries.device) + first
     # A row that is masked scores against itself alone, so that its softmax is not empty; its loss is dropped below.
-    allowed = candidates[None] | (torch.arange(len(candidates), device=own.device)[None] == own[:, None])
+    allowed = None
+    if candidates is not None:
+        allowed = candidates[None] | (torch.arange(len(candidates), device=own.device)[None] == own[:, None])
 
     def one_side(x: Tensor, y: Tensor, extra: Tensor | None) -> Tensor:
-        logits = (x @ y.T / temperature).masked_fill(~allowed, -math.inf)
+        logits = (x / temperature) @ y.T
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -math.inf)
         if extra is not None:
             logits = torch.cat([logits, x @ extra.T / temperature], 1)
         return F.cross_entropy(logits, own, reduction="none")
@@ -78,7 +82,7 @@ def info_nce_loss(
     losses = one_side(queries, all_keys, negatives)
     if symmetric:
         losses = (losses + one_side(keys, all_queries, None)) / 2
-    return reduce(losses, reduction, weight, None if mask is None else visible)
+    return reduce(losses, reduction, weight, visible)
 
 
 def supervised_contrastive_loss(
