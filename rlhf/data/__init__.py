@@ -1,7 +1,16 @@
 """Data: reading files, chat templates, tokenising, batches."""
 
 from rlhf.data.batching import Batch, Collator
+from rlhf.data.packing import Packed, best_fit_decreasing
 from rlhf.data.reading import load_data
 from rlhf.data.tokenizing import tokenize_preferences, tokenize_sft
 
-__all__ = ["Batch", "Collator", "load_data", "tokenize_preferences", "tokenize_sft"]
+__all__ = [
+    "Batch",
+    "Collator",
+    "Packed",
+    "best_fit_decreasing",
+    "load_data",
+    "tokenize_preferences",
+    "tokenize_sft",
+]

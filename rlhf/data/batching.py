@@ -1,7 +1,8 @@
-"""Token rows to a batch: padded, with explicit positions and the targets that everything downstream follows."""
+"""Token rows to a batch: laid out without padding or in padded rows, with the targets that everything follows."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,50 +10,139 @@ from torch import Tensor
 from rlhf.logprobs import Targets
 
 IGNORE = -100
+Layout = Literal["segments", "rows"]
+
+
+class Span(NamedTuple):
+    """``length`` tokens of a flat row: each sees those before it in its span, and ``prefix`` tokens of another.
+
+    ``parent`` is the index of the span whose first ``prefix`` tokens they are (a branch sees the prompt that its
+    group's first span begins with).
+    """
+
+    length: int
+    parent: int = -1
+    prefix: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """What an attention function must know of a flat row: its spans, in order, without gaps."""
+
+    spans: tuple[Span, ...]
+    plans: dict[Any, Any] = field(default_factory=dict)  # masks and the like: made by the first layer, used by all
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What the policy reads. ``input_ids``, ``attention_mask``, ``position_ids`` are int64 [B, T]."""
+    """What the policy reads: int64 [B, T] in padded rows, [1, T] in segments, where nothing is padded.
+
+    ``ref_logps`` [S] are the reference's sums for each sequence, where they were computed before.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
     position_ids: Tensor
     targets: Targets
+    segments: Segments | None = None
+    ref_logps: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        tensors = {name: t.to(device, non_blocking=non_blocking) for name, t in self.inputs().items()}
-        return Batch(targets=self.targets.to(device, non_blocking), **tensors)
+        names = [
+            n for n in ("input_ids", "attention_mask", "position_ids", "ref_logps") if getattr(self, n) is not None
+        ]
+        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
+        return replace(self, targets=self.targets.to(device, non_blocking), **moved)
+
+    def num_tokens(self) -> Tensor:
+        """Tokens of all sequences, each with its prompt: the same in any layout."""
+        if self.segments is None:
+            return self.attention_mask.sum()
+        return torch.tensor(sum(span.length + span.prefix for span in self.segments.spans))
 
     def inputs(self) -> dict[str, Any]:
         """What a causal LM's forward takes."""
-        return {
-            "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
-            "position_ids": self.position_ids,
-        }
+        inputs: dict[str, Any] = {"input_ids": self.input_ids, "position_ids": self.position_ids}
+        if self.segments is None:
+            return inputs | {"attention_mask": self.attention_mask}
+        # A mask of four dimensions is passed on as it is: without it, transformers would build one of T x T.
+        return inputs | {"attention_mask": self.attention_mask.new_zeros(1, 1, 1, 1), "segments": self.segments}
+
+
+class Sequence(NamedTuple):
+    """One sequence of an example: ``ids`` follow the first ``prefix`` ids of the example's first sequence."""
+
+    ids: list[int]
+    labels: list[int]
+    prefix: int = 0
+
+
+def sequences(row: dict[str, Any]) -> list[Sequence]:
+    """The sequences of a tokenised row: one for supervised fine-tuning; chosen, then rejected for a pair."""
+    if "prompt_ids" not in row:
+        return [Sequence(row["input_ids"], row["labels"])]
+    prompt, chosen, rejected = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
+    return [Sequence(prompt + chosen, [IGNORE] * len(prompt) + chosen), Sequence(rejected, rejected, len(prompt))]
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Lay out examples in padded rows.
+    """Lay out examples; one with k completions becomes sequences ``k * i`` … ``k * i + k - 1``.
 
-    An example with k completions becomes sequences ``k * i`` … ``k * i + k - 1``: k = 1 for supervised fine-tuning,
-    k = 2 for a preference pair (chosen, then rejected). ``pad_token_id`` may be any id, EOS too: what counts is
-    decided by lengths, never by comparing ids.
+    Args:
+        layout: ``"segments"`` puts all tokens in one row without padding, and a prompt once for all its completions;
+            the model needs :func:`rlhf.models.use_segments`. ``"rows"`` pads, which any model takes.
+        pad_token_id: any id, EOS too: what counts is decided by lengths, never by comparing ids.
+        padding_side: of ``"rows"``.
     """
 
     pad_token_id: int = 0
     padding_side: Literal["left", "right"] = "right"
+    layout: Layout = "rows"
 
     def __call__(self, rows: list[dict[str, Any]]) -> Batch:
-        sequences = [sequence for row in rows for sequence in _sequences(row)]
-        width = max(len(ids) for ids, _ in sequences)
-        shape = (len(sequences), width)
+        examples = [example for row in rows for example in row.get("examples", [row])]
+        batch = self._flat(examples) if self.layout == "segments" else self._padded(examples)
+        if "ref_chosen_logps" not in examples[0]:
+            return batch
+        known = [[example["ref_chosen_logps"], example["ref_rejected_logps"]] for example in examples]
+        return replace(batch, ref_logps=torch.tensor(known).view(-1))
+
+    def _flat(self, examples: list[dict[str, Any]]) -> Batch:
+        spans: list[Span] = []
+        ids, positions, sources, tokens, counts = [], [], [], [], []
+        start = 0
+        for example in examples:
+            first, first_start = len(spans), start
+            for sequence in sequences(example):
+                prefix, length = sequence.prefix, len(sequence.ids)
+                spans.append(Span(length, first, prefix) if prefix else Span(length))
+                labels = torch.tensor(sequence.labels)
+                scored = (labels != IGNORE).nonzero().squeeze(1)
+                source = start + scored - 1
+                if prefix:  # a branch's first token is predicted by the prompt's last
+                    source[scored == 0] = first_start + prefix - 1
+                else:  # nothing comes before the first token of all
+                    scored, source = scored[scored > 0], source[scored > 0]
+                ids += sequence.ids
+                positions.append(torch.arange(prefix, prefix + length))
+                sources.append(source)
+                tokens.append(labels[scored])
+                counts.append(len(scored))
+                start += length
+        owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        targets = Targets(torch.cat(sources), torch.cat(tokens), owner, len(counts))
+        row = torch.tensor(ids)[None]
+        return Batch(row, torch.ones_like(row), torch.cat(positions)[None], targets, Segments(tuple(spans)))
+
+    def _padded(self, examples: list[dict[str, Any]]) -> Batch:
+        whole = [pair for example in examples for pair in _whole(example)]
+        width = max(len(ids) for ids, _ in whole)
+        shape = (len(whole), width)
         input_ids = torch.full(shape, self.pad_token_id)
         labels = torch.full(shape, IGNORE)
         attention_mask, position_ids = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-        for index, (ids, own_labels) in enumerate(sequences):
+        for index, (ids, own_labels) in enumerate(whole):
             used = slice(0, len(ids)) if self.padding_side == "right" else slice(width - len(ids), width)
             input_ids[index, used] = torch.tensor(ids)
             labels[index, used] = torch.tensor(own_labels)
@@ -61,8 +151,8 @@ class Collator:
         return Batch(input_ids, attention_mask, position_ids, Targets.from_labels(labels, attention_mask))
 
 
-def _sequences(row: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
-    if "prompt_ids" not in row:
-        return [(row["input_ids"], row["labels"])]
-    prompt = row["prompt_ids"]
-    return [(prompt + ids, [IGNORE] * len(prompt) + ids) for ids in (row["chosen_ids"], row["rejected_ids"])]
+def _whole(example: dict[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
+    """Each sequence with its prompt."""
+    first, *_ = found = sequences(example)
+    for ids, labels, prefix in found:
+        yield first.ids[:prefix] + ids, [IGNORE] * prefix + labels

@@ -2,13 +2,14 @@
 
 from rlhf.logprobs.bridge import model_scores
 from rlhf.logprobs.head import Head, HeadSettings, head_settings, read_head, verified_settings
-from rlhf.logprobs.score import Scores, score
+from rlhf.logprobs.score import LocalLoss, Scores, score
 from rlhf.logprobs.targets import Targets
 from rlhf.losses import perplexity, sequence_logps, shift, token_logps
 
 __all__ = [
     "Head",
     "HeadSettings",
+    "LocalLoss",
     "Scores",
     "Targets",
     "head_settings",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.logprobs.head import backbone_of, read_head, verified_settings
-from rlhf.logprobs.score import Mode, Scores, score
+from rlhf.logprobs.score import LocalLoss, Mode, Scores, score
 from rlhf.logprobs.targets import Targets
 
 
@@ -17,6 +17,8 @@ def model_scores(
     entropy: bool = False,
     mode: Mode = "auto",
     chunk_size: int | None = None,
+    local_loss: LocalLoss | None = None,
+    per_token: tuple[Tensor, ...] = (),
     **inputs: Any,
 ) -> Scores:
     """Score ``targets`` under a causal LM.
@@ -25,7 +27,8 @@ def model_scores(
         model: a transformers causal LM or a PEFT model around one. Inside DDP, FSDP or ZeRO, call this from the
             wrapped module's ``forward`` (``rlhf.models.Policy`` does), so that their hooks fire.
         targets: built from the same ``input_ids`` [B, T].
-        entropy, mode, chunk_size: as in :func:`score`; a model that runs its own head ignores mode and chunk size.
+        entropy, mode, chunk_size, local_loss, per_token: as in :func:`score`; a model that runs its own head ignores
+            mode and chunk size.
         inputs: what the model's forward takes: ``input_ids``, ``attention_mask``, ``position_ids``, …
     Returns:
         Scores of [N] vectors, at least float32.
@@ -34,10 +37,20 @@ def model_scores(
         model = model.get_base_model()  # type: ignore[operator]
     settings = verified_settings(model)
     if settings is None:
-        return _own_head(model, targets, entropy, inputs)
+        scores = _own_head(model, targets, entropy, inputs)
+        return scores if local_loss is None else scores._replace(loss=local_loss(scores, *per_token).sum())
     # A cache would be wasted, and with it transformers drops a packed mask without a word.
     hidden = backbone_of(model)(**inputs, use_cache=False)[0]
-    return score(hidden, read_head(model, settings), targets, entropy=entropy, mode=mode, chunk_size=chunk_size)
+    return score(
+        hidden,
+        read_head(model, settings),
+        targets,
+        entropy=entropy,
+        mode=mode,
+        chunk_size=chunk_size,
+        local_loss=local_loss,
+        per_token=per_token,
+    )
 
 
 def _own_head(model: nn.Module, targets: Targets, entropy: bool, inputs: dict[str, Any]) -> Scores:

@@ -2,15 +2,22 @@ r"""Log-probabilities of the scored tokens, from hidden states and the head, in 
 
 With :math:`z = Wh` and M = one product of N x V x H, the modes are
 
-=========  ==============================  ======  =========================
-TILE       no gradient                     1 M     one chunk of logits
-SAVE       log-probs kept for backward     3 M     N x V
-RECOMPUTE  logits computed again           4 M     one chunk of logits
-=========  ==============================  ======  =========================
+=========  =========================================  ================  ===================
+mode       for                                        products          extra memory
+=========  =========================================  ================  ===================
+TILE       no gradient                                1 M               one chunk of logits
+LOCAL      a loss that is a sum over tokens           3 M (2 M frozen)  one chunk of logits
+UNIT       any loss, frozen head                      2 M               N x H
+SAVE       any loss                                   3 M (2 M frozen)  N x V
+RECOMPUTE  any loss                                   4 M (3 M frozen)  one chunk of logits
+=========  =========================================  ================  ===================
 
-SAVE and RECOMPUTE are one function: the first chunks are kept as far as memory allows, the rest computed again.
+LOCAL takes the loss's gradient while a chunk's logits live. UNIT keeps :math:`\partial\log p_t/\partial h_t`, which
+does not depend on what comes after. SAVE and RECOMPUTE are one function: the first chunks are kept as far as memory
+allows, the rest computed again.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import psutil
@@ -22,14 +29,22 @@ from torch.autograd.function import once_differentiable
 from rlhf.logprobs.head import Head
 from rlhf.logprobs.targets import Targets
 
-Mode = Literal["auto", "save", "recompute"]
+Mode = Literal["auto", "unit", "save", "recompute"]
 
 
 class Scores(NamedTuple):
-    """Of each scored token, float32 (float64 for float64 hidden states), in nats."""
+    """Of each scored token, float32 (float64 for float64 hidden states), in nats.
+
+    ``loss`` is the sum over tokens of a loss that was given to the model; it carries the gradient then, not the rest.
+    """
 
     logps: Tensor
     entropy: Tensor | None = None
+    loss: Tensor | None = None
+
+
+LocalLoss = Callable[..., Tensor]
+"""From a chunk's :class:`Scores` and its slices of further per-token tensors, [c], to the loss of each token, [c]."""
 
 
 def score(
@@ -40,6 +55,8 @@ def score(
     entropy: bool = False,
     mode: Mode = "auto",
     chunk_size: int | None = None,
+    local_loss: LocalLoss | None = None,
+    per_token: tuple[Tensor, ...] = (),
 ) -> Scores:
     r"""Score ``targets`` without ever building ``[batch, seq, vocab]``.
 
@@ -49,14 +66,18 @@ def score(
         hidden: [..., H], the last hidden states that enter the head; flattened, ``targets.source`` indexes its rows.
         head: the head; its weight and bias receive gradients where they require them.
         entropy: also return the entropy of each prediction, with gradient.
-        mode: ``"save"`` keeps the log-probs of all chunks for the backward pass (3 products), ``"recompute"`` none
-            (4 products), ``"auto"`` as many as fit in a quarter of the free memory, at most 2 GiB (none on a GPU).
-            Without gradient there is 1 product and nothing is kept.
+        mode: ``"save"`` keeps the log-probs of all chunks for the backward pass, ``"recompute"`` none, ``"unit"``
+            (frozen head, no entropy) the gradient of each log-prob; ``"auto"`` is unit where it can be, else keeps as
+            many chunks as fit in a quarter of the free memory, at most 2 GiB (none on a GPU).
         chunk_size: rows of logits at a time; by default 64 MiB of them on CPU, 1 GiB on a GPU.
+        local_loss: a loss that is a sum over tokens, such as ``lambda scores: -scores.logps``; its gradient is taken
+            chunk by chunk, and ``mode`` does not matter.
+        per_token: [N] tensors, constants that ``local_loss`` takes after the scores, such as advantages.
     Returns:
-        Scores of [N] vectors. The result does not depend on mode or chunk size beyond rounding.
+        Scores of [N] vectors, and with ``local_loss`` its sum. None depends on mode or chunk size beyond rounding.
     Raises:
-        ValueError: hidden sizes differ, or a target lies outside the vocabulary (checked on CPU).
+        ValueError: hidden sizes differ, a target lies outside the vocabulary (checked on CPU), or ``"unit"`` is asked
+            for where the head or the entropy needs a gradient.
 
     Source: Liger (2410.10989) and Cut Cross-Entropy (2411.09009) for the problem; the chunking is our own.
     """
@@ -70,14 +91,22 @@ def score(
             raise ValueError(f"target token {wrong} is outside the vocabulary [0, {vocabulary})")
     rows = hidden.reshape(-1, hidden.size(-1)).index_select(0, targets.source)
     size = chunk_size or _chunk_size(len(targets), vocabulary, rows.device)
-    differentiable = (rows, head.weight) if head.bias is None else (rows, head.weight, head.bias)
+    head_learns = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+    learns = torch.is_grad_enabled() and (rows.requires_grad or head_learns)
+    if mode == "unit" and (head_learns or entropy):
+        raise ValueError('mode "unit" is for a frozen head without entropy; use "auto"')
     with torch.autocast(rows.device.type, enabled=False):
-        if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
-            keep = _chunks_to_keep(mode, len(targets), size, vocabulary, rows.device)
-            outputs = _LinearLogps.apply(rows, head.weight, head.bias, head, targets.token, size, keep, entropy)
-        else:
-            outputs = _scan(rows, head, targets.token, size, entropy)[0]
-    return Scores(*outputs)
+        if not learns:
+            scores = Scores(*_scan(rows, head, targets.token, size, entropy)[0])
+            return scores if local_loss is None else scores._replace(loss=local_loss(scores, *per_token).sum())
+        if local_loss is not None:
+            return Scores(
+                *_Local.apply(rows, head.weight, head.bias, head, targets.token, size, entropy, local_loss, per_token)
+            )
+        if mode == "unit" or (mode == "auto" and not head_learns and not entropy):
+            return Scores(_Unit.apply(rows, head, targets.token, size))
+        keep = _chunks_to_keep(mode, len(targets), size, vocabulary, rows.device)
+        return Scores(*_LinearLogps.apply(rows, head.weight, head.bias, head, targets.token, size, keep, entropy))
 
 
 def _chunk_size(rows: int, vocabulary: int, device: torch.device) -> int:
@@ -113,14 +142,24 @@ def _operands(rows: Tensor, head: Head) -> _Operands:
     return _Operands(head.weight.detach().to(operand), bias, operand, result)
 
 
-def _product(a: Tensor, b: Tensor, op: _Operands) -> Tensor:
+def _product(a: Tensor, b: Tensor, op: _Operands, out: Tensor | None = None) -> Tensor:
     a, b = a.to(op.operand), b.to(op.operand)
-    return a @ b if op.operand == op.result else torch.mm(a, b, out_dtype=op.result)
+    return torch.mm(a, b, out=out) if op.operand == op.result else torch.mm(a, b, out_dtype=op.result)
 
 
-def _log_softmax(rows: Tensor, head: Head, op: _Operands) -> tuple[Tensor, Tensor | None]:
+def _scratch(rows: Tensor, size: int, op: _Operands) -> Tensor | None:
+    """One chunk's logits for all chunks: fresh memory of that size costs a CPU a page fault for each 4 KiB."""
+    if rows.is_cuda:
+        return None
+    return rows.new_empty(min(size, rows.size(0)), op.weight.size(0), dtype=op.result)
+
+
+def _log_softmax(
+    rows: Tensor, head: Head, op: _Operands, scratch: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Log-probs [c, V], and the slope of the soft-cap [c, V] where there is one: one product."""
-    logits = _product(rows.detach() * head.scale, op.weight.T, op)
+    out = None if scratch is None else scratch[: len(rows)]
+    logits = _product(rows.detach() * head.scale, op.weight.T, op, out)
     if op.bias is not None:
         logits += op.bias * head.scale
     slope = None
@@ -144,11 +183,12 @@ def _scan(
     op = _operands(rows, head)
     logps = rows.new_empty(rows.size(0), dtype=op.result)
     entropies = torch.empty_like(logps) if entropy else None
+    scratch = _scratch(rows, size, op) if keep * size < rows.size(0) else None
     kept = []
     with torch.no_grad():
         for index, start in enumerate(range(0, rows.size(0), size)):
             chunk = slice(start, start + size)
-            dense, slope = _log_softmax(rows[chunk], head, op)
+            dense, slope = _log_softmax(rows[chunk], head, op, scratch if index >= keep else None)
             logps[chunk] = dense.gather(1, token[chunk, None]).squeeze(1)
             if entropies is not None:
                 entropies[chunk] = _entropy(dense.exp(), dense)
@@ -183,53 +223,139 @@ class _LinearLogps(Function):
         scale, softcap, size = ctx.settings
         head = Head(weight, bias, scale, softcap)
         op = _operands(rows, head)
-        need_rows, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_rows = torch.empty_like(rows) if need_rows else None
-        # Accumulated in the result's precision: adding chunks in bf16 biases training.
-        grad_weight = torch.zeros_like(weight, dtype=op.result) if need_weight else None
-        grad_bias = torch.zeros_like(weight[:, 0], dtype=op.result) if need_bias else None
+        gradients = _Gradients(rows, head, op, ctx.needs_input_grad)
+        scratch = _scratch(rows, size, op)
         for index, start in enumerate(range(0, rows.size(0), size)):
             chunk = slice(start, start + size)
             if 2 * index < len(kept):
                 logps, slope = kept[2 * index], kept[2 * index + 1]
             else:
-                logps, slope = _log_softmax(rows[chunk], head, op)
+                logps, slope = _log_softmax(rows[chunk], head, op, scratch)
             g = None if grad_logps is None else grad_logps[chunk]
             e = None if grad_entropy is None else grad_entropy[chunk]
-            dz = _grad_logits(logps, token[chunk], g, e)
-            if slope is not None:
-                dz *= slope
-            if grad_rows is not None:
-                grad_rows[chunk] = _product(dz, op.weight, op).mul_(scale)
-            if grad_weight is not None:
-                scaled = rows[chunk] * scale
-                if op.operand == op.result:
-                    grad_weight.addmm_(dz.T, scaled.to(op.operand))
-                else:
-                    grad_weight += _product(dz.T, scaled, op)
-            if grad_bias is not None:
-                grad_bias += dz.sum(0).mul_(scale)
-        to_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        to_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_rows, to_weight, to_bias, None, None, None, None, None
+            gradients.add(chunk, _grad_logits(logps, token[chunk], g, e, scratch), slope)
+        return *gradients.results(), None, None, None, None, None
 
 
-def _grad_logits(logps: Tensor, token: Tensor, g: Tensor | None, e: Tensor | None) -> Tensor:
-    """Gradient of ``g * logp_y + e * H`` with respect to the logits: ``g (1_y - p) - e p (log p + H)``."""
-    p = logps.exp()
-    dz = torch.zeros_like(p) if e is None and g is None else p
-    if e is not None:
-        entropy = _entropy(p, logps)[:, None]
-        dz = p * (logps + entropy).mul_(-e[:, None])
-        if g is not None:
-            dz -= g[:, None] * p
-    elif g is not None:
-        dz = p.mul_(-g[:, None])
-    if g is not None:
-        logp = logps.gather(1, token[:, None])
+class _Local(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        token: Tensor,
+        size: int,
+        entropy: bool,
+        local_loss: LocalLoss,
+        per_token: tuple[Tensor, ...],
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        op = _operands(rows, head)
+        gradients = _Gradients(rows, head, op, ctx.needs_input_grad)
+        scratch = _scratch(rows, size, op)
+        logps = rows.new_empty(rows.size(0), dtype=op.result)
+        entropies = torch.empty_like(logps) if entropy else None
+        total = logps.new_zeros(())
+        for start in range(0, rows.size(0), size):
+            chunk = slice(start, start + size)
+            dense, slope = _log_softmax(rows[chunk], head, op, scratch)
+            logps[chunk] = dense.gather(1, token[chunk, None]).squeeze(1)
+            if entropies is not None:
+                entropies[chunk] = _entropy(dense.exp(), dense)
+            with torch.enable_grad():
+                own = [x[chunk].detach().requires_grad_() for x in (logps, entropies) if x is not None]
+                value = local_loss(Scores(*own), *(x[chunk] for x in per_token)).sum()
+                g, e = (*torch.autograd.grad(value, own, allow_unused=True), None)[:2]
+            total += value.detach()
+            gradients.add(chunk, _grad_logits(dense, token[chunk], g, e, scratch), slope)
+        ctx.save_for_backward(*gradients.results())
+        ctx.mark_non_differentiable(logps, *([] if entropies is None else [entropies]))
+        return logps, entropies, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        factor = grads[2]
+        scaled = [None if x is None else x.mul_(factor.to(x.dtype)) for x in ctx.saved_tensors]
+        return *scaled, None, None, None, None, None, None
+
+
+class _Unit(Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, head: Head, token: Tensor, size: int) -> Tensor:
+        op = _operands(rows, head)
+        unit = _Gradients(rows, head, op, (True, False, False))
+        scratch = _scratch(rows, size, op)
+        logps = rows.new_empty(rows.size(0), dtype=op.result)
+        for start in range(0, rows.size(0), size):
+            chunk = slice(start, start + size)
+            dense, slope = _log_softmax(rows[chunk], head, op, scratch)
+            logps[chunk] = dense.gather(1, token[chunk, None]).squeeze(1)
+            unit.add(chunk, _grad_logits(dense, token[chunk], torch.ones_like(logps[chunk]), None, scratch), slope)
+        ctx.save_for_backward(unit.rows)
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
+        (unit,) = ctx.saved_tensors
+        return (unit * grad_logps[:, None]).to(unit.dtype), None, None, None
+
+
+class _Gradients:
+    """What the chunks' ``dz = dL/dz`` add up to; weight and bias in the result's precision, as bf16 sums drift."""
+
+    def __init__(self, rows: Tensor, head: Head, op: _Operands, needed: tuple[bool, ...]) -> None:
+        self.hidden, self.head, self.op = rows.detach(), head, op
+        self.needs_weight, self.needs_bias = needed[1:3]
+        self.rows = torch.empty_like(self.hidden) if needed[0] else None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def add(self, chunk: slice, dz: Tensor, slope: Tensor | None) -> None:
+        op, scale = self.op, self.head.scale
+        if slope is not None:
+            dz *= slope
+        if self.rows is not None:
+            self.rows[chunk] = _product(dz, op.weight, op).mul_(scale)
+        if self.needs_weight:
+            scaled = self.hidden[chunk] * scale
+            if self.weight is None:
+                self.weight = _product(dz.T, scaled, op)
+            elif op.operand == op.result:
+                self.weight.addmm_(dz.T, scaled.to(op.operand))
+            else:
+                self.weight += _product(dz.T, scaled, op)
+        if self.needs_bias:
+            added = dz.sum(0).mul_(scale)
+            self.bias = added if self.bias is None else self.bias.add_(added)
+
+    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """For rows, weight and bias, in their own types; zero where there was no chunk."""
+        weight, bias = self.head.weight, self.head.bias
+        if self.needs_weight and self.weight is None:
+            self.weight = torch.zeros_like(weight)
+        if self.needs_bias and bias is not None and self.bias is None:
+            self.bias = torch.zeros_like(bias)
+        to_weight = None if self.weight is None else self.weight.to(weight.dtype)
+        to_bias = None if self.bias is None or bias is None else self.bias.to(bias.dtype)
+        return self.rows, to_weight, to_bias
+
+
+def _grad_logits(logps: Tensor, token: Tensor, g: Tensor | None, e: Tensor | None, scratch: Tensor | None) -> Tensor:
+    """Gradient of ``g * logp_y + e * H`` with respect to the logits: ``g (1_y - p) - e p (log p + H)``.
+
+    Written to ``scratch`` where there is one (which ``logps`` may lie in) and no ``e``.
+    """
+    own = logps.gather(1, token[:, None])
+    p = torch.exp(logps, out=None if scratch is None or e is not None else scratch[: len(logps)])
+    if e is None:
         # 1 - p as -expm1(log p), formed before any downcast: exact for confident tokens.
-        own = -logp.expm1() * g[:, None]
-        if e is not None:
-            own += dz.gather(1, token[:, None]) + g[:, None] * logp.exp()
-        dz.scatter_(1, token[:, None], own)
+        return p.mul_(0) if g is None else p.mul_(-g[:, None]).scatter_(1, token[:, None], -own.expm1() * g[:, None])
+    entropy = _entropy(p, logps)[:, None]
+    dz = p * (logps + entropy).mul_(-e[:, None])
+    if g is not None:
+        exact = dz.gather(1, token[:, None]) - own.expm1() * g[:, None]
+        dz.sub_(g[:, None] * p).scatter_(1, token[:, None], exact)
     return dz

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from rlhf.data import Batch
-from rlhf.logprobs import Scores, model_scores, verified_settings
+from rlhf.logprobs import LocalLoss, Scores, model_scores, verified_settings
 
 
 class Policy(nn.Module):
@@ -27,8 +27,8 @@ class Policy(nn.Module):
     def has_adapter(self) -> bool:
         return hasattr(self.model, "get_base_model")
 
-    def forward(self, batch: Batch, entropy: bool = False) -> Scores:
-        return model_scores(self.model, batch.targets, entropy=entropy, **batch.inputs())
+    def forward(self, batch: Batch, local_loss: LocalLoss | None = None, entropy: bool = False) -> Scores:
+        return model_scores(self.model, batch.targets, entropy=entropy, local_loss=local_loss, **batch.inputs())
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from rlhf.data import Batch, Collator
-from rlhf.models import Policy, add_adapter, disable_dropout, load_model, load_tokenizer
+from rlhf.data import Batch, Collator, Packed
+from rlhf.models import Policy, add_adapter, choose_layout, disable_dropout, load_model, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,17 @@ class BaseConfig(TrainingArguments):
     chat_template_path: str | None = field(
         default=None, metadata={"help": "A .jinja file, or a model folder, to take the chat template from."}
     )
+    layout: str = field(
+        default="auto",
+        metadata={
+            "help": "segments: no padding, a shared prompt once; rows: padded, any model; auto: what fits.",
+            "choices": ["auto", "segments", "rows"],
+        },
+    )
+    tokens_per_batch: int | None = field(
+        default=None,
+        metadata={"help": "Plan batches by tokens: as many rows as fit, instead of per_device_train_batch_size rows."},
+    )
     disable_dropout: bool = field(default=False, metadata={"help": "Train without dropout."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
     model_init_kwargs: dict[str, Any] | str | None = field(
@@ -49,6 +60,7 @@ class BaseConfig(TrainingArguments):
     # Defaults that differ from transformers'.
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave this off: the collator reads."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide a loss that is NaN; a sync a step."})
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012  # not a field
 
@@ -60,6 +72,12 @@ class BaseConfig(TrainingArguments):
         if self.ddp_find_unused_parameters is None:  # all are used; looking for others costs a walk of the graph a step
             self.ddp_find_unused_parameters = False
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        if self.layout not in ("auto", "segments", "rows"):
+            raise ValueError(f"layout must be auto, segments or rows, got {self.layout!r}")
+        if self.tokens_per_batch is not None:
+            if self.tokens_per_batch < 1:
+                raise ValueError(f"tokens_per_batch must be at least 1, got {self.tokens_per_batch}")
+            self.per_device_train_batch_size = 1  # of planned batches
         if self.max_length < 2:
             raise ValueError(f"max_length must be at least 2 tokens, got {self.max_length}")
 
@@ -70,9 +88,10 @@ class BaseConfig(TrainingArguments):
 class Measures(NamedTuple):
     """What one batch adds up to, for each item ([S]: a sequence, or a pair)."""
 
-    loss: Tensor  # [S], summed over what counts; carries the gradient
+    loss: Tensor  # [S], summed over what counts; carries the gradient, unless `total` does
     counts: Tensor  # [S], what the loss is divided by
     metrics: dict[str, tuple[Tensor, Tensor]]  # name to ([S] sums, [S] counts)
+    total: Tensor | None = None  # scalar sum of `loss`, with the gradient
 
 
 class BaseTrainer(Trainer):
@@ -130,6 +149,8 @@ class BaseTrainer(Trainer):
             _warn_of_lost_updates(model, args)
         pad = next((i for i in (processing_class.pad_token_id, processing_class.eos_token_id) if i is not None), 0)
         use_cache = model.config.use_cache
+        if train_dataset is not None and (capacity := self.capacity(args)) is not None:
+            train_dataset = Packed(train_dataset, capacity)
         super().__init__(
             model=Policy(model),
             args=args,
@@ -141,7 +162,14 @@ class BaseTrainer(Trainer):
             optimizers=optimizers,
         )
         model.config.use_cache = use_cache  # Trainer turns it off, into the saved config
+        if data_collator is None and choose_layout(model, args.layout) == "segments":  # where the model now is
+            self.data_collator = Collator(pad, layout="segments")  # type: ignore[assignment]
         self._sums: dict[str, Tensor] = {}
+
+    @staticmethod
+    def capacity(args: Any) -> int | None:
+        """Tokens of a planned row of the training data, where rows are planned."""
+        return args.tokens_per_batch
 
     @abstractmethod
     def tokenize(
@@ -177,8 +205,9 @@ class BaseTrainer(Trainer):
         measures = self.measure(model, inputs)
         count = num_items_in_batch if num_items_in_batch is not None else measures.counts.sum()
         # Gradients are averaged over ranks, so each adds its share of the sum times their number.
-        loss = measures.loss.sum() * (self.accelerator.num_processes / torch.clamp(count, min=1))
-        tokens = inputs.attention_mask.sum()
+        total = measures.total if measures.total is not None else measures.loss.sum()
+        loss = total * (self.accelerator.num_processes / torch.clamp(count, min=1))
+        tokens = inputs.num_tokens().to(loss.device)
         self._add({**measures.metrics, "num_tokens": (tokens, torch.zeros_like(tokens))})
         return (loss, measures) if return_outputs else loss
 

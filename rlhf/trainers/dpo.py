@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -10,9 +10,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data import Batch, tokenize_preferences
+from rlhf.data import Batch, Collator, tokenize_preferences
 from rlhf.losses import PREFERENCE_LOSSES, arguments_of, dpo_loss
-from rlhf.models import Policy, disable_dropout, load_model
+from rlhf.models import Policy, choose_layout, disable_dropout, load_model
 from rlhf.models.loading import adapter_is_trained
 from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures
 
@@ -96,6 +96,9 @@ class DPOTrainer(BaseTrainer):
         if ref_model is not None:
             loaded = load_model(ref_model, **args.model_kwargs()) if isinstance(ref_model, str) else ref_model
             self.ref_policy = self._freeze(loaded)
+            if isinstance(self.data_collator, Collator) and self.data_collator.layout == "segments":
+                layout = choose_layout(self.ref_policy.model, args.layout)
+                self.data_collator = replace(self.data_collator, layout=layout)
         elif not self.model.has_adapter:
             self.ref_policy = self._freeze(copy.deepcopy(self.model.model))
         elif kwargs.get("peft_config") is None and adapter_is_trained(self.model):

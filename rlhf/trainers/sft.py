@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Batch, tokenize_sft
+from rlhf.logprobs import Scores
 from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures
 
 
@@ -16,6 +17,9 @@ class SFTConfig(BaseConfig):
     """Arguments of :class:`SFTTrainer`; names and defaults are TRL's where TRL has the same thing."""
 
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate of AdamW."})
+    packing: bool = field(
+        default=False, metadata={"help": "Fill rows of max_length with several examples, each by itself."}
+    )
     dataset_text_field: str = field(default="text", metadata={"help": "Column of plain text."})
 
 
@@ -55,10 +59,18 @@ class SFTTrainer(BaseTrainer):
             num_proc=args.dataset_num_proc,
         )
 
+    @staticmethod
+    def capacity(args: Any) -> int | None:
+        return args.tokens_per_batch or (args.max_length if args.packing else None)
+
     def count(self, batch: Batch) -> int:
         return len(batch.targets)
 
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
-        nll = -batch.targets.sum(model(batch).logps)
-        tokens = batch.targets.counts()
-        return Measures(nll, tokens, {"perplexity": (nll, tokens)})
+        scores = model(batch, _nll)
+        nll, tokens = -batch.targets.sum(scores.logps.detach()), batch.targets.counts()
+        return Measures(nll, tokens, {"perplexity": (nll, tokens)}, scores.loss)
+
+
+def _nll(scores: Scores) -> Tensor:
+    return -scores.logps

@@ -5,7 +5,7 @@ import torch
 from conftest import ARCHITECTURES, close, tiny_model
 from torch.autograd import gradcheck
 
-from rlhf.logprobs import Head, Targets, model_scores, score, verified_settings
+from rlhf.logprobs import Head, Scores, Targets, model_scores, score, verified_settings
 
 
 @pytest.mark.parametrize("mode", ["save", "recompute"])
@@ -20,9 +20,56 @@ def test_gradcheck(mode, entropy, softcap):
 
     def run(hidden, weight, bias):
         scores = score(hidden, Head(weight, bias, 1.7, softcap), targets, entropy=entropy, mode=mode, chunk_size=2)
-        return scores if entropy else scores.logps
+        return scores[:2] if entropy else scores.logps
 
     assert gradcheck(run, (hidden, weight, bias))
+
+
+def clipped(scores, advantages, old):
+    """A loss that is local to a token and not linear in its score."""
+    ratio = (scores.logps - old).exp()
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    return loss if scores.entropy is None else loss - 0.3 * scores.entropy**2
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_gradcheck_of_a_local_loss(entropy, softcap):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 5, generator=g, dtype=torch.double, requires_grad=True)
+    weight = torch.randn(11, 5, generator=g, dtype=torch.double, requires_grad=True)
+    bias = torch.randn(11, generator=g, dtype=torch.double, requires_grad=True)
+    targets = Targets(torch.tensor([0, 1, 1, 4, 6]), torch.tensor([3, 4, 0, 10, 2]), torch.tensor([0, 0, 1, 1, 2]))
+    per_token = torch.linspace(-1, 1, 5, dtype=torch.double), torch.full((5,), -2.4, dtype=torch.double)
+
+    def run(hidden, weight, bias):
+        head = Head(weight, bias, 1.7, softcap)
+        return score(
+            hidden, head, targets, entropy=entropy, chunk_size=2, local_loss=clipped, per_token=per_token
+        ).loss  # fmt: skip
+
+    # The backward pass scales its results in place, so each is called once.
+    for output in (torch.tensor(1.0), torch.tensor(-0.3)):
+        got = torch.autograd.grad(run(hidden, weight, bias) * output, (hidden, weight, bias))
+        want = torch.autograd.grad(
+            clipped(
+                score(hidden, Head(weight, bias, 1.7, softcap), targets, entropy=entropy, mode="save"), *per_token
+            ).sum()
+            * output,
+            (hidden, weight, bias),
+        )  # the other mode has its gradcheck above
+        for a, b in zip(got, want, strict=True):
+            close(a, b, torch.float64)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_gradcheck_of_unit(softcap):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 5, generator=g, dtype=torch.double, requires_grad=True)
+    weight, bias = (torch.randn(*shape, generator=g, dtype=torch.double) for shape in ((11, 5), (11,)))
+    targets = Targets(torch.tensor([0, 1, 1, 4, 6]), torch.tensor([3, 4, 0, 10, 2]), torch.tensor([0, 0, 1, 1, 2]))
+    head = Head(weight, bias, 1.7, softcap)
+    assert gradcheck(lambda h: score(h, head, targets, mode="unit", chunk_size=2).logps, (hidden,))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -63,18 +110,53 @@ def test_any_mode_and_chunk_size_is_the_dense_formula(mode, chunk_size, entropy)
     want_logps, want_entropy = dense(hidden, head, targets)
     scores = score(hidden, head, targets, mode=mode, chunk_size=chunk_size, entropy=entropy)
     close(scores.logps.detach(), want_logps.detach())
-    for got, want in zip(gradients(*scores), gradients(want_logps, want_entropy), strict=True):
+    for got, want in zip(gradients(*scores[:2]), gradients(want_logps, want_entropy), strict=True):
         close(got, want)
 
 
-@pytest.mark.parametrize(("mode", "products"), [("none", 1), ("save", 3), ("recompute", 4)])
+@pytest.mark.parametrize("chunk_size", [None, 1, 7, 33, 100])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_local_loss_is_the_dense_formula_at_any_chunk_size(chunk_size, frozen):
+    hidden, head, targets = problem()
+    if frozen:
+        head = Head(head.weight.detach())
+    inputs = (hidden,) if frozen else (hidden, head.weight)
+    per_token = torch.linspace(-1, 1, len(targets)), torch.full((len(targets),), -4.0)
+    scores = score(
+        hidden, head, targets, entropy=True, chunk_size=chunk_size, local_loss=clipped, per_token=per_token
+    )  # fmt: skip
+    logps, entropy = dense(hidden, head, targets)
+    want = clipped(Scores(logps, entropy), *per_token).sum()
+    close(scores.loss.detach(), want.detach())
+    close(scores.logps, logps.detach())
+    close(scores.entropy, entropy.detach())
+    for a, b in zip(torch.autograd.grad(3 * scores.loss, inputs), torch.autograd.grad(3 * want, inputs), strict=True):
+        close(a, b)
+
+
+def test_a_local_loss_of_no_tokens_is_a_zero_with_zero_gradients():
+    hidden, head, _ = problem()
+    none = torch.zeros(0, dtype=torch.int64)
+    loss = score(hidden, head, Targets(none, none, none), local_loss=lambda scores: -scores.logps).loss
+    loss.backward()
+    assert loss.item() == 0 and not hidden.grad.any() and not head.weight.grad.any()
+
+
+COUNTED = [("none", 1), ("local", 3), ("save", 3), ("recompute", 4), ("local frozen", 2), ("unit frozen", 2)]
+
+
+@pytest.mark.parametrize(("mode", "products"), [*COUNTED, ("save frozen", 2), ("recompute frozen", 3)])
 def test_the_profiler_counts_the_products_of_the_head(mode, products):
     hidden, head, targets = problem(rows=64)
     vocabulary = head.weight.size(0)
+    if "frozen" in mode:
+        mode, head = mode.split()[0], Head(head.weight.detach())
     with torch.profiler.profile(record_shapes=True) as profile:
         if mode == "none":
             with torch.no_grad():
                 score(hidden, head, targets, chunk_size=len(targets))
+        elif mode == "local":
+            score(hidden, head, targets, chunk_size=len(targets), local_loss=lambda s: -s.logps).loss.backward()
         else:
             score(hidden, head, targets, mode=mode, chunk_size=len(targets)).logps.sum().backward()
     large = [
@@ -122,6 +204,12 @@ def test_logps_are_trls_chunked_ones():
     hidden, head, targets = problem()
     want = trl.selective_log_softmax(head.logits(hidden)[targets.source], targets.token)
     close(score(hidden, head, targets, chunk_size=5).logps.detach(), want.detach())
+
+
+def test_unit_is_refused_where_the_head_learns():
+    hidden, head, targets = problem()
+    with pytest.raises(ValueError, match="unit"):
+        score(hidden, head, targets, mode="unit")
 
 
 def test_bad_input_is_named():
