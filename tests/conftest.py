@@ -1,9 +1,13 @@
 """Fixtures: tiny models made from configs and a small trained tokenizer. No network, no checkpoint."""
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_HOME"] = tempfile.mkdtemp()  # the user's caches stay as they are
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
@@ -12,6 +16,7 @@ from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 disable_progress_bars()
 torch.set_num_threads(1)  # tiny models: a second thread only waits
 

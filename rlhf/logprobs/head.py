@@ -116,6 +116,8 @@ def _verify(model: nn.Module) -> tuple[HeadSettings | None, str | None]:
             ours = Head(head.weight.float(), bias, head.scale, head.softcap).logits(found["hidden"].float())
     finally:
         handle.remove()
+    if own.isnan().any():
+        raise ValueError(f"{type(model).__name__}: its logits are NaN; the weights are broken, or its dtype too narrow")
     tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 2e-2  # bf16 logits keep 8 bits
     if own.shape != ours.shape:
         return None, f"logits have shape {tuple(own.shape)}, the head gives {tuple(ours.shape)}"

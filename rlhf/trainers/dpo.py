@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -10,11 +11,12 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data import Batch, Collator, tokenize_preferences
+from rlhf.data import Batch, Collator, Packed, tokenize_preferences
 from rlhf.losses import PREFERENCE_LOSSES, arguments_of, dpo_loss
 from rlhf.models import Policy, choose_layout, disable_dropout, load_model
 from rlhf.models.loading import adapter_is_trained
 from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures
+from rlhf.trainers.reference import add_ref_logps, reference_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,16 @@ class DPOConfig(BaseConfig):
     )
     label_smoothing: float = field(default=0.0, metadata={"help": "Chance that a pair is labelled the wrong way."})
     disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
+    precompute_ref_log_probs: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute the reference's log-probs once, before training, and keep them on disk: no copy of the "
+            "weights in memory. By default where rows are read more than once."
+        },
+    )
+    precompute_ref_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows at a time in that pass; per_device_eval_batch_size by default."}
+    )
 
     _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "loss_kwargs"]  # noqa: RUF012  # not a field
 
@@ -93,19 +105,65 @@ class DPOTrainer(BaseTrainer):
         args = args if args is not None else DPOConfig(output_dir="runs")
         super().__init__(model, args, **kwargs)
         self.ref_policy: Policy | None = None
+        self.has_adapter = self.model.has_adapter
+        precompute = args.precompute_ref_log_probs
+        if precompute is None:
+            precompute = self._reads_rows_again()
         if ref_model is not None:
             loaded = load_model(ref_model, **args.model_kwargs()) if isinstance(ref_model, str) else ref_model
             self.ref_policy = self._freeze(loaded)
             if isinstance(self.data_collator, Collator) and self.data_collator.layout == "segments":
                 layout = choose_layout(self.ref_policy.model, args.layout)
                 self.data_collator = replace(self.data_collator, layout=layout)
-        elif not self.model.has_adapter:
-            self.ref_policy = self._freeze(copy.deepcopy(self.model.model))
+        elif not self.has_adapter:
+            if not precompute:
+                self.ref_policy = self._freeze(copy.deepcopy(self.model.model))
         elif kwargs.get("peft_config") is None and adapter_is_trained(self.model):
             logger.warning(
                 "the reference is the model without its adapter, and this adapter is trained already; to align from "
                 "where it stands, merge it first: model = model.merge_and_unload()"
             )
+        if precompute:
+            self._precompute()
+
+    def _reads_rows_again(self) -> bool:
+        """Whether training reads a row a second time, so that knowing its reference saves work."""
+        args = self.args
+        if self.train_dataset is None:
+            return False
+        if args.max_steps > 0:
+            batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            return args.max_steps * batch > len(self.train_dataset)  # type: ignore[arg-type]
+        return args.num_train_epochs > 1
+
+    def _precompute(self) -> None:
+        """Give every row the reference's sums; nothing is left to ask it then, and no copy is kept."""
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError("ZeRO-3 shards the weights before they could be asked: --precompute_ref_log_probs false")
+        reference = self.ref_policy or self.model
+        home = next(reference.parameters()).device
+        reference.to(self.args.device).eval()
+
+        fingerprint = reference_fingerprint(reference.model, self.accelerator.mixed_precision, self.ref_policy is None)
+
+        def score(rows: list[dict[str, Any]]) -> Tensor:
+            return self._ask(reference, self.data_collator(rows).to(self.args.device))  # type: ignore[attr-defined]
+
+        def add(rows: Any, name: str) -> Any:
+            if isinstance(rows, Packed):
+                rows.rows = add(rows.rows, name)
+            elif rows is not None:
+                size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+                return add_ref_logps(rows, fingerprint, score, self.accelerator, size, name, self.args.disable_tqdm)
+            return rows
+
+        self.train_dataset = add(self.train_dataset, "training rows")
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: add(rows, name) for name, rows in self.eval_dataset.items()}
+        else:
+            self.eval_dataset = add(self.eval_dataset, "evaluation rows")
+        self.ref_policy = None
+        reference.to(home)
 
     def _freeze(self, model: nn.Module) -> Policy:
         if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
@@ -130,17 +188,23 @@ class DPOTrainer(BaseTrainer):
     def count(self, batch: Batch) -> int:
         return batch.targets.num_sequences // 2
 
-    def ref_logps(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Log-probabilities of the scored tokens under the reference, [N]."""
-        with torch.no_grad(), self.accelerator.autocast():
-            if self.ref_policy is not None:
-                return self.ref_policy(batch).logps
-            with self.accelerator.unwrap_model(model).adapter_off():
-                return model(batch).logps
+    def ref_sums(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Sums of log-probabilities under the reference, [S]: as stored, or asked of it now."""
+        if batch.ref_logps is not None:
+            return batch.ref_logps
+        if self.ref_policy is None and not self.has_adapter:
+            raise ValueError("these rows have no reference log-probs; train with --precompute_ref_log_probs false")
+        return self._ask(self.ref_policy or model, batch)
+
+    def _ask(self, reference: nn.Module, batch: Batch) -> Tensor:
+        adapter_off = self.ref_policy is None and self.has_adapter
+        off = self.accelerator.unwrap_model(reference).adapter_off() if adapter_off else nullcontext()
+        with torch.no_grad(), self.accelerator.autocast(), off:
+            return batch.targets.sum(reference(batch).logps)
 
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
         targets, args = batch.targets, self.args
-        ref_chosen, ref_rejected = targets.sum(self.ref_logps(model, batch)).view(-1, 2).unbind(1)
+        ref_chosen, ref_rejected = self.ref_sums(model, batch).view(-1, 2).unbind(1)
         chosen, rejected = targets.sum(model(batch).logps).view(-1, 2).unbind(1)
         chosen_lengths, rejected_lengths = targets.counts().view(-1, 2).unbind(1)
         losses = args.loss(
