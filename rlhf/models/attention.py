@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf.data.batching import Batch, Collator, Layout, Segments
+from rlhf.models.remake import can_be_remade
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,10 @@ def segment_attention(
             enable_gqa=query.size(1) != key.size(1),
         )
         outputs.append(output.transpose(1, 2))
-    return torch.cat(outputs, dim=1), None
+    if len(outputs) == 1:
+        return outputs[0], None
+    kept = [output.detach() for output in outputs]
+    return can_be_remade(torch.cat(outputs, dim=1), lambda: torch.cat(kept, dim=1)), None
 
 
 def _varlen(

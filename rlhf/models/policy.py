@@ -8,6 +8,7 @@ from torch import nn
 
 from rlhf.data import Batch
 from rlhf.logprobs import LocalLoss, Scores, model_scores, verified_settings
+from rlhf.models.remake import fewer_activations, slim
 
 
 class Policy(nn.Module):
@@ -22,13 +23,15 @@ class Policy(nn.Module):
         self.model = model
         # Before anything shards the weights: read the head and check it against the model's own logits.
         verified_settings(model.get_base_model() if self.has_adapter else model)  # type: ignore[operator]
+        slim(model)
 
     @property
     def has_adapter(self) -> bool:
         return hasattr(self.model, "get_base_model")
 
     def forward(self, batch: Batch, local_loss: LocalLoss | None = None, entropy: bool = False) -> Scores:
-        return model_scores(self.model, batch.targets, entropy=entropy, local_loss=local_loss, **batch.inputs())
+        with fewer_activations():
+            return model_scores(self.model, batch.targets, entropy=entropy, local_loss=local_loss, **batch.inputs())
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
