@@ -123,8 +123,8 @@ class RewardTrainer(BaseTrainer):
                 "no special token of the tokenizer is free to pad with: AutoModelForSequenceClassification will score "
                 "one sequence at a time (rlhf.models.RewardModel any number)"
             )
-        else:
-            tokenizer.pad_token_id = pad
+        # Trainer brings the config in line with the tokenizer.
+        tokenizer.pad_token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
         tokenizer.padding_side = "right"  # what models with absolute positions need
         config.get_text_config().pad_token_id = pad
         self.processing_class = tokenizer
