@@ -48,9 +48,9 @@ def adapter_config(name: str) -> PeftConfig | None:
 
 
 def merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
-    """``model`` with the adapter in the folder ``adapter`` added to its weights."""
+    """``model`` with the adapter in the folder ``adapter`` added to its weights, which can all be trained."""
     logger.info("%s: an adapter; merging it into %s", adapter, model.config._name_or_path)
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload().requires_grad_(True)  # PEFT froze the base
 
 
 @contextmanager

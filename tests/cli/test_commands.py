@@ -58,8 +58,16 @@ def test_a_reward_model_from_a_file_and_on_from_there(peft, train, data_files, t
     assert 0 <= results["eval_calibration_error"] <= 1 and 0 < results["eval_accuracy"] < 1
     loaded = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
     assert loaded.score.weight.shape[0] == 1 and loaded.score.weight.abs().max() > 0
-    more = train("reward", *rows, "--model_name_or_path", str(folder), "--output_dir", str(tmp_path / "more"))
-    assert more == folder  # what the fixture says; the run is in the other
+    train(
+        "reward",
+        *rows,
+        "--model_name_or_path",
+        str(folder),
+        "--output_dir",
+        str(tmp_path / "more"),
+        "--logging_steps",
+        "1",
+    )
     (first, *_) = json.loads((tmp_path / "more" / "trainer_state.json").read_text())["log_history"]
     assert first["std_reward"] > 0  # the head was kept
 

@@ -106,6 +106,7 @@ def test_an_adapter_is_merged(kind, tmp_path, model_folder):
             torch.nn.init.normal_(p)
     adapted.eval().save_pretrained(tmp_path)
     loaded = load_reward_model(str(tmp_path)).model
+    assert all(p.requires_grad for p in loaded.parameters())
     ids = torch.tensor([[5, 6, 7, 8]])
     want = adapted.get_base_model().base_model(ids).last_hidden_state
     close(loaded.base_model(ids).last_hidden_state.detach(), want.detach())
@@ -147,7 +148,7 @@ def test_what_cannot_be_a_reward_model_is_said_in_a_line(tmp_path, model_folder)
     tiny_model("cohere").save_pretrained(tmp_path / "cohere")
     with pytest.raises(ValueError, match="no sequence-classification class for cohere"):
         load_reward_model(str(tmp_path / "cohere"))
-    with pytest.raises(ValueError, match="LlamaForCausalLM has no head `score`.*load_reward_model"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no head `score`.*load_reward_model"):
         RewardModel(tiny_model())
     config = tiny_model().config
     config.num_labels = 2

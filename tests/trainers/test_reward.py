@@ -1,4 +1,4 @@
-"""What the reward trainer promises: its first figures, TRL's figures, margins, checkpoints that score alike, learning."""
+"""What the reward trainer promises: its first figures, TRL's figures, margins, checkpoints, learning."""
 
 import copy
 import math
