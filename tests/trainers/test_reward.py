@@ -129,7 +129,9 @@ def test_transformers_gives_the_saved_model_the_same_score(reward, name, peft, t
     """Singly and padded, though the tokenizer came with EOS as its pad and every answer ends with EOS."""
     base = tmp_path / "base"
     reward_model(name).save_pretrained(base)
-    trainer = reward(str(base), peft_config=lora() if peft else None)
+    left = copy.deepcopy(tokenizer)
+    left.padding_side = "left"  # as chat models have it; absolute positions would go wrong
+    trainer = reward(str(base), peft_config=lora() if peft else None, tokenizer=left)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
     own = RewardModel(trainer.model.model)
