@@ -129,8 +129,8 @@ def test_transformers_gives_the_saved_model_the_same_score(reward, name, peft, t
     """Singly and padded, though the tokenizer came with EOS as its pad and every answer ends with EOS."""
     base = tmp_path / "base"
     reward_model(name).save_pretrained(base)
-    left = copy.deepcopy(tokenizer)
-    left.padding_side = "left"  # as chat models have it; absolute positions would go wrong
+    tokenizer.save_pretrained(base)  # that pads on the left, as those of chat models do: absolute positions go wrong
+    left = AutoTokenizer.from_pretrained(base, padding_side="left")
     trainer = reward(str(base), peft_config=lora() if peft else None, tokenizer=left)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
