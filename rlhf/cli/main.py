@@ -9,6 +9,7 @@ from importlib import import_module
 COMMANDS = {
     "sft": "fine-tune on text, conversations, or prompts with completions",
     "dpo": "align with preference pairs (prompt, chosen, rejected)",
+    "reward": "train a reward model on preference pairs",
     "eval": "perplexity of a model; preference accuracy and margins against a reference",
     "losses": "the catalogue of losses: list, show one, advise",
 }

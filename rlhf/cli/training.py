@@ -1,4 +1,4 @@
-"""What `rlhf sft` and `rlhf dpo` share: from parsed options to a saved checkpoint."""
+"""What the training commands share: from parsed options to a saved checkpoint."""
 
 import logging
 import os
@@ -26,8 +26,12 @@ def quiet_logging() -> None:
 
 
 def train(
-    data: DataArguments, model: ModelArguments, args: BaseConfig, make: Callable[..., BaseTrainer]
-) -> BaseTrainer:  # fmt: skip
+    data: DataArguments,
+    model: ModelArguments,
+    args: BaseConfig,
+    make: Callable[..., BaseTrainer],
+    load: Callable[..., Any] = load_model,
+) -> BaseTrainer:
     """Check everything, then train, evaluate and save; nothing that existed is touched before training starts."""
     quiet_logging()
     _require(model_name_or_path=model.model_name_or_path, dataset_name=data.dataset_name)
@@ -41,7 +45,7 @@ def train(
         raise ValueError("evaluation is asked for, but there are no rows: pass --eval_dataset_name")
     tokenizer = load_tokenizer(str(model.model_name_or_path), args.chat_template_path)
     trainer = make(
-        model=load_model(str(model.model_name_or_path), **model.load_kwargs()),
+        model=load(str(model.model_name_or_path), **model.load_kwargs()),
         args=args,
         train_dataset=train_rows,
         eval_dataset=eval_rows,

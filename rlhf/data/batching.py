@@ -37,7 +37,8 @@ class Segments:
 class Batch:
     """What the policy reads: int64 [B, T] in padded rows, [1, T] in segments, where nothing is padded.
 
-    ``ref_logps`` [S] are the reference's sums for each sequence, where they were computed before.
+    ``ref_logps`` [S] are the reference's sums for each sequence, where they were computed before; ``margin`` is float32
+    [pairs], how far apart the rewards of each pair should be, where the data says so.
     """
 
     input_ids: Tensor
@@ -46,12 +47,12 @@ class Batch:
     targets: Targets
     segments: Segments | None = None
     ref_logps: Tensor | None = None
+    margin: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        names = [
-            n for n in ("input_ids", "attention_mask", "position_ids", "ref_logps") if getattr(self, n) is not None
-        ]
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
+        names = ("input_ids", "attention_mask", "position_ids", "ref_logps", "margin")
+        held = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in held.items()}
         return replace(self, targets=self.targets.to(device, non_blocking), **moved)
 
     def num_tokens(self) -> Tensor:
@@ -59,6 +60,18 @@ class Batch:
         if self.segments is None:
             return self.attention_mask.sum()
         return torch.tensor(sum(span.length + span.prefix for span in self.segments.spans))
+
+    def last(self) -> Tensor:
+        """Row of the flattened hidden states that holds the last token of each sequence: int64 [S].
+
+        Read off positions, never off ids: right where the padding is a token that occurs in the text.
+        """
+        if self.segments is None:
+            rows, width = self.attention_mask.shape
+            padding = self.attention_mask.flip(1).argmax(1)  # on the right
+            return torch.arange(1, rows + 1, device=padding.device) * width - 1 - padding
+        ends = torch.tensor([span.length for span in self.segments.spans]).cumsum(0) - 1
+        return ends.to(self.input_ids.device)
 
     def inputs(self) -> dict[str, Any]:
         """What a causal LM's forward takes."""
@@ -103,6 +116,8 @@ class Collator:
     def __call__(self, rows: list[dict[str, Any]]) -> Batch:
         examples = [example for row in rows for example in row.get("examples", [row])]
         batch = self._flat(examples) if self.layout == "segments" else self._padded(examples)
+        if "margin" in examples[0]:
+            batch = replace(batch, margin=torch.tensor([float(example["margin"]) for example in examples]))
         if "ref_chosen_logps" not in examples[0]:
             return batch
         known = [[example["ref_chosen_logps"], example["ref_rejected_logps"]] for example in examples]

@@ -1,5 +1,6 @@
 """The columns that people have, brought to two forms: a conversation, or a prompt with completions."""
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -68,6 +69,15 @@ def prompt_and_pair(row: Mapping[str, Any]) -> tuple[Turns, Turns, Turns]:
         raise ValueError("has no 'prompt'")
     prompt, chosen = _alike(_turns(row, "prompt"), chosen)
     return prompt, chosen, _alike(prompt, rejected)[1]
+
+
+def margin(row: Mapping[str, Any]) -> float:
+    """How far apart the rewards of a pair should be."""
+    value = row["margin"]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        seen = value if isinstance(value, float) else kind(value)
+        raise ValueError(f"'margin' is {seen}, expected a finite number (leave the column out where there is none)")
+    return float(value)
 
 
 def _common_prompt(chosen: Turns, rejected: Turns) -> Turns:

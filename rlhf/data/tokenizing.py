@@ -54,16 +54,21 @@ def tokenize_preferences(
     vocab_size: int,
     drop_long_prompts: bool = False,
     num_proc: int | None = None,
+    margin: bool = False,
 ) -> Dataset:
     """Rows of ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``; truncation cuts the answers, never the prompt.
 
+    Args:
+        margin: keep the column ``margin``, where there is one.
     Raises:
         ValueError: names the data set, the row and the remedy.
     """
     with _naming(dataset):
         formats.check_preference_columns(dataset.column_names)
-    encode = partial(_encode_pair, tokenizer=tokenizer, ready="chosen_ids" in dataset.column_names)
-    return _tokenize(dataset, tokenizer, encode, ("pair",), max_length, vocab_size, drop_long_prompts, num_proc)
+    margin = margin and "margin" in dataset.column_names
+    encode = partial(_encode_pair, tokenizer=tokenizer, ready="chosen_ids" in dataset.column_names, margin=margin)
+    kind = ("pair", "margin") if margin else ("pair",)
+    return _tokenize(dataset, tokenizer, encode, kind, max_length, vocab_size, drop_long_prompts, num_proc)
 
 
 def _encode_sft(row: Row, tokenizer: PreTrainedTokenizerBase, column: str) -> Row:
@@ -87,12 +92,17 @@ def _encode_sft(row: Row, tokenizer: PreTrainedTokenizerBase, column: str) -> Ro
     return {"input_ids": ids, "labels": ids}
 
 
-def _encode_pair(row: Row, tokenizer: PreTrainedTokenizerBase, ready: bool) -> Row:
+def _encode_pair(row: Row, tokenizer: PreTrainedTokenizerBase, ready: bool, margin: bool) -> Row:
+    own = {"margin": formats.margin(row)} if margin else {}
     if ready:
-        return {key: list(row[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")}
+        encoded = {key: list(row[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")}
+        for key in ("chosen_ids", "rejected_ids"):
+            if not encoded[key]:
+                raise ValueError(f"{key!r} is empty")
+        return encoded | own
     prompt, chosen, rejected = formats.prompt_and_pair(row)
     prompt_ids, (chosen_ids, rejected_ids) = chat.encode_completions(tokenizer, prompt, [chosen, rejected])
-    return {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
+    return {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids} | own
 
 
 def _process(
@@ -100,6 +110,7 @@ def _process(
 ) -> Row:
     try:
         encoded = encode(row)
+        own = {"margin": encoded.pop("margin")} if "margin" in encoded else {}
         _check_vocabulary(encoded, vocab_size)
         prompt = _prompt_length(encoded)
         too_long = prompt >= max_length
@@ -114,7 +125,7 @@ def _process(
     # A prompt belongs to both answers: it is kept whole, and the answers share what is left of max_length.
     room = max_length - prompt if "prompt_ids" in encoded else max_length
     encoded = {key: ids if key == "prompt_ids" else ids[: max(room, 0)] for key, ids in encoded.items()}
-    return encoded | {"_cut": before - _size(encoded), "_drop": _reason_to_drop(encoded, too_long)}
+    return encoded | own | {"_cut": before - _size(encoded), "_drop": _reason_to_drop(encoded, too_long)}
 
 
 def _size(encoded: Row) -> int:

@@ -3,5 +3,17 @@
 from rlhf.models.attention import choose_layout, use_segments
 from rlhf.models.loading import add_adapter, disable_dropout, load_model, load_tokenizer
 from rlhf.models.policy import Policy
+from rlhf.models.reward_model import RewardModel, add_scalar_head, load_reward_model
 
-__all__ = ["Policy", "add_adapter", "choose_layout", "disable_dropout", "load_model", "load_tokenizer", "use_segments"]
+__all__ = [
+    "Policy",
+    "RewardModel",
+    "add_adapter",
+    "add_scalar_head",
+    "choose_layout",
+    "disable_dropout",
+    "load_model",
+    "load_reward_model",
+    "load_tokenizer",
+    "use_segments",
+]

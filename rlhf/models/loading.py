@@ -1,6 +1,8 @@
 """Models and tokenizers from a folder or the hub."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +25,45 @@ def load_model(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
         ValueError: neither a folder here nor a model on the hub.
     """
     kwargs.setdefault("dtype", "auto")
-    name = _resolve(name_or_path)
-    folder = Path(name)
-    if folder.is_dir():
-        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-            base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-            logger.info("%s: an adapter; merging it into %s", name_or_path, base)
-            adapted = PeftModel.from_pretrained(load_model(str(base), **kwargs), str(folder))
-            return adapted.merge_and_unload()
-        if not (folder / "config.json").exists():
-            raise FileNotFoundError(f"{name_or_path}: the folder holds no model (no config.json)")
-    try:
+    name = resolve(name_or_path)
+    adapter = adapter_config(name)
+    if adapter is not None:
+        return merged(load_model(str(adapter.base_model_name_or_path), **kwargs), name)
+    with loading(name_or_path, "a causal LM"):
         return AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
+
+
+def adapter_config(name: str) -> PeftConfig | None:
+    """Of a folder that holds an adapter alone; None for a model.
+
+    Raises:
+        FileNotFoundError: a folder with neither.
+    """
+    folder = Path(name)
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return None
+    if (folder / "adapter_config.json").exists():
+        return PeftConfig.from_pretrained(name)
+    raise FileNotFoundError(f"{name}: the folder holds no model (no config.json)")
+
+
+def merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    """``model`` with the adapter in the folder ``adapter`` added to its weights, which can all be trained."""
+    logger.info("%s: an adapter; merging it into %s", adapter, model.config._name_or_path)
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload().requires_grad_(True)  # PEFT froze the base
+
+
+@contextmanager
+def loading(name_or_path: str, kind: str) -> Iterator[None]:
+    """Say in one line what cannot be loaded."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{name_or_path}: cannot be loaded as a causal LM ({first})") from error
+        raise ValueError(f"{name_or_path}: cannot be loaded as {kind} ({first})") from error
 
 
-def _resolve(name_or_path: str) -> str:
+def resolve(name_or_path: str) -> str:
     """A folder that exists, or what may be a name on the hub; raises for a path to nothing."""
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
@@ -52,7 +75,7 @@ def _resolve(name_or_path: str) -> str:
 
 def load_tokenizer(name_or_path: str, chat_template_path: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer, with the chat template of a ``.jinja`` file or of another model's folder where one is given."""
-    name = _resolve(name_or_path)
+    name = resolve(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The module that is trained: a causal LM that answers with scores instead of logits."""
+"""The modules that are trained: around a transformers model, with a :class:`Batch` going in."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +11,8 @@ from rlhf.logprobs import LocalLoss, Scores, model_scores, verified_settings
 from rlhf.models.remake import fewer_activations, slim
 
 
-class Policy(nn.Module):
-    """A causal LM (plain, or PEFT around one) whose forward takes a :class:`Batch` and returns :class:`Scores`.
+class Wrapper(nn.Module):
+    """A transformers model (plain, or PEFT around one) under a forward of our own.
 
     This is what accelerate wraps, so that the hooks of DDP, FSDP2 and ZeRO fire. Everything else about the model
     (``config``, ``generate``, ``save_pretrained``, …) is reached through it as if it were the model itself.
@@ -21,13 +21,31 @@ class Policy(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        # Before anything shards the weights: read the head and check it against the model's own logits.
-        verified_settings(model.get_base_model() if self.has_adapter else model)  # type: ignore[operator]
         slim(model)
 
     @property
     def has_adapter(self) -> bool:
         return hasattr(self.model, "get_base_model")
+
+    @property
+    def without_adapter(self) -> Any:
+        """The transformers model, also where PEFT is around it."""
+        return self.model.get_base_model() if self.has_adapter else self.model  # type: ignore[operator]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+
+class Policy(Wrapper):
+    """A causal LM (plain, or PEFT around one) whose forward takes a :class:`Batch` and returns :class:`Scores`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        # Before anything shards the weights: read the head and check it against the model's own logits.
+        verified_settings(self.without_adapter)
 
     def forward(self, batch: Batch, local_loss: LocalLoss | None = None, entropy: bool = False) -> Scores:
         with fewer_activations():
@@ -38,9 +56,3 @@ class Policy(nn.Module):
         """The model as it was before the adapter: under LoRA, the reference."""
         with self.model.disable_adapter():  # type: ignore[operator]
             yield
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("model"), name)

@@ -23,6 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from rlhf.data import Batch, Collator, Packed
 from rlhf.models import Policy, add_adapter, choose_layout, disable_dropout, load_model, load_tokenizer
+from rlhf.models.policy import Wrapper
 from rlhf.trainers.heap import keep_freed_memory
 
 logger = logging.getLogger(__name__)
@@ -96,15 +97,16 @@ class Measures(NamedTuple):
 
 
 class BaseTrainer(Trainer):
-    """A ``transformers.Trainer`` around a :class:`Policy`.
+    """A ``transformers.Trainer`` around a :class:`Policy`, or another :class:`Wrapper`.
 
     A subclass defines :meth:`tokenize`, :meth:`count` and :meth:`measure`.
     """
 
     config_class: ClassVar[type[BaseConfig]] = BaseConfig
+    wrapper: ClassVar[type[Wrapper]] = Policy
     exponentials: ClassVar[frozenset[str]] = frozenset()  # metrics reported as exp(sum / count)
     args: Any  # of config_class
-    model: Any  # a Policy, or what accelerate made of it
+    model: Any  # the wrapper, or what accelerate made of it
     loss_is_scaled_for_ga = True  # ours is normalised over the whole step already
 
     def __init__(
@@ -155,7 +157,7 @@ class BaseTrainer(Trainer):
         if train_dataset is not None and (capacity := self.capacity(args)) is not None:
             train_dataset = Packed(train_dataset, capacity)
         super().__init__(
-            model=Policy(model),
+            model=self.wrapper(model),
             args=args,
             data_collator=data_collator or Collator(pad),  # type: ignore[arg-type]  # to a Batch, not a dict
             train_dataset=train_dataset,
@@ -219,9 +221,10 @@ class BaseTrainer(Trainer):
             both = torch.stack([total.detach().sum().float(), count.sum().float()])
             self._sums[name] = self._sums[name] + both if name in self._sums else both
 
-    def _value(self, name: str, total: float, count: float) -> float:
-        mean = total / count if count else math.nan
-        return math.exp(min(mean, 700.0)) if name in self.exponentials else mean
+    def values(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
+        """What is reported, from the sum and the count of each metric."""
+        means = {name: total / count if count else math.nan for name, (total, count) in sums.items()}
+        return {n: math.exp(min(mean, 700.0)) if n in self.exponentials else mean for n, mean in means.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._sums:
@@ -231,7 +234,7 @@ class BaseTrainer(Trainer):
             own = dict(zip(names, sums, strict=True))
             # Kept in the trainer's state, so that a resumed run goes on counting.
             self.state.num_input_tokens_seen += int(own.pop("num_tokens")[0])
-            logs |= {name: self._value(name, *pair) for name, pair in own.items()}
+            logs |= self.values(own)
             logs["num_tokens"] = self.state.num_input_tokens_seen
         super().log(logs, start_time)
 
@@ -265,9 +268,8 @@ class BaseTrainer(Trainer):
             rows += len(table)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         pairs = sums.view(-1, 2).tolist()
-        metrics = {
-            f"{metric_key_prefix}_{name}": self._value(name, *pair) for name, pair in zip(names, pairs, strict=True)
-        }
+        values = self.values(dict(zip(names, pairs, strict=True)))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore[arg-type]
 
     # Saving and loading as an ordinary checkpoint: the model inside the policy, never the wrapper

@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from conftest import write_rows
+from conftest import tiny_model, write_rows
 
 from rlhf.cli.main import main
 
@@ -54,6 +54,7 @@ ROWS = {
     "a non-string": ("sft", {"prompt": "a", "completion": None}, "has no 'completion'"),
     "an unknown label": ("sft", {"input_ids": [1, 2], "labels": [1, 5000]}, "token 5000 in 'labels' is outside"),
     "a long prompt": ("dpo", {**GOOD, "prompt": "the " * 2000}, "raise --max_length, or pass --drop_long_prompts"),
+    "a margin that is no number": ("reward", {**GOOD, "margin": None}, "'margin' is missing, expected a finite number"),
     "a message without content": (
         "sft",
         {"messages": [TURN, {"role": "assistant"}]},
@@ -66,6 +67,7 @@ ROWS = {
 def test_a_bad_row_is_named_with_its_file(case, fails, tmp_path):
     command, row, said = ROWS[case]
     good = {key: "the cat " + key if isinstance(value, str) or value is None else value for key, value in row.items()}
+    good |= {"margin": 1.0} if "margin" in row else {}
     good |= {"labels": [1, 2]} if "labels" in row else {}
     good |= {"messages": [TURN, {"role": "assistant", "content": "no"}]} if "messages" in row else {}
     line = fails(command, write_rows(tmp_path / "rows.jsonl", [good, good | {}, row]))
@@ -117,6 +119,13 @@ def test_weights_that_are_not_there(fails, pairs, tmp_path, model_folder):
     folder = shutil.copytree(model_folder, tmp_path / "model")
     (folder / "model.safetensors").unlink()
     assert "cannot be loaded as a causal LM" in fails("dpo", pairs, model=folder)
+
+
+def test_a_model_that_cannot_be_a_reward_model(fails, pairs, tmp_path, tokenizer):
+    for part in (tiny_model("granite"), tokenizer):
+        part.save_pretrained(tmp_path / "granite")
+    assert "no sequence-classification class for granite" in fails("reward", pairs, model=tmp_path / "granite")
+    assert "no such model folder" in fails("reward", pairs, model="./nowhere/model")
 
 
 def test_conversations_without_a_template(fails, tmp_path, model_folder):

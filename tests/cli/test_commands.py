@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.cli.arguments import DataArguments, ModelArguments, parse
 from rlhf.cli.main import COMMANDS, main
 from rlhf.trainers import SFTConfig
 
-FILES = {"sft": "sft.jsonl", "dpo": "preferences.jsonl"}
+FILES = {"sft": "sft.jsonl", "dpo": "preferences.jsonl", "reward": "preferences.jsonl"}
 
 
 @pytest.fixture
@@ -48,6 +48,28 @@ def test_an_adapter_is_saved_alone_and_loads(train, model_folder):
     adapted = AutoModelForCausalLM.from_pretrained(folder)  # transformers reads adapter_config.json
     assert any("lora_B" in name and p.any() for name, p in adapted.named_parameters())
     assert main(["eval", "--model_name_or_path", str(folder), "--dataset_name", "x.jsonl"]) == 2  # merges, then reads
+
+
+@pytest.mark.parametrize("peft", [(), ("--use_peft", "--lora_r", "4")])
+def test_a_reward_model_from_a_file_and_on_from_there(peft, train, data_files, tmp_path, capsys):
+    rows = ["--eval_dataset_name", str(data_files / "preferences.jsonl")]
+    folder = train("reward", *rows, *peft)
+    results = json.loads((folder / "all_results.json").read_text())
+    assert 0 <= results["eval_calibration_error"] <= 1 and 0 < results["eval_accuracy"] < 1
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    assert loaded.score.weight.shape[0] == 1 and loaded.score.weight.abs().max() > 0
+    train(
+        "reward",
+        *rows,
+        "--model_name_or_path",
+        str(folder),
+        "--output_dir",
+        str(tmp_path / "more"),
+        "--logging_steps",
+        "1",
+    )
+    (first, *_) = json.loads((tmp_path / "more" / "trainer_state.json").read_text())["log_history"]
+    assert first["std_reward"] > 0  # the head was kept
 
 
 def test_resume_and_overwrite(train):

@@ -1,4 +1,4 @@
-"""Run by test_sharded.py under torchrun: a policy whole and sharded (FSDP2) must give the same scores and gradients."""
+"""Run by test_sharded.py under torchrun: whole and sharded (FSDP2) models must give the same scores and gradients."""
 
 import torch
 import torch.distributed as dist
@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from rlhf.data import Collator
-from rlhf.models import Policy
+from rlhf.models import Policy, RewardModel, add_scalar_head
 
 
 def main() -> None:
@@ -33,6 +33,18 @@ def main() -> None:
             close(other.grad.full_tensor(), one.grad)
         with torch.no_grad():
             close(sharded(batch).logps, logps[0].detach())
+    whole, sharded = (RewardModel(add_scalar_head(tiny_model())) for _ in range(2))
+    for model in (whole, sharded):
+        torch.nn.init.ones_(model.model.score.weight)
+    for layer in sharded.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    rewards = [model(batch) for model in (whole, sharded)]
+    close(rewards[1].detach(), rewards[0].detach())
+    for values in rewards:
+        values.pow(2).sum().backward()
+    for one, other in zip(whole.parameters(), sharded.parameters(), strict=True):
+        close(other.grad.full_tensor(), one.grad)
     dist.destroy_process_group()
 
 

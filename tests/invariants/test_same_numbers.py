@@ -11,15 +11,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import close, tiny_model
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
-from rlhf import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from rlhf import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from rlhf.data import Batch, Collator
 
 ROOT = Path(__file__).parents[2]
 STEPS = 3
 scoring = importlib.import_module("rlhf.logprobs.score")  # the name in the package is the function's
-KINDS = {"sft": (SFTTrainer, SFTConfig, "sft_rows"), "dpo": (DPOTrainer, DPOConfig, "preference_rows")}
+KINDS = {
+    "sft": (SFTTrainer, SFTConfig, "sft_rows"),
+    "dpo": (DPOTrainer, DPOConfig, "preference_rows"),
+    "reward": (RewardTrainer, RewardConfig, "preference_rows"),
+}
+LOADERS = {"reward": AutoModelForSequenceClassification}
 CUT = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "epoch")
 
 
@@ -73,7 +78,7 @@ def whole(run):
 def test_weights_move_and_the_log_has_figures(whole):
     log, weights = whole
     start = dict(tiny_model().named_parameters())
-    assert all(not torch.equal(weights[key], start[key]) for key in weights)
+    assert all(not torch.equal(weights[key], start[key]) for key in weights.keys() & start.keys())
     assert log[0]["loss"] > 0 and log[0]["grad_norm"] > 0
 
 
@@ -98,11 +103,13 @@ def test_padded_wider(run, whole):
     agree(whole, run(collator=wider))
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo"], indirect=True)
 def test_any_chunk_size(run, whole, monkeypatch):
     monkeypatch.setattr(scoring, "_chunk_size", lambda *_: 3)
     agree(whole, run())
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo"], indirect=True)
 def test_logits_kept_or_computed_again(run, whole, monkeypatch):
     monkeypatch.setattr(scoring, "_chunks_to_keep", lambda *_: 0)
     agree(whole, run())
@@ -117,10 +124,10 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step == 2
 
 
-def test_resumed_is_uninterrupted(run, whole, tmp_path):
+def test_resumed_is_uninterrupted(kind, run, whole, tmp_path):
     run(name="cut", callbacks=[Stop()], save_strategy="steps", save_steps=2)
     checkpoint = tmp_path / "cut" / "checkpoint-2"
-    assert AutoModelForCausalLM.from_pretrained(checkpoint).config.model_type == "llama"
+    assert LOADERS.get(kind, AutoModelForCausalLM).from_pretrained(checkpoint).config.model_type == "llama"
     agree(whole, run(name="cut", resume=str(checkpoint)))
 
 
@@ -128,7 +135,7 @@ def test_two_processes(kind, tmp_path, model_folder, data_files):
     """``accelerate launch`` with our own config and script (gloo), against one process with twice the batch."""
 
     def command(folder, batch):
-        data = data_files / {"sft": "sft.jsonl", "dpo": "preferences.jsonl"}[kind]
+        data = data_files / ("sft.jsonl" if kind == "sft" else "preferences.jsonl")
         options = dict(
             model_name_or_path=model_folder, dataset_name=data, output_dir=folder, per_device_train_batch_size=batch,
             max_steps=STEPS, learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none",
@@ -148,7 +155,7 @@ def test_two_processes(kind, tmp_path, model_folder, data_files):
         state = json.loads((folder / "trainer_state.json").read_text())
         evaluation = json.loads((folder / "all_results.json").read_text())
         log = [{k: v for k, v in entry.items() if k not in CUT} for entry in state["log_history"] if "loss" in entry]
-        weights = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+        weights = dict(LOADERS.get(kind, AutoModelForCausalLM).from_pretrained(folder).named_parameters())
         found.append((log, weights, evaluation))
     agree(found[0][:2], found[1][:2])
     measured = [k for k in found[0][2] if k.startswith("eval_") and "per_second" not in k and "runtime" not in k]

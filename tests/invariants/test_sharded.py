@@ -8,7 +8,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
-def test_a_sharded_policy_scores_like_a_whole_one():
+def test_sharded_models_score_like_whole_ones():
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", HERE / "sharded.py"]
     paths = os.pathsep.join([str(HERE.parent), *sys.path])
     done = subprocess.run(argv, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)

@@ -12,7 +12,7 @@ import yaml
 
 from rlhf.cli.arguments import DataArguments, ModelArguments, parse
 from rlhf.cli.dpo import ReferenceArguments
-from rlhf.trainers import DPOConfig, SFTConfig
+from rlhf.trainers import DPOConfig, RewardConfig, SFTConfig
 
 ROOT = Path(__file__).parents[2]
 FLOORS = {"losses": 1, "logprobs": 2, "data": 3, "models": 3, "evaluation": 4, "trainers": 5, "cli": 6}
@@ -60,15 +60,16 @@ def test_public_names_exist_and_are_documented(module):
 TRAINING = [
     ROOT / f"{folder}/{name}.yaml"
     for folder in ("configs", "demo", "docs/runs/smollm2-135m")
-    for name in ("sft", "dpo")
+    for name in ("sft", "dpo", "reward")
+    if folder == "configs" or name != "reward"
 ]
+OWN = {"sft": (SFTConfig,), "dpo": (ReferenceArguments, DPOConfig), "reward": (RewardConfig,)}
 
 
 @pytest.mark.parametrize("file", TRAINING, ids=lambda f: f"{f.parent.name}/{f.name}")
 def test_training_configs_load(file, tmp_path):
-    own = (SFTConfig,) if file.stem == "sft" else (ReferenceArguments, DPOConfig)
     argv = ["--config", str(file), "--output_dir", str(tmp_path)]
-    args = parse(file.stem, (DataArguments, ModelArguments, *own), argv)[-1]
+    args = parse(file.stem, (DataArguments, ModelArguments, *OWN[file.stem]), argv)[-1]
     values = yaml.safe_load(file.read_text())
     assert args.learning_rate == values["learning_rate"] and args.output_dir == str(tmp_path)
 
@@ -89,6 +90,6 @@ def test_accelerate_configs_load(file):
     )
 
 
-@pytest.mark.parametrize("file", [ROOT / "configs/sft.yaml", ROOT / "configs/dpo.yaml"], ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.stem)
 def test_configs_are_headed_by_their_command(file):
     assert file.read_text().startswith(f"# rlhf {file.stem} --config configs/{file.name}\n# accelerate launch")

@@ -1,0 +1,169 @@
+"""Reward models: a scalar for an answer, learned from preference pairs."""
+
+import copy
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from peft import PeftConfig
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.data import Batch, tokenize_preferences
+from rlhf.evaluation import calibration_bins, calibration_error
+from rlhf.losses import reward_loss
+from rlhf.models import RewardModel, add_scalar_head, load_reward_model
+from rlhf.models.policy import Wrapper
+from rlhf.models.reward_model import spare_pad_token
+from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RewardConfig(BaseConfig):
+    """Arguments of :class:`RewardTrainer`; names and defaults are TRL's where TRL has the same thing."""
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
+    center_rewards_coefficient: float | None = field(
+        default=None, metadata={"help": "Keep rewards around 0: weight of (chosen + rejected) squared; 0.01 is usual."}
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one = torch.ones(1)  # the loss itself checks its hyper-parameter, now rather than at the first step
+        reward_loss(one, one, center_rewards_coefficient=self.center_rewards_coefficient or 0.0)
+
+
+class RewardTrainer(BaseTrainer):
+    r"""Train a causal LM with a scalar head so that chosen answers get the larger reward.
+
+    .. math:: L = -\log\sigma(r_w - r_l - m) + c\,(r_w + r_l)^2
+
+    The reward is read at the last token of an answer. The loss is the mean over the pairs of the whole optimizer step.
+    ``AutoModelForSequenceClassification.from_pretrained(output_dir, num_labels=1)`` loads what is saved and gives the
+    same score for the same tokens: the saved pad token is one that ends no answer, because transformers looks for the
+    last token that is not the pad. An adapter's folder has no such config: pass ``pad_token_id=`` of its tokenizer.
+
+    Args:
+        model: a reward model, a causal LM (gets a new head of zeros), a PEFT model around a reward model, or a name or
+            folder to load one from.
+        args: the configuration.
+        train_dataset, eval_dataset: rows of ``prompt``, ``chosen``, ``rejected`` and, if there is one, ``margin``: how
+            far apart the rewards should be.
+        peft_config: train this adapter and the head instead of the weights.
+        kwargs: ``processing_class``, ``callbacks``, … as in :class:`SFTTrainer`.
+    Logs:
+        ``loss`` (log 2 at the start, under a new head), ``accuracy`` (share of pairs whose chosen answer has the larger
+        reward; a tie counts one half), ``margin`` (reward of the chosen answer minus that of the rejected one),
+        ``mean_reward`` and ``std_reward`` (over all answers), ``rewards/chosen``, ``rewards/rejected``,
+        ``brier_score`` (mean of (1 - sigmoid(margin)) squared; 1/4 says nothing); in evaluation also
+        ``eval_calibration_error`` (:func:`rlhf.evaluation.calibration_error`), over the whole data set.
+    Raises:
+        ValueError: bad data, named by data set and row, before any step; or a model that cannot be a reward model.
+
+    Source: Bradley and Terry 1952; Stiennon et al., arXiv 2009.01325, section 3.4.
+    """
+
+    config_class: ClassVar[type[BaseConfig]] = RewardConfig
+    wrapper: ClassVar[type[Wrapper]] = RewardModel
+
+    def __init__(
+        self,
+        model: Any,
+        args: RewardConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args if args is not None else RewardConfig(output_dir="runs")
+        if isinstance(model, str):
+            model = load_reward_model(model, **args.model_kwargs())
+        if isinstance(model, RewardModel):
+            model = model.model
+        elif not hasattr(model, "get_base_model") and model.get_output_embeddings() is not None:
+            model = add_scalar_head(model)
+        if peft_config is not None:
+            peft_config.task_type = "SEQ_CLS"  # the head is trained and saved with the adapter
+        self._ends: set[int] = set()
+        super().__init__(model, args, peft_config=peft_config, **kwargs)
+        if self.train_dataset is not None:
+            self._choose_pad_token()
+
+    def tokenize(
+        self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int
+    ) -> Dataset:  # fmt: skip
+        rows = tokenize_preferences(
+            dataset,
+            tokenizer,
+            max_length=args.max_length,
+            vocab_size=vocab_size,
+            drop_long_prompts=args.drop_long_prompts,
+            num_proc=args.dataset_num_proc,
+            margin=True,
+        )
+        table = rows.with_format("arrow")[:]
+        for answers in (table["chosen_ids"], table["rejected_ids"]):
+            ends = pc.list_value_length(answers).to_numpy().cumsum() - 1
+            self._ends |= set(np.unique(pc.list_flatten(answers).to_numpy()[ends]).tolist())
+        return rows
+
+    def _choose_pad_token(self) -> None:
+        """Save what lets transformers' own pooling find the last token."""
+        config, vocab_size = self.model.config, self.model.get_input_embeddings().num_embeddings
+        tokenizer: Any = copy.deepcopy(self.processing_class)
+        pad = spare_pad_token(tokenizer, self._ends, vocab_size)
+        if pad is None:
+            logger.warning(
+                "no special token of the tokenizer is free to pad with: AutoModelForSequenceClassification will score "
+                "one sequence at a time (rlhf.models.RewardModel any number)"
+            )
+        # Trainer brings the config in line with the tokenizer.
+        tokenizer.pad_token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
+        tokenizer.padding_side = "right"  # what models with absolute positions need
+        config.get_text_config().pad_token_id = pad
+        self.processing_class = tokenizer
+
+    def count(self, batch: Batch) -> int:
+        return batch.targets.num_sequences // 2
+
+    def measure(self, model: nn.Module, batch: Batch) -> Measures:
+        chosen, rejected = model(batch).view(-1, 2).unbind(1)
+        losses = reward_loss(
+            chosen,
+            rejected,
+            0.0 if batch.margin is None else batch.margin,
+            center_rewards_coefficient=self.args.center_rewards_coefficient or 0.0,
+            reduction="none",
+        )
+        chosen, rejected = chosen.detach(), rejected.detach()
+        margins = chosen - rejected
+        one = torch.ones_like(margins)
+        metrics = {
+            "accuracy": ((margins > 0) + 0.5 * (margins == 0), one),
+            "margin": (margins, one),
+            "mean_reward": (chosen + rejected, 2 * one),
+            "squared_reward": (chosen**2 + rejected**2, 2 * one),
+            "rewards/chosen": (chosen, one),
+            "rewards/rejected": (rejected, one),
+            "brier_score": (torch.sigmoid(-margins) ** 2, one),
+        }
+        if not model.training:
+            columns = zip(*(bins.unbind(1) for bins in calibration_bins(margins)), strict=True)
+            metrics |= {f"bin/{index}": pair for index, pair in enumerate(columns)}
+        return Measures(losses, one, metrics)
+
+    def values(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
+        bins = [pair for name, pair in sums.items() if name.startswith("bin/")]
+        values = super().values({name: pair for name, pair in sums.items() if not name.startswith("bin/")})
+        variance = values.pop("squared_reward") - values["mean_reward"] ** 2
+        values["std_reward"] = math.sqrt(max(variance, 0.0))
+        if bins:
+            gaps, counts = zip(*bins, strict=True)
+            values["calibration_error"] = calibration_error(list(gaps), list(counts))
+        return values
