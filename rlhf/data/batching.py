@@ -65,8 +65,9 @@ class Batch:
         inputs: dict[str, Any] = {"input_ids": self.input_ids, "position_ids": self.position_ids}
         if self.segments is None:
             return inputs | {"attention_mask": self.attention_mask}
-        # A mask of four dimensions is passed on as it is: without it, transformers would build one of T x T.
-        return inputs | {"attention_mask": self.attention_mask.new_zeros(1, 1, 1, 1), "segments": self.segments}
+        # A mask of four dimensions is passed on as it is: without it, transformers would build one of T x T. As it is
+        # empty, an attention that would use it (the model's own, without segments) fails instead of seeing all.
+        return inputs | {"attention_mask": self.attention_mask.new_zeros(1, 1, 0, 0), "segments": self.segments}
 
 
 class Sequence(NamedTuple):

@@ -61,6 +61,11 @@ class Packed(TorchDataset[dict[str, Any]]):
             len(rows), len(self.bins), capacity, len(rows) / len(self.bins), sum(lengths) / len(self.bins),
             100 * sum(lengths) / len(self.bins) / capacity,
         )  # fmt: skip
+        if longest := [length for length in lengths if length > capacity]:
+            logger.warning(
+                "%d of %d rows are longer than the %d tokens of a batch (up to %d): each is a batch by itself",
+                len(longest), len(rows), capacity, max(longest),
+            )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.bins)

@@ -8,6 +8,7 @@ from torch import nn
 
 from rlhf.data import Batch
 from rlhf.logprobs import LocalLoss, Scores, model_scores, verified_settings
+from rlhf.models.attention import NAME
 
 
 class Policy(nn.Module):
@@ -28,6 +29,8 @@ class Policy(nn.Module):
         return hasattr(self.model, "get_base_model")
 
     def forward(self, batch: Batch, local_loss: LocalLoss | None = None, entropy: bool = False) -> Scores:
+        if batch.segments is not None and self.config._attn_implementation != NAME:
+            raise ValueError("the batch is laid out in segments, the model is not ready for them: use_segments(model)")
         return model_scores(self.model, batch.targets, entropy=entropy, local_loss=local_loss, **batch.inputs())
 
     @contextmanager
