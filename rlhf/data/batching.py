@@ -118,7 +118,7 @@ class Collator:
             for sequence in sequences(example):
                 prefix, length = sequence.prefix, len(sequence.ids)
                 spans.append(Span(length, first, prefix) if prefix else Span(length))
-                labels = torch.tensor(sequence.labels)
+                labels = torch.tensor(sequence.labels, dtype=torch.int64)  # empty too
                 scored = (labels != IGNORE).nonzero().squeeze(1)
                 source = start + scored - 1
                 if prefix:  # a branch's first token is predicted by the prompt's last

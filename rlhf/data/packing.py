@@ -19,7 +19,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     Args:
         lengths: size of each item. capacity: of a bin; an item that is larger gets a bin of its own.
     Returns:
-        Indices of the items in each bin; at most 11/9 of the least possible number of bins, plus one.
+        Indices of the items in each bin; at most 11/9 of the least possible number of bins, plus four.
 
     Source: Johnson et al. 1974; for language models arXiv 2404.10830.
     """

@@ -43,6 +43,7 @@ CASES = {
         ([], [ids(6, 1), ids(7, 7)]),
     ],
     "a prompt of one token": [(ids(1, 1), [ids(2, 6), ids(3, 1)]), (ids(4, 1), [ids(5, 2), ids(6, 5)])],
+    "an empty answer": [(ids(1, 3), [ids(2, 6), []]), (ids(3, 2), [[], ids(4, 5)])],
     "a batch of one row": [(ids(1, 3), [ids(2, 8)])],
     "a batch of one pair": [(ids(1, 5), [ids(2, 2), ids(3, 6)])],
 }
@@ -67,9 +68,8 @@ def laid_out(groups):
             own = completion if branches else prompt + completion
             after = len(row) + len(own) - len(completion)  # where the completion begins
             sources = [start + len(prompt) - 1 if branches else after - 1, *range(after, len(row) + len(own) - 1)]
-            scored += [entry for entry in zip(sources, completion, [count] * len(completion), strict=True)][
-                not prompt :
-            ]
+            entries = zip(sources[: len(completion)], completion, [count] * len(completion), strict=True)
+            scored += list(entries) if prompt else list(entries)[1:]  # nothing predicts the first token of all
             before = len(prompt) if branches else 0
             spans.append(Span(len(own), root if branches else -1, before))
             positions += range(before, before + len(own))
@@ -98,7 +98,7 @@ def both(request):
 
 
 def apart(model, groups):
-    """Hidden states and log-probs of the scored tokens: each sequence alone, dense logits, the model's own attention."""
+    """Hidden states and log-probs of the scored tokens: each sequence alone, dense logits, transformers' attention."""
     found = []
     hook = model.base_model.register_forward_hook(lambda module, args, output: found.append(output[0]))
     hidden, logps = [], []
@@ -327,7 +327,7 @@ def test_segments_without_their_attention_are_an_error(implementation):
 
 SPANS = {
     "packed": (Span(5), Span(1), Span(8)),
-    "shared": (Span(7), Span(4, 0, 3), Span(1, 0, 3), Span(6), Span(2, 3, 6), Span(9, 3, 1)),
+    "shared": (Span(7), Span(4, 0, 3), Span(1, 0, 3), Span(0, 0, 7), Span(6), Span(2, 3, 6), Span(9, 3, 1)),
 }
 
 
