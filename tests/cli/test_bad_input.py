@@ -144,7 +144,7 @@ def test_options_are_checked_with_the_nearest_name(fails, pairs, tmp_path):
 def test_layouts_and_planned_batches_are_checked(fails, pairs):
     assert "--layout: invalid choice: 'diagonal'" in fails("dpo", pairs, layout="diagonal")
     assert "tokens_per_batch must be at least 1, got 0" in fails("dpo", pairs, tokens_per_batch=0)
-    assert "--tokens_per_batch: invalid int value: 'many'" in fails("dpo", pairs, tokens_per_batch="many")
+    assert "invalid int value: 'many'" in fails("dpo", pairs, tokens_per_batch="many")
 
 
 def test_what_is_missing_is_asked_for(fails, pairs):

@@ -327,7 +327,7 @@ def test_segments_without_their_attention_are_an_error(implementation):
 
 SPANS = {
     "packed": (Span(5), Span(1), Span(8)),
-    "shared": (Span(7), Span(4, 0, 3), Span(1, 0, 3), Span(0, 0, 7), Span(6), Span(2, 3, 6), Span(9, 3, 1)),
+    "shared": (Span(7), Span(4, 0, 3), Span(1, 0, 3), Span(0, 0, 7), Span(6), Span(2, 4, 6), Span(9, 4, 1)),
 }
 
 
