@@ -312,6 +312,12 @@ def test_what_segments_do_not_know_is_never_left_out(name):
         segment_attention(torch.nn.Identity(), x, x, x, None, segments=Segments((Span(3),)), **{name: torch.ones(1)})
 
 
+def test_a_mask_of_the_models_own_is_never_left_out():
+    x, mask = torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, 3, 3)
+    with pytest.raises(NotImplementedError, match="segments know no mask that the model makes"):
+        segment_attention(torch.nn.Identity(), x, x, x, mask, segments=Segments((Span(3),)))
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_segments_without_their_attention_are_an_error(implementation):
     """Never a batch in which all tokens see each other."""
