@@ -78,8 +78,9 @@ class Batch:
         inputs: dict[str, Any] = {"input_ids": self.input_ids, "position_ids": self.position_ids}
         if self.segments is None:
             return inputs | {"attention_mask": self.attention_mask}
-        # A mask of four dimensions is passed on as it is: without it, transformers would build one of T x T.
-        return inputs | {"attention_mask": self.attention_mask.new_zeros(1, 1, 1, 1), "segments": self.segments}
+        # A mask of four dimensions is passed on as it is: without it, transformers would build one of T x T. As it is
+        # empty, an attention that would use it (the model's own, without segments) fails instead of seeing all.
+        return inputs | {"attention_mask": self.attention_mask.new_zeros(1, 1, 0, 0), "segments": self.segments}
 
 
 class Sequence(NamedTuple):
@@ -132,7 +133,7 @@ class Collator:
             for sequence in sequences(example):
                 prefix, length = sequence.prefix, len(sequence.ids)
                 spans.append(Span(length, first, prefix) if prefix else Span(length))
-                labels = torch.tensor(sequence.labels)
+                labels = torch.tensor(sequence.labels, dtype=torch.int64)  # empty too
                 scored = (labels != IGNORE).nonzero().squeeze(1)
                 source = start + scored - 1
                 if prefix:  # a branch's first token is predicted by the prompt's last

@@ -19,7 +19,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     Args:
         lengths: size of each item. capacity: of a bin; an item that is larger gets a bin of its own.
     Returns:
-        Indices of the items in each bin; at most 11/9 of the least possible number of bins, plus one.
+        Indices of the items in each bin; at most 11/9 of the least possible number of bins, plus four.
 
     Source: Johnson et al. 1974; for language models arXiv 2404.10830.
     """
@@ -61,6 +61,11 @@ class Packed(TorchDataset[dict[str, Any]]):
             len(rows), len(self.bins), capacity, len(rows) / len(self.bins), sum(lengths) / len(self.bins),
             100 * sum(lengths) / len(self.bins) / capacity,
         )  # fmt: skip
+        if longest := [length for length in lengths if length > capacity]:
+            logger.warning(
+                "%d of %d rows are longer than the %d tokens of a batch (up to %d): each is a batch by itself",
+                len(longest), len(rows), capacity, max(longest),
+            )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.bins)

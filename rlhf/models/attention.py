@@ -51,6 +51,9 @@ def segment_attention(
     for name in ("s_aux", "softcap", "position_bias"):  # sinks, soft-capping, ALiBi and relatives
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"segments know no {name}")
+    if attention_mask is not None and attention_mask.numel():
+        raise NotImplementedError("segments know no mask that the model makes")
+    segments.plans.setdefault("windows", set()).add(sliding_window)
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout and query.size(-1) <= 256:
         return _varlen(query, key, value, segments, scaling, sliding_window), None
     lengths = [span.length for span in segments.spans]
@@ -124,7 +127,7 @@ def _plan(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, Ten
 
 def _mask(segments: Segments, length: int, prefix: int, window: int | None, like: Tensor) -> Tensor:
     """0 where a span's token sees a key of ``[prefix, span]``, else -inf."""
-    key = (length, prefix, window, like.dtype)
+    key = (length, prefix, window, like.dtype, like.device)
     if key not in segments.plans:
         position = torch.arange(prefix, prefix + length, device=like.device)[:, None]
         other = torch.arange(prefix + length, device=like.device)
@@ -180,10 +183,14 @@ def use_segments(model: nn.Module) -> str | None:
     try:
         want = _last_hidden(model, Collator()(examples))
         model.set_attn_implementation(NAME)  # type: ignore[operator]
-        got = _last_hidden(model, Collator(layout="segments")(examples))
+        batch = Collator(layout="segments")(examples)
+        assert batch.segments is not None
+        got = _last_hidden(model, batch)
         tolerance = 1e-4 if want.dtype in (torch.float32, torch.float64) else 5e-2
         if not torch.allclose(got, want, rtol=0, atol=tolerance * float(want.abs().max())):
             reason = f"its hidden states differ from those of padded rows by {float((got - want).abs().max()):.2g}"
+        elif _has_window(model) and not any(batch.segments.plans["windows"]):  # longer than the examples
+            reason = "its sliding window is in its mask alone"
     except Exception as error:  # whatever an unknown model raises, padded rows are the answer
         reason = f"it fails on them ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
     finally:
@@ -206,6 +213,12 @@ def _unfit(model: nn.Module) -> str | None:
     if any(getattr(p, "ds_id", None) is not None or p.is_meta for p in model.parameters()):
         return "its weights are not in memory"
     return None
+
+
+def _has_window(model: nn.Module) -> bool:
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    kinds = getattr(config, "layer_types", None)
+    return bool(getattr(config, "sliding_window", None)) and (not kinds or "sliding_attention" in kinds)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from torch import nn
 
 from rlhf.data import Batch
 from rlhf.logprobs import LocalLoss, Scores, model_scores, verified_settings
+from rlhf.models.attention import NAME
 from rlhf.models.remake import fewer_activations, slim
 
 
@@ -48,6 +49,8 @@ class Policy(Wrapper):
         verified_settings(self.without_adapter)
 
     def forward(self, batch: Batch, local_loss: LocalLoss | None = None, entropy: bool = False) -> Scores:
+        if batch.segments is not None and self.config._attn_implementation != NAME:
+            raise ValueError("the batch is laid out in segments, the model is not ready for them: use_segments(model)")
         with fewer_activations():
             return model_scores(self.model, batch.targets, entropy=entropy, local_loss=local_loss, **batch.inputs())
 

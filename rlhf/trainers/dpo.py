@@ -213,11 +213,13 @@ class DPOTrainer(BaseTrainer):
         rewards_chosen = args.beta * (chosen - ref_chosen).detach()
         rewards_rejected = args.beta * (rejected - ref_rejected).detach()
         margins = rewards_chosen - rewards_rejected
+        # A tie within rounding: sums that were stored differ in their last bits from those computed now.
+        tie = margins.abs() <= 1e-6 * args.beta * (chosen + rejected).detach().abs()
         one = torch.ones_like(margins)
         metrics = {
             "rewards/chosen": rewards_chosen,
             "rewards/rejected": rewards_rejected,
-            "rewards/accuracies": (margins > 0) + 0.5 * (margins == 0),
+            "rewards/accuracies": torch.where(tie, 0.5, (margins > 0).to(margins.dtype)),
             "rewards/margins": margins,
             "logps/chosen": chosen,
             "logps/rejected": rejected,

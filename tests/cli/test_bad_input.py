@@ -150,6 +150,12 @@ def test_options_are_checked_with_the_nearest_name(fails, pairs, tmp_path):
     assert "none.yaml: no such config file" in fails("dpo", pairs, config=tmp_path / "none.yaml")
 
 
+def test_layouts_and_planned_batches_are_checked(fails, pairs):
+    assert "--layout: invalid choice: 'diagonal'" in fails("dpo", pairs, layout="diagonal")
+    assert "tokens_per_batch must be at least 1, got 0" in fails("dpo", pairs, tokens_per_batch=0)
+    assert "invalid int value: 'many'" in fails("dpo", pairs, tokens_per_batch="many")
+
+
 def test_what_is_missing_is_asked_for(fails, pairs):
     assert "--dataset_name is missing" in fails("dpo")
     assert "--model_name_or_path is missing" in fails("dpo", pairs, model=None)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import close, tiny_model
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
 from rlhf import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
@@ -37,7 +38,7 @@ def kind(request):
 def run(kind, request, tmp_path, tokenizer):
     """Train a fresh tiny model; gives its log and weights."""
 
-    def train(batch=8, accumulation=1, collator=None, resume=None, callbacks=(), name="run", **changes):
+    def train(batch=8, accumulation=1, collator=None, peft=None, resume=None, callbacks=(), name="run", **changes):
         trainer_class, config_class, rows = KINDS[kind]
         args = config_class(
             str(tmp_path / name), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
@@ -46,8 +47,10 @@ def run(kind, request, tmp_path, tokenizer):
         )  # fmt: skip
         trainer = trainer_class(
             model=tiny_model(), args=args, data_collator=collator, train_dataset=request.getfixturevalue(rows),
-            processing_class=tokenizer, callbacks=list(callbacks),
+            processing_class=tokenizer, callbacks=list(callbacks), peft_config=peft,
         )  # fmt: skip
+        if "layout" in changes:
+            assert trainer.data_collator.layout == changes["layout"]
         trainer.train(resume_from_checkpoint=resume)
         return log_of(trainer), dict(trainer.model.model.named_parameters())
 
@@ -84,6 +87,34 @@ def test_weights_move_and_the_log_has_figures(whole):
 
 def test_accumulated(run, whole):
     agree(whole, run(batch=1, accumulation=8))
+
+
+def test_padded_rows(run):
+    agree(run(layout="segments"), run(layout="rows"))
+
+
+def test_padded_rows_under_an_adapter(run):
+    """For DPO, the reference is the model with its adapter off. Adam would magnify A's gradients, zero at first."""
+
+    def one(layout):
+        adapter = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+        return run(layout=layout, peft=adapter, optim="sgd", learning_rate=1.0)
+
+    log, weights = one("segments")
+    assert abs(log[-1]["loss"] - log[0]["loss"]) > 1e-3
+    agree((log, weights), one("rows"))
+
+
+@pytest.mark.parametrize("layout", ["segments", "rows"])
+def test_batches_planned_by_tokens(run, layout):
+    """All rows in each step, in one batch or in many of unequal size."""
+    agree(run(batch=48), run(layout=layout, tokens_per_batch=100, accumulation=48))
+
+
+@pytest.mark.parametrize("kind", ["sft"], indirect=True)
+@pytest.mark.parametrize("layout", ["segments", "rows"])
+def test_packed(run, layout):
+    agree(run(batch=48, max_length=64), run(layout=layout, packing=True, max_length=64, batch=3, accumulation=48))
 
 
 def test_left_padded(run, whole):

@@ -112,6 +112,17 @@ def test_another_reference(dpo):
     assert abs(losses(trainer)[0] - math.log(2)) > 1e-4
 
 
+def test_a_reference_that_cannot_take_segments_takes_the_policy_to_rows(dpo, caplog):
+    trainer = dpo(ref_model=tiny_model("gemma2"))
+    assert trainer.data_collator.layout == "rows" and "Gemma2ForCausalLM: padded rows, because" in caplog.text
+    trainer.train()
+    want = dpo(ref_model=tiny_model("gemma2"), layout="rows")
+    want.train()
+    close(losses(trainer), losses(want))
+    with pytest.raises(ValueError, match="--layout segments: Gemma2ForCausalLM cannot take it"):
+        dpo(ref_model=tiny_model("gemma2"), layout="segments")
+
+
 @pytest.mark.parametrize("loss_type", ["hinge", "ipo"])
 def test_other_losses_start_where_their_formula_says(dpo, loss_type):
     trainer = dpo(loss_type=loss_type, max_steps=1)
@@ -218,6 +229,40 @@ def test_streams_are_refused_with_a_line(tmp_path, tokenizer, sft_rows):
     args = SFTConfig(str(tmp_path), use_cpu=True, report_to="none")
     with pytest.raises(ValueError, match=r"expected a datasets.Dataset, got IterableDataset"):
         SFTTrainer(tiny_model(), args, train_dataset=sft_rows.to_iterable_dataset(), processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("make", ["sft", "dpo"])
+def test_the_layout_is_the_models_and_is_said_once(make, request, caplog):
+    make = request.getfixturevalue(make)
+    assert make().data_collator.layout == "segments" and not caplog.text
+    assert make(tiny_model("gemma2")).data_collator.layout == "rows"
+    assert caplog.text.count("Gemma2ForCausalLM: padded rows, because its attention is eager (exact, slower)") == 1
+    with pytest.raises(ValueError, match=r"^--layout segments: Gemma2ForCausalLM cannot take it, its attention is"):
+        make(tiny_model("gemma2"), layout="segments")
+
+
+def test_rows_longer_than_a_planned_batch_are_trained_on_and_told(sft, caplog):
+    trainer = sft(tokens_per_batch=12, per_device_train_batch_size=5)
+    longer = [n for n in map(len, trainer.train_dataset.rows["input_ids"]) if n > 12]
+    assert f"{len(longer)} of 48 rows are longer than the 12 tokens of a batch (up to {max(longer)})" in caplog.text
+    tokens = [batch.input_ids.numel() for batch in trainer.get_train_dataloader()]
+    assert sum(tokens) == sum(map(len, trainer.train_dataset.rows["input_ids"]))
+    assert [n for n in sorted(tokens) if n > 12] == sorted(longer)
+
+
+BAD = {
+    "layout": ("diagonal", "layout must be auto, segments or rows, got 'diagonal'"),
+    "tokens_per_batch": (0, "tokens_per_batch must be at least 1, got 0"),
+    "max_length": (1, "max_length must be at least 2 tokens, got 1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("config", [SFTConfig, DPOConfig])
+def test_bad_settings_are_refused_at_once(config, name, tmp_path):
+    value, said = BAD[name]
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        config(str(tmp_path), use_cpu=True, **{name: value})
 
 
 def trls(kind, tmp_path, tokenizer, rows, **more):
