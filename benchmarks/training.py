@@ -21,10 +21,10 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
 
 
 class Case(NamedTuple):
@@ -181,6 +181,8 @@ def plain(case: Case, model: Any, tokenizer: Any, rows: list[dict[str, Any]], st
 
 def run(side: str, case: Case, model: str, data: str | None, steps: int) -> dict[str, Any]:
     """One side of one case, in this process."""
+    if side == "ours":
+        import rlhf  # noqa: F401  # first, as in a script of ours: it asks torch for large pages
     import tempfile
 
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback

@@ -24,7 +24,6 @@ from transformers.trainer_utils import EvalLoopOutput
 from rlhf.data import Batch, Collator, Packed
 from rlhf.models import Policy, add_adapter, choose_layout, disable_dropout, load_model, load_tokenizer
 from rlhf.models.policy import Wrapper
-from rlhf.trainers.heap import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -128,8 +127,6 @@ class BaseTrainer(Trainer):
                 f"{args.n_gpu} GPUs are visible to one process: start with `accelerate launch`, "
                 "or show it one (CUDA_VISIBLE_DEVICES=0)"
             )
-        if args.device.type == "cpu":
-            keep_freed_memory()
         if tokenizer is not None:
             logger.warning("tokenizer= is now called processing_class=")
             processing_class = tokenizer
