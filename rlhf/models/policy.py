@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from rlhf.data import Batch
-from rlhf.logprobs import LocalLoss, Scores, model_scores, verified_settings
+from rlhf.logprobs import LocalLoss, Plan, Scores, model_scores, plan, verified_settings
 
 
 class Policy(nn.Module):
@@ -29,6 +30,23 @@ class Policy(nn.Module):
 
     def forward(self, batch: Batch, local_loss: LocalLoss | None = None, entropy: bool = False) -> Scores:
         return model_scores(self.model, batch.targets, entropy=entropy, local_loss=local_loss, **batch.inputs())
+
+    def head_plan(self, batch: Batch, local_loss: LocalLoss | None = None, entropy: bool = False) -> Plan | None:
+        """How ``forward``, called the same way, goes about the head; None where the model runs its own."""
+        model: Any = self.model.get_base_model() if self.has_adapter else self.model  # type: ignore[operator]
+        settings = verified_settings(model)
+        if settings is None:
+            return None
+        head = list(model.get_output_embeddings().parameters())
+        return plan(
+            len(batch.targets),
+            min(settings.vocab_size or head[0].size(0), head[0].size(0)),
+            batch.input_ids.device,
+            learns=torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()),
+            head_learns=any(p.requires_grad for p in head),
+            local=local_loss is not None,
+            entropy=entropy,
+        )
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:

@@ -72,6 +72,7 @@ class BaseConfig(TrainingArguments):
         if self.ddp_find_unused_parameters is None:  # all are used; looking for others costs a walk of the graph a step
             self.ddp_find_unused_parameters = False
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        self.accelerator_config.non_blocking |= self.dataloader_pin_memory  # a copy that waits waits for all work
         if self.layout not in ("auto", "segments", "rows"):
             raise ValueError(f"layout must be auto, segments or rows, got {self.layout!r}")
         if self.tokens_per_batch is not None:
@@ -193,7 +194,8 @@ class BaseTrainer(Trainer):
     # The loss, and the metrics that come with it
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
-        count = torch.tensor(sum(self.count(batch) for batch in batch_samples), device=device)
+        # Written on the device: a copy to it would wait for all that is under way there.
+        count = torch.full((), sum(self.count(batch) for batch in batch_samples), device=device)
         return self.accelerator.reduce(count)
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:  # type: ignore[override]
@@ -207,7 +209,7 @@ class BaseTrainer(Trainer):
         # Gradients are averaged over ranks, so each adds its share of the sum times their number.
         total = measures.total if measures.total is not None else measures.loss.sum()
         loss = total * (self.accelerator.num_processes / torch.clamp(count, min=1))
-        tokens = inputs.num_tokens().to(loss.device)
+        tokens = inputs.num_tokens()
         self._add({**measures.metrics, "num_tokens": (tokens, torch.zeros_like(tokens))})
         return (loss, measures) if return_outputs else loss
 
