@@ -111,7 +111,11 @@ class Collator:
 
     def _flat(self, examples: list[dict[str, Any]]) -> Batch:
         spans: list[Span] = []
-        ids, positions, sources, tokens, owners = [], [], [], [], []
+        ids: list[int] = []
+        positions: list[Tensor] = []
+        sources: list[Tensor] = []
+        tokens: list[Tensor] = []
+        owners: list[Tensor] = []
         start = 0
         for example in examples:
             first, first_start = len(spans), start
