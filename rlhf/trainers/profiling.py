@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from rlhf.logprobs.head import backbone_of
 from rlhf.trainers.activations import Activations
-from rlhf.trainers.throughput import figures, flop_counter, table
+from rlhf.trainers.throughput import FlopCounter, figures, table
 
 WARM_UP = 2  # steps that are not timed; the matrix products of the last are counted
 PHASES = ("data", "reference", "forward", "head", "head backward", "backward", "optimizer", "other")
@@ -131,9 +131,9 @@ class Profiler(TrainerCallback):
         def counted(*args: Any, **kwargs: Any) -> Any:
             if self.done >= WARM_UP:
                 return function(*args, **kwargs)
-            with flop_counter() as counter:
+            with FlopCounter() as counter:
                 result = function(*args, **kwargs)
-            self.flops += counter.get_total_flops()
+            self.flops += counter.total
             return result
 
         return counted

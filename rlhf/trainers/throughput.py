@@ -1,37 +1,44 @@
 """Matrix products: how many a step takes, how fast this machine does them, and what share of that was reached."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-
-def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
-
-
-def _product_added(total: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
-    return mm_flop(a, b)
-
-
-_UNKNOWN_TO_TORCH = {
-    torch.ops.aten.addmm_: _product_added,  # the head adds up its weight's gradient in place
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+_aten = torch.ops.aten
+# Torch's formulas, and what they lack: the head adds up its weight's gradient in place; attention on a CPU.
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    _aten.addmm_: flop_registry[_aten.addmm],
+    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *args, **kwargs: (
+        sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
+    ),
 }
 
 
-def flop_counter() -> FlopCounterMode:
-    """Torch's counter of what matrix products and attention take, inside autograd functions too.
+class FlopCounter(TorchDispatchMode):
+    """Operations of the matrix products and attention within, inside autograd functions and backward passes too.
 
     A product of [m, k] and [k, n] is 2 m k n; attention counts whole squares, though a causal one skips half.
+    (Not ``FlopCounterMode``: it takes composite operations apart, which moves the last bit of a result.)
     """
-    return FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_TORCH)
+
+    supports_higher_order_operators = True  # flex attention is one
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = _FORMULAS.get(getattr(func, "overloadpacket", func))
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=result)
+        return result
 
 
 def product_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
