@@ -59,7 +59,8 @@ class Batch:
         """Tokens of all sequences, each with its prompt: the same in any layout."""
         if self.segments is None:
             return self.attention_mask.sum()
-        return torch.tensor(sum(span.length + span.prefix for span in self.segments.spans))
+        count = sum(span.length + span.prefix for span in self.segments.spans)
+        return self.input_ids.new_full((), count)  # written on the device: a copy to it would wait for it
 
     def last(self) -> Tensor:
         """Row of the flattened hidden states that holds the last token of each sequence: int64 [S].
@@ -126,7 +127,11 @@ class Collator:
 
     def _flat(self, examples: list[dict[str, Any]]) -> Batch:
         spans: list[Span] = []
-        ids, positions, sources, tokens, counts = [], [], [], [], []
+        ids: list[int] = []
+        positions: list[Tensor] = []
+        sources: list[Tensor] = []
+        tokens: list[Tensor] = []
+        owners: list[Tensor] = []
         start = 0
         for example in examples:
             first, first_start = len(spans), start
@@ -144,10 +149,9 @@ class Collator:
                 positions.append(torch.arange(prefix, prefix + length))
                 sources.append(source)
                 tokens.append(labels[scored])
-                counts.append(len(scored))
+                owners.append(torch.full_like(scored, len(owners)))
                 start += length
-        owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-        targets = Targets(torch.cat(sources), torch.cat(tokens), owner, len(counts))
+        targets = Targets(torch.cat(sources), torch.cat(tokens), torch.cat(owners), len(owners))
         row = torch.tensor(ids)[None]
         return Batch(row, torch.ones_like(row), torch.cat(positions)[None], targets, Segments(tuple(spans)))
 

@@ -2,7 +2,7 @@
 
 from rlhf.logprobs.bridge import model_scores
 from rlhf.logprobs.head import Head, HeadSettings, head_settings, read_head, verified_settings
-from rlhf.logprobs.score import LocalLoss, Scores, score
+from rlhf.logprobs.score import LocalLoss, Plan, Scores, plan, score
 from rlhf.logprobs.targets import Targets
 from rlhf.losses import perplexity, sequence_logps, shift, token_logps
 
@@ -10,10 +10,12 @@ __all__ = [
     "Head",
     "HeadSettings",
     "LocalLoss",
+    "Plan",
     "Scores",
     "Targets",
     "head_settings",
     "model_scores",
+    "plan",
     "perplexity",
     "read_head",
     "score",

@@ -90,23 +90,70 @@ def score(
             wrong = low if low < 0 else high
             raise ValueError(f"target token {wrong} is outside the vocabulary [0, {vocabulary})")
     rows = hidden.reshape(-1, hidden.size(-1)).index_select(0, targets.source)
-    size = chunk_size or _chunk_size(len(targets), vocabulary, rows.device)
     head_learns = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
-    learns = torch.is_grad_enabled() and (rows.requires_grad or head_learns)
-    if mode == "unit" and (head_learns or entropy):
-        raise ValueError('mode "unit" is for a frozen head without entropy; use "auto"')
+    way, size, keep = plan(
+        len(targets),
+        vocabulary,
+        rows.device,
+        learns=torch.is_grad_enabled() and (rows.requires_grad or head_learns),
+        head_learns=head_learns,
+        local=local_loss is not None,
+        entropy=entropy,
+        mode=mode,
+        chunk_size=chunk_size,
+    )
     with torch.autocast(rows.device.type, enabled=False):
-        if not learns:
+        if way == "tile":
             scores = Scores(*_scan(rows, head, targets.token, size, entropy)[0])
             return scores if local_loss is None else scores._replace(loss=local_loss(scores, *per_token).sum())
-        if local_loss is not None:
+        if way == "local":
             return Scores(
                 *_Local.apply(rows, head.weight, head.bias, head, targets.token, size, entropy, local_loss, per_token)
             )
-        if mode == "unit" or (mode == "auto" and not head_learns and not entropy):
+        if way == "unit":
             return Scores(_Unit.apply(rows, head, targets.token, size))
-        keep = _chunks_to_keep(mode, len(targets), size, vocabulary, rows.device)
         return Scores(*_LinearLogps.apply(rows, head.weight, head.bias, head, targets.token, size, keep, entropy))
+
+
+class Plan(NamedTuple):
+    """How :func:`score` goes about its work."""
+
+    mode: str  # of the table above, in lower case
+    chunk_size: int
+    kept: int = 0  # chunks of log-probs that are kept for the backward pass
+
+
+def plan(
+    rows: int,
+    vocabulary: int,
+    device: torch.device,
+    *,
+    learns: bool,
+    head_learns: bool,
+    local: bool = False,
+    entropy: bool = False,
+    mode: Mode = "auto",
+    chunk_size: int | None = None,
+) -> Plan:
+    """What :func:`score` does with ``rows`` scored tokens.
+
+    Args:
+        learns: a gradient is wanted at all. head_learns: for the head too.
+        local: there is a ``local_loss``. entropy, mode, chunk_size: as in :func:`score`.
+    Raises:
+        ValueError: ``"unit"`` is asked for where the head or the entropy needs a gradient.
+    """
+    if mode == "unit" and (head_learns or entropy):
+        raise ValueError('mode "unit" is for a frozen head without entropy; use "auto"')
+    size = chunk_size or _chunk_size(rows, vocabulary, device)
+    if not learns:
+        return Plan("tile", size)
+    if local:
+        return Plan("local", size)
+    if mode == "unit" or (mode == "auto" and not head_learns and not entropy):
+        return Plan("unit", size)
+    kept = _chunks_to_keep(mode, rows, size, vocabulary, device)
+    return Plan("save" if kept else "recompute", size, kept)
 
 
 def _chunk_size(rows: int, vocabulary: int, device: torch.device) -> int:

@@ -106,7 +106,8 @@ class Targets:
 
     def counts(self) -> Tensor:
         """Scored tokens of each sequence: int64 [S]."""
-        return torch.bincount(self.sequence, minlength=self.num_sequences)
+        # Not bincount, which makes the host wait for a GPU.
+        return self.sequence.new_zeros(self.num_sequences).index_add(0, self.sequence, torch.ones_like(self.sequence))
 
 
 def _check_grid(name: str, value: Tensor, like: Tensor | None = None) -> None:

@@ -119,10 +119,10 @@ def _plan(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, Ten
         index.append(torch.arange(start, start + length))
         lengths_k.append(prefix + length)
     starts_q, starts_k = (
-        torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, [0, *accumulate(lengths_k)])
+        torch.tensor(x, dtype=torch.int32).to(device, non_blocking=True) for x in (starts, [0, *accumulate(lengths_k)])
     )
     longest_q = max(span.length for span in segments.spans)
-    return torch.cat(index).to(device), starts_q, starts_k, longest_q, max(lengths_k)
+    return torch.cat(index).to(device, non_blocking=True), starts_q, starts_k, longest_q, max(lengths_k)
 
 
 def _mask(segments: Segments, length: int, prefix: int, window: int | None, like: Tensor) -> Tensor:

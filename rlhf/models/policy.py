@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from rlhf.data import Batch
-from rlhf.logprobs import LocalLoss, Scores, model_scores, verified_settings
+from rlhf.logprobs import LocalLoss, Plan, Scores, model_scores, plan, verified_settings
 from rlhf.models.attention import NAME
 from rlhf.models.remake import fewer_activations, slim
 
@@ -33,6 +34,10 @@ class Wrapper(nn.Module):
         """The transformers model, also where PEFT is around it."""
         return self.model.get_base_model() if self.has_adapter else self.model  # type: ignore[operator]
 
+    def head_plan(self, *args: Any, **kwargs: Any) -> Plan | None:
+        """How ``forward``, called the same way, goes about the head; None where the model runs its own."""
+        return None
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -53,6 +58,22 @@ class Policy(Wrapper):
             raise ValueError("the batch is laid out in segments, the model is not ready for them: use_segments(model)")
         with fewer_activations():
             return model_scores(self.model, batch.targets, entropy=entropy, local_loss=local_loss, **batch.inputs())
+
+    def head_plan(self, batch: Batch, local_loss: LocalLoss | None = None, entropy: bool = False) -> Plan | None:
+        model = self.without_adapter
+        settings = verified_settings(model)
+        if settings is None:
+            return None
+        head = list(model.get_output_embeddings().parameters())
+        return plan(
+            len(batch.targets),
+            min(settings.vocab_size or head[0].size(0), head[0].size(0)),
+            batch.input_ids.device,
+            learns=torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()),
+            head_learns=any(p.requires_grad for p in head),
+            local=local_loss is not None,
+            entropy=entropy,
+        )
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:

@@ -37,6 +37,9 @@ def can_be_remade(tensor: Tensor, make: Callable[[], Tensor]) -> Tensor:
     return tensor
 
 
+watchers: list[Callable[[Tensor], None]] = []  # told of each tensor that is kept; autograd asks the innermost hook only
+
+
 @contextmanager
 def fewer_activations() -> Iterator[None]:
     """In here, autograd keeps none of the tensors that can be made again."""
@@ -45,7 +48,11 @@ def fewer_activations() -> Iterator[None]:
         whole = tensor if tensor._base is None else tensor._base
         make = getattr(whole, "_remake", None)
         same = tensor.numel() == whole.numel() and tensor.is_contiguous() and whole.is_contiguous()
-        return tensor if make is None or not same else Recipe(make, tensor.shape)
+        if make is not None and same:
+            return Recipe(make, tensor.shape)
+        for watcher in watchers:
+            watcher(tensor)
+        return tensor
 
     def unpack(kept: Tensor | Recipe) -> Tensor:
         return kept if isinstance(kept, Tensor) else kept.make().view(kept.shape)

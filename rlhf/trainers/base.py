@@ -24,6 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from rlhf.data import Batch, Collator, Packed
 from rlhf.models import Policy, add_adapter, choose_layout, disable_dropout, load_model, load_tokenizer
 from rlhf.models.policy import Wrapper
+from rlhf.trainers.profiling import Profiler
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,10 @@ class BaseConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Passed to from_pretrained where the model is given by name."}
     )
+    profile: int = field(
+        default=0, metadata={"help": "Time this many steps after the first two, print where their time went."}
+    )
+    verbose: bool = field(default=False, metadata={"help": "Say what the first batch holds and takes."})
     max_seq_length: int | None = field(default=None, metadata={"help": "Old name of max_length."})
     # Defaults that differ from transformers'.
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
@@ -73,12 +78,16 @@ class BaseConfig(TrainingArguments):
         if self.ddp_find_unused_parameters is None:  # all are used; looking for others costs a walk of the graph a step
             self.ddp_find_unused_parameters = False
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        accelerator: Any = self.accelerator_config
+        accelerator.non_blocking |= self.dataloader_pin_memory  # a copy that waits, waits for all that is under way
         if self.layout not in ("auto", "segments", "rows"):
             raise ValueError(f"layout must be auto, segments or rows, got {self.layout!r}")
         if self.tokens_per_batch is not None:
             if self.tokens_per_batch < 1:
                 raise ValueError(f"tokens_per_batch must be at least 1, got {self.tokens_per_batch}")
             self.per_device_train_batch_size = 1  # of planned batches
+        if self.profile < 0:
+            raise ValueError(f"profile must be a number of steps, got {self.profile}")
         if self.max_length < 2:
             raise ValueError(f"max_length must be at least 2 tokens, got {self.max_length}")
 
@@ -167,6 +176,8 @@ class BaseTrainer(Trainer):
         if data_collator is None and choose_layout(model, args.layout) == "segments":  # where the model now is
             self.data_collator = Collator(pad, layout="segments")  # type: ignore[assignment]
         self._sums: dict[str, Tensor] = {}
+        if (args.profile or args.verbose) and args.process_index == 0:
+            self.add_callback(Profiler(self))
 
     @staticmethod
     def capacity(args: Any) -> int | None:
@@ -195,7 +206,8 @@ class BaseTrainer(Trainer):
     # The loss, and the metrics that come with it
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
-        count = torch.tensor(sum(self.count(batch) for batch in batch_samples), device=device)
+        # Written on the device: a copy to it would wait for all that is under way there.
+        count = torch.full((), sum(self.count(batch) for batch in batch_samples), device=device)
         return self.accelerator.reduce(count)
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:  # type: ignore[override]
@@ -209,7 +221,7 @@ class BaseTrainer(Trainer):
         # Gradients are averaged over ranks, so each adds its share of the sum times their number.
         total = measures.total if measures.total is not None else measures.loss.sum()
         loss = total * (self.accelerator.num_processes / torch.clamp(count, min=1))
-        tokens = inputs.num_tokens().to(loss.device)
+        tokens = inputs.num_tokens()
         self._add({**measures.metrics, "num_tokens": (tokens, torch.zeros_like(tokens))})
         return (loss, measures) if return_outputs else loss
 

@@ -147,7 +147,7 @@ class DPOTrainer(BaseTrainer):
         fingerprint = reference_fingerprint(reference.model, self.accelerator.mixed_precision, self.ref_policy is None)
 
         def score(rows: list[dict[str, Any]]) -> Tensor:
-            return self._ask(reference, self.data_collator(rows).to(self.args.device))  # type: ignore[attr-defined]
+            return self.ask_reference(reference, self.data_collator(rows).to(self.args.device))  # type: ignore[attr-defined]
 
         def add(rows: Any, name: str) -> Any:
             if isinstance(rows, Packed):
@@ -194,9 +194,10 @@ class DPOTrainer(BaseTrainer):
             return batch.ref_logps
         if self.ref_policy is None and not self.has_adapter:
             raise ValueError("these rows have no reference log-probs; train with --precompute_ref_log_probs false")
-        return self._ask(self.ref_policy or model, batch)
+        return self.ask_reference(self.ref_policy or model, batch)
 
-    def _ask(self, reference: nn.Module, batch: Batch) -> Tensor:
+    def ask_reference(self, reference: nn.Module, batch: Batch) -> Tensor:
+        """Its sums of log-probabilities, [S]; the trained model answers for it with the adapter off."""
         adapter_off = self.ref_policy is None and self.has_adapter
         off = self.accelerator.unwrap_model(reference).adapter_off() if adapter_off else nullcontext()
         with torch.no_grad(), self.accelerator.autocast(), off:
