@@ -256,7 +256,8 @@ _FRACTION = re.compile(r"(?P<whole>\d)?\s*\\[dt]?frac\s*\{\s*(?P<top>-?\d+)\s*\}
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\]}%])[-−+])?(?:\\?[$€£])?(?<![A-Za-z\d_])(?<!\d\.)"  # neither the 2 of H2O nor the 3 of 1.2.3
     r"(?:(?:(?P<whole>\d+) )?(?P<top>\d+)\s?/\s?(?P<bottom>\d+)(?!\d*[.,]\d)"
-    r"|(?P<decimal>(?:\d{1,3}(?:(?:,|\{,\})\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\.)\.\d+)(?P<power>[eE][-+]?\d{1,3}\b)?)"
+    r"|(?P<decimal>(?:\d{1,3}(?:(?:,|\{,\})\d{3})++(?!\d)|\d++)(?:\.\d++)?+|(?<!\.)\.\d++)"
+    r"(?P<power>[eE][-+]?\d{1,3}(?!\d))?(?![eE][-+]?\d))"  # 1e9999 is no number that anyone should compute
     r"(?P<percent>\s?\\?%)?"
 )
 _LONGEST = 400  # digits: Python refuses to read a number of thousands

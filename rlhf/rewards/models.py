@@ -91,7 +91,7 @@ class ModelReward:
         """
         scores = self._scores(prompts, completions)
         mean, std = statistics.fmean(scores), statistics.pstdev(scores)
-        if not std > 0:
+        if not std > 1e-6 * abs(mean):  # rounding apart
             raise ValueError(f"{self.path}: all {len(scores)} reference samples have the same score, {mean:g}")
         self.mean, self.std = mean, std
         logger.info("%s: mean %.6g, std %.6g on %d reference samples", self.path, mean, std, len(scores))

@@ -261,7 +261,7 @@ class _Batch:
         prompt = self.prompts[row]
         last = prompt if isinstance(prompt, str) else str(prompt[-1].get("content")) if prompt else ""
         answer = completion_text(self.completions[row])
-        return f"sample {row + 1} of {len(self)} (prompt {_short(last)}, completion {_short(answer)})"
+        return f"sample {row + 1} of {len(self)} (prompt {_short(last)!r}, completion {_short(answer)!r})"
 
 
 @dataclass(frozen=True)
@@ -347,4 +347,4 @@ def _said(error: Exception) -> str:
 
 def _short(text: str, length: int = 100) -> str:
     text = " ".join(text.split())
-    return repr(text if len(text) <= length else text[: length - 1] + "…")
+    return text if len(text) <= length else text[: length - 1] + "…"
