@@ -30,10 +30,12 @@ class HttpReward:
         self.retries = retries
         self.__name__ = url.partition("://")[2]
         try:
-            self._client = httpx2.Client(timeout=timeout)
-            self._client.build_request("POST", url)
+            host = httpx2.URL(url).host
         except httpx2.InvalidURL as error:
             raise ValueError(f"{url}: no address ({error})") from error
+        if not host:
+            raise ValueError(f"{url}: no address (no host in it)")
+        self._client = httpx2.Client(timeout=timeout)
 
     def check(self, row: Mapping[str, Any]) -> None:
         """Ask for the rewards of no completions.

@@ -123,7 +123,8 @@ def test_no_server():
 
 
 def test_addresses_and_options_are_checked():
-    with pytest.raises(ValueError, match="no address"):
-        load_reward("http://[nonsense")
+    for url in ("http://host:port/score", "https:///score"):
+        with pytest.raises(ValueError, match=f"{url}: no address"):
+            load_reward(url)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         HttpReward("http://localhost", batch_size=0)
