@@ -1,0 +1,36 @@
+"""Rewards: plain functions ``reward(prompts, completions, **columns) -> list[float | None]``, TRL's signature."""
+
+from rlhf.rewards.endpoint import HttpReward
+from rlhf.rewards.functions import (
+    completion_text,
+    exact_match,
+    length_reward,
+    matches,
+    math_answer,
+    numeric_answer,
+    repetition_penalty,
+    soft_overlong_punishment,
+    think_format,
+)
+from rlhf.rewards.loading import BUILTINS, load_reward
+from rlhf.rewards.models import ModelReward
+from rlhf.rewards.scoring import RewardError, RewardSet, Scored
+
+__all__ = [
+    "BUILTINS",
+    "HttpReward",
+    "ModelReward",
+    "RewardError",
+    "RewardSet",
+    "Scored",
+    "completion_text",
+    "exact_match",
+    "length_reward",
+    "load_reward",
+    "matches",
+    "math_answer",
+    "numeric_answer",
+    "repetition_penalty",
+    "soft_overlong_punishment",
+    "think_format",
+]

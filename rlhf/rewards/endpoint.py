@@ -1,0 +1,116 @@
+"""A reward that a server computes."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import httpx2
+
+from rlhf.data.formats import Turns
+
+
+class HttpReward:
+    """Ask a server: POST ``{"prompts": […], "completions": […], **columns}``, answered by ``{"rewards": […]}``.
+
+    A reward is a number, or null where it does not apply. Token ids are not sent. A connection that fails, a status
+    of 429 and those from 500 are tried again after 1, 2, 4, … seconds.
+
+    Args:
+        url: http:// or https://.
+        batch_size: completions in one request.
+        timeout: seconds of silence after which a request is given up.
+        retries: further tries of a request.
+    """
+
+    def __init__(self, url: str, *, batch_size: int = 64, timeout: float = 60.0, retries: int = 3) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.url = url
+        self.batch_size = batch_size
+        self.retries = retries
+        self.__name__ = url.partition("://")[2]
+        try:
+            host = httpx2.URL(url).host
+        except httpx2.InvalidURL as error:
+            raise ValueError(f"{url}: no address ({error})") from error
+        if not host:
+            raise ValueError(f"{url}: no address (no host in it)")
+        self._client = httpx2.Client(timeout=timeout)
+
+    def check(self, row: Mapping[str, Any]) -> None:
+        """Ask for the rewards of no completions.
+
+        Raises:
+            ConnectionError: the server does not answer.
+            ValueError: it answers, and not as a reward server does.
+        """
+        try:
+            response = self._client.post(self.url, json={"prompts": [], "completions": []})
+        except httpx2.TransportError as error:
+            raise ConnectionError(f"{self.url}: the reward server does not answer ({_said(error)})") from error
+        if response.status_code in (401, 403, 404, 405):
+            raise ValueError(f"{self.url}: the reward server answers {_status(response)}; check the address")
+        if response.is_success:  # else it may only dislike an empty batch
+            self._rewards(response, 0)
+
+    def __call__(
+        self,
+        prompts: Sequence[Turns],
+        completions: Sequence[Turns],
+        completion_ids: Any = None,
+        trainer_state: Any = None,
+        log_extra: Any = None,
+        log_metric: Any = None,
+        **columns: Sequence[Any],
+    ) -> list[float | None]:
+        """One reward for each completion.
+
+        Raises:
+            ConnectionError: the server does not answer, or cannot, after all tries.
+            ValueError: it refuses the request, or its answer is not as agreed.
+        """
+        table = {**columns, "prompts": prompts, "completions": completions}
+        rewards: list[float | None] = []
+        for first in range(0, len(prompts), self.batch_size):
+            part = {name: list(column[first : first + self.batch_size]) for name, column in table.items()}
+            rewards += self._rewards(self._post(part), len(part["prompts"]))
+        return rewards
+
+    def _post(self, payload: dict[str, Any]) -> httpx2.Response:
+        try:
+            request = self._client.build_request("POST", self.url, json=payload)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.url}: a column cannot be sent as JSON ({error})") from error
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(min(2.0 ** (attempt - 1), 30.0))
+            try:
+                response = self._client.send(request)
+            except httpx2.TransportError as error:
+                problem = f"does not answer ({_said(error)})"
+                continue
+            if response.status_code != 429 and response.status_code < 500:
+                return response
+            problem = f"answers {_status(response)}"
+        raise ConnectionError(f"{self.url}: the reward server {problem}, {self.retries + 1} tries")
+
+    def _rewards(self, response: httpx2.Response, count: int) -> list[float | None]:
+        if not response.is_success:
+            raise ValueError(f"{self.url}: the reward server answers {_status(response)}")
+        try:
+            rewards = response.json()["rewards"]
+        except (ValueError, KeyError, TypeError):
+            rewards = None
+        if not isinstance(rewards, list):
+            raise ValueError(f'{self.url}: expected {{"rewards": […]}}, got {response.text[:200]!r}')
+        if len(rewards) != count:
+            raise ValueError(f"{self.url}: {len(rewards)} rewards for {count} completions")
+        return rewards
+
+
+def _status(response: httpx2.Response) -> str:
+    return f"{response.status_code} {response.reason_phrase} {response.text[:200]!r}"
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

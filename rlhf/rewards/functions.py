@@ -1,0 +1,288 @@
+"""Built-in rewards: each is a factory that takes its options and returns a reward function.
+
+A reward function reads ``completions`` (plain text, or lists of messages) or ``completion_ids``, and columns of the
+data by their names. It returns one number for each completion; None where it does not apply.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from inspect import Parameter, Signature
+from typing import Any, NamedTuple
+
+from rlhf.data.formats import Turns
+
+RewardFunction = Callable[..., Any]  # (prompts, completions, **columns) -> list[float | None], or a coroutine of it
+
+
+def completion_text(completion: Turns) -> str:
+    """The text of a completion: itself, or the content of its last assistant message.
+
+    Example:
+        >>> completion_text([{"role": "assistant", "content": "42"}])
+        '42'
+    """
+    if isinstance(completion, str):
+        return completion
+    turns = [turn for turn in completion if turn.get("role", "assistant") == "assistant"]
+    content = turns[-1].get("content") if turns else None
+    if isinstance(content, list):  # blocks of text and images
+        return "".join(str(block.get("text", "")) for block in content)
+    return content or ""
+
+
+def exact_match(column: str = "answer", *, pattern: str | None = None, ignore_case: bool = False) -> RewardFunction:
+    """1 where the completion is the answer, white space around it aside, else 0.
+
+    Args:
+        column: the column with the answer; a row where it is None gets None.
+        pattern: compare the last match of this regular expression (its first group, if it has one) instead of the
+            whole completion; ``.`` spans lines. No match, no reward.
+        ignore_case: compare without regard to case.
+    Raises:
+        ValueError: ``pattern`` is no regular expression.
+    Example:
+        >>> exact_match(pattern="<answer>(.*?)</answer>")(["So <answer> Paris </answer>."], answer=["Paris"])
+        [1.0]
+    """
+    regex = _compile(pattern) if pattern is not None else None
+
+    def equal(text: str, answer: Any) -> float:
+        if regex is not None:
+            found = list(regex.finditer(text))
+            if not found:
+                return 0.0
+            text = found[-1].group(1 if regex.groups else 0) or ""
+        got, want = text.strip(), str(answer).strip()
+        return float(got.casefold() == want.casefold() if ignore_case else got == want)
+
+    return _on_answers("exact_match", column, equal)
+
+
+def numeric_answer(column: str = "answer", *, tolerance: float = 0.0) -> RewardFunction:
+    r"""1 where the completion's number is the answer's, else 0.
+
+    The number is the first one after the last ``####`` (GSM8K) or ``\boxed{``, or else the last one of the text.
+    ``1,234.50``, ``-3``, ``$5``, ``1e-3``, ``3/4``, ``2 1/2``, ``\frac{3}{4}`` and ``50%`` are numbers; a percentage
+    equals both its figure and its hundredth (50% is 50 and 0.5) unless both sides are percentages.
+
+    Args:
+        column: the column with the answer, text or number; a row where it holds no number gets None.
+        tolerance: largest difference, relative to the answer; 0 compares exactly, as fractions.
+    Example:
+        >>> numeric_answer()(["6 times 7 is 42."], answer=["Six sevens.\n#### 42"])
+        [1.0]
+    """
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance must be in [0, 1), got {tolerance}")
+
+    def equal(text: str, answer: Any) -> float | None:
+        want, got = _answer_number(str(answer)), _answer_number(text)
+        if want is None:
+            return None
+        if got is None:
+            return 0.0
+        figures = [got.value]
+        if got.percent and not want.percent:
+            figures.append(got.value / 100)
+        elif want.percent and not got.percent:
+            figures.append(got.value * 100)
+        return float(any(abs(figure - want.value) <= Fraction(tolerance) * abs(want.value) for figure in figures))
+
+    return _on_answers("numeric_answer", column, equal)
+
+
+def math_answer(column: str = "solution") -> RewardFunction:
+    """1 where math-verify finds the completion's answer equal to the solution, else 0; None for an unreadable solution.
+
+    math-verify's own time limits are off (they would end a :class:`~rlhf.rewards.RewardSet`'s): its limit holds.
+
+    Args:
+        column: the column with the solution, in LaTeX or plain.
+    Raises:
+        ValueError: math-verify is not installed.
+    """
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        raise ValueError("math_answer needs math-verify: pip install 'rlhf[math]', or use numeric_answer") from None
+    for name in ("math_verify.parser", "math_verify.grader"):  # they warn of each call without a limit
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+    def equal(text: str, solution: Any) -> float | None:
+        gold = parse(str(solution), parsing_timeout=None)
+        if not gold:
+            return None
+        return float(verify(gold, parse(text, parsing_timeout=None), timeout_seconds=None))
+
+    return _on_answers("math_answer", column, equal)
+
+
+def matches(pattern: str) -> RewardFunction:
+    r"""1 where the regular expression is found in the completion, else 0; ``.`` spans lines, ``\A`` and ``\Z`` anchor.
+
+    Raises:
+        ValueError: ``pattern`` is no regular expression.
+    Example:
+        >>> matches(r"\A<b>.*</b>\Z")(["<b>yes</b>", "no"])
+        [1.0, 0.0]
+    """
+    regex = _compile(pattern)
+    return _on_texts("matches", lambda text: float(regex.search(text) is not None))
+
+
+def think_format() -> RewardFunction:
+    """1 where the completion begins with its only ``<think>`` and closes it, else 0; TRL's ``think_format_reward``.
+
+    Example:
+        >>> think_format()(["<think>six sevens</think> 42", "42"])
+        [1.0, 0.0]
+    """
+    reward = matches(r"\A<think>(?!.*<think>).*?</think>")
+    reward.__name__ = "think_format"
+    return reward
+
+
+def length_reward(target: int) -> RewardFunction:
+    """How far the completion's length in tokens is from ``target``: 0 at the target, falling to -1.
+
+    ``-min(1, |length - target| / target)``
+
+    Example:
+        >>> length_reward(10)(completion_ids=[[1] * 10, [1] * 5, [1] * 30])
+        [0.0, -0.5, -1.0]
+
+    Source: LCPO-Exact, arXiv 2503.04697, with α = 1/target; the floor of -1 is ours.
+    """
+    if target < 1:
+        raise ValueError(f"target must be at least 1 token, got {target}")
+    return _on_ids("length_reward", lambda ids: 0.0 - min(1.0, abs(len(ids) - target) / target))
+
+
+def repetition_penalty(ngram_size: int = 3, max_penalty: float = -1.0) -> RewardFunction:
+    """``max_penalty`` times the fraction of the completion's token n-grams that repeat an earlier one; in
+    [max_penalty, 0], and 0 for fewer than ``ngram_size`` tokens.
+
+    Example:
+        >>> repetition_penalty(ngram_size=2)(completion_ids=[[1, 2, 3, 4], [5, 5, 5, 5, 5]])
+        [0.0, -0.75]
+
+    Source: arXiv 2502.03373 appendix C.2; TRL's ``get_repetition_penalty_reward``.
+    """
+    if ngram_size < 1:
+        raise ValueError(f"ngram_size must be at least 1, got {ngram_size}")
+    if max_penalty > 0:
+        raise ValueError(f"max_penalty must not be positive, got {max_penalty}")
+
+    def penalty(ids: Sequence[int]) -> float:
+        ngrams = [tuple(ids[i : i + ngram_size]) for i in range(len(ids) - ngram_size + 1)]
+        repeated = len(ngrams) - len(set(ngrams))
+        return max_penalty * repeated / len(ngrams) if repeated else 0.0
+
+    return _on_ids("repetition_penalty", penalty)
+
+
+def soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) -> RewardFunction:
+    """0 up to ``max_completion_len - soft_punish_cache`` tokens, then down in a line to -1 at ``max_completion_len``.
+
+    Example:
+        >>> soft_overlong_punishment(max_completion_len=100, soft_punish_cache=20)(completion_ids=[[1] * 90])
+        [-0.5]
+
+    Source: DAPO, arXiv 2503.14476 eq. 13; TRL's ``get_soft_overlong_punishment``.
+    """
+    if not 0 <= soft_punish_cache <= max_completion_len:
+        raise ValueError(
+            f"soft_punish_cache must be in [0, max_completion_len = {max_completion_len}], got {soft_punish_cache}"
+        )
+    start = max_completion_len - soft_punish_cache
+
+    def punishment(ids: Sequence[int]) -> float:
+        over = len(ids) - start
+        if over <= 0:
+            return 0.0
+        return -over / soft_punish_cache if len(ids) <= max_completion_len else -1.0
+
+    return _on_ids("soft_overlong_punishment", punishment)
+
+
+# From a function of one sample to one of a batch
+
+
+def _on_texts(name: str, score: Callable[[str], float]) -> RewardFunction:
+    def reward(completions: Sequence[Turns], **columns: Any) -> list[float]:
+        return [score(completion_text(completion)) for completion in completions]
+
+    reward.__name__ = name
+    return reward
+
+
+def _on_ids(name: str, score: Callable[[Sequence[int]], float]) -> RewardFunction:
+    def reward(completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
+        return [score(ids) for ids in completion_ids]
+
+    reward.__name__ = name
+    return reward
+
+
+def _on_answers(name: str, column: str, score: Callable[[str, Any], float | None]) -> RewardFunction:
+    def reward(completions: Sequence[Turns], **columns: Any) -> list[float | None]:
+        pairs = zip(completions, columns[column], strict=True)
+        return [None if answer is None else score(completion_text(text), answer) for text, answer in pairs]
+
+    reward.__name__ = name
+    # The column is a parameter like any other: a data set without it is refused before the first rollout.
+    reward.__signature__ = Signature(  # type: ignore[attr-defined]
+        [
+            Parameter("completions", Parameter.POSITIONAL_OR_KEYWORD),
+            Parameter(column, Parameter.KEYWORD_ONLY),
+            Parameter("columns", Parameter.VAR_KEYWORD),
+        ]
+    )
+    return reward
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
+
+
+# Numbers in text
+
+_FRACTION = re.compile(r"(?P<whole>\d)?\s*\\[dt]?frac\s*\{\s*(?P<top>-?\d+)\s*\}\s*\{\s*(?P<bottom>\d+)\s*\}")
+_NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)\]}%])[-−+])?(?:\\?[$€£])?(?<![A-Za-z\d_])(?<!\d\.)"  # neither the 2 of H2O nor the 3 of 1.2.3
+    r"(?:(?:(?P<whole>\d+) )?(?P<top>\d+)\s?/\s?(?P<bottom>\d+)(?!\d*[.,]\d)"
+    r"|(?P<decimal>(?:\d{1,3}(?:(?:,|\{,\})\d{3})++(?!\d)|\d++)(?:\.\d++)?+|(?<!\.)\.\d++)"
+    r"(?P<power>[eE][-+]?\d{1,3}(?!\d))?(?![eE][-+]?\d))"  # 1e9999 is no number that anyone should compute
+    r"(?P<percent>\s?\\?%)?"
+)
+_LONGEST = 400  # digits: Python refuses to read a number of thousands
+
+
+class _Number(NamedTuple):
+    value: Fraction
+    percent: bool
+
+
+def _answer_number(text: str) -> _Number | None:
+    tail = re.split(r"####|\\boxed\s*\{", text)[-1]
+    marked = len(tail) < len(text)
+    tail = _FRACTION.sub(lambda m: f"{m['whole'] + ' ' if m['whole'] else ''}{m['top']}/{m['bottom']}", tail)
+    found = list(_NUMBER.finditer(tail))
+    return _read_number(found[0 if marked else -1]) if found else None
+
+
+def _read_number(found: re.Match[str]) -> _Number | None:
+    if len(found.group()) > _LONGEST:
+        return None
+    if found["bottom"]:
+        if int(found["bottom"]) == 0:
+            return None
+        value = Fraction(int(found["top"]), int(found["bottom"])) + int(found["whole"] or 0)
+    else:
+        value = Fraction(re.sub(r"[,{}]", "", found["decimal"]) + (found["power"] or ""))
+    return _Number(-value if found["sign"] in ("-", "−") else value, found["percent"] is not None)

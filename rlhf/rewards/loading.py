@@ -1,0 +1,126 @@
+"""A reward from what is written in a config: a built-in's name, a function's place, a folder or an address."""
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rlhf.rewards import functions
+from rlhf.rewards.endpoint import HttpReward
+from rlhf.rewards.functions import RewardFunction
+from rlhf.rewards.models import ModelReward
+
+BUILTINS: dict[str, Callable[..., RewardFunction]] = {
+    "exact_match": functions.exact_match,
+    "numeric_answer": functions.numeric_answer,
+    "math_answer": functions.math_answer,
+    "matches": functions.matches,
+    "think_format": functions.think_format,
+    "length_reward": functions.length_reward,
+    "repetition_penalty": functions.repetition_penalty,
+    "soft_overlong_punishment": functions.soft_overlong_punishment,
+    "http_reward": HttpReward,
+    "model_reward": ModelReward,
+    # TRL's names
+    "accuracy_reward": functions.math_answer,
+    "think_format_reward": functions.think_format,
+    "get_repetition_penalty_reward": functions.repetition_penalty,
+    "get_soft_overlong_punishment": functions.soft_overlong_punishment,
+}
+
+
+def load_reward(spec: str) -> RewardFunction:
+    """The reward function that ``spec`` names.
+
+    * a built-in, with options where it takes some: ``numeric_answer``, ``length_reward(target=200)``
+    * a function of yours: ``path/to/file.py:function``, ``package.module:function`` or, as in TRL,
+      ``package.module.function``; with options it is a factory: ``file.py:make(strict=True)``
+    * a folder with a reward model, or its name on the hub (:class:`ModelReward`)
+    * ``https://…`` (:class:`HttpReward`)
+
+    Raises:
+        ValueError: there is no such reward, its file cannot be imported, or its options do not fit.
+        FileNotFoundError: no such file or folder.
+    """
+    if spec.startswith(("http://", "https://")):
+        return HttpReward(spec)
+    if Path(spec).expanduser().is_dir():
+        return ModelReward(spec)
+    name, positional, options = _parse(spec)
+    if name in BUILTINS:
+        return _build(spec, BUILTINS[name], positional or [], options or {})
+    place, _, attribute = name.rpartition(":") if ":" in name else name.rpartition(".")
+    if place.endswith(".py") or (place and "/" not in name):
+        module = _import_file(spec, place) if place.endswith(".py") else _import(spec, place)
+        found = _attribute(spec, module, attribute)
+        return found if positional is None else _build(spec, found, positional, options or {})
+    if "/" in name or name.startswith("~"):
+        return ModelReward(spec)
+    near = difflib.get_close_matches(name, BUILTINS, n=1)
+    raise ValueError(
+        f"unknown reward {spec!r}{f'; did you mean {near[0]}?' if near else ''} (built in: {', '.join(BUILTINS)}; or "
+        "file.py:function, module:function, a model folder, https://…)"
+    )
+
+
+def _parse(spec: str) -> tuple[str, list[Any] | None, dict[str, Any] | None]:
+    """``name(1, key=2)`` taken apart; no lists of options where there are no brackets."""
+    found = re.fullmatch(r"\s*([^()\s]+)\s*\((.*)\)\s*", spec, re.DOTALL)
+    if found is None:
+        return spec.strip(), None, None
+    try:
+        call: Any = ast.parse(f"_({found[2]})", mode="eval").body
+        options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        return found[1], [ast.literal_eval(value) for value in call.args], options
+    except (SyntaxError, ValueError):
+        raise ValueError(
+            f"reward {spec!r}: the options must be plain values, as in name(key=1, other='text')"
+        ) from None
+
+
+def _build(spec: str, factory: Callable[..., Any], positional: list[Any], options: dict[str, Any]) -> RewardFunction:
+    try:
+        return factory(*positional, **options)
+    except TypeError as error:
+        raise ValueError(f"reward {spec!r}: {error}; write the options as name(key=value)") from error
+
+
+def _import(spec: str, module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and (module == error.name or module.startswith(error.name + ".")):
+            raise ValueError(f"reward {spec!r}: no module {error.name!r}; for a file write file.py:function") from error
+        raise ValueError(f"reward {spec!r}: importing {module} fails ({error})") from error
+    except Exception as error:
+        raise ValueError(f"reward {spec!r}: importing {module} fails ({type(error).__name__}: {error})") from error
+
+
+def _import_file(spec: str, file: str) -> ModuleType:
+    path = Path(file).expanduser().resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"reward {spec!r}: {file}: no such file")
+    found = importlib.util.spec_from_file_location(f"_reward_{path.stem}", path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module  # data classes in the file look themselves up
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"reward {spec!r}: running {file} fails ({type(error).__name__}: {error})") from error
+    return module
+
+
+def _attribute(spec: str, module: ModuleType, name: str) -> Any:
+    if not hasattr(module, name):
+        near = difflib.get_close_matches(name, dir(module), n=1)
+        raise ValueError(
+            f"reward {spec!r}: no {name!r} in {module.__file__}{f'; did you mean {near[0]}?' if near else ''}"
+        )
+    return getattr(module, name)
