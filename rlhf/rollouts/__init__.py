@@ -1,0 +1,6 @@
+"""Sampling completions from a policy: one protocol, an engine in this process, and one that talks to a server."""
+
+from rlhf.rollouts.engine import Completion, RolloutEngine, Sampling
+from rlhf.rollouts.local import LocalEngine
+
+__all__ = ["Completion", "LocalEngine", "RolloutEngine", "Sampling"]
