@@ -2,5 +2,6 @@
 
 from rlhf.rollouts.engine import Completion, RolloutEngine, Sampling
 from rlhf.rollouts.local import LocalEngine
+from rlhf.rollouts.server import ServerEngine
 
-__all__ = ["Completion", "LocalEngine", "RolloutEngine", "Sampling"]
+__all__ = ["Completion", "LocalEngine", "RolloutEngine", "Sampling", "ServerEngine"]
