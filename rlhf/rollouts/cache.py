@@ -130,9 +130,10 @@ class Cache:
 
     def _to_rows(self, t: Tensor) -> Tensor:
         """The other way."""
-        prompts, kv, _, x = t.shape
+        prompts, kv, g, x = t.shape
         if self.places > 1:
-            t = t.view(prompts, kv, self.places, -1, x).transpose(1, 2).reshape(prompts * self.places, kv, -1, x)
+            g //= self.places
+            t = t.view(prompts, kv, self.places, g, x).transpose(1, 2).reshape(prompts * self.places, kv, g, x)
         return t if self.full else t.index_select(0, self.cells)
 
 

@@ -74,7 +74,7 @@ def _inverse_cdf(z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     total = ends[:, -1:]
     block = _search(ends, u[:, None])
     # Where u lies in its block, as a share: the block's float32 sum need not be the sum of its tokens to the last bit.
-    share = ((u[:, None] * total - ends.gather(1, block)) / sums.gather(1, block) + 1).clamp(0, 1 - 2**-50)
+    share = ((u[:, None] * total - ends.gather(1, block)) / sums.gather(1, block) + 1).clamp_(min=0)
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)
     token = (block * BLOCK + _search(inside, share)).clamp_(max=size - 1)
     logp = z.gather(1, token) - top - total.log()
@@ -83,4 +83,5 @@ def _inverse_cdf(z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 def _search(ends: Tensor, share: Tensor) -> Tensor:
     """Index of the first entry of ``ends`` [R, C] that lies above ``share`` [R, 1] of the last: [R, 1]."""
+    share = share.clamp(max=1 - 2**-50)  # or rounding could reach the last, and entries that add nothing behind it
     return torch.searchsorted(ends, share * ends[:, -1:], right=True).clamp_(max=ends.size(1) - 1)
