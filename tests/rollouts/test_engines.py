@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from conftest import close, tiny_model
+from fake_server import FakeServer
 
 from rlhf.data import Collator, encode_prompt
 from rlhf.logprobs import model_scores
 from rlhf.rollouts import LocalEngine, Sampling, ServerEngine
-from conftest import close, tiny_model
-from fake_server import FakeServer
 
 PROMPTS = [[5, 6, 7], [9], [40, 50, 60, 70, 80]]
 

@@ -1,9 +1,9 @@
 """The engine behind a server: what it sends, and what it refuses."""
 
 import pytest
+from conftest import tiny_model
 from fake_server import FakeServer
 
-from conftest import tiny_model
 from rlhf.rollouts import Sampling, ServerEngine
 
 PROMPTS = [[5, 6, 7], [9]]
