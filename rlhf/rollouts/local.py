@@ -125,7 +125,6 @@ class LocalEngine:
             ):
                 yield device
         finally:
-            torch.clear_autocast_cache()  # inside someone's autocast, inference tensors would live on in it
             for module in training:
                 module.training = True
 

@@ -210,7 +210,8 @@ def test_the_model_comes_back_as_it_was(name, tokenizer):
     model.get_input_embeddings().eval()
     attention, cache = model.config._attn_implementation, model.config.use_cache
     with torch.autocast("cpu", torch.bfloat16):  # whose cache of weights must not keep inference tensors
-        LocalEngine(model, tokenizer).generate(PROMPTS, 2, Sampling(max_tokens=3), 0)
+        engine = LocalEngine(model, tokenizer, autocast=torch.bfloat16)
+        engine.generate(PROMPTS, 2, Sampling(max_tokens=3), 0)
         model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
     assert model.training and not model.get_input_embeddings().training
     assert (model.config._attn_implementation, model.config.use_cache) == (attention, cache)
