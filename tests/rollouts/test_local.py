@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from rlhf.rollouts import LocalEngine, Sampling
+from rlhf.rollouts.draft import Draft
 from rlhf.rollouts.sampling import FIRST, draw, uniforms
 
 PROMPTS = [[5, 6, 7], [9], [40, 50, 60, 70, 80, 90, 100, 110, 120], [9, 9]]
@@ -195,6 +196,19 @@ def test_min_tokens_is_transformers(tokenizer):
         )  # fmt: skip
         got = engine.generate([[5, 6]], 1, Sampling(temperature=0, max_tokens=10, min_tokens=count), 0)[0][0]
         assert got.ids == want
+
+
+@pytest.mark.parametrize("count", range(12))
+def test_stop_strings_count_from_min_tokens_on(count, tokenizer):
+    ids = tokenizer("the cat the dog says the é the end")["input_ids"][:12]
+    sampling = Sampling(temperature=0, max_tokens=12, min_tokens=count, stop=("never", "the"))
+    draft = Draft(1, 1, sampling, 0, [0], tokenizer, torch.device("cpu"))
+    for token in ids:
+        draft.take(torch.nn.functional.one_hot(torch.tensor([token]), 330) * 9.0, torch.tensor([0]))
+    said = [tokenizer.decode(ids[:k]).count("the") for k in range(13)]
+    ends = [k for k in range(count + 1, 13) if said[k] > said[k - 1]]
+    ((one,),) = draft.completions(0)
+    assert (one.ids, one.finish_reason) == ((ids[: ends[0]], "stop") if ends else (ids, "length"))
 
 
 def test_uniforms_differ_by_seed_prompt_and_sample():
