@@ -47,6 +47,11 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: list[Messa
     return ids, scored
 
 
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Turns) -> list[int]:
+    """What a policy is given to answer: text, or turns in the chat template up to where the assistant begins."""
+    return encode_completions(tokenizer, prompt, [])[0]
+
+
 def encode_completions(
     tokenizer: PreTrainedTokenizerBase, prompt: Turns, completions: list[Turns]
 ) -> tuple[list[int], list[list[int]]]:

@@ -172,8 +172,10 @@ def use_segments(model: nn.Module) -> str | None:
     whole: Any = model.config
     if whole._attn_implementation == NAME:
         return None
-    if reason := _unfit(model):
+    if reason := unfit(model):
         return reason
+    if whole.get_text_config()._attn_implementation != "sdpa":
+        return f"its attention is {whole._attn_implementation}"
     training = model.training
     model.eval()
     examples = [
@@ -200,7 +202,8 @@ def use_segments(model: nn.Module) -> str | None:
     return reason
 
 
-def _unfit(model: nn.Module) -> str | None:
+def unfit(model: nn.Module) -> str | None:
+    """Why no attention function of ours can serve ``model``, where that shows without running it."""
     whole: Any = model.config
     config = whole.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention", "attention"}
@@ -208,8 +211,6 @@ def _unfit(model: nn.Module) -> str | None:
         return f"it has layers of {', '.join(sorted(kinds))}"
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention cannot be replaced"
-    if config._attn_implementation != "sdpa":
-        return f"its attention is {config._attn_implementation}"
     if any(getattr(p, "ds_id", None) is not None or p.is_meta for p in model.parameters()):
         return "its weights are not in memory"
     return None

@@ -15,7 +15,10 @@ from rlhf.cli.dpo import ReferenceArguments
 from rlhf.trainers import DPOConfig, RewardConfig, SFTConfig
 
 ROOT = Path(__file__).parents[2]
-FLOORS = {"losses": 1, "logprobs": 2, "data": 3, "models": 3, "rewards": 4, "evaluation": 4, "trainers": 5, "cli": 6}
+FLOORS = {
+    "losses": 1, "logprobs": 2, "data": 3, "models": 3, "rollouts": 4, "rewards": 4, "evaluation": 4, "trainers": 5,
+    "cli": 6,
+}  # fmt: skip
 PUBLIC = ["rlhf", *(f"rlhf.{room}" for room in FLOORS if room != "cli")]
 FILES = sorted((ROOT / "rlhf").rglob("*.py"))
 

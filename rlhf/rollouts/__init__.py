@@ -1,0 +1,7 @@
+"""Sampling completions from a policy: one protocol, an engine in this process, and one that talks to a server."""
+
+from rlhf.rollouts.engine import Completion, RolloutEngine, Sampling
+from rlhf.rollouts.local import LocalEngine
+from rlhf.rollouts.server import ServerEngine
+
+__all__ = ["Completion", "LocalEngine", "RolloutEngine", "Sampling", "ServerEngine"]

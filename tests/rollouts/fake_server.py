@@ -1,0 +1,87 @@
+"""A completion server in the form of vLLM's, around a tiny model: each option off the plain one is a way to differ."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from rlhf.rollouts import LocalEngine, Sampling
+
+
+class FakeServer(ThreadingHTTPServer):
+    """``weights``: None, "sglang" or "vllm", the way in which weights are loaded."""
+
+    daemon_threads = True
+
+    def __init__(self, model, tokenizer, *, ids=True, processed=True, weights="sglang", echo=True):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.model, self.engine, self.lock = model, LocalEngine(model, tokenizer), threading.Lock()
+        self.ids, self.processed, self.weights, self.echo = ids, processed, weights, echo
+        self.bodies, self.posts = [], []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def complete(self, body):
+        sampling = Sampling(
+            **{k: body[k] for k in ("temperature", "top_p", "min_tokens", "max_tokens") if k in body},
+            top_k=max(0, body.get("top_k", 0)),
+            stop=tuple(body.get("stop", ())),
+        )
+        with self.lock:
+            ((one,),) = self.engine.generate([body["prompt"]], 1, sampling, body.get("seed", 0))
+            with torch.no_grad():
+                self.model.eval()
+                logits = self.model(torch.tensor([body["prompt"] + one.ids])).logits[0, len(body["prompt"]) - 1 : -1]
+        raw = logits.log_softmax(-1)
+        shown = (logits / sampling.temperature).log_softmax(-1) if sampling.temperature and self.processed else raw
+        logps = one.logps if self.processed else raw.gather(1, torch.tensor(one.ids)[:, None]).squeeze(1).tolist()
+        top = [{str(int(i)): float(v) for v, i in zip(*row.topk(2), strict=True)} for row in shown]
+        choice = {"index": 0, "text": "…", "finish_reason": one.finish_reason}
+        choice["logprobs"] = {"token_logprobs": logps, "top_logprobs": top}
+        if self.ids and body.get("return_token_ids"):
+            choice |= {"token_ids": one.ids, "prompt_token_ids": body["prompt"] if self.echo else body["prompt"][1:]}
+        return {"choices": [choice]}
+
+    def load(self, folder):
+        found = {k: v for file in Path(folder).glob("*.safetensors") for k, v in load_file(file).items()}
+        with self.lock:
+            self.model.load_state_dict(found, strict=False)
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FakeServer
+
+    def reply(self, value, status=200):
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        self.reply({"data": [{"id": "tiny"}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
+        self.server.posts.append(self.path)
+        if self.path == "/v1/completions":
+            self.server.bodies.append(body)
+            self.reply(self.server.complete(body))
+        elif self.path == "/update_weights_from_disk" and self.server.weights == "sglang":
+            self.server.load(body["model_path"])
+            self.reply({"success": True, "message": ""})
+        elif self.path == "/collective_rpc" and self.server.weights == "vllm":
+            assert body["method"] == "reload_weights"
+            self.server.load(body["kwargs"]["weights_path"])
+            self.reply({"results": [None]})
+        elif self.path in ("/reset_prefix_cache", "/sleep?level=1", "/wake_up") and self.server.weights == "vllm":
+            self.reply({})
+        else:
+            self.reply({"detail": "Not Found"}, 404)
+
+    def log_message(self, *args):
+        pass
