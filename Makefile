@@ -19,4 +19,5 @@ check: setup
 bench: setup  # MODEL=folder [DATA=folder of rows] adds whole steps of SFT and DPO, half an hour on 2 cores
 	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/head.py
+	$(if $(MODEL),$(BIN)/python benchmarks/growth.py --model $(MODEL))
 	$(if $(MODEL),$(BIN)/python benchmarks/training.py --model $(MODEL) $(if $(DATA),--data $(DATA)))
