@@ -3,6 +3,7 @@
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,8 +13,8 @@ from rlhf.rewards import HttpReward, RewardError, RewardSet, load_reward
 @pytest.fixture
 def server(monkeypatch):
     """A server whose ``answer(payload)`` gives status and body; ``seen`` is what it was asked."""
-    monkeypatch.setattr("time.sleep", lambda seconds: waits.append(seconds))
     waits = []
+    monkeypatch.setattr("rlhf.rewards.endpoint.time", SimpleNamespace(sleep=waits.append))
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
