@@ -47,6 +47,7 @@ LocalLoss = Callable[..., Tensor]
 """From a chunk's :class:`Scores` and its slices of further per-token tensors, [c], to the loss of each token, [c]."""
 
 
+@torch.compiler.disable  # chunks of large products: nothing to gain, and a graph for each number of them
 def score(
     hidden: Tensor,
     head: Head,

@@ -173,7 +173,7 @@ class BaseTrainer(Trainer):
             optimizers=optimizers,
         )
         model.config.use_cache = use_cache  # Trainer turns it off, into the saved config
-        if data_collator is None and choose_layout(model, args.layout) == "segments":  # where the model now is
+        if data_collator is None and choose_layout(model, _layout(args)) == "segments":  # where the model now is
             self.data_collator = Collator(pad, layout="segments")  # type: ignore[assignment]
         self._sums: dict[str, Tensor] = {}
         if (args.profile or args.verbose) and args.process_index == 0:
@@ -312,6 +312,12 @@ class BaseTrainer(Trainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # transformers' estimate reads a dict of inputs
+
+
+def _layout(args: BaseConfig) -> str:
+    if args.torch_compile and args.layout == "segments":
+        logger.warning("--torch_compile with --layout segments compiles nearly every batch anew; use --layout rows")
+    return "rows" if args.torch_compile and args.layout == "auto" else args.layout
 
 
 def _warn_of_lost_updates(model: nn.Module, args: BaseConfig) -> None:

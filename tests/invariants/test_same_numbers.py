@@ -146,6 +146,10 @@ def test_logits_kept_or_computed_again(run, whole, monkeypatch):
     agree(whole, run())
 
 
+def test_collated_by_a_worker(run, whole):
+    agree(whole, run(dataloader_num_workers=1))
+
+
 def test_activation_checkpointing(run, whole):
     agree(whole, run(activation_checkpointing=True))
 

@@ -291,6 +291,7 @@ def test_a_micro_batch_runs_where_no_value_can_be_read(kind, make, monkeypatch):
     if kind == "dpo":
         trainer.ref_policy.to("meta")
     count = trainer._get_num_items_in_batch([batch], torch.device("meta"))
-    loss = trainer.compute_loss(trainer.model, batch.to("meta"), num_items_in_batch=count)
+    batch = batch.to("meta")
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
     loss.backward()
-    assert loss.is_meta and all(p.grad.is_meta for p in trainer.model.parameters())
+    assert loss.is_meta and batch.num_tokens().is_meta and all(p.grad.is_meta for p in trainer.model.parameters())

@@ -220,6 +220,15 @@ def test_a_model_by_name_brings_its_tokenizer(tmp_path, model_folder, sft_rows):
     assert trainer.model.dtype == torch.bfloat16 and trainer.processing_class.chat_template
 
 
+def test_compiled_it_takes_padded_rows_and_gives_the_same(sft, caplog):
+    plain, compiled = sft(layout="rows"), sft(torch_compile=True, torch_compile_backend="eager")
+    assert compiled.data_collator.layout == "rows"
+    plain.train(), compiled.train()
+    close(losses(compiled), losses(plain))
+    sft(torch_compile=True, torch_compile_backend="eager", layout="segments")
+    assert "compiles nearly every batch anew" in caplog.text
+
+
 def test_small_updates_of_half_precision_weights_are_warned_of(sft, caplog):
     sft(model=tiny_model().bfloat16(), learning_rate=1e-5)
     assert "training bfloat16 weights in place" in caplog.text
