@@ -70,7 +70,7 @@ def score(
         mode: ``"save"`` keeps the log-probs of all chunks for the backward pass, ``"recompute"`` none, ``"unit"``
             (frozen head, no entropy) the gradient of each log-prob; ``"auto"`` is unit where it can be, else keeps as
             many chunks as fit in a quarter of the free memory, at most 2 GiB (none on a GPU).
-        chunk_size: rows of logits at a time; by default 64 MiB of them on CPU, 1 GiB on a GPU.
+        chunk_size: rows of logits at a time; by default 512 (at most 512 MiB of them) on CPU, 1 GiB of them on a GPU.
         local_loss: a loss that is a sum over tokens, such as ``lambda scores: -scores.logps``; its gradient is taken
             chunk by chunk, and ``mode`` does not matter.
         per_token: [N] tensors, constants that ``local_loss`` takes after the scores, such as advantages.
@@ -158,7 +158,8 @@ def plan(
 
 
 def _chunk_size(rows: int, vocabulary: int, device: torch.device) -> int:
-    budget, low, high = (2**26, 64, 512) if device.type == "cpu" else (2**30, 512, 8192)
+    # Each chunk reads and writes the whole gradient of the weight once more: below 512 rows that is felt.
+    budget, low, high = (2**29, 64, 512) if device.type == "cpu" else (2**30, 512, 8192)
     size = min(max(budget // (vocabulary * 4), low), high)
     chunks = -(-rows // size) or 1
     return max(-(-rows // chunks), 1)  # balanced: the last chunk is not a sliver
