@@ -4,7 +4,7 @@ from rlhf.data.batching import Batch, Collator
 from rlhf.data.chat import encode_prompt
 from rlhf.data.packing import Packed, best_fit_decreasing
 from rlhf.data.reading import load_data
-from rlhf.data.tokenizing import tokenize_preferences, tokenize_sft
+from rlhf.data.tokenizing import tokenize_preferences, tokenize_prompts, tokenize_sft
 
 __all__ = [
     "Batch",
@@ -14,5 +14,6 @@ __all__ = [
     "encode_prompt",
     "load_data",
     "tokenize_preferences",
+    "tokenize_prompts",
     "tokenize_sft",
 ]

@@ -93,11 +93,15 @@ class Sequence(NamedTuple):
 
 
 def sequences(row: dict[str, Any]) -> list[Sequence]:
-    """The sequences of a tokenised row: one for supervised fine-tuning; chosen, then rejected for a pair."""
+    """The sequences of a tokenised row: one for supervised fine-tuning; chosen, then rejected for a pair; a group's
+    ``completions`` (with ``labels`` of their own, where not all of their tokens are scored)."""
     if "prompt_ids" not in row:
         return [Sequence(row["input_ids"], row["labels"])]
-    prompt, chosen, rejected = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
-    return [Sequence(prompt + chosen, [IGNORE] * len(prompt) + chosen), Sequence(rejected, rejected, len(prompt))]
+    prompt = row["prompt_ids"]
+    completions = row["completions"] if "completions" in row else [row["chosen_ids"], row["rejected_ids"]]
+    first, *others = zip(completions, row.get("labels", completions), strict=True)
+    whole = Sequence(prompt + first[0], [IGNORE] * len(prompt) + first[1])
+    return [whole, *(Sequence(ids, labels, len(prompt)) for ids, labels in others)]
 
 
 @dataclass(frozen=True)

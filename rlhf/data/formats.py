@@ -55,6 +55,21 @@ def prompt_and_completion(row: Mapping[str, Any], column: str) -> tuple[Turns, T
     return _alike(_turns(row, "prompt"), completion)
 
 
+def prompt_alone(row: Mapping[str, Any]) -> Turns:
+    """What a policy is to answer: the ``prompt``, or a conversation up to its last answer."""
+    if "prompt" in row:
+        return _turns(row, "prompt")
+    column = next((name for name in ("messages", "conversations") if name in row), None)
+    if column is None:
+        raise ValueError(f"no column 'prompt' (nor 'messages'): found {', '.join(row)}")
+    turns = conversation(row, column)
+    answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+    turns = turns[: answers[-1]] if answers else turns
+    if not turns:
+        raise ValueError(f"{column!r} begins with the assistant's answer: there is nothing to answer")
+    return turns
+
+
 def prompt_and_pair(row: Mapping[str, Any]) -> tuple[Turns, Turns, Turns]:
     """A prompt and its chosen and rejected completion; without a prompt column, what both begin with is the prompt."""
     chosen, rejected = _turns(row, "chosen"), _turns(row, "rejected")

@@ -71,6 +71,62 @@ def tokenize_preferences(
     return _tokenize(dataset, tokenizer, encode, kind, max_length, vocab_size, drop_long_prompts, num_proc)
 
 
+def tokenize_prompts(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_length: int,
+    vocab_size: int,
+    drop_long_prompts: bool = False,
+    num_proc: int | None = None,
+) -> Dataset:
+    """The rows as they are, which reward functions read, with ``prompt_ids`` added.
+
+    Raises:
+        ValueError: names the data set, the row and the remedy.
+    """
+    name = _name(dataset)
+    if len(dataset) == 0:
+        raise ValueError(f"{name}: no rows")
+    template = (tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str())
+    key = (_VERSION, dataset._fingerprint, "prompt", template, name, max_prompt_length, vocab_size, drop_long_prompts)
+    mapped = dataset.map(
+        partial(
+            _encode_prompt,
+            tokenizer=tokenizer, name=name, longest=max_prompt_length, vocab_size=vocab_size, drop=drop_long_prompts,
+        ),
+        with_indices=True,
+        new_fingerprint=Hasher.hash(key),
+        num_proc=num_proc,
+        desc=f"Tokenising {name}",
+    )  # fmt: skip
+    kept = [index for index, ids in enumerate(mapped["prompt_ids"]) if len(ids) <= max_prompt_length]
+    if len(kept) == len(mapped):
+        return mapped
+    logger.warning("%s: dropped %d of %d rows with too long a prompt", name, len(mapped) - len(kept), len(mapped))
+    if not kept:
+        raise ValueError(f"{name}: no row is left; raise --max_length, or lower --max_completion_length")
+    return mapped.select(kept)
+
+
+def _encode_prompt(
+    row: Row, index: int, *, tokenizer: PreTrainedTokenizerBase, name: str, longest: int, vocab_size: int, drop: bool
+) -> Row:
+    try:
+        ids = chat.encode_prompt(tokenizer, formats.prompt_alone(row))
+        if not ids:
+            raise ValueError("'prompt' is empty")
+        _check_vocabulary({"prompt": ids}, vocab_size)
+        if len(ids) > longest and not drop:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, max_length less max_completion_length leaves room for {longest}: "
+                "raise --max_length, or pass --drop_long_prompts to leave such rows out"
+            )
+    except ValueError as error:
+        raise ValueError(f"{name}, row {index + 1}: {error}") from error
+    return {"prompt_ids": ids}
+
+
 def _encode_sft(row: Row, tokenizer: PreTrainedTokenizerBase, column: str) -> Row:
     if column == "input_ids":
         ids = list(row["input_ids"])

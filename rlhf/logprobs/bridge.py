@@ -19,6 +19,8 @@ def model_scores(
     chunk_size: int | None = None,
     local_loss: LocalLoss | None = None,
     per_token: tuple[Tensor, ...] = (),
+    temperature: float = 1.0,
+    value_head: nn.Module | None = None,
     **inputs: Any,
 ) -> Scores:
     """Score ``targets`` under a causal LM.
@@ -29,6 +31,8 @@ def model_scores(
         targets: built from the same ``input_ids`` [B, T].
         entropy, mode, chunk_size, local_loss, per_token: as in :func:`score`; a model that runs its own head ignores
             mode and chunk size.
+        temperature: > 0, divides the logits, as it did when the tokens were sampled.
+        value_head: from the hidden states [N, H] that predict the targets to their values [N, 1].
         inputs: what the model's forward takes: ``input_ids``, ``attention_mask``, ``position_ids``, …
     Returns:
         Scores of [N] vectors, at least float32.
@@ -36,30 +40,44 @@ def model_scores(
     if hasattr(model, "get_base_model"):  # PEFT
         model = model.get_base_model()  # type: ignore[operator]
     settings = verified_settings(model)
-    if settings is None:
-        scores = _own_head(model, targets, entropy, inputs)
-        return scores if local_loss is None else scores._replace(loss=local_loss(scores, *per_token).sum())
-    # A cache would be wasted, and with it transformers drops a packed mask without a word.
-    hidden = backbone_of(model)(**inputs, use_cache=False)[0]
-    return score(
-        hidden,
-        read_head(model, settings),
-        targets,
-        entropy=entropy,
-        mode=mode,
-        chunk_size=chunk_size,
-        local_loss=local_loss,
-        per_token=per_token,
-    )
+    hidden = values = None
+    if settings is not None or value_head is not None:
+        # A cache would be wasted, and with it transformers drops a packed mask without a word.
+        hidden = backbone_of(model)(**inputs, use_cache=False)[0]
+    if value_head is not None and hidden is not None:
+        values = read_values(value_head, hidden, targets)
+    if settings is None or hidden is None:
+        scores = _own_head(model, targets, entropy, temperature, inputs)
+        scores = scores if local_loss is None else scores._replace(loss=local_loss(scores, *per_token).sum())
+    else:
+        scores = score(
+            hidden,
+            read_head(model, settings, temperature),
+            targets,
+            entropy=entropy,
+            mode=mode,
+            chunk_size=chunk_size,
+            local_loss=local_loss,
+            per_token=per_token,
+        )
+    return scores._replace(values=values)
 
 
-def _own_head(model: nn.Module, targets: Targets, entropy: bool, inputs: dict[str, Any]) -> Scores:
+def read_values(head: nn.Module, hidden: Tensor, targets: Targets) -> Tensor:
+    """What ``head`` says, in float32, of the hidden states before each target: [N]."""
+    rows = hidden.reshape(-1, hidden.size(-1)).index_select(0, targets.source)
+    with torch.autocast(rows.device.type, enabled=False):
+        return head(rows.to(torch.promote_types(rows.dtype, torch.float32))).squeeze(-1)
+
+
+def _own_head(model: nn.Module, targets: Targets, entropy: bool, temperature: float, inputs: dict[str, Any]) -> Scores:
     """The exact fallback: the model's own logits, at the positions that are scored."""
     kept, row = targets.source.unique(return_inverse=True)
     shape = inputs["input_ids"].shape
     mask = torch.zeros(shape.numel(), dtype=torch.bool, device=kept.device)
     mask[kept] = True
     logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=mask.view(shape)).logits
-    logps = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32).log_softmax(-1)
+    logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    logps = (logits / temperature).log_softmax(-1)
     entropies = -(logps.exp() * logps).sum(-1)[row] if entropy else None
     return Scores(logps[row, targets.token], entropies)

@@ -13,23 +13,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """``logits = cap(scale * (hidden @ weight.T + bias))`` with ``cap(z) = softcap * tanh(z / softcap)``.
+    """``logits = cap(scale * (hidden @ weight.T + bias)) / temperature``, ``cap(z) = softcap * tanh(z / softcap)``.
 
     Args:
         weight: [V, H]. bias: [V].
         scale: factor on the logits (Cohere, Granite, Falcon-H1, …).
         softcap: bound on the absolute logits (Gemma and relatives); None for none.
+        temperature: that tokens were sampled at.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The plain formula, [..., H] to [..., V], for checks; ``score`` never builds this."""
         logits = nn.functional.linear(hidden, self.weight, self.bias) * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        capped = logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return capped / self.temperature
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def head_settings(config: Any) -> HeadSettings:
     return HeadSettings(scale, softcap, getattr(config, "unpadded_vocab_size", None))
 
 
-def read_head(model: nn.Module, settings: HeadSettings) -> Head:
+def read_head(model: nn.Module, settings: HeadSettings, temperature: float = 1.0) -> Head:
     """The head of a Hugging Face causal LM (PEFT's ``modules_to_save`` and FSDP2's shards included)."""
     layer = model.get_output_embeddings()  # type: ignore[operator]
     weight, bias = layer.weight, getattr(layer, "bias", None)
@@ -66,7 +69,7 @@ def read_head(model: nn.Module, settings: HeadSettings) -> Head:
     size = settings.vocab_size
     if size is not None and size < weight.size(0):
         weight, bias = weight[:size], None if bias is None else bias[:size]
-    return Head(weight, bias, settings.scale, settings.softcap)
+    return Head(weight, bias, settings.scale, settings.softcap, temperature)
 
 
 _verified: WeakKeyDictionary[nn.Module, HeadSettings | Literal[False]] = WeakKeyDictionary()

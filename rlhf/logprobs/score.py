@@ -36,11 +36,13 @@ class Scores(NamedTuple):
     """Of each scored token, float32 (float64 for float64 hidden states), in nats.
 
     ``loss`` is the sum over tokens of a loss that was given to the model; it carries the gradient then, not the rest.
+    ``values`` are a critic's, of the state before each token; they carry a gradient of their own.
     """
 
     logps: Tensor
     entropy: Tensor | None = None
     loss: Tensor | None = None
+    values: Tensor | None = None
 
 
 LocalLoss = Callable[..., Tensor]
@@ -216,6 +218,8 @@ def _log_softmax(
         logits.div_(head.softcap).tanh_()
         slope = 1 - logits**2
         logits.mul_(head.softcap)
+    if head.temperature != 1:
+        logits.div_(head.temperature)
     if logits.is_cuda:
         return logits.log_softmax(-1), slope
     return torch.ops.aten._log_softmax.out(logits, 1, False, out=logits), slope  # in place: one pass, no second buffer
@@ -261,7 +265,7 @@ class _LinearLogps(Function):
     ) -> tuple[Tensor, Tensor | None]:
         outputs, kept = _scan(rows, head, token, size, entropy, keep)
         ctx.save_for_backward(rows, weight, bias, token, *(t for pair in kept for t in pair))
-        ctx.settings = (head.scale, head.softcap, size)
+        ctx.settings = (head.scale, head.softcap, head.temperature, size)
         ctx.set_materialize_grads(False)
         return outputs
 
@@ -269,8 +273,8 @@ class _LinearLogps(Function):
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         rows, weight, bias, token, *kept = ctx.saved_tensors
-        scale, softcap, size = ctx.settings
-        head = Head(weight, bias, scale, softcap)
+        *settings, size = ctx.settings
+        head = Head(weight, bias, *settings)
         op = _operands(rows, head)
         gradients = _Gradients(rows, head, op, ctx.needs_input_grad)
         scratch = _scratch(rows, size, op)
@@ -363,7 +367,7 @@ class _Gradients:
         self.bias: Tensor | None = None
 
     def add(self, chunk: slice, dz: Tensor, slope: Tensor | None) -> None:
-        op, scale = self.op, self.head.scale
+        op, scale = self.op, self.head.scale / self.head.temperature
         if slope is not None:
             dz *= slope
         if self.rows is not None:

@@ -75,22 +75,21 @@ def whiten(
     visible = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.bool()
     values = torch.where(visible, values, 0.0)
 
-    def total(x: Tensor) -> Tensor:
-        x = x.double().sum()
-        if gather and dist.is_available() and dist.is_initialized():
-            dist.all_reduce(x)
-        return x
-
-    count = total(visible).clamp(min=1)
-    mean = total(values) / count
-    variance = total(torch.where(visible, (values - mean) ** 2, 0.0)) / count  # two passes: no cancellation
+    count = _total(visible, gather).clamp(min=1)
+    mean = _total(values, gather) / count
+    variance = _total(torch.where(visible, (values - mean) ** 2, 0.0), gather) / count  # two passes: no cancellation
     whitened = (values - mean) / (variance + eps).sqrt()
     return torch.where(visible, whitened if shift_mean else whitened + mean, 0.0).to(values.dtype)
 
 
 @torch.no_grad()
 def group_advantages(
-    rewards: Tensor, group: Tensor, scale: Literal["group", "batch", "none"] = "group", *, eps: float = 1e-4
+    rewards: Tensor,
+    group: Tensor,
+    scale: Literal["group", "batch", "none"] = "group",
+    *,
+    gather: bool = False,
+    eps: float = 1e-4,
 ) -> Tensor:
     r"""GRPO: a completion against the others of its prompt.
 
@@ -100,6 +99,7 @@ def group_advantages(
         rewards: [S]; NaN where none could be had: it counts nowhere and gets 0.
         group: int64 [S], the prompt of each.
         scale: divide by the group's standard deviation (GRPO), the batch's, or not at all (Dr. GRPO).
+        gather: under ``torch.distributed``, the batch is that of all ranks together; a group is on one rank.
     Returns:
         [S], at least float32; 0 in a group whose rewards are equal. No gradient.
     Raises:
@@ -120,8 +120,10 @@ def group_advantages(
             variance = _sums(centred**2, groups, len(counts)) / (counts - 1).clamp(min=1)
             return centred / (variance.sqrt()[groups] + eps)
         case "batch":
-            seen = rewards[known]
-            return centred / (seen.std() + eps) if seen.numel() > 1 else centred
+            count = _total(known, gather)
+            apart = torch.where(known, rewards - _total(rewards, gather) / count.clamp(min=1), 0.0)
+            variance = _total(apart**2, gather) / (count - 1).clamp(min=1)
+            return (centred / (variance.sqrt() + eps)).to(centred.dtype) if count > 1 else centred
     raise ValueError(f'scale must be "group", "batch" or "none", got {scale!r}')
 
 
@@ -211,6 +213,13 @@ def _grouped(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
         raise ValueError(f"group {lonely} has one completion: at least two are needed to compare")
     counts = _sums(known.to(rewards.dtype), groups, len(sizes))
     return torch.where(known, rewards, 0.0), known, groups, counts
+
+
+def _total(x: Tensor, gather: bool) -> Tensor:
+    x = x.double().sum()
+    if gather and dist.is_available() and dist.is_initialized():
+        dist.all_reduce(x)
+    return x
 
 
 def _sums(values: Tensor, groups: Tensor, size: int) -> Tensor:

@@ -1,11 +1,13 @@
 """Wrappers around Hugging Face models; no architectures."""
 
+from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.attention import choose_layout, use_segments
 from rlhf.models.loading import add_adapter, disable_dropout, load_model, load_tokenizer
 from rlhf.models.policy import Policy
 from rlhf.models.reward_model import RewardModel, add_scalar_head, load_reward_model
 
 __all__ = [
+    "ActorCritic",
     "Policy",
     "RewardModel",
     "add_adapter",

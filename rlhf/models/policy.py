@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf.data import Batch
 from rlhf.logprobs import LocalLoss, Plan, Scores, model_scores, plan, verified_settings
@@ -46,20 +46,46 @@ class Wrapper(nn.Module):
 
 
 class Policy(Wrapper):
-    """A causal LM (plain, or PEFT around one) whose forward takes a :class:`Batch` and returns :class:`Scores`."""
+    """A causal LM (plain, or PEFT around one) whose forward takes a :class:`Batch` and returns :class:`Scores`.
+
+    ``temperature`` divides its logits: that of sampling, in on-policy training.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
+        self.temperature = 1.0
+        self.value_head: nn.Module | None = None
         # Before anything shards the weights: read the head and check it against the model's own logits.
         verified_settings(self.without_adapter)
 
-    def forward(self, batch: Batch, local_loss: LocalLoss | None = None, entropy: bool = False) -> Scores:
+    def forward(
+        self,
+        batch: Batch,
+        local_loss: LocalLoss | None = None,
+        entropy: bool = False,
+        per_token: tuple[Tensor, ...] = (),
+    ) -> Scores:
         if batch.segments is not None and self.config._attn_implementation != NAME:
             raise ValueError("the batch is laid out in segments, the model is not ready for them: use_segments(model)")
         with fewer_activations():
-            return model_scores(self.model, batch.targets, entropy=entropy, local_loss=local_loss, **batch.inputs())
+            return model_scores(
+                self.model,
+                batch.targets,
+                entropy=entropy,
+                local_loss=local_loss,
+                per_token=per_token,
+                temperature=self.temperature,
+                value_head=self.value_head,
+                **batch.inputs(),
+            )
 
-    def head_plan(self, batch: Batch, local_loss: LocalLoss | None = None, entropy: bool = False) -> Plan | None:
+    def head_plan(
+        self,
+        batch: Batch,
+        local_loss: LocalLoss | None = None,
+        entropy: bool = False,
+        per_token: tuple[Tensor, ...] = (),
+    ) -> Plan | None:
         model = self.without_adapter
         settings = verified_settings(model)
         if settings is None:

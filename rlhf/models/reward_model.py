@@ -39,12 +39,15 @@ class RewardModel(Wrapper):
                 "use rlhf.models.load_reward_model, or from_pretrained(..., num_labels=1)"
             )
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Rewards [S], at least float32: the head on the hidden state of each sequence's last token."""
+    def forward(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        """Rewards [S], at least float32: the head on the hidden state of each sequence's last token.
+
+        With ``rows`` int64 [N], the head on those rows of the flattened hidden states instead: [N].
+        """
         model = self.without_adapter
         with fewer_activations():
             hidden = model.base_model(**batch.inputs(), use_cache=False)[0]
-        last = hidden.reshape(-1, hidden.size(-1))[batch.last()]
+        last = hidden.reshape(-1, hidden.size(-1))[batch.last() if rows is None else rows]
         weight: Tensor = model.score.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         with torch.autocast(last.device.type, enabled=False):

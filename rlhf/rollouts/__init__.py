@@ -1,7 +1,18 @@
 """Sampling completions from a policy: one protocol, an engine in this process, and one that talks to a server."""
 
 from rlhf.rollouts.engine import Completion, RolloutEngine, Sampling
+from rlhf.rollouts.environment import Environment, Episode, Reply, play
 from rlhf.rollouts.local import LocalEngine
 from rlhf.rollouts.server import ServerEngine
 
-__all__ = ["Completion", "LocalEngine", "RolloutEngine", "Sampling", "ServerEngine"]
+__all__ = [
+    "Completion",
+    "Environment",
+    "Episode",
+    "LocalEngine",
+    "Reply",
+    "RolloutEngine",
+    "Sampling",
+    "ServerEngine",
+    "play",
+]

@@ -15,13 +15,14 @@ class Draft:
     """The rows of a request: row ``i * n + j`` is sample j of prompt i.
 
     Args:
+        index: the number of each prompt in the whole request: its randomness follows it.
         end_ids: tokens that end a completion.
         tokenizer: spells the tokens where there are stop strings.
     """
 
     def __init__(
         self,
-        prompts: int,
+        index: Sequence[int],
         n: int,
         sampling: Sampling,
         seed: int,
@@ -30,9 +31,9 @@ class Draft:
         device: torch.device,
     ) -> None:
         self.sampling, self.end_ids, self.tokenizer, self.n = sampling, list(end_ids), tokenizer, n
-        shape = (prompts * n, sampling.max_tokens)
+        shape = (len(index) * n, sampling.max_tokens)
         self.device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-        numbers = [uniforms(seed, i, j, sampling.max_tokens) for i in range(prompts) for j in range(n)]
+        numbers = [uniforms(seed, i, j, sampling.max_tokens) for i in index for j in range(n)]
         self.u = torch.from_numpy(np.stack(numbers)).to(self.device)
         self.ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.logps = torch.zeros(shape, device=self.device)

@@ -78,7 +78,12 @@ class RolloutEngine(Protocol):
     version: int
 
     def generate(
-        self, prompt_ids: Sequence[Sequence[int]], n: int, sampling: Sampling, seed: int
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        index: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """``n`` completions of each prompt.
 
@@ -88,6 +93,7 @@ class RolloutEngine(Protocol):
         Args:
             prompt_ids: each not empty; a chat prompt comes from ``rlhf.data.encode_prompt``.
             seed: ≥ 0.
+            index: the number i of each prompt, where the request is a part of a larger one; 0, 1, 2, … by default.
         Raises:
             ValueError: an empty prompt, ``n`` < 1, or a prompt that leaves no room for ``max_tokens``.
         """

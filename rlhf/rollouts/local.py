@@ -58,7 +58,12 @@ class LocalEngine:
         self._problem: str | None = None
 
     def generate(
-        self, prompt_ids: Sequence[Sequence[int]], n: int, sampling: Sampling, seed: int
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        index: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """See :class:`RolloutEngine`.
 
@@ -77,7 +82,7 @@ class LocalEngine:
                 if self._problem:
                     name = type(self.base).__name__
                     logger.warning("%s: sampling by model.generate, because %s (exact, slower)", name, self._problem)
-            draft = Draft(len(prompts), n, sampling, seed, self.end_ids, self.tokenizer, device)
+            draft = Draft(index or range(len(prompts)), n, sampling, seed, self.end_ids, self.tokenizer, device)
             if self._problem:
                 self._generate(prompts, draft, device)
             else:

@@ -65,7 +65,12 @@ class ServerEngine:
             raise ValueError(f"{self.url} serves {', '.join(map(str, served)) or 'nothing'}, not {model!r}")
 
     def generate(
-        self, prompt_ids: Sequence[Sequence[int]], n: int, sampling: Sampling, seed: int
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        index: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """See :class:`RolloutEngine`.
 
@@ -77,8 +82,9 @@ class ServerEngine:
         prompts = [list(ids) for ids in prompt_ids]
         if prompts:
             self._check_logps(prompts[0], sampling)
-        places = [(i, j) for i in range(len(prompts)) for j in range(n)]
-        done = list(self._pool.map(lambda place: self._complete(prompts[place[0]], sampling, (seed, *place)), places))
+        numbers = index or range(len(prompts))
+        asked = [(ids, (seed, i, j)) for ids, i in zip(prompts, numbers, strict=True) for j in range(n)]
+        done = list(self._pool.map(lambda one: self._complete(one[0], sampling, one[1]), asked))
         return [done[start : start + n] for start in range(0, len(done), n)]
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:

@@ -8,14 +8,16 @@ over the data set, so nothing depends on the batch size.
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
@@ -27,6 +29,9 @@ from rlhf.models.policy import Wrapper
 from rlhf.trainers.profiling import Profiler
 
 logger = logging.getLogger(__name__)
+
+OWN_STATE = "trainer_state_{}.pt"  # of each process
+BESIDE = "value_head.safetensors"  # what the wrapper learns besides the model
 
 
 @dataclass
@@ -111,7 +116,7 @@ class BaseTrainer(Trainer):
     """
 
     config_class: ClassVar[type[BaseConfig]] = BaseConfig
-    wrapper: ClassVar[type[Wrapper]] = Policy
+    wrapper: Callable[[Any], Wrapper] = Policy
     exponentials: ClassVar[frozenset[str]] = frozenset()  # metrics reported as exp(sum / count)
     args: Any  # of config_class
     model: Any  # the wrapper, or what accelerate made of it
@@ -247,6 +252,15 @@ class BaseTrainer(Trainer):
             logs["num_tokens"] = self.state.num_input_tokens_seen
         super().log(logs, start_time)
 
+    def freeze(self, model: nn.Module) -> Policy:
+        """A policy to compare with, on this device."""
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError("ZeRO-3 cannot hold a frozen copy as the reference yet: use LoRA (--use_peft), or FSDP2")
+        if self.is_fsdp_enabled:
+            logger.warning("the frozen reference is not sharded: each rank holds a whole copy; LoRA needs none")
+        disable_dropout(model)
+        return Policy(model.requires_grad_(False).eval().to(self.args.device))
+
     # Evaluation
 
     def evaluation_loop(
@@ -293,14 +307,21 @@ class BaseTrainer(Trainer):
             self.model = outer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        whole = self.accelerator.unwrap_model(self.model).state_dict() if state_dict is None else state_dict
+        beside = {key: value.contiguous() for key, value in whole.items() if not key.startswith("model.")}
         if state_dict is not None:
-            state_dict = {key.removeprefix("model."): value for key, value in state_dict.items()}
+            state_dict = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
         with self._inner_model():
             super()._save(output_dir, state_dict)
+        if beside:  # a value head
+            save_file(beside, Path(output_dir or str(self.args.output_dir)) / BESIDE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        beside = Path(resume_from_checkpoint) / BESIDE
+        if beside.exists():
+            self.accelerator.unwrap_model(self.model).load_state_dict(load_file(beside), strict=False)
         with self._inner_model() as inner:
             super()._load_from_checkpoint(resume_from_checkpoint, inner)
 
@@ -309,6 +330,31 @@ class BaseTrainer(Trainer):
             return super()._load_best_model()
         with self._inner_model():
             super()._load_best_model()
+
+    # State of a trainer's own, kept with the optimizer's in each checkpoint
+
+    def own_state(self) -> dict[str, Any] | None:
+        """What a resumed run must know besides weights, optimizer and the number of steps; of this process."""
+        return None
+
+    def load_own_state(self, state: dict[str, Any]) -> None: ...
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if (state := self.own_state()) is not None:
+            torch.save(state, Path(output_dir) / OWN_STATE.format(self.args.process_index))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.own_state() is None:
+            return
+        file = Path(checkpoint) / OWN_STATE.format(self.args.process_index)
+        if not file.exists():
+            raise FileNotFoundError(
+                f"{checkpoint}: no {file.name}; it was saved by fewer processes, or by another trainer: resume with as "
+                "many processes as before"
+            )
+        self.load_own_state(torch.load(file, weights_only=False))
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # transformers' estimate reads a dict of inputs

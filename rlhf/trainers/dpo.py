@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Batch, Collator, Packed, tokenize_preferences
 from rlhf.losses import PREFERENCE_LOSSES, arguments_of, dpo_loss
-from rlhf.models import Policy, choose_layout, disable_dropout, load_model
+from rlhf.models import Policy, choose_layout, load_model
 from rlhf.models.loading import adapter_is_trained
 from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures
 from rlhf.trainers.reference import add_ref_logps, reference_fingerprint
@@ -111,13 +111,13 @@ class DPOTrainer(BaseTrainer):
             precompute = self._reads_rows_again()
         if ref_model is not None:
             loaded = load_model(ref_model, **args.model_kwargs()) if isinstance(ref_model, str) else ref_model
-            self.ref_policy = self._freeze(loaded)
+            self.ref_policy = self.freeze(loaded)
             if isinstance(self.data_collator, Collator) and self.data_collator.layout == "segments":
                 layout = choose_layout(self.ref_policy.model, args.layout)
                 self.data_collator = replace(self.data_collator, layout=layout)
         elif not self.has_adapter:
             if not precompute:
-                self.ref_policy = self._freeze(copy.deepcopy(self.model.model))
+                self.ref_policy = self.freeze(copy.deepcopy(self.model.model))
         elif kwargs.get("peft_config") is None and adapter_is_trained(self.model):
             logger.warning(
                 "the reference is the model without its adapter, and this adapter is trained already; to align from "
@@ -164,14 +164,6 @@ class DPOTrainer(BaseTrainer):
             self.eval_dataset = add(self.eval_dataset, "evaluation rows")
         self.ref_policy = None
         reference.to(home)
-
-    def _freeze(self, model: nn.Module) -> Policy:
-        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
-            raise ValueError("ZeRO-3 cannot hold a frozen copy as the reference yet: use LoRA (--use_peft), or FSDP2")
-        if self.is_fsdp_enabled:
-            logger.warning("the frozen reference is not sharded: each rank holds a whole copy; LoRA needs none")
-        disable_dropout(model)
-        return Policy(model.requires_grad_(False).eval().to(self.args.device))
 
     def tokenize(
         self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int

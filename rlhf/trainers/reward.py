@@ -18,7 +18,6 @@ from rlhf.data import Batch, tokenize_preferences
 from rlhf.evaluation import calibration_bins, calibration_error
 from rlhf.losses import reward_loss
 from rlhf.models import RewardModel, add_scalar_head, load_reward_model
-from rlhf.models.policy import Wrapper
 from rlhf.models.reward_model import spare_pad_token
 from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures
 
@@ -72,7 +71,7 @@ class RewardTrainer(BaseTrainer):
     """
 
     config_class: ClassVar[type[BaseConfig]] = RewardConfig
-    wrapper: ClassVar[type[Wrapper]] = RewardModel
+    wrapper = RewardModel
 
     def __init__(
         self,

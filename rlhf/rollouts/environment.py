@@ -1,0 +1,129 @@
+"""Several turns: the policy answers, an environment replies, until one of them ends it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.data.formats import Message, Turns
+from rlhf.rollouts.engine import RolloutEngine, Sampling
+
+
+class Reply(NamedTuple):
+    """What an environment says to an answer.
+
+    ``observation`` is what the policy reads next (plain text is the user's turn in a conversation); ``reward`` counts
+    for this turn and adds up over the episode; ``done`` ends it.
+    """
+
+    observation: str | Message = ""
+    reward: float = 0.0
+    done: bool = False
+
+
+class Environment(Protocol):
+    """One episode. A trainer makes one for each sample with a factory, and plays it to its end."""
+
+    def reset(self, row: Mapping[str, Any]) -> Turns | None:
+        """Begin with a row of the data; returns the prompt, or None for the row's own."""
+        ...
+
+    def step(self, answer: str) -> Reply:
+        """Take the policy's answer, as text."""
+        ...
+
+
+@dataclass
+class Episode:
+    """The tokens of one episode after its prompt: ``sampled`` says which of ``ids`` the policy wrote."""
+
+    prompt_ids: list[int]
+    ids: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)  # of the sampled ones
+    reward: float = 0.0
+    turns: list[Message] = field(default_factory=list)
+    truncated: bool = False
+
+
+def play(
+    environments: Sequence[Environment],
+    prompt_ids: Sequence[list[int]],
+    engine: RolloutEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
+    seeds: Callable[[int], int],
+    index: Sequence[int],
+    *,
+    conversational: bool,
+    max_turns: int,
+    max_tokens: int,
+) -> list[Episode]:
+    """Play all episodes side by side, a turn of each at a time.
+
+    Sampled ids are never decoded and encoded again: an observation is rendered by the chat template behind a turn like
+    the policy's, and what comes after that turn is appended.
+
+    Args:
+        environments, prompt_ids: of each episode; environments have been reset.
+        seeds: from the number of a turn to its seed. index: the number of each episode, which its randomness follows.
+        conversational: observations go through the chat template.
+        max_turns: answers in an episode. max_tokens: tokens after the prompt; what would be longer is truncated.
+    Returns:
+        Episodes in order.
+    """
+    episodes = [Episode(list(ids)) for ids in prompt_ids]
+    active = list(range(len(episodes)))
+    for turn in range(max_turns):
+        answers = engine.generate(
+            [episodes[i].prompt_ids + episodes[i].ids for i in active],
+            1,
+            sampling,
+            seeds(turn),
+            [index[i] for i in active],
+        )
+        remaining = []
+        for i, (answer,) in zip(active, answers, strict=True):
+            episode = episodes[i]
+            episode.ids += answer.ids
+            episode.sampled += [True] * len(answer.ids)
+            episode.logps += answer.logps
+            text = str(tokenizer.decode(answer.ids, skip_special_tokens=True))
+            episode.turns.append({"role": "assistant", "content": text})
+            reply = environments[i].step(text)
+            episode.reward += reply.reward
+            episode.truncated = answer.finish_reason == "length"
+            if reply.done or episode.truncated:
+                continue
+            message = (
+                {"role": "user", "content": reply.observation}
+                if isinstance(reply.observation, str)
+                else reply.observation
+            )
+            seen = _observation_ids(tokenizer, message, answer.ids[-1], conversational)
+            if turn + 1 == max_turns or len(episode.ids) + len(seen) + sampling.max_tokens > max_tokens:
+                episode.truncated = True
+                continue
+            episode.turns.append(message)
+            episode.ids += seen
+            episode.sampled += [False] * len(seen)
+            remaining.append(i)
+        active = remaining
+        if not active:
+            break
+    return episodes
+
+
+def _observation_ids(
+    tokenizer: PreTrainedTokenizerBase, message: Message, last: int, conversational: bool
+) -> list[int]:
+    """The ids between the policy's last token and the beginning of its next answer."""
+    if not conversational:
+        return tokenizer(str(message["content"]), add_special_tokens=False)["input_ids"]
+    mark = "\u2042"  # an answer that no template contains
+    before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+    text = str(tokenizer.apply_chat_template([*before, message], tokenize=False, add_generation_prompt=True))
+    ids = tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"]
+    # The token that ends a turn was sampled already, unless a stop string ended it.
+    return ids[1:] if ids and ids[0] == last else ids

@@ -1,0 +1,147 @@
+"""The objective of a policy on its own samples: a loss of the catalogue by name, KL and entropy beside it."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf.logprobs import Scores
+from rlhf.losses import POLICY_LOSSES, arguments_of, kl_estimate, ppo_loss
+
+
+def _ppo(logps: Tensor, old_logps: Tensor, advantages: Tensor, sequence: Tensor, **options: Any) -> Tensor:
+    """PPO's loss in the form of :data:`POLICY_LOSSES`: the mean over tokens."""
+    for theirs, own in (("epsilon", "clip_ratio"), ("epsilon_high", "clip_ratio_high")):
+        if theirs in options:
+            options[own] = options.pop(theirs)
+    options.pop("num_sequences", None)
+    return ppo_loss(logps, old_logps, advantages, reduction="sum", **options) / max(len(logps), 1)
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {"ppo": _ppo, **POLICY_LOSSES}
+
+# What a loss averages over; a name that is missing is coupled over a sequence, and a mean over sequences.
+Mean = Literal["tokens", "sequences", "sums", "coupled"]
+_MEANS: dict[str, Mean] = {
+    **dict.fromkeys(("ppo", "bnpo", "dapo", "cispo", "reinforce"), "tokens"),
+    **dict.fromkeys(("grpo", "sapo"), "sequences"),  # of the means over their tokens
+    **dict.fromkeys(("dr_grpo", "luspo", "rloo"), "sums"),  # over sequences, of sums over their tokens
+}
+
+
+class Objective(NamedTuple):
+    r"""A sum over samples, to be divided by :meth:`count` of the whole optimizer step.
+
+    .. math:: \ell(\rho, A) + \beta\,\mathrm{KL} - c_H H
+
+    Most losses are sums over tokens whose factors are known before: those are evaluated while the head's logits live.
+    The others (gspo, gmpo) couple the tokens of a sequence.
+
+    Args:
+        name: of :data:`LOSSES`. options: its own hyper-parameters.
+        beta: weight of the KL to the reference in the loss. kl_estimator: of :func:`rlhf.losses.kl_estimate`; k1 and k3
+            are weighted by the ratio, with its gradient, k2 by the ratio without: each has the gradient of the KL.
+        entropy_coef: c_H.
+    """
+
+    name: str
+    options: dict[str, Any]
+    beta: float = 0.0
+    kl_estimator: str = "k3"
+    entropy_coef: float = 0.0
+
+    @property
+    def mean(self) -> Mean:
+        return _MEANS.get(self.name, "coupled")
+
+    def count(self, lengths: tuple[int, ...]) -> int:
+        """What the sum is divided by: tokens that count, or sequences with such."""
+        return sum(lengths) if self.mean == "tokens" else sum(length > 0 for length in lengths)
+
+    def token_weights(self, lengths: tuple[int, ...], sequence: Tensor) -> Tensor:
+        """The factor of each token's loss in the sum, [N], before it is masked."""
+        if self.mean == "tokens":
+            return torch.ones(sequence.shape, device=sequence.device)
+        if self.mean == "sums":  # dr_grpo divides by its constant itself, and so must KL and entropy
+            return torch.full(sequence.shape, 1 / self.options.get("max_completion_length", 1), device=sequence.device)
+        return (1 / torch.tensor(lengths, device=sequence.device).clamp(min=1).float())[sequence]
+
+    def local(
+        self, scores: Scores, advantages: Tensor, weight: Tensor, correction: Tensor, old: Tensor, ref: Tensor
+    ) -> Tensor:
+        """The summed loss of any tokens, [c] each; of a loss that is a sum over tokens.
+
+        Args:
+            weight: the factor of each token, 0 where it does not count. correction: an importance weight.
+            old: log-probs before the first step. ref: those of the reference.
+        """
+        count = len(weight)
+        each = torch.arange(count, device=weight.device)
+        scale = self.options.get("max_completion_length", 1) if self.mean == "sums" else 1
+        policy = LOSSES[self.name](
+            scores.logps, old, advantages, each,
+            num_sequences=count, weight=weight * correction * scale, **self.options,
+        )  # fmt: skip
+        return policy * count + self.beside(scores, weight, old, ref)
+
+    def coupled(
+        self,
+        scores: Scores,
+        advantages: Tensor,
+        weight: Tensor,
+        correction: Tensor,
+        old: Tensor,
+        ref: Tensor,
+        sequence: Tensor,
+        lengths: tuple[int, ...],
+    ) -> Tensor:
+        """The same for a loss that is not, of whole sequences."""
+        policy = LOSSES[self.name](
+            scores.logps, old, advantages, sequence,
+            num_sequences=len(lengths), weight=correction, mask=weight > 0, **self.options,
+        )  # fmt: skip
+        return policy * self.count(lengths) + self.beside(scores, weight, old, ref)
+
+    def beside(self, scores: Scores, weight: Tensor, old: Tensor, ref: Tensor) -> Tensor:
+        """KL and entropy: [c]-weighted sums."""
+        total = scores.logps.new_zeros(())
+        if self.beta:
+            kl = kl_estimate(scores.logps, ref, self.kl_estimator)
+            ratio = (scores.logps - old).clamp(-20, 20).exp()
+            total = total + self.beta * (weight * kl * (ratio.detach() if self.kl_estimator == "k2" else ratio)).sum()
+        if self.entropy_coef and scores.entropy is not None:
+            total = total - self.entropy_coef * (weight * scores.entropy).sum()
+        return total
+
+
+def make_objective(
+    name: str,
+    *,
+    epsilon: float | None,
+    epsilon_high: float | None,
+    max_completion_length: int,
+    loss_kwargs: dict[str, Any],
+    **beside: Any,
+) -> Objective:
+    """An :class:`Objective` whose loss got what it takes of these; its own defaults for what is None.
+
+    Raises:
+        ValueError: an unknown loss, or options that it does not take.
+    """
+    if name not in LOSSES:
+        raise ValueError(f"loss_type {name!r} is unknown: one of {', '.join(LOSSES)}")
+    given = {"epsilon": epsilon, "epsilon_high": epsilon_high, "max_completion_length": max_completion_length}
+    offered = {key: value for key, value in given.items() if value is not None}
+    if name == "ppo":
+        offered.pop("max_completion_length")
+        options = offered | loss_kwargs
+    else:
+        options = arguments_of(LOSSES[name], offered) | loss_kwargs
+    objective = Objective(name, options, **beside)
+    one, sequence = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    try:  # the loss itself checks its hyper-parameters, now rather than at the first step
+        LOSSES[name](one, one, one, sequence, num_sequences=1, **options)
+    except TypeError as error:
+        raise ValueError(f"loss_type {name}: {error}") from error
+    return objective

@@ -1,0 +1,514 @@
+"""On-policy training: PPO and its family. The training dataloader is experience."""
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.data import tokenize_prompts
+from rlhf.losses import AdaptiveKLController, truncated_importance_weights, value_loss
+from rlhf.models import ActorCritic, Policy, load_model, load_reward_model
+from rlhf.rewards import RewardSet
+from rlhf.rollouts import Environment, RolloutEngine, Sampling
+from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures
+from rlhf.trainers.experience import (
+    ESTIMATORS,
+    NEED_GROUPS,
+    Minibatch,
+    Sample,
+    add_advantages,
+    keep_of_groups,
+    kl_penalties,
+    minibatch,
+)  # fmt: skip
+from rlhf.trainers.objective import LOSSES, Objective, make_objective
+from rlhf.trainers.report import RolloutReport
+from rlhf.trainers.rollout import Roller
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PPOConfig(BaseConfig):
+    """Arguments of :class:`PPOTrainer`; names are TRL's where TRL has the same thing.
+
+    A rollout is ``per_device_train_batch_size * gradient_accumulation_steps * processes * num_mini_batches``
+    completions, ``num_generations`` of each prompt; it is learned from in ``num_iterations`` passes of
+    ``num_mini_batches`` optimizer steps.
+    """
+
+    learning_rate: float = field(default=3e-6, metadata={"help": "Peak learning rate of AdamW."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
+    # Rewards
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "One for each reward; 1 by default."})
+    on_reward_error: str = field(
+        default="stop", metadata={"help": "stop, or drop the sample.", "choices": ["stop", "drop"]}
+    )
+    reward_timeout: float | None = field(default=300.0, metadata={"help": "Seconds for one call of a reward."})
+    reward_clip: float | None = field(default=None, metadata={"help": "Bound on the absolute reward, before KL."})
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Taken off the reward of a completion that is cut by length."}
+    )
+    mask_truncated_completions: bool = field(
+        default=False, metadata={"help": "Learn nothing from cut completions; they stay in the baseline."}
+    )
+    whiten_rewards: bool = field(default=False, metadata={"help": "Scale rewards to variance 1, keeping their mean."})
+    # Sampling
+    num_generations: int = field(default=1, metadata={"help": "Completions of each prompt."})
+    max_completion_length: int = field(default=256, metadata={"help": "Longest completion in tokens."})
+    min_completion_length: int = field(default=0, metadata={"help": "No end before this many tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling; the log-probs are taken at it too."})
+    top_p: float = field(default=1.0, metadata={"help": "Leave at 1: a trainer scores the full vocabulary."})
+    top_k: int = field(default=0, metadata={"help": "Leave at 0 (all tokens), likewise."})
+    stop: list[str] | None = field(default=None, metadata={"help": "Strings that end a completion."})
+    shuffle_dataset: bool = field(default=True, metadata={"help": "Another order of prompts in each epoch."})
+    dynamic_sampling: int = field(
+        default=0,
+        metadata={"help": "Draw further prompts, at most this many times, in place of groups of equal rewards (DAPO)."},
+    )
+    rollout_batch_size: int | None = field(
+        default=None, metadata={"help": "Completions that each device samples at once; a whole rollout by default."}
+    )
+    max_turns: int = field(default=1, metadata={"help": "Answers in an episode, with an environment."})
+    rollout_server_url: str | None = field(default=None, metadata={"help": "Sample there (vLLM, SGLang), not here."})
+    rollout_server_model: str | None = field(default=None, metadata={"help": "Name that it serves the policy under."})
+    rollout_weights_dir: str | None = field(default=None, metadata={"help": "Folder that both see, for new weights."})
+    # Learning
+    num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps in a pass over a rollout."})
+    num_iterations: int = field(default=4, metadata={"help": "Passes over a rollout."})
+    num_ppo_epochs: int | None = field(default=None, metadata={"help": "Old name of num_iterations."})
+    advantage_estimator: str = field(default="gae", metadata={"help": ", ".join(ESTIMATORS)})
+    gamma: float = field(default=1.0, metadata={"help": "Discount of a token (gae, reinforce++)."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of gae."})
+    whiten_advantages: bool = field(default=True, metadata={"help": "Of gae and reinforce++: mean 0, variance 1."})
+    scale_rewards: str = field(
+        default="group",
+        metadata={"help": "Deviation that group advantages are divided by.", "choices": ["group", "batch", "none"]},
+    )
+    loss_type: str = field(default="ppo", metadata={"help": f"One of {', '.join(LOSSES)}."})
+    loss_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'What the loss takes besides, such as {"dual_clip": 3}.'}
+    )
+    epsilon: float | None = field(default=None, metadata={"help": "Clip of the ratio; the loss's own by default."})
+    epsilon_high: float | None = field(default=None, metadata={"help": "Clip above; as below by default."})
+    importance_sampling_cap: float | None = field(
+        default=None, metadata={"help": "Weigh tokens by min(trainer / sampler, this); 2 is usual. With a server: 2."}
+    )
+    beta: float = field(default=0.05, metadata={"help": "Weight of the KL to the reference; 0 needs none."})
+    kl_in: str = field(default="reward", metadata={"help": "Where KL goes.", "choices": ["reward", "loss"]})
+    kl_estimator: str | None = field(default=None, metadata={"help": "k1 (in the reward, always), k2 or k3."})
+    adaptive_kl_target: float | None = field(
+        default=None, metadata={"help": "Change beta so that the KL of a completion comes to this."}
+    )
+    adaptive_kl_horizon: int = field(default=10_000, metadata={"help": "Completions over which beta follows."})
+    early_stop_kl: float | None = field(
+        default=None, metadata={"help": "Leave a rollout once KL(old, new) of a token passes this."}
+    )
+    entropy_coef: float = field(default=0.0, metadata={"help": "Bonus for entropy; costs a pass over the logits."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the critic's loss."})
+    cliprange_value: float | None = field(default=0.2, metadata={"help": "Clip of the critic; None for none."})
+    value_model: str = field(
+        default="shared",
+        metadata={"help": "Critic: shared (a head on the policy), or a model's folder, such as the reward model's."},
+    )
+    # What is shown
+    log_completions: bool = field(
+        default=True, metadata={"help": "Keep the last rollout of each line of the log in completions.jsonl."}
+    )
+    num_completions_to_print: int = field(default=0, metadata={"help": "Print this many of them as well."})
+
+    _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "loss_kwargs"]  # noqa: RUF012  # not a field
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_ppo_epochs is not None:
+            logger.warning("num_ppo_epochs is now called num_iterations")
+            self.num_iterations, self.num_ppo_epochs = self.num_ppo_epochs, None
+        self._check_choices()
+        if self.advantage_estimator == "pairs":
+            return
+        self.objective()
+
+    def _check_choices(self) -> None:
+        estimator, group = self.advantage_estimator, self.num_generations
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"advantage_estimator {estimator!r} is unknown: one of {', '.join(ESTIMATORS)}")
+        if estimator in NEED_GROUPS and group < 2:
+            raise ValueError(f"{estimator} compares completions of a prompt: num_generations must be 2 or more")
+        if self.tokens_per_batch is not None:
+            raise ValueError("tokens_per_batch is for data that is there before training: leave it out")
+        if self.kl_in not in ("reward", "loss"):
+            raise ValueError(f"kl_in must be reward or loss, got {self.kl_in!r}")
+        if self.kl_estimator is None:
+            self.kl_estimator = "k1" if self.kl_in == "reward" else "k3"
+        if self.kl_in == "reward" and self.kl_estimator != "k1":
+            raise ValueError(f"in the reward only k1 has the gradient of the KL, not {self.kl_estimator}: --kl_in loss")
+        for name in ("num_mini_batches", "num_iterations", "num_generations", "max_turns"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive to explore, got {self.temperature}")
+        if self.max_completion_length >= self.max_length:
+            raise ValueError(
+                f"max_completion_length {self.max_completion_length} leaves no room for a prompt in max_length "
+                f"{self.max_length}: raise max_length"
+            )
+        self.sampling()
+        if self.adaptive_kl_target is not None:
+            self.kl_controller()
+        step = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if step % self.kept:
+            raise ValueError(
+                f"a step takes {step} completions on each device (per_device_train_batch_size * "
+                f"gradient_accumulation_steps), which is no multiple of the {self.kept} of a prompt"
+            )
+        if estimator == "pairs" and self.per_device_train_batch_size % 2:
+            raise ValueError("pairs need an even per_device_train_batch_size")
+
+    @property
+    def kept(self) -> int:
+        """Completions of each prompt that are learned from."""
+        return {"best_of_n": 1, "pairs": 2}.get(self.advantage_estimator, self.num_generations)
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether each rollout serves one step: then log-probs before it are those of it."""
+        return self.num_mini_batches == self.num_iterations == 1
+
+    @property
+    def penalised(self) -> bool:
+        return self.beta > 0 and self.kl_in == "reward"
+
+    def sampling(self) -> Sampling:
+        return Sampling(
+            temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_tokens=self.min_completion_length,
+            max_tokens=self.max_completion_length, stop=tuple(self.stop or ()),
+        )  # fmt: skip
+
+    def objective(self, beta: float | None = None) -> Objective:
+        return make_objective(
+            self.loss_type,
+            epsilon=self.epsilon,
+            epsilon_high=self.epsilon_high,
+            max_completion_length=self.max_completion_length,
+            loss_kwargs=self.loss_kwargs if isinstance(self.loss_kwargs, dict) else {},
+            beta=(self.beta if beta is None else beta) if self.kl_in == "loss" else 0.0,
+            kl_estimator=str(self.kl_estimator),
+            entropy_coef=self.entropy_coef,
+        )
+
+    def kl_controller(self) -> AdaptiveKLController | None:
+        if self.adaptive_kl_target is None:
+            return None
+        return AdaptiveKLController(self.beta, self.adaptive_kl_target, self.adaptive_kl_horizon)
+
+
+class PPOTrainer(BaseTrainer):
+    r"""Learn from rewards of the policy's own completions.
+
+    A rollout: prompts are sampled from, scored, and the current policy's log-probs (with the reference's, and the
+    critic's values) taken in the batches that training will use; then advantages are computed, and minibatches follow.
+    A minibatch keeps its members from pass to pass, so that nothing depends on the number of processes.
+
+    Args:
+        model: a model, a PEFT model, or a name or folder to load one from.
+        reward_funcs: functions ``reward(prompts, completions, **columns)``, or what
+            :func:`rlhf.rewards.load_reward` loads by name: a built-in, a file, a reward model's folder, an address.
+        args: the configuration.
+        train_dataset, eval_dataset: rows with a ``prompt`` (text or messages); other columns go to the rewards.
+        ref_model: another reference than the model as it is now (under a new adapter: with the adapter off).
+        engine: another :class:`RolloutEngine` than this process.
+        environment_factory: makes an :class:`Environment` for each sample: several turns, rewarded by it.
+        kwargs: ``processing_class``, ``peft_config``, ``callbacks``, … as in :class:`SFTTrainer`.
+    Logs:
+        As ``docs/metrics.md`` lists them; ``completions.jsonl`` in the run's folder has samples.
+    Raises:
+        ValueError: bad data, a reward that cannot be called so, a model that cannot end a completion; before any step.
+
+    Source: arXiv 1707.06347 (PPO), 1909.08593 and 2009.01325 (for language models).
+    """
+
+    config_class: ClassVar[type[BaseConfig]] = PPOConfig
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        reward_funcs: Callable[..., Any] | str | Sequence[Callable[..., Any] | str] | None = None,
+        args: PPOConfig | None = None,
+        *,
+        ref_model: str | nn.Module | None = None,
+        engine: RolloutEngine | None = None,
+        environment_factory: Callable[[], Environment] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args if args is not None else self.config_class(output_dir="runs")  # type: ignore[assignment]
+        assert isinstance(args, PPOConfig)
+        if reward_funcs is None and environment_factory is None:
+            raise ValueError("nothing to learn from: pass reward_funcs (--reward_funcs), or an environment_factory")
+        named = reward_funcs is None or callable(reward_funcs) or isinstance(reward_funcs, str)
+        functions: Any = [reward_funcs] if named else reward_funcs
+        self.rewards = None
+        if reward_funcs is not None:
+            self.rewards = RewardSet(
+                functions, args.reward_weights, on_error=args.on_reward_error, timeout=args.reward_timeout  # type: ignore[arg-type]
+            )  # fmt: skip
+        if args.advantage_estimator == "gae":
+            critic = (
+                None if args.value_model == "shared" else load_reward_model(args.value_model, **args.model_kwargs())
+            )
+            self.wrapper = partial(ActorCritic, critic=critic)
+        super().__init__(model, args, **kwargs)
+        self.policy: Policy = self.model
+        self.policy.temperature = args.temperature
+        self.has_adapter = self.policy.has_adapter
+        self.ref_policy = self._reference(ref_model) if args.beta > 0 or args.advantage_estimator == "pairs" else None
+        self.controller = args.kl_controller()
+        self.roller = Roller(self, engine, environment_factory)
+        self.report = RolloutReport(self)
+        self._steps: list[int] = []  # minibatches of the current rollout that are still to come
+        self._minibatches: list[list[list[Sample]]] = []  # of micro-batches
+        self._micro: list[list[Sample]] = []  # what is left of the current step
+        self._fresh = False  # no step was taken since the rollout
+        self._trained_since = 0.0
+
+    def tokenize(
+        self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int
+    ) -> Dataset:  # fmt: skip
+        rows = tokenize_prompts(
+            dataset,
+            tokenizer,
+            max_prompt_length=args.max_length - args.max_completion_length,
+            vocab_size=vocab_size,
+            drop_long_prompts=args.drop_long_prompts,
+            num_proc=args.dataset_num_proc,
+        )
+        if self.rewards is not None:
+            self.rewards.check(rows[0])
+        return rows
+
+    def _reference(self, ref_model: str | nn.Module | None) -> Policy | None:
+        """A frozen policy; None where the adapter is switched off instead."""
+        if ref_model is None and self.has_adapter:
+            return None
+        if isinstance(ref_model, str):
+            ref_model = load_model(ref_model, **self.args.model_kwargs())
+        reference = self.freeze(copy.deepcopy(self.policy.model) if ref_model is None else ref_model)
+        reference.temperature = self.policy.temperature
+        return reference
+
+    @property
+    def beta(self) -> float:
+        return self.controller.value if self.controller is not None else self.args.beta
+
+    # Experience
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        rollouts = -(-len(self.train_dataset) // self.roller.prompts_in_rollout)  # type: ignore[arg-type]
+        steps = rollouts * args.num_iterations * args.num_mini_batches
+        places = range(steps * args.gradient_accumulation_steps)
+        return DataLoader(places, batch_size=1, collate_fn=lambda _: self._next())  # type: ignore[arg-type]
+
+    def _next(self) -> Minibatch:
+        """The next micro-batch, made when it is asked for: by then the policy is the one that it needs."""
+        if not self._micro:
+            self._fresh, strayed = False, self.report.strayed(self.args.early_stop_kl)
+            if strayed or not self._steps:
+                self._collect()
+            self._micro = list(self._minibatches[self._steps.pop(0)])
+        return minibatch(self._micro.pop(0), self.data_collator, self._fresh)
+
+    def _collect(self) -> None:
+        args = self.args
+        began = time.perf_counter()
+        trained = began - self._trained_since if self._trained_since else 0.0
+        samples, baselines = self.roller.rollout(self.policy, self.beta)
+        rolled = time.perf_counter() - began
+        if args.mask_truncated_completions:
+            for sample in samples:
+                sample.learned = not sample.truncated
+        kept = keep_of_groups(samples, args.advantage_estimator) if args.kept < args.num_generations else samples
+        if args.advantage_estimator == "pairs" and args.kept == args.num_generations:
+            kept = keep_of_groups(samples, "pairs")
+        self._minibatches = self._divide(kept)
+        self._record()
+        add_advantages(
+            kept,
+            args.advantage_estimator,
+            kl_coef=self.beta if args.penalised else 0.0,
+            gamma=args.gamma,
+            lam=args.lam,
+            scale=args.scale_rewards,
+            whitened=args.whiten_advantages,
+            baselines=baselines,
+            device=args.device,
+        )
+        self._add(self.report.of_rollout(samples, kept, rolled, trained, self.beta))
+        if self.controller is not None:
+            kl = torch.stack([x.sum() for x in kl_penalties(kept)]).to(args.device)
+            total = self.accelerator.reduce(torch.stack([kl.sum(), kl.new_tensor(float(len(kl)))]))
+            self.controller.update(float(total[0] / total[1]), int(total[1]))
+        order = torch.Generator().manual_seed(args.seed + self.roller.rollouts)
+        first, count = list(range(args.num_mini_batches)), args.num_mini_batches
+        again = [torch.randperm(count, generator=order).tolist() for _ in range(args.num_iterations - 1)]
+        self._steps = first + [index for order_ in again for index in order_]
+        self._fresh = True
+        self._trained_since = time.perf_counter()
+
+    def _divide(self, samples: list[Sample]) -> list[list[list[Sample]]]:
+        size, steps = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
+        micro = [samples[start : start + size] for start in range(0, len(samples), size)]
+        return [micro[start : start + steps] for start in range(0, len(micro), steps)]
+
+    def _record(self) -> None:
+        """What the current policy, the critic and the reference make of the samples, in the batches of training."""
+        args = self.args
+        own = args.advantage_estimator == "gae" or args.penalised or self.controller is not None
+        own |= not args.on_policy or self.importance_cap is not None
+        own &= args.advantage_estimator != "pairs" or self.importance_cap is not None
+        if not own and self.ref_policy is None and not self._asks_adapter_off:
+            return
+        model = self.model_wrapped
+        training = model.training
+        model.eval()
+        for samples in (micro for step in self._minibatches for micro in step):
+            batch = minibatch(samples, self.data_collator).to(args.device).batch
+            lengths = [len(sample) for sample in samples]
+            found: dict[str, Tensor] = {}
+            with torch.no_grad(), self.accelerator.autocast():
+                if own:
+                    scores = model(batch)
+                    found["old_logps"] = scores.logps
+                    if scores.values is not None:
+                        found["values"] = scores.values
+                if self.ref_policy is not None:
+                    found["ref_logps"] = self.ref_policy(batch).logps
+                elif self._asks_adapter_off:
+                    with self.policy.adapter_off():
+                        found["ref_logps"] = model(batch).logps
+            for name, vector in found.items():
+                for sample, part in zip(samples, vector.cpu().split(lengths), strict=True):
+                    sample.tokens[name] = part
+        model.train(training)
+
+    @property
+    def _asks_adapter_off(self) -> bool:
+        needed = self.args.beta > 0 or self.args.advantage_estimator == "pairs"
+        return needed and self.ref_policy is None and self.has_adapter
+
+    @property
+    def importance_cap(self) -> float | None:
+        cap = self.args.importance_sampling_cap
+        return 2.0 if cap is None and not self.roller.samples_here else cap
+
+    def own_state(self) -> dict[str, Any]:
+        rest = self._minibatches if self._steps else []
+        kl_coef = None if self.controller is None else self.controller.value
+        place = dict(rollouts=self.roller.rollouts, drawn=self.roller.drawn, kl_coef=kl_coef, steps=self._steps)
+        return place | dict(minibatches=rest, processes=self.args.world_size, report=self.report.state())
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        if state["processes"] != self.args.world_size:
+            raise ValueError(
+                f"the checkpoint was saved by {state['processes']} processes, these are {self.args.world_size}: its "
+                "rollout cannot be shared out anew; resume with as many"
+            )
+        self.roller.rollouts, self.roller.drawn = state["rollouts"], state["drawn"]
+        self._steps, self._minibatches = state["steps"], state["minibatches"]
+        self.report.load(state["report"])
+        if self.controller is not None:
+            self.controller.value = state["kl_coef"]
+
+    # The loss
+
+    def count(self, batch: Any) -> int:
+        return self._objective().count(batch.lengths)
+
+    def _objective(self) -> Objective:
+        return self.args.objective(self.beta)
+
+    def measure(self, model: nn.Module, batch: Any) -> Measures:
+        objective, targets, tokens = self._objective(), batch.batch.targets, batch.tokens
+        weight = objective.token_weights(batch.lengths, targets.sequence) * batch.learned
+        advantages = tokens["advantages"]
+        correction, old = torch.ones_like(advantages), tokens.get("old_logps")
+        if self.importance_cap is not None and old is not None:
+            correction = truncated_importance_weights(old, tokens["sampler_logps"], self.importance_cap)
+        ref = tokens.get("ref_logps", torch.zeros_like(advantages))
+        entropy = self.args.entropy_coef > 0
+        if objective.mean == "coupled":
+            scores = model(batch.batch, entropy=entropy)
+            before = scores.logps.detach() if old is None else old
+            total = objective.coupled(
+                scores, advantages, weight, correction, before, ref, targets.sequence, batch.lengths
+            )
+        elif old is None:  # one step a rollout: the policy before it is this one
+            scores = model(batch.batch, _local(objective, True), entropy, (advantages, weight, correction, ref))
+            total, before = scores.loss, scores.logps.detach()
+        else:
+            scores = model(batch.batch, _local(objective, False), entropy, (advantages, weight, correction, old, ref))
+            total, before = scores.loss, old
+        critic = torch.zeros((), device=weight.device)
+        if scores.values is not None and "returns" in tokens:
+            losses = value_loss(
+                scores.values, tokens["values"], tokens["returns"], self.args.cliprange_value, reduction="none"
+            )
+            critic = (losses * weight).sum()
+            total = total + self.args.vf_coef * critic
+        metrics = self.report.of_step(batch, scores, before, weight, total, critic, objective)
+        size = len(batch.lengths)
+        share = (total.detach() / size).expand(size)
+        return Measures(share, torch.full((size,), objective.count(batch.lengths) / size), metrics, total)
+
+    # What is shown
+
+    def values(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
+        return self.report.derive(super().values(sums))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self.report.maxima()
+        super().log(logs, start_time)
+        if "loss" in logs:
+            self.report.line(logs)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Sample an answer to each prompt of the evaluation rows, and score it."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(rows, dict):
+            found: dict[str, float] = {}
+            for name, part in rows.items():
+                found |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return found
+        if isinstance(rows, Dataset) and "prompt_ids" not in rows.column_names:
+            rows = self._prepare(
+                rows, self.processing_class, self.args, self.policy.get_input_embeddings().num_embeddings
+            )
+        sums = self.report.of_evaluation(self.roller.answer(rows))
+        names = list(sums)
+        table = torch.stack([torch.stack([t.sum().float(), c.sum().float()]) for t, c in sums.values()])
+        pairs = self.accelerator.reduce(table.to(self.args.device)).tolist()
+        values = self.values({name: (total, count) for name, (total, count) in zip(names, pairs, strict=True)})
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def _local(objective: Objective, on_policy: bool) -> Callable[..., Tensor]:
+    if on_policy:
+        return lambda scores, advantages, weight, correction, ref: objective.local(
+            scores, advantages, weight, correction, scores.logps.detach(), ref
+        )
+    return objective.local

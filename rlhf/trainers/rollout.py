@@ -1,0 +1,262 @@
+"""From prompts to scored samples: which prompts come next, who samples, what rewards say."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from rlhf.data.formats import Turns, prompt_alone
+from rlhf.models import Policy
+from rlhf.rollouts import Environment, LocalEngine, RolloutEngine, Sampling, ServerEngine, play
+from rlhf.trainers.experience import Sample, varied_groups
+
+
+class Roller:
+    """Samples for a trainer; knows how far in the prompts it is.
+
+    Prompts come in the order of their epoch, and a rollout goes on where the last one ended. Prompt i of a rollout and
+    its randomness are the same for any number of processes; process r learns from its share of each minibatch.
+
+    Args:
+        trainer: the :class:`PPOTrainer`.
+        engine: who samples; by default this process, or the server of the configuration.
+        environment_factory: makes the other side of a conversation, for each sample.
+    Raises:
+        ValueError: weights are sharded and this process samples; or no token ends a completion.
+    """
+
+    def __init__(
+        self, trainer: Any, engine: RolloutEngine | None, environment_factory: Callable[[], Environment] | None
+    ) -> None:
+        self.trainer, self.args = trainer, trainer.args
+        self.tokenizer = trainer.processing_class
+        self.environment_factory = environment_factory
+        self.rollouts = 0  # made so far
+        self.drawn = 0  # prompts
+        args, accelerator = self.args, trainer.accelerator
+        world = args.world_size
+        step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self.in_step = step // args.kept  # prompts of this process
+        self.prompts_in_rollout = self.in_step * world * args.num_mini_batches
+        self.engine: RolloutEngine = engine or self._server() or self._local(accelerator)
+        self.samples_here = isinstance(self.engine, LocalEngine)
+
+    def _server(self) -> RolloutEngine | None:
+        args = self.args
+        if args.rollout_server_url is None:
+            return None
+        if args.rollout_server_model is None or args.rollout_weights_dir is None:
+            raise ValueError("--rollout_server_url needs --rollout_server_model and --rollout_weights_dir")
+        return ServerEngine(args.rollout_server_url, args.rollout_server_model, weights_dir=args.rollout_weights_dir)
+
+    def _local(self, accelerator: Any) -> RolloutEngine:
+        trainer = self.trainer
+        sharded = trainer.is_deepspeed_enabled and accelerator.state.deepspeed_plugin.zero_stage == 3
+        if trainer.is_fsdp_enabled or sharded:
+            raise ValueError(
+                "the weights are sharded, and sampling in this process needs them whole: use DDP or ZeRO-2, or a "
+                "server (--rollout_server_url)"
+            )
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        return LocalEngine(trainer.policy.model, self.tokenizer, autocast=autocast)
+
+    # Which prompts
+
+    def _draw(self, count: int) -> list[dict[str, Any]]:
+        """The next prompts of all processes."""
+        rows = self.trainer.train_dataset
+        found = []
+        for place in range(self.drawn, self.drawn + count):
+            epoch, index = divmod(place, len(rows))
+            found.append(rows[int(self._order(epoch)[index])])
+        self.drawn += count
+        return found
+
+    def _order(self, epoch: int) -> Any:
+        size = len(self.trainer.train_dataset)
+        if not self.args.shuffle_dataset:
+            return range(size)
+        return np.random.default_rng((self.args.seed, epoch)).permutation(size)
+
+    def _mine(self, items: list[Any]) -> list[Any]:
+        """This process's share of each minibatch, of what all processes have in order."""
+        each, rank, world = self.in_step, self.args.process_index, self.args.world_size
+        starts = (minibatch * each * world + rank * each for minibatch in range(self.args.num_mini_batches))
+        return [item for start in starts for item in items[start : start + each]]
+
+    # Samples
+
+    def rollout(self, policy: Policy, beta: float) -> tuple[list[Sample], Tensor | None]:
+        """This process's samples, scored, in the order of training; with rewards of greedy answers for ``remax``."""
+        self.rollouts += 1
+        if not self.samples_here:
+            self._send_weights(policy)
+        numbered = list(enumerate(self._draw(self.prompts_in_rollout)))
+        self.engine.wake()
+        samples = self._sample(self._mine(numbered), self.args.sampling(), self.args.num_generations)
+        if self.args.dynamic_sampling:
+            samples = self._until_varied(samples)
+        baselines = self._greedy(samples) if self.args.advantage_estimator == "remax" else None
+        self.engine.sleep()
+        return samples, baselines
+
+    def answer(self, rows: Any) -> list[Sample]:
+        """One answer to each of these rows, scored: this process's share."""
+        mine = range(self.args.process_index, len(rows), self.args.world_size)
+        self.engine.wake()
+        return self._sample([(i, rows[i]) for i in mine], self.args.sampling(), 1, rollout=0)
+
+    def _sample(
+        self, rows: list[tuple[int, dict[str, Any]]], sampling: Sampling, n: int, rollout: int | None = None
+    ) -> list[Sample]:
+        rollout = self.rollouts if rollout is None else rollout
+        make = self._converse if self.environment_factory is not None else self._complete
+        size = max(1, (self.args.rollout_batch_size or len(rows) * n) // n)
+        parts = (rows[start : start + size] for start in range(0, len(rows), size))
+        samples = [sample for part in parts for sample in make(part, sampling, n, rollout)]
+        self._score(samples)
+        return samples
+
+    def _complete(
+        self, rows: list[tuple[int, dict[str, Any]]], sampling: Sampling, n: int, rollout: int
+    ) -> list[Sample]:
+        ids = [row["prompt_ids"] for _, row in rows]
+        groups = self.engine.generate(ids, n, sampling, self._seed(rollout, 0), [number for number, _ in rows])
+        return [
+            Sample(
+                group=number,
+                row=row,
+                prompt_ids=row["prompt_ids"],
+                ids=completion.ids,
+                sampled=None,
+                completion=self._told(row, completion.ids),
+                truncated=completion.finish_reason == "length",
+                tokens={"sampler_logps": torch.tensor(completion.logps)},
+            )
+            for (number, row), group in zip(rows, groups, strict=True)
+            for completion in group
+        ]
+
+    def _converse(
+        self, rows: list[tuple[int, dict[str, Any]]], sampling: Sampling, n: int, rollout: int
+    ) -> list[Sample]:
+        assert self.environment_factory is not None
+        from rlhf.data import encode_prompt
+
+        samples, environments, prompts = [], [], []
+        for number, row in rows:
+            for _ in range(n):
+                environment = self.environment_factory()
+                prompt = environment.reset(row)
+                environments.append(environment)
+                prompts.append(row["prompt_ids"] if prompt is None else encode_prompt(self.tokenizer, prompt))
+                samples.append((number, row))
+        episodes = play(
+            environments,
+            prompts,
+            self.engine,
+            self.tokenizer,
+            sampling,
+            lambda turn: self._seed(rollout, turn),
+            [number * n + sample for number, _ in rows for sample in range(n)],
+            conversational=bool(rows) and not isinstance(prompt_alone(rows[0][1]), str),
+            max_turns=self.args.max_turns,
+            max_tokens=self.args.max_length - max(map(len, prompts), default=0),
+        )
+        return [
+            Sample(
+                group=number,
+                row=row,
+                prompt_ids=episode.prompt_ids,
+                ids=episode.ids,
+                sampled=episode.sampled,
+                completion=list(episode.turns),
+                truncated=episode.truncated,
+                tokens={"sampler_logps": torch.tensor(episode.logps)},
+                each={"environment": episode.reward},
+            )
+            for (number, row), episode in zip(samples, episodes, strict=True)
+        ]
+
+    def _told(self, row: Mapping[str, Any], ids: list[int]) -> Turns:
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return text if isinstance(prompt_alone(row), str) else [{"role": "assistant", "content": text}]
+
+    def _score(self, samples: list[Sample]) -> None:
+        """Give samples their rewards: an environment's, and what functions say."""
+        for sample in samples:
+            sample.reward = sample.each.get("environment", float("nan"))
+        if self.trainer.rewards is not None and samples:
+            rows = [sample.row for sample in samples]
+            columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "prompt_ids")}
+            scored = self.trainer.rewards(
+                [prompt_alone(row) for row in rows],
+                [sample.completion for sample in samples],
+                [sample.ids for sample in samples],
+                self.trainer.state,
+                **columns,
+            )
+            for sample, reward, each in zip(samples, scored.rewards.tolist(), scored.each.tolist(), strict=True):
+                sample.reward = reward + sample.each.get("environment", 0.0)
+                sample.each |= dict(zip(scored.names, each, strict=True))
+        args = self.args
+        for sample in samples:
+            if args.reward_clip is not None:
+                sample.reward = float(np.clip(sample.reward, -args.reward_clip, args.reward_clip))
+            if args.missing_eos_penalty is not None and sample.truncated:
+                sample.reward -= args.missing_eos_penalty
+
+    def _until_varied(self, mine: list[Sample]) -> list[Sample]:
+        """Replace groups of equal rewards by those of further prompts; those that are left at the end stay."""
+        target, n = self.prompts_in_rollout, self.args.num_generations
+        numbers = target
+        varied: list[list[Sample]] = []
+        equal: list[list[Sample]] = []
+        for attempt in range(self.args.dynamic_sampling + 1):
+            everyone = sorted(gather_object(mine), key=lambda sample: sample.group)
+            groups = [everyone[start : start + n] for start in range(0, len(everyone), n)]
+            for group in groups:
+                (varied if varied_groups(group) else equal).append(group)
+            missing = target - len(varied)
+            if missing <= 0 or attempt == self.args.dynamic_sampling:
+                break
+            rank, world = self.args.process_index, self.args.world_size
+            count = -(-missing // world) * world
+            numbered = list(enumerate(self._draw(count), start=numbers))
+            numbers += count
+            mine = self._sample(numbered[rank::world], self.args.sampling(), n)
+        chosen = (varied + equal)[:target]
+        for number, group in enumerate(chosen):
+            for sample in group:
+                sample.group = number
+        return [sample for group in self._mine(chosen) for sample in group]
+
+    def _greedy(self, samples: list[Sample]) -> Tensor:
+        """Rewards of the most probable answer to each sample's prompt: [S]."""
+        sampling = Sampling(temperature=0.0, max_tokens=self.args.max_completion_length, stop=self.args.stop or ())
+        rows = {sample.group: sample.row for sample in samples}
+        greedy = {sample.group: sample.reward for sample in self._sample(list(rows.items()), sampling, 1)}
+        return torch.tensor([greedy[sample.group] for sample in samples])
+
+    def _seed(self, rollout: int, turn: int) -> int:
+        return int(np.random.SeedSequence((self.args.seed, rollout, turn)).generate_state(1)[0])
+
+    def _send_weights(self, policy: Policy) -> None:
+        """The policy's weights under the names of a checkpoint, an adapter merged into them."""
+        trainer = self.trainer
+        if policy.has_adapter:
+            policy.model.merge_adapter()  # type: ignore[operator]
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if trainer.is_world_process_zero():
+            names = {
+                key.removeprefix("model.").removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
+                for key, tensor in state.items()
+                if key.startswith("model.") and ".lora_" not in key
+            }
+            self.engine.update_weights(names.items(), self.rollouts)
+        if policy.has_adapter:
+            policy.model.unmerge_adapter()  # type: ignore[operator]
+        trainer.accelerator.wait_for_everyone()
