@@ -10,6 +10,11 @@ COMMANDS = {
     "sft": "fine-tune on text, conversations, or prompts with completions",
     "dpo": "align with preference pairs (prompt, chosen, rejected)",
     "reward": "train a reward model on preference pairs",
+    "ppo": "learn from rewards, with a critic (prompts and --reward_funcs)",
+    "grpo": "learn from rewards, each completion against its group (DAPO, Dr. GRPO, GSPO, …)",
+    "rloo": "learn from rewards, each completion against the others of its group",
+    "online-dpo": "DPO on pairs of the policy's own completions, judged by rewards",
+    "best-of-n": "fine-tune on the best of the policy's own completions",
     "eval": "perplexity of a model; preference accuracy and margins against a reference",
     "losses": "the catalogue of losses: list, show one, advise",
 }
@@ -48,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     rest = argv[1:]
     debug = _take_debug(rest)
     try:
-        import_module(f"rlhf.cli.{args.command}").run(rest)
+        import_module(f"rlhf.cli.{args.command.replace('-', '_')}").run(rest)
     except (ValueError, OSError) as error:
         # Of a job's processes only the first speaks.
         if debug:

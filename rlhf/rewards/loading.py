@@ -55,10 +55,9 @@ def load_reward(spec: str) -> RewardFunction:
     name, positional, options = _parse(spec)
     if name in BUILTINS:
         return _build(spec, BUILTINS[name], positional or [], options or {})
-    place, _, attribute = name.rpartition(":") if ":" in name else name.rpartition(".")
+    place = _place(name)[0]
     if place.endswith(".py") or (place and "/" not in name):
-        module = _import_file(spec, place) if place.endswith(".py") else _import(spec, place)
-        found = _attribute(spec, module, attribute)
+        found = load_object(name, f"reward {spec!r}")
         return found if positional is None else _build(spec, found, positional, options or {})
     if "/" in name or name.startswith("~"):
         return ModelReward(spec)
@@ -67,6 +66,22 @@ def load_reward(spec: str) -> RewardFunction:
         f"unknown reward {spec!r}{f'; did you mean {near[0]}?' if near else ''} (built in: {', '.join(BUILTINS)}; or "
         "file.py:function, module:function, a model folder, https://…)"
     )
+
+
+def load_object(name: str, what: str) -> Any:
+    """What ``path/to/file.py:name``, ``package.module:name`` or ``package.module.name`` is; ``what`` begins errors.
+
+    Raises:
+        ValueError: it cannot be imported, or there is nothing of that name. FileNotFoundError: no such file.
+    """
+    place, attribute = _place(name)
+    module = _import_file(what, place) if place.endswith(".py") else _import(what, place)
+    return _attribute(what, module, attribute)
+
+
+def _place(name: str) -> tuple[str, str]:
+    place, _, attribute = name.rpartition(":") if ":" in name else name.rpartition(".")
+    return place, attribute
 
 
 def _parse(spec: str) -> tuple[str, list[Any] | None, dict[str, Any] | None]:
@@ -91,21 +106,21 @@ def _build(spec: str, factory: Callable[..., Any], positional: list[Any], option
         raise ValueError(f"reward {spec!r}: {error}; write the options as name(key=value)") from error
 
 
-def _import(spec: str, module: str) -> ModuleType:
+def _import(what: str, module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and (module == error.name or module.startswith(error.name + ".")):
-            raise ValueError(f"reward {spec!r}: no module {error.name!r}; for a file write file.py:function") from error
-        raise ValueError(f"reward {spec!r}: importing {module} fails ({error})") from error
+            raise ValueError(f"{what}: no module {error.name!r}; for a file write file.py:function") from error
+        raise ValueError(f"{what}: importing {module} fails ({error})") from error
     except Exception as error:
-        raise ValueError(f"reward {spec!r}: importing {module} fails ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{what}: importing {module} fails ({type(error).__name__}: {error})") from error
 
 
-def _import_file(spec: str, file: str) -> ModuleType:
+def _import_file(what: str, file: str) -> ModuleType:
     path = Path(file).expanduser().resolve()
     if not path.is_file():
-        raise FileNotFoundError(f"reward {spec!r}: {file}: no such file")
+        raise FileNotFoundError(f"{what}: {file}: no such file")
     found = importlib.util.spec_from_file_location(f"_reward_{path.stem}", path)
     assert found is not None and found.loader is not None
     module = importlib.util.module_from_spec(found)
@@ -113,14 +128,12 @@ def _import_file(spec: str, file: str) -> ModuleType:
     try:
         found.loader.exec_module(module)
     except Exception as error:
-        raise ValueError(f"reward {spec!r}: running {file} fails ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{what}: running {file} fails ({type(error).__name__}: {error})") from error
     return module
 
 
-def _attribute(spec: str, module: ModuleType, name: str) -> Any:
+def _attribute(what: str, module: ModuleType, name: str) -> Any:
     if not hasattr(module, name):
         near = difflib.get_close_matches(name, dir(module), n=1)
-        raise ValueError(
-            f"reward {spec!r}: no {name!r} in {module.__file__}{f'; did you mean {near[0]}?' if near else ''}"
-        )
+        raise ValueError(f"{what}: no {name!r} in {module.__file__}{f'; did you mean {near[0]}?' if near else ''}")
     return getattr(module, name)

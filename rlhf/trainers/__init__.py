@@ -1,15 +1,25 @@
 """Trainers: thin subclasses of ``transformers.Trainer``."""
 
 from rlhf.trainers.dpo import DPOConfig, DPOTrainer
-from rlhf.trainers.ppo import PPOConfig, PPOTrainer
+from rlhf.trainers.online_dpo import OnlineDPOTrainer
+from rlhf.trainers.ppo import BestOfNTrainer, GRPOTrainer, PPOTrainer, RLOOTrainer
+from rlhf.trainers.ppo_config import BestOfNConfig, GRPOConfig, OnlineDPOConfig, PPOConfig, RLOOConfig
 from rlhf.trainers.reward import RewardConfig, RewardTrainer
 from rlhf.trainers.sft import SFTConfig, SFTTrainer
 
 __all__ = [
+    "BestOfNConfig",
+    "BestOfNTrainer",
     "DPOConfig",
     "DPOTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "OnlineDPOConfig",
+    "OnlineDPOTrainer",
     "PPOConfig",
     "PPOTrainer",
+    "RLOOConfig",
+    "RLOOTrainer",
     "RewardConfig",
     "RewardTrainer",
     "SFTConfig",

@@ -104,6 +104,7 @@ def add_advantages(
     lam: float = 0.95,
     scale: Any = "group",
     whitened: bool = True,
+    whitened_rewards: bool = False,
     baselines: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> None:
@@ -118,12 +119,15 @@ def add_advantages(
             ``baselines`` [S], the rewards of greedy answers); ``best_of_n`` and ``pairs`` need none: 1.
         kl_coef: beta of the penalty. gamma, lam: of :func:`rlhf.losses.gae`. scale: of
             :func:`rlhf.losses.group_advantages`.
-        whitened: of ``gae`` and ``reinforce++``: mean 0 and variance 1 over all tokens.
+        whitened: of ``gae`` and ``reinforce++``: mean 0 and variance 1 over all tokens. whitened_rewards: variance 1
+            over all samples, before KL; the mean stays.
         device: where processes exchange sums.
     """
     rewards = torch.tensor([sample.reward for sample in samples], device=device)
     group = torch.tensor([sample.group for sample in samples], device=device)
     usable = ~rewards.isnan()
+    if whitened_rewards:
+        rewards = whiten(rewards, mask=usable, shift_mean=False, gather=True).masked_fill(~usable, torch.nan)
     lengths = torch.tensor([len(sample) for sample in samples], device=device)
     mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
     penalties = torch.zeros(mask.shape, device=device)

@@ -59,13 +59,14 @@ class Objective(NamedTuple):
         """What the sum is divided by: tokens that count, or sequences with such."""
         return sum(lengths) if self.mean == "tokens" else sum(length > 0 for length in lengths)
 
-    def token_weights(self, lengths: tuple[int, ...], sequence: Tensor) -> Tensor:
+    def token_weights(self, lengths: tuple[int, ...], sequence: Tensor, dtype: Any = torch.float32) -> Tensor:
         """The factor of each token's loss in the sum, [N], before it is masked."""
+        counted = torch.tensor(lengths, device=sequence.device, dtype=dtype)[sequence]
         if self.mean == "tokens":
-            return torch.ones(sequence.shape, device=sequence.device)
+            return torch.ones_like(counted)
         if self.mean == "sums":  # dr_grpo divides by its constant itself, and so must KL and entropy
-            return torch.full(sequence.shape, 1 / self.options.get("max_completion_length", 1), device=sequence.device)
-        return (1 / torch.tensor(lengths, device=sequence.device).clamp(min=1).float())[sequence]
+            return torch.full_like(counted, 1 / self.options.get("max_completion_length", 1))
+        return 1 / counted.clamp(min=1)
 
     def local(
         self, scores: Scores, advantages: Tensor, weight: Tensor, correction: Tensor, old: Tensor, ref: Tensor

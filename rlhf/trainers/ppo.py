@@ -4,7 +4,6 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -15,201 +14,18 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import tokenize_prompts
-from rlhf.losses import AdaptiveKLController, truncated_importance_weights, value_loss
+from rlhf.losses import truncated_importance_weights, value_loss
 from rlhf.models import ActorCritic, Policy, load_model, load_reward_model
 from rlhf.rewards import RewardSet
-from rlhf.rollouts import Environment, RolloutEngine, Sampling
+from rlhf.rollouts import Environment, RolloutEngine
 from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures
-from rlhf.trainers.experience import (
-    ESTIMATORS,
-    NEED_GROUPS,
-    Minibatch,
-    Sample,
-    add_advantages,
-    keep_of_groups,
-    kl_penalties,
-    minibatch,
-)  # fmt: skip
-from rlhf.trainers.objective import LOSSES, Objective, make_objective
+from rlhf.trainers.experience import Minibatch, Sample, add_advantages, keep_of_groups, kl_penalties, minibatch
+from rlhf.trainers.objective import Objective
+from rlhf.trainers.ppo_config import BestOfNConfig, GRPOConfig, PPOConfig, RLOOConfig
 from rlhf.trainers.report import RolloutReport
 from rlhf.trainers.rollout import Roller
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class PPOConfig(BaseConfig):
-    """Arguments of :class:`PPOTrainer`; names are TRL's where TRL has the same thing.
-
-    A rollout is ``per_device_train_batch_size * gradient_accumulation_steps * processes * num_mini_batches``
-    completions, ``num_generations`` of each prompt; it is learned from in ``num_iterations`` passes of
-    ``num_mini_batches`` optimizer steps.
-    """
-
-    learning_rate: float = field(default=3e-6, metadata={"help": "Peak learning rate of AdamW."})
-    disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
-    # Rewards
-    reward_weights: list[float] | None = field(default=None, metadata={"help": "One for each reward; 1 by default."})
-    on_reward_error: str = field(
-        default="stop", metadata={"help": "stop, or drop the sample.", "choices": ["stop", "drop"]}
-    )
-    reward_timeout: float | None = field(default=300.0, metadata={"help": "Seconds for one call of a reward."})
-    reward_clip: float | None = field(default=None, metadata={"help": "Bound on the absolute reward, before KL."})
-    missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "Taken off the reward of a completion that is cut by length."}
-    )
-    mask_truncated_completions: bool = field(
-        default=False, metadata={"help": "Learn nothing from cut completions; they stay in the baseline."}
-    )
-    whiten_rewards: bool = field(default=False, metadata={"help": "Scale rewards to variance 1, keeping their mean."})
-    # Sampling
-    num_generations: int = field(default=1, metadata={"help": "Completions of each prompt."})
-    max_completion_length: int = field(default=256, metadata={"help": "Longest completion in tokens."})
-    min_completion_length: int = field(default=0, metadata={"help": "No end before this many tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling; the log-probs are taken at it too."})
-    top_p: float = field(default=1.0, metadata={"help": "Leave at 1: a trainer scores the full vocabulary."})
-    top_k: int = field(default=0, metadata={"help": "Leave at 0 (all tokens), likewise."})
-    stop: list[str] | None = field(default=None, metadata={"help": "Strings that end a completion."})
-    shuffle_dataset: bool = field(default=True, metadata={"help": "Another order of prompts in each epoch."})
-    dynamic_sampling: int = field(
-        default=0,
-        metadata={"help": "Draw further prompts, at most this many times, in place of groups of equal rewards (DAPO)."},
-    )
-    rollout_batch_size: int | None = field(
-        default=None, metadata={"help": "Completions that each device samples at once; a whole rollout by default."}
-    )
-    max_turns: int = field(default=1, metadata={"help": "Answers in an episode, with an environment."})
-    rollout_server_url: str | None = field(default=None, metadata={"help": "Sample there (vLLM, SGLang), not here."})
-    rollout_server_model: str | None = field(default=None, metadata={"help": "Name that it serves the policy under."})
-    rollout_weights_dir: str | None = field(default=None, metadata={"help": "Folder that both see, for new weights."})
-    # Learning
-    num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps in a pass over a rollout."})
-    num_iterations: int = field(default=4, metadata={"help": "Passes over a rollout."})
-    num_ppo_epochs: int | None = field(default=None, metadata={"help": "Old name of num_iterations."})
-    advantage_estimator: str = field(default="gae", metadata={"help": ", ".join(ESTIMATORS)})
-    gamma: float = field(default=1.0, metadata={"help": "Discount of a token (gae, reinforce++)."})
-    lam: float = field(default=0.95, metadata={"help": "Lambda of gae."})
-    whiten_advantages: bool = field(default=True, metadata={"help": "Of gae and reinforce++: mean 0, variance 1."})
-    scale_rewards: str = field(
-        default="group",
-        metadata={"help": "Deviation that group advantages are divided by.", "choices": ["group", "batch", "none"]},
-    )
-    loss_type: str = field(default="ppo", metadata={"help": f"One of {', '.join(LOSSES)}."})
-    loss_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": 'What the loss takes besides, such as {"dual_clip": 3}.'}
-    )
-    epsilon: float | None = field(default=None, metadata={"help": "Clip of the ratio; the loss's own by default."})
-    epsilon_high: float | None = field(default=None, metadata={"help": "Clip above; as below by default."})
-    importance_sampling_cap: float | None = field(
-        default=None, metadata={"help": "Weigh tokens by min(trainer / sampler, this); 2 is usual. With a server: 2."}
-    )
-    beta: float = field(default=0.05, metadata={"help": "Weight of the KL to the reference; 0 needs none."})
-    kl_in: str = field(default="reward", metadata={"help": "Where KL goes.", "choices": ["reward", "loss"]})
-    kl_estimator: str | None = field(default=None, metadata={"help": "k1 (in the reward, always), k2 or k3."})
-    adaptive_kl_target: float | None = field(
-        default=None, metadata={"help": "Change beta so that the KL of a completion comes to this."}
-    )
-    adaptive_kl_horizon: int = field(default=10_000, metadata={"help": "Completions over which beta follows."})
-    early_stop_kl: float | None = field(
-        default=None, metadata={"help": "Leave a rollout once KL(old, new) of a token passes this."}
-    )
-    entropy_coef: float = field(default=0.0, metadata={"help": "Bonus for entropy; costs a pass over the logits."})
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the critic's loss."})
-    cliprange_value: float | None = field(default=0.2, metadata={"help": "Clip of the critic; None for none."})
-    value_model: str = field(
-        default="shared",
-        metadata={"help": "Critic: shared (a head on the policy), or a model's folder, such as the reward model's."},
-    )
-    # What is shown
-    log_completions: bool = field(
-        default=True, metadata={"help": "Keep the last rollout of each line of the log in completions.jsonl."}
-    )
-    num_completions_to_print: int = field(default=0, metadata={"help": "Print this many of them as well."})
-
-    _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "loss_kwargs"]  # noqa: RUF012  # not a field
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_ppo_epochs is not None:
-            logger.warning("num_ppo_epochs is now called num_iterations")
-            self.num_iterations, self.num_ppo_epochs = self.num_ppo_epochs, None
-        self._check_choices()
-        if self.advantage_estimator == "pairs":
-            return
-        self.objective()
-
-    def _check_choices(self) -> None:
-        estimator, group = self.advantage_estimator, self.num_generations
-        if estimator not in ESTIMATORS:
-            raise ValueError(f"advantage_estimator {estimator!r} is unknown: one of {', '.join(ESTIMATORS)}")
-        if estimator in NEED_GROUPS and group < 2:
-            raise ValueError(f"{estimator} compares completions of a prompt: num_generations must be 2 or more")
-        if self.tokens_per_batch is not None:
-            raise ValueError("tokens_per_batch is for data that is there before training: leave it out")
-        if self.kl_in not in ("reward", "loss"):
-            raise ValueError(f"kl_in must be reward or loss, got {self.kl_in!r}")
-        if self.kl_estimator is None:
-            self.kl_estimator = "k1" if self.kl_in == "reward" else "k3"
-        if self.kl_in == "reward" and self.kl_estimator != "k1":
-            raise ValueError(f"in the reward only k1 has the gradient of the KL, not {self.kl_estimator}: --kl_in loss")
-        for name in ("num_mini_batches", "num_iterations", "num_generations", "max_turns"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive to explore, got {self.temperature}")
-        if self.max_completion_length >= self.max_length:
-            raise ValueError(
-                f"max_completion_length {self.max_completion_length} leaves no room for a prompt in max_length "
-                f"{self.max_length}: raise max_length"
-            )
-        self.sampling()
-        if self.adaptive_kl_target is not None:
-            self.kl_controller()
-        step = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        if step % self.kept:
-            raise ValueError(
-                f"a step takes {step} completions on each device (per_device_train_batch_size * "
-                f"gradient_accumulation_steps), which is no multiple of the {self.kept} of a prompt"
-            )
-        if estimator == "pairs" and self.per_device_train_batch_size % 2:
-            raise ValueError("pairs need an even per_device_train_batch_size")
-
-    @property
-    def kept(self) -> int:
-        """Completions of each prompt that are learned from."""
-        return {"best_of_n": 1, "pairs": 2}.get(self.advantage_estimator, self.num_generations)
-
-    @property
-    def on_policy(self) -> bool:
-        """Whether each rollout serves one step: then log-probs before it are those of it."""
-        return self.num_mini_batches == self.num_iterations == 1
-
-    @property
-    def penalised(self) -> bool:
-        return self.beta > 0 and self.kl_in == "reward"
-
-    def sampling(self) -> Sampling:
-        return Sampling(
-            temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_tokens=self.min_completion_length,
-            max_tokens=self.max_completion_length, stop=tuple(self.stop or ()),
-        )  # fmt: skip
-
-    def objective(self, beta: float | None = None) -> Objective:
-        return make_objective(
-            self.loss_type,
-            epsilon=self.epsilon,
-            epsilon_high=self.epsilon_high,
-            max_completion_length=self.max_completion_length,
-            loss_kwargs=self.loss_kwargs if isinstance(self.loss_kwargs, dict) else {},
-            beta=(self.beta if beta is None else beta) if self.kl_in == "loss" else 0.0,
-            kl_estimator=str(self.kl_estimator),
-            entropy_coef=self.entropy_coef,
-        )
-
-    def kl_controller(self) -> AdaptiveKLController | None:
-        if self.adaptive_kl_target is None:
-            return None
-        return AdaptiveKLController(self.beta, self.adaptive_kl_target, self.adaptive_kl_horizon)
 
 
 class PPOTrainer(BaseTrainer):
@@ -336,9 +152,8 @@ class PPOTrainer(BaseTrainer):
         if args.mask_truncated_completions:
             for sample in samples:
                 sample.learned = not sample.truncated
-        kept = keep_of_groups(samples, args.advantage_estimator) if args.kept < args.num_generations else samples
-        if args.advantage_estimator == "pairs" and args.kept == args.num_generations:
-            kept = keep_of_groups(samples, "pairs")
+        chosen = args.advantage_estimator in ("best_of_n", "pairs")
+        kept = keep_of_groups(samples, args.advantage_estimator) if chosen else samples
         self._minibatches = self._divide(kept)
         self._record()
         add_advantages(
@@ -349,6 +164,7 @@ class PPOTrainer(BaseTrainer):
             lam=args.lam,
             scale=args.scale_rewards,
             whitened=args.whiten_advantages,
+            whitened_rewards=args.whiten_rewards,
             baselines=baselines,
             device=args.device,
         )
@@ -485,16 +301,17 @@ class PPOTrainer(BaseTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Sample an answer to each prompt of the evaluation rows, and score it."""
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if rows is None:
+            raise ValueError("no rows to evaluate on: pass eval_dataset (--eval_dataset_name)")
         if isinstance(rows, dict):
             found: dict[str, float] = {}
             for name, part in rows.items():
                 found |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return found
         if isinstance(rows, Dataset) and "prompt_ids" not in rows.column_names:
-            rows = self._prepare(
-                rows, self.processing_class, self.args, self.policy.get_input_embeddings().num_embeddings
-            )
+            vocab_size = self.policy.get_input_embeddings().num_embeddings
+            rows = self._prepare(rows, self.processing_class, self.args, vocab_size)  # type: ignore[arg-type]
         sums = self.report.of_evaluation(self.roller.answer(rows))
         names = list(sums)
         table = torch.stack([torch.stack([t.sum().float(), c.sum().float()]) for t, c in sums.values()])
@@ -512,3 +329,21 @@ def _local(objective: Objective, on_policy: bool) -> Callable[..., Tensor]:
             scores, advantages, weight, correction, scores.logps.detach(), ref
         )
     return objective.local
+
+
+class GRPOTrainer(PPOTrainer):
+    """:class:`PPOTrainer` under :class:`GRPOConfig`."""
+
+    config_class: ClassVar[type[BaseConfig]] = GRPOConfig
+
+
+class RLOOTrainer(PPOTrainer):
+    """:class:`PPOTrainer` under :class:`RLOOConfig`."""
+
+    config_class: ClassVar[type[BaseConfig]] = RLOOConfig
+
+
+class BestOfNTrainer(PPOTrainer):
+    """:class:`PPOTrainer` under :class:`BestOfNConfig`: rejection-sampling fine-tuning."""
+
+    config_class: ClassVar[type[BaseConfig]] = BestOfNConfig

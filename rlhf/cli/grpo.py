@@ -1,0 +1,8 @@
+"""``rlhf grpo``."""
+
+from rlhf.cli.ppo import run_as
+from rlhf.trainers import GRPOTrainer
+
+
+def run(argv: list[str]) -> None:
+    run_as("grpo", GRPOTrainer, argv)

@@ -1,0 +1,8 @@
+"""``rlhf online-dpo``."""
+
+from rlhf.cli.ppo import run_as
+from rlhf.trainers import OnlineDPOTrainer
+
+
+def run(argv: list[str]) -> None:
+    run_as("online-dpo", OnlineDPOTrainer, argv)

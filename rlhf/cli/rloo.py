@@ -1,0 +1,8 @@
+"""``rlhf rloo``."""
+
+from rlhf.cli.ppo import run_as
+from rlhf.trainers import RLOOTrainer
+
+
+def run(argv: list[str]) -> None:
+    run_as("rloo", RLOOTrainer, argv)

@@ -1,0 +1,50 @@
+"""Online DPO: pairs of the policy's own completions, judged as they are made."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from rlhf.trainers.base import BaseConfig, Measures
+from rlhf.trainers.ppo import PPOTrainer
+from rlhf.trainers.ppo_config import OnlineDPOConfig
+
+
+class OnlineDPOTrainer(PPOTrainer):
+    r"""DPO on the best and the worst of each prompt's completions, by reward; a tie teaches nothing and is left out.
+
+    The loss is the mean over the pairs of the optimizer step; everything else is :class:`PPOTrainer`'s.
+
+    Logs:
+        ``rewards/margins`` (beta times the difference of log-ratios), ``rewards/accuracies``, and what
+        :class:`PPOTrainer` logs of its rollouts.
+
+    Source: arXiv 2402.04792.
+    """
+
+    config_class: ClassVar[type[BaseConfig]] = OnlineDPOConfig
+
+    def count(self, batch: Any) -> int:
+        return sum(length > 0 for length in batch.lengths[::2])
+
+    def measure(self, model: nn.Module, batch: Any) -> Measures:
+        targets = batch.batch.targets
+        logps = model(batch.batch).logps
+        chosen, rejected = targets.sum(logps).view(-1, 2).unbind(1)
+        ref_logps = batch.tokens["ref_logps"]
+        ref_chosen, ref_rejected = targets.sum(ref_logps).view(-1, 2).unbind(1)
+        lengths = targets.counts().view(-1, 2).unbind(1)
+        losses = self.args.pair_loss(
+            chosen, rejected, ref_chosen, ref_rejected, chosen_lengths=lengths[0], rejected_lengths=lengths[1]
+        )
+        says = torch.tensor([length > 0 for length in batch.lengths[::2]], device=losses.device)
+        losses, counted = torch.where(says, losses, 0.0), says.float()
+        margins = self.args.beta * ((chosen - ref_chosen) - (rejected - ref_rejected)).detach()
+        tokens = torch.ones_like(ref_logps)
+        metrics = {
+            "rewards/margins": (margins * counted, counted),
+            "rewards/accuracies": (((margins > 0) + 0.5 * (margins == 0)) * counted, counted),
+            "kl": (targets.sum((logps - ref_logps).detach()), torch.ones_like(targets.sum(tokens))),
+            "entropy": (-logps.detach(), tokens),
+        }
+        return Measures(losses, counted, metrics)

@@ -1,0 +1,258 @@
+"""Arguments of on-policy training, and the family's presets."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.losses import PREFERENCE_LOSSES, AdaptiveKLController, arguments_of, dpo_loss
+from rlhf.rollouts import Sampling
+from rlhf.trainers.base import BaseConfig
+from rlhf.trainers.experience import ESTIMATORS, NEED_GROUPS
+from rlhf.trainers.objective import LOSSES, Objective, make_objective
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PPOConfig(BaseConfig):
+    """Arguments of :class:`PPOTrainer`; names are TRL's where TRL has the same thing.
+
+    A rollout is ``per_device_train_batch_size * gradient_accumulation_steps * processes * num_mini_batches``
+    completions, ``num_generations`` of each prompt; it is learned from in ``num_iterations`` passes of
+    ``num_mini_batches`` optimizer steps.
+    """
+
+    learning_rate: float = field(default=3e-6, metadata={"help": "Peak learning rate of AdamW."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
+    # Rewards
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "One for each reward; 1 by default."})
+    on_reward_error: str = field(
+        default="stop", metadata={"help": "stop, or drop the sample.", "choices": ["stop", "drop"]}
+    )
+    reward_timeout: float | None = field(default=300.0, metadata={"help": "Seconds for one call of a reward."})
+    reward_clip: float | None = field(default=None, metadata={"help": "Bound on the absolute reward, before KL."})
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Taken off the reward of a completion that is cut by length."}
+    )
+    mask_truncated_completions: bool = field(
+        default=False, metadata={"help": "Learn nothing from cut completions; they stay in the baseline."}
+    )
+    whiten_rewards: bool = field(default=False, metadata={"help": "Scale rewards to variance 1, keeping their mean."})
+    # Sampling
+    num_generations: int = field(default=1, metadata={"help": "Completions of each prompt."})
+    max_completion_length: int = field(default=256, metadata={"help": "Longest completion in tokens."})
+    min_completion_length: int = field(default=0, metadata={"help": "No end before this many tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling; the log-probs are taken at it too."})
+    top_p: float = field(default=1.0, metadata={"help": "Leave at 1: a trainer scores the full vocabulary."})
+    top_k: int = field(default=0, metadata={"help": "Leave at 0 (all tokens), likewise."})
+    stop: list[str] | None = field(default=None, metadata={"help": "Strings that end a completion."})
+    shuffle_dataset: bool = field(default=True, metadata={"help": "Another order of prompts in each epoch."})
+    dynamic_sampling: int = field(
+        default=0,
+        metadata={"help": "Draw further prompts, at most this many times, in place of groups of equal rewards (DAPO)."},
+    )
+    rollout_batch_size: int | None = field(
+        default=None, metadata={"help": "Completions that each device samples at once; a whole rollout by default."}
+    )
+    max_turns: int = field(default=1, metadata={"help": "Answers in an episode, with an environment."})
+    rollout_server_url: str | None = field(default=None, metadata={"help": "Sample there (vLLM, SGLang), not here."})
+    rollout_server_model: str | None = field(default=None, metadata={"help": "Name that it serves the policy under."})
+    rollout_weights_dir: str | None = field(default=None, metadata={"help": "Folder that both see, for new weights."})
+    # Learning
+    num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps in a pass over a rollout."})
+    num_iterations: int = field(default=4, metadata={"help": "Passes over a rollout."})
+    num_ppo_epochs: int | None = field(default=None, metadata={"help": "Old name of num_iterations."})
+    advantage_estimator: str = field(default="gae", metadata={"help": ", ".join(ESTIMATORS)})
+    gamma: float = field(default=1.0, metadata={"help": "Discount of a token (gae, reinforce++)."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of gae."})
+    whiten_advantages: bool = field(default=True, metadata={"help": "Of gae and reinforce++: mean 0, variance 1."})
+    scale_rewards: str = field(
+        default="group",
+        metadata={"help": "Deviation that group advantages are divided by.", "choices": ["group", "batch", "none"]},
+    )
+    loss_type: str = field(default="ppo", metadata={"help": f"One of {', '.join(LOSSES)}."})
+    loss_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'What the loss takes besides, such as {"dual_clip": 3}.'}
+    )
+    epsilon: float | None = field(default=None, metadata={"help": "Clip of the ratio; the loss's own by default."})
+    epsilon_high: float | None = field(default=None, metadata={"help": "Clip above; as below by default."})
+    importance_sampling_cap: float | None = field(
+        default=None, metadata={"help": "Weigh tokens by min(trainer / sampler, this); 2 is usual. With a server: 2."}
+    )
+    beta: float = field(default=0.05, metadata={"help": "Weight of the KL to the reference; 0 needs none."})
+    kl_in: str = field(default="reward", metadata={"help": "Where KL goes.", "choices": ["reward", "loss"]})
+    kl_estimator: str | None = field(default=None, metadata={"help": "k1 (in the reward, always), k2 or k3."})
+    adaptive_kl_target: float | None = field(
+        default=None, metadata={"help": "Change beta so that the KL of a completion comes to this."}
+    )
+    adaptive_kl_horizon: int = field(default=10_000, metadata={"help": "Completions over which beta follows."})
+    early_stop_kl: float | None = field(
+        default=None, metadata={"help": "Leave a rollout once KL(old, new) of a token passes this."}
+    )
+    entropy_coef: float = field(default=0.0, metadata={"help": "Bonus for entropy; costs a pass over the logits."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the critic's loss."})
+    cliprange_value: float | None = field(default=0.2, metadata={"help": "Clip of the critic; None for none."})
+    value_model: str = field(
+        default="shared",
+        metadata={"help": "Critic: shared (a head on the policy), or a model's folder, such as the reward model's."},
+    )
+    # What is shown
+    log_completions: bool = field(
+        default=True, metadata={"help": "Keep the last rollout of each line of the log in completions.jsonl."}
+    )
+    num_completions_to_print: int = field(default=0, metadata={"help": "Print this many of them as well."})
+
+    _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "loss_kwargs"]  # noqa: RUF012  # not a field
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_ppo_epochs is not None:
+            logger.warning("num_ppo_epochs is now called num_iterations")
+            self.num_iterations, self.num_ppo_epochs = self.num_ppo_epochs, None
+        self._check_choices()
+        if self.advantage_estimator == "pairs":
+            self.pair_loss(*torch.ones(4, 1), chosen_lengths=torch.ones(1), rejected_lengths=torch.ones(1))
+        else:
+            self.objective()
+
+    def _check_choices(self) -> None:
+        estimator, group = self.advantage_estimator, self.num_generations
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"advantage_estimator {estimator!r} is unknown: one of {', '.join(ESTIMATORS)}")
+        if estimator in NEED_GROUPS and group < 2:
+            raise ValueError(f"{estimator} compares completions of a prompt: num_generations must be 2 or more")
+        if self.tokens_per_batch is not None:
+            raise ValueError("tokens_per_batch is for data that is there before training: leave it out")
+        if self.kl_in not in ("reward", "loss"):
+            raise ValueError(f"kl_in must be reward or loss, got {self.kl_in!r}")
+        if self.kl_estimator is None:
+            self.kl_estimator = "k1" if self.kl_in == "reward" else "k3"
+        if self.kl_in == "reward" and self.kl_estimator != "k1":
+            raise ValueError(f"in the reward only k1 has the gradient of the KL, not {self.kl_estimator}: --kl_in loss")
+        for name in ("num_mini_batches", "num_iterations", "num_generations", "max_turns"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive to explore, got {self.temperature}")
+        if self.max_completion_length >= self.max_length:
+            raise ValueError(
+                f"max_completion_length {self.max_completion_length} leaves no room for a prompt in max_length "
+                f"{self.max_length}: raise max_length"
+            )
+        self.sampling()
+        if self.adaptive_kl_target is not None:
+            self.kl_controller()
+        step = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if step % self.kept:
+            raise ValueError(
+                f"a step takes {step} completions on each device (per_device_train_batch_size * "
+                f"gradient_accumulation_steps), which is no multiple of the {self.kept} of a prompt"
+            )
+        if estimator == "pairs" and self.per_device_train_batch_size % 2:
+            raise ValueError("pairs need an even per_device_train_batch_size")
+
+    @property
+    def kept(self) -> int:
+        """Completions of each prompt that are learned from."""
+        return {"best_of_n": 1, "pairs": 2}.get(self.advantage_estimator, self.num_generations)
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether each rollout serves one step: then log-probs before it are those of it."""
+        return self.num_mini_batches == self.num_iterations == 1
+
+    @property
+    def penalised(self) -> bool:
+        return self.beta > 0 and self.kl_in == "reward"
+
+    def sampling(self) -> Sampling:
+        return Sampling(
+            temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_tokens=self.min_completion_length,
+            max_tokens=self.max_completion_length, stop=tuple(self.stop or ()),
+        )  # fmt: skip
+
+    def objective(self, beta: float | None = None) -> Objective:
+        return make_objective(
+            self.loss_type,
+            epsilon=self.epsilon,
+            epsilon_high=self.epsilon_high,
+            max_completion_length=self.max_completion_length,
+            loss_kwargs=self.loss_kwargs if isinstance(self.loss_kwargs, dict) else {},
+            beta=(self.beta if beta is None else beta) if self.kl_in == "loss" else 0.0,
+            kl_estimator=str(self.kl_estimator),
+            entropy_coef=self.entropy_coef,
+        )
+
+    def pair_loss(self, *logps: Tensor, **lengths: Tensor) -> Tensor:
+        """Loss of each pair for ``pairs``, from the four sums of log-probs."""
+        if self.loss_type not in PREFERENCE_LOSSES:
+            raise ValueError(f"loss_type {self.loss_type!r} is no loss of pairs: one of {', '.join(PREFERENCE_LOSSES)}")
+        own = self.loss_kwargs if isinstance(self.loss_kwargs, dict) else {}
+        taken = arguments_of(PREFERENCE_LOSSES[self.loss_type], lengths)
+        return dpo_loss(*logps, self.beta, loss_type=[self.loss_type], reduction="none", **taken | own)
+
+    def kl_controller(self) -> AdaptiveKLController | None:
+        if self.adaptive_kl_target is None:
+            return None
+        return AdaptiveKLController(self.beta, self.adaptive_kl_target, self.adaptive_kl_horizon)
+
+
+@dataclass
+class GRPOConfig(PPOConfig):
+    """:class:`PPOConfig` as GRPO has it: groups as the baseline, no critic, KL in the loss if there is any.
+
+    ``loss_type`` is ``dapo``, as in TRL; ``grpo``, ``dr_grpo`` (with ``scale_rewards`` none), ``gspo``, ``cispo``, …
+    are a word away.
+    """
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of AdamW."})
+    num_generations: int = field(default=8, metadata={"help": "Completions of each prompt."})
+    num_iterations: int = field(default=1, metadata={"help": "Passes over a rollout."})
+    advantage_estimator: str = field(default="group", metadata={"help": ", ".join(ESTIMATORS)})
+    loss_type: str = field(default="dapo", metadata={"help": f"One of {', '.join(LOSSES)}."})
+    beta: float = field(default=0.0, metadata={"help": "Weight of the KL to the reference; 0 needs none."})
+    kl_in: str = field(default="loss", metadata={"help": "Where KL goes.", "choices": ["reward", "loss"]})
+
+
+@dataclass
+class RLOOConfig(PPOConfig):
+    """:class:`PPOConfig` as RLOO has it: the others of the group as the baseline, KL in the reward."""
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of AdamW."})
+    num_generations: int = field(default=2, metadata={"help": "Completions of each prompt."})
+    num_iterations: int = field(default=1, metadata={"help": "Passes over a rollout."})
+    advantage_estimator: str = field(default="rloo", metadata={"help": ", ".join(ESTIMATORS)})
+    loss_type: str = field(default="rloo", metadata={"help": f"One of {', '.join(LOSSES)}."})
+
+
+@dataclass
+class OnlineDPOConfig(PPOConfig):
+    """:class:`PPOConfig` as online DPO has it: the best and the worst completion of a prompt are a pair."""
+
+    learning_rate: float = field(default=5e-7, metadata={"help": "Peak learning rate of AdamW."})
+    num_generations: int = field(default=2, metadata={"help": "Completions of each prompt."})
+    num_iterations: int = field(default=1, metadata={"help": "Passes over a rollout."})
+    advantage_estimator: str = field(default="pairs", metadata={"help": "pairs"})
+    loss_type: str = field(default="sigmoid", metadata={"help": f"One of {', '.join(PREFERENCE_LOSSES)}."})
+    beta: float = field(default=0.1, metadata={"help": "Larger stays nearer the reference."})
+
+    def __post_init__(self) -> None:
+        if self.advantage_estimator != "pairs":
+            raise ValueError(f"online DPO learns from pairs, not from {self.advantage_estimator!r}")
+        super().__post_init__()
+
+
+@dataclass
+class BestOfNConfig(PPOConfig):
+    """:class:`PPOConfig` as rejection-sampling fine-tuning has it: supervised, on the best completion of a prompt."""
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
+    num_generations: int = field(default=8, metadata={"help": "Completions of each prompt."})
+    num_iterations: int = field(default=1, metadata={"help": "Passes over a rollout."})
+    advantage_estimator: str = field(default="best_of_n", metadata={"help": ", ".join(ESTIMATORS)})
+    loss_type: str = field(default="reinforce", metadata={"help": f"One of {', '.join(LOSSES)}."})
+    beta: float = field(default=0.0, metadata={"help": "Weight of the KL to the reference; 0 needs none."})
+    kl_in: str = field(default="loss", metadata={"help": "Where KL goes.", "choices": ["reward", "loss"]})
