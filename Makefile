@@ -21,3 +21,4 @@ bench: setup  # MODEL=folder [DATA=folder of rows] adds whole steps of SFT and D
 	$(BIN)/python benchmarks/head.py
 	$(if $(MODEL),$(BIN)/python benchmarks/growth.py --model $(MODEL))
 	$(if $(MODEL),$(BIN)/python benchmarks/training.py --model $(MODEL) $(if $(DATA),--data $(DATA)))
+	$(if $(MODEL),$(if $(DATA),$(BIN)/python benchmarks/online.py --model $(MODEL) --data $(DATA)))

@@ -12,7 +12,17 @@ import yaml
 
 from rlhf.cli.arguments import DataArguments, ModelArguments, parse
 from rlhf.cli.dpo import ReferenceArguments
-from rlhf.trainers import DPOConfig, RewardConfig, SFTConfig
+from rlhf.cli.ppo import ExperienceArguments
+from rlhf.trainers import (
+    BestOfNConfig,
+    DPOConfig,
+    GRPOConfig,
+    OnlineDPOConfig,
+    PPOConfig,
+    RewardConfig,
+    RLOOConfig,
+    SFTConfig,
+)
 
 ROOT = Path(__file__).parents[2]
 FLOORS = {
@@ -60,13 +70,24 @@ def test_public_names_exist_and_are_documented(module):
             assert thing.__doc__ and not thing.__doc__.startswith(f"{name}("), f"{module}.{name} has no docstring"
 
 
-TRAINING = [
-    ROOT / f"{folder}/{name}.yaml"
-    for folder in ("configs", "demo", "docs/runs/smollm2-135m")
-    for name in ("sft", "dpo", "reward")
-    if folder == "configs" or name != "reward"
-]
-OWN = {"sft": (SFTConfig,), "dpo": (ReferenceArguments, DPOConfig), "reward": (RewardConfig,)}
+ONLINE = {
+    "ppo": PPOConfig,
+    "grpo": GRPOConfig,
+    "rloo": RLOOConfig,
+    "online_dpo": OnlineDPOConfig,
+    "best_of_n": BestOfNConfig,
+}
+HAS = {
+    "configs": ("sft", "dpo", "reward", *ONLINE),
+    "demo": ("sft", "dpo", "ppo"),
+    "docs/runs/smollm2-135m": ("sft", "dpo"),
+    "docs/runs/one-sentence": ("ppo", "grpo"),
+}
+TRAINING = [ROOT / f"{folder}/{name}.yaml" for folder, names in HAS.items() for name in names]
+OWN = {
+    **{"sft": (SFTConfig,), "dpo": (ReferenceArguments, DPOConfig), "reward": (RewardConfig,)},
+    **{name: (ReferenceArguments, ExperienceArguments, config) for name, config in ONLINE.items()},
+}
 
 
 @pytest.mark.parametrize("file", TRAINING, ids=lambda f: f"{f.parent.name}/{f.name}")
@@ -95,4 +116,6 @@ def test_accelerate_configs_load(file):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.stem)
 def test_configs_are_headed_by_their_command(file):
-    assert file.read_text().startswith(f"# rlhf {file.stem} --config configs/{file.name}\n# accelerate launch")
+    assert file.read_text().startswith(
+        f"# rlhf {file.stem.replace('_', '-')} --config configs/{file.name}\n# accelerate launch"
+    )
