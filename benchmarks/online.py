@@ -2,12 +2,13 @@
 
     python benchmarks/online.py --model SmolLM2-135M-Instruct --data folder-of-rows [--steps 4]
 
-Each side runs in a process of its own. Every completion has exactly --tokens tokens on both sides (no end before), drawn
-at temperature 1; the reward is a hash of the sampled ids, so that every group has some variance. Seconds are medians
-after a first step: of the whole step, of generation, and of all the rest. Writes a table to --output.
+Each side runs in a process of its own. Every completion has exactly --tokens tokens on both sides (no end before),
+drawn at temperature 1; the reward is a hash of the sampled ids, so that every group has some variance. Seconds are
+medians after a first step: of the whole step, of generation, and of all the rest. Writes a table to --output.
 """
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -135,7 +136,7 @@ def run(side: str, case: Case, model: str, data: str, steps: int, tokens: int) -
     gpu = torch.cuda.is_available()
     peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
-        "steps": [b - a for a, b in zip(times, times[1:], strict=False)],
+        "steps": [b - a for a, b in itertools.pairwise(times)],
         "sampling": sampling,
         "lengths": [entry["completions/mean_length"] for entry in log],
         "peak": peak / 2**30,

@@ -1,0 +1,131 @@
+"""On-policy runs that must agree: rollouts, advantages and updates do not depend on how the work is cut up."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import close, sentences, tiny_model, write_rows
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from rlhf import GRPOConfig, GRPOTrainer, OnlineDPOConfig, OnlineDPOTrainer, PPOConfig, PPOTrainer
+
+ROOT = Path(__file__).parents[2]
+STEPS = 4
+KINDS = {
+    "ppo": (PPOTrainer, PPOConfig, dict(num_mini_batches=2, num_iterations=2, adaptive_kl_target=0.1)),
+    "grpo": (GRPOTrainer, GRPOConfig, dict(num_generations=2, beta=0.1, num_iterations=2, scale_rewards="batch")),
+    "gspo": (GRPOTrainer, GRPOConfig, dict(num_generations=2, beta=0.1, num_iterations=2, loss_type="gspo")),
+    "online-dpo": (OnlineDPOTrainer, OnlineDPOConfig, dict(num_generations=2)),
+}
+MOVES = ("tokens_per_second", "train_", "epoch", "total_flos")
+
+
+def vowels(completions, **_):
+    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def run(kind, tmp_path, tokenizer):
+    def train(batch=8, accumulation=1, name="run", **changes):
+        trainer_class, config_class, own = KINDS[kind]
+        args = config_class(
+            str(tmp_path / name), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+            max_steps=STEPS, logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no",
+            learning_rate=1e-3, max_length=64, max_completion_length=8, **own, **changes,
+        )  # fmt: skip
+        rows = Dataset.from_list([{"prompt": text} for text in sentences(1, 12)])
+        trainer = trainer_class(tiny_model(), vowels, args, train_dataset=rows, processing_class=tokenizer)
+        trainer.train()
+        return log_of(trainer.state.log_history), dict(trainer.model.named_parameters())
+
+    return train
+
+
+def log_of(history):
+    entries = [entry for entry in history if "loss" in entry]
+    return [{k: v for k, v in entry.items() if not k.startswith(MOVES)} for entry in entries]
+
+
+def agree(one, other):
+    (log, weights), (other_log, other_weights) = one, other
+    assert len(log) == len(other_log) == STEPS
+    for entry, other_entry in zip(log, other_log, strict=True):
+        assert entry.keys() == other_entry.keys()
+        for key in entry.keys() - {"num_tokens"}:  # a prompt that two micro-batches share is read twice
+            close(other_entry[key], entry[key])
+    for key, weight in weights.items():
+        close(other_weights[key].detach(), weight.detach())
+
+
+def test_accumulated(run):
+    agree(run(), run(batch=2, accumulation=4, name="other"))
+
+
+def test_padded_rows(run):
+    agree(run(layout="segments"), run(layout="rows", name="other"))
+
+
+def test_sampled_in_parts(run):
+    agree(run(), run(rollout_batch_size=3, name="other"))
+
+
+@pytest.mark.parametrize("kind", ["ppo", "grpo", "online-dpo"], indirect=True)
+def test_two_processes(kind, tmp_path, model_folder):
+    data = write_rows(tmp_path / "prompts.jsonl", [{"prompt": text} for text in sentences(1, 12)])
+    own = {k: v for k, v in KINDS[kind][2].items()}
+
+    def command(folder, batch):
+        options = dict(
+            model_name_or_path=model_folder, dataset_name=data, eval_dataset_name=data, output_dir=folder,
+            per_device_train_batch_size=batch, max_steps=STEPS, learning_rate=1e-3, logging_steps=1, save_strategy="no",
+            report_to="none", max_length=64, max_completion_length=8, reward_funcs="length_reward(target=3)", **own,
+        )  # fmt: skip
+        return [f"--{key}={value}" for key, value in options.items()] + ["--use_cpu"]
+
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/two_cpu.yaml"]
+    script = f"scripts/{kind.replace('-', '_')}.py"
+    found = []
+    for folder, argv in (
+        (tmp_path / "one", [sys.executable, script, *command(tmp_path / "one", 8)]),
+        (tmp_path / "two", [*launch, "--main_process_port", "0", script, *command(tmp_path / "two", 4)]),
+    ):
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        weights = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+        evaluation = json.loads((folder / "all_results.json").read_text())
+        found.append(((log_of(history), weights), evaluation))
+    agree(found[0][0], found[1][0])
+    for key in ("eval_reward", "eval_reward_std", "eval_completions/mean_length"):
+        close(found[1][1][key], found[0][1][key])
+
+
+def test_dynamic_sampling_on_two_processes_is_that_on_one(tmp_path, model_folder):
+    data = write_rows(tmp_path / "prompts.jsonl", [{"prompt": text} for text in sentences(1, 12)])
+    weights = []
+    for number, (batch, launcher) in enumerate(
+        ((8, [sys.executable]), (4, [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+         "configs/accelerate/two_cpu.yaml", "--main_process_port", "0"]))
+    ):  # fmt: skip
+        folder = tmp_path / str(number)
+        options = dict(
+            model_name_or_path=model_folder, dataset_name=data, output_dir=folder, per_device_train_batch_size=batch,
+            max_steps=2, learning_rate=1e-3, save_strategy="no", report_to="none", max_length=64, num_generations=2,
+            max_completion_length=8, dynamic_sampling=3, reward_funcs="matches('[aeiou]')",
+        )  # fmt: skip
+        argv = [*launcher, "scripts/grpo.py", *(f"--{k}={v}" for k, v in options.items()), "--use_cpu"]
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        weights.append(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+    for key, weight in weights[0].items():
+        close(weights[1][key], weight)
+    assert any(not torch.equal(w, tiny_model().state_dict()[k]) for k, w in weights[0].items())
