@@ -1,4 +1,4 @@
-"""``make demo``: supervised fine-tuning, then DPO, then what changed, through the ordinary commands.
+"""``make demo``: supervised fine-tuning, then DPO and PPO, then what changed, through the ordinary commands.
 
 python demo/run.py            a new small model, trained from nothing on the bundled corpus
 python demo/run.py MODEL      a model of yours (folder or hub name) on the same corpus
@@ -66,8 +66,20 @@ def demo(model: str | None) -> None:
     prompts = [entry["prompt"] for entry in reports["before"]["completions"]]
     answers = {name: [entry["completion"] for entry in report["completions"]] for name, report in reports.items()}
     show_completions(prompts, answers)
+    if not gentle:
+        learn_to_answer_in_sentences()
     print(f"The checkpoint is in {dpo}: AutoModelForCausalLM.from_pretrained({str(dpo)!r})")
     print(f"{time.monotonic() - start:.0f} s in all")
+
+
+def learn_to_answer_in_sentences() -> None:
+    """PPO from the model after SFT, which knows short answers and whole sentences; the reward wants sentences."""
+    rlhf("ppo --config demo/ppo.yaml")
+    log = json.loads((OUT / "ppo/trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    before = next(entry["eval_reward"] for entry in log if "eval_reward" in entry)
+    after = json.loads((OUT / "ppo/all_results.json").read_text(encoding="utf-8"))["eval_reward"]
+    kl = [entry["kl"] for entry in log if "kl" in entry][-1]
+    print(f"\nHeld-out prompts answered in a whole sentence: {before:.0%} before PPO, {after:.0%} after (KL {kl:.1f})")
 
 
 def _figures(metrics: dict) -> dict:

@@ -137,6 +137,30 @@ def test_conversations_without_a_template(fails, tmp_path, model_folder):
     )
 
 
+ONLINE = {
+    "no reward": (dict(), "--reward_funcs is missing: a built-in, file.py:function"),
+    "a reward that is not there": (dict(reward_funcs="numeric_anwser"), "did you mean numeric_answer?"),
+    "no such column": (dict(reward_funcs="exact_match"), "needs 'answer', which is no column of the data: prompt"),
+    "no room": (dict(reward_funcs="think_format", max_length=20, max_completion_length=19), "leaves room for 1"),
+    "groups of one": (dict(reward_funcs="think_format", num_generations=1), "num_generations must be 2 or more"),
+    "no such estimator": (dict(reward_funcs="think_format", advantage_estimator="grpo"), "is unknown: one of gae"),
+    "no such environment": (dict(environment="nowhere.py:Game"), "environment 'nowhere.py:Game': nowhere.py: no such"),
+    "no such server": (
+        dict(reward_funcs="think_format", rollout_server_url="http://127.0.0.1:9", rollout_server_model="m",
+             rollout_weights_dir="w"),
+        "no server answers",
+    ),
+    "half a server": (dict(reward_funcs="think_format", rollout_server_url="http://x"), "needs --rollout_server_model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ONLINE)
+def test_on_policy_mistakes_are_found_before_the_first_rollout(case, fails, tmp_path):
+    options, said = ONLINE[case]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "the cat is big"}, {"prompt": "the dog is small"}])
+    assert said in fails("grpo", rows, **{"max_completion_length": 8, "max_length": 64, **options})
+
+
 def test_options_are_checked_with_the_nearest_name(fails, pairs, tmp_path):
     assert "unknown option --bta; did you mean --beta?" in fails("dpo", pairs, bta=1)
     assert "--beta: invalid float value: 'high'" in fails("dpo", pairs, beta="high")

@@ -23,6 +23,14 @@ def test_plain_torch():
     assert found["DPO loss"] < 0.5
 
 
+def test_a_game_is_played_to_its_end():
+    game = load("guess").Guess()
+    assert game.reset({"number": 4}) is None
+    assert [tuple(game.step(text)) for text in ("well", "I say 7!", "3", "4.")] == [
+        ("A number, please.", 0.0, False), ("Lower.", 0.0, False), ("Higher.", 0.0, False), ("", 0.8, True),
+    ]  # fmt: skip
+
+
 def test_hf_trainer_accumulates_exactly():
     main = load("hf_trainer").main
     whole = main(8, 1)

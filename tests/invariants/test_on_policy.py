@@ -81,7 +81,7 @@ def test_sampled_in_parts(run):
 @pytest.mark.parametrize("kind", ["ppo", "grpo", "online-dpo"], indirect=True)
 def test_two_processes(kind, tmp_path, model_folder):
     data = write_rows(tmp_path / "prompts.jsonl", [{"prompt": text} for text in sentences(1, 12)])
-    own = {k: v for k, v in KINDS[kind][2].items()}
+    own = KINDS[kind][2]
 
     def command(folder, batch):
         options = dict(

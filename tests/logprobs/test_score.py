@@ -19,10 +19,24 @@ def test_gradcheck(mode, entropy, softcap):
     targets = Targets(torch.tensor([0, 1, 1, 4, 6]), torch.tensor([3, 4, 0, 10, 2]), torch.tensor([0, 0, 1, 1, 2]))
 
     def run(hidden, weight, bias):
-        scores = score(hidden, Head(weight, bias, 1.7, softcap), targets, entropy=entropy, mode=mode, chunk_size=2)
+        scores = score(hidden, Head(weight, bias, 1.7, softcap, 0.6), targets, entropy=entropy, mode=mode, chunk_size=2)
         return scores[:2] if entropy else scores.logps
 
     assert gradcheck(run, (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_temperature_divides_what_enters_the_softmax(softcap):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, bias = torch.randn(4, 5, generator=g), torch.randn(11, 5, generator=g), torch.randn(11, generator=g)
+    targets = Targets(torch.arange(4), torch.tensor([3, 0, 10, 2]), torch.zeros(4, dtype=torch.int64))
+    logits = (hidden @ weight.T + bias) * 1.7
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    want = (logits / 0.6).log_softmax(-1)
+    scores = score(hidden, Head(weight, bias, 1.7, softcap, 0.6), targets, entropy=True)
+    close(scores.logps, want.gather(1, targets.token[:, None])[:, 0])
+    close(scores.entropy, -(want.exp() * want).sum(-1))
+    close(Head(weight, bias, 1.7, softcap, 0.6).logits(hidden), logits / 0.6)
 
 
 def clipped(scores, advantages, old):
@@ -43,7 +57,7 @@ def test_gradcheck_of_a_local_loss(entropy, softcap):
     per_token = torch.linspace(-1, 1, 5, dtype=torch.double), torch.full((5,), -2.4, dtype=torch.double)
 
     def run(hidden, weight, bias):
-        head = Head(weight, bias, 1.7, softcap)
+        head = Head(weight, bias, 1.7, softcap, 0.6)
         return score(
             hidden, head, targets, entropy=entropy, chunk_size=2, local_loss=clipped, per_token=per_token
         ).loss  # fmt: skip
@@ -53,7 +67,7 @@ def test_gradcheck_of_a_local_loss(entropy, softcap):
         got = torch.autograd.grad(run(hidden, weight, bias) * output, (hidden, weight, bias))
         want = torch.autograd.grad(
             clipped(
-                score(hidden, Head(weight, bias, 1.7, softcap), targets, entropy=entropy, mode="save"), *per_token
+                score(hidden, Head(weight, bias, 1.7, softcap, 0.6), targets, entropy=entropy, mode="save"), *per_token
             ).sum()
             * output,
             (hidden, weight, bias),
@@ -68,7 +82,7 @@ def test_gradcheck_of_unit(softcap):
     hidden = torch.randn(7, 5, generator=g, dtype=torch.double, requires_grad=True)
     weight, bias = (torch.randn(*shape, generator=g, dtype=torch.double) for shape in ((11, 5), (11,)))
     targets = Targets(torch.tensor([0, 1, 1, 4, 6]), torch.tensor([3, 4, 0, 10, 2]), torch.tensor([0, 0, 1, 1, 2]))
-    head = Head(weight, bias, 1.7, softcap)
+    head = Head(weight, bias, 1.7, softcap, 0.6)
     assert gradcheck(lambda h: score(h, head, targets, mode="unit", chunk_size=2).logps, (hidden,))
 
 

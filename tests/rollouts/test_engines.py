@@ -70,6 +70,13 @@ def test_the_seed_decides(engine):
     assert first[0][0].ids != first[0][1].ids  # nor are the samples of a group alike
 
 
+def test_a_part_of_a_request_is_answered_as_in_the_whole(engine):
+    sampling = Sampling(max_tokens=5)
+    whole = engine.generate(PROMPTS, 2, sampling, 3)
+    part = engine.generate([PROMPTS[1]], 2, sampling, 3, [1])
+    assert [one.ids for one in part[0]] == [one.ids for one in whole[1]]
+
+
 def test_an_update_changes_the_output_and_the_version(engine):
     sampling = Sampling(max_tokens=6, temperature=0)
     before = engine.generate(PROMPTS, 1, sampling, 0)

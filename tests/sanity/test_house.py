@@ -116,6 +116,5 @@ def test_accelerate_configs_load(file):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.stem)
 def test_configs_are_headed_by_their_command(file):
-    assert file.read_text().startswith(
-        f"# rlhf {file.stem.replace('_', '-')} --config configs/{file.name}\n# accelerate launch"
-    )
+    command = file.stem.replace("_", "-")
+    assert file.read_text().startswith(f"# rlhf {command} --config configs/{file.name}\n# accelerate launch")
