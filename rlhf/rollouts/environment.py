@@ -58,7 +58,7 @@ def play(
     *,
     conversational: bool,
     max_turns: int,
-    max_tokens: int,
+    max_length: int,
 ) -> list[Episode]:
     """Play all episodes side by side, a turn of each at a time.
 
@@ -69,11 +69,20 @@ def play(
         environments, prompt_ids: of each episode; environments have been reset.
         seeds: from the number of a turn to its seed. index: the number of each episode, which its randomness follows.
         conversational: observations go through the chat template.
-        max_turns: answers in an episode. max_tokens: tokens after the prompt; what would be longer is truncated.
+        max_turns: answers in an episode. max_length: tokens of an episode with its prompt; what would be longer is
+            truncated.
     Returns:
         Episodes in order.
+    Raises:
+        ValueError: a prompt that leaves no room for an answer.
     """
     episodes = [Episode(list(ids)) for ids in prompt_ids]
+    for number, ids in enumerate(prompt_ids):
+        if len(ids) + sampling.max_tokens > max_length:
+            raise ValueError(
+                f"the prompt of episode {number} has {len(ids)} tokens: with answers of {sampling.max_tokens} that is "
+                f"more than max_length {max_length}"
+            )
     active = list(range(len(episodes)))
     for turn in range(max_turns):
         answers = engine.generate(
@@ -102,7 +111,10 @@ def play(
                 else reply.observation
             )
             seen = _observation_ids(tokenizer, message, answer.ids[-1], conversational)
-            if turn + 1 == max_turns or len(episode.ids) + len(seen) + sampling.max_tokens > max_tokens:
+            if (
+                turn + 1 == max_turns
+                or len(episode.prompt_ids) + len(episode.ids) + len(seen) + sampling.max_tokens > max_length
+            ):
                 episode.truncated = True
                 continue
             episode.turns.append(message)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import tokenize_prompts
 from rlhf.losses import truncated_importance_weights, value_loss
-from rlhf.models import ActorCritic, Policy, load_model, load_reward_model
+from rlhf.models import ActorCritic, Policy, RewardModel, load_model, load_reward_model, load_tokenizer
 from rlhf.rewards import RewardSet
 from rlhf.rollouts import Environment, RolloutEngine
 from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures
@@ -78,11 +78,11 @@ class PPOTrainer(BaseTrainer):
                 functions, args.reward_weights, on_error=args.on_reward_error, timeout=args.reward_timeout  # type: ignore[arg-type]
             )  # fmt: skip
         if args.advantage_estimator == "gae":
-            critic = (
-                None if args.value_model == "shared" else load_reward_model(args.value_model, **args.model_kwargs())
-            )
+            critic = None if args.value_model == "shared" else _critic(args)
             self.wrapper = partial(ActorCritic, critic=critic)
         super().__init__(model, args, **kwargs)
+        if args.advantage_estimator == "gae" and args.value_model != "shared":
+            _check_tokenizers(self.processing_class, args.value_model)
         self.policy: Policy = self.model
         self.policy.temperature = args.temperature
         self.has_adapter = self.policy.has_adapter
@@ -301,6 +301,7 @@ class PPOTrainer(BaseTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Sample an answer to each prompt of the evaluation rows, and score it."""
+        began = time.perf_counter()
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
             raise ValueError("no rows to evaluate on: pass eval_dataset (--eval_dataset_name)")
@@ -320,7 +321,24 @@ class PPOTrainer(BaseTrainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self._trained_since:
+            self._trained_since += time.perf_counter() - began
         return metrics
+
+
+def _critic(args: PPOConfig) -> RewardModel:
+    return load_reward_model(args.value_model, **args.model_kwargs())
+
+
+def _check_tokenizers(tokenizer: Any, folder: str) -> None:
+    """A critic reads the policy's ids (a reward model reads text, and may have any tokenizer)."""
+    own, theirs = tokenizer.get_vocab(), load_tokenizer(folder).get_vocab()
+    if own != theirs:
+        token = next((token for token in own if own[token] != theirs.get(token)), next(iter(theirs.keys() - own), ""))
+        raise ValueError(
+            f"value_model {folder}: its tokenizer is not the policy's ({token!r} is {own.get(token)} for the policy, "
+            f"{theirs.get(token)} there), and a critic reads the policy's ids: use value_model shared"
+        )
 
 
 def _local(objective: Objective, on_policy: bool) -> Callable[..., Tensor]:

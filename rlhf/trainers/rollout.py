@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from rlhf.data import encode_prompt
 from rlhf.data.formats import Turns, prompt_alone
 from rlhf.models import Policy
 from rlhf.rollouts import Environment, LocalEngine, RolloutEngine, Sampling, ServerEngine, play
@@ -144,8 +145,6 @@ class Roller:
         self, rows: list[tuple[int, dict[str, Any]]], sampling: Sampling, n: int, rollout: int
     ) -> list[Sample]:
         assert self.environment_factory is not None
-        from rlhf.data import encode_prompt
-
         samples, environments, prompts = [], [], []
         for number, row in rows:
             for _ in range(n):
@@ -164,7 +163,7 @@ class Roller:
             [number * n + sample for number, _ in rows for sample in range(n)],
             conversational=bool(rows) and not isinstance(prompt_alone(rows[0][1]), str),
             max_turns=self.args.max_turns,
-            max_tokens=self.args.max_length - max(map(len, prompts), default=0),
+            max_length=self.args.max_length,
         )
         return [
             Sample(

@@ -1,5 +1,6 @@
 """What on-policy training promises: ratios of one, exact objectives, masks, resuming, and what it tells its user."""
 
+import copy
 import json
 import math
 from itertools import pairwise
@@ -328,6 +329,15 @@ def test_a_critic_of_its_own_learns_and_is_saved(make, tmp_path, tokenizer):
     AutoModelForCausalLM.from_pretrained(tmp_path / "run")
 
 
+def test_a_critic_with_another_tokenizer_is_refused(make, tmp_path, tokenizer):
+    add_scalar_head(tiny_model()).save_pretrained(tmp_path / "critic")
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["brand-new"])
+    other.save_pretrained(tmp_path / "critic")
+    with pytest.raises(ValueError, match="its tokenizer is not the policy's"):
+        make(value_model=str(tmp_path / "critic"))
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step
@@ -507,7 +517,7 @@ def test_an_episode_keeps_the_sampled_ids(tokenizer):
         environment.reset({"prompt": ""})
     episodes = play(
         environments, prompts, engine, tokenizer, Sampling(max_tokens=4, stop=("a", "e", "i")), lambda turn: turn,
-        [0, 1, 2], conversational=False, max_turns=3, max_tokens=60,
+        [0, 1, 2], conversational=False, max_turns=3, max_length=60,
     )  # fmt: skip
     told = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" hot", " cold")}
     for episode in episodes:
