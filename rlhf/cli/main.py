@@ -11,21 +11,15 @@ COMMANDS = {
     "dpo": "align with preference pairs (prompt, chosen, rejected)",
     "reward": "train a reward model on preference pairs",
     "ppo": "learn from rewards, with a critic (prompts and --reward_funcs)",
-    "grpo": "learn from rewards, each completion against its group (DAPO, Dr. GRPO, GSPO, …)",
-    "rloo": "learn from rewards, each completion against the others of its group",
-    "online-dpo": "DPO on pairs of the policy's own completions, judged by rewards",
-    "best-of-n": "fine-tune on the best of the policy's own completions",
-    "eval": "perplexity of a model; preference accuracy and margins against a reference",
+    "grpo": "learn from rewards, against the mean of a group (DAPO, GSPO, …)",
+    "rloo": "learn from rewards, against the others of a group",
+    "online-dpo": "DPO on pairs of own completions, judged by rewards",
+    "best-of-n": "fine-tune on the best of own completions",
+    "eval": "perplexity; preference accuracy and margins against a reference",
     "losses": "the catalogue of losses: list, show one, advise",
 }
 
-_EXAMPLES = """examples:
-  rlhf sft --config configs/sft.yaml
-  rlhf dpo --config configs/dpo.yaml --beta 0.2 --output_dir runs/dpo-0.2
-  rlhf eval --model_name_or_path runs/dpo --dataset_name pairs.jsonl
-  accelerate launch --config_file configs/accelerate/multi_gpu.yaml \\
-      scripts/dpo.py --config configs/dpo.yaml
-"""
+_EXAMPLE = "on several processes: accelerate launch scripts/COMMAND.py --config FILE"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "rlhf",
         description="Fine-tune language models on text and on preferences.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_EXAMPLE,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=15),
     )
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands (rlhf COMMAND --help)")

@@ -55,6 +55,7 @@ class Policy(Wrapper):
         super().__init__(model)
         self.temperature = 1.0
         self.value_head: nn.Module | None = None
+        self.critic: Any = None  # of an ActorCritic
         # Before anything shards the weights: read the head and check it against the model's own logits.
         verified_settings(self.without_adapter)
 

@@ -10,7 +10,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -251,6 +251,11 @@ class BaseTrainer(Trainer):
             logs |= self.values(own)
             logs["num_tokens"] = self.state.num_input_tokens_seen
         super().log(logs, start_time)
+
+    def share_layout(self, model: nn.Module) -> None:
+        """Make another model ready for the batches of the policy; if it cannot take segments, nobody gets them."""
+        if isinstance(self.data_collator, Collator) and self.data_collator.layout == "segments":
+            self.data_collator = replace(self.data_collator, layout=choose_layout(model, self.args.layout))
 
     def freeze(self, model: nn.Module) -> Policy:
         """A policy to compare with, on this device."""

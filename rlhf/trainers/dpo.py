@@ -3,7 +3,7 @@
 import copy
 import logging
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -11,9 +11,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data import Batch, Collator, Packed, tokenize_preferences
+from rlhf.data import Batch, Packed, tokenize_preferences
 from rlhf.losses import PREFERENCE_LOSSES, arguments_of, dpo_loss
-from rlhf.models import Policy, choose_layout, load_model
+from rlhf.models import Policy, load_model
 from rlhf.models.loading import adapter_is_trained
 from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures
 from rlhf.trainers.reference import add_ref_logps, reference_fingerprint
@@ -112,9 +112,7 @@ class DPOTrainer(BaseTrainer):
         if ref_model is not None:
             loaded = load_model(ref_model, **args.model_kwargs()) if isinstance(ref_model, str) else ref_model
             self.ref_policy = self.freeze(loaded)
-            if isinstance(self.data_collator, Collator) and self.data_collator.layout == "segments":
-                layout = choose_layout(self.ref_policy.model, args.layout)
-                self.data_collator = replace(self.data_collator, layout=layout)
+            self.share_layout(self.ref_policy.model)
         elif not self.has_adapter:
             if not precompute:
                 self.ref_policy = self.freeze(copy.deepcopy(self.model.model))

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import tokenize_prompts
 from rlhf.losses import truncated_importance_weights, value_loss
-from rlhf.models import ActorCritic, Policy, RewardModel, load_model, load_reward_model, load_tokenizer
+from rlhf.models import ActorCritic, Policy, RewardModel, disable_dropout, load_model, load_reward_model, load_tokenizer
 from rlhf.rewards import RewardSet
 from rlhf.rollouts import Environment, RolloutEngine
 from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures
@@ -84,6 +84,8 @@ class PPOTrainer(BaseTrainer):
         if args.advantage_estimator == "gae" and args.value_model != "shared":
             _check_tokenizers(self.processing_class, args.value_model)
         self.policy: Policy = self.model
+        if self.policy.critic is not None:
+            self.share_layout(self.policy.critic.model)
         self.policy.temperature = args.temperature
         self.has_adapter = self.policy.has_adapter
         self.ref_policy = self._reference(ref_model) if args.beta > 0 or args.advantage_estimator == "pairs" else None
@@ -118,6 +120,8 @@ class PPOTrainer(BaseTrainer):
         if isinstance(ref_model, str):
             ref_model = load_model(ref_model, **self.args.model_kwargs())
         reference = self.freeze(copy.deepcopy(self.policy.model) if ref_model is None else ref_model)
+        if ref_model is not None:
+            self.share_layout(reference.model)
         reference.temperature = self.policy.temperature
         return reference
 
@@ -327,7 +331,9 @@ class PPOTrainer(BaseTrainer):
 
 
 def _critic(args: PPOConfig) -> RewardModel:
-    return load_reward_model(args.value_model, **args.model_kwargs())
+    critic = load_reward_model(args.value_model, **args.model_kwargs())
+    disable_dropout(critic)
+    return critic
 
 
 def _check_tokenizers(tokenizer: Any, folder: str) -> None:

@@ -166,7 +166,7 @@ class PPOConfig(BaseConfig):
 
     @property
     def penalised(self) -> bool:
-        return self.beta > 0 and self.kl_in == "reward"
+        return self.beta > 0 and self.kl_in == "reward" and self.advantage_estimator != "pairs"
 
     def sampling(self) -> Sampling:
         return Sampling(

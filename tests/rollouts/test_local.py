@@ -202,7 +202,7 @@ def test_min_tokens_is_transformers(tokenizer):
 def test_stop_strings_count_from_min_tokens_on(count, tokenizer):
     ids = tokenizer("the cat the dog says the é the end")["input_ids"][:12]
     sampling = Sampling(temperature=0, max_tokens=12, min_tokens=count, stop=("never", "the"))
-    draft = Draft(1, 1, sampling, 0, [0], tokenizer, torch.device("cpu"))
+    draft = Draft([0], 1, sampling, 0, [0], tokenizer, torch.device("cpu"))
     for token in ids:
         draft.take(torch.nn.functional.one_hot(torch.tensor([token]), 330) * 9.0, torch.tensor([0]))
     said = [tokenizer.decode(ids[:k]).count("the") for k in range(13)]

@@ -290,11 +290,11 @@ def test_everyone_of_the_family_raises_its_reward(make, kind, peft):
     trainer = make(
         kind, peft_config=lora() if peft else None, max_steps=25, per_device_train_batch_size=32,
         learning_rate=2e-2 if peft else 3e-3, lr_scheduler_type="constant", beta=0.01,
-        **({} if kind == "ppo" else {"num_generations": 4}),
+        **({"num_iterations": 1} if kind == "ppo" else {"num_generations": 4}),
     )  # fmt: skip
     trainer.train()
     rewards = [entry["reward"] for entry in lines(trainer) if "reward" in entry]
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 2
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 1
     trainer.save_model()
     if not peft:
         AutoModelForCausalLM.from_pretrained(trainer.args.output_dir)
@@ -551,9 +551,10 @@ def test_observations_of_a_conversation_follow_the_template(tokenizer):
 @pytest.mark.parametrize("kind", ["ppo", "grpo"])
 def test_a_game_of_several_turns_is_learned(make, kind):
     trainer = make(
-        kind, reward=None, environment_factory=Guess, max_turns=3, max_completion_length=3, max_length=64, max_steps=20,
+        kind, reward=None, environment_factory=Guess, max_turns=3, max_completion_length=5, stop=list("aeiou"),
+        max_length=64, max_steps=20,
         per_device_train_batch_size=32, learning_rate=3e-3, lr_scheduler_type="constant", beta=0.01,
-        **({} if kind == "ppo" else {"num_generations": 4}),
+        **({"num_iterations": 1} if kind == "ppo" else {"num_generations": 4}),
     )  # fmt: skip
     trainer.train()
     rewards = [entry["reward"] for entry in lines(trainer) if "reward" in entry]
