@@ -182,6 +182,8 @@ def use_segments(model: nn.Module) -> str | None:
         {"prompt_ids": [5, 3, 4], "chosen_ids": [6, 7, 3, 2], "rejected_ids": [2, 4, 6]},
         {"prompt_ids": [2], "chosen_ids": [3, 4], "rejected_ids": [7]},
     ]
+    size = whole.get_text_config().vocab_size
+    examples = [{key: [i % size for i in ids] for key, ids in example.items()} for example in examples]
     try:
         want = _last_hidden(model, Collator()(examples))
         model.set_attn_implementation(NAME)  # type: ignore[operator]

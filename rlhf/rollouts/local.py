@@ -229,7 +229,11 @@ class LocalEngine:
         """Why the fast way is closed, if it is: it must give the logits of the model's own forward."""
         if reason := unfit(self.base):
             return reason
-        prompts, tokens = [[5, 3, 4, 6], [2]], [[3, 4, 2], [5, 6, 3], [7, 2, 4], [6, 5, 5]]
+        size = self.base.config.get_text_config().vocab_size
+        prompts, tokens = (
+            [[i % size for i in ids] for ids in rows]
+            for rows in ([[5, 3, 4, 6], [2]], [[3, 4, 2], [5, 6, 3], [7, 2, 4], [6, 5, 5]])
+        )
         whole = [torch.tensor([prompts[row // 2] + own], device=device) for row, own in enumerate(tokens)]
         try:
             want = [self.model(input_ids=ids, use_cache=False).logits[0] for ids in whole]
