@@ -223,9 +223,8 @@ class Roller:
             if missing <= 0 or attempt == self.args.dynamic_sampling:
                 break
             rank, world = self.args.process_index, self.args.world_size
-            count = -(-missing // world) * world
-            numbered = list(enumerate(self._draw(count), start=numbers))
-            numbers += count
+            numbered = list(enumerate(self._draw(missing), start=numbers))
+            numbers += missing
             mine = self._sample(numbered[rank::world], self.args.sampling(), n)
         chosen = (varied + equal)[:target]
         for number, group in enumerate(chosen):

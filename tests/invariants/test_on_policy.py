@@ -1,6 +1,7 @@
 """On-policy runs that must agree: rollouts, advantages and updates do not depend on how the work is cut up."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,7 @@ def run(kind, tmp_path, tokenizer):
         args = config_class(
             str(tmp_path / name), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
             max_steps=STEPS, logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no",
-            learning_rate=1e-3, max_length=64, max_completion_length=8, **own, **changes,
+            max_length=64, max_completion_length=8, **{"learning_rate": 1e-3, **own, **changes},
         )  # fmt: skip
         rows = Dataset.from_list([{"prompt": text} for text in sentences(1, 12)])
         trainer = trainer_class(tiny_model(), vowels, args, train_dataset=rows, processing_class=tokenizer)
@@ -61,7 +62,8 @@ def agree(one, other):
     for entry, other_entry in zip(log, other_log, strict=True):
         assert entry.keys() == other_entry.keys()
         for key in entry.keys() - {"num_tokens"}:  # a prompt that two micro-batches share is read twice
-            close(other_entry[key], entry[key])
+            if not math.isnan(entry[key]) or not math.isnan(other_entry[key]):  # of nothing: both say so
+                close(other_entry[key], entry[key])
     for key, weight in weights.items():
         close(other_weights[key].detach(), weight.detach())
 
@@ -71,7 +73,9 @@ def test_accumulated(run):
 
 
 def test_padded_rows(run):
-    agree(run(layout="segments"), run(layout="rows", name="other"))
+    # Not Adam's steps, whose size does not shrink with the gradient: they amplify its rounding.
+    plain = dict(optim="sgd", learning_rate=0.1)
+    agree(run(layout="segments", **plain), run(layout="rows", name="other", **plain))
 
 
 def test_sampled_in_parts(run):
