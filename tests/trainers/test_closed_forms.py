@@ -34,6 +34,8 @@ FAMILY = {
 }  # fmt: skip
 # A coin decides each pair of online DPO: many are needed.
 COINS = dict(max_steps=150, per_device_train_batch_size=256, learning_rate=5e-3)
+# Three minutes together: `pytest -m "slow or not slow" tests/trainers/test_closed_forms.py`.
+LATER = [pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2)]
 
 
 def tokenizer_of(words):
@@ -85,7 +87,7 @@ def distance(kind, seed, words, outcomes, worth, length, tmp_path, **changes):
     return float((got - want).abs().sum() / 2), float((start.exp() - want).abs().sum() / 2)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *LATER])
 @pytest.mark.parametrize("kind", FAMILY)
 def test_a_bandit_is_solved(kind, seed, tmp_path):
     """One token out of six."""
@@ -97,7 +99,7 @@ def test_a_bandit_is_solved(kind, seed, tmp_path):
     assert start > 0.2 and learned < 0.05
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *LATER])
 @pytest.mark.parametrize("kind", ["ppo", "rloo", "grpo", "online DPO"])
 def test_a_token_mdp_is_solved(kind, seed, tmp_path):
     """Up to three tokens of four, the first of which ends: 40 completions, whose worth depends on all their tokens."""
