@@ -37,9 +37,13 @@ def main(steps: int = 8) -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(accelerator.reduce(total).item())
+    # The process group is closed here, once DDP has let go of it: at the interpreter's exit its threads may abort.
+    model, optimizer, loader = accelerator.free_memory(model, optimizer, loader)
+    accelerator.end_training()
     return losses
 
 
 if __name__ == "__main__":
     found = main()
-    PartialState().print(f"{found[0]:.4f} -> {found[-1]:.4f}")
+    if PartialState().is_main_process:
+        print(f"{found[0]:.4f} -> {found[-1]:.4f}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rlhf.data import Batch
 from rlhf.logprobs import LocalLoss, Plan, Scores, model_scores, plan, verified_settings
 from rlhf.models.attention import NAME
+from rlhf.models.lora import fuse_lora
 from rlhf.models.remake import fewer_activations, slim
 
 
@@ -24,6 +25,7 @@ class Wrapper(nn.Module):
         super().__init__()
         self.model = model
         slim(model)
+        fuse_lora(model)
 
     @property
     def has_adapter(self) -> bool:
