@@ -27,6 +27,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from rlhf.logprobs.head import Head
+from rlhf.logprobs.products import product, takes
 from rlhf.logprobs.targets import Targets
 
 Mode = Literal["auto", "unit", "save", "recompute"]
@@ -195,12 +196,12 @@ def _operands(rows: Tensor, head: Head) -> _Operands:
 
 def _product(a: Tensor, b: Tensor, op: _Operands, out: Tensor | None = None) -> Tensor:
     a, b = a.to(op.operand), b.to(op.operand)
-    return torch.mm(a, b, out=out) if op.operand == op.result else torch.mm(a, b, out_dtype=op.result)
+    return product(a, b, out) if op.operand == op.result else torch.mm(a, b, out_dtype=op.result)
 
 
 def _scratch(rows: Tensor, size: int, op: _Operands) -> Tensor | None:
     """One chunk's logits for all chunks: fresh memory of that size costs a CPU a page fault for each 4 KiB."""
-    if rows.is_cuda:
+    if rows.is_cuda or takes(rows, op.weight):
         return None
     return rows.new_empty(min(size, rows.size(0)), op.weight.size(0), dtype=op.result)
 
@@ -282,11 +283,13 @@ class _LinearLogps(Function):
             chunk = slice(start, start + size)
             if 2 * index < len(kept):
                 logps, slope = kept[2 * index], kept[2 * index + 1]
+                out = None if scratch is None else scratch[: len(logps)]
             else:
                 logps, slope = _log_softmax(rows[chunk], head, op, scratch)
+                out = logps
             g = None if grad_logps is None else grad_logps[chunk]
             e = None if grad_entropy is None else grad_entropy[chunk]
-            gradients.add(chunk, _grad_logits(logps, token[chunk], g, e, scratch), slope)
+            gradients.add(chunk, _grad_logits(logps, token[chunk], g, e, out), slope)
         return *gradients.results(), None, None, None, None, None
 
 
@@ -321,7 +324,7 @@ class _Local(Function):
                 value = local_loss(Scores(*own), *(x[chunk] for x in per_token)).sum()
                 g, e = (*torch.autograd.grad(value, own, allow_unused=True), None)[:2]
             total += value.detach()
-            gradients.add(chunk, _grad_logits(dense, token[chunk], g, e, scratch), slope)
+            gradients.add(chunk, _grad_logits(dense, token[chunk], g, e, dense), slope)
         ctx.save_for_backward(*gradients.results())
         ctx.mark_non_differentiable(logps, *([] if entropies is None else [entropies]))
         return logps, entropies, total
@@ -345,7 +348,7 @@ class _Unit(Function):
             chunk = slice(start, start + size)
             dense, slope = _log_softmax(rows[chunk], head, op, scratch)
             logps[chunk] = dense.gather(1, token[chunk, None]).squeeze(1)
-            unit.add(chunk, _grad_logits(dense, token[chunk], torch.ones_like(logps[chunk]), None, scratch), slope)
+            unit.add(chunk, _grad_logits(dense, token[chunk], torch.ones_like(logps[chunk]), None, dense), slope)
         ctx.save_for_backward(unit.rows)
         return logps
 
@@ -376,7 +379,7 @@ class _Gradients:
             scaled = self.hidden[chunk] * scale
             if self.weight is None:
                 self.weight = _product(dz.T, scaled, op)
-            elif op.operand == op.result:
+            elif op.operand == op.result and not takes(dz.T, scaled.T):
                 self.weight.addmm_(dz.T, scaled.to(op.operand))
             else:
                 self.weight += _product(dz.T, scaled, op)
@@ -396,13 +399,13 @@ class _Gradients:
         return self.rows, to_weight, to_bias
 
 
-def _grad_logits(logps: Tensor, token: Tensor, g: Tensor | None, e: Tensor | None, scratch: Tensor | None) -> Tensor:
+def _grad_logits(logps: Tensor, token: Tensor, g: Tensor | None, e: Tensor | None, out: Tensor | None) -> Tensor:
     """Gradient of ``g * logp_y + e * H`` with respect to the logits: ``g (1_y - p) - e p (log p + H)``.
 
-    Written to ``scratch`` where there is one (which ``logps`` may lie in) and no ``e``.
+    Written to ``out`` where there is one (which may be ``logps``) and no ``e``.
     """
     own = logps.gather(1, token[:, None])
-    p = torch.exp(logps, out=None if scratch is None or e is not None else scratch[: len(logps)])
+    p = torch.exp(logps, out=out if e is None else None)
     if e is None:
         # 1 - p as -expm1(log p), formed before any downcast: exact for confident tokens.
         return p.mul_(0) if g is None else p.mul_(-g[:, None]).scatter_(1, token[:, None], -own.expm1() * g[:, None])

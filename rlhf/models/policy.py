@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rlhf.data import Batch
 from rlhf.logprobs import LocalLoss, Plan, Scores, model_scores, plan, verified_settings
 from rlhf.models.attention import NAME
-from rlhf.models.lora import fuse_lora
+from rlhf.models.linear import speed_up_linear
 from rlhf.models.remake import fewer_activations, slim
 
 
@@ -25,7 +25,7 @@ class Wrapper(nn.Module):
         super().__init__()
         self.model = model
         slim(model)
-        fuse_lora(model)
+        speed_up_linear(model)
 
     @property
     def has_adapter(self) -> bool:

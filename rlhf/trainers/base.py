@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, set_seed
 
 from rlhf.data import Batch, Collator, Packed
 from rlhf.models import Policy, add_adapter, choose_layout, disable_dropout, load_model, load_tokenizer
@@ -158,6 +158,7 @@ class BaseTrainer(Trainer):
             else:
                 eval_dataset = self._prepare(eval_dataset, processing_class, args, vocab_size)
         if peft_config is not None:
+            set_seed(args.seed)  # transformers does so after this, and LoRA's A is drawn here
             model = add_adapter(model, peft_config)
         if args.disable_dropout:
             disable_dropout(model)

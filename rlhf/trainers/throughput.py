@@ -8,11 +8,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from rlhf.logprobs.products import product
+
 _aten = torch.ops.aten
 # Torch's formulas, and what they lack: the head adds up its weight's gradient in place; attention on a CPU.
 _FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     _aten.addmm_: flop_registry[_aten.addmm],
+    torch.ops.mkldnn._linear_pointwise: lambda x, *args, out_val, **kwargs: 2 * x.shape[-1] * out_val.numel(),
     _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: sdpa_flop_count(
         q.shape, k.shape, v.shape
     ),
@@ -54,7 +57,7 @@ def product_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3)
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             start = time.perf_counter()
-            torch.mm(a, b)
+            product(a, b)
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
             best = max(best, 2 * size**3 / (time.perf_counter() - start))

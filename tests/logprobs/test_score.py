@@ -159,8 +159,14 @@ def test_a_local_loss_of_no_tokens_is_a_zero_with_zero_gradients():
 COUNTED = [("none", 1), ("local", 3), ("save", 3), ("recompute", 4), ("local frozen", 2), ("unit frozen", 2)]
 
 
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "mkldnn::_linear_pointwise")
+
+
+@pytest.mark.parametrize("onednn", [False, True])
 @pytest.mark.parametrize(("mode", "products"), [*COUNTED, ("save frozen", 2), ("recompute frozen", 3)])
-def test_the_profiler_counts_the_products_of_the_head(mode, products):
+def test_the_profiler_counts_the_products_of_the_head(mode, products, onednn, monkeypatch):
+    monkeypatch.setattr("rlhf.logprobs.products.onednn_is_faster", lambda: onednn)
+    monkeypatch.setattr("rlhf.logprobs.products.SMALL", 1)
     hidden, head, targets = problem(rows=64)
     vocabulary = head.weight.size(0)
     if "frozen" in mode:
@@ -176,8 +182,7 @@ def test_the_profiler_counts_the_products_of_the_head(mode, products):
     large = [
         event
         for event in profile.events()
-        if event.name in ("aten::mm", "aten::addmm", "aten::addmm_")
-        and any(vocabulary in shape for shape in event.input_shapes)
+        if event.name in PRODUCTS and any(vocabulary in shape for shape in event.input_shapes)
     ]
     assert len(large) == products, [event.name for event in large]
 
@@ -187,7 +192,7 @@ def test_a_frozen_head_costs_one_product_less_and_gets_no_gradient():
     frozen = Head(head.weight.detach())
     with torch.profiler.profile() as profile:
         score(hidden, frozen, targets, mode="save", chunk_size=len(targets)).logps.sum().backward()
-    assert sum(event.name in ("aten::mm", "aten::addmm_") for event in profile.events()) == 2
+    assert sum(event.name in PRODUCTS for event in profile.events()) == 2
     assert hidden.grad is not None and frozen.weight.grad is None
 
 

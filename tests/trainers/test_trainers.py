@@ -198,6 +198,16 @@ def test_the_checkpoint_is_an_ordinary_one_and_the_best_is_loaded(sft, tmp_path)
     assert all(torch.equal(loaded[k], held[k]) and torch.equal(best[k], held[k]) for k in held)
 
 
+def test_an_adapter_starts_from_the_seed(sft):
+    """Whatever numbers were drawn before."""
+    starts = []
+    for before, seed in ((1, 3), (2, 3), (2, 4)):
+        torch.manual_seed(before)
+        model = sft(peft_config=lora(), seed=seed).model
+        starts.append(torch.cat([p.detach().flatten() for n, p in model.named_parameters() if "lora_A" in n]))
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[1], starts[2])
+
+
 def test_an_adapter_resumes(sft, tmp_path):
     torch.manual_seed(0)
     whole = sft(peft_config=lora(), save_strategy="steps", save_steps=2)

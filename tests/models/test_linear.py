@@ -7,7 +7,73 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLayer
 from torch import nn
 
-from rlhf.models.lora import LoraLinear, fuse_lora
+from rlhf.logprobs import products
+from rlhf.models.linear import Linear, LoraLinear, speed_up_linear
+
+
+@pytest.fixture(params=[False, True], ids=["mkl", "onednn"], autouse=True)
+def library(request, monkeypatch):
+    """Both ways, whichever is the faster one here."""
+    if request.param and not torch.backends.mkldnn.is_available():
+        pytest.skip("torch without oneDNN")
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param)
+    monkeypatch.setattr("rlhf.models.linear.onednn_is_faster", lambda: request.param)
+    monkeypatch.setattr(products, "SMALL", 1)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 40), (7, 40), (1, 40), (0, 40)])
+def test_a_linear_layer_against_float64(shape, bias):
+    g = torch.Generator().manual_seed(0)
+    layer = nn.Sequential(nn.Linear(40, 24, bias=bias))
+    twin = nn.Sequential(nn.Linear(40, 24, bias=bias, dtype=torch.float64))
+    twin.load_state_dict({name: value.double() for name, value in layer.state_dict().items()})
+    speed_up_linear(layer)
+    x = torch.randn(shape, generator=g).requires_grad_()
+    y = x.detach().double().requires_grad_()
+    upstream = torch.randn(*shape[:-1], 24, generator=g)
+    for scale in (upstream, upstream[..., :1].expand_as(upstream)):  # an expanded gradient has strides of 0
+        ours, theirs = layer(x), twin(y)
+        close(ours, theirs.float())
+        (ours * scale).sum().backward()
+        (theirs * scale.double()).sum().backward()
+    ours_sum, theirs_sum = layer(x).sum(), twin(y).sum()
+    ours_sum.backward()
+    theirs_sum.backward()
+    close(x.grad, y.grad.float())
+    for p, q in zip(layer.parameters(), twin.parameters(), strict=True):
+        close(p.grad, q.grad.float())
+
+
+def test_products_of_any_strides():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(30, 20, generator=g), torch.randn(20, 50, generator=g)
+    want = (a.double() @ b.double()).float()
+    for left in (a, a.T.contiguous().T, torch.stack((a, a), 2)[:, :, 0], a[:1].expand(30, 20)):
+        for right in (b, b.T.contiguous().T, torch.stack((b, b), 2)[:, :, 1]):
+            expected = want if left is not None and left.stride(0) else want[:1].expand(30, 50)
+            close(products.product(left, right), expected)
+    out = torch.empty(30, 50)
+    close(products.product(a, b, out), want)
+    close(products.product(a.double(), b.double()), a.double() @ b.double())  # float64 stays with torch
+
+
+def test_a_frozen_layer_gets_no_gradient():
+    layer = nn.Sequential(nn.Linear(8, 4))
+    layer.requires_grad_(False)
+    speed_up_linear(layer)
+    x = torch.ones(2, 8, requires_grad=True)
+    layer(x).sum().backward()
+    close(x.grad, layer[0].weight.sum(0).expand(2, 8))
+    assert layer[0].weight.grad is None and layer[0].bias.grad is None
+
+
+def test_the_choice_draws_no_random_numbers(monkeypatch):
+    monkeypatch.undo()
+    state = torch.get_rng_state()
+    products.onednn_is_faster.cache_clear()
+    assert products.onednn_is_faster() in (False, True)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_gradients():
@@ -19,6 +85,7 @@ def test_gradients():
         tensor.requires_grad_()
     close(LoraLinear.apply(x, weight, bias, a, b, 0.7), x @ weight.T + bias + 0.7 * (x @ a.T) @ b.T)
     torch.autograd.gradcheck(lambda x, a, b: LoraLinear.apply(x, weight, bias, a, b, 0.7), (x, a, b))
+    torch.autograd.gradcheck(Linear.apply, (x, weight.clone().requires_grad_(), bias.clone().requires_grad_()))
     torch.autograd.gradcheck(lambda a, b: LoraLinear.apply(x.detach(), weight, None, a, b, 2.0), (a, b))
 
 
@@ -30,7 +97,7 @@ def layers(**options):
         model = nn.Sequential(nn.Linear(6, 4))
         config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, **options)
         made.append(get_peft_model(model, config))
-    fuse_lora(made[0])
+    speed_up_linear(made[0])
     return made
 
 
