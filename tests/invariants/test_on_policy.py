@@ -16,6 +16,7 @@ from rlhf import GRPOConfig, GRPOTrainer, OnlineDPOConfig, OnlineDPOTrainer, PPO
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4
+EPSILON = 1e-5  # as PPO's authors have it; at 1e-8 Adam's steps are as large for gradients that are rounding alone
 KINDS = {
     "ppo": (PPOTrainer, PPOConfig, dict(num_mini_batches=2, num_iterations=2, adaptive_kl_target=0.1)),
     "grpo": (GRPOTrainer, GRPOConfig, dict(num_generations=2, beta=0.1, num_iterations=2, scale_rewards="batch")),
@@ -41,7 +42,7 @@ def run(kind, tmp_path, tokenizer):
         args = config_class(
             str(tmp_path / name), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
             max_steps=STEPS, logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no",
-            max_length=64, max_completion_length=8, **{"learning_rate": 1e-3, **own, **changes},
+            max_length=64, max_completion_length=8, **{"learning_rate": 1e-3, "adam_epsilon": EPSILON, **own, **changes},
         )  # fmt: skip
         rows = Dataset.from_list([{"prompt": text} for text in sentences(1, 12)])
         trainer = trainer_class(tiny_model(), vowels, args, train_dataset=rows, processing_class=tokenizer)
@@ -91,7 +92,7 @@ def test_two_processes(kind, tmp_path, model_folder):
         options = dict(
             model_name_or_path=model_folder, dataset_name=data, eval_dataset_name=data, output_dir=folder,
             per_device_train_batch_size=batch, max_steps=STEPS, learning_rate=1e-3, logging_steps=1, save_strategy="no",
-            report_to="none", max_length=64, max_completion_length=8, reward_funcs="length_reward(target=3)", **own,
+            adam_epsilon=EPSILON, report_to="none", max_length=64, max_completion_length=8, reward_funcs="length_reward(target=3)", **own,
         )  # fmt: skip
         return [f"--{key}={value}" for key, value in options.items()] + ["--use_cpu"]
 
@@ -124,6 +125,7 @@ def test_dynamic_sampling_on_two_processes_is_that_on_one(tmp_path, model_folder
         options = dict(
             model_name_or_path=model_folder, dataset_name=data, output_dir=folder, per_device_train_batch_size=batch,
             max_steps=2, learning_rate=1e-3, save_strategy="no", report_to="none", max_length=64, num_generations=2,
+            adam_epsilon=EPSILON,
             max_completion_length=8, dynamic_sampling=3, reward_funcs="matches('[aeiou]')",
         )  # fmt: skip
         argv = [*launcher, "scripts/grpo.py", *(f"--{k}={v}" for k, v in options.items()), "--use_cpu"]
