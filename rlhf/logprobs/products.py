@@ -4,8 +4,8 @@
 can do, and where the two differ its products take half the time.
 """
 
-import time
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,14 @@ SMALL = 2**19  # multiplications: below, starting oneDNN costs more than it save
 
 @cache
 def onednn_is_faster() -> bool:
-    """Whether oneDNN's product beats torch's by a quarter here; measured once a process, in a hundredth of a second."""
+    """Whether this is a processor with AVX-512 of another maker than MKL's: read, not timed, so that runs repeat."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
-    x, weight = torch.ones(256, 512), torch.ones(512, 512)
-    seconds = {function: [_seconds(function, x, weight) for _ in range(6)] for function in (_onednn, F.linear)}
-    agree = torch.allclose(_onednn(x, weight), F.linear(x, weight), rtol=1e-5)
-    return agree and 1.25 * min(seconds[_onednn]) < min(seconds[F.linear])
+    about = Path("/proc/cpuinfo")
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not about.exists():
+        return False
+    x, weight = torch.ones(64, 128), torch.ones(128, 128)
+    return "GenuineIntel" not in about.read_text() and torch.equal(_onednn(x, weight), F.linear(x, weight))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -49,9 +50,3 @@ def _dense(matrix: Tensor) -> Tensor:
     """As it is where rows or columns follow one another in memory, else a copy (an expanded gradient, say)."""
     columns = matrix.dim() == 2 and matrix.stride() == (1, matrix.size(0))
     return matrix if columns else matrix.contiguous()
-
-
-def _seconds(function: object, x: Tensor, weight: Tensor) -> float:
-    start = time.perf_counter()
-    function(x, weight)  # type: ignore[operator]
-    return time.perf_counter() - start

@@ -68,14 +68,6 @@ def test_a_frozen_layer_gets_no_gradient():
     assert layer[0].weight.grad is None and layer[0].bias.grad is None
 
 
-def test_the_choice_draws_no_random_numbers(monkeypatch):
-    monkeypatch.undo()
-    state = torch.get_rng_state()
-    products.onednn_is_faster.cache_clear()
-    assert products.onednn_is_faster() in (False, True)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 def test_gradients():
     g = torch.Generator().manual_seed(0)
     x, weight, bias, a, b = (
