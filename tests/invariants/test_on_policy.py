@@ -42,7 +42,7 @@ def run(kind, tmp_path, tokenizer):
         args = config_class(
             str(tmp_path / name), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
             max_steps=STEPS, logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no",
-            max_length=64, max_completion_length=8, **{"learning_rate": 1e-3, "adam_epsilon": EPSILON, **own, **changes},
+            max_length=64, max_completion_length=8, adam_epsilon=EPSILON, **{"learning_rate": 1e-3, **own, **changes},
         )  # fmt: skip
         rows = Dataset.from_list([{"prompt": text} for text in sentences(1, 12)])
         trainer = trainer_class(tiny_model(), vowels, args, train_dataset=rows, processing_class=tokenizer)
@@ -92,7 +92,8 @@ def test_two_processes(kind, tmp_path, model_folder):
         options = dict(
             model_name_or_path=model_folder, dataset_name=data, eval_dataset_name=data, output_dir=folder,
             per_device_train_batch_size=batch, max_steps=STEPS, learning_rate=1e-3, logging_steps=1, save_strategy="no",
-            adam_epsilon=EPSILON, report_to="none", max_length=64, max_completion_length=8, reward_funcs="length_reward(target=3)", **own,
+            adam_epsilon=EPSILON, report_to="none", max_length=64, max_completion_length=8,
+            reward_funcs="length_reward(target=3)", **own,
         )  # fmt: skip
         return [f"--{key}={value}" for key, value in options.items()] + ["--use_cpu"]
 
