@@ -1,16 +1,20 @@
 """Sampling in process against ``model.generate``: the same model, prompts, batch and number of tokens.
 
-    python benchmarks/generation.py --model SmolLM2-135M-Instruct [--rounds 3] [--profile]
+    python benchmarks/generation.py --model SmolLM2-135M-Instruct [--rounds 3] [--output FOLDER] [--profile]
 
 Prompts are random ids of mixed length; every completion has exactly ``--tokens`` tokens on both sides (end tokens are
 suppressed), drawn at temperature 1 from the whole vocabulary. Sides take turns, round by round, and the best round of
-each counts. ``generate`` is given what it is given in practice: a left-padded batch, a group's prompt once a sample.
+each counts. Each side has a copy of the model (ours changes how its linear layers compute). ``generate`` is given what
+it is given in practice: a left-padded batch, a group's prompt once a sample.
 """
 
 import argparse
+import copy
+import json
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -73,13 +77,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
     parser.add_argument("--profile", action="store_true", help="print where our time goes instead")
     args = parser.parse_args()
     model = load_model(args.model, dtype="float32").eval()
     if torch.cuda.is_available():
         model = model.to("cuda", torch.bfloat16)
     tokenizer = load_tokenizer(args.model)
-    engine = LocalEngine(model, tokenizer)
+    engine = LocalEngine(copy.deepcopy(model), tokenizer)
+    results: dict[str, dict[str, float]] = {}
     for name in args.case:
         case = CASES[name]
         prompts = prompts_of(case, model.config.vocab_size)
@@ -109,6 +115,10 @@ def main() -> None:
                 f"then {1e3 * step:6.1f} ms a step   rounds {' '.join(f'{t:.2f}' for t in whole[side])}"
             )
         print(f"{name:28} {'ratio':9} {best['generate'] / best['ours']:7.2f}", flush=True)
+        results[name] = {side: count / best[side] for side in sides}
+    if results:
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / "generation.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

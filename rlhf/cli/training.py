@@ -44,6 +44,8 @@ def train(
     if eval_rows is None and (args.eval_strategy != "no" or args.eval_on_start):
         raise ValueError("evaluation is asked for, but there are no rows: pass --eval_dataset_name")
     tokenizer = load_tokenizer(str(model.model_name_or_path), args.chat_template_path)
+    if args.model_init_kwargs is None:  # a reference or a critic that is given by name is loaded alike
+        args.model_init_kwargs = {k: v for k, v in model.load_kwargs().items() if k != "revision"}
     trainer = make(
         model=load(str(model.model_name_or_path), **model.load_kwargs()),
         args=args,

@@ -36,6 +36,17 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return _onednn(_dense(a), _dense(b.T)) if takes(a, b.T) else torch.mm(a, b, out=out)
 
 
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b`` in place: [m, n], [m, k] and [k, n]."""
+    if not takes(a, b.T):
+        total.addmm_(a, b)
+        return
+    rows = max(2**22 // b.size(1), 1)  # 16 MiB at a time: in the cache, and no second matrix of that size
+    for start in range(0, a.size(0), rows):
+        part = slice(start, start + rows)
+        total[part] += _onednn(_dense(a[part]), _dense(b.T))
+
+
 def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN computes ``x W^T``."""
     float32 = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
@@ -48,5 +59,5 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _dense(matrix: Tensor) -> Tensor:
     """As it is where rows or columns follow one another in memory, else a copy (an expanded gradient, say)."""
-    columns = matrix.dim() == 2 and matrix.stride() == (1, matrix.size(0))
+    columns = matrix.dim() == 2 and matrix.stride(0) == 1 and matrix.stride(1) >= matrix.size(0)
     return matrix if columns else matrix.contiguous()

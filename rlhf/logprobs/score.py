@@ -27,7 +27,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from rlhf.logprobs.head import Head
-from rlhf.logprobs.products import product, takes
+from rlhf.logprobs.products import add_product, product, takes
 from rlhf.logprobs.targets import Targets
 
 Mode = Literal["auto", "unit", "save", "recompute"]
@@ -379,8 +379,8 @@ class _Gradients:
             scaled = self.hidden[chunk] * scale
             if self.weight is None:
                 self.weight = _product(dz.T, scaled, op)
-            elif op.operand == op.result and not takes(dz.T, scaled.T):
-                self.weight.addmm_(dz.T, scaled.to(op.operand))
+            elif op.operand == op.result:
+                add_product(self.weight, dz.T, scaled.to(op.operand))
             else:
                 self.weight += _product(dz.T, scaled, op)
         if self.needs_bias:

@@ -17,6 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from rlhf.data.chat import encode_completions
 from rlhf.data.formats import Turns
 from rlhf.models import load_tokenizer
+from rlhf.models.linear import speed_up_linear
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class ModelReward:
         with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):  # else ranks other than 0 get no weights
             self.model = _load(str(folder) if folder.is_dir() else path, dtype)
         self.model.to(place).eval().requires_grad_(False)
+        speed_up_linear(self.model)
         config: Any = self.model.config
         self._limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         config.get_text_config().pad_token_id = None  # HF's own forward then reads the last token of a row

@@ -1,5 +1,6 @@
 """Several turns: the policy answers, an environment replies, until one of them ends it."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -74,7 +75,7 @@ def play(
     Returns:
         Episodes in order.
     Raises:
-        ValueError: a prompt that leaves no room for an answer.
+        ValueError: a prompt that leaves no room for an answer, or an environment that fails.
     """
     episodes = [Episode(list(ids)) for ids in prompt_ids]
     for number, ids in enumerate(prompt_ids):
@@ -100,7 +101,7 @@ def play(
             episode.logps += answer.logps
             text = str(tokenizer.decode(answer.ids, skip_special_tokens=True))
             episode.turns.append({"role": "assistant", "content": text})
-            reply = environments[i].step(text)
+            reply = _reply(environments[i], text, i, turn)
             episode.reward += reply.reward
             episode.truncated = answer.finish_reason == "length"
             if reply.done or episode.truncated:
@@ -125,6 +126,18 @@ def play(
         if not active:
             break
     return episodes
+
+
+def _reply(environment: Environment, answer: str, episode: int, turn: int) -> Reply:
+    """What the environment says; its failures name the answer that they are about."""
+    where = f"environment {type(environment).__name__}, episode {episode}, turn {turn + 1}, answer {answer[:200]!r}"
+    try:
+        reply = environment.step(answer)
+    except Exception as error:  # of the user's own code, whatever it raises
+        raise ValueError(f"{where}: step raised {type(error).__name__}: {error}") from error
+    if not isinstance(reply, tuple) or len(reply) != 3 or math.isnan(reply[1]):
+        raise ValueError(f"{where}: step must return Reply(observation, reward, done) with a number, got {reply!r}")
+    return Reply(*reply)
 
 
 def _observation_ids(

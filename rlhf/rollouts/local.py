@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from rlhf.models.attention import unfit
+from rlhf.models.linear import speed_up_linear
 from rlhf.rollouts.cache import NAME, Cache
 from rlhf.rollouts.draft import Draft
 from rlhf.rollouts.engine import Completion, Sampling, check_request
@@ -52,6 +53,7 @@ class LocalEngine:
     ) -> None:
         self.model, self.tokenizer, self.autocast = model, tokenizer, autocast
         self.base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        speed_up_linear(model)
         self.end_ids = _end_ids(self.base, tokenizer)
         self.version = 0
         self._checked = False

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig
 from safetensors.torch import load_file, save_file
@@ -163,7 +164,7 @@ class BaseTrainer(Trainer):
         if args.disable_dropout:
             disable_dropout(model)
         if train_dataset is not None:
-            _warn_of_lost_updates(model, args)
+            warn_of_lost_updates(model, args)
         pad = next((i for i in (processing_class.pad_token_id, processing_class.eos_token_id) if i is not None), 0)
         use_cache = model.config.use_cache
         if train_dataset is not None and (capacity := self.capacity(args)) is not None:
@@ -233,7 +234,8 @@ class BaseTrainer(Trainer):
 
     def _add(self, metrics: dict[str, tuple[Tensor, Tensor]]) -> None:
         for name, (total, count) in metrics.items():
-            both = torch.stack([total.detach().sum().float(), count.sum().float()])
+            kind = wide(total.device)
+            both = torch.stack([total.detach().sum().to(kind), count.sum().to(kind)])
             self._sums[name] = self._sums[name] + both if name in self._sums else both
 
     def values(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
@@ -243,8 +245,10 @@ class BaseTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._sums:
-            names = list(self._sums)
-            sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names])).tolist()
+            # A reward function may log what another process's does not.
+            names = sorted({name for own in gather_object([list(self._sums)]) for name in own})
+            none = torch.zeros_like(next(iter(self._sums.values())))
+            sums = self.accelerator.reduce(torch.stack([self._sums.get(name, none) for name in names])).tolist()
             self._sums = {}
             own = dict(zip(names, sums, strict=True))
             # Kept in the trainer's state, so that a resumed run goes on counting.
@@ -325,17 +329,23 @@ class BaseTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        beside = Path(resume_from_checkpoint) / BESIDE
-        if beside.exists():
-            self.accelerator.unwrap_model(self.model).load_state_dict(load_file(beside), strict=False)
+        self._load_beside(Path(resume_from_checkpoint))
         with self._inner_model() as inner:
             super()._load_from_checkpoint(resume_from_checkpoint, inner)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_best_model()
+        self._load_beside(Path(str(self.state.best_model_checkpoint)))
         with self._inner_model():
             super()._load_best_model()
+
+    def _load_beside(self, folder: Path) -> bool:
+        """What the wrapper learned besides the model, from a folder that has it."""
+        file = folder / BESIDE
+        if file.exists():
+            self.accelerator.unwrap_model(self.model).load_state_dict(load_file(file), strict=False)
+        return file.exists()
 
     # State of a trainer's own, kept with the optimizer's in each checkpoint
 
@@ -366,13 +376,18 @@ class BaseTrainer(Trainer):
         return 0  # transformers' estimate reads a dict of inputs
 
 
+def wide(device: torch.device) -> torch.dtype:
+    """Of sums: float64, as a mean square less a squared mean, and counts of millions, leave float32 nothing."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _layout(args: BaseConfig) -> str:
     if args.torch_compile and args.layout == "segments":
         logger.warning("--torch_compile with --layout segments compiles nearly every batch anew; use --layout rows")
     return "rows" if args.torch_compile and args.layout == "auto" else args.layout
 
 
-def _warn_of_lost_updates(model: nn.Module, args: BaseConfig) -> None:
+def warn_of_lost_updates(model: nn.Module, args: BaseConfig) -> None:
     half = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
     if half and args.learning_rate < 1e-4:
         logger.warning(

@@ -25,7 +25,7 @@ class Sample:
         ids: what follows the prompt. sampled: which of them the policy wrote (not an environment); None for all.
         completion: as reward functions get it, text or messages.
         truncated: cut by length, not ended by the policy.
-        reward: weighted sum; NaN where none could be had. each: by function.
+        reward: weighted sum; NaN where none could be had. each: by function. extra: what they had to say besides.
         learned: False leaves its tokens out of the loss.
         tokens: for each of its N sampled tokens, float32 [N]: ``sampler_logps``, ``old_logps``, ``ref_logps``,
             ``values``, ``advantages``, ``returns``, as far as they are needed.
@@ -41,6 +41,7 @@ class Sample:
     tokens: dict[str, Tensor]
     reward: float = float("nan")
     each: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
     learned: bool = True
 
     def __len__(self) -> int:
@@ -79,7 +80,8 @@ def minibatch(samples: list[Sample], collate: Any, first: bool = False) -> Minib
     """Lay out samples; neighbours of one group share their prompt."""
     rows: list[dict[str, Any]] = []
     for index, sample in enumerate(samples):
-        if index == 0 or sample.group != samples[index - 1].group:
+        before = samples[index - 1]
+        if index == 0 or (sample.group, sample.prompt_ids) != (before.group, before.prompt_ids):
             rows.append({"prompt_ids": sample.prompt_ids, "completions": [], "labels": []})
         rows[-1]["completions"].append(sample.ids)
         rows[-1]["labels"].append(sample.labels)

@@ -1,5 +1,6 @@
 """The objective of a policy on its own samples: a loss of the catalogue by name, KL and entropy beside it."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -10,13 +11,13 @@ from rlhf.logprobs import Scores
 from rlhf.losses import POLICY_LOSSES, arguments_of, kl_estimate, ppo_loss
 
 
-def _ppo(logps: Tensor, old_logps: Tensor, advantages: Tensor, sequence: Tensor, **options: Any) -> Tensor:
+def _ppo(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, sequence: Tensor, epsilon: float = 0.2,
+    epsilon_high: float | None = None, *, num_sequences: int | None = None, **options: Any,
+) -> Tensor:  # fmt: skip
     """PPO's loss in the form of :data:`POLICY_LOSSES`: the mean over tokens."""
-    for theirs, own in (("epsilon", "clip_ratio"), ("epsilon_high", "clip_ratio_high")):
-        if theirs in options:
-            options[own] = options.pop(theirs)
-    options.pop("num_sequences", None)
-    return ppo_loss(logps, old_logps, advantages, reduction="sum", **options) / max(len(logps), 1)
+    clip = dict(clip_ratio=epsilon, clip_ratio_high=epsilon_high)
+    return ppo_loss(logps, old_logps, advantages, reduction="sum", **clip, **options) / max(len(logps), 1)
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {"ppo": _ppo, **POLICY_LOSSES}
@@ -54,6 +55,16 @@ class Objective(NamedTuple):
     @property
     def mean(self) -> Mean:
         return _MEANS.get(self.name, "coupled")
+
+    @property
+    def clip(self) -> tuple[float, float] | None:
+        """How far below and above 1 the ratio of a token counts; None where a loss clips something else, or nothing."""
+        if self.name not in ("ppo", "grpo", "dr_grpo", "dapo", "bnpo", "luspo"):
+            return None
+        taken = inspect.signature(LOSSES[self.name]).parameters
+        low = self.options.get("epsilon", taken["epsilon"].default)
+        high = self.options.get("epsilon_high", taken["epsilon_high"].default if "epsilon_high" in taken else None)
+        return low, low if high is None else high
 
     def count(self, lengths: tuple[int, ...]) -> int:
         """What the sum is divided by: tokens that count, or sequences with such."""
@@ -134,11 +145,11 @@ def make_objective(
         raise ValueError(f"loss_type {name!r} is unknown: one of {', '.join(LOSSES)}")
     given = {"epsilon": epsilon, "epsilon_high": epsilon_high, "max_completion_length": max_completion_length}
     offered = {key: value for key, value in given.items() if value is not None}
-    if name == "ppo":
-        offered.pop("max_completion_length")
-        options = offered | loss_kwargs
-    else:
-        options = arguments_of(LOSSES[name], offered) | loss_kwargs
+    taken = arguments_of(LOSSES[name], offered)
+    for key in offered.keys() - taken.keys() - {"max_completion_length"}:
+        own = [key for key in list(inspect.signature(LOSSES[name]).parameters)[4:] if key != "options"]
+        raise ValueError(f"loss_type {name} takes no {key}; it takes {', '.join(own) or 'nothing'} (--loss_kwargs)")
+    options = taken | loss_kwargs
     objective = Objective(name, options, **beside)
     one, sequence = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
     try:  # the loss itself checks its hyper-parameters, now rather than at the first step

@@ -25,7 +25,7 @@ class OnlineDPOTrainer(PPOTrainer):
     config_class: ClassVar[type[BaseConfig]] = OnlineDPOConfig
 
     def count(self, batch: Any) -> int:
-        return sum(length > 0 for length in batch.lengths[::2])
+        return sum(_both(batch.lengths))
 
     def measure(self, model: nn.Module, batch: Any) -> Measures:
         targets = batch.batch.targets
@@ -37,7 +37,7 @@ class OnlineDPOTrainer(PPOTrainer):
         losses = self.args.pair_loss(
             chosen, rejected, ref_chosen, ref_rejected, chosen_lengths=lengths[0], rejected_lengths=lengths[1]
         )
-        says = torch.tensor([length > 0 for length in batch.lengths[::2]], device=losses.device)
+        says = torch.tensor(_both(batch.lengths), device=losses.device)
         losses, counted = torch.where(says, losses, 0.0), says.float()
         margins = self.args.beta * ((chosen - ref_chosen) - (rejected - ref_rejected)).detach()
         tokens = torch.ones_like(ref_logps)
@@ -48,3 +48,8 @@ class OnlineDPOTrainer(PPOTrainer):
             "entropy": (-logps.detach(), tokens),
         }
         return Measures(losses, counted, metrics)
+
+
+def _both(lengths: tuple[int, ...]) -> list[bool]:
+    """Whether both answers of each pair count."""
+    return [chosen > 0 and rejected > 0 for chosen, rejected in zip(lengths[::2], lengths[1::2], strict=True)]

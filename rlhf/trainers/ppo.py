@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from rlhf.losses import truncated_importance_weights, value_loss
 from rlhf.models import ActorCritic, Policy, RewardModel, disable_dropout, load_model, load_reward_model, load_tokenizer
 from rlhf.rewards import RewardSet
 from rlhf.rollouts import Environment, RolloutEngine
-from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures
+from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures, warn_of_lost_updates
 from rlhf.trainers.experience import Minibatch, Sample, add_advantages, keep_of_groups, kl_penalties, minibatch
 from rlhf.trainers.objective import Objective
 from rlhf.trainers.ppo_config import BestOfNConfig, GRPOConfig, PPOConfig, RLOOConfig
@@ -84,14 +85,17 @@ class PPOTrainer(BaseTrainer):
         if args.advantage_estimator == "gae" and args.value_model != "shared":
             _check_tokenizers(self.processing_class, args.value_model)
         self.policy: Policy = self.model
+        start = str(self.policy.config._name_or_path)
+        if self.policy.value_head is not None and self._load_beside(Path(start)):
+            logger.info("%s: going on with the value head that was saved beside the model", start)
         if self.policy.critic is not None:
             self.share_layout(self.policy.critic.model)
         self.policy.temperature = args.temperature
         self.has_adapter = self.policy.has_adapter
         self.ref_policy = self._reference(ref_model) if args.beta > 0 or args.advantage_estimator == "pairs" else None
         self.controller = args.kl_controller()
-        self.roller = Roller(self, engine, environment_factory)
         self.report = RolloutReport(self)
+        self.roller = Roller(self, engine, environment_factory)
         self._steps: list[int] = []  # minibatches of the current rollout that are still to come
         self._minibatches: list[list[list[Sample]]] = []  # of micro-batches
         self._micro: list[list[Sample]] = []  # what is left of the current step
@@ -317,9 +321,9 @@ class PPOTrainer(BaseTrainer):
         if isinstance(rows, Dataset) and "prompt_ids" not in rows.column_names:
             vocab_size = self.policy.get_input_embeddings().num_embeddings
             rows = self._prepare(rows, self.processing_class, self.args, vocab_size)  # type: ignore[arg-type]
-        sums = self.report.of_evaluation(self.roller.answer(rows))
+        sums = self.report.of_evaluation(self.roller.answer(self.policy, rows))
         names = list(sums)
-        table = torch.stack([torch.stack([t.sum().float(), c.sum().float()]) for t, c in sums.values()])
+        table = torch.stack([torch.stack([total.sum(), count.sum()]) for total, count in sums.values()])
         pairs = self.accelerator.reduce(table.to(self.args.device)).tolist()
         values = self.values({name: (total, count) for name, (total, count) in zip(names, pairs, strict=True)})
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
@@ -332,6 +336,7 @@ class PPOTrainer(BaseTrainer):
 
 def _critic(args: PPOConfig) -> RewardModel:
     critic = load_reward_model(args.value_model, **args.model_kwargs())
+    warn_of_lost_updates(critic, args)
     disable_dropout(critic)
     return critic
 

@@ -132,6 +132,7 @@ class PPOConfig(BaseConfig):
             self.kl_estimator = "k1" if self.kl_in == "reward" else "k3"
         if self.kl_in == "reward" and self.kl_estimator != "k1":
             raise ValueError(f"in the reward only k1 has the gradient of the KL, not {self.kl_estimator}: --kl_in loss")
+        self._check_ignored()
         for name in ("num_mini_batches", "num_iterations", "num_generations", "max_turns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -153,6 +154,25 @@ class PPOConfig(BaseConfig):
             )
         if estimator == "pairs" and self.per_device_train_batch_size % 2:
             raise ValueError("pairs need an even per_device_train_batch_size")
+
+    def _check_ignored(self) -> None:
+        """Refuse what would be dropped in silence."""
+        estimator = self.advantage_estimator
+        if estimator == "pairs":
+            for name in ("adaptive_kl_target", "early_stop_kl", "importance_sampling_cap"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} is for losses of tokens, and pairs have none: leave it out")
+            if self.entropy_coef:
+                raise ValueError("entropy_coef is for losses of tokens, and pairs have none: leave it out")
+        if estimator == "remax" and self.whiten_rewards:
+            raise ValueError("remax subtracts the rewards of greedy answers, which are not whitened: no whiten_rewards")
+        if self.dynamic_sampling and self.num_generations < 2:
+            raise ValueError("dynamic_sampling looks for groups of different rewards: num_generations must be above 1")
+        if self.loss_type in ("rloo", "reinforce") and estimator != "best_of_n" and not self.on_policy:
+            raise ValueError(
+                f"loss_type {self.loss_type} has no ratio to the policy that sampled, so a rollout serves one step: "
+                "set num_iterations and num_mini_batches to 1, or take ppo"
+            )
 
     @property
     def kept(self) -> int:

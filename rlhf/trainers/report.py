@@ -14,6 +14,8 @@ from torch import Tensor
 from rlhf.logprobs import Scores
 from rlhf.losses import kl_estimate
 from rlhf.rewards import completion_text
+from rlhf.rewards.scoring import Scored
+from rlhf.trainers.base import wide
 from rlhf.trainers.diagnosis import diagnose
 from rlhf.trainers.experience import Minibatch, Sample, varied_groups
 from rlhf.trainers.objective import Objective
@@ -54,7 +56,9 @@ class RolloutReport:
             sums[name] = torch.as_tensor(total, device=device).float(), torch.as_tensor(count, device=device).float()
 
         groups = {sample.group for sample in samples}
-        if self.args.num_generations > 1:
+        if self.args.dynamic_sampling:
+            add("frac_reward_zero_std", *self.trainer.roller.equal_groups)
+        elif self.args.num_generations > 1:
             add("frac_reward_zero_std", len(groups) - len(varied_groups(samples)), len(groups))
         add("frac_not_learned", sum(not sample.learned for sample in kept), len(kept))
         sampled = sum(map(len, samples))
@@ -85,12 +89,12 @@ class RolloutReport:
         device = self.args.device
 
         def column(values: list[float]) -> tuple[Tensor, Tensor]:
-            vector = torch.tensor(values, device=device)
-            return vector.nan_to_num(0.0), (~vector.isnan()).float()
+            vector = torch.tensor(values, device=device, dtype=wide(device))
+            return vector.nan_to_num(0.0), (~vector.isnan()).to(vector)
 
         rewards = [sample.reward for sample in samples]
         sums = {"reward": column(rewards), "reward_squared": column([r * r for r in rewards])}
-        for name in samples[0].each if samples else ():
+        for name in self._reward_names():
             each = [sample.each[name] for sample in samples]
             sums[f"rewards/{name}/mean"] = column(each)
             sums[f"rewards/{name}/squared"] = column([r * r for r in each])
@@ -98,6 +102,20 @@ class RolloutReport:
         sums["completions/clipped_ratio"] = column([float(sample.truncated) for sample in samples])
         sums["completions/eos_ratio"] = column([float(not sample.truncated) for sample in samples])
         return sums
+
+    def of_rewards(self, scored: Scored) -> None:
+        """What the functions logged themselves, and how often each failed."""
+        device = self.args.device
+        found = {name: (value, 1) for name, value in scored.metrics.items()}
+        if self.args.on_reward_error == "drop":
+            found |= {f"rewards/{name}/failed": (n, len(scored.rewards)) for name, n in scored.failed.items()}
+        for name, (total, count) in found.items():
+            self.trainer._add({name: (torch.tensor(total, device=device), torch.tensor(count, device=device))})
+
+    def _reward_names(self) -> list[str]:
+        """The same on every process, whether it has samples or not."""
+        own = [] if self.trainer.rewards is None else self.trainer.rewards.names
+        return [*(["environment"] if self.trainer.roller.environment_factory is not None else []), *own]
 
     def of_step(
         self,
@@ -119,10 +137,8 @@ class RolloutReport:
             "approx_kl": ((kl_estimate(before, logps, "k3") * mask).sum(), count),
             "policy_loss": (total.detach() - self.args.vf_coef * critic.detach(), divisor),
         }
-        options = objective.options
-        low = options.get("epsilon", 0.2)
-        high = options.get("epsilon_high") or low
-        if objective.name in ("ppo", "grpo", "dr_grpo", "dapo", "bnpo", "luspo"):
+        if objective.clip is not None:
+            low, high = objective.clip
             advantages = batch.tokens["advantages"]
             below, above = (ratio < 1 - low) & (advantages < 0), (ratio > 1 + high) & (advantages > 0)
             sums["clip_ratio/low"] = ((below * mask).sum(), count)
@@ -131,6 +147,7 @@ class RolloutReport:
             sums["value_loss"] = (critic.detach(), divisor)
         if "old_logps" not in batch.tokens:
             sums["entropy"] = ((-logps * mask).sum(), count)
+            sums["sampler_kl"] = ((kl_estimate(batch.tokens["sampler_logps"], logps, "k3") * mask).sum(), count)
             if "ref_logps" in batch.tokens:
                 sums["kl"] = ((logps - batch.tokens["ref_logps"]).sum(), count.new_tensor(float(len(batch.lengths))))
         elif batch.first:
@@ -209,6 +226,7 @@ class RolloutReport:
                     "completion": sample.completion,
                     "reward": _number(sample.reward),
                     "rewards": {name: _number(value) for name, value in sample.each.items()},
+                    **sample.extra,
                     "advantage": None if advantages is None else _number(float(advantages.mean())),
                     "tokens": len(sample),
                     "truncated": sample.truncated,

@@ -1,6 +1,7 @@
 """From prompts to scored samples: which prompts come next, who samples, what rewards say."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from rlhf.data.formats import Turns, prompt_alone
 from rlhf.models import Policy
 from rlhf.rollouts import Environment, LocalEngine, RolloutEngine, Sampling, ServerEngine, play
 from rlhf.trainers.experience import Sample, varied_groups
+from rlhf.trainers.weights import plain_weights
 
 
 class Roller:
@@ -37,6 +39,9 @@ class Roller:
         self.environment_factory = environment_factory
         self.rollouts = 0  # made so far
         self.drawn = 0  # prompts
+        self.equal_groups = (0, 0)  # of the last rollout, before dynamic sampling replaced them: how many of how many
+        self._sent: int | None = None  # optimizer steps behind the weights that a server has
+        self._versions = 0
         args, accelerator = self.args, trainer.accelerator
         world = args.world_size
         step = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -93,32 +98,53 @@ class Roller:
     def rollout(self, policy: Policy, beta: float) -> tuple[list[Sample], Tensor | None]:
         """This process's samples, scored, in the order of training; with rewards of greedy answers for ``remax``."""
         self.rollouts += 1
-        if not self.samples_here:
-            self._send_weights(policy)
         numbered = list(enumerate(self._draw(self.prompts_in_rollout)))
-        self.engine.wake()
+        self._wake(policy)
         samples = self._sample(self._mine(numbered), self.args.sampling(), self.args.num_generations)
         if self.args.dynamic_sampling:
             samples = self._until_varied(samples)
         baselines = self._greedy(samples) if self.args.advantage_estimator == "remax" else None
-        self.engine.sleep()
+        self._sleep()
         return samples, baselines
 
-    def answer(self, rows: Any) -> list[Sample]:
+    def answer(self, policy: Policy, rows: Any) -> list[Sample]:
         """One answer to each of these rows, scored: this process's share."""
-        mine = range(self.args.process_index, len(rows), self.args.world_size)
-        self.engine.wake()
-        return self._sample([(i, rows[i]) for i in mine], self.args.sampling(), 1, rollout=0)
+        mine = [(i, rows[i]) for i in range(self.args.process_index, len(rows), self.args.world_size)]
+        self._wake(policy)
+        samples = self._sample(mine, self.args.sampling(), 1, 0, self.args.per_device_eval_batch_size)
+        self._sleep()
+        return samples
+
+    def _wake(self, policy: Policy) -> None:
+        """Bring the engine back with the policy's weights; what all processes share, the first one asks."""
+        if self.samples_here:
+            self.engine.wake()
+            return
+        if self.trainer.is_world_process_zero():
+            self.engine.wake()
+        if self._sent != self.trainer.state.global_step:
+            self._send_weights(policy)
+            self._sent = self.trainer.state.global_step
+
+    def _sleep(self) -> None:
+        self.trainer.accelerator.wait_for_everyone()  # nobody is sampling any more
+        if self.samples_here or self.trainer.is_world_process_zero():
+            self.engine.sleep()
 
     def _sample(
-        self, rows: list[tuple[int, dict[str, Any]]], sampling: Sampling, n: int, rollout: int | None = None
+        self,
+        rows: list[tuple[int, dict[str, Any]]],
+        sampling: Sampling,
+        n: int,
+        rollout: int | None = None,
+        batch_size: int | None = None,
     ) -> list[Sample]:
         rollout = self.rollouts if rollout is None else rollout
         make = self._converse if self.environment_factory is not None else self._complete
-        size = max(1, (self.args.rollout_batch_size or len(rows) * n) // n)
+        size = max(1, (batch_size or self.args.rollout_batch_size or len(rows) * n) // n)
         parts = (rows[start : start + size] for start in range(0, len(rows), size))
         samples = [sample for part in parts for sample in make(part, sampling, n, rollout)]
-        self._score(samples)
+        self._score(samples, told=rollout > 0)
         return samples
 
     def _complete(
@@ -184,8 +210,8 @@ class Roller:
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         return text if isinstance(prompt_alone(row), str) else [{"role": "assistant", "content": text}]
 
-    def _score(self, samples: list[Sample]) -> None:
-        """Give samples their rewards: an environment's, and what functions say."""
+    def _score(self, samples: list[Sample], told: bool) -> None:
+        """Give samples their rewards: an environment's, and what functions say; what these log is told if so."""
         for sample in samples:
             sample.reward = sample.each.get("environment", float("nan"))
         if self.trainer.rewards is not None and samples:
@@ -201,6 +227,10 @@ class Roller:
             for sample, reward, each in zip(samples, scored.rewards.tolist(), scored.each.tolist(), strict=True):
                 sample.reward = reward + sample.each.get("environment", 0.0)
                 sample.each |= dict(zip(scored.names, each, strict=True))
+            if told:
+                self.trainer.report.of_rewards(scored)
+            for place, sample in enumerate(samples):
+                sample.extra = {name: column[place] for name, column in scored.extra.items()}
         args = self.args
         for sample in samples:
             if args.reward_clip is not None:
@@ -219,6 +249,7 @@ class Roller:
             groups = [everyone[start : start + n] for start in range(0, len(everyone), n)]
             for group in groups:
                 (varied if varied_groups(group) else equal).append(group)
+            self.equal_groups = (len(equal), len(equal) + len(varied))
             missing = target - len(varied)
             if missing <= 0 or attempt == self.args.dynamic_sampling:
                 break
@@ -234,7 +265,7 @@ class Roller:
 
     def _greedy(self, samples: list[Sample]) -> Tensor:
         """Rewards of the most probable answer to each sample's prompt: [S]."""
-        sampling = Sampling(temperature=0.0, max_tokens=self.args.max_completion_length, stop=self.args.stop or ())
+        sampling = replace(self.args.sampling(), temperature=0.0)
         rows = {sample.group: sample.row for sample in samples}
         greedy = {sample.group: sample.reward for sample in self._sample(list(rows.items()), sampling, 1)}
         return torch.tensor([greedy[sample.group] for sample in samples])
@@ -245,16 +276,10 @@ class Roller:
     def _send_weights(self, policy: Policy) -> None:
         """The policy's weights under the names of a checkpoint, an adapter merged into them."""
         trainer = self.trainer
-        if policy.has_adapter:
-            policy.model.merge_adapter()  # type: ignore[operator]
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        own = {key.removeprefix("model."): tensor for key, tensor in state.items() if key.startswith("model.")}
+        weights = plain_weights(policy.model, own)
+        self._versions += 1
         if trainer.is_world_process_zero():
-            names = {
-                key.removeprefix("model.").removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
-                for key, tensor in state.items()
-                if key.startswith("model.") and ".lora_" not in key
-            }
-            self.engine.update_weights(names.items(), self.rollouts)
-        if policy.has_adapter:
-            policy.model.unmerge_adapter()  # type: ignore[operator]
+            self.engine.update_weights(weights.items(), self._versions)
         trainer.accelerator.wait_for_everyone()

@@ -20,7 +20,7 @@ class FakeServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.model, self.engine, self.lock = model, LocalEngine(model, tokenizer), threading.Lock()
         self.ids, self.processed, self.weights, self.echo = ids, processed, weights, echo
-        self.bodies, self.posts = [], []
+        self.bodies, self.posts, self.asleep = [], [], False
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -68,7 +68,15 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
         self.server.posts.append(self.path)
-        if self.path == "/v1/completions":
+        if self.path in ("/sleep?level=1", "/wake_up") and self.server.weights == "vllm":
+            self.server.asleep = self.path != "/wake_up"
+            self.reply({})
+        elif self.server.asleep and self.path in (
+            "/v1/completions",
+            "/collective_rpc",
+        ):  # its weights are not on the device: nothing to answer with, nothing to write into
+            self.reply({"detail": "asleep"}, 503)
+        elif self.path == "/v1/completions":
             self.server.bodies.append(body)
             self.reply(self.server.complete(body))
         elif self.path == "/update_weights_from_disk" and self.server.weights == "sglang":
@@ -78,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
             assert body["method"] == "reload_weights"
             self.server.load(body["kwargs"]["weights_path"])
             self.reply({"results": [None]})
-        elif self.path in ("/reset_prefix_cache", "/sleep?level=1", "/wake_up") and self.server.weights == "vllm":
+        elif self.path == "/reset_prefix_cache" and self.server.weights == "vllm":
             self.reply({})
         else:
             self.reply({"detail": "Not Found"}, 404)

@@ -82,6 +82,7 @@ HAS = {
     "demo": ("sft", "dpo", "ppo"),
     "docs/runs/smollm2-135m": ("sft", "dpo"),
     "docs/runs/one-sentence": ("ppo", "grpo"),
+    "docs/runs/reward-and-ppo": ("reward", "ppo"),
 }
 TRAINING = [ROOT / f"{folder}/{name}.yaml" for folder, names in HAS.items() for name in names]
 OWN = {

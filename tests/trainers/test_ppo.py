@@ -278,6 +278,10 @@ def test_a_prompt_is_laid_out_once_for_neighbours(tokenizer):
     batch = minibatch([sample(group=0), sample(group=0, ids=(8,)), sample(group=1)], Collator(layout="segments"))
     assert batch.batch.input_ids.tolist() == [[3, 4, 5, 6, 7, 8, 3, 4, 5, 6, 7]]
     assert batch.batch.targets.source.tolist() == [1, 2, 3, 1, 7, 8, 9]
+    other = sample(group=0)
+    other.prompt_ids = [4]  # an environment may begin each of a group in its own way
+    batch = minibatch([sample(group=0), other], Collator(layout="segments"))
+    assert batch.batch.input_ids.tolist() == [[3, 4, 5, 6, 7, 4, 5, 6, 7]]
 
 
 # Whole runs
@@ -368,16 +372,43 @@ def test_resumed_is_uninterrupted(make, kind, step, tmp_path):
         assert torch.equal(one, other)
 
 
-def test_dynamic_sampling_replaces_groups_of_equal_rewards(make):
-    def rare(completions, number, **_):  # only prompts with an even number tell completions apart
-        return [float(len(c)) if n % 2 == 0 else 0.0 for c, n in zip(completions, number, strict=True)]
+def rare(completions, number, **_):
+    """Only prompts with an even number tell completions apart."""
+    return [float(len(c)) if n % 2 == 0 else 0.0 for c, n in zip(completions, number, strict=True)]
 
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("ppo", dict(peft_config=lora(), num_mini_batches=2)),
+        ("grpo", dict(reward=rare, num_generations=2, dynamic_sampling=2)),
+        ("grpo", dict(num_generations=2, num_iterations=3, early_stop_kl=1e-6, learning_rate=1e-2)),
+    ],
+    ids=["lora", "dynamic", "early"],
+)
+def test_resumed_is_uninterrupted_in_special_cases_too(make, kind, options, tmp_path):
+    options = dict(max_steps=5, **options)
+    whole = make(kind, **options)
+    whole.train()
+    make(kind, name="cut", callbacks=[StopAt(3)], save_strategy="steps", save_steps=3, **options).train()
+    again = make(kind, name="cut", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    assert again.roller.drawn == whole.roller.drawn
+    for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_dynamic_sampling_replaces_groups_of_equal_rewards(make):
     plain = make("grpo", reward=rare, num_generations=2, max_steps=2)
     plain.train()
     assert lines(plain)[0]["frac_reward_zero_std"] > 0
     dynamic = make("grpo", reward=rare, num_generations=2, max_steps=2, dynamic_sampling=8)
     dynamic.train()
-    assert all(entry["frac_reward_zero_std"] == 0 for entry in lines(dynamic))
+    assert all(0 < entry["frac_reward_zero_std"] < 1 for entry in lines(dynamic))  # of all that were drawn
+    groups = {}
+    for one in (s for step in dynamic._minibatches for micro in step for s in micro):
+        groups.setdefault(one.group, set()).add(one.reward)
+    assert all(len(rewards) > 1 for rewards in groups.values())
     assert dynamic.roller.drawn > plain.roller.drawn
 
 
@@ -443,6 +474,7 @@ def test_a_step_without_iterations_needs_no_pass_before_it(make, monkeypatch):
     monkeypatch.setattr(trainer.model, "forward", lambda *args: calls.append(args) or forward(*args))
     trainer.train()
     assert len(calls) == 1
+    assert lines(trainer)[0]["sampler_kl"] < 1e-10  # the step itself compares
 
 
 # Evaluation, samples, and what is off
@@ -493,6 +525,88 @@ def test_a_trouble_is_said_once_a_run(make, caplog):
     assert caplog.text.count("every reward is the same") == 1
 
 
+def test_rewards_without_variance_are_seen_at_any_value(make, caplog):
+    """Not a power of two: in float32 its mean square less its squared mean would not be 0."""
+    trainer = make("ppo", reward=lambda completions, **_: [0.7] * len(completions))
+    trainer.train()
+    assert "every reward is the same" in caplog.text
+
+
+def test_the_clip_is_the_losss_own():
+    def clip(name, **options):
+        return make_objective(
+            name, epsilon=None, epsilon_high=None, max_completion_length=4, loss_kwargs={}, **options
+        ).clip
+
+    assert clip("dapo") == (0.2, 0.28) and clip("ppo") == clip("grpo") == clip("bnpo") == (0.2, 0.2)
+    assert clip("gspo") is None and clip("cispo") is None
+    assert make_objective(
+        "ppo", epsilon=0.1, epsilon_high=0.4, max_completion_length=4, loss_kwargs={"dual_clip": 3}
+    ).clip == (0.1, 0.4)
+
+
+def test_what_reward_functions_log_is_logged(make, tmp_path):
+    def told(completions, log_metric, log_extra, **_):
+        log_metric("letters", sum(map(len, completions)) / len(completions))
+        log_extra("first", [text[:1] for text in completions])
+        return [1.0 * len(text) if len(text) % 2 else None for text in completions]
+
+    def broken(completions, **_):
+        raise RuntimeError("no")
+
+    trainer = make("grpo", reward=[told, broken], num_generations=4, on_reward_error="drop")
+    trainer.train()
+    assert all(entry["letters"] > 0 and entry["rewards/broken/failed"] == 1 for entry in lines(trainer))
+    entries = [json.loads(line) for line in (tmp_path / "run/completions.jsonl").read_text().splitlines()]
+    assert all(entry["first"] == entry["completion"][:1] for entry in entries)
+
+
+def test_a_value_head_goes_on_where_it_was_saved(make, tmp_path, caplog):
+    trainer = make("ppo", max_steps=4, learning_rate=1e-2)
+    trainer.train()
+    trainer.save_model()
+    caplog.set_level("INFO")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    again = make("ppo", model=saved, name="again")
+    assert trainer.policy.value_head.weight.any() and "going on with the value head" in caplog.text
+    assert torch.equal(again.policy.value_head.weight, trainer.policy.value_head.weight)
+
+
+def test_values_are_those_of_the_state_before_each_token(tokenizer):
+    """Of the hidden states one position earlier, also where two answers share a prompt."""
+    from rlhf.data import Collator
+    from rlhf.models import ActorCritic, use_segments
+
+    model = tiny_model()
+    policy = ActorCritic(model).eval()
+    torch.nn.init.normal_(policy.value_head.weight)
+    two = [sample(group=0), sample(group=0, ids=(8, 9))]
+    rows = [torch.tensor([one.prompt_ids + one.ids]) for one in two]
+    want = []
+    for ids, one in zip(rows, two, strict=True):
+        hidden = model.base_model(input_ids=ids)[0][0]
+        value = hidden @ policy.value_head.weight[0] + policy.value_head.bias
+        want.append(value[len(one.prompt_ids) - 1 : -1])
+    for layout in ("rows", "segments"):
+        if layout == "segments":
+            assert use_segments(model) is None
+        close(policy(minibatch(two, Collator(layout=layout)).batch).values.detach(), torch.cat(want).detach())
+
+
+def test_returns_are_those_before_whitening():
+    def valued(reward, *values):
+        return sample(reward, tokens={"values": torch.tensor(values)})
+
+    samples = [[valued(1.0, 0.5, 0.2, 0.1), valued(3.0, 0.0, 0.4, 0.2)] for _ in range(2)]
+    for white, them in zip((False, True), samples, strict=True):
+        add_advantages(them, "gae", whitened=white)
+    for one, other in zip(*samples, strict=True):
+        close(other.tokens["returns"], one.tokens["returns"])
+        close(one.tokens["returns"], one.tokens["advantages"] + one.tokens["values"])
+    white = torch.cat([s.tokens["advantages"] for s in samples[1]])
+    close([white.mean(), white.std(correction=0)], [0.0, 1.0])
+
+
 # Several turns
 
 
@@ -531,6 +645,27 @@ def test_an_episode_keeps_the_sampled_ids(tokenizer):
             start = end
         assert all(ids in told.values() for own, ids in runs if not own)
         assert [turn["role"] for turn in episode.turns] == (["assistant", "user"] * 3)[: len(episode.turns)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [(ZeroDivisionError("by zero"), "step raised ZeroDivisionError: by zero"), (Reply("", math.nan), "got Reply")],
+)
+def test_an_environment_that_fails_is_named_with_the_answer(tokenizer, answer, message):
+    class Broken(Guess):
+        def step(self, text):
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    environments = [Guess(), Broken()]
+    for environment in environments:
+        environment.reset({"prompt": ""})
+    with pytest.raises(ValueError, match=f"environment Broken, episode 1, turn 1, answer .*{message}"):
+        play(
+            environments, [[5], [6]], LocalEngine(tiny_model(), tokenizer), tokenizer, Sampling(max_tokens=2),
+            lambda turn: turn, [0, 1], conversational=False, max_turns=2, max_length=60,
+        )  # fmt: skip
 
 
 def test_observations_of_a_conversation_follow_the_template(tokenizer):
@@ -578,12 +713,24 @@ def test_a_game_of_several_turns_is_learned(make, kind):
         (dict(max_length=100, max_completion_length=100), "leaves no room for a prompt"),
         (dict(per_device_train_batch_size=6, num_generations=4), "no multiple of the 4"),
         (dict(top_p=0.0), "top_p must be in"),
+        (dict(loss_type="cispo", epsilon_high=0.3), "loss_type cispo takes no epsilon_high; it takes max_ratio"),
+        (dict(loss_type="rloo"), "loss_type rloo has no ratio"),
+        (dict(dynamic_sampling=2), "dynamic_sampling looks for groups"),
+        (dict(advantage_estimator="remax", whiten_rewards=True), "remax subtracts the rewards of greedy answers"),
         (dict(tokens_per_batch=100), "tokens_per_batch is for data that is there before training"),
     ],
 )
 def test_a_configuration_that_cannot_work(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         PPOConfig(str(tmp_path), report_to="none", use_cpu=True, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(adaptive_kl_target=1.0), dict(early_stop_kl=0.1), dict(importance_sampling_cap=2.0)]
+)
+def test_what_pairs_would_ignore_is_refused(tmp_path, changes):
+    with pytest.raises(ValueError, match="is for losses of tokens, and pairs have none"):
+        OnlineDPOConfig(str(tmp_path), report_to="none", use_cpu=True, **changes)
 
 
 def test_what_cannot_work_is_said_before_the_first_rollout(make, prompts, tokenizer):
