@@ -6,7 +6,7 @@ setup: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PY) -m venv .venv
 	$(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev,plot,trl]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev,math,plot,trl]"
 	touch $@
 demo: setup  # MODEL=folder-or-hub-name trains that instead of a new small model
 	HF_HUB_OFFLINE=$(if $(MODEL),$(or $(HF_HUB_OFFLINE),0),1) $(BIN)/python demo/run.py $(MODEL)
