@@ -9,6 +9,7 @@ from importlib import import_module
 COMMANDS = {
     "sft": "fine-tune on text, conversations, or prompts with completions",
     "dpo": "align with preference pairs (prompt, chosen, rejected)",
+    "distill": "train a student to say what a teacher says",
     "reward": "train a reward model on preference pairs",
     "ppo": "learn from rewards, with a critic (prompts and --reward_funcs)",
     "grpo": "learn from rewards, against the mean of a group (DAPO, GSPO, …)",

@@ -33,17 +33,32 @@ from rlhf.logprobs.targets import Targets
 Mode = Literal["auto", "unit", "save", "recompute"]
 
 
+class Comparison(NamedTuple):
+    """A student beside its teacher at each scored token; constants, [N] each, in nats.
+
+    ``divergence`` is the one asked for, at its temperature; ``kl`` is KL(teacher, student) at temperature 1 whatever was
+    asked for; ``logps`` are the teacher's, of the token; ``agrees``: both find the same token likeliest.
+    """
+
+    divergence: Tensor
+    kl: Tensor
+    logps: Tensor
+    agrees: Tensor
+
+
 class Scores(NamedTuple):
     """Of each scored token, float32 (float64 for float64 hidden states), in nats.
 
     ``loss`` is the sum over tokens of a loss that was given to the model; it carries the gradient then, not the rest.
-    ``values`` are a critic's, of the state before each token; they carry a gradient of their own.
+    ``values`` are a critic's, of the state before each token; they carry a gradient of their own. ``teacher`` is what
+    was found beside one.
     """
 
     logps: Tensor
     entropy: Tensor | None = None
     loss: Tensor | None = None
     values: Tensor | None = None
+    teacher: Comparison | None = None
 
 
 LocalLoss = Callable[..., Tensor]
@@ -88,11 +103,7 @@ def score(
     if hidden.size(-1) != head.weight.size(1):
         raise ValueError(f"hidden states have size {hidden.size(-1)}, the head {head.weight.size(1)}")
     vocabulary = head.weight.size(0)
-    if targets.token.device.type == "cpu" and len(targets):
-        low, high = int(targets.token.min()), int(targets.token.max())
-        if low < 0 or high >= vocabulary:
-            wrong = low if low < 0 else high
-            raise ValueError(f"target token {wrong} is outside the vocabulary [0, {vocabulary})")
+    check_tokens(targets.token, vocabulary)
     rows = hidden.reshape(-1, hidden.size(-1)).index_select(0, targets.source)
     head_learns = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
     way, size, keep = plan(
@@ -117,6 +128,15 @@ def score(
         if way == "unit":
             return Scores(_Unit.apply(rows, head, targets.token, size))
         return Scores(*_LinearLogps.apply(rows, head.weight, head.bias, head, targets.token, size, keep, entropy))
+
+
+def check_tokens(token: Tensor, vocabulary: int) -> None:
+    """Raise for a token outside the vocabulary, where looking costs nothing."""
+    if token.device.type == "cpu" and token.numel():
+        low, high = int(token.min()), int(token.max())
+        if low < 0 or high >= vocabulary:
+            wrong = low if low < 0 else high
+            raise ValueError(f"target token {wrong} is outside the vocabulary [0, {vocabulary})")
 
 
 class Plan(NamedTuple):
@@ -332,9 +352,12 @@ class _Local(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        factor = grads[2]
-        scaled = [None if x is None else x.mul_(factor.to(x.dtype)) for x in ctx.saved_tensors]
-        return *scaled, None, None, None, None, None, None
+        return *_scaled(ctx.saved_tensors, grads[2]), None, None, None, None, None, None
+
+
+def _scaled(gradients: tuple[Tensor | None, ...], factor: Tensor) -> list[Tensor | None]:
+    """In place: they were taken in the forward pass for this one use."""
+    return [None if x is None else x.mul_(factor.to(x.dtype)) for x in gradients]
 
 
 class _Unit(Function):
