@@ -65,7 +65,7 @@ def model_scores(
 
 
 def model_predictions(model: nn.Module, targets: Targets, *, temperature: float = 1.0, **inputs: Any) -> Predictions:
-    """What a causal LM says of ``targets`` short of the softmax: the last hidden states before each, [N, H], and the head.
+    """What a causal LM says of ``targets`` short of the softmax: the last hidden states, [N, H], and the head.
 
     With gradient where one is wanted: for a teacher, call it under ``torch.no_grad()``. A model that runs its own head
     gives its logits, [N, V]. Arguments as in :func:`model_scores`.

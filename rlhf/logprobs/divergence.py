@@ -1,8 +1,8 @@
 r"""A student beside its teacher, token by token, from hidden states and the two heads, in chunks.
 
 With M and M' one product of the student's and of the teacher's head, the loss and its gradients cost 3 M + M' (2 M + M'
-under a frozen student head), without gradient M + M'; never more logits than a chunk of each. A divergence is a sum over
-tokens, so its gradient is taken while a chunk's logits live. With q the student's and p the teacher's probabilities at
+under a frozen student head), without gradient M + M'; never more logits than a chunk of each. The loss is a sum over
+tokens, so its gradient is taken while a chunk's logits live. With q and p the probabilities of student and teacher at
 temperature T, and :math:`g_v = \partial D/\partial q_v` up to a constant,
 
 .. math:: \frac{\partial D}{\partial z_v} = \frac{1}{T}\Big(q_v g_v - q_v\sum_u q_u g_u\Big)
@@ -40,7 +40,7 @@ IN_CACHE = 2**17  # logits that a CPU goes over several times
 
 
 class Predictions(NamedTuple):
-    """What a model says of each scored token, short of the softmax: rows [N, H] for ``head``, or, without one, logits."""
+    """What a model says of each scored token, short of the softmax: rows [N, H] for ``head``; without one, logits."""
 
     rows: Tensor
     head: Head | None = None
@@ -145,8 +145,8 @@ def compare(
         token: int64 [N], the hard labels.
         chunk_size: rows of each model's logits at a time; by default half as many as ``score`` takes.
     Returns:
-        Scores whose ``loss`` is the sum over tokens of ``divergence.loss``, with the gradient; ``logps`` and ``teacher``
-        are constants. At least float32, float64 for a float64 student. Where a side has no head, by the plain formula
+        Scores whose ``loss`` is the sum over tokens of ``divergence.loss``, with the gradient; ``logps`` and
+        ``teacher`` are constants. At least float32, float64 for a float64 student. Where a side has no head, by the plain formula
         from all logits.
     Raises:
         ValueError: numbers of tokens or vocabularies differ, or a token lies outside the vocabulary (checked on CPU).
@@ -186,13 +186,11 @@ def _same_vocabulary(
     sizes = student.vocabulary, teacher.vocabulary
     if size is None and sizes[0] != sizes[1]:
         raise ValueError(
-            f"the student's head has {sizes[0]} tokens, the teacher's {sizes[1]}: if they differ by padding alone, give "
-            "vocab_size, the number of tokens that both know"
+            f"the student's head has {sizes[0]} tokens, the teacher's {sizes[1]}: if they differ by padding alone, "
+            "give vocab_size, the number of tokens that both know"
         )
     if size is not None and not 0 < size <= min(sizes):
-        raise ValueError(
-            f"vocab_size is {size}, but the student's head has {sizes[0]} tokens, the teacher's {sizes[1]}"
-        )
+        raise ValueError(f"vocab_size is {size}, the student's head has {sizes[0]} tokens, the teacher's {sizes[1]}")
     return (student, teacher) if size is None else (student.first(size), teacher.first(size))
 
 
@@ -242,7 +240,7 @@ def _walk(
     divergence: Divergence,
     gradients: _Gradients | None = None,
 ) -> Tensor:
-    """[5, N]: divergence, KL, log-probs of the token under student and teacher, agreement; and adds to ``gradients``."""
+    """[5, N]: divergence, KL, log-probs of the token under student and teacher, agreement; adds to ``gradients``."""
     assert teacher.head is not None
     op, their = _operands(rows, head), _operands(teacher.rows, teacher.head)
     scratch, their_scratch = _scratch(rows, size, op), _scratch(teacher.rows, size, their)

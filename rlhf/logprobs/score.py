@@ -36,8 +36,8 @@ Mode = Literal["auto", "unit", "save", "recompute"]
 class Comparison(NamedTuple):
     """A student beside its teacher at each scored token; constants, [N] each, in nats.
 
-    ``divergence`` is the one asked for, at its temperature; ``kl`` is KL(teacher, student) at temperature 1 whatever was
-    asked for; ``logps`` are the teacher's, of the token; ``agrees``: both find the same token likeliest.
+    ``divergence`` is the one asked for, at its temperature; ``kl`` is KL(teacher, student) at temperature 1, whatever
+    was asked for; ``logps`` are the teacher's, of the token; ``agrees``: both find the same token likeliest.
     """
 
     divergence: Tensor

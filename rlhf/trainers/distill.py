@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 class DistillConfig(SFTConfig):
     """Arguments of :class:`DistillTrainer`.
 
-    Names and defaults are those of TRL's ``GKDConfig`` where it has the same thing, so that its ``beta`` means here what
-    it means there; the two weights are those of its ``GOLDConfig`` without the prefix. TRL's ``temperature`` there is
-    that of sampling and its loss is at 1; here it is the loss's.
+    Names and defaults are those of TRL's ``GKDConfig`` where it has the same thing, so that a ``beta`` means what it
+    means there; the two weights are those of its ``GOLDConfig`` without the prefix. ``temperature`` is the loss's (that
+    of ``GKDConfig`` is of sampling alone, and its loss is at 1).
     """
 
     teacher_model_name_or_path: str | None = field(
