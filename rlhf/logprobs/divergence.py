@@ -146,8 +146,8 @@ def compare(
         chunk_size: rows of each model's logits at a time; by default half as many as ``score`` takes.
     Returns:
         Scores whose ``loss`` is the sum over tokens of ``divergence.loss``, with the gradient; ``logps`` and
-        ``teacher`` are constants. At least float32, float64 for a float64 student. Where a side has no head, by the plain formula
-        from all logits.
+        ``teacher`` are constants. At least float32, float64 for a float64 student. Where a side has no head, by the
+        plain formula from all logits.
     Raises:
         ValueError: numbers of tokens or vocabularies differ, or a token lies outside the vocabulary (checked on CPU).
 
