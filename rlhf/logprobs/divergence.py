@@ -115,18 +115,19 @@ class Divergence:
     def terms(self) -> Callable[[Tensor, Tensor], "Terms"]:
         """The function of (log q, log p) that gives D and what its gradient is made of."""
         named = inspect.signature(DIVERGENCES[self.name]).parameters
-        given = {name: parameter.default for name, parameter in named.items()} | self.options
-        kl = _reverse_kl if given.get("reverse") else _forward_kl
-        match self.name, given.get("beta"), given.get("alpha"):
-            case "generalized_jsd", beta, _:
-                return {0: _forward_kl, 1: _reverse_kl}.get(beta, partial(_jsd, beta=beta))
-            case "skew_kl", _, alpha if alpha > 0:
-                return partial(_reverse_skew_kl if given["reverse"] else _skew_kl, alpha=alpha)
-            case "alpha_divergence", _, alpha:
-                return {0: _reverse_kl, 1: _forward_kl}.get(alpha, partial(_alpha, alpha=alpha))
-            case "total_variation", _, _:
+        given: dict[str, Any] = {name: parameter.default for name, parameter in named.items()} | self.options
+        match self.name:
+            case "total_variation":
                 return _total_variation
-        return kl
+            case "generalized_jsd":
+                beta = given["beta"]
+                return {0: _forward_kl, 1: _reverse_kl}.get(beta, partial(_jsd, beta=beta))
+            case "alpha_divergence":
+                alpha = given["alpha"]
+                return {0: _reverse_kl, 1: _forward_kl}.get(alpha, partial(_alpha, alpha=alpha))
+        if alpha := given.get("alpha"):
+            return partial(_reverse_skew_kl if given["reverse"] else _skew_kl, alpha=alpha)
+        return _reverse_kl if given["reverse"] else _forward_kl
 
 
 @torch.compiler.disable

