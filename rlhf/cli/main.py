@@ -31,8 +31,11 @@ def main(argv: list[str] | None = None) -> int:
         description="Fine-tune language models on text and on preferences.",
         epilog=_EXAMPLE,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=15),
+        add_help=False,
     )
-    parser.add_argument("--version", action="store_true", help="print the version")
+    # Both are in the usage line, which leaves the screen to the commands.
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="store_true", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands (rlhf COMMAND --help)")
     for name, summary in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)

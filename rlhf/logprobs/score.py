@@ -231,7 +231,12 @@ def _log_softmax(
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs [c, V], and the slope of the soft-cap [c, V] where there is one: one product."""
     out = None if scratch is None else scratch[: len(rows)]
-    logits = _product(rows.detach() * head.scale, op.weight.T, op, out)
+    if op.operand == op.result:
+        logits = _product(rows.detach().to(op.operand) * head.scale, op.weight.T, op, out)
+    else:  # half precision would round the scaled rows
+        logits = _product(rows.detach(), op.weight.T, op, out)
+        if head.scale != 1:
+            logits *= head.scale
     if op.bias is not None:
         logits += op.bias * head.scale
     slope = None
@@ -341,7 +346,8 @@ class _Local(Function):
                 entropies[chunk] = _entropy(dense.exp(), dense)
             with torch.enable_grad():
                 own = [x[chunk].detach().requires_grad_() for x in (logps, entropies) if x is not None]
-                value = local_loss(Scores(own[0], *own[1:2]), *(x[chunk] for x in per_token)).sum()
+                scores = Scores(own[0], None if entropies is None else own[1])
+                value = local_loss(scores, *(x[chunk] for x in per_token)).sum()
                 g, e = (*torch.autograd.grad(value, own, allow_unused=True), None)[:2]
             total += value.detach()
             gradients.add(chunk, _grad_logits(dense, token[chunk], g, e, dense), slope)
@@ -399,7 +405,7 @@ class _Gradients:
         if self.rows is not None:
             self.rows[chunk] = _product(dz, op.weight, op).mul_(scale)
         if self.needs_weight:
-            scaled = self.hidden[chunk] * scale
+            scaled = self.hidden[chunk].to(op.operand) * scale
             if self.weight is None:
                 self.weight = _product(dz.T, scaled, op)
             elif op.operand == op.result and not takes(dz.T, scaled.T):
