@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rlhf.trainers import (
+        DistillConfig,
+        DistillTrainer,
         DPOConfig,
         DPOTrainer,
         PPOConfig,
@@ -26,6 +28,8 @@ __all__ = [
     "BestOfNTrainer",
     "DPOConfig",
     "DPOTrainer",
+    "DistillConfig",
+    "DistillTrainer",
     "GRPOConfig",
     "GRPOTrainer",
     "OnlineDPOConfig",

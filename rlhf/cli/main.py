@@ -9,6 +9,7 @@ from importlib import import_module
 COMMANDS = {
     "sft": "fine-tune on text, conversations, or prompts with completions",
     "dpo": "align with preference pairs (prompt, chosen, rejected)",
+    "distill": "train a student to say what a teacher says",
     "reward": "train a reward model on preference pairs",
     "ppo": "learn from rewards, with a critic (prompts and --reward_funcs)",
     "grpo": "learn from rewards, against the mean of a group (DAPO, GSPO, …)",
@@ -30,8 +31,11 @@ def main(argv: list[str] | None = None) -> int:
         description="Fine-tune language models on text and on preferences.",
         epilog=_EXAMPLE,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=15),
+        add_help=False,
     )
-    parser.add_argument("--version", action="store_true", help="print the version")
+    # Both are in the usage line, which leaves the screen to the commands.
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="store_true", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands (rlhf COMMAND --help)")
     for name, summary in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)

@@ -5,6 +5,7 @@ from rlhf.data.chat import encode_prompt
 from rlhf.data.packing import Packed, best_fit_decreasing
 from rlhf.data.reading import load_data
 from rlhf.data.tokenizing import tokenize_preferences, tokenize_prompts, tokenize_sft
+from rlhf.data.vocabulary import tokenizer_difference
 
 __all__ = [
     "Batch",
@@ -16,4 +17,5 @@ __all__ = [
     "tokenize_preferences",
     "tokenize_prompts",
     "tokenize_sft",
+    "tokenizer_difference",
 ]

@@ -1,19 +1,25 @@
-"""Log-probabilities of the tokens that count: targets, the head as data, and the bridge to Hugging Face models."""
+"""Log-probabilities of the tokens that count: targets, the head as data, the bridge to Hugging Face models."""
 
-from rlhf.logprobs.bridge import model_scores
+from rlhf.logprobs.bridge import model_predictions, model_scores
+from rlhf.logprobs.divergence import Divergence, Predictions, compare
 from rlhf.logprobs.head import Head, HeadSettings, head_settings, read_head, verified_settings
-from rlhf.logprobs.score import LocalLoss, Plan, Scores, plan, score
+from rlhf.logprobs.score import Comparison, LocalLoss, Plan, Scores, plan, score
 from rlhf.logprobs.targets import Targets
 from rlhf.losses import perplexity, sequence_logps, shift, token_logps
 
 __all__ = [
+    "Comparison",
+    "Divergence",
     "Head",
     "HeadSettings",
     "LocalLoss",
     "Plan",
+    "Predictions",
     "Scores",
     "Targets",
+    "compare",
     "head_settings",
+    "model_predictions",
     "model_scores",
     "plan",
     "perplexity",

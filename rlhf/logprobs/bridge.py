@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf.logprobs.divergence import Predictions
 from rlhf.logprobs.head import backbone_of, read_head, verified_settings
 from rlhf.logprobs.score import LocalLoss, Mode, Scores, score
 from rlhf.logprobs.targets import Targets
@@ -63,6 +64,23 @@ def model_scores(
     return scores._replace(values=values)
 
 
+def model_predictions(model: nn.Module, targets: Targets, *, temperature: float = 1.0, **inputs: Any) -> Predictions:
+    """What a causal LM says of ``targets`` short of the softmax: the last hidden states, [N, H], and the head.
+
+    With gradient where one is wanted: for a teacher, call it under ``torch.no_grad()``. A model that runs its own head
+    gives its logits, [N, V]. Arguments as in :func:`model_scores`.
+    """
+    if hasattr(model, "get_base_model"):  # PEFT
+        model = model.get_base_model()  # type: ignore[operator]
+    settings = verified_settings(model)
+    if settings is None:
+        logits, row = _own_logits(model, targets, temperature, inputs)
+        return Predictions(logits[row])
+    hidden = backbone_of(model)(**inputs, use_cache=False)[0]
+    rows = hidden.reshape(-1, hidden.size(-1)).index_select(0, targets.source)
+    return Predictions(rows, read_head(model, settings, temperature))
+
+
 def read_values(head: nn.Module, hidden: Tensor, targets: Targets) -> Tensor:
     """What ``head`` says, in float32, of the hidden states before each target: [N]."""
     rows = hidden.reshape(-1, hidden.size(-1)).index_select(0, targets.source)
@@ -71,13 +89,20 @@ def read_values(head: nn.Module, hidden: Tensor, targets: Targets) -> Tensor:
 
 
 def _own_head(model: nn.Module, targets: Targets, entropy: bool, temperature: float, inputs: dict[str, Any]) -> Scores:
-    """The exact fallback: the model's own logits, at the positions that are scored."""
+    """The exact fallback."""
+    logits, row = _own_logits(model, targets, temperature, inputs)
+    logps = logits.log_softmax(-1)
+    entropies = -(logps.exp() * logps).sum(-1)[row] if entropy else None
+    return Scores(logps[row, targets.token], entropies)
+
+
+def _own_logits(
+    model: nn.Module, targets: Targets, temperature: float, inputs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The model's own logits at the positions that are scored, [K, V], and the row of each target in them, [N]."""
     kept, row = targets.source.unique(return_inverse=True)
     shape = inputs["input_ids"].shape
     mask = torch.zeros(shape.numel(), dtype=torch.bool, device=kept.device)
     mask[kept] = True
     logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=mask.view(shape)).logits
-    logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    logps = (logits / temperature).log_softmax(-1)
-    entropies = -(logps.exp() * logps).sum(-1)[row] if entropy else None
-    return Scores(logps[row, targets.token], entropies)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, row

@@ -1,7 +1,7 @@
 """The LM head as data: everything between the last hidden state and the log-softmax."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -33,6 +33,12 @@ class Head:
         logits = nn.functional.linear(hidden, self.weight, self.bias) * self.scale
         capped = logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
         return capped / self.temperature
+
+    def first(self, size: int) -> "Head":
+        """The same head on the first ``size`` tokens alone."""
+        if size >= self.weight.size(0):
+            return self
+        return replace(self, weight=self.weight[:size], bias=None if self.bias is None else self.bias[:size])
 
 
 @dataclass(frozen=True)
@@ -66,10 +72,8 @@ def read_head(model: nn.Module, settings: HeadSettings, temperature: float = 1.0
     weight, bias = layer.weight, getattr(layer, "bias", None)
     if hasattr(weight, "full_tensor"):  # FSDP2: gather once a call, not once a chunk
         weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-    size = settings.vocab_size
-    if size is not None and size < weight.size(0):
-        weight, bias = weight[:size], None if bias is None else bias[:size]
-    return Head(weight, bias, settings.scale, settings.softcap, temperature)
+    head = Head(weight, bias, settings.scale, settings.softcap, temperature)
+    return head if settings.vocab_size is None else head.first(settings.vocab_size)
 
 
 _verified: WeakKeyDictionary[nn.Module, HeadSettings | Literal[False]] = WeakKeyDictionary()

@@ -33,17 +33,32 @@ from rlhf.logprobs.targets import Targets
 Mode = Literal["auto", "unit", "save", "recompute"]
 
 
+class Comparison(NamedTuple):
+    """A student beside its teacher at each scored token; constants, [N] each, in nats.
+
+    ``divergence`` is the one asked for, at its temperature; ``kl`` is KL(teacher, student) at temperature 1, whatever
+    was asked for; ``logps`` are the teacher's, of the token; ``agrees``: both find the same token likeliest.
+    """
+
+    divergence: Tensor
+    kl: Tensor
+    logps: Tensor
+    agrees: Tensor
+
+
 class Scores(NamedTuple):
     """Of each scored token, float32 (float64 for float64 hidden states), in nats.
 
     ``loss`` is the sum over tokens of a loss that was given to the model; it carries the gradient then, not the rest.
-    ``values`` are a critic's, of the state before each token; they carry a gradient of their own.
+    ``values`` are a critic's, of the state before each token; they carry a gradient of their own. ``teacher`` is what
+    was found beside one.
     """
 
     logps: Tensor
     entropy: Tensor | None = None
     loss: Tensor | None = None
     values: Tensor | None = None
+    teacher: Comparison | None = None
 
 
 LocalLoss = Callable[..., Tensor]
@@ -88,11 +103,7 @@ def score(
     if hidden.size(-1) != head.weight.size(1):
         raise ValueError(f"hidden states have size {hidden.size(-1)}, the head {head.weight.size(1)}")
     vocabulary = head.weight.size(0)
-    if targets.token.device.type == "cpu" and len(targets):
-        low, high = int(targets.token.min()), int(targets.token.max())
-        if low < 0 or high >= vocabulary:
-            wrong = low if low < 0 else high
-            raise ValueError(f"target token {wrong} is outside the vocabulary [0, {vocabulary})")
+    check_tokens(targets.token, vocabulary)
     rows = hidden.reshape(-1, hidden.size(-1)).index_select(0, targets.source)
     head_learns = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
     way, size, keep = plan(
@@ -117,6 +128,15 @@ def score(
         if way == "unit":
             return Scores(_Unit.apply(rows, head, targets.token, size))
         return Scores(*_LinearLogps.apply(rows, head.weight, head.bias, head, targets.token, size, keep, entropy))
+
+
+def check_tokens(token: Tensor, vocabulary: int) -> None:
+    """Raise for a token outside the vocabulary, where looking costs nothing."""
+    if token.device.type == "cpu" and token.numel():
+        low, high = int(token.min()), int(token.max())
+        if low < 0 or high >= vocabulary:
+            wrong = low if low < 0 else high
+            raise ValueError(f"target token {wrong} is outside the vocabulary [0, {vocabulary})")
 
 
 class Plan(NamedTuple):
@@ -211,7 +231,12 @@ def _log_softmax(
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs [c, V], and the slope of the soft-cap [c, V] where there is one: one product."""
     out = None if scratch is None else scratch[: len(rows)]
-    logits = _product(rows.detach() * head.scale, op.weight.T, op, out)
+    if op.operand == op.result:
+        logits = _product(rows.detach().to(op.operand) * head.scale, op.weight.T, op, out)
+    else:  # half precision would round the scaled rows
+        logits = _product(rows.detach(), op.weight.T, op, out)
+        if head.scale != 1:
+            logits *= head.scale
     if op.bias is not None:
         logits += op.bias * head.scale
     slope = None
@@ -321,7 +346,8 @@ class _Local(Function):
                 entropies[chunk] = _entropy(dense.exp(), dense)
             with torch.enable_grad():
                 own = [x[chunk].detach().requires_grad_() for x in (logps, entropies) if x is not None]
-                value = local_loss(Scores(*own), *(x[chunk] for x in per_token)).sum()
+                scores = Scores(own[0], None if entropies is None else own[1])
+                value = local_loss(scores, *(x[chunk] for x in per_token)).sum()
                 g, e = (*torch.autograd.grad(value, own, allow_unused=True), None)[:2]
             total += value.detach()
             gradients.add(chunk, _grad_logits(dense, token[chunk], g, e, dense), slope)
@@ -332,9 +358,12 @@ class _Local(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        factor = grads[2]
-        scaled = [None if x is None else x.mul_(factor.to(x.dtype)) for x in ctx.saved_tensors]
-        return *scaled, None, None, None, None, None, None
+        return *_scaled(ctx.saved_tensors, grads[2]), None, None, None, None, None, None
+
+
+def _scaled(gradients: tuple[Tensor | None, ...], factor: Tensor) -> list[Tensor | None]:
+    """In place: they were taken in the forward pass for this one use."""
+    return [None if x is None else x.mul_(factor.to(x.dtype)) for x in gradients]
 
 
 class _Unit(Function):
@@ -376,7 +405,7 @@ class _Gradients:
         if self.rows is not None:
             self.rows[chunk] = _product(dz, op.weight, op).mul_(scale)
         if self.needs_weight:
-            scaled = self.hidden[chunk] * scale
+            scaled = self.hidden[chunk].to(op.operand) * scale
             if self.weight is None:
                 self.weight = _product(dz.T, scaled, op)
             elif op.operand == op.result:

@@ -30,6 +30,7 @@ from rlhf.losses._classification import (
     poly1_loss,
 )
 from rlhf.losses._divergences import (
+    DIVERGENCES,
     alpha_divergence,
     distillation_loss,
     generalized_jsd,
@@ -87,6 +88,7 @@ from rlhf.losses._representation import (
 from rlhf.losses._rewards import plackett_luce_loss, reward_loss
 
 __all__ = [
+    "DIVERGENCES",
     "POLICY_LOSSES",
     "PREFERENCE_LOSSES",
     "AdaptiveKLController",

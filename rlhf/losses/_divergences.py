@@ -9,6 +9,7 @@ against that. ValueError: shapes differ, a temperature <= 0, or an option out of
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -183,6 +184,13 @@ def alpha_divergence(
         return _kl(p, q) if alpha == 1 else _kl(q, p)
     # 1 - sum as -expm1 of its logarithm: exact where the two nearly agree.
     return -torch.expm1((alpha * p + (1 - alpha) * q).logsumexp(-1)) / (alpha * (1 - alpha))
+
+
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {
+    divergence.__name__: divergence
+    for divergence in (kl_divergence, generalized_jsd, skew_kl, alpha_divergence, total_variation)
+}
+"""Divergences over the whole vocabulary by name; each takes ``temperature`` and what else its signature names."""
 
 
 @reducible("student_logits", "teacher_top_logps")

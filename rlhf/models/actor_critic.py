@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rlhf.data import Batch
-from rlhf.logprobs import LocalLoss, Scores
+from rlhf.logprobs import Scores
 from rlhf.models.policy import Policy
 from rlhf.models.reward_model import RewardModel
 
@@ -30,14 +30,8 @@ class ActorCritic(Policy):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
-    def forward(
-        self,
-        batch: Batch,
-        local_loss: LocalLoss | None = None,
-        entropy: bool = False,
-        per_token: tuple[Tensor, ...] = (),
-    ) -> Scores:
-        scores = super().forward(batch, local_loss, entropy, per_token)
+    def forward(self, batch: Batch, *args: Any, **kwargs: Any) -> Scores:
+        scores = super().forward(batch, *args, **kwargs)
         if self.critic is None:
             return scores
         return scores._replace(values=self.critic(batch, batch.targets.source))

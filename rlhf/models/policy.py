@@ -1,6 +1,6 @@
 """The modules that are trained: around a transformers model, with a :class:`Batch` going in."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,7 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.data import Batch
-from rlhf.logprobs import LocalLoss, Plan, Scores, model_scores, plan, verified_settings
+from rlhf.logprobs import (
+    Divergence,
+    LocalLoss,
+    Plan,
+    Predictions,
+    Scores,
+    compare,
+    model_predictions,
+    model_scores,
+    plan,
+    verified_settings,
+)
 from rlhf.models.attention import NAME
 from rlhf.models.linear import speed_up_linear
 from rlhf.models.remake import fewer_activations, slim
@@ -47,6 +58,10 @@ class Wrapper(nn.Module):
             return getattr(super().__getattr__("model"), name)
 
 
+Teacher = Callable[["Policy", Batch], Predictions]
+"""From the student's policy, inside its own forward, and a batch to what a teacher says of the targets."""
+
+
 class Policy(Wrapper):
     """A causal LM (plain, or PEFT around one) whose forward takes a :class:`Batch` and returns :class:`Scores`.
 
@@ -67,10 +82,16 @@ class Policy(Wrapper):
         local_loss: LocalLoss | None = None,
         entropy: bool = False,
         per_token: tuple[Tensor, ...] = (),
+        divergence: Divergence | None = None,
+        teacher: Teacher | None = None,
     ) -> Scores:
-        if batch.segments is not None and self.config._attn_implementation != NAME:
-            raise ValueError("the batch is laid out in segments, the model is not ready for them: use_segments(model)")
+        """With a ``divergence``, the scores are those of a comparison with the ``teacher`` (:func:`compare`)."""
+        self._check_layout(batch)
         with fewer_activations():
+            if divergence is not None and teacher is not None:
+                with torch.no_grad():
+                    theirs = teacher(self, batch)
+                return compare(self.predictions(batch), theirs, batch.targets.token, divergence)
             return model_scores(
                 self.model,
                 batch.targets,
@@ -88,24 +109,61 @@ class Policy(Wrapper):
         local_loss: LocalLoss | None = None,
         entropy: bool = False,
         per_token: tuple[Tensor, ...] = (),
+        divergence: Divergence | None = None,
+        teacher: Teacher | None = None,
     ) -> Plan | None:
         model = self.without_adapter
         settings = verified_settings(model)
         if settings is None:
             return None
         head = list(model.get_output_embeddings().parameters())
+        vocabulary = min(settings.vocab_size or head[0].size(0), head[0].size(0))
         return plan(
             len(batch.targets),
-            min(settings.vocab_size or head[0].size(0), head[0].size(0)),
+            vocabulary if divergence is None else 2 * vocabulary,
             batch.input_ids.device,
             learns=torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()),
             head_learns=any(p.requires_grad for p in head),
-            local=local_loss is not None,
+            local=local_loss is not None or divergence is not None,
             entropy=entropy,
         )
+
+    def predictions(self, batch: Batch) -> Predictions:
+        """What this model says of the targets, short of the softmax."""
+        self._check_layout(batch)
+        return model_predictions(self.model, batch.targets, temperature=self.temperature, **batch.inputs())
+
+    def _check_layout(self, batch: Batch) -> None:
+        if batch.segments is not None and self.config._attn_implementation != NAME:
+            raise ValueError("the batch is laid out in segments, the model is not ready for them: use_segments(model)")
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
         """The model as it was before the adapter: under LoRA, the reference."""
         with self.model.disable_adapter():  # type: ignore[operator]
             yield
+
+    @contextmanager
+    def adapter(self, name: str) -> Iterator[None]:
+        """The trunk under another of its adapters; what learns stays as it is."""
+        learns = [(p, p.requires_grad) for p in self.model.parameters()]
+        before = self.model.active_adapter
+        self.model.set_adapter(name)  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            self.model.set_adapter(before)  # type: ignore[operator]
+            for p, learned in learns:
+                p.requires_grad_(learned)
+
+
+@contextmanager
+def still(module: nn.Module) -> Iterator[None]:
+    """Without dropout, also while ``module`` trains."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training

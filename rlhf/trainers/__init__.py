@@ -1,5 +1,6 @@
 """Trainers: thin subclasses of ``transformers.Trainer``."""
 
+from rlhf.trainers.distill import DistillConfig, DistillTrainer
 from rlhf.trainers.dpo import DPOConfig, DPOTrainer
 from rlhf.trainers.online_dpo import OnlineDPOTrainer
 from rlhf.trainers.ppo import BestOfNTrainer, GRPOTrainer, PPOTrainer, RLOOTrainer
@@ -12,6 +13,8 @@ __all__ = [
     "BestOfNTrainer",
     "DPOConfig",
     "DPOTrainer",
+    "DistillConfig",
+    "DistillTrainer",
     "GRPOConfig",
     "GRPOTrainer",
     "OnlineDPOConfig",

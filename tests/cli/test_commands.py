@@ -11,7 +11,7 @@ from rlhf.cli.arguments import DataArguments, ModelArguments, parse
 from rlhf.cli.main import COMMANDS, main
 from rlhf.trainers import SFTConfig
 
-FILES = {"sft": "sft.jsonl", "dpo": "preferences.jsonl", "reward": "preferences.jsonl"}
+FILES = {"sft": "sft.jsonl", "distill": "sft.jsonl", "dpo": "preferences.jsonl", "reward": "preferences.jsonl"}
 
 
 @pytest.fixture
@@ -48,6 +48,20 @@ def test_an_adapter_is_saved_alone_and_loads(train, model_folder):
     adapted = AutoModelForCausalLM.from_pretrained(folder)  # transformers reads adapter_config.json
     assert any("lora_B" in name and p.any() for name, p in adapted.named_parameters())
     assert main(["eval", "--model_name_or_path", str(folder), "--dataset_name", "x.jsonl"]) == 2  # merges, then reads
+
+
+def test_a_student_of_a_teacher_in_a_folder(train, model_folder, data_files):
+    teacher = [
+        "--teacher_model_name_or_path",
+        str(model_folder),
+        "--teacher_model_init_kwargs",
+        '{"dtype": "bfloat16"}',
+    ]
+    rows = ["--eval_dataset_name", str(data_files / "sft.jsonl")]
+    folder = train("distill", *teacher, *rows, "--divergence", "skew_kl", "--alpha", "0.2", "--reverse")
+    results = json.loads((folder / "all_results.json").read_text())
+    assert 0 < results["eval_kl"] < 1 and 0.5 < results["eval_agreement"] < 1  # of bfloat16 and two steps
+    assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == "llama"
 
 
 @pytest.mark.parametrize("peft", [(), ("--use_peft", "--lora_r", "4")])

@@ -14,7 +14,16 @@ from conftest import close, tiny_model
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
-from rlhf import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from rlhf import (
+    DistillConfig,
+    DistillTrainer,
+    DPOConfig,
+    DPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from rlhf.data import Batch, Collator
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +33,10 @@ KINDS = {
     "sft": (SFTTrainer, SFTConfig, "sft_rows"),
     "dpo": (DPOTrainer, DPOConfig, "preference_rows"),
     "reward": (RewardTrainer, RewardConfig, "preference_rows"),
+    "distill": (DistillTrainer, DistillConfig, "sft_rows"),
 }
+# Gradients that are nearly 0 come out of rounding here, and Adam would magnify them.
+OWN = {"distill": dict(temperature=2.0, crossentropy_weight=0.5, optim="sgd", learning_rate=0.3)}
 LOADERS = {"reward": AutoModelForSequenceClassification}
 CUT = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "epoch")
 
@@ -43,11 +55,12 @@ def run(kind, request, tmp_path, tokenizer):
         args = config_class(
             str(tmp_path / name), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
             max_steps=STEPS, logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True,
-            **{"learning_rate": 1e-3, "save_strategy": "no", **changes},
+            **{"learning_rate": 1e-3, "save_strategy": "no", **OWN.get(kind, {}), **changes},
         )  # fmt: skip
         trainer = trainer_class(
             model=tiny_model(), args=args, data_collator=collator, train_dataset=request.getfixturevalue(rows),
             processing_class=tokenizer, callbacks=list(callbacks), peft_config=peft,
+            **({"teacher_model": tiny_model(seed=1)} if kind == "distill" else {}),
         )  # fmt: skip
         if "layout" in changes:
             assert trainer.data_collator.layout == changes["layout"]
@@ -134,7 +147,7 @@ def test_padded_wider(run, whole):
     agree(whole, run(collator=wider))
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"], indirect=True)
+@pytest.mark.parametrize("kind", ["sft", "dpo", "distill"], indirect=True)
 def test_any_chunk_size(run, whole, monkeypatch):
     monkeypatch.setattr(scoring, "_chunk_size", lambda *_: 3)
     agree(whole, run())
@@ -166,16 +179,25 @@ def test_resumed_is_uninterrupted(kind, run, whole, tmp_path):
     agree(whole, run(name="cut", resume=str(checkpoint)))
 
 
-def test_two_processes(kind, tmp_path, model_folder, data_files):
+@pytest.fixture
+def teacher_folder(tmp_path, tokenizer):
+    tiny_model(seed=1).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+def test_two_processes(kind, tmp_path, model_folder, teacher_folder, data_files):
     """``accelerate launch`` with our own config and script (gloo), against one process with twice the batch."""
 
     def command(folder, batch):
-        data = data_files / ("sft.jsonl" if kind == "sft" else "preferences.jsonl")
+        data = data_files / ("sft.jsonl" if kind in ("sft", "distill") else "preferences.jsonl")
         options = dict(
             model_name_or_path=model_folder, dataset_name=data, output_dir=folder, per_device_train_batch_size=batch,
             max_steps=STEPS, learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none",
             eval_dataset_name=data, per_device_eval_batch_size=5,
         )  # fmt: skip
+        if kind == "distill":
+            options |= {"teacher_model_name_or_path": teacher_folder, **OWN["distill"]}
         return [f"--{key}={value}" for key, value in options.items()] + ["--use_cpu"]
 
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/two_cpu.yaml"]

@@ -15,6 +15,7 @@ from rlhf.cli.dpo import ReferenceArguments
 from rlhf.cli.ppo import ExperienceArguments
 from rlhf.trainers import (
     BestOfNConfig,
+    DistillConfig,
     DPOConfig,
     GRPOConfig,
     OnlineDPOConfig,
@@ -78,7 +79,7 @@ ONLINE = {
     "best_of_n": BestOfNConfig,
 }
 HAS = {
-    "configs": ("sft", "dpo", "reward", *ONLINE),
+    "configs": ("sft", "distill", "dpo", "reward", *ONLINE),
     "demo": ("sft", "dpo", "ppo"),
     "docs/runs/smollm2-135m": ("sft", "dpo"),
     "docs/runs/one-sentence": ("ppo", "grpo"),
@@ -86,7 +87,12 @@ HAS = {
 }
 TRAINING = [ROOT / f"{folder}/{name}.yaml" for folder, names in HAS.items() for name in names]
 OWN = {
-    **{"sft": (SFTConfig,), "dpo": (ReferenceArguments, DPOConfig), "reward": (RewardConfig,)},
+    **{
+        "sft": (SFTConfig,),
+        "distill": (DistillConfig,),
+        "dpo": (ReferenceArguments, DPOConfig),
+        "reward": (RewardConfig,),
+    },
     **{name: (ReferenceArguments, ExperienceArguments, config) for name, config in ONLINE.items()},
 }
 
