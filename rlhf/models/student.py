@@ -134,8 +134,9 @@ def load_config(name_or_path: str) -> PretrainedConfig:
         FileNotFoundError: a path to nothing. ValueError: what is there is no configuration.
     """
     path = Path(name_or_path).expanduser()
+    found = str(path) if path.is_file() else resolve(name_or_path)
     with loading(name_or_path, "a model's configuration"):
-        return AutoConfig.from_pretrained(str(path) if path.is_file() else resolve(name_or_path))
+        return AutoConfig.from_pretrained(found)
 
 
 def _shorter(config: PretrainedConfig, kept: list[int]) -> PretrainedConfig:

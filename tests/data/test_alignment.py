@@ -1,5 +1,8 @@
 """Spans of the same text in two tokenizers: they partition both sides, and say the same."""
 
+import itertools
+import json
+
 import pytest
 import torch
 from conftest import close, sentences
@@ -28,13 +31,20 @@ def byte_level(texts, size, specials, **kwargs):
 
 def sentence_piece(texts, size):
     """As Llama 2's: a space before the text, spaces as ▁, bytes for what is not in the vocabulary."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
-    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>"]
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trained.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+    )
+    state = json.loads(trained.to_str())["model"]
+    vocab = state["vocab"] | {f"<0x{b:02X}>": len(state["vocab"]) + b for b in range(256)}
+    merges = [tuple(pair) for pair in state["merges"]]
+    bpe = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    bpe.normalizer = trained.normalizer
     bpe.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=pieces, show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
@@ -92,14 +102,9 @@ def test_spans_partition_both_sides_and_say_the_same(tokenizers, pair, text):
     text = text.replace("▁", "")  # to SentencePiece the same as a space
     pieces = [token_pieces(tokenizers[name], ids_of(tokenizers[name], text)) for name in pair]
     spans, texts = check(*pieces)
-    assert b"".join(texts).decode().removeprefix(" ") == text.removeprefix(" ")
+    assert b"".join(texts).decode() in (text, " " + text)
     assert spans.student[-1] == spans.teacher[-1] == spans.count - 1  # EOS with EOS
     assert (spans.student >= 0).all() and (spans.teacher >= 0).all()
-
-
-def naive(cuts, others):
-    """Spans by brute force: break the text wherever both sides do."""
-    return sorted(set(cuts) & set(others))
 
 
 @settings(max_examples=200, deadline=None)
@@ -109,7 +114,7 @@ def test_spans_are_the_smallest(data, size):
     cuts = [sorted({*data.draw(st.sets(st.integers(1, size))), size}) for _ in range(2)]
     sides = [[text[a:b] for a, b in zip([0, *c], c, strict=False)] for c in cuts]
     spans, texts = check(*sides)
-    ends = naive(*cuts)
+    ends = [i for i in range(1, size + 1) if i in cuts[0] and i in cuts[1]]
     assert texts == [text[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
 
@@ -120,7 +125,7 @@ def test_special_tokens_anywhere(data):
     student = data.draw(st.lists(piece, max_size=10))
     text = b"".join(p or b"" for p in student)
     cuts = sorted({*data.draw(st.sets(st.integers(0, len(text)))), 0, len(text)})
-    teacher = [text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    teacher = [text[a:b] for a, b in itertools.pairwise(cuts)]
     for place in data.draw(st.lists(st.integers(0, len(teacher)), max_size=3)):
         teacher.insert(place, None)
     check(student, teacher)
