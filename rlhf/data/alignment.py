@@ -4,8 +4,8 @@
     teacher    the |  ca | ts  | at | </s>
     span        0  |   1 . . . | 2 |  3
 
-Token by token two tokenizers cannot be compared; the probability of a stretch of text that both can cut out can. Text is
-compared as bytes, so that a character whose bytes are several tokens has its place inside a span like any other.
+Token by token two tokenizers cannot be compared; the probability of a stretch of text that both can cut out can. Text
+is compared as bytes, so that a character whose bytes are several tokens has its place inside a span like any other.
 """
 
 import json
@@ -25,12 +25,12 @@ class Spans(NamedTuple):
     """Which span each token is in.
 
     ``student`` and ``teacher`` are int64 [Ns] and [Nt], never falling within a sequence, with -1 for a token without a
-    counterpart; every span in [0, count) has a token on both sides.
+    counterpart; every span in [0, total) has a token on both sides.
     """
 
     student: Tensor
     teacher: Tensor
-    count: int
+    total: int
 
 
 def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[Piece]:
@@ -68,9 +68,9 @@ def align(student: Sequence[Piece], teacher: Sequence[Piece]) -> Spans:
         ValueError: the texts differ; says where.
     Example:
         >>> align([b"the", b" c", b"ats", None], [b"the ", b"cat", b"s", None])
-        Spans(student=tensor([0, 0, 0, 1]), teacher=tensor([0, 0, 0, 1]), count=2)
+        Spans(student=tensor([0, 0, 0, 1]), teacher=tensor([0, 0, 0, 1]), total=2)
         >>> align([b"the", b" ca", b"t"], [None, b"the", b" ", b"cat"])
-        Spans(student=tensor([0, 1, 1]), teacher=tensor([-1,  0,  1,  1]), count=2)
+        Spans(student=tensor([0, 1, 1]), teacher=tensor([-1,  0,  1,  1]), total=2)
     """
     sides = _same_text(list(student), list(teacher))
     common = sorted(_ends(sides[0]) & _ends(sides[1]))
@@ -83,20 +83,20 @@ def align(student: Sequence[Piece], teacher: Sequence[Piece]) -> Spans:
 def join(spans: Sequence[Spans]) -> Spans:
     """Those of several sequences one after the other, with spans numbered through: a batch, flat."""
     sides: tuple[list[Tensor], list[Tensor]] = ([], [])
-    count = 0
+    total = 0
     for one in spans:
         for side, span in zip(sides, (one.student, one.teacher), strict=True):
-            side.append(torch.where(span < 0, span, span + count))
-        count += one.count
+            side.append(torch.where(span < 0, span, span + total))
+        total += one.total
     empty = torch.empty(0, dtype=torch.int64)
-    return Spans(torch.cat([empty, *sides[0]]), torch.cat([empty, *sides[1]]), count)
+    return Spans(torch.cat([empty, *sides[0]]), torch.cat([empty, *sides[1]]), total)
 
 
-def first_tokens(span: Tensor, count: int) -> Tensor:
-    """Where each span begins, [count]: there both models have read the same text, and their distributions compare."""
+def first_tokens(span: Tensor, total: int) -> Tensor:
+    """Where each span begins, [total]: there both models have read the same text, and their distributions compare."""
     places = torch.arange(len(span), device=span.device)
-    found = torch.full((count + 1,), len(span), device=span.device)
-    return found.scatter_reduce(0, torch.where(span < 0, count, span), places, "amin")[:count]
+    found = torch.full((total + 1,), len(span), device=span.device)
+    return found.scatter_reduce(0, torch.where(span < 0, total, span), places, "amin")[:total]
 
 
 def vocabulary_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:
@@ -119,7 +119,9 @@ def _same_text(student: list[Piece], teacher: list[Piece]) -> tuple[list[Piece],
     elif theirs == b" " + ours:
         teacher, theirs = _without_space(teacher), ours
     if ours != theirs:
-        place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(map(len, (ours, theirs))))
+        place = next(
+            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(map(len, (ours, theirs)))
+        )
         here, there = (text[max(place - 10, 0) : place + 20].decode(errors="replace") for text in (ours, theirs))
         raise ValueError(
             f"the two tokenizers do not have the same text: they differ at byte {place} ({here!r} for the student, "

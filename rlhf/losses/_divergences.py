@@ -7,8 +7,8 @@ count: for [B, V] that is torch's ``batchmean``. Values are in nats, at least fl
 A temperature divides both sides' logits, and gradients fall as 1 / T²; ``scale_by_temperature=True`` multiplies by T²
 against that. ValueError: shapes differ, a temperature <= 0, or an option out of range.
 
-Where the two have different tokenizers: :func:`uld_loss` compares what no vocabulary is needed for, and :func:`span_loss`
-the probabilities of the same stretches of text (:mod:`rlhf.data.alignment` finds them).
+Where the two have different tokenizers: :func:`uld_loss` compares what needs no vocabulary, and :func:`span_loss` the
+probabilities of the same stretches of text (:mod:`rlhf.data.alignment` finds them).
 """
 
 import math
@@ -257,15 +257,15 @@ def uld_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float 
     return (p - q).abs().sum(-1)
 
 
-def span_logps(logps: Tensor, span: Tensor, count: int) -> Tensor:
+def span_logps(logps: Tensor, span: Tensor, total: int) -> Tensor:
     r"""Log-probability of each span of text: the sum over its tokens.
 
     .. math:: L_s = \sum_{n:\,\mathrm{span}(n)=s} \log p_n
 
     Args:
-        logps: [N], nats. span: int64 [N], in [0, count), or -1 for a token of no span.
+        logps: [N], nats. span: int64 [N], in [0, total), or -1 for a token of no span.
     Returns:
-        [count], at least float32; 0 for a span without a token.
+        [total], at least float32; 0 for a span without a token.
     Raises:
         ValueError: shapes differ.
     Example:
@@ -275,7 +275,7 @@ def span_logps(logps: Tensor, span: Tensor, count: int) -> Tensor:
     check_same_shape(logps=logps, span=span)
     logps = upcast(logps)
     # What is in no span goes to a place of its own, past the last: no wait for the device, as picking would need.
-    return logps.new_zeros(count + 1).index_add(0, torch.where(span < 0, count, span), logps)[:count]
+    return logps.new_zeros(total + 1).index_add(0, torch.where(span < 0, total, span), logps)[:total]
 
 
 @reducible("student_logps", "teacher_logps")

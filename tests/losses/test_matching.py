@@ -62,9 +62,7 @@ def test_hidden_states_are_torchs():
 @pytest.mark.parametrize("distance", ["squared", "cosine"])
 def test_hidden_states_gradcheck_with_the_projection(distance):
     inputs = [x.requires_grad_() for x in hidden(2)]
-    assert torch.autograd.gradcheck(
-        lambda s, t, w: hidden_state_loss(s, t, projection=w, distance=distance), inputs
-    )
+    assert torch.autograd.gradcheck(lambda s, t, w: hidden_state_loss(s, t, projection=w, distance=distance), inputs)
 
 
 def test_a_projection_is_learned_to_the_least_squares():
@@ -102,7 +100,10 @@ def test_attention_against_scipy_and_a_plain_loop():
     student, teacher = attention()
     want = rel_entr(teacher.numpy(), student.numpy()).sum(-1)
     close(attention_loss(student, teacher, reduction="none"), want, torch.float64)
-    want = [[K * squared(a, b) for a, b in zip(*rows, strict=True)] for rows in zip(student.tolist(), teacher.tolist(), strict=True)]
+    want = [
+        [K * squared(a, b) for a, b in zip(*rows, strict=True)]
+        for rows in zip(student.tolist(), teacher.tolist(), strict=True)
+    ]
     close(attention_loss(student, teacher, distance="squared", reduction="none"), want, torch.float64)
 
 
@@ -111,9 +112,7 @@ def test_attention_gradients_padding_and_agreement(distance):
     student, teacher = attention(1)
     g = torch.Generator().manual_seed(2)
     scores = torch.randn(3, K, generator=g, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda s: attention_loss(s.softmax(-1), teacher[0, -3:], distance=distance), scores
-    )
+    assert torch.autograd.gradcheck(lambda s: attention_loss(s.softmax(-1), teacher[0, -3:], distance=distance), scores)
     want = attention_loss(student, teacher, distance=distance)
     padded = attention_loss(F.pad(student, (2, 3)), F.pad(teacher, (2, 3)), distance=distance)
     close(padded, want, torch.float64)
