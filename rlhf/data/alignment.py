@@ -9,7 +9,7 @@ is compared as bytes, so that a character whose bytes are several tokens has its
 """
 
 import json
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -151,8 +151,7 @@ def _keys(pieces: list[Piece], common: list[int]) -> list[tuple[int, bool]]:
         if piece is None:
             keys.append((end, True))
             continue
-        # A piece that lost its only byte, the first space, goes with the text after it.
-        place = bisect_left(common, end) if piece else bisect_right(common, end)
+        place = bisect_left(common, end)  # a piece that lost its only byte, the first space, goes with what follows
         keys.append((common[place] if place < len(common) else end, False))
     return keys
 

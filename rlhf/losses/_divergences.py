@@ -314,7 +314,7 @@ def span_loss(
         raise ValueError(f'distance must be "kl" or "squared", got {distance!r}')
     rest_p, rest_q = _log1mexp(p), _log1mexp(q)
     said, unsaid = p.exp() * (p - q), rest_p.exp() * (rest_p - rest_q)
-    return torch.where(p == -math.inf, 0.0, said) + torch.where(p < 0, unsaid, 0.0)
+    return torch.where(p == -math.inf, 0.0, said) + unsaid
 
 
 def _log1mexp(x: Tensor) -> Tensor:

@@ -164,9 +164,9 @@ def test_different_texts_are_refused():
 
 
 def test_a_batch_is_numbered_through():
-    first, second = align([b"a", None], [b"a"]), align([b"ab", b"c"], [b"a", b"b", b"c"])
+    first, second = align([b"a", None], [b"a"]), align([b"ab", b"c"], [None, b"a", b"b", b"c"])
     both = join([first, second])
-    assert both.student.tolist() == [0, -1, 1, 2] and both.teacher.tolist() == [0, 1, 1, 2] and both.total == 3
+    assert both.student.tolist() == [0, -1, 1, 2] and both.teacher.tolist() == [0, -1, 1, 1, 2] and both.total == 3
     assert join([]).total == 0 and join([]).student.dtype == torch.int64
 
 
@@ -186,6 +186,20 @@ def test_vocabularies_are_compared_by_meaning(tokenizers, tokenizer):
     assert said == "token 0 is '<|im_end|>' to the student, '</s>' to the teacher"
     swapped = byte_level(sentences(0, 200), 330, ["<|im_end|>", "<|im_start|>"])
     assert len(swapped) == len(tokenizer) and vocabulary_difference(tokenizer, swapped).startswith("token ")
+
+    ended = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_start|>")
+    assert (
+        vocabulary_difference(tokenizer, ended) == "the student ends with '<|im_end|>', the teacher with '<|im_start|>'"
+    )
+
+
+def test_added_tokens_that_say_something_are_text(tokenizers):
+    added = byte_level(TEXTS, 300, ["</s>"])
+    added.add_tokens(["déjà vu", "  "])
+    text = TEXTS[0] + "  "
+    pieces = token_pieces(added, ids_of(added, text))
+    assert "déjà vu".encode() in pieces and b"".join(pieces[:-1]).decode() == text
+    check(pieces, token_pieces(tokenizers["other"], ids_of(tokenizers["other"], text)))
 
 
 def test_other_kinds_of_tokenizers_are_refused():

@@ -227,6 +227,8 @@ def test_spans_gradcheck_agree_and_end(distance):
     loss.sum().backward()
     assert torch.isfinite(loss).all() and torch.isfinite(ends.grad).all()
     close(loss[:2].detach(), [0.0, 0.0])
+    never = losses.span_loss(torch.tensor([0.75]).log(), torch.tensor([-math.inf]))
+    close(never, math.log(4))
     assert losses.span_loss(student, teacher, mask=torch.zeros(N, dtype=torch.bool), distance=distance) == 0
 
 

@@ -150,7 +150,9 @@ def test_a_model_without_one_list_of_layers():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
     path = tmp_path_factory.mktemp("teacher")
-    teacher("llama").save_pretrained(path)
+    model = teacher("llama")
+    model.generation_config.update(do_sample=True, top_k=7)
+    model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
@@ -164,7 +166,7 @@ def test_the_command_copies(folder, tmp_path, capsys, tokenizer):
     printed = capsys.readouterr().out
     assert "copied layers 0, 3, 5" in printed and f"saved {tmp_path / 's'}" in printed.replace("\n", "")
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "s")
-    assert student.config.num_hidden_layers == 3
+    assert student.config.num_hidden_layers == 3 and student.generation_config.top_k == 7
     loaded = AutoTokenizer.from_pretrained(tmp_path / "s")
     assert loaded.chat_template == tokenizer.chat_template and loaded("the cat") == tokenizer("the cat")
     assert make(folder, tmp_path / "k", "--keep", "0,4") == 0
