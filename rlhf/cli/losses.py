@@ -54,6 +54,7 @@ _ORACLES = {
     "Language models": "plain Python; scikit-learn's log_loss; torch's own; TRL's log-probs",
     "Representation": "plain loops; torch's own",
     "Divergences": "SciPy in a loop; torch's kl_div; limits",
+    "Inside a model": "plain loops; SciPy; torch's own",
     "Reward models and rankings": "plain Python; identities",
     "Preferences": "plain Python; TRL's own where it is right",
     "Policy gradients": "plain loops; enumeration; the gradient at ratio 1",

@@ -16,6 +16,7 @@ COMMANDS = {
     "rloo": "learn from rewards, against the others of a group",
     "online-dpo": "DPO on pairs of own completions, judged by rewards",
     "best-of-n": "fine-tune on the best of own completions",
+    "student": "make a smaller model: some of a teacher's layers, or fresh",
     "eval": "perplexity; preference accuracy and margins against a reference",
     "losses": "the catalogue of losses: list, show one, advise",
 }
@@ -28,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         "rlhf",
+        usage="rlhf [-h | --version] COMMAND ...",
+        add_help=False,
         description="Fine-tune language models on text and on preferences.",
         epilog=_EXAMPLE,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=15),

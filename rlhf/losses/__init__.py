@@ -37,8 +37,11 @@ from rlhf.losses._divergences import (
     jensen_shannon,
     kl_divergence,
     skew_kl,
+    span_logps,
+    span_loss,
     top_k_kl,
     total_variation,
+    uld_loss,
 )
 from rlhf.losses._dpo_regularised import length_desensitized_logps
 from rlhf.losses._explain import explain
@@ -52,6 +55,7 @@ from rlhf.losses._language import (
     token_logps,
     unlikelihood_loss,
 )
+from rlhf.losses._matching import attention_loss, hidden_state_loss
 from rlhf.losses._policy import actor_critic_loss, kl_estimate, ppo_loss, value_loss
 from rlhf.losses._policy_sequences import (
     POLICY_LOSSES,
@@ -96,6 +100,7 @@ __all__ = [
     "alpha_divergence",
     "arguments_of",
     "as_compute_loss",
+    "attention_loss",
     "batch_triplet_loss",
     "bce_loss",
     "bce_with_logits_loss",
@@ -122,6 +127,7 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "gspo_loss",
+    "hidden_state_loss",
     "hinge_loss",
     "huber_loss",
     "info_nce_loss",
@@ -153,12 +159,15 @@ __all__ = [
     "siglip_loss",
     "skew_kl",
     "smooth_l1_loss",
+    "span_logps",
+    "span_loss",
     "supervised_contrastive_loss",
     "token_logps",
     "top_k_kl",
     "total_variation",
     "triplet_loss",
     "truncated_importance_weights",
+    "uld_loss",
     "unlikelihood_loss",
     "value_loss",
     "whiten",

@@ -6,11 +6,14 @@ count: for [B, V] that is torch's ``batchmean``. Values are in nats, at least fl
 
 A temperature divides both sides' logits, and gradients fall as 1 / T²; ``scale_by_temperature=True`` multiplies by T²
 against that. ValueError: shapes differ, a temperature <= 0, or an option out of range.
+
+Where the two have different tokenizers: :func:`uld_loss` compares what needs no vocabulary, and :func:`span_loss` the
+probabilities of the same stretches of text (:mod:`rlhf.data.alignment` finds them).
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from rlhf.losses._checks import check_range, check_same_shape
 from rlhf.losses._classification import cross_entropy_loss
-from rlhf.losses._reduction import reducible
+from rlhf.losses._reduction import reducible, upcast
 
 _distributions = reducible("student_logits", "teacher_logits")
 
@@ -235,6 +238,100 @@ def top_k_kl(
     kept = rest > torch.finfo(rest.dtype).eps * p.size(-1)  # else rounding of a whole distribution
     bucket = torch.where(kept, rest, 1.0) * (torch.where(kept, rest, 1.0).log() - torch.where(kept, others, 0.0))
     return _scaled(values + torch.where(kept, bucket, 0.0), temperature, scale_by_temperature)
+
+
+@_distributions
+def uld_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    r"""How the two spread their mass, whatever the tokens: for different vocabularies.
+
+    .. math:: \sum_i |p_{(i)} - q_{(i)}|, \text{ each sorted from the largest, the shorter followed by zeros}
+
+    Args:
+        student_logits: [..., V]. teacher_logits: [..., W], at places of the same text.
+    Returns:
+        In [0, 2]. 0 for any two distributions that are permutations of each other: a companion of a loss that knows the
+        tokens, not one by itself.
+    Example:
+        >>> uld_loss(torch.tensor([[0.0, 200.0]]), torch.zeros(1, 4))    # 1 against four quarters
+        tensor(1.5000)
+
+    Source: arXiv 2402.12030 §3, without its factor of the hard-label mixture.
+    """
+    check_range("temperature", temperature, 0.0, math.inf, open_low=True)
+    check_same_shape(student_logits=student_logits[..., 0], teacher_logits=teacher_logits[..., 0])
+    q, p = ((x / temperature).softmax(-1).sort(-1, descending=True).values for x in (student_logits, teacher_logits))
+    longest = max(q.size(-1), p.size(-1))
+    q, p = (F.pad(x, (0, longest - x.size(-1))) for x in (q, p))
+    return (p - q).abs().sum(-1)
+
+
+def span_logps(logps: Tensor, span: Tensor, total: int) -> Tensor:
+    r"""Log-probability of each span of text: the sum over its tokens.
+
+    .. math:: L_s = \sum_{n:\,\mathrm{span}(n)=s} \log p_n
+
+    Args:
+        logps: [N], nats. span: int64 [N], in [0, total), or -1 for a token of no span.
+    Returns:
+        [total], at least float32; 0 for a span without a token.
+    Raises:
+        ValueError: shapes differ.
+    Example:
+        >>> span_logps(torch.tensor([-1.0, -2.0, -4.0, -8.0]), torch.tensor([0, 0, -1, 1]), 2)
+        tensor([-3., -8.])
+    """
+    check_same_shape(logps=logps, span=span)
+    logps = upcast(logps)
+    # What is in no span goes to a place of its own, past the last: no wait for the device, as picking would need.
+    return logps.new_zeros(total + 1).index_add(0, torch.where(span < 0, total, span), logps)[:total]
+
+
+@reducible("student_logps", "teacher_logps")
+def span_loss(
+    student_logps: Tensor,
+    teacher_logps: Tensor,
+    temperature: float = 1.0,
+    *,
+    distance: Literal["kl", "squared"] = "kl",
+) -> Tensor:
+    r"""Both give the same stretch of text the same probability: for different tokenizers.
+
+    .. math:: P\log\frac{P}{Q} + (1-P)\log\frac{1-P}{1-Q},\; P = e^{L^t/T},\; Q = e^{L^s/T}, \quad
+              \text{or } (L^s - L^t)^2/T^2
+
+    Args:
+        student_logps, teacher_logps: [S], nats, <= 0: sums over the tokens of each span, from :func:`span_logps`.
+        temperature: T > 0; above 1, improbable (long) spans still count in the first form.
+        distance: ``"kl"``, between "this text" and "any other"; or ``"squared"``, of the log-probabilities, whose pull
+            does not fade where both are improbable.
+    Raises:
+        ValueError: shapes differ, a temperature <= 0, or an unknown distance.
+    Example:
+        >>> span_loss(torch.tensor([0.25]).log(), torch.tensor([0.5]).log())
+        tensor(0.1438)
+
+    Source: arXiv 2503.20083 §3 (binarised divergence of chunks, without its debiasing); only the tokenisation at hand
+    counts as the text.
+    """
+    check_range("temperature", temperature, 0.0, math.inf, open_low=True)
+    check_same_shape(student_logps=student_logps, teacher_logps=teacher_logps)
+    q, p = student_logps / temperature, teacher_logps / temperature
+    if distance == "squared":
+        return (q - p) ** 2
+    if distance != "kl":
+        raise ValueError(f'distance must be "kl" or "squared", got {distance!r}')
+    rest_p, rest_q = _log1mexp(p), _log1mexp(q)
+    said, unsaid = p.exp() * (p - q), rest_p.exp() * (rest_p - rest_q)
+    return torch.where(p == -math.inf, 0.0, said) + unsaid
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x <= 0; at 0, where it is infinite, its value one rounding away."""
+    x = x.clamp(max=-torch.finfo(x.dtype).eps)
+    near = x > -math.log(2)
+    return torch.where(
+        near, torch.where(near, -torch.expm1(x), 1.0).log(), torch.log1p(-torch.where(near, -1.0, x).exp())
+    )
 
 
 def distillation_loss(

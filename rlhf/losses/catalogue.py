@@ -13,6 +13,7 @@ FAMILIES = {
     "_language": "Language models",
     "_representation": "Representation",
     "_divergences": "Divergences",
+    "_matching": "Inside a model",
     "_rewards": "Reward models and rankings",
     "_dpo": "Preferences",
     "_dpo_regularised": "Preferences",

@@ -5,6 +5,7 @@ from rlhf.models.attention import choose_layout, use_segments
 from rlhf.models.loading import add_adapter, disable_dropout, load_model, load_tokenizer
 from rlhf.models.policy import Policy
 from rlhf.models.reward_model import RewardModel, add_scalar_head, load_reward_model
+from rlhf.models.student import copy_layers, fresh_student, matched_layers, spread_layers
 
 __all__ = [
     "ActorCritic",
@@ -13,9 +14,13 @@ __all__ = [
     "add_adapter",
     "add_scalar_head",
     "choose_layout",
+    "copy_layers",
     "disable_dropout",
+    "fresh_student",
     "load_model",
     "load_reward_model",
     "load_tokenizer",
+    "matched_layers",
+    "spread_layers",
     "use_segments",
 ]

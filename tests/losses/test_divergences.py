@@ -1,6 +1,7 @@
 """Divergences against SciPy in a double loop, torch's kl_div, their limits, and what all losses share."""
 
 import math
+from itertools import zip_longest
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ CASES = {
     "skew_kl/reverse": (dict(alpha=0.2, reverse=True), lambda p, q: kl(q, 0.8 * p + 0.2 * q)),
     "total_variation": ({}, lambda p, q: abs(p - q).sum() / 2),
     "alpha_divergence": (dict(alpha=0.3), lambda p, q: (1 - (p**0.3 * q**0.7).sum()) / 0.21),
+    "uld_loss": ({}, lambda p, q: sum(abs(a - b) for a, b in zip(sorted(p), sorted(q), strict=True))),
 }
 
 
@@ -166,8 +168,78 @@ def test_distillation_is_its_two_parts():
     close(losses.distillation_loss(student, teacher, labels, 0.3, T), 0.3 * soft + 0.7 * hard, torch.float64)
 
 
+@pytest.mark.parametrize("sizes", [(4, 9), (9, 4)])
+def test_sorted_probabilities_of_vocabularies_of_different_sizes(sizes):
+    student, teacher = (x[:, :size].clone().requires_grad_() for x, size in zip(logits(11), sizes, strict=True))
+    q, p = (softmax(x.detach().numpy() / T, -1) for x in (student, teacher))
+    want = [
+        sum(abs(a - b) for a, b in zip_longest(sorted(y)[::-1], sorted(x)[::-1], fillvalue=0.0))
+        for x, y in zip(p, q, strict=True)
+    ]
+    close(losses.uld_loss(student, teacher, T, reduction="none").detach(), want, torch.float64)
+    assert torch.autograd.gradcheck(lambda s, t: losses.uld_loss(s, t, T), (student, teacher))
+
+
+def test_sorted_probabilities_know_no_tokens():
+    student, teacher = logits(12)
+    shuffled = student[:, torch.randperm(V, generator=torch.Generator().manual_seed(0))]
+    close(losses.uld_loss(student, shuffled), 0.0, torch.float64)
+    want = losses.uld_loss(student, teacher, reduction="none")
+    close(losses.uld_loss(shuffled, teacher, reduction="none"), want, torch.float64)
+    assert (want <= 2 * losses.total_variation(student, teacher, reduction="none") + 1e-12).all()  # sorting is nearest
+    close(losses.uld_loss(torch.tensor([[0.0, 1e4]]), torch.zeros(1, 1000)), 2 * (1 - 1 / 1000))
+
+
+def spans(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [-torch.rand(N, generator=g, dtype=torch.float64) * 8 - 0.01 for _ in range(2)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 5.0])
+def test_spans_against_a_plain_loop(temperature):
+    student, teacher = spans()
+    q, p = (np.exp(x.numpy() / temperature) for x in (student, teacher))
+    want = [kl(np.array([a, 1 - a]), np.array([b, 1 - b])) for a, b in zip(p, q, strict=True)]
+    close(losses.span_loss(student, teacher, temperature, reduction="none"), want, torch.float64)
+    want = [((a - b) / temperature) ** 2 for a, b in zip(student.tolist(), teacher.tolist(), strict=True)]
+    squared = losses.span_loss(student, teacher, temperature, distance="squared", reduction="none")
+    close(squared, want, torch.float64)
+
+
+def test_a_span_of_one_token_is_top_1_of_that_token():
+    student, teacher = logits(13)
+    ids = teacher.argmax(-1, keepdim=True)
+    q, p = (x.log_softmax(-1).gather(-1, ids) for x in (student, teacher))
+    got = losses.span_loss(q[:, 0], p[:, 0], reduction="none")
+    close(got, losses.top_k_kl(student, p, ids, reduction="none"), torch.float64)
+    assert (got <= losses.kl_divergence(student, teacher, reduction="none")).all()
+
+
+@pytest.mark.parametrize("distance", ["kl", "squared"])
+def test_spans_gradcheck_agree_and_end(distance):
+    student, teacher = (x.requires_grad_() for x in spans(1))
+    assert torch.autograd.gradcheck(lambda s, t: losses.span_loss(s, t, 2.0, distance=distance), (student, teacher))
+    losses.span_loss(student, student.detach(), distance=distance).backward()
+    close(student.grad, torch.zeros(N), torch.float64)
+    # Certain and hopeless on both sides; then certain where the teacher is not.
+    ends = torch.tensor([0.0, -1e4, 0.0], requires_grad=True)
+    loss = losses.span_loss(ends, torch.tensor([0.0, -1e4, -1.0]), distance=distance, reduction="none")
+    loss.sum().backward()
+    assert torch.isfinite(loss).all() and torch.isfinite(ends.grad).all()
+    close(loss[:2].detach(), [0.0, 0.0])
+    never = losses.span_loss(torch.tensor([0.75]).log(), torch.tensor([-math.inf]))
+    close(never, math.log(4))
+    assert losses.span_loss(student, teacher, mask=torch.zeros(N, dtype=torch.bool), distance=distance) == 0
+
+
 def test_mistakes_are_named():
     student, teacher = logits()
+    with pytest.raises(ValueError, match=r"student_logits \(6,\), teacher_logits \(7,\)"):
+        losses.uld_loss(student[:6], teacher[:, :4])
+    with pytest.raises(ValueError, match='distance must be "kl" or "squared"'):
+        losses.span_loss(student[0], teacher[0], distance="l1")
+    with pytest.raises(ValueError, match=r"logps \(9,\), span \(3,\)"):
+        losses.span_logps(student[0], torch.zeros(3, dtype=torch.int64), 2)
     with pytest.raises(ValueError, match=r"student_logits \(7, 9\), teacher_logits \(7, 8\)"):
         losses.kl_divergence(student, teacher[:, :8])
     with pytest.raises(ValueError, match="temperature must be in"):
