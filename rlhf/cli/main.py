@@ -15,6 +15,7 @@ COMMANDS = {
     "rloo": "learn from rewards, against the others of a group",
     "online-dpo": "DPO on pairs of own completions, judged by rewards",
     "best-of-n": "fine-tune on the best of own completions",
+    "teacher": "keep what a teacher says of a data set, to distill from",
     "eval": "perplexity; preference accuracy and margins against a reference",
     "losses": "the catalogue of losses: list, show one, advise",
 }

@@ -37,8 +37,7 @@ def model_scores(
     Returns:
         Scores of [N] vectors, at least float32.
     """
-    if hasattr(model, "get_base_model"):  # PEFT
-        model = model.get_base_model()  # type: ignore[operator]
+    model = without_adapter(model)
     settings = verified_settings(model)
     hidden = values = None
     if settings is not None or value_head is not None:
@@ -63,6 +62,11 @@ def model_scores(
     return scores._replace(values=values)
 
 
+def without_adapter(model: nn.Module) -> nn.Module:
+    """The transformers model, where PEFT is around it (whose layers are in it); else the model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
 def read_values(head: nn.Module, hidden: Tensor, targets: Targets) -> Tensor:
     """What ``head`` says, in float32, of the hidden states before each target: [N]."""
     rows = hidden.reshape(-1, hidden.size(-1)).index_select(0, targets.source)
@@ -71,13 +75,20 @@ def read_values(head: nn.Module, hidden: Tensor, targets: Targets) -> Tensor:
 
 
 def _own_head(model: nn.Module, targets: Targets, entropy: bool, temperature: float, inputs: dict[str, Any]) -> Scores:
-    """The exact fallback: the model's own logits, at the positions that are scored."""
+    logits, row = own_logits(model, targets, temperature, inputs)
+    logps = logits.log_softmax(-1)
+    entropies = -(logps.exp() * logps).sum(-1)[row] if entropy else None
+    return Scores(logps[row, targets.token], entropies)
+
+
+def own_logits(
+    model: nn.Module, targets: Targets, temperature: float, inputs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The exact fallback: a model's own logits at the positions that are scored [R, V], and each target's row [N]."""
     kept, row = targets.source.unique(return_inverse=True)
     shape = inputs["input_ids"].shape
     mask = torch.zeros(shape.numel(), dtype=torch.bool, device=kept.device)
     mask[kept] = True
     logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=mask.view(shape)).logits
     logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    logps = (logits / temperature).log_softmax(-1)
-    entropies = -(logps.exp() * logps).sum(-1)[row] if entropy else None
-    return Scores(logps[row, targets.token], entropies)
+    return logits / temperature, row

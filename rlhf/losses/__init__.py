@@ -36,7 +36,6 @@ from rlhf.losses._divergences import (
     jensen_shannon,
     kl_divergence,
     skew_kl,
-    top_k_kl,
     total_variation,
 )
 from rlhf.losses._dpo_regularised import length_desensitized_logps
@@ -85,6 +84,7 @@ from rlhf.losses._representation import (
     triplet_loss,
 )
 from rlhf.losses._rewards import plackett_luce_loss, reward_loss
+from rlhf.losses._top_k import sampled_distillation_loss, top_k_jsd, top_k_kl
 
 __all__ = [
     "POLICY_LOSSES",
@@ -145,6 +145,7 @@ __all__ = [
     "reward_loss",
     "rloo_advantages",
     "rloo_loss",
+    "sampled_distillation_loss",
     "sapo_loss",
     "sequence_logps",
     "shift",
@@ -153,6 +154,7 @@ __all__ = [
     "smooth_l1_loss",
     "supervised_contrastive_loss",
     "token_logps",
+    "top_k_jsd",
     "top_k_kl",
     "total_variation",
     "triplet_loss",
