@@ -10,6 +10,7 @@ student's probabilities, :math:`g_j` the slopes of the divergence in :math:`\log
 so automatic differentiation sees k + 1 numbers a token, and the vocabulary is passed over twice.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
