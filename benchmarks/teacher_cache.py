@@ -1,4 +1,4 @@
-"""How far a kept part of a teacher is from the whole: divergence, gradient, bytes. Prints docs/teacher-cache.md's table.
+"""A kept part of a teacher beside the whole: divergence, gradient, bytes. Prints the table of docs/teacher-cache.md.
 
     python benchmarks/teacher_cache.py --model MODEL --data ROWS     # minutes on 2 cores
 

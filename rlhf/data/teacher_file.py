@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ class TeacherFile:
         if self.key["k"] == 0:
             raise ValueError(f"{folder}: holds completions, not log-probs (--k 0): train on them with `rlhf sft`")
         k, m, rows, tokens = (self.key[name] for name in ("k", "samples", "rows", "tokens"))
-        mode = "r+" if writable else "r"
+        mode: Literal["r", "r+"] = "r+" if writable else "r"
         narrow = _narrow(self.key["vocabulary"])
         self.offsets = self._open("offsets", (rows + 1,), np.dtype(np.int64), mode)
         self.done = self._open("done", (rows,), np.dtype(np.uint8), mode)
@@ -91,10 +91,10 @@ class TeacherFile:
     def __reduce__(self) -> tuple[Any, ...]:
         return TeacherFile, (self.folder,)  # for a worker that is spawned: not the arrays, but where they are
 
-    def _open(self, name: str, shape: tuple[int, ...], dtype: np.dtype, mode: str) -> np.ndarray:
+    def _open(self, name: str, shape: tuple[int, ...], dtype: np.dtype, mode: Literal["r", "r+"]) -> np.ndarray:
         path = self.folder / f"{name}.npy"
         try:
-            array = open_memmap(path, mode=mode)
+            array = open_memmap(path, mode="r")  # first: opened to be written, a short file is filled up with zeros
         except FileNotFoundError:
             raise ValueError(f"{path}: missing; write the folder again (rlhf teacher --overwrite)") from None
         except (ValueError, EOFError) as error:
@@ -107,7 +107,7 @@ class TeacherFile:
             raise ValueError(
                 f"{path}: holds {array.dtype} {array.shape}, {HEADER} says {dtype} {shape}: it is of another folder"
             )
-        return array
+        return array if mode == "r" else open_memmap(path, mode=mode)
 
     def missing(self) -> np.ndarray:
         """Rows that are not written yet."""

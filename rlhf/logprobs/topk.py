@@ -115,8 +115,11 @@ def top_k_divergence(
     _check(targets, teacher, terms, head.weight.size(0))
     rows = hidden.reshape(-1, hidden.size(-1)).index_select(0, targets.source)
     size = chunk_size or _chunk_size(len(targets), head.weight.size(0), rows.device)
+    learns = torch.is_grad_enabled()  # which is always off inside a Function
     with torch.autocast(rows.device.type, enabled=False):
-        return TopKScores(*_Local.apply(rows, head.weight, head.bias, head, targets.token, teacher, terms, size))
+        return TopKScores(
+            *_Local.apply(rows, head.weight, head.bias, head, targets.token, teacher, terms, size, learns)
+        )
 
 
 def model_top_k_divergence(
@@ -185,9 +188,9 @@ class _Local(Function):
         teacher: TopK,
         terms: _Terms,
         size: int,
+        learns: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         op = _operands(rows, head)
-        learns = any(ctx.needs_input_grad)
         gradients = _Gradients(rows, head, op, ctx.needs_input_grad)
         scratch = _scratch(rows, size, op)
         logps = rows.new_empty(rows.size(0), dtype=op.result)
@@ -209,7 +212,7 @@ class _Local(Function):
     @once_differentiable
     def backward(ctx: Any, factor: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if x is None else x.mul_(factor.to(x.dtype)) for x in ctx.saved_tensors]
-        return *scaled, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None
 
 
 def _chunk(

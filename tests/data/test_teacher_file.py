@@ -121,8 +121,9 @@ def test_what_it_is_not_of_is_refused_by_name(written, rows, tokenizer):
             open_teacher_file(written, data, speaker)
     with pytest.raises(FileNotFoundError, match=r"holds no teacher\.json; write it with `rlhf teacher`"):
         open_teacher_file(written / "nowhere", rows, tokenizer)
-    tokenizer("a call that pads and cuts", padding="max_length", max_length=3, truncation=True)
-    open_teacher_file(written, rows, tokenizer)  # its settings of the last call are no part of the key
+    used = changed(tokenizer)
+    used("a call that pads and cuts", padding="max_length", max_length=3, truncation=True)
+    open_teacher_file(written, rows, used)  # its settings of the last call are no part of the key
 
 
 def test_what_is_not_whole_is_refused(tmp_path, rows, key, tokenizer, written):

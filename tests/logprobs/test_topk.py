@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from conftest import ARCHITECTURES, close, tiny_model
-from torch.autograd import gradcheck
 
 from rlhf import losses
 from rlhf.logprobs import (
@@ -98,7 +97,7 @@ def test_a_double_loop(estimate, beta, k, temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize(("estimate", "beta"), CASES)
-def test_gradcheck(estimate, beta, temperature):
+def test_the_gradient_is_that_of_differences(estimate, beta, temperature):
     student, teacher, weight, t_weight, bias = problem(1)
     know = kept(teacher, t_weight, 3, temperature)
 
@@ -107,8 +106,19 @@ def test_gradcheck(estimate, beta, temperature):
         options = dict(estimate=estimate, beta=beta, soft=0.7, hard=0.4, chunk_size=4)
         return top_k_divergence(hidden, head, TARGETS, know, **options).loss
 
-    # The backward pass scales its results in place; numerical differences call the forward each time anew.
-    assert gradcheck(loss, (student, weight, bias))
+    # Not autograd's gradcheck: the backward pass scales its results in place, so each is called once.
+    inputs = (student, weight, bias)
+    for got, at in zip(torch.autograd.grad(1.3 * loss(*inputs), inputs), inputs, strict=True):
+        want = torch.zeros_like(at)
+        for i in range(at.numel()):
+            values = []
+            for step in (1e-5, -1e-5):
+                moved = at.detach().clone()
+                moved.view(-1)[i] += step
+                with torch.no_grad():
+                    values.append(loss(*(moved if x is at else x for x in inputs)))
+            want.view(-1)[i] = 1.3 * (values[0] - values[1]) / 2e-5
+        close(got, want.detach(), torch.float32)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])

@@ -105,7 +105,7 @@ def test_another_teacher_data_k_and_so_on_are_refused_by_name(teach, tmp_path, t
         ("temperature is 1.0, not 2.0", dict(temperature=2.0)),
         ("samples is 0, not 3", dict(samples=3)),
         ("the rows are others", dict(dataset_name=fewer)),
-        ("the rows are others", dict(max_length=8)),
+        ("the rows are others", dict(max_length=16)),
         ("the chat template is another", dict(chat_template_path=template)),
     ):
         err = teach(fails=True, **options)
