@@ -28,11 +28,15 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         "rlhf",
+        usage="rlhf [-h | --version] COMMAND ...",
+        add_help=False,
         description="Fine-tune language models on text and on preferences.",
         epilog=_EXAMPLE,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=15),
     )
-    parser.add_argument("--version", action="store_true", help="print the version")
+    # Shown in the usage line alone: the commands are to fit a screen.
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="store_true", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands (rlhf COMMAND --help)")
     for name, summary in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)

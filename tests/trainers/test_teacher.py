@@ -9,7 +9,8 @@ from datasets import load_dataset
 
 from rlhf.cli.main import main
 from rlhf.data import Collator, TeacherFile, open_teacher_file, tokenize_sft
-from rlhf.models import load_model
+from rlhf.logprobs import model_top_k_divergence
+from rlhf.models import choose_layout, load_model
 from rlhf.trainers import teacher as running
 
 
@@ -62,6 +63,22 @@ def test_the_values_are_those_of_a_whole_softmax(teach, model_folder, data_files
     assert ((batch.teacher.rest - torch.stack(rest)).abs() < torch.stack(rest).abs() / 1000 + 1e-4).all()
     assert batch.teacher.samples.shape == (len(want), 3) and batch.teacher.samples.max() < 330
     assert file.key["about"]["model"] == str(model_folder)
+
+
+@pytest.mark.parametrize("layout", ["rows", "segments"])
+def test_a_student_that_is_the_teacher_learns_nothing_from_the_file(teach, model_folder, data_files, tokenizer, layout):
+    rows, file = open_teacher_file(teach(k=20), tokenised(data_files / "sft.jsonl", tokenizer), tokenizer)
+    model, other = load_model(str(model_folder)), tiny_model(seed=7)
+    for one in (model, other):
+        assert choose_layout(one, layout) == layout
+    batch = Collator(layout=layout, teacher=file)(list(rows))
+    norms = []
+    for one in (model, other):
+        scores = model_top_k_divergence(one, batch.targets, batch.teacher, **batch.inputs())
+        scores.loss.backward()
+        norms.append(sum(float(p.grad.norm()) for p in one.parameters()))
+        assert (scores.divergence.abs().max() < 1e-5) == (one is model)
+    assert norms[0] < 2e-3 * norms[1]  # float16
 
 
 @pytest.mark.parametrize("after", [1, 3])
