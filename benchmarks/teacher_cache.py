@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 
 from rlhf.data import Collator, load_data, tokenize_sft
 from rlhf.logprobs import Head, Targets, TopK, top_k, top_k_divergence, verified_settings
@@ -86,6 +85,12 @@ def entropy(teacher: tuple[Tensor, Head, Targets]) -> float:
         return -sum(float((p.exp() * p).sum()) for p in logps) / len(hidden)
 
 
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(
+        torch.linalg.vecdot(a.double().view(-1), b.double().view(-1)) / (a.double().norm() * b.double().norm())
+    )
+
+
 def stored(kept: TopK) -> TopK:
     """As it comes back from the file: float16, normalised again."""
     logps = torch.cat([kept.logps, kept.rest[:, None]], 1).half().float().log_softmax(-1)
@@ -97,13 +102,14 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--rows", type=int, default=100)
-    parser.add_argument("--tokens", type=int, default=2000)
+    parser.add_argument("--tokens", type=int, default=1000)
+    parser.add_argument("--students", nargs="+", default=["noise", "layers"], choices=["noise", "layers"])
     args = parser.parse_args()
     teacher_model = load_model(args.model, dtype="float32").eval()
     tokenizer = load_tokenizer(args.model)
     size = int(teacher_model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     data = load_data(args.data, f"train[:{args.rows}]")
-    rows = tokenize_sft(data, tokenizer, max_length=384, vocab_size=size, drop_long_prompts=True)
+    rows = tokenize_sft(data, tokenizer, max_length=256, vocab_size=size, drop_long_prompts=True)
     count = sum(label != -100 for row in rows for label in row["labels"][1:])
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: args.tokens].sort().values
     teacher = hidden_states(teacher_model, tokenizer, rows, chosen)
@@ -114,12 +120,13 @@ def main() -> None:
         exact = top_k(*teacher, k, uniforms=uniforms)
         known[k] = stored(exact)
         lost = known[k]
-        p = torch.cat([exact.logps, exact.rest[:, None]], 1)
-        apart = (p.exp() * (p - torch.cat([lost.logps, lost.rest[:, None]], 1))).sum(1).clamp(min=0)
+        p = torch.cat([exact.logps, exact.rest[:, None]], 1).double().log_softmax(1)
+        apart = (p.exp() * (p - torch.cat([lost.logps, lost.rest[:, None]], 1).double().log_softmax(1))).sum(1)
         mass = float(exact.logps.exp().sum(1).mean())
         print(f"k {k}: mass {mass:.4f}; KL(exact, float16) mean {apart.mean():.1e}, most {apart.max():.1e}")
     of_teacher = entropy(teacher)
-    for name, model in {"noise": noisy(teacher_model, 0.1), "layers": shallower(teacher_model, 10)}.items():
+    for name in args.students:
+        model = noisy(teacher_model, 0.1) if name == "noise" else shallower(teacher_model, 10)
         student = hidden_states(model, tokenizer, rows, chosen)
         for reverse in (False, True):
             total, want = whole(student, teacher, reverse)
@@ -131,7 +138,7 @@ def main() -> None:
                     scores = top_k_divergence(*student, known[k], estimate=estimate, beta=float(reverse))
                     got = torch.autograd.grad(scores.loss / len(chosen), (student[0], student[1].weight))
                     value = float(scores.divergence.mean()) - (of_teacher if estimate == "sample" else 0.0)
-                    cosines = [float(cosine_similarity(g.view(1, -1), w.view(1, -1))) for g, w in zip(got, want)]  # noqa: B905
+                    cosines = [cosine(g, w) for g, w in zip(got, want, strict=True)]
                     norm = float(got[1].norm() / want[1].norm())
                     size = 2 * k if estimate == "sample" else 4 * k + 2
                     shown = " | ".join(f"{c:.4f}" if norm > 1e-6 else "none" for c in cosines)
