@@ -17,6 +17,7 @@ COMMANDS = {
     "online-dpo": "DPO on pairs of own completions, judged by rewards",
     "best-of-n": "fine-tune on the best of own completions",
     "student": "make a smaller model: some of a teacher's layers, or fresh",
+    "teacher": "keep what a teacher says of a data set, to distill from",
     "eval": "perplexity; preference accuracy and margins against a reference",
     "losses": "the catalogue of losses: list, show one, advise",
 }
@@ -34,7 +35,6 @@ def main(argv: list[str] | None = None) -> int:
         description="Fine-tune language models on text and on preferences.",
         epilog=_EXAMPLE,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=15),
-        add_help=False,
     )
     # Both are in the usage line, which leaves the screen to the commands.
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)

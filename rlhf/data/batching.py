@@ -2,14 +2,18 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf.logprobs import Targets
+from rlhf.logprobs import Targets, TopK
+
+if TYPE_CHECKING:
+    from rlhf.data.teacher_file import TeacherFile  # which needs this file
 
 IGNORE = -100
+TEACHER_ROW = "teacher_row"  # column: which row of the teacher's file a row is
 Layout = Literal["segments", "rows"]
 
 
@@ -38,7 +42,8 @@ class Batch:
     """What the policy reads: int64 [B, T] in padded rows, [1, T] in segments, where nothing is padded.
 
     ``ref_logps`` [S] are the reference's sums for each sequence, where they were computed before; ``margin`` is float32
-    [pairs], how far apart the rewards of each pair should be, where the data says so.
+    [pairs], how far apart the rewards of each pair should be, where the data says so; ``teacher`` is what was kept of a
+    teacher for each of the targets.
     """
 
     input_ids: Tensor
@@ -48,10 +53,11 @@ class Batch:
     segments: Segments | None = None
     ref_logps: Tensor | None = None
     margin: Tensor | None = None
+    teacher: TopK | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        names = ("input_ids", "attention_mask", "position_ids", "ref_logps", "margin")
-        held = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        names = ("input_ids", "attention_mask", "position_ids", "ref_logps", "margin", "teacher")
+        held: dict[str, Any] = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
         moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in held.items()}
         return replace(self, targets=self.targets.to(device, non_blocking), **moved)
 
@@ -113,17 +119,21 @@ class Collator:
             the model needs :func:`rlhf.models.use_segments`. ``"rows"`` pads, which any model takes.
         pad_token_id: any id, EOS too: what counts is decided by lengths, never by comparing ids.
         padding_side: of ``"rows"``.
+        teacher: what was kept of a teacher, for the rows that say which of its rows they are.
     """
 
     pad_token_id: int = 0
     padding_side: Literal["left", "right"] = "right"
     layout: Layout = "rows"
+    teacher: "TeacherFile | None" = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> Batch:
         examples = [example for row in rows for example in row.get("examples", [row])]
         batch = self._flat(examples) if self.layout == "segments" else self._padded(examples)
         if "margin" in examples[0]:
             batch = replace(batch, margin=torch.tensor([float(example["margin"]) for example in examples]))
+        if self.teacher is not None and TEACHER_ROW in examples[0]:
+            batch = replace(batch, teacher=self.teacher.take([example[TEACHER_ROW] for example in examples]))
         if "ref_chosen_logps" not in examples[0]:
             return batch
         known = [[example["ref_chosen_logps"], example["ref_rejected_logps"]] for example in examples]

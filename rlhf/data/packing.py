@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+import xxhash
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 
@@ -44,6 +45,18 @@ def num_tokens(rows: Dataset) -> np.ndarray:
     table = rows.with_format("arrow")[:]
     names = [name for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids") if name in table.column_names]
     return sum(pc.list_value_length(table[name]).to_numpy().astype(np.int64) for name in names)
+
+
+def hash_of_tokens(rows: Dataset, columns: Sequence[str]) -> str:
+    """Of the lists of ids in ``columns``, row by row; however the rows lie in memory."""
+    digest = xxhash.xxh3_64()
+    table = rows.with_format("arrow")[:]
+    for column in columns:
+        for part in table[column].chunks:
+            digest.update(np.ascontiguousarray(pc.list_value_length(part).to_numpy()).data)
+        for part in table[column].chunks:
+            digest.update(np.ascontiguousarray(part.flatten().to_numpy()).data)
+    return digest.hexdigest()
 
 
 class Packed(TorchDataset[dict[str, Any]]):

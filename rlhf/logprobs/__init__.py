@@ -5,6 +5,7 @@ from rlhf.logprobs.divergence import Divergence, Predictions, compare
 from rlhf.logprobs.head import Head, HeadSettings, head_settings, read_head, verified_settings
 from rlhf.logprobs.score import Comparison, LocalLoss, Plan, Scores, plan, score
 from rlhf.logprobs.targets import Targets
+from rlhf.logprobs.topk import TopK, TopKScores, model_top_k, model_top_k_divergence, top_k, top_k_divergence
 from rlhf.losses import perplexity, sequence_logps, shift, token_logps
 
 __all__ = [
@@ -17,10 +18,14 @@ __all__ = [
     "Predictions",
     "Scores",
     "Targets",
+    "TopK",
+    "TopKScores",
     "compare",
     "head_settings",
     "model_predictions",
     "model_scores",
+    "model_top_k",
+    "model_top_k_divergence",
     "plan",
     "perplexity",
     "read_head",
@@ -28,5 +33,7 @@ __all__ = [
     "sequence_logps",
     "shift",
     "token_logps",
+    "top_k",
+    "top_k_divergence",
     "verified_settings",
 ]

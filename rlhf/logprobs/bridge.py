@@ -38,8 +38,7 @@ def model_scores(
     Returns:
         Scores of [N] vectors, at least float32.
     """
-    if hasattr(model, "get_base_model"):  # PEFT
-        model = model.get_base_model()  # type: ignore[operator]
+    model = without_adapter(model)
     settings = verified_settings(model)
     hidden = values = None
     if settings is not None or value_head is not None:
@@ -70,15 +69,19 @@ def model_predictions(model: nn.Module, targets: Targets, *, temperature: float 
     With gradient where one is wanted: for a teacher, call it under ``torch.no_grad()``. A model that runs its own head
     gives its logits, [N, V]. Arguments as in :func:`model_scores`.
     """
-    if hasattr(model, "get_base_model"):  # PEFT
-        model = model.get_base_model()  # type: ignore[operator]
+    model = without_adapter(model)
     settings = verified_settings(model)
     if settings is None:
-        logits, row = _own_logits(model, targets, temperature, inputs)
+        logits, row = own_logits(model, targets, temperature, inputs)
         return Predictions(logits[row])
     hidden = backbone_of(model)(**inputs, use_cache=False)[0]
     rows = hidden.reshape(-1, hidden.size(-1)).index_select(0, targets.source)
     return Predictions(rows, read_head(model, settings, temperature))
+
+
+def without_adapter(model: nn.Module) -> nn.Module:
+    """The transformers model, where PEFT is around it (whose layers are in it); else the model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def read_values(head: nn.Module, hidden: Tensor, targets: Targets) -> Tensor:
@@ -89,17 +92,16 @@ def read_values(head: nn.Module, hidden: Tensor, targets: Targets) -> Tensor:
 
 
 def _own_head(model: nn.Module, targets: Targets, entropy: bool, temperature: float, inputs: dict[str, Any]) -> Scores:
-    """The exact fallback."""
-    logits, row = _own_logits(model, targets, temperature, inputs)
+    logits, row = own_logits(model, targets, temperature, inputs)
     logps = logits.log_softmax(-1)
     entropies = -(logps.exp() * logps).sum(-1)[row] if entropy else None
     return Scores(logps[row, targets.token], entropies)
 
 
-def _own_logits(
+def own_logits(
     model: nn.Module, targets: Targets, temperature: float, inputs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The model's own logits at the positions that are scored, [K, V], and the row of each target in them, [N]."""
+    """The exact fallback: a model's own logits at the positions that are scored [R, V], and each target's row [N]."""
     kept, row = targets.source.unique(return_inverse=True)
     shape = inputs["input_ids"].shape
     mask = torch.zeros(shape.numel(), dtype=torch.bool, device=kept.device)

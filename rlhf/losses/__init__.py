@@ -39,7 +39,6 @@ from rlhf.losses._divergences import (
     skew_kl,
     span_logps,
     span_loss,
-    top_k_kl,
     total_variation,
     uld_loss,
 )
@@ -90,6 +89,7 @@ from rlhf.losses._representation import (
     triplet_loss,
 )
 from rlhf.losses._rewards import plackett_luce_loss, reward_loss
+from rlhf.losses._top_k import sampled_distillation_loss, top_k_jsd, top_k_kl
 
 __all__ = [
     "DIVERGENCES",
@@ -153,6 +153,7 @@ __all__ = [
     "reward_loss",
     "rloo_advantages",
     "rloo_loss",
+    "sampled_distillation_loss",
     "sapo_loss",
     "sequence_logps",
     "shift",
@@ -163,6 +164,7 @@ __all__ = [
     "span_loss",
     "supervised_contrastive_loss",
     "token_logps",
+    "top_k_jsd",
     "top_k_kl",
     "total_variation",
     "triplet_loss",

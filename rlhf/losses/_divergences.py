@@ -196,50 +196,6 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 """Divergences over the whole vocabulary by name; each takes ``temperature`` and what else its signature names."""
 
 
-@reducible("student_logits", "teacher_top_logps")
-def top_k_kl(
-    student_logits: Tensor,
-    teacher_top_logps: Tensor,
-    teacher_top_ids: Tensor,
-    temperature: float = 1.0,
-    *,
-    tail: bool = True,
-    scale_by_temperature: bool = False,
-) -> Tensor:
-    r"""Forward KL from a teacher of whom only the k likeliest tokens were kept; the rest is one bucket.
-
-    .. math:: \sum_{v\in K} p_v\log\frac{p_v}{q_v} + p_{rest}\log\frac{p_{rest}}{q_{rest}} \le \mathrm{KL}(p\,\|\,q)
-
-    Args:
-        student_logits: [..., V].
-        teacher_top_logps: [..., k], log-probabilities over the whole vocabulary, at this temperature.
-        teacher_top_ids: int64 [..., k], which tokens they are; no token twice.
-        tail: keep the bucket of the rest; without it the k are renormalised, and the student may put mass elsewhere
-            at no cost only as far as its own renormalised k agree.
-    Returns:
-        Equal to :func:`kl_divergence` at k = V, never above it with the tail.
-    Example:
-        >>> top_k_kl(torch.zeros(1, 4), torch.tensor([[0.5]]).log(), torch.tensor([[2]]))
-        tensor(0.1438)
-
-    Source: the data-processing inequality; top-k caches: arXiv 2503.16870.
-    """
-    check_range("temperature", temperature, 0.0, math.inf, open_low=True)
-    check_same_shape(teacher_top_logps=teacher_top_logps, teacher_top_ids=teacher_top_ids)
-    log_q = (student_logits / temperature).log_softmax(-1)
-    q = log_q.gather(-1, teacher_top_ids)
-    p = teacher_top_logps
-    if not tail:
-        values = _kl(p.log_softmax(-1), q.log_softmax(-1))
-        return _scaled(values, temperature, scale_by_temperature)
-    values = _kl(p, q)
-    rest = -torch.expm1(p.logsumexp(-1))  # the mass that was not kept
-    others = log_q.scatter(-1, teacher_top_ids, -math.inf).logsumexp(-1)
-    kept = rest > torch.finfo(rest.dtype).eps * p.size(-1)  # else rounding of a whole distribution
-    bucket = torch.where(kept, rest, 1.0) * (torch.where(kept, rest, 1.0).log() - torch.where(kept, others, 0.0))
-    return _scaled(values + torch.where(kept, bucket, 0.0), temperature, scale_by_temperature)
-
-
 @_distributions
 def uld_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     r"""How the two spread their mass, whatever the tokens: for different vocabularies.

@@ -14,6 +14,7 @@ FAMILIES = {
     "_representation": "Representation",
     "_divergences": "Divergences",
     "_matching": "Inside a model",
+    "_top_k": "Divergences",
     "_rewards": "Reward models and rankings",
     "_dpo": "Preferences",
     "_dpo_regularised": "Preferences",
@@ -148,7 +149,8 @@ def advise(
         case "distillation":
             return [Advice("kl_divergence", "temperature 1 to 4, scale_by_temperature=True", "covers the teacher"),
                     Advice("generalized_jsd", "beta 0.1 to 0.9", "on the student's own samples"),
-                    Advice("distillation_loss", "alpha=0.5, temperature=2", "with hard labels beside it")]  # fmt: skip
+                    Advice("distillation_loss", "alpha=0.5, temperature=2", "with hard labels beside it"),
+                    Advice("top_k_kl", "k 32 or more", "a teacher kept on disk (rlhf teacher)")]  # fmt: skip
         case "preferences":
             if not pairs:
                 return [Advice("kto_loss", "beta=0.1", "answers that are good or bad by themselves")]

@@ -8,7 +8,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow.compute as pc
 import torch
 import transformers
 import xxhash
@@ -17,11 +16,12 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor
 
-from rlhf.data.packing import num_tokens
+from rlhf.data.packing import hash_of_tokens, num_tokens
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it when what is stored, or how it is computed, changes
+TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
@@ -51,7 +51,7 @@ def add_ref_logps(
     values, file = np.empty(0), None
     if accelerator.is_main_process:
         folder = Path(datasets.config.HF_CACHE_HOME) / "rlhf" / "ref_logps"
-        file = _open(folder / f"{fingerprint}-{_hash_of_tokens(rows)}.npy", len(rows))
+        file = _open(folder / f"{fingerprint}-{hash_of_tokens(rows, TOKENS)}.npy", len(rows))
         values = np.array(file)
     values = broadcast_object_list([values])[0]
     todo = np.flatnonzero(np.isnan(values).any(1))
@@ -112,17 +112,6 @@ def reference_fingerprint(model: Any, precision: str, adapter_off: bool = False)
     for name, weight in sorted(_weights(model, adapter_off)):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _hash_of_tokens(rows: Dataset) -> str:
-    digest = xxhash.xxh3_64()
-    table = rows.with_format("arrow")[:]
-    for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
-        for part in table[column].chunks:
-            digest.update(np.ascontiguousarray(pc.list_value_length(part).to_numpy()).data)
-        for part in table[column].chunks:
-            digest.update(np.ascontiguousarray(part.flatten().to_numpy()).data)
     return digest.hexdigest()
 
 

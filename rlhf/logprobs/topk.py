@@ -1,0 +1,340 @@
+r"""A teacher of whom a part is kept, and a student's divergence from it: in chunks, never ``[tokens, vocab]``.
+
+The student's side is LOCAL (see :mod:`rlhf.logprobs.score`): the gradient is taken while a chunk's logits live, so it
+costs 3 products of the head, 2 where the head is frozen, 1 without a gradient; the teacher's costs none. With q the
+student's probabilities, :math:`g_j` the slopes of the divergence in :math:`\log q_j` of the kept tokens, :math:`g_r` in
+:math:`\log q_{rest}` and :math:`G` the sum of them all,
+
+.. math:: \frac{\partial D}{\partial z_v} = [v \in K]\, g_v + [v \notin K]\, \frac{q_v}{q_{rest}} g_r - q_v G
+
+so automatic differentiation sees k + 1 numbers a token, and the vocabulary is passed over twice.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from rlhf.logprobs.bridge import own_logits, without_adapter
+from rlhf.logprobs.head import Head, backbone_of, read_head, verified_settings
+from rlhf.logprobs.score import _chunk_size, _Gradients, _log_softmax, _operands, _scratch
+from rlhf.logprobs.targets import Targets
+from rlhf.losses import sampled_distillation_loss, top_k_jsd
+from rlhf.losses._top_k import between, outcomes
+
+Estimate = Literal["tail", "truncate", "sample"]
+
+
+class TopK(NamedTuple):
+    """What is kept of a teacher's predictions, one row for each scored token.
+
+    Args:
+        ids: int64 [N, k], its likeliest tokens, the likeliest first.
+        logps: [N, k], their log-probs over the whole vocabulary, nats.
+        rest: [N], log of the mass of all other tokens; without meaning at k = V.
+        samples: int64 [N, m], tokens drawn from it with replacement; None where none were.
+    """
+
+    ids: Tensor
+    logps: Tensor
+    rest: Tensor
+    samples: Tensor | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TopK":
+        return self._each(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def rows(self, chunk: slice) -> "TopK":
+        return self._each(lambda x: x[chunk])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "TopK":
+        samples = None if self.samples is None else change(self.samples)
+        return TopK(change(self.ids), change(self.logps), change(self.rest), samples)
+
+
+class TopKScores(NamedTuple):
+    """``loss`` is a scalar sum and carries the gradient; ``divergence`` and ``logps`` are [N], nats, without one.
+
+    ``logps`` are those of the targets at temperature 1, whatever the divergence's.
+    """
+
+    loss: Tensor
+    divergence: Tensor
+    logps: Tensor
+
+
+class _Terms(NamedTuple):
+    """What is added up for each token."""
+
+    estimate: Estimate
+    beta: float
+    soft: float
+    hard: float
+
+
+@torch.compiler.disable
+def top_k_divergence(
+    hidden: Tensor,
+    head: Head,
+    targets: Targets,
+    teacher: TopK,
+    *,
+    estimate: Estimate = "tail",
+    beta: float = 0.0,
+    soft: float = 1.0,
+    hard: float = 0.0,
+    chunk_size: int | None = None,
+) -> TopKScores:
+    r"""The student's divergence from what was kept of a teacher, mixed with the hard labels' loss in the same pass.
+
+    .. math:: L = \sum_t \left[ s\, D(p_t, q_t) - h \log q_t(y_t) \right]
+
+    Args:
+        hidden: [..., H], the student's last hidden states; flattened, ``targets.source`` indexes its rows.
+        head: the student's; its temperature is that of the divergence and must be the one that ``teacher`` was kept
+            at. The hard labels are scored at temperature 1.
+        teacher: of the same N tokens, in the order of ``targets``.
+        estimate: ``"tail"`` over k + 1 outcomes, the last of them "any other token"; ``"truncate"`` over the k,
+            renormalised on both sides; ``"sample"`` the cross-entropy on the teacher's samples.
+        beta: 0 is the forward KL(p, q), 1 the reverse KL(q, p), between them the generalised JSD; 0 for samples.
+        soft, hard: weights s and h. Against the fall of gradients with the temperature, s takes a factor T².
+        chunk_size: rows of logits at a time, as in :func:`rlhf.logprobs.score`.
+    Returns:
+        The sum with its gradient, the divergence before its weight, and the log-probs of the targets.
+    Raises:
+        ValueError: sizes do not fit, an id lies outside the student's vocabulary (checked on CPU), beta outside [0, 1],
+            or samples asked for that are not there or with a beta other than 0.
+
+    Source: arXiv 2503.16870 for the sparse estimates; the gradient above is our own.
+    """
+    terms = _Terms(estimate, beta, soft, hard)
+    if hidden.size(-1) != head.weight.size(1):
+        raise ValueError(f"hidden states have size {hidden.size(-1)}, the head {head.weight.size(1)}")
+    _check(targets, teacher, terms, head.weight.size(0))
+    rows = hidden.reshape(-1, hidden.size(-1)).index_select(0, targets.source)
+    size = chunk_size or _chunk_size(len(targets), head.weight.size(0), rows.device)
+    learns = torch.is_grad_enabled()  # which is always off inside a Function
+    with torch.autocast(rows.device.type, enabled=False):
+        return TopKScores(
+            *_Local.apply(rows, head.weight, head.bias, head, targets.token, teacher, terms, size, learns)
+        )
+
+
+def model_top_k_divergence(
+    model: nn.Module,
+    targets: Targets,
+    teacher: TopK,
+    *,
+    temperature: float = 1.0,
+    estimate: Estimate = "tail",
+    beta: float = 0.0,
+    soft: float = 1.0,
+    hard: float = 0.0,
+    **inputs: Any,
+) -> TopKScores:
+    """:func:`top_k_divergence` of a causal LM or PEFT around one, whatever its head.
+
+    ``inputs`` are what its forward takes. Inside DDP, FSDP or ZeRO, call this from the wrapped module's forward.
+    """
+    model = without_adapter(model)
+    terms = _Terms(estimate, beta, soft, hard)
+    settings = verified_settings(model)
+    if settings is not None:
+        hidden = backbone_of(model)(**inputs, use_cache=False)[0]
+        return top_k_divergence(hidden, read_head(model, settings, temperature), targets, teacher, **terms._asdict())
+    logits, row = own_logits(model, targets, temperature, inputs)
+    _check(targets, teacher, terms, logits.size(1))
+    z = logits[row]
+    if terms.estimate == "sample":
+        divergence = sampled_distillation_loss(z, teacher.samples, reduction="none")
+    else:
+        kept = (teacher.logps.to(z.dtype), teacher.ids, beta, 1.0, teacher.rest.to(z.dtype))
+        divergence = top_k_jsd(z, *kept, tail=estimate == "tail", reduction="none")
+    logps = (z * temperature).log_softmax(-1).gather(1, targets.token[:, None]).squeeze(1)
+    return TopKScores((soft * divergence - hard * logps).sum(), divergence.detach(), logps.detach())
+
+
+def _check(targets: Targets, teacher: TopK, terms: _Terms, vocabulary: int) -> None:
+    if not 0 <= terms.beta <= 1:
+        raise ValueError(f"beta must be in [0, 1], got {terms.beta}")
+    if terms.estimate not in ("tail", "truncate", "sample"):
+        raise ValueError(f'estimate must be "tail", "truncate" or "sample", got {terms.estimate!r}')
+    if terms.estimate == "sample" and (teacher.samples is None or terms.beta != 0):
+        why = "the teacher's samples were not kept" if teacher.samples is None else f"got beta {terms.beta}"
+        raise ValueError(f'estimate "sample" is of the forward KL (beta 0), from samples of the teacher: {why}')
+    ids = teacher.samples if terms.estimate == "sample" else teacher.ids
+    if ids is None or len(ids) != len(targets) or not ids.size(1):
+        seen = None if ids is None else tuple(ids.shape)
+        raise ValueError(f"{len(targets)} tokens are scored, but the teacher's ids are {seen}: expected a row for each")
+    if ids.device.type == "cpu" and len(ids):
+        for what, found in (("teacher id", ids), ("target token", targets.token)):
+            low, high = int(found.min()), int(found.max())
+            if low < 0 or high >= vocabulary:
+                wrong = low if low < 0 else high
+                raise ValueError(f"{what} {wrong} is outside the student's vocabulary [0, {vocabulary})")
+
+
+class _Local(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        token: Tensor,
+        teacher: TopK,
+        terms: _Terms,
+        size: int,
+        learns: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        op = _operands(rows, head)
+        gradients = _Gradients(rows, head, op, ctx.needs_input_grad)
+        scratch = _scratch(rows, size, op)
+        logps = rows.new_empty(rows.size(0), dtype=op.result)
+        divergence = torch.empty_like(logps)
+        for start in range(0, rows.size(0), size):
+            chunk = slice(start, start + size)
+            dense, slope = _log_softmax(rows[chunk], head, op, scratch)
+            divergence[chunk], logps[chunk], dz = _chunk(
+                dense, token[chunk], teacher.rows(chunk), terms, head.temperature
+            )
+            if learns:
+                gradients.add(chunk, dz, slope)
+        total = terms.soft * divergence.sum() - terms.hard * logps.sum()
+        ctx.save_for_backward(*(gradients.results() if learns else ()))
+        ctx.mark_non_differentiable(divergence, logps)
+        return total, divergence, logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [None if x is None else x.mul_(factor.to(x.dtype)) for x in ctx.saved_tensors]
+        return *scaled, None, None, None, None, None, None
+
+
+def _chunk(
+    dense: Tensor, token: Tensor, teacher: TopK, terms: _Terms, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Divergence [c], log-probs of the targets [c], and the gradient with respect to ``logits / temperature``.
+
+    ``dense`` are the student's log-probs [c, V]; the gradient is written over them.
+    """
+    y = token[:, None]
+    hot = dense if temperature == 1 else (dense * temperature).log_softmax(1)  # the hard labels' distribution
+    logps = hot.gather(1, y).squeeze(1)
+    ids = teacher.ids if terms.estimate != "sample" else teacher.samples
+    assert ids is not None
+    own = dense.gather(1, ids)
+    q = torch.exp(dense, out=dense)
+    rest = None
+    if terms.estimate == "tail" and ids.size(1) < q.size(1):
+        rest = q.scatter_(1, ids, 0.0).sum(1)  # of the others alone: 1 minus the kept would be rounding
+        rest = rest.clamp_(min=torch.finfo(q.dtype).tiny)
+    value, slopes, slope_rest = _slopes(own, rest, teacher, terms, q.size(1))
+    total = slopes.sum(1) if slope_rest is None else slopes.sum(1) + slope_rest
+    if terms.estimate == "truncate":
+        total = torch.zeros_like(total)  # which it is: renormalised probabilities do not see a common factor
+    hard = terms.hard if temperature == 1 else 0.0
+    common = hard - total  # q_v times this is in the gradient of every token
+    if rest is not None and slope_rest is not None:
+        dz = q.mul_((slope_rest / rest + common)[:, None]).scatter_(1, ids, slopes + own.exp() * common[:, None])
+    else:
+        dz = q.mul_(common[:, None]).scatter_add_(1, ids, slopes)
+    if temperature != 1 and terms.hard:
+        dz.add_(hot.exp_(), alpha=terms.hard * temperature)
+    if terms.hard:
+        dz.scatter_add_(1, y, dz.new_full((1, 1), -terms.hard * temperature).expand_as(y))
+    return value, logps, dz
+
+
+def _slopes(
+    own: Tensor, rest: Tensor | None, teacher: TopK, terms: _Terms, vocabulary: int
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Divergence [c]; ``soft`` times its slopes in the log-probs of the ids [c, n] and in that of the rest [c]."""
+    if terms.estimate == "sample":
+        return -own.mean(1), torch.full_like(own, -terms.soft / own.size(1)), None
+    p, p_rest = teacher.logps.to(own.dtype), teacher.rest.to(own.dtype)
+    with torch.enable_grad():
+        own = own.detach().requires_grad_()
+        log_rest = None if rest is None else rest.log().requires_grad_()
+        q_rest = p_rest if log_rest is None else log_rest  # without a tail it is not looked at
+        pair = outcomes(own, q_rest, p, p_rest, vocabulary, terms.estimate == "tail")
+        value = between(*pair, terms.beta)
+        leaves = [own] if log_rest is None else [own, log_rest]
+        slopes = torch.autograd.grad(terms.soft * value.sum(), leaves)
+    return value.detach(), slopes[0], slopes[1] if log_rest is not None else None
+
+
+def top_k(
+    hidden: Tensor,
+    head: Head,
+    targets: Targets,
+    k: int,
+    *,
+    uniforms: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> TopK:
+    """What is to be kept of a teacher: its ``k`` likeliest tokens at each target, and the mass of the others.
+
+    Args:
+        hidden, head, targets, chunk_size: the teacher's, as in :func:`rlhf.logprobs.score`; one product, no gradient.
+            The head's temperature divides its logits.
+        k: in [1, V].
+        uniforms: float64 [N, m] in [0, 1); each draws one sample, by the inverse of the distribution function.
+    Raises:
+        ValueError: k outside its range.
+    """
+    _check_k(k, head.weight.size(0))
+    rows = hidden.detach().reshape(-1, hidden.size(-1)).index_select(0, targets.source)
+    op, size = _operands(rows, head), chunk_size or _chunk_size(len(targets), head.weight.size(0), rows.device)
+    scratch = _scratch(rows, size, op)
+    parts = []
+    with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+        for start in range(0, max(len(rows), 1), size):
+            chunk = slice(start, start + size)
+            dense, _ = _log_softmax(rows[chunk], head, op, scratch)
+            parts.append(_keep(dense, k, None if uniforms is None else uniforms[chunk]))
+    ids, logps, rest, samples = zip(*parts, strict=True)
+    return TopK(torch.cat(ids), torch.cat(logps), torch.cat(rest), None if uniforms is None else torch.cat(samples))
+
+
+def model_top_k(
+    model: nn.Module,
+    targets: Targets,
+    k: int,
+    *,
+    temperature: float = 1.0,
+    uniforms: Tensor | None = None,
+    **inputs: Any,
+) -> TopK:
+    """:func:`top_k` of a causal LM, whatever its head; ``inputs`` are what its forward takes."""
+    model = without_adapter(model)
+    settings = verified_settings(model)
+    with torch.no_grad():
+        if settings is not None:
+            hidden = backbone_of(model)(**inputs, use_cache=False)[0]
+            return top_k(hidden, read_head(model, settings, temperature), targets, k, uniforms=uniforms)
+        logits, row = own_logits(model, targets, temperature, inputs)
+        _check_k(k, logits.size(1))
+        return _keep(logits.log_softmax(-1)[row], k, uniforms)
+
+
+def _check_k(k: int, vocabulary: int) -> None:
+    if not 1 <= k <= vocabulary:
+        raise ValueError(f"k must be in [1, {vocabulary}], the teacher's vocabulary; got {k}")
+
+
+def _keep(dense: Tensor, k: int, uniforms: Tensor | None) -> TopK:
+    """Of log-probs [c, V], which are written over."""
+    logps, ids = dense.topk(k, dim=1)
+    p = dense.exp_()
+    samples = None
+    if uniforms is not None:
+        reached = p.cumsum(1, dtype=torch.float64)
+        drawn = uniforms.to(p.device) * reached[:, -1:]  # which rounding leaves beside 1
+        samples = torch.searchsorted(reached, drawn, right=True).clamp_(max=p.size(1) - 1)
+    rest = p.scatter_(1, ids, 0.0).sum(1).clamp_(min=torch.finfo(p.dtype).tiny)
+    return TopK(ids, logps, rest.log(), samples)
