@@ -99,18 +99,6 @@ def first_tokens(span: Tensor, total: int) -> Tensor:
     return found.scatter_reduce(0, torch.where(span < 0, total, span), places, "amin")[:total]
 
 
-def vocabulary_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:
-    """Empty where the two give every id the same meaning; else the first difference, to put into a message."""
-    ours, theirs = ({i: token for token, i in t.get_vocab().items()} for t in (student, teacher))
-    for index in sorted(ours.keys() | theirs.keys()):
-        if ours.get(index) != theirs.get(index):
-            names = (f"{side[index]!r}" if index in side else "none" for side in (ours, theirs))
-            return "token {} is {} to the student, {} to the teacher".format(index, *names)
-    if student.eos_token_id != teacher.eos_token_id:
-        return f"the student ends with {student.eos_token!r}, the teacher with {teacher.eos_token!r}"
-    return ""
-
-
 def _same_text(student: list[Piece], teacher: list[Piece]) -> tuple[list[Piece], list[Piece]]:
     """Both sides, less a first space that only one of them has."""
     ours, theirs = (b"".join(piece or b"" for piece in side) for side in (student, teacher))

@@ -73,6 +73,7 @@ class Divergence:
         distillation_weight, crossentropy_weight: >= 0.
         vocab_size: of the tokens that both know, where the two heads are padded to different sizes; probabilities are
             then those among these tokens.
+        estimate: of :data:`rlhf.logprobs.topk.Estimate`, where a part of the teacher's predictions was kept.
     Raises:
         ValueError: an unknown name or option, or a value out of range.
     """
@@ -83,6 +84,7 @@ class Divergence:
     distillation_weight: float = 1.0
     crossentropy_weight: float = 0.0
     vocab_size: int | None = None
+    estimate: str = "tail"
 
     def __post_init__(self) -> None:
         if self.name not in DIVERGENCES:
@@ -102,6 +104,22 @@ class Divergence:
         return function(
             student_logits, teacher_logits, temperature=self.temperature, reduction="none", **self.options
         )  # fmt: skip
+
+    def of_top_k(self) -> dict[str, Any]:
+        """The same as arguments of :func:`rlhf.logprobs.top_k_divergence`.
+
+        Raises:
+            ValueError: a divergence that has no estimate.
+        """
+        betas = {"kl_divergence": float(self.options.get("reverse", False)), "generalized_jsd": 0.5}
+        if self.name not in betas:
+            raise ValueError(f"{self.name} has no estimate from what is kept of a teacher; {' and '.join(betas)} have")
+        return {
+            "estimate": self.estimate,
+            "beta": self.options.get("beta", betas[self.name]),
+            "soft": self.distillation_weight * self.factor,
+            "hard": self.crossentropy_weight,
+        }
 
     def loss(self, divergence: Tensor, logps: Tensor) -> Tensor:
         """Of each token, [N]."""

@@ -9,14 +9,17 @@ from torch import Tensor, nn
 
 from rlhf.data import Batch
 from rlhf.logprobs import (
+    Comparison,
     Divergence,
     LocalLoss,
     Plan,
     Predictions,
     Scores,
+    TopK,
     compare,
     model_predictions,
     model_scores,
+    model_top_k_divergence,
     plan,
     verified_settings,
 )
@@ -85,9 +88,11 @@ class Policy(Wrapper):
         divergence: Divergence | None = None,
         teacher: Teacher | None = None,
     ) -> Scores:
-        """With a ``divergence``, the scores are those of a comparison with the ``teacher`` (:func:`compare`)."""
+        """With a ``divergence``, scores beside the ``teacher`` (:func:`compare`), or what the batch holds of one."""
         self._check_layout(batch)
         with fewer_activations():
+            if divergence is not None and batch.teacher is not None:
+                return self._beside_kept(batch, batch.teacher, divergence)
             if divergence is not None and teacher is not None:
                 with torch.no_grad():
                     theirs = teacher(self, batch)
@@ -120,13 +125,20 @@ class Policy(Wrapper):
         vocabulary = min(settings.vocab_size or head[0].size(0), head[0].size(0))
         return plan(
             len(batch.targets),
-            vocabulary if divergence is None else 2 * vocabulary,
+            vocabulary if teacher is None else 2 * vocabulary,
             batch.input_ids.device,
             learns=torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()),
             head_learns=any(p.requires_grad for p in head),
             local=local_loss is not None or divergence is not None,
             entropy=entropy,
         )
+
+    def _beside_kept(self, batch: Batch, kept: TopK, divergence: Divergence) -> Scores:
+        options = divergence.of_top_k()
+        found = model_top_k_divergence(
+            self.model, batch.targets, kept, temperature=divergence.temperature, **options, **batch.inputs()
+        )
+        return Scores(found.logps, loss=found.loss, teacher=Comparison(found.divergence * divergence.factor))
 
     def predictions(self, batch: Batch) -> Predictions:
         """What this model says of the targets, short of the softmax."""

@@ -2,13 +2,14 @@
 
 import logging
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data import Batch, tokenizer_difference
+from rlhf.data import Batch, Packed, open_teacher_file, tokenizer_difference
 from rlhf.logprobs import Divergence, Predictions
+from rlhf.logprobs.topk import Estimate
 from rlhf.losses import DIVERGENCES
 from rlhf.models import Policy, load_model, load_tokenizer
 from rlhf.models.policy import Teacher, still
@@ -33,6 +34,17 @@ class DistillConfig(SFTConfig):
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'Passed to from_pretrained for the teacher, such as {"dtype": "bfloat16"}.'}
+    )
+    teacher_file: str | None = field(
+        default=None,
+        metadata={"help": "Folder that `rlhf teacher` wrote for these rows, in place of a teacher in memory."},
+    )
+    teacher_estimate: str = field(
+        default="tail",
+        metadata={
+            "help": "Of the divergence, from that folder: docs/teacher-cache.md.",
+            "choices": [*get_args(Estimate)],
+        },
     )
     divergence: str = field(
         default="generalized_jsd",
@@ -59,6 +71,10 @@ class DistillConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.teacher_file is not None:
+            if self.teacher_model_name_or_path is not None:
+                raise ValueError("teacher_file stands for a teacher: leave teacher_model_name_or_path out, or the file")
+            self.loss().of_top_k()
         self.loss()
 
     def loss(self) -> Divergence:
@@ -72,6 +88,7 @@ class DistillConfig(SFTConfig):
             | {name: value for name, value in switches.items() if value},
             self.distillation_weight,
             self.crossentropy_weight,
+            estimate=self.teacher_estimate,
         )
 
 
@@ -82,7 +99,8 @@ class DistillTrainer(SFTTrainer):
               N = \text{scored tokens of the optimizer step}
 
     The teacher is a model of its own, frozen and without dropout; or the student's own trunk with its adapter off, or
-    with another adapter, which needs no second copy of the weights.
+    with another adapter, which needs no second copy of the weights; or a file of what it said (``args.teacher_file``),
+    and no teacher is in memory. Evaluation is then of the rows themselves, as supervised fine-tuning has it.
 
     Args:
         model: the student: a model, a PEFT model, or a name or folder to load one from.
@@ -96,6 +114,7 @@ class DistillTrainer(SFTTrainer):
         ``loss``; ``kl``, KL(teacher, student) at temperature 1 in nats a token, whatever the divergence; ``agreement``
         (share of tokens for which both find the same token likeliest); ``perplexity`` and ``teacher_perplexity`` of
         the same tokens; ``num_tokens``, ``grad_norm``, ``learning_rate``. All but the last three in evaluation too.
+        From a file: ``divergence``, as it is estimated, and ``perplexity``.
     Raises:
         ValueError: no teacher, a teacher with another tokenizer, or bad data; before any step.
 
@@ -120,7 +139,7 @@ class DistillTrainer(SFTTrainer):
         has_adapter = kwargs.get("peft_config") is not None or hasattr(model, "get_base_model")
         if teacher_model is model:
             raise ValueError("the student is its own teacher: pass a copy, or train an adapter and no teacher_model")
-        if teacher_model is None and not has_adapter:
+        if teacher_model is None and not has_adapter and args.teacher_file is None:
             raise ValueError(
                 "no teacher: pass --teacher_model_name_or_path; or train an adapter (--use_peft), and the model "
                 "without it is the teacher"
@@ -132,11 +151,32 @@ class DistillTrainer(SFTTrainer):
             )
         super().__init__(model, args, **kwargs)
         self.divergence = args.loss()
-        self.teacher: Teacher
-        if teacher_model is None:
+        self.teacher: Teacher | None = None
+        if args.teacher_file is not None:
+            self._open(args.teacher_file)
+        elif teacher_model is None:
             self.teacher = OwnTrunk(teacher_adapter)
         else:
             self.teacher = self._separate(teacher_model, teacher_processing_class)
+
+    def _open(self, folder: str) -> None:
+        """Give the training rows what was kept of a teacher for them."""
+        rows = self.train_dataset
+        if rows is None:
+            raise ValueError(f"teacher_file {folder}: there are no training rows for it to belong to")
+        marked, file = open_teacher_file(folder, rows.rows if isinstance(rows, Packed) else rows, self.processing_class)  # type: ignore[arg-type]
+        if (kept := file.key["temperature"]) != self.args.temperature:
+            raise ValueError(
+                f"{folder}: kept at temperature {kept}, and training is at {self.args.temperature}: pass --temperature "
+                f"{kept}, or write the folder again (the mass of the rest is known at no other)"
+            )
+        if self.args.teacher_estimate == "sample" and file.samples is None:
+            raise ValueError(f"{folder}: holds no samples of the teacher: write it again with rlhf teacher --samples 8")
+        if isinstance(rows, Packed):
+            rows.rows = marked
+        else:
+            self.train_dataset = marked
+        self.data_collator = replace(self.data_collator, teacher=file)  # type: ignore[type-var]
 
     def _separate(self, model: str | nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> Teacher:
         """A frozen teacher, checked to speak of the same tokens."""
@@ -165,16 +205,19 @@ class DistillTrainer(SFTTrainer):
         return lambda student, batch: teacher.predictions(batch)
 
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
+        if batch.teacher is None and self.teacher is None:  # other rows than those that a file is of
+            return super().measure(model, batch)
         scores = model(batch, divergence=self.divergence, teacher=self.teacher)
         targets, beside = batch.targets, scores.teacher
         tokens, logps = targets.counts(), scores.logps.detach()
         nll = -targets.sum(logps)
-        metrics = {
-            "kl": targets.sum(beside.kl),
-            "agreement": targets.sum(beside.agrees.to(nll.dtype)),
-            "perplexity": nll,
-            "teacher_perplexity": -targets.sum(beside.logps),
-        }
+        metrics = {"perplexity": nll}
+        if beside.kl is None:
+            metrics["divergence"] = targets.sum(beside.divergence)
+        else:
+            metrics["kl"] = targets.sum(beside.kl)
+            metrics["agreement"] = targets.sum(beside.agrees.to(nll.dtype))
+            metrics["teacher_perplexity"] = -targets.sum(beside.logps)
         loss = targets.sum(self.divergence.loss(beside.divergence, logps))
         return Measures(loss, tokens, {name: (value, tokens) for name, value in metrics.items()}, scores.loss)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.data.alignment import align, first_tokens, join, token_pieces, vocabulary_difference
+from rlhf.data.alignment import align, first_tokens, join, token_pieces
 from rlhf.losses import span_logps
 
 TEXTS = ["the naïve café — déjà vu, “quoted” 日本語のテキスト 🙂🙃 ok", "x = [1, 2];\n\treturn  x  +  1\n"]
@@ -178,19 +178,6 @@ def test_log_probabilities_of_spans_and_where_they_begin():
     assert torch.autograd.gradcheck(lambda x: span_logps(x, span, 3), logps)
     assert first_tokens(span, 3).tolist() == [1, 4, 5]
     assert first_tokens(span[:0], 0).tolist() == []
-
-
-def test_vocabularies_are_compared_by_meaning(tokenizers, tokenizer):
-    assert vocabulary_difference(tokenizer, tokenizer) == ""
-    said = vocabulary_difference(tokenizer, tokenizers["other"])
-    assert said == "token 0 is '<|im_end|>' to the student, '</s>' to the teacher"
-    swapped = byte_level(sentences(0, 200), 330, ["<|im_end|>", "<|im_start|>"])
-    assert len(swapped) == len(tokenizer) and vocabulary_difference(tokenizer, swapped).startswith("token ")
-
-    ended = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_start|>")
-    assert (
-        vocabulary_difference(tokenizer, ended) == "the student ends with '<|im_end|>', the teacher with '<|im_start|>'"
-    )
 
 
 def test_added_tokens_that_say_something_are_text(tokenizers):
