@@ -1,4 +1,4 @@
-"""``make demo``: supervised fine-tuning, then DPO and PPO, then what changed, through the ordinary commands.
+"""``make demo``: supervised fine-tuning, DPO, PPO and distillation, and what each changed, by the ordinary commands.
 
 python demo/run.py            a new small model, trained from nothing on the bundled corpus
 python demo/run.py MODEL      a model of yours (folder or hub name) on the same corpus
@@ -68,6 +68,7 @@ def demo(model: str | None) -> None:
     show_completions(prompts, answers)
     if not gentle:
         learn_to_answer_in_sentences()
+        distill_into_half()
     print(f"The checkpoint is in {dpo}: AutoModelForCausalLM.from_pretrained({str(dpo)!r})")
     print(f"{time.monotonic() - start:.0f} s in all")
 
@@ -80,6 +81,22 @@ def learn_to_answer_in_sentences() -> None:
     after = json.loads((OUT / "ppo/all_results.json").read_text(encoding="utf-8"))["eval_reward"]
     kl = [entry["kl"] for entry in log if "kl" in entry][-1]
     print(f"\nHeld-out prompts answered in a whole sentence: {before:.0%} before PPO, {after:.0%} after (KL {kl:.1f})")
+
+
+def distill_into_half() -> None:
+    """A student of two of the four layers learns what the model after SFT says."""
+    rlhf(f"student --from {OUT / 'sft'} --layers 2 --output_dir {OUT / 'student'}")
+    rlhf("distill --config demo/distill.yaml")
+    log = json.loads((OUT / "distilled/trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    before = next(entry for entry in log if "eval_kl" in entry)
+    after = json.loads((OUT / "distilled/all_results.json").read_text(encoding="utf-8"))
+    told = {"KL to the teacher": "eval_kl", "same likeliest token": "eval_agreement", "perplexity": "eval_perplexity"}
+    print("\nHeld-out rows, two layers of four, before and after distillation; the teacher")
+    rows = {
+        name: {label: entry[key] for label, key in told.items()}
+        for name, entry in (("before", before), ("after", after))
+    }
+    show_metrics(rows | {"teacher": {"perplexity": after["eval_teacher_perplexity"]}})
 
 
 def _figures(metrics: dict) -> dict:

@@ -80,7 +80,7 @@ ONLINE = {
 }
 HAS = {
     "configs": ("sft", "distill", "dpo", "reward", *ONLINE),
-    "demo": ("sft", "dpo", "ppo"),
+    "demo": ("sft", "dpo", "ppo", "distill"),
     "docs/runs/smollm2-135m": ("sft", "dpo"),
     "docs/runs/one-sentence": ("ppo", "grpo"),
     "docs/runs/reward-and-ppo": ("reward", "ppo"),
