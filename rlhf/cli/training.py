@@ -31,7 +31,7 @@ def train(
     args: BaseConfig,
     make: Callable[..., BaseTrainer],
     load: Callable[..., Any] = load_model,
-) -> BaseTrainer:
+) -> None:
     """Check everything, then train, evaluate and save; nothing that existed is touched before training starts."""
     quiet_logging()
     _require(model_name_or_path=model.model_name_or_path, dataset_name=data.dataset_name)
@@ -65,7 +65,8 @@ def train(
     trainer.save_metrics("all", metrics)
     if trainer.is_world_process_zero():
         print(f"saved {args.output_dir}")
-    return trainer
+    if args.world_size > 1:
+        _close(trainer)
 
 
 def _require(**named: Any) -> None:
@@ -105,6 +106,14 @@ def _check_output(folder: Path, data: DataArguments) -> str | None:
 
 def _holds_run(folder: Path) -> bool:
     return (folder / "training_args.bin").exists() or get_last_checkpoint(str(folder)) is not None
+
+
+def _close(trainer: BaseTrainer) -> None:
+    """End the process group once DDP has let go of it: left to the interpreter's exit, its threads may abort there."""
+    trainer.accelerator.wait_for_everyone()
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
 
 
 def _clear(folder: Path, trainer: BaseTrainer) -> None:
