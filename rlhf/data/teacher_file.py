@@ -6,7 +6,7 @@ and, where samples were drawn, ``samples.npy`` [N, m]. ``offsets.npy`` [rows + 1
 ``done.npy`` [rows] which rows are there. With k = 32 and a vocabulary of at most 65,536 a token takes 130 bytes.
 
 Log-probs are float16. Rounding moves a log-prob by at most 1/2048 of itself, and likely tokens have small ones; read
-back, the k + 1 outcomes are normalised again. What that costs is measured in `docs/teacher-cache.md`.
+back, the k + 1 outcomes are normalised again. `docs/teacher-cache.md` says what that costs.
 """
 
 import json
