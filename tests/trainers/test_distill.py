@@ -97,7 +97,7 @@ def test_a_student_comes_nearer(distill):
 def test_the_teachers_time_is_told_apart(distill, peft, tmp_path):
     distill(teacher=None if peft else tiny_model(seed=1), peft_config=peft, profile=1).train()
     seconds = json.loads((tmp_path / "profile.json").read_text())["seconds"]
-    assert 0 < seconds["reference"] and 0 < seconds["forward"] and 0 < seconds["head"]
+    assert min(seconds[phase] for phase in ("reference", "forward", "head", "backward")) > 0
 
 
 def test_a_separate_teacher_is_frozen_and_has_no_dropout(distill):
