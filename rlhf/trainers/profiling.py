@@ -60,9 +60,9 @@ class Clock:
 class Profiler(TrainerCallback):
     """Looks at a trainer's first batch, times ``args.profile`` steps after the first two, and reports.
 
-    Phases: waiting for the batches; the reference policy; the backbone; the head and a loss that is taken with it
-    (in the modes local and unit with their gradient); the backward pass down to the last hidden states, and below
-    them; clipping and the update; the rest. A model that runs its own head has it under "forward".
+    Phases: waiting for the batches; the reference policy, or the teacher; the backbone; the head and a loss that is
+    taken with it (in the modes local and unit with their gradient); the backward pass down to the last hidden states,
+    and below them; clipping and the update; the rest. A model that runs its own head has it under "forward".
 
     For as long as that takes, methods of the trainer are shadowed and its modules hooked. No number changes; but the
     clock waits for the device at each change of phase, so these steps are a little slower than others.
@@ -143,6 +143,7 @@ class Profiler(TrainerCallback):
         for owner, name, phase in (
             (trainer, "get_batch_samples", "data"),
             (trainer, "ask_reference", "reference"),
+            (trainer, "teacher", "reference"),
             (trainer.accelerator, "backward", "head backward"),
             (trainer, "_clip_grad_norm", "optimizer"),
             (trainer, "_get_grad_norm", "optimizer"),

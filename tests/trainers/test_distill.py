@@ -93,6 +93,13 @@ def test_a_student_comes_nearer(distill):
     assert after["eval_teacher_perplexity"] == before["eval_teacher_perplexity"]
 
 
+@pytest.mark.parametrize("peft", [None, lora()])
+def test_the_teachers_time_is_told_apart(distill, peft, tmp_path):
+    distill(teacher=None if peft else tiny_model(seed=1), peft_config=peft, profile=1).train()
+    seconds = json.loads((tmp_path / "profile.json").read_text())["seconds"]
+    assert min(seconds[phase] for phase in ("reference", "forward", "head", "backward")) > 0
+
+
 def test_a_separate_teacher_is_frozen_and_has_no_dropout(distill):
     teacher, start = tiny_model("gpt2", seed=1), tiny_model("gpt2", seed=1).state_dict()
     for module in teacher.modules():
