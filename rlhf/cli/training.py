@@ -105,7 +105,8 @@ def _check_output(folder: Path, data: DataArguments) -> str | None:
 
 
 def _holds_run(folder: Path) -> bool:
-    return (folder / "training_args.bin").exists() or get_last_checkpoint(str(folder)) is not None
+    left = {path.name for path in folder.iterdir()} == {"completions.jsonl"}  # by a run that ended in its first steps
+    return left or (folder / "training_args.bin").exists() or get_last_checkpoint(str(folder)) is not None
 
 
 def _close(trainer: BaseTrainer) -> None:

@@ -194,6 +194,9 @@ def test_a_folder_that_holds_something_is_left_alone(fails, pairs, out):
     assert "not empty and no run of ours" in fails("dpo", pairs, overwrite=True)
     assert (out / "thesis.tex").read_text() == "mine"
     (out / "thesis.tex").unlink()
+    (out / "completions.jsonl").write_text("{}")  # all that is left of an on-policy run which ended early
+    assert "pass --resume to go on, or --overwrite to replace it" in fails("dpo", pairs)
+    (out / "completions.jsonl").unlink()
     (out / "training_args.bin").write_bytes(b"a run")
     assert "pass --resume to go on, or --overwrite to replace it" in fails("dpo", pairs)
     assert "no checkpoint to resume from" in fails("dpo", pairs, resume=True)

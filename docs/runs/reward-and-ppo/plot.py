@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 PANELS = [
     ("reward", "accuracy", "reward model: accuracy", "pairs"),
     ("reward", "loss", "reward model: loss", "pairs"),
-    ("ppo", "reward", "PPO: reward, less the penalty", "rollouts of 64"),
+    ("ppo", "reward", "PPO: reward", "rollouts of 64"),
     ("ppo", "kl", "PPO: KL to the start, nats an answer", "rollouts of 64"),
     ("ppo", "completions/mean_length", "PPO: tokens of an answer", "rollouts of 64"),
 ]
