@@ -20,5 +20,6 @@ bench: setup  # MODEL=folder [DATA=folder of rows] adds whole steps of SFT and D
 	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/head.py
 	$(if $(MODEL),$(BIN)/python benchmarks/growth.py --model $(MODEL))
+	$(if $(MODEL),$(BIN)/python benchmarks/generation.py --model $(MODEL))
 	$(if $(MODEL),$(BIN)/python benchmarks/training.py --model $(MODEL) $(if $(DATA),--data $(DATA)))
 	$(if $(MODEL),$(if $(DATA),$(BIN)/python benchmarks/online.py --model $(MODEL) --data $(DATA)))
