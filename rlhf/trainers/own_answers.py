@@ -85,12 +85,13 @@ class OwnAnswers:
     def _report(self, answers: list[Completion], rows: int, seconds: float) -> None:
         tokens, count = sum(len(answer.ids) for answer in answers), len(answers)
         cut = sum(answer.finish_reason == "length" for answer in answers)
-        found = {
-            "own_answers": (count, rows),
-            "completions/mean_length": (tokens, count),
-            "completions/clipped_ratio": (cut, count),
-            "tokens_per_second/rollout": (tokens, seconds),
-        }
+        found: dict[str, tuple[float, float]] = {"own_answers": (count, rows)}
+        if count:
+            found |= {
+                "completions/mean_length": (tokens, count),
+                "completions/clipped_ratio": (cut, count),
+                "tokens_per_second/rollout": (tokens, seconds),
+            }
         self.trainer._add({name: (torch.tensor(a), torch.tensor(b)) for name, (a, b) in found.items()})
 
 
