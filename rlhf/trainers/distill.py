@@ -14,6 +14,7 @@ from rlhf.losses import DIVERGENCES
 from rlhf.models import Policy, load_model, load_tokenizer
 from rlhf.models.policy import Teacher, still
 from rlhf.trainers.base import BaseConfig, Measures
+from rlhf.trainers.matching import DISTANCES, MatchingPolicy, Weights
 from rlhf.trainers.sft import SFTConfig, SFTTrainer
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,15 @@ class DistillConfig(SFTConfig):
     crossentropy_weight: float = field(
         default=0.0, metadata={"help": "Weight of the tokens themselves, the hard labels, at temperature 1."}
     )
+    hidden_state_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the distance between the layers' outputs, student's and teacher's."}
+    )
+    hidden_state_distance: str = field(
+        default="squared", metadata={"help": "Mean square of the difference, or 1 - cosine.", "choices": [*DISTANCES]}
+    )
+    attention_weight: float = field(
+        default=0.0, metadata={"help": "Weight of KL(teacher, student) of attention; both with eager attention."}
+    )
     disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout; the teacher never has any."})
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]  # noqa: RUF012  # not a field
@@ -74,8 +84,22 @@ class DistillConfig(SFTConfig):
         if self.teacher_file is not None:
             if self.teacher_model_name_or_path is not None:
                 raise ValueError("teacher_file stands for a teacher: leave teacher_model_name_or_path out, or the file")
+            if self.hidden_state_weight or self.attention_weight:
+                raise ValueError(
+                    "teacher_file holds neither hidden states nor attention: leave hidden_state_weight and "
+                    "attention_weight out, or give the teacher itself (--teacher_model_name_or_path)"
+                )
             self.loss().of_top_k()
         self.loss()
+        checkpointing: Any = self.activation_checkpointing_kwargs or {}
+        if self.matching().attention and checkpointing.get("use_reentrant"):
+            raise ValueError("attention_weight has no gradient through checkpoints with use_reentrant: turn it off")
+        if self.attention_weight and not self.disable_dropout:
+            raise ValueError("attention_weight compares attention without dropout: leave disable_dropout on")
+
+    def matching(self) -> Weights:
+        """The terms beside the divergence; raises for what is out of range."""
+        return Weights(self.hidden_state_weight, self.attention_weight, self.hidden_state_distance)
 
     def loss(self) -> Divergence:
         """The loss of a token; raises for what does not fit together."""
@@ -114,13 +138,16 @@ class DistillTrainer(SFTTrainer):
         ``loss``; ``kl``, KL(teacher, student) at temperature 1 in nats a token, whatever the divergence; ``agreement``
         (share of tokens for which both find the same token likeliest); ``perplexity`` and ``teacher_perplexity`` of
         the same tokens; ``num_tokens``, ``grad_norm``, ``learning_rate``. All but the last three in evaluation too.
-        From a file: ``divergence``, as it is estimated, and ``perplexity``.
+        From a file: ``divergence``, as it is estimated, and ``perplexity``. With a weight of its own
+        ``hidden_state_loss`` and ``attention_loss``, before the weight, per token.
     Raises:
         ValueError: no teacher, a teacher with another tokenizer, or bad data; before any step.
 
     Source: arXiv 1503.02531, 2306.13649.
     """
 
+    wrapper = MatchingPolicy
+    beside = "projections.safetensors"
     config_class: ClassVar[type[BaseConfig]] = DistillConfig
     exponentials: ClassVar[frozenset[str]] = frozenset({"perplexity", "teacher_perplexity"})
 
@@ -156,8 +183,20 @@ class DistillTrainer(SFTTrainer):
             self._open(args.teacher_file)
         elif teacher_model is None:
             self.teacher = OwnTrunk(teacher_adapter)
+            self._match(self.model)
         else:
             self.teacher = self._separate(teacher_model, teacher_processing_class)
+
+    def _match(self, teacher: Policy) -> None:
+        """Compare what is inside the student with what is inside ``teacher``, if the configuration says so."""
+        if not (self.args.hidden_state_weight or self.args.attention_weight):
+            return
+        self.model.match(teacher.without_adapter, self.args.matching(), self.args.seed)
+        if len(self.model.projections) and self.optimizer is not None:
+            raise ValueError(
+                "the student's hidden states have another width than the teacher's, and the optimizer that was given "
+                "does not hold the projections between them: leave optimizers out"
+            )
 
     def _open(self, folder: str) -> None:
         """Give the training rows what was kept of a teacher for them."""
@@ -202,6 +241,7 @@ class DistillTrainer(SFTTrainer):
             known = max(tokenizer.get_vocab().values()) + 1
             self.divergence = replace(self.divergence, vocab_size=known)
             logger.info("student and teacher are padded to %d and %d tokens; the %d real ones count", *sizes, known)
+        self._match(teacher)
         return lambda student, batch: teacher.predictions(batch)
 
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
@@ -219,6 +259,10 @@ class DistillTrainer(SFTTrainer):
             metrics["agreement"] = targets.sum(beside.agrees.to(nll.dtype))
             metrics["teacher_perplexity"] = -targets.sum(beside.logps)
         loss = targets.sum(self.divergence.loss(beside.divergence, logps))
+        if beside.matched is not None:
+            matched = {name: targets.sum(values) for name, values in beside.matched.items()}
+            metrics |= matched
+            loss = loss + self.args.matching().sum(matched)
         return Measures(loss, tokens, {name: (value, tokens) for name, value in metrics.items()}, scores.loss)
 
 
