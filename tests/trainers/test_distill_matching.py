@@ -47,7 +47,7 @@ def lora():
 @pytest.fixture
 def distill(tmp_path, tokenizer, sft_rows):
     def make(student, teacher=None, name="run", collator=None, peft_config=None, optimizers=(None, None), **changes):
-        options = dict(max_steps=3, logging_steps=1, learning_rate=1e-2, report_to="none", save_strategy="no") | changes
+        options = dict(max_steps=3, logging_steps=1, learning_rate=1e-3, report_to="none", save_strategy="no") | changes
         return DistillTrainer(
             student,
             teacher,
@@ -173,8 +173,7 @@ def test_attention_by_the_plain_formula(distill, kind):
 
 
 def agree(one, other):
-    # The softmax of eager attention is computed in float32, whatever the model is in.
-    dtype = torch.float32 if one.args.attention_weight else torch.float64
+    dtype = next(one.model.parameters()).dtype
     for entry, other_entry in zip(logs(one), logs(other), strict=True):
         names = [name for name in entry if name.endswith("_loss")]
         assert names == [name for name in other_entry if name.endswith("_loss")] != []
@@ -187,8 +186,10 @@ def agree(one, other):
 
 
 def both(distill, eager, **changes):
-    terms = HIDDEN | ATTENTION if eager else HIDDEN
-    trainer = distill(narrow(eager), deep(eager=eager), **{**SGD, **terms, **changes})
+    student, teacher, terms = narrow(eager), deep(eager=eager), HIDDEN
+    if eager:  # its mask in float64 is -inf for its softmax in float32, and NaN for padding on the left
+        student, teacher, terms = student.float(), teacher.float(), HIDDEN | ATTENTION
+    trainer = distill(student, teacher, **{**SGD, **terms, **changes})
     trainer.train()
     return trainer
 
@@ -227,11 +228,11 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(distill):
 def test_the_trunk_is_the_teacher_that_a_copy_is(distill, eager):
     terms = HIDDEN | ATTENTION if eager else HIDDEN
     own, copied = (
-        distill(model(eager=eager), teacher, peft_config=lora(), crossentropy_weight=1.0, **terms)
+        distill(model(eager=eager), teacher, peft_config=lora(), crossentropy_weight=1.0, **SGD, **terms)
         for teacher in (None, model(eager=eager))
     )
     own.train(), copied.train()
-    assert logs(own)[0]["hidden_state_loss"] == 0 and logs(own)[-1]["hidden_state_loss"] > 1e-4
+    assert logs(own)[0]["hidden_state_loss"] == 0 and logs(own)[-1]["hidden_state_loss"] > 1e-6
     agree(own, copied)
 
 
