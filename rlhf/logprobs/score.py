@@ -34,14 +34,15 @@ class Comparison(NamedTuple):
     """A student beside its teacher at each scored token; constants, [N] each, in nats.
 
     ``divergence`` is the one asked for, at its temperature; ``kl`` is KL(teacher, student) at temperature 1, whatever
-    was asked for; ``logps`` are the teacher's, of the token; ``agrees``: both find the same token likeliest. The last
-    three are None where only a part of the teacher's predictions was kept.
+    was asked for; ``logps`` are the teacher's, of the token; ``agrees``: both find the same token likeliest. These
+    three are None where only a part of the teacher's predictions was kept. ``matched``: further losses, by name.
     """
 
     divergence: Tensor
     kl: Tensor | None = None
     logps: Tensor | None = None
     agrees: Tensor | None = None
+    matched: dict[str, Tensor] | None = None
 
 
 class Scores(NamedTuple):

@@ -84,6 +84,6 @@ def attention_loss(
     if distance != "kl":
         raise ValueError(f'distance must be "kl" or "squared", got {distance!r}')
     smallest = torch.finfo(student_attention.dtype).tiny
-    attended = teacher_attention > 0
+    attended = teacher_attention != 0  # a NaN stays one
     ratio = teacher_attention.clamp(min=smallest).log() - student_attention.clamp(min=smallest).log()
     return torch.where(attended, teacher_attention * ratio, 0.0).sum(-1)

@@ -1,6 +1,7 @@
 """Trainers: thin subclasses of ``transformers.Trainer``."""
 
-from rlhf.trainers.distill import DistillConfig, DistillTrainer
+from rlhf.trainers.distill import DistillTrainer
+from rlhf.trainers.distill_config import DistillConfig
 from rlhf.trainers.dpo import DPOConfig, DPOTrainer
 from rlhf.trainers.online_dpo import OnlineDPOTrainer
 from rlhf.trainers.ppo import BestOfNTrainer, GRPOTrainer, PPOTrainer, RLOOTrainer

@@ -32,7 +32,6 @@ from rlhf.trainers.profiling import Profiler
 logger = logging.getLogger(__name__)
 
 OWN_STATE = "trainer_state_{}.pt"  # of each process
-BESIDE = "value_head.safetensors"  # what the wrapper learns besides the model
 
 
 @dataclass
@@ -118,6 +117,7 @@ class BaseTrainer(Trainer):
 
     config_class: ClassVar[type[BaseConfig]] = BaseConfig
     wrapper: Callable[[Any], Wrapper] = Policy
+    beside: ClassVar[str] = "value_head.safetensors"  # what the wrapper learns besides the model
     exponentials: ClassVar[frozenset[str]] = frozenset()  # metrics reported as exp(sum / count)
     args: Any  # of config_class
     model: Any  # the wrapper, or what accelerate made of it
@@ -323,8 +323,8 @@ class BaseTrainer(Trainer):
             state_dict = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
         with self._inner_model():
             super()._save(output_dir, state_dict)
-        if beside:  # a value head
-            save_file(beside, Path(output_dir or str(self.args.output_dir)) / BESIDE)
+        if beside:
+            save_file(beside, Path(output_dir or str(self.args.output_dir)) / self.beside)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
@@ -342,7 +342,7 @@ class BaseTrainer(Trainer):
 
     def _load_beside(self, folder: Path) -> bool:
         """What the wrapper learned besides the model, from a folder that has it."""
-        file = folder / BESIDE
+        file = folder / self.beside
         if file.exists():
             self.accelerator.unwrap_model(self.model).load_state_dict(load_file(file), strict=False)
         return file.exists()

@@ -8,7 +8,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from rlhf.data import Collator
+from rlhf.logprobs import Divergence
 from rlhf.models import Policy, RewardModel, add_scalar_head
+from rlhf.trainers.matching import MatchingPolicy, Weights
 
 
 def main() -> None:
@@ -43,6 +45,23 @@ def main() -> None:
     close(rewards[1].detach(), rewards[0].detach())
     for values in rewards:
         values.pow(2).sum().backward()
+    for one, other in zip(whole.parameters(), sharded.parameters(), strict=True):
+        close(other.grad.full_tensor(), one.grad)
+    teacher = Policy(tiny_model("qwen2", seed=1, num_hidden_layers=3)).requires_grad_(False)
+    whole, sharded = (MatchingPolicy(tiny_model(hidden_size=16)) for _ in range(2))
+    for model in (whole, sharded):
+        model.match(teacher.model, Weights(hidden_states=1.0), seed=0)
+    for layer in sharded.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    assert len(whole.projections) == 2
+    losses = [
+        model(batch, divergence=Divergence(), teacher=lambda student, batch: teacher.predictions(batch)).loss
+        for model in (whole, sharded)
+    ]
+    close(losses[1].detach(), losses[0].detach())
+    for loss in losses:
+        loss.backward()
     for one, other in zip(whole.parameters(), sharded.parameters(), strict=True):
         close(other.grad.full_tensor(), one.grad)
     dist.destroy_process_group()

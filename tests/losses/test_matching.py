@@ -132,6 +132,12 @@ def test_attention_to_what_the_student_does_not_see_stays_finite():
     assert loss > 20 and torch.isfinite(loss) and torch.isfinite(student.grad).all()
 
 
+@pytest.mark.parametrize("distance", ["kl", "squared"])
+def test_attention_that_is_nan_is_not_passed_over(distance):
+    rows = torch.tensor([[0.5, 0.5]]), torch.tensor([[math.nan, math.nan]])
+    assert attention_loss(*rows, distance=distance).isnan() and attention_loss(*rows[::-1], distance=distance).isnan()
+
+
 def test_half_precision_is_computed_in_float32():
     student, teacher, w = (x.bfloat16() for x in hidden(5))
     got = hidden_state_loss(student, teacher, projection=w)
