@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import close, tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.cli.arguments import DataArguments, ModelArguments, parse
 from rlhf.cli.main import COMMANDS, main
-from rlhf.trainers import SFTConfig
+from rlhf.data import load_data
+from rlhf.trainers import DistillConfig, DistillTrainer, SFTConfig
 
 FILES = {"sft": "sft.jsonl", "distill": "sft.jsonl", "dpo": "preferences.jsonl", "reward": "preferences.jsonl"}
 
@@ -109,6 +111,34 @@ def test_eval_says_the_same_for_any_batch_size(tmp_path, model_folder, data_file
         assert report["completions"] == found[0]["completions"]
     assert {"rewards/accuracies", "rewards/margins", "perplexity/chosen"} <= found[0]["metrics"].keys()
     assert len(found[0]["completions"]) == 2
+
+
+def test_eval_judges_a_student_beside_its_teacher(tmp_path, tokenizer, model_folder, data_files, capsys):
+    """The figures are the trainer's; the costs of both are in the table and in the file."""
+    teacher, report, file = tmp_path / "teacher", tmp_path / "report.json", data_files / "sft.jsonl"
+    tiny_model(seed=1, num_hidden_layers=3).save_pretrained(teacher)
+    tokenizer.save_pretrained(teacher)
+    argv = ["eval", "--model_name_or_path", str(model_folder), "--teacher_model_name_or_path", str(teacher)]
+    argv += ["--dataset_name", str(file), "--max_new_tokens", "3", "--batch_size", "4"]
+    assert main([*argv, "--output_file", str(report), "--num_completions", "1"]) == 0
+    shown, found = capsys.readouterr().out, json.loads(report.read_text())
+    trainer = DistillTrainer(
+        str(model_folder), str(teacher), DistillConfig(str(tmp_path / "run"), report_to="none", use_cpu=True),
+        eval_dataset=load_data(str(file)),
+    )  # fmt: skip
+    want = trainer.evaluate()
+    student, other = found["metrics"], found["teacher_metrics"]
+    for name in ("kl", "agreement", "perplexity"):
+        close(student.pop(name), want[f"eval_{name}"])
+    close(other.pop("perplexity"), want["eval_teacher_perplexity"])
+    costs = ["million parameters", "MiB", "forward tokens/s", "generation tokens/s"]
+    assert list(student) == list(other) == costs
+    assert min(*student.values(), *other.values()) > 0 and student["MiB"] < other["MiB"]
+    assert found["teacher"] == str(teacher) and len(found["completions"]) == 1
+    assert all(word in shown for word in ("student", "teacher", "kl", "agreement", *costs))
+    assert main([*argv, "--ref_model_name_or_path", str(teacher)]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.endswith("--teacher_model_name_or_path and --ref_model_name_or_path exclude each other: pass one")
 
 
 def read(tmp_path, text, *argv):
