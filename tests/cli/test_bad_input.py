@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from conftest import tiny_model, write_rows
+from peft import LoraConfig, get_peft_model
 
 from rlhf.cli.main import main
 
@@ -159,6 +160,19 @@ def test_on_policy_mistakes_are_found_before_the_first_rollout(case, fails, tmp_
     options, said = ONLINE[case]
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "the cat is big"}, {"prompt": "the dog is small"}])
     assert said in fails("grpo", rows, **{"max_completion_length": 8, "max_length": 64, **options})
+
+
+def test_an_adapter_that_cannot_teach(fails, data_files, model_folder, tmp_path, tokenizer):
+    rows = data_files / "sft.jsonl"
+    own = dict(teacher_adapter=model_folder)
+    assert "needs --use_peft" in fails("distill", rows, **own)
+    assert "leave out --teacher_model" in fails("distill", rows, **own, teacher_model_name_or_path=model_folder)
+    assert "holds no adapter (no adapter_config.json)" in fails("distill", rows, **own, use_peft=True)
+    assert "no such model folder" in fails("distill", rows, teacher_adapter="./nowhere", use_peft=True)
+    wide = get_peft_model(tiny_model(hidden_size=64), LoraConfig(task_type="CAUSAL_LM", r=2))
+    wide.save_pretrained(tmp_path / "wide")
+    said = f"wide: cannot be loaded as an adapter of {model_folder}"
+    assert said in fails("distill", rows, teacher_adapter=tmp_path / "wide", use_peft=True)
 
 
 def test_options_are_checked_with_the_nearest_name(fails, pairs, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import close, tiny_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.cli.arguments import DataArguments, ModelArguments, parse
@@ -64,6 +65,33 @@ def test_a_student_of_a_teacher_in_a_folder(train, model_folder, data_files):
     results = json.loads((folder / "all_results.json").read_text())
     assert 0 < results["eval_kl"] < 1 and 0.5 < results["eval_agreement"] < 1  # of bfloat16 and two steps
     assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == "llama"
+
+
+def test_an_adapter_in_a_folder_teaches_another_one(train, tmp_path, model_folder, data_files):
+    """Both on one model: the teacher stays as it was, and a run that goes on has it again."""
+    rows = ["--eval_dataset_name", str(data_files / "sft.jsonl"), "--use_peft", "--learning_rate", "3e-2"]
+    teacher = train("sft", *rows, "--output_dir", str(tmp_path / "tutor")).with_name("tutor")
+    perplexity = json.loads((teacher / "all_results.json").read_text())["eval_perplexity"]
+    own = [
+        "--teacher_adapter",
+        str(teacher),
+        "--save_steps",
+        "1",
+        "--logging_steps",
+        "1",
+        "--divergence",
+        "kl_divergence",
+    ]
+    folder = train("distill", *rows, *own)
+    train("distill", *rows, *own, "--resume", "--max_steps", "12")
+    results = json.loads((folder / "all_results.json").read_text())
+    close(results["eval_teacher_perplexity"], perplexity)
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert 0 < results["eval_kl"] < 0.9 * log[0]["loss"]
+    before, after = (load_file(f / "adapter_model.safetensors") for f in (teacher, folder / "teacher"))
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    pupil = AutoModelForCausalLM.from_pretrained(folder)  # of the two, the student
+    assert list(pupil.peft_config) == ["default"]
 
 
 @pytest.mark.parametrize("peft", [(), ("--use_peft", "--lora_r", "4")])
