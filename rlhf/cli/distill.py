@@ -27,10 +27,9 @@ def run(argv: list[str]) -> None:
     data, model, teacher, args = parse("distill", classes, argv)
     make: Any = DistillTrainer
     if teacher.teacher_adapter is not None:
-        if args.teacher_model_name_or_path is not None or args.teacher_file is not None:
-            raise ValueError(
-                "--teacher_adapter is a teacher: leave out --teacher_model_name_or_path and --teacher_file"
-            )
+        others = ("teacher_model_name_or_path", "teacher_file", "teacher_server_url")
+        if (other := next((name for name in others if getattr(args, name) is not None), None)) is not None:
+            raise ValueError(f"--teacher_adapter and --{other} exclude each other: pass one teacher")
         if not model.use_peft:
             raise ValueError("--teacher_adapter needs --use_peft: the student is another adapter on the same model")
         make = partial(_beside, teacher.teacher_adapter)
