@@ -9,9 +9,9 @@ from typing import Any
 from rlhf.cli.arguments import ModelArguments, parse
 from rlhf.cli.training import _require, quiet_logging
 from rlhf.data import load_data
-from rlhf.evaluation import complete, prompts_of, show_completions, show_metrics
-from rlhf.models import load_model, load_tokenizer
-from rlhf.trainers import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from rlhf.evaluation import complete, model_size, model_speed, prompts_of, show_completions, show_metrics
+from rlhf.models import Policy, load_model, load_tokenizer
+from rlhf.trainers import DistillConfig, DistillTrainer, DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 
 @dataclass
@@ -21,6 +21,9 @@ class EvalArguments:
     dataset_split: str = field(default="train", metadata={"help": "Split; a slice such as train[:200] too."})
     ref_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Reference of the preference metrics; without it, perplexity only."}
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Teacher to judge the model by: how far from it, how much smaller and faster."}
     )
     max_length: int = field(default=1024, metadata={"help": "Longest sequence in tokens."})
     drop_long_prompts: bool = field(default=False, metadata={"help": "Leave out rows with too long a prompt."})
@@ -36,6 +39,8 @@ def run(argv: list[str]) -> None:
     args, model_args = parse("eval", (EvalArguments, ModelArguments), argv)
     quiet_logging()
     _require(model_name_or_path=model_args.model_name_or_path, dataset_name=args.dataset_name)
+    if args.teacher_model_name_or_path is not None and args.ref_model_name_or_path is not None:
+        raise ValueError("--teacher_model_name_or_path and --ref_model_name_or_path exclude each other: pass one")
     rows = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
     tokenizer = load_tokenizer(model_args.model_name_or_path, args.chat_template_path)
     model = load_model(model_args.model_name_or_path, **model_args.load_kwargs())
@@ -45,10 +50,17 @@ def run(argv: list[str]) -> None:
         per_device_eval_batch_size=args.batch_size,
         report_to="none",
     )
+    teacher = None
     with tempfile.TemporaryDirectory() as scratch:
-        if args.ref_model_name_or_path is not None and "chosen" in rows.column_names:
+        if args.teacher_model_name_or_path is not None:
+            teacher = load_model(args.teacher_model_name_or_path, **model_args.load_kwargs())
+            trainer: Any = DistillTrainer(
+                model, teacher, DistillConfig(scratch, **shared), eval_dataset=rows, processing_class=tokenizer,
+                teacher_processing_class=load_tokenizer(args.teacher_model_name_or_path),
+            )  # fmt: skip
+        elif args.ref_model_name_or_path is not None and "chosen" in rows.column_names:
             reference = load_model(args.ref_model_name_or_path, **model_args.load_kwargs())
-            trainer: Any = DPOTrainer(
+            trainer = DPOTrainer(
                 model, reference, DPOConfig(scratch, beta=args.beta, **shared),
                 eval_dataset=rows, processing_class=tokenizer,
             )  # fmt: skip
@@ -62,16 +74,36 @@ def run(argv: list[str]) -> None:
         for k, v in metrics.items()
         if k != "epoch" and "_second" not in k and "runtime" not in k
     }
+    name = str(model_args.model_name_or_path)
+    columns = {name: kept} if teacher is None else _beside(trainer, teacher, kept, args)
     prompts = prompts_of(rows, args.num_completions)
     answers = complete(model, tokenizer, prompts, args.max_new_tokens)
     if not trainer.is_world_process_zero():
         return
-    name = str(model_args.model_name_or_path)
-    show_metrics({name: kept})
+    show_metrics(columns)
     show_completions(prompts, {name: answers})
     if args.output_file is not None:
-        report = {"model": name, "reference": args.ref_model_name_or_path, "data": args.dataset_name, "metrics": kept}
+        report = {"model": name, "reference": args.ref_model_name_or_path, "teacher": args.teacher_model_name_or_path}
+        report |= {"data": args.dataset_name, "metrics": next(iter(columns.values()))}
+        if teacher is not None:
+            report["teacher_metrics"] = columns["teacher"]
         report["completions"] = [{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True)]
         path = Path(args.output_file)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _beside(trainer: Any, teacher: Any, metrics: dict[str, float], args: Any) -> dict[str, dict[str, float]]:
+    """Student and teacher: what the evaluation found, what each costs, and how fast both are on its first rows."""
+    first = [trainer.eval_dataset[i] for i in range(min(args.batch_size, len(trainer.eval_dataset)))]
+    # An answer begins at the first scored token; a plain text is scored from its beginning.
+    starts = [next(i for i, label in enumerate(row["labels"]) if label != -100) for row in first]
+    prompts = [row["input_ids"][: max(1, start)] for row, start in zip(first, starts, strict=True)]
+    models = {"student": trainer.model, "teacher": Policy(teacher)}
+    batch = trainer.data_collator(first).to(trainer.args.device)
+    speed = model_speed(models, trainer.processing_class, batch, prompts, args.max_new_tokens)
+    said = {
+        "student": {name: metrics[name] for name in ("kl", "agreement", "perplexity")},
+        "teacher": {"perplexity": metrics["teacher_perplexity"]},
+    }
+    return {name: said[name] | model_size(model) | speed[name] for name, model in models.items()}

@@ -18,7 +18,7 @@ COMMANDS = {
     "best-of-n": "fine-tune on the best of own completions",
     "student": "make a smaller model: some of a teacher's layers, or fresh",
     "teacher": "keep what a teacher says of a data set, to distill from",
-    "eval": "perplexity; preference accuracy and margins against a reference",
+    "eval": "perplexity; preferences beside a reference, or KL to a teacher",
     "losses": "the catalogue of losses: list, show one, advise",
 }
 

@@ -56,7 +56,11 @@ def train(
     )
     if data.overwrite:
         _clear(output, trainer)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except (ValueError, OSError):
+        _end_bar(trainer)
+        raise
     trainer.save_model()
     trainer.save_state()
     metrics: dict[str, Any] = dict(result.metrics)
@@ -67,6 +71,13 @@ def train(
         print(f"saved {args.output_dir}")
     if args.world_size > 1:
         _close(trainer)
+
+
+def _end_bar(trainer: BaseTrainer) -> None:
+    """Close the progress bar, so that what is said next has a line of its own."""
+    for callback in trainer.callback_handler.callbacks:
+        if (bar := getattr(callback, "training_bar", None)) is not None:
+            bar.close()
 
 
 def _require(**named: Any) -> None:

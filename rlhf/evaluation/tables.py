@@ -11,8 +11,12 @@ def show_metrics(columns: dict[str, dict[str, float]]) -> None:
     names = list(dict.fromkeys(name for metrics in columns.values() for name in metrics))
     table = Table("", *columns)
     for name in names:
-        table.add_row(name, *(f"{metrics[name]:.4g}" if name in metrics else "–" for metrics in columns.values()))
+        table.add_row(name, *(_figure(metrics[name]) if name in metrics else "–" for metrics in columns.values()))
     Console().print(table)
+
+
+def _figure(value: float) -> str:
+    return f"{value:.0f}" if 1e4 <= value < 1e9 else f"{value:.4g}"
 
 
 def show_completions(prompts: list[Turns], columns: dict[str, list[str]]) -> None:

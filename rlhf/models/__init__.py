@@ -2,7 +2,7 @@
 
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.attention import choose_layout, use_segments
-from rlhf.models.loading import add_adapter, disable_dropout, load_model, load_tokenizer
+from rlhf.models.loading import add_adapter, add_adapter_beside, disable_dropout, load_model, load_tokenizer
 from rlhf.models.policy import Policy
 from rlhf.models.reward_model import RewardModel, add_scalar_head, load_reward_model
 from rlhf.models.student import copy_layers, fresh_student, matched_layers, spread_layers
@@ -12,6 +12,7 @@ __all__ = [
     "Policy",
     "RewardModel",
     "add_adapter",
+    "add_adapter_beside",
     "add_scalar_head",
     "choose_layout",
     "copy_layers",

@@ -96,6 +96,27 @@ def add_adapter(model: nn.Module, peft_config: PeftConfig) -> nn.Module:
     return get_peft_model(model, peft_config)
 
 
+def add_adapter_beside(model: PreTrainedModel, folder: str, name: str, peft_config: PeftConfig) -> PeftModel:
+    """Put the adapter in ``folder`` on ``model``, frozen, as ``name``; and a new one, ``"default"``, which learns.
+
+    Raises:
+        FileNotFoundError: no such folder. ValueError: it holds no adapter, or one that does not fit ``model``.
+    """
+    config = adapter_config(resolve(folder))
+    if config is None:
+        raise ValueError(f"{folder}: holds no adapter (no adapter_config.json)")
+    base = config.base_model_name_or_path
+    if base != model.config._name_or_path:
+        logger.warning("%s: an adapter that was trained on %s goes on %s", folder, base, model.config._name_or_path)
+    with loading(folder, f"an adapter of {model.config._name_or_path}"):
+        both = PeftModel.from_pretrained(model, resolve(folder), adapter_name=name)
+    if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
+        peft_config.target_modules = "all-linear"
+    both.add_adapter("default", peft_config)
+    both.set_adapter("default")
+    return both
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Make repeated forward passes agree, in training mode too."""
     for module in model.modules():

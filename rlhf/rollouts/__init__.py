@@ -3,7 +3,7 @@
 from rlhf.rollouts.engine import Completion, RolloutEngine, Sampling
 from rlhf.rollouts.environment import Environment, Episode, Reply, play
 from rlhf.rollouts.local import LocalEngine
-from rlhf.rollouts.server import ServerEngine
+from rlhf.rollouts.server import ServerEngine, ServerError
 
 __all__ = [
     "Completion",
@@ -14,5 +14,6 @@ __all__ = [
     "RolloutEngine",
     "Sampling",
     "ServerEngine",
+    "ServerError",
     "play",
 ]

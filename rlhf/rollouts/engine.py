@@ -104,7 +104,7 @@ class RolloutEngine(Protocol):
 
         Raises:
             ValueError: a name or shape that the engine's model does not have.
-            NotImplementedError: the engine cannot take weights.
+            OSError: the engine cannot take weights.
         """
         ...
 

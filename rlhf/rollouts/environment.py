@@ -80,9 +80,10 @@ def play(
     episodes = [Episode(list(ids)) for ids in prompt_ids]
     for number, ids in enumerate(prompt_ids):
         if len(ids) + sampling.max_tokens > max_length:
+            name = type(environments[number]).__name__
             raise ValueError(
-                f"the prompt of episode {number} has {len(ids)} tokens: with answers of {sampling.max_tokens} that is "
-                f"more than max_length {max_length}"
+                f"environment {name}, episode {number}: a prompt of {len(ids)} tokens and answers of "
+                f"{sampling.max_tokens} are more than max_length {max_length}: raise --max_length, or begin with less"
             )
     active = list(range(len(episodes)))
     for turn in range(max_turns):

@@ -54,7 +54,7 @@ class LocalEngine:
         self.model, self.tokenizer, self.autocast = model, tokenizer, autocast
         self.base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         speed_up_linear(model)
-        self.end_ids = _end_ids(self.base, tokenizer)
+        self.end_ids = end_ids(self.base, tokenizer)
         self.version = 0
         self._checked = False
         self._problem: str | None = None
@@ -265,8 +265,12 @@ class LocalEngine:
         return max(float((logits - want[row][place]).abs().max()) for row, place, logits in got)
 
 
-def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's EOS and those that the model's generation config adds (a chat model's end of turn)."""
+def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokenizer's EOS and those that the model's generation config adds (a chat model's end of turn).
+
+    Raises:
+        ValueError: neither names one.
+    """
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
     ends = list(dict.fromkeys(i for i in found if i is not None))

@@ -10,6 +10,7 @@ import httpx2
 import numpy as np
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.rollouts.engine import Completion, Sampling, check_request
 
@@ -21,6 +22,12 @@ RAW = (
     "reports log-probs that are not those of the distribution sampled from: start vLLM with "
     "--logprobs-mode processed_logprobs, or use temperature 1 without top_p and top_k"
 )
+PROBE = "It costs 1,234.50 €: “naïve” café\n\tdef f(x):  return x"
+SAME = "it must serve the model that is trained"
+
+
+class ServerError(OSError):
+    """A server answers, and not as an engine's must; an ``OSError``, which commands report in one line."""
 
 
 class ServerEngine:
@@ -38,6 +45,7 @@ class ServerEngine:
         concurrency: requests under way at once.
         timeout: seconds for one request.
         api_key: sent as a bearer token, if given.
+        vocab_size: tokens that the policy knows; another one from the server is an error.
     Raises:
         ConnectionError: no server answers there.
         ValueError: it does not serve ``model``.
@@ -52,7 +60,9 @@ class ServerEngine:
         concurrency: int = 64,
         timeout: float = 600.0,
         api_key: str | None = None,
+        vocab_size: int | None = None,
     ) -> None:
+        self.vocab_size = vocab_size
         self.url, self.model, self.version = url.rstrip("/").removesuffix("/v1"), model, 0
         self.weights_dir = None if weights_dir is None else Path(weights_dir)
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
@@ -76,7 +86,7 @@ class ServerEngine:
 
         Raises:
             ConnectionError: the server is gone.
-            RuntimeError: it returns no token ids, other ids than were sent, or log-probs of another distribution.
+            ServerError: it returns no token ids, other ids than were sent, or log-probs of another distribution.
         """
         check_request(prompt_ids, n, seed)
         prompts = [list(ids) for ids in prompt_ids]
@@ -93,23 +103,27 @@ class ServerEngine:
 
         Raises:
             ConnectionError: the server is gone.
-            RuntimeError: it reports no log-probs of a prompt (vLLM does, SGLang and others do not), or too few.
+            ServerError: it reports no log-probs of a prompt (vLLM does, SGLang and others do not), or too few.
         """
         return list(self._pool.map(lambda ids: self._read(list(ids), k), sequences))
 
-    def tokenize(self, text: str) -> list[int] | None:
-        """The server's ids of a text without special tokens; None where it does not say (vLLM does)."""
-        reply = self._first_offered(
-            ("/tokenize", {"model": self.model, "prompt": text, "add_special_tokens": False}),
-        )
-        return None if reply is None else reply.json()["tokens"]
+    def tokenizer_difference(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        """Where the server's tokenizer and this one part; None if they do not, or it does not say (vLLM does)."""
+        asked = {"model": self.model, "prompt": PROBE, "add_special_tokens": False}
+        try:
+            reply = self._first_offered(("/tokenize", asked))
+        except ServerError:  # it takes another request than vLLM's
+            return None
+        theirs = None if reply is None else reply.json().get("tokens")
+        own = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+        return None if theirs in (None, own) else f"{PROBE.split()[0]!r}… is {theirs[:8]} there, {own[:8]} here"
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See :class:`RolloutEngine`: writes a checkpoint, and has the server load it (SGLang, or vLLM in dev mode).
 
         Raises:
             ValueError: there is no ``weights_dir``.
-            NotImplementedError: the server offers no way to load weights.
+            ServerError: the server offers no way to load weights, or does not load these.
         """
         if self.weights_dir is None:
             raise ValueError("update_weights needs weights_dir=, a folder that this process and the server both see")
@@ -117,19 +131,22 @@ class ServerEngine:
         folder.mkdir(parents=True, exist_ok=True)
         save_torch_state_dict(dict(weights), folder)
         # Each drops the prefix cache, whose keys and values are those of the old weights.
-        reply = self._first_offered(
-            ("/update_weights_from_disk", {"model_path": str(folder), "flush_cache": True}),
-            ("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}),
-        )
+        try:
+            reply = self._first_offered(
+                ("/update_weights_from_disk", {"model_path": str(folder), "flush_cache": True}),
+                ("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}),
+            )
+        except ServerError as error:
+            raise ServerError(f"{error} (the policy's weights are in {folder}; {SAME})") from error
         if reply is None:
-            raise NotImplementedError(
+            raise ServerError(
                 f"{self.url} offers no way to load weights: use SGLang (/update_weights_from_disk), or start vLLM with "
                 "VLLM_SERVER_DEV_MODE=1 (/collective_rpc); without one, the server would go on with the old policy"
             )
         if reply.url.path == "/collective_rpc":
             self._call("POST", "/reset_prefix_cache")
         elif not reply.json().get("success", True):
-            raise RuntimeError(f"{self.url} did not load {folder}: {reply.json().get('message', 'no reason given')}")
+            raise ServerError(f"{self.url} did not load {folder}: {reply.json().get('message', 'no reason given')}")
         self.version = version
         for old in self.weights_dir.glob("version-*"):
             if old.resolve() != folder:
@@ -162,7 +179,7 @@ class ServerEngine:
         )
         reason = choice.get("finish_reason")
         if reason not in ("stop", "length"):
-            raise RuntimeError(f"{self.url} ended a completion with {reason!r}, not 'stop' or 'length'")
+            raise ServerError(f"{self.url} ended a completion with {reason!r}, not 'stop' or 'length'")
         return Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], reason, self.version)
 
     def _ask(self, prompt: list[int], **options: Any) -> dict[str, Any]:
@@ -173,22 +190,24 @@ class ServerEngine:
         choice = self._call("POST", "/v1/completions", body | plain | options).json()["choices"][0]
         ids, sent = choice.get("token_ids"), choice.get("prompt_token_ids")
         if ids is None:
-            raise RuntimeError(f"{self.url} {IDS}")
+            raise ServerError(f"{self.url} {IDS}")
+        if self.vocab_size is not None and max(ids, default=0) >= self.vocab_size:
+            raise ServerError(f"{self.url} sampled token {max(ids)}, and the policy has {self.vocab_size}: {SAME}")
         if sent is not None and sent != prompt:
-            raise RuntimeError(f"{self.url} read other prompt ids than were sent: {len(sent)} for {len(prompt)}")
+            raise ServerError(f"{self.url} read other prompt ids than were sent: {len(sent)} for {len(prompt)}")
         logps = (choice.get("logprobs") or {}).get("token_logprobs") or []
         if len(logps) != len(ids) or None in logps:
-            raise RuntimeError(f"{self.url} returned {len(logps)} log-probs for {len(ids)} tokens")
+            raise ServerError(f"{self.url} returned {len(logps)} log-probs for {len(ids)} tokens")
         return choice
 
     def _read(self, ids: list[int], k: int) -> list[dict[int, float]]:
         body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
         places = self._call("POST", "/v1/completions", body).json()["choices"][0].get("prompt_logprobs")
         if places is None:
-            raise RuntimeError(f"{self.url} reports no prompt_logprobs, which a teacher must: serve it with vLLM")
+            raise ServerError(f"{self.url} reports no prompt_logprobs, which a teacher must: serve it with vLLM")
         found = [{int(v): told["logprob"] for v, told in (place or {}).items()} for place in places]
         if len(found) != len(ids) or any(len(f) < k or i not in f for i, f in zip(ids[1:], found[1:], strict=True)):
-            raise RuntimeError(f"{self.url} reported log-probs that do not fit the {len(ids)} tokens sent, {k} of each")
+            raise ServerError(f"{self.url} reported log-probs that do not fit the {len(ids)} tokens sent, {k} of each")
         return found
 
     def _check_logps(self, prompt: list[int], sampling: Sampling) -> None:
@@ -204,7 +223,7 @@ class ServerEngine:
                 faithful = abs(hot - plain / 2) <= abs(hot - plain)
             self._faithful[key] = faithful
         if not self._faithful[key]:
-            raise RuntimeError(f"{self.url} {RAW}")
+            raise ServerError(f"{self.url} {RAW}")
 
     def _gap(self, prompt: list[int], temperature: float) -> float:
         choice = self._ask(prompt, max_tokens=1, temperature=temperature, top_p=1.0, top_k=-1)
@@ -230,4 +249,4 @@ class ServerEngine:
             ) from error
         if reply.is_success or (missing and reply.status_code in (404, 405)):
             return reply
-        raise RuntimeError(f"{self.url}{path} answered {reply.status_code}: {' '.join(reply.text.split())[:200]}")
+        raise ServerError(f"{self.url}{path} answered {reply.status_code}: {' '.join(reply.text.split())[:200]}")

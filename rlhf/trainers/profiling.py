@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from rlhf.logprobs.head import backbone_of
+from rlhf.models import Policy
+from rlhf.models.policy import Teacher
 from rlhf.trainers.activations import Activations
 from rlhf.trainers.throughput import FlopCounter, figures, table
 
@@ -127,6 +129,14 @@ class Profiler(TrainerCallback):
 
         return timed
 
+    def _timed_teacher(self, teacher: Teacher) -> Teacher:
+        @contextmanager
+        def timed(student: Policy) -> Iterator[Policy]:
+            with self.clock.during("reference"), teacher(student) as policy:
+                yield policy
+
+        return timed
+
     def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
             if self.done >= WARM_UP:
@@ -143,7 +153,6 @@ class Profiler(TrainerCallback):
         for owner, name, phase in (
             (trainer, "get_batch_samples", "data"),
             (trainer, "ask_reference", "reference"),
-            (trainer, "teacher", "reference"),
             (trainer.accelerator, "backward", "head backward"),
             (trainer, "_clip_grad_norm", "optimizer"),
             (trainer, "_get_grad_norm", "optimizer"),
@@ -152,6 +161,8 @@ class Profiler(TrainerCallback):
         ):
             if hasattr(owner, name):
                 self._shadow(owner, name, partial(self._timed, phase))
+        if getattr(trainer, "teacher", None) is not None:
+            self._shadow(trainer, "teacher", self._timed_teacher)
         self._shadow(trainer, "training_step", self._counted)
         policy = trainer.accelerator.unwrap_model(trainer.model)
         backbone = backbone_of(policy.model.get_base_model() if policy.has_adapter else policy.model)

@@ -9,6 +9,8 @@ import torch
 
 from rlhf.models import Policy
 from rlhf.rollouts import LocalEngine, RolloutEngine, ServerEngine
+from rlhf.rollouts.local import end_ids
+from rlhf.rollouts.server import SAME
 from rlhf.trainers.weights import plain_weights
 
 
@@ -27,8 +29,8 @@ class PolicySampler:
     Args:
         trainer: with ``policy``. engine: by default this process, or the server of the configuration.
     Raises:
-        ValueError: weights are sharded and this process samples; no token ends a completion; or a server's address
-            without the rest.
+        ValueError: weights are sharded and this process samples; no token ends a completion; a server's address
+            without the rest, or one with another tokenizer.
     """
 
     def __init__(self, trainer: Any, engine: RolloutEngine | None = None) -> None:
@@ -44,7 +46,15 @@ class PolicySampler:
             return None
         if args.rollout_server_model is None or args.rollout_weights_dir is None:
             raise ValueError("--rollout_server_url needs --rollout_server_model and --rollout_weights_dir")
-        return ServerEngine(args.rollout_server_url, args.rollout_server_model, weights_dir=args.rollout_weights_dir)
+        policy, tokenizer = self.trainer.policy, self.trainer.processing_class
+        end_ids(policy.without_adapter, tokenizer)  # the server ends an answer where the model does
+        engine = ServerEngine(
+            args.rollout_server_url, args.rollout_server_model, weights_dir=args.rollout_weights_dir,
+            vocab_size=policy.get_input_embeddings().weight.size(0),
+        )  # fmt: skip
+        if (difference := engine.tokenizer_difference(tokenizer)) is not None:
+            raise ValueError(f"{engine.url} has another tokenizer than the policy: {difference}; {SAME}")
+        return engine
 
     def _local(self) -> RolloutEngine:
         trainer, accelerator = self.trainer, self.trainer.accelerator

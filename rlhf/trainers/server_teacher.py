@@ -11,8 +11,6 @@ from rlhf.data.batching import IGNORE
 from rlhf.logprobs import TopK
 from rlhf.rollouts import ServerEngine
 
-PROBE = "It costs 1,234.50 €: “naïve” café\n\tdef f(x):  return x"
-
 
 class ServerTeacher:
     """A teacher behind vLLM's completion endpoint, asked for the log-probs of a prompt.
@@ -28,13 +26,8 @@ class ServerTeacher:
 
     def __init__(self, url: str, model: str, k: int, tokenizer: PreTrainedTokenizerBase) -> None:
         self.engine, self.k = ServerEngine(url, model), k
-        own = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-        theirs = self.engine.tokenize(PROBE)
-        if theirs is not None and theirs != own:
-            raise ValueError(
-                f"the teacher on {url} has another tokenizer: {PROBE.split()[0]!r}… is {theirs[:8]} there, {own[:8]} "
-                "for the student"
-            )
+        if (difference := self.engine.tokenizer_difference(tokenizer)) is not None:
+            raise ValueError(f"the teacher on {url} has another tokenizer than the student: {difference}")
 
     def take(self, rows: Sequence[dict[str, Any]]) -> tuple[TopK, Tensor]:
         """What the teacher says of the scored tokens of ``rows``, one row after another.
@@ -44,7 +37,7 @@ class ServerTeacher:
         Returns:
             Its k likeliest tokens [N, k] with the mass of the rest, and the log-probs of the tokens themselves [N].
         Raises:
-            RuntimeError: the server does not report log-probs of a prompt.
+            ServerError: the server does not report log-probs of a prompt.
         """
         ids, top, own = [], [], []
         for row, places in zip(rows, self.engine.read([row["input_ids"] for row in rows], self.k), strict=True):

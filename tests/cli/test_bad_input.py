@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from conftest import tiny_model, write_rows
+from peft import LoraConfig, get_peft_model
 
 from rlhf.cli.main import main
 
@@ -145,6 +146,10 @@ ONLINE = {
     "groups of one": (dict(reward_funcs="think_format", num_generations=1), "num_generations must be 2 or more"),
     "no such estimator": (dict(reward_funcs="think_format", advantage_estimator="grpo"), "is unknown: one of gae"),
     "no such environment": (dict(environment="nowhere.py:Game"), "environment 'nowhere.py:Game': nowhere.py: no such"),
+    "no such reward server": (
+        dict(reward_funcs="http://127.0.0.1:9/score"),
+        "http://127.0.0.1:9/score: the reward server does not answer (ConnectError",
+    ),
     "no such server": (
         dict(reward_funcs="think_format", rollout_server_url="http://127.0.0.1:9", rollout_server_model="m",
              rollout_weights_dir="w"),
@@ -159,6 +164,32 @@ def test_on_policy_mistakes_are_found_before_the_first_rollout(case, fails, tmp_
     options, said = ONLINE[case]
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "the cat is big"}, {"prompt": "the dog is small"}])
     assert said in fails("grpo", rows, **{"max_completion_length": 8, "max_length": 64, **options})
+
+
+def test_an_environment_that_leaves_no_room(fails, tmp_path, out):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "the cat is big"}, {"prompt": "the dog is small"}])
+    game = text_file(
+        tmp_path / "game.py",
+        "class Long:\n    def reset(self, row):\n        return 'the cat ' * (20 if 'dog' in row['prompt'] else 1)\n"
+        "    def step(self, answer):\n        return ('', 1.0, True)\n",
+    )
+    line = fails("ppo", rows, environment=f"{game}:Long", max_completion_length=8, max_length=40)
+    assert "environment Long, episode " in line and "are more than max_length 40: raise --max_length" in line
+    assert not list(out.glob("*.safetensors"))
+
+
+def test_an_adapter_that_cannot_teach(fails, data_files, model_folder, tmp_path, tokenizer):
+    rows = data_files / "sft.jsonl"
+    own = dict(teacher_adapter=model_folder)
+    assert "needs --use_peft" in fails("distill", rows, **own)
+    line = fails("distill", rows, **own, teacher_model_name_or_path=model_folder)
+    assert "--teacher_adapter and --teacher_model_name_or_path exclude each other" in line
+    assert "holds no adapter (no adapter_config.json)" in fails("distill", rows, **own, use_peft=True)
+    assert "no such model folder" in fails("distill", rows, teacher_adapter="./nowhere", use_peft=True)
+    wide = get_peft_model(tiny_model(hidden_size=64), LoraConfig(task_type="CAUSAL_LM", r=2))
+    wide.save_pretrained(tmp_path / "wide")
+    said = f"wide: cannot be loaded as an adapter of {model_folder}"
+    assert said in fails("distill", rows, teacher_adapter=tmp_path / "wide", use_peft=True)
 
 
 def test_options_are_checked_with_the_nearest_name(fails, pairs, tmp_path):

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import close, tiny_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.cli.arguments import DataArguments, ModelArguments, parse
 from rlhf.cli.main import COMMANDS, main
-from rlhf.trainers import SFTConfig
+from rlhf.data import load_data
+from rlhf.trainers import DistillConfig, DistillTrainer, SFTConfig
 
 FILES = {"sft": "sft.jsonl", "distill": "sft.jsonl", "dpo": "preferences.jsonl", "reward": "preferences.jsonl"}
 
@@ -64,6 +67,33 @@ def test_a_student_of_a_teacher_in_a_folder(train, model_folder, data_files):
     assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == "llama"
 
 
+def test_an_adapter_in_a_folder_teaches_another_one(train, tmp_path, model_folder, data_files):
+    """Both on one model: the teacher stays as it was, and a run that goes on has it again."""
+    rows = ["--eval_dataset_name", str(data_files / "sft.jsonl"), "--use_peft", "--learning_rate", "3e-2"]
+    teacher = train("sft", *rows, "--output_dir", str(tmp_path / "tutor")).with_name("tutor")
+    perplexity = json.loads((teacher / "all_results.json").read_text())["eval_perplexity"]
+    own = [
+        "--teacher_adapter",
+        str(teacher),
+        "--save_steps",
+        "1",
+        "--logging_steps",
+        "1",
+        "--divergence",
+        "kl_divergence",
+    ]
+    folder = train("distill", *rows, *own)
+    train("distill", *rows, *own, "--resume", "--max_steps", "12")
+    results = json.loads((folder / "all_results.json").read_text())
+    close(results["eval_teacher_perplexity"], perplexity)
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert 0 < results["eval_kl"] < 0.9 * log[0]["loss"]
+    before, after = (load_file(f / "adapter_model.safetensors") for f in (teacher, folder / "teacher"))
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    pupil = AutoModelForCausalLM.from_pretrained(folder)  # of the two, the student
+    assert list(pupil.peft_config) == ["default"]
+
+
 @pytest.mark.parametrize("peft", [(), ("--use_peft", "--lora_r", "4")])
 def test_a_reward_model_from_a_file_and_on_from_there(peft, train, data_files, tmp_path, capsys):
     rows = ["--eval_dataset_name", str(data_files / "preferences.jsonl")]
@@ -109,6 +139,34 @@ def test_eval_says_the_same_for_any_batch_size(tmp_path, model_folder, data_file
         assert report["completions"] == found[0]["completions"]
     assert {"rewards/accuracies", "rewards/margins", "perplexity/chosen"} <= found[0]["metrics"].keys()
     assert len(found[0]["completions"]) == 2
+
+
+def test_eval_judges_a_student_beside_its_teacher(tmp_path, tokenizer, model_folder, data_files, capsys):
+    """The figures are the trainer's; the costs of both are in the table and in the file."""
+    teacher, report, file = tmp_path / "teacher", tmp_path / "report.json", data_files / "sft.jsonl"
+    tiny_model(seed=1, num_hidden_layers=3).save_pretrained(teacher)
+    tokenizer.save_pretrained(teacher)
+    argv = ["eval", "--model_name_or_path", str(model_folder), "--teacher_model_name_or_path", str(teacher)]
+    argv += ["--dataset_name", str(file), "--max_new_tokens", "3", "--batch_size", "4"]
+    assert main([*argv, "--output_file", str(report), "--num_completions", "1"]) == 0
+    shown, found = capsys.readouterr().out, json.loads(report.read_text())
+    trainer = DistillTrainer(
+        str(model_folder), str(teacher), DistillConfig(str(tmp_path / "run"), report_to="none", use_cpu=True),
+        eval_dataset=load_data(str(file)),
+    )  # fmt: skip
+    want = trainer.evaluate()
+    student, other = found["metrics"], found["teacher_metrics"]
+    for name in ("kl", "agreement", "perplexity"):
+        close(student.pop(name), want[f"eval_{name}"])
+    close(other.pop("perplexity"), want["eval_teacher_perplexity"])
+    costs = ["million parameters", "MiB", "forward tokens/s", "generation tokens/s"]
+    assert list(student) == list(other) == costs
+    assert min(*student.values(), *other.values()) > 0 and student["MiB"] < other["MiB"]
+    assert found["teacher"] == str(teacher) and len(found["completions"]) == 1
+    assert all(word in shown for word in ("student", "teacher", "kl", "agreement", *costs))
+    assert main([*argv, "--ref_model_name_or_path", str(teacher)]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.endswith("--teacher_model_name_or_path and --ref_model_name_or_path exclude each other: pass one")
 
 
 def read(tmp_path, text, *argv):

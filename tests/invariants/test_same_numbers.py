@@ -24,6 +24,7 @@ from rlhf import (
     SFTConfig,
     SFTTrainer,
 )
+from rlhf.cli.main import main
 from rlhf.data import Batch, Collator
 
 ROOT = Path(__file__).parents[2]
@@ -186,36 +187,44 @@ def teacher_folder(tmp_path, tokenizer):
     return tmp_path / "teacher"
 
 
-def test_two_processes(kind, tmp_path, model_folder, teacher_folder, data_files):
-    """``accelerate launch`` with our own config and script (gloo), against one process with twice the batch."""
+def start(kind, folder, data, processes, **more):
+    """Our script, under ``accelerate launch`` (gloo) where there are two; log, weights and evaluation of the run."""
+    options = dict(
+        dataset_name=data, output_dir=folder, per_device_train_batch_size=8 // processes, max_steps=STEPS,
+        learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none", eval_dataset_name=data,
+        per_device_eval_batch_size=5, **more,
+    )  # fmt: skip
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/two_cpu.yaml"]
+    launch += ["--main_process_port", "0"]
+    words = [f"--{key}={value}" for key, value in (options | OWN.get(kind, {})).items()] + ["--use_cpu"]
+    argv = [sys.executable, *(launch if processes == 2 else []), f"scripts/{kind}.py", *words]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = json.loads((folder / "trainer_state.json").read_text())
+    log = [{k: v for k, v in entry.items() if k not in CUT} for entry in state["log_history"] if "loss" in entry]
+    weights = dict(LOADERS.get(kind, AutoModelForCausalLM).from_pretrained(folder).named_parameters())
+    return (log, weights), json.loads((folder / "all_results.json").read_text())
 
-    def command(folder, batch):
-        data = data_files / ("sft.jsonl" if kind in ("sft", "distill") else "preferences.jsonl")
-        options = dict(
-            model_name_or_path=model_folder, dataset_name=data, output_dir=folder, per_device_train_batch_size=batch,
-            max_steps=STEPS, learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none",
-            eval_dataset_name=data, per_device_eval_batch_size=5,
-        )  # fmt: skip
-        if kind == "distill":
-            options |= {"teacher_model_name_or_path": teacher_folder, **OWN["distill"]}
-        return [f"--{key}={value}" for key, value in options.items()] + ["--use_cpu"]
 
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/two_cpu.yaml"]
-    script = f"scripts/{kind}.py"
-    found = []
-    for folder, argv in (
-        (tmp_path / "one", [sys.executable, script, *command(tmp_path / "one", 8)]),
-        (tmp_path / "two", [*launch, "--main_process_port", "0", script, *command(tmp_path / "two", 4)]),
-    ):
-        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        state = json.loads((folder / "trainer_state.json").read_text())
-        evaluation = json.loads((folder / "all_results.json").read_text())
-        log = [{k: v for k, v in entry.items() if k not in CUT} for entry in state["log_history"] if "loss" in entry]
-        weights = dict(LOADERS.get(kind, AutoModelForCausalLM).from_pretrained(folder).named_parameters())
-        found.append((log, weights, evaluation))
-    agree(found[0][:2], found[1][:2])
-    measured = [k for k in found[0][2] if k.startswith("eval_") and "per_second" not in k and "runtime" not in k]
+def agree_on_two_processes(kind, tmp_path, data, **more):
+    (one, want), (two, got) = (start(kind, tmp_path / f"{n}", data, n, **more) for n in (1, 2))
+    agree(one, two)
+    measured = [k for k in want if k.startswith("eval_") and "per_second" not in k and "runtime" not in k]
     assert "eval_loss" in measured
     for key in measured:
-        close(found[1][2][key], found[0][2][key])
+        close(got[key], want[key])
+
+
+def test_two_processes(kind, tmp_path, model_folder, teacher_folder, data_files):
+    """Against one process with twice the batch."""
+    data = data_files / ("sft.jsonl" if kind in ("sft", "distill") else "preferences.jsonl")
+    own = {"teacher_model_name_or_path": teacher_folder} if kind == "distill" else {}
+    agree_on_two_processes(kind, tmp_path, data, model_name_or_path=model_folder, **own)
+
+
+def test_two_processes_that_read_what_a_teacher_said(tmp_path, model_folder, teacher_folder, data_files):
+    """Each finds the tokens of its own rows in the one folder."""
+    data, kept = data_files / "sft.jsonl", tmp_path / "kept"
+    options = dict(model_name_or_path=teacher_folder, dataset_name=data, output_dir=kept, k=4, temperature=2.0)
+    assert main(["teacher", *(f"--{key}={value}" for key, value in options.items())]) == 0
+    agree_on_two_processes("distill", tmp_path, data, model_name_or_path=model_folder, teacher_file=kept)

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from anew import anew
 from conftest import close, tiny_model
 from scipy.special import log_softmax, rel_entr
 
 from rlhf.logprobs import Divergence, Head, Predictions, Targets, compare, model_predictions, verified_settings
+from rlhf.losses import DIVERGENCES
 
 N, V = 9, 13
 
@@ -145,6 +147,23 @@ def test_gradients(case, temperature, hard, softcap):
                 ends.append(float(compare(student, teacher, token, how).loss))
                 leaf.sub_(step, alpha=sign)
         assert (ends[0] - ends[1]) / 2 == pytest.approx(float((gradient * step).sum()) / 3, rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_gradcheck(case, softcap):
+    """Every element of rows, weight and bias, in chunks."""
+    student, teacher, token = problem(rows=4, vocabulary=7, sizes=(3, 2), softcap=softcap)
+
+    def loss(rows, weight, bias):
+        side = Predictions(rows, replace(student.head, weight=weight, bias=bias))
+        return 1.3 * compare(side, teacher, token, form(case, 1.7, 0.4, 0.6), chunk_size=3).loss
+
+    assert torch.autograd.gradcheck(anew(loss), leaves(student), rtol=1e-5, atol=1e-6)
+
+
+def test_every_divergence_is_among_the_cases():
+    assert {case.split("/")[0] for case in CASES} == DIVERGENCES.keys()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -4,7 +4,7 @@ import pytest
 from conftest import tiny_model
 from fake_server import FakeServer
 
-from rlhf.rollouts import Sampling, ServerEngine
+from rlhf.rollouts import Sampling, ServerEngine, ServerError
 
 PROMPTS = [[5, 6, 7], [9]]
 
@@ -49,13 +49,13 @@ def test_another_model_is_served(serve):
 
 def test_without_token_ids(serve):
     _, engine = serve(ids=False)
-    with pytest.raises(RuntimeError, match="returns no token ids"):
+    with pytest.raises(ServerError, match="returns no token ids"):
         engine.generate(PROMPTS, 1, Sampling(max_tokens=2), 0)
 
 
 def test_other_prompt_ids(serve):
     _, engine = serve(echo=False)
-    with pytest.raises(RuntimeError, match="other prompt ids"):
+    with pytest.raises(ServerError, match="other prompt ids"):
         engine.generate(PROMPTS, 1, Sampling(max_tokens=2), 0)
 
 
@@ -63,7 +63,7 @@ def test_other_prompt_ids(serve):
 def test_raw_log_probs_are_refused_where_they_differ(serve, options):
     _, engine = serve(processed=False)
     engine.generate(PROMPTS, 1, Sampling(max_tokens=2), 0)
-    with pytest.raises(RuntimeError, match="--logprobs-mode processed_logprobs"):
+    with pytest.raises(ServerError, match="--logprobs-mode processed_logprobs"):
         engine.generate(PROMPTS, 1, Sampling(max_tokens=2, **options), 0)
 
 
@@ -80,7 +80,7 @@ def test_weights_are_loaded_and_old_ones_removed(serve, tmp_path, weights):
 
 def test_weights_are_refused_where_nothing_loads_them(serve):
     server, engine = serve(weights=None)
-    with pytest.raises(NotImplementedError, match="offers no way to load weights"):
+    with pytest.raises(ServerError, match="offers no way to load weights"):
         engine.update_weights(tiny_model().state_dict().items(), 1)
     assert engine.version == 0
     with pytest.raises(ValueError, match="weights_dir"):

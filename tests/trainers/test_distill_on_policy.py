@@ -14,7 +14,7 @@ from fake_server import FakeServer
 
 from rlhf import DistillConfig, DistillTrainer
 from rlhf.logprobs import Scores
-from rlhf.rollouts import LocalEngine
+from rlhf.rollouts import LocalEngine, ServerError
 from rlhf.trainers.distill import _reverse_kl
 from rlhf.trainers.own_answers import with_prompts
 
@@ -267,7 +267,7 @@ def test_servers_that_cannot_teach(distill, server, tokenizer):
     with pytest.raises(ValueError, match=r"the teacher on .* has another tokenizer"):
         distill(**there(server))
     other = FakeServer(tiny_model(seed=1), tokenizer, weights="sglang")
-    with pytest.raises(RuntimeError, match="reports no prompt_logprobs, which a teacher must: serve it with vLLM"):
+    with pytest.raises(ServerError, match="reports no prompt_logprobs, which a teacher must: serve it with vLLM"):
         distill(**there(other)).train()
     other.shutdown()
     with pytest.raises(ConnectionError, match="no server answers"):

@@ -8,11 +8,14 @@ import torch
 from conftest import close, sentences, tiny_model
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "rollouts"))
 from fake_server import FakeServer
 
 from rlhf import GRPOConfig, GRPOTrainer
+from rlhf.cli.main import main
+from rlhf.rollouts import ServerError
 from rlhf.trainers.weights import plain_weights
 
 
@@ -25,6 +28,16 @@ def server(tokenizer):
     one = FakeServer(tiny_model(seed=1), tokenizer, weights="vllm")  # not the policy, until it is sent
     yield one
     one.shutdown()
+
+
+def beginning(server, folder, model, data):
+    """Of a run through the command."""
+    options = dict(
+        model_name_or_path=model, dataset_name=data, output_dir=folder / "run", reward_funcs="think_format",
+        per_device_train_batch_size=8, max_steps=1, report_to="none", max_length=64, max_completion_length=6,
+        rollout_server_url=server.url, rollout_server_model="tiny", rollout_weights_dir=folder / "weights",
+    )  # fmt: skip
+    return main(["grpo", "--use_cpu", *(f"--{key}={value}" for key, value in options.items())])
 
 
 def trainer(server, tokenizer, folder, peft_config=None, model=None, **changes):
@@ -91,3 +104,42 @@ def test_tokens_are_weighed_where_the_server_is_not_the_trainer(server, tokenize
     one.train()
     assert seen and all(float(w.max()) <= 2.0 for w in seen) and any(float(w.min()) < 0.9 for w in seen)
     assert one.state.log_history[0]["sampler_kl"] > 0.01
+
+
+def test_a_server_of_another_model_is_found_before_it_samples(tokenizer, tmp_path, model_folder, data_files, capsys):
+    other = FakeServer(tiny_model(vocab_size=400), tokenizer, weights="vllm")
+    assert beginning(other, tmp_path, model_folder, data_files / "sft.jsonl") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlhf grpo: ")]
+    assert f"{other.url}/collective_rpc answered 500" in line and "size mismatch" in line
+    assert "it must serve the model that is trained" in line and not other.bodies
+    other.engine.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    other.engine.tokenizer.add_tokens(["naïve"])
+    with pytest.raises(ValueError, match=r"has another tokenizer than the policy: 'It'… is .*; it must"):
+        trainer(other, tokenizer, tmp_path)
+    other.shutdown()
+
+
+def test_a_server_that_goes_on_with_another_vocabulary(tokenizer, tmp_path):
+    other = FakeServer(tiny_model(vocab_size=400), tokenizer, weights="vllm")
+    other.load = lambda folder: None  # and says that all went well
+    with pytest.raises(ServerError, match=r"sampled token 3\d\d, and the policy has 330: it must serve the model"):
+        trainer(other, tokenizer, tmp_path).train()
+    other.shutdown()
+
+
+@pytest.mark.parametrize("weights", [None, "sglang"])
+def test_servers_that_say_little(weights, tokenizer, tmp_path, model_folder, data_files, capsys):
+    """No tokenizer is told of; without a way to load weights, one line says so."""
+    other = FakeServer(tiny_model(seed=1), tokenizer, weights=weights)
+    assert beginning(other, tmp_path, model_folder, data_files / "sft.jsonl") == (2 if weights is None else 0)
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlhf grpo: ")]
+    assert len(told) == (weights is None) and all("offers no way to load weights" in line for line in told)
+    other.shutdown()
+
+
+def test_answers_that_nothing_ends_are_refused(server, tokenizer, tmp_path):
+    endless = tiny_model()
+    endless.generation_config.eos_token_id = None
+    silent = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(ValueError, match="no token ends a completion"):
+        trainer(server, silent, tmp_path, model=endless)

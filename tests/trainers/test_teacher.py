@@ -147,7 +147,7 @@ def test_bad_input_is_one_line(teach, tmp_path):
 @pytest.fixture
 def eager(monkeypatch):
     """A tiny model of random weights never ends: let some of its tokens do so."""
-    monkeypatch.setattr("rlhf.rollouts.local._end_ids", lambda *_: list(range(0, 330, 9)))
+    monkeypatch.setattr("rlhf.rollouts.local.end_ids", lambda *_: list(range(0, 330, 9)))
 
 
 @pytest.mark.parametrize("data", ["sft.jsonl", "preferences.jsonl"])
