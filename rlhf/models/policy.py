@@ -17,6 +17,7 @@ from rlhf.logprobs import (
     Scores,
     TopK,
     compare,
+    compare_sorted,
     model_predictions,
     model_scores,
     model_top_k_divergence,
@@ -96,6 +97,9 @@ class Policy(Wrapper):
             if divergence is not None and teacher is not None:
                 with torch.no_grad():
                     theirs = teacher(self, batch)
+                if batch.paired is not None:
+                    tokens = batch.targets.token, batch.paired.batch.targets.token
+                    return compare_sorted(self.predictions(batch), theirs, *tokens, batch.paired.partner, divergence)
                 return compare(self.predictions(batch), theirs, batch.targets.token, divergence)
             return model_scores(
                 self.model,
