@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, get_args
 
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +14,7 @@ from rlhf.logprobs.topk import Estimate
 from rlhf.losses import DIVERGENCES
 from rlhf.models import Policy, load_model, load_tokenizer
 from rlhf.models.policy import Teacher, still
+from rlhf.trainers.aligned import OtherTokenizer, check_options, measure_aligned
 from rlhf.trainers.base import BaseConfig, Measures
 from rlhf.trainers.sft import SFTConfig, SFTTrainer
 
@@ -65,6 +67,13 @@ class DistillConfig(SFTConfig):
     crossentropy_weight: float = field(
         default=0.0, metadata={"help": "Weight of the tokens themselves, the hard labels, at temperature 1."}
     )
+    align: str | None = field(
+        default=None,
+        metadata={
+            "help": "A teacher with another tokenizer: compare sorted probabilities (uld), or spans of the same text.",
+            "choices": ["uld", "spans"],
+        },
+    )
     disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout; the teacher never has any."})
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]  # noqa: RUF012  # not a field
@@ -76,6 +85,7 @@ class DistillConfig(SFTConfig):
                 raise ValueError("teacher_file stands for a teacher: leave teacher_model_name_or_path out, or the file")
             self.loss().of_top_k()
         self.loss()
+        check_options(self)
 
     def loss(self) -> Divergence:
         """The loss of a token; raises for what does not fit together."""
@@ -114,11 +124,13 @@ class DistillTrainer(SFTTrainer):
         ``loss``; ``kl``, KL(teacher, student) at temperature 1 in nats a token, whatever the divergence; ``agreement``
         (share of tokens for which both find the same token likeliest); ``perplexity`` and ``teacher_perplexity`` of
         the same tokens; ``num_tokens``, ``grad_norm``, ``learning_rate``. All but the last three in evaluation too.
-        From a file: ``divergence``, as it is estimated, and ``perplexity``.
+        From a file: ``divergence``, as it is estimated, and ``perplexity``. With ``args.align``: ``uld`` or ``span``,
+        its mean over pairs of tokens or spans; ``aligned``, the share of scored tokens in one; both perplexities, the
+        teacher's of its own tokens (of those in a pair).
     Raises:
-        ValueError: no teacher, a teacher with another tokenizer, or bad data; before any step.
+        ValueError: no teacher, a teacher with another tokenizer and no ``align``, or bad data; before any step.
 
-    Source: arXiv 1503.02531, 2306.13649.
+    Source: arXiv 1503.02531, 2306.13649; with ``align`` 2402.12030, 2503.20083.
     """
 
     config_class: ClassVar[type[BaseConfig]] = DistillConfig
@@ -149,10 +161,13 @@ class DistillTrainer(SFTTrainer):
                 f"teacher_adapter {teacher_adapter!r} is for no other teacher and a model that has it; "
                 f"adapters: {', '.join(_adapters(model)) or 'none'}"
             )
+        self.other = OtherTokenizer.load(args, teacher_model, teacher_processing_class)
         super().__init__(model, args, **kwargs)
         self.divergence = args.loss()
         self.teacher: Teacher | None = None
-        if args.teacher_file is not None:
+        if self.other is not None:
+            self.teacher = self.other.join(self)
+        elif args.teacher_file is not None:
             self._open(args.teacher_file)
         elif teacher_model is None:
             self.teacher = OwnTrunk(teacher_adapter)
@@ -187,7 +202,9 @@ class DistillTrainer(SFTTrainer):
         if tokenizer is None:
             logger.warning("the teacher's tokenizer is not known (teacher_processing_class); taken to be the student's")
         elif (difference := tokenizer_difference(self.processing_class, tokenizer)) is not None:  # type: ignore[arg-type]
-            raise ValueError(f"the teacher has another tokenizer: {difference}")
+            raise ValueError(
+                f"the teacher has another tokenizer: {difference}; pass --align uld or --align spans to learn from it"
+            )
         if isinstance(model, str):
             model = load_model(model, **(own if isinstance(own, dict) else {}))
         teacher = self.freeze(model)
@@ -204,7 +221,16 @@ class DistillTrainer(SFTTrainer):
             logger.info("student and teacher are padded to %d and %d tokens; the %d real ones count", *sizes, known)
         return lambda student, batch: teacher.predictions(batch)
 
+    def tokenize(
+        self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int
+    ) -> Dataset:  # fmt: skip
+        if self.other is not None:
+            return self.other.tokenize(dataset, tokenizer, args, vocab_size)
+        return super().tokenize(dataset, tokenizer, args, vocab_size)
+
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
+        if self.other is not None:
+            return measure_aligned(self, model, batch)
         if batch.teacher is None and self.teacher is None:  # other rows than those that a file is of
             return super().measure(model, batch)
         scores = model(batch, divergence=self.divergence, teacher=self.teacher)
