@@ -19,6 +19,7 @@ from rlhf.data.vocabulary import tokenizer_difference
 
 Align = Literal["uld", "spans"]
 _VERSION = 1  # part of the cache key: raise it when the meaning of a row changes
+_NEEDS_TEXT = "--align spans (--align uld compares without a common text)"
 _OURS, _THEIRS = "span", "teacher_span"  # columns: the span of each scored token, -1 for none
 
 
@@ -94,7 +95,7 @@ def tokenize_paired(
     tokenizers = (student, teacher)
     if how == "spans":
         for tokenizer in tokenizers:
-            with prefixed("--align spans (--align uld takes any tokenizer)"):
+            with prefixed(_NEEDS_TEXT):
                 token_pieces(tokenizer, [])
     process = partial(
         _process, column=column, tokenizers=tokenizers, how=how, name=_name(dataset), max_length=max_length,
@@ -162,7 +163,7 @@ def _process(
     with prefixed(f"{name}, row {index + 1}"):
         whole = [_encode_sft(row, tokenizers[0], column)]
         ours = cut(dict(whole[0]), max_length, vocab_sizes[0], drop)
-        with prefixed("for the teacher"):
+        with prefixed("for the teacher, whose template is its tokenizer's"):
             whole.append(_encode_sft(row, tokenizers[1], column))
             theirs = cut(dict(whole[1]), max_length, vocab_sizes[1], drop)
         spans = _align_row(whole, tokenizers, how)
@@ -197,7 +198,8 @@ def _align_row(whole: list[Row], tokenizers: Sequence[PreTrainedTokenizerBase], 
             found.append(_by_position(*map(len, places)))
             continue
         ids = [[one["input_ids"][p] for p in own] for one, own in zip(whole, places, strict=True)]
-        found.append(align_answer(*map(token_pieces, tokenizers, ids)))
+        with prefixed(_NEEDS_TEXT):
+            found.append(align_answer(*map(token_pieces, tokenizers, ids)))
     spans = join(found)
     sides: list[list[int]] = []
     for one, own, span in zip(whole, answers, (spans.student, spans.teacher), strict=True):

@@ -130,7 +130,8 @@ def _walk(
     """[3, N]: sorted difference, log-probs of the token and of the partner's; adds to ``gradients``."""
     assert teacher.head is not None
     op, their = _operands(rows, head), _operands(teacher.rows, teacher.head)
-    scratch, their_scratch = _scratch(rows, size, op), _scratch(teacher.rows, size, their)
+    as_many = teacher.rows[:1].expand(len(rows), -1)  # a row of the teacher's for each of the student's
+    scratch, their_scratch = _scratch(rows, size, op), _scratch(as_many, size, their)
     table = rows.new_empty(3, len(rows), dtype=op.result)
     for start in range(0, len(rows), size):
         chunk = slice(start, start + size)
@@ -143,9 +144,9 @@ def _walk(
         with torch.set_grad_enabled(gradients is not None):
             logits = log_q.detach().requires_grad_(gradients is not None)  # but for a constant, which changes nothing
             found = uld_loss(logits, log_p, weights.temperature, reduction="none", mask=has)
+            pull = torch.autograd.grad(found.sum(), logits)[0] if gradients is not None else None
         table[0, chunk] = found.detach()
-        if gradients is not None:
-            (pull,) = torch.autograd.grad(found.sum(), logits)
+        if gradients is not None and pull is not None:
             pull.mul_(weights.distillation_weight)
             if weights.crossentropy_weight:
                 hard = log_q.new_full((len(log_q),), -weights.crossentropy_weight)

@@ -6,11 +6,18 @@ import pytest
 import torch
 from conftest import WORDS, close, sentences, tiny_model
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from rlhf import DistillConfig, DistillTrainer
+from rlhf.cli.arguments import parse
+from rlhf.data import Collator
+from rlhf.data.paired import align_answer
+from rlhf.logprobs import Divergence, Predictions, compare_sorted
+from rlhf.logprobs.head import Head
+from rlhf.losses import uld_loss
 
 LLAMA = (
     "{% for m in messages %}<s>{{ m['role'] }}:{{ '\n\n' }}{{ m['content'] | trim }}</s>{% endfor %}"
@@ -216,3 +223,235 @@ def test_every_figure_is_the_naive_one(distill, request, tokenizer, teachers, al
     assert 0.1 < want["aligned"] <= 1 and want["loss"] > 0
     for key, value in want.items():
         close(found[f"eval_{key}"], value)
+
+
+def trained(distill, align, **changes):
+    options = dict(align=align, crossentropy_weight=0.5, optim="sgd", learning_rate=0.3, max_steps=3) | changes
+    trainer = distill("pieces", **options)
+    trainer.train()
+    names = ("loss", "grad_norm", {"uld": "uld", "spans": "span"}[align], "aligned", "perplexity", "teacher_perplexity")
+    return [{n: entry[n] for n in names} for entry in logs(trainer)], dict(trainer.model.model.named_parameters())
+
+
+@pytest.mark.parametrize("align", ["uld", "spans"])
+def test_the_numbers_are_the_same_however_the_work_is_cut_up(distill, align):
+    log, weights = trained(distill, align, per_device_train_batch_size=8, layout="segments")
+    assert log[-1]["loss"] < log[0]["loss"]
+    for changes in (
+        dict(per_device_train_batch_size=1, gradient_accumulation_steps=8),
+        dict(per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=1),
+        dict(per_device_train_batch_size=8, layout="rows", dataloader_num_workers=1),
+        dict(per_device_train_batch_size=8, collator=Collator(7, padding_side="left")),
+    ):
+        if changes.get("max_steps"):  # six rows a step
+            want, end = trained(distill, align, per_device_train_batch_size=6, max_steps=1)
+        else:
+            want, end = log, weights
+        found, found_end = trained(distill, align, **changes)
+        for one, other in zip(found, want, strict=True):
+            for key in other:
+                close(one[key], other[key])
+        for key, value in end.items():
+            close(found_end[key].detach(), value.detach())
+
+
+@pytest.mark.parametrize("align", ["uld", "spans"])
+def test_batches_planned_by_tokens(distill, align):
+    options = dict(max_steps=1, gradient_accumulation_steps=16)
+    one, other = (trained(distill, align, **changes)[0][0] for changes in (options, options | {"tokens_per_batch": 90}))
+    for key in one:
+        close(other[key], one[key])
+
+
+@pytest.mark.parametrize("align", ["uld", "spans"])
+def test_what_is_cut_off_either_side_is_in_no_pair(distill, tokenizer, teachers, texts, align):
+    """The two tokenizers need unequal lengths: each side loses another part of the text."""
+    for longest in (6, 14):
+        trainer = distill("bytes", rows=texts, align=align, max_length=longest)
+        both = (tokenizer, teachers["bytes"])
+        want = naive(tiny_model(), teacher_model(both[1]), texts.select(range(11)), both, align, longest=longest)
+        found = trainer.evaluate()
+        for key, value in want.items():
+            close(found[f"eval_{key}"], value)
+        if align == "spans":  # by position, what is left is beside each other whatever it says
+            assert 0 < found["eval_aligned"] < 0.8
+
+
+@pytest.mark.parametrize("align", ["uld", "spans"])
+def test_a_student_comes_nearer(distill, align):
+    trainer = distill(align=align, max_steps=40, learning_rate=1e-2)
+    name = {"uld": "eval_uld", "spans": "eval_span"}[align]
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after[name] < 0.7 * before[name]
+    close(after["eval_teacher_perplexity"], before["eval_teacher_perplexity"])
+
+
+def test_a_teacher_is_read_from_its_folder(distill, tmp_path, teachers):
+    folder = tmp_path / "teacher"
+    teacher_model(teachers["bytes"]).save_pretrained(folder)
+    teachers["bytes"].save_pretrained(folder)
+    read, given = distill(teacher=str(folder), teacher_tokenizer=None), distill()
+    close(read.evaluate()["eval_loss"], given.evaluate()["eval_loss"])
+
+
+@pytest.mark.parametrize("align", ["uld", "spans"])
+def test_a_student_that_runs_its_own_head_and_a_teacher_in_rows(distill, teachers, align):
+    """An adapter on the head, new, changes nothing; Gemma's soft-capped attention takes no segments."""
+    teacher = tiny_model("gemma2", vocab_size=300, seed=1)
+    plain = distill(teacher=teacher, align=align)
+    adapted = get_peft_model(tiny_model(), LoraConfig(target_modules=["lm_head"]))
+    trainer = distill(student=adapted, teacher=teacher, align=align, crossentropy_weight=0.0)
+    assert trainer.data_collator.layout == "rows"
+    close(trainer.evaluate()["eval_loss"], plain.evaluate()["eval_loss"])
+    trainer.train()
+    assert logs(trainer)[0]["grad_norm"] > 0
+
+
+def kept(logits, temperature):
+    return (logits / temperature).softmax(-1).sort(-1, descending=True).values
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, None])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_gradient_is_autograds(chunk_size, frozen):
+    g = torch.Generator().manual_seed(0)
+    N, M, H, V, W = 9, 7, 5, 11, 17
+    rows, weight, bias, theirs, their_weight = (
+        torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((N, H), (V, H), (V,), (M, H), (W, H))
+    )
+    token, beside = torch.randint(V, (N,), generator=g), torch.randint(W, (M,), generator=g)
+    partner = torch.tensor([-1, 0, 2, -1, 3, 4, 6, 5, -1])
+    weights = Divergence(temperature=1.7, distillation_weight=0.6, crossentropy_weight=0.3)
+
+    def head():
+        return Head(*(p.clone().requires_grad_(not frozen) for p in (weight, bias)), scale=0.5, softcap=4.0)
+
+    own, mine = rows.clone().requires_grad_(), head()
+    got = compare_sorted(
+        Predictions(own, mine), Predictions(theirs, Head(their_weight)), token, beside, partner, weights,
+        chunk_size=chunk_size,
+    )  # fmt: skip
+    plain, other = rows.clone().requires_grad_(), head()
+    z, y = other.logits(plain), theirs @ their_weight.T
+    has = partner >= 0
+    p = torch.nn.functional.pad(kept(z[has], 1.7), (0, W - V))
+    uld = torch.zeros(N, dtype=torch.float64).index_put(
+        (has.nonzero().squeeze(1),), (kept(y[partner[has]], 1.7) - p).abs().sum(-1)
+    )
+    logps = z.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
+    want = (0.6 * uld - 0.3 * logps).sum()
+    close(got.loss.detach(), want.detach(), torch.float64)
+    close(got.teacher.divergence, uld.detach(), torch.float64)
+    close(got.logps, logps.detach(), torch.float64)
+    (2 * got.loss).backward(), (2 * want).backward()
+    pairs = [(own, plain)] if frozen else [(own, plain), (mine.weight, other.weight), (mine.bias, other.bias)]
+    for one, two in pairs:
+        close(one.grad, two.grad, torch.float64)
+    with torch.no_grad():
+        close(compare_sorted(Predictions(rows, head()), Predictions(theirs, Head(their_weight)), token, beside, partner,
+                             weights).loss, want.detach(), torch.float64)  # fmt: skip
+    logits = compare_sorted(Predictions(z.detach()), Predictions(y), token, beside, partner, weights)
+    close(logits.loss, want.detach(), torch.float64)
+    close(logits.teacher.logps, got.teacher.logps, torch.float64)
+
+
+def test_no_more_logits_than_a_chunk(monkeypatch):
+    seen = []
+
+    def watched(student_logits, *args, **kwargs):
+        seen.append(student_logits.shape)
+        return uld_loss(student_logits, *args, **kwargs)
+
+    monkeypatch.setattr("rlhf.logprobs.aligned.uld_loss", watched)
+    head, other = Head(torch.randn(300, 4, requires_grad=True)), Head(torch.randn(500, 4))
+    token = torch.zeros(40, dtype=torch.int64)
+    compare_sorted(
+        Predictions(torch.randn(40, 4), head), Predictions(torch.randn(40, 4), other), token, token, torch.arange(40),
+        Divergence(), chunk_size=16,
+    )  # fmt: skip
+    assert seen == [(16, 300), (16, 300), (8, 300)]
+    with pytest.raises(ValueError, match="got 40, 39 and 40 rows; teacher and teacher_token too, got 40 and 40"):
+        compare_sorted(Predictions(torch.randn(40, 4), head), Predictions(torch.randn(40, 4), other), token[1:], token,
+                       torch.arange(40), Divergence())  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "want"),
+    [
+        ([b"cat", b"s", None], [b"ca", b"ts", None], ([0, 0, 1], [0, 0, 1])),
+        ([b"<think>", b"\n\n", b"the", b" cat", None], [b"the cat", None], ([-1, -1, 0, 0, 1], [0, 1])),
+        ([b"\n\nthe", b" cat", None], [b"the", b" cat", None], ([-1, 0, 1], [-1, 0, 1])),  # a token half of it
+        ([b"the", b" cat", b"\n", None], [b" ", b"the", b" ca", b"t", None], ([0, 1, -1, -1], [0, 0, 1, 1, -1])),
+        ([b"\n"], [b"  "], ([-1], [-1])),
+    ],
+)
+def test_answers_with_more_around_them(student, teacher, want):
+    for one, other, (ours, theirs) in ((student, teacher, want), (teacher, student, want[::-1])):
+        found = align_answer(one, other)
+        assert (found.student.tolist(), found.teacher.tolist()) == (ours, theirs)
+        assert found.total == max(ours) + 1
+    with pytest.raises(ValueError, match="do not have the same text: they differ at byte 3"):
+        align_answer([b"the", b" cat"], [b"the", b"n"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(align="tokens"), "align must be one of uld, spans; got 'tokens'"),
+        (dict(align="uld", teacher_file="x"), "align uld asks a teacher of another vocabulary, which teacher_file"),
+        (dict(align="uld", beta=0.5, teacher_estimate="sample"), "a loss of its own: leave beta, teacher_estimate out"),
+        (dict(align="spans", divergence="kl_divergence", reverse=True), "of its own: leave divergence, reverse out"),
+        (dict(align="spans", temperature=0.0), "temperature must be"),
+        (dict(align="uld", crossentropy_weight=-1.0), "crossentropy_weight must be at least 0"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_at_once(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        DistillConfig(str(tmp_path), use_cpu=True, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be(distill, tokenizer, teachers, tmp_path, conversations):
+    with pytest.raises(ValueError, match=r"another tokenizer: .*; pass --align uld or --align spans to learn from it"):
+        distill(align=None)
+    with pytest.raises(ValueError, match="the same tokenizer: leave --align out"):
+        distill(teacher=tiny_model(seed=1), teacher_tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="align uld needs the teacher's tokenizer: pass teacher_processing_class"):
+        distill(teacher_tokenizer=None)
+    with pytest.raises(ValueError, match="the student's own trunk has its tokenizer; pass --teacher_model_name_or_pa"):
+        config = DistillConfig(str(tmp_path), use_cpu=True, align="spans")
+        DistillTrainer(get_peft_model(tiny_model(), LoraConfig()), args=config, processing_class=tokenizer)
+    with pytest.raises(
+        ValueError, match="rows of 'input_ids' are in one tokenizer already, and --align needs their te"
+    ):
+        distill(rows=Dataset.from_list([{"input_ids": [1, 2, 3]}] * 11))
+    with pytest.raises(ValueError, match=r"align uld needs a rlhf.data.Collator, got function"):
+        distill(collator=(lambda rows: Collator()(rows)))
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "the": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    other = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="[UNK]")
+    with pytest.raises(
+        ValueError, match=r"--align spans \(--align uld compares without a common text\): the tokenizer"
+    ):
+        distill(teacher=tiny_model(seed=1), teacher_tokenizer=other, align="spans")
+    assert math.isfinite(distill(teacher=tiny_model(seed=1), teacher_tokenizer=other).evaluate()["eval_loss"])
+    with pytest.raises(
+        ValueError, match="row 1: for the teacher, whose template is its tokenizer's: the data is conver"
+    ):
+        distill(teacher=tiny_model(seed=1), teacher_tokenizer=other, rows=conversations)
+    with pytest.raises(ValueError, match=r"row 1: for the teacher, .*: token \d+ in 'input_ids' is outside .* of 120"):
+        distill(teacher=tiny_model(seed=1, vocab_size=120))
+    rows = Dataset.from_list([{"prompt": "the", "completion": " naïve 🙂"}] * 11)
+    with pytest.raises(
+        ValueError, match=r"row 1: --align spans .*: the two tokenizers do not have the same text: they"
+    ):
+        distill("pieces", rows=rows, align="spans")  # what it has no piece for is unknown to it
+
+
+def test_from_the_command_line(tmp_path):
+    argv = ["--align", "spans", "--output_dir", str(tmp_path), "--use_cpu"]
+    assert parse("distill", (DistillConfig,), argv)[0].align == "spans"
+    with pytest.raises(ValueError, match="align"):
+        parse("distill", (DistillConfig,), ["--align", "tokens", *argv[2:]])
