@@ -1,7 +1,7 @@
 """The modules that are trained: around a transformers model, with a :class:`Batch` going in."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -62,8 +62,8 @@ class Wrapper(nn.Module):
             return getattr(super().__getattr__("model"), name)
 
 
-Teacher = Callable[["Policy", Batch], Predictions]
-"""From the student's policy, inside its own forward, and a batch to what a teacher says of the targets."""
+Teacher = Callable[["Policy"], AbstractContextManager["Policy"]]
+"""From the student's policy to that of the teacher, for a while: another one, or the same under other weights."""
 
 
 class Policy(Wrapper):
@@ -95,11 +95,12 @@ class Policy(Wrapper):
             if divergence is not None and batch.teacher is not None:
                 return self._beside_kept(batch, batch.teacher, divergence)
             if divergence is not None and teacher is not None:
-                with torch.no_grad():
-                    theirs = teacher(self, batch)
-                if batch.paired is not None:
-                    tokens = batch.targets.token, batch.paired.batch.targets.token
-                    return compare_sorted(self.predictions(batch), theirs, *tokens, batch.paired.partner, divergence)
+                paired = batch.paired
+                with torch.no_grad(), teacher(self) as taught:
+                    theirs = taught.predictions(batch if paired is None else paired.batch)
+                if paired is not None:
+                    tokens = batch.targets.token, paired.batch.targets.token
+                    return compare_sorted(self.predictions(batch), theirs, *tokens, paired.partner, divergence)
                 return compare(self.predictions(batch), theirs, batch.targets.token, divergence)
             return model_scores(
                 self.model,

@@ -87,6 +87,23 @@ class ServerEngine:
         done = list(self._pool.map(lambda one: self._complete(one[0], sampling, one[1]), asked))
         return [done[start : start + n] for start in range(0, len(done), n)]
 
+    def read(self, sequences: Sequence[Sequence[int]], k: int) -> list[list[dict[int, float]]]:
+        """What the model makes of given tokens: for each place but the first, which is empty, ``{token: log-prob}`` of
+        the k likeliest tokens and of the one that is there, in nats at temperature 1.
+
+        Raises:
+            ConnectionError: the server is gone.
+            RuntimeError: it reports no log-probs of a prompt (vLLM does, SGLang and others do not), or too few.
+        """
+        return list(self._pool.map(lambda ids: self._read(list(ids), k), sequences))
+
+    def tokenize(self, text: str) -> list[int] | None:
+        """The server's ids of a text without special tokens; None where it does not say (vLLM does)."""
+        reply = self._first_offered(
+            ("/tokenize", {"model": self.model, "prompt": text, "add_special_tokens": False}),
+        )
+        return None if reply is None else reply.json()["tokens"]
+
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See :class:`RolloutEngine`: writes a checkpoint, and has the server load it (SGLang, or vLLM in dev mode).
 
@@ -163,6 +180,16 @@ class ServerEngine:
         if len(logps) != len(ids) or None in logps:
             raise RuntimeError(f"{self.url} returned {len(logps)} log-probs for {len(ids)} tokens")
         return choice
+
+    def _read(self, ids: list[int], k: int) -> list[dict[int, float]]:
+        body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
+        places = self._call("POST", "/v1/completions", body).json()["choices"][0].get("prompt_logprobs")
+        if places is None:
+            raise RuntimeError(f"{self.url} reports no prompt_logprobs, which a teacher must: serve it with vLLM")
+        found = [{int(v): told["logprob"] for v, told in (place or {}).items()} for place in places]
+        if len(found) != len(ids) or any(len(f) < k or i not in f for i, f in zip(ids[1:], found[1:], strict=True)):
+            raise RuntimeError(f"{self.url} reported log-probs that do not fit the {len(ids)} tokens sent, {k} of each")
+        return found
 
     def _check_logps(self, prompt: list[int], sampling: Sampling) -> None:
         """Two short questions, where raw log-probs would be wrong: what do they say of a distribution that is known?"""

@@ -1,5 +1,6 @@
 """Distillation from a teacher with another tokenizer: of the same text, what can be compared."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -25,8 +26,11 @@ def check_options(args: "DistillConfig") -> None:
         return
     if args.align not in get_args(Align):
         raise ValueError(f"align must be one of {', '.join(get_args(Align))}; got {args.align!r}")
-    if args.teacher_file is not None:
-        raise ValueError(f"align {args.align} asks a teacher of another vocabulary, which teacher_file cannot hold")
+    for name in ("teacher_file", "teacher_server_url"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"align {args.align} needs the teacher itself, not {name}: teacher_model_name_or_path")
+    if args.lmbda:
+        raise ValueError(f"align {args.align} reads the text of rows, and lmbda would give ids: leave one of them out")
     names = ("divergence", "beta", "alpha", "reverse", "scale_by_temperature", "teacher_estimate")
     defaults = {field.name: field.default for field in fields(args)}
     if given := [name for name in names if getattr(args, name) != defaults[name]]:
@@ -83,10 +87,7 @@ class OtherTokenizer:
         )
 
     def join(self, trainer: "DistillTrainer") -> Teacher:
-        """Freeze the teacher, and let the trainer's batches hold its side too.
-
-        Gives what asks it: for its predictions, or (spans) for its scores.
-        """
+        """Freeze the teacher, and let the trainer's batches hold its side too."""
         policy = trainer.freeze(self.model)
         collator: Any = trainer.data_collator
         if not isinstance(collator, Collator):
@@ -95,12 +96,7 @@ class OtherTokenizer:
         options = {field.name: getattr(collator, field.name) for field in fields(Collator)}
         trainer.data_collator = PairedCollator(**options, teacher_pad_token_id=pad)  # type: ignore[assignment]
         trainer.share_layout(policy.model)
-        read = policy.predictions if self.align == "uld" else policy
-
-        def ask(student: nn.Module, batch: Any) -> Any:
-            return read(batch.paired.batch)
-
-        return ask
+        return lambda student: nullcontext(policy)
 
 
 def measure_aligned(trainer: "DistillTrainer", model: nn.Module, batch: Batch) -> Measures:
@@ -113,8 +109,8 @@ def measure_aligned(trainer: "DistillTrainer", model: nn.Module, batch: Batch) -
         found, logps, total = scores.teacher.divergence, scores.logps, scores.loss
         taught, taught_tokens = targets.sum(scores.teacher.logps), pairs
     else:
-        with torch.no_grad():
-            their_logps: Tensor = teacher(model, batch).logps  # type: ignore[arg-type,attr-defined]
+        with torch.no_grad(), teacher(trainer.policy) as taught_by:
+            their_logps = taught_by(paired.batch).logps
         logps = model(batch).logps
         found = _of_spans(logps, their_logps, batch, weights.temperature)
         total = weights.loss(found, logps).sum()

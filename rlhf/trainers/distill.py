@@ -1,28 +1,36 @@
 """Distillation: a student learns what a teacher says of each scored token, next to or instead of the token itself."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, get_args
 
+import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Batch, Packed, open_teacher_file, tokenizer_difference
-from rlhf.logprobs import Divergence, Predictions
+from rlhf.logprobs import Divergence, Scores
 from rlhf.logprobs.topk import Estimate
 from rlhf.losses import DIVERGENCES
 from rlhf.models import Policy, load_model, load_tokenizer
 from rlhf.models.policy import Teacher, still
+from rlhf.rollouts import RolloutEngine, Sampling
 from rlhf.trainers.aligned import OtherTokenizer, check_options, measure_aligned
 from rlhf.trainers.base import BaseConfig, Measures
+from rlhf.trainers.own_answers import OwnAnswers, with_prompts
+from rlhf.trainers.sampler import ServerArguments
+from rlhf.trainers.server_teacher import ServerTeacher
 from rlhf.trainers.sft import SFTConfig, SFTTrainer
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class DistillConfig(SFTConfig):
+class DistillConfig(ServerArguments, SFTConfig):
     """Arguments of :class:`DistillTrainer`.
 
     Names and defaults are those of TRL's ``GKDConfig`` where it has the same thing, so that a ``beta`` means what it
@@ -75,17 +83,77 @@ class DistillConfig(SFTConfig):
         },
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout; the teacher never has any."})
+    # A teacher elsewhere
+    teacher_server_url: str | None = field(default=None, metadata={"help": "The teacher is there (vLLM), not here."})
+    teacher_server_model: str | None = field(default=None, metadata={"help": "Name that it is served under."})
+    teacher_top_k: int = field(default=16, metadata={"help": "Likeliest tokens that the server is asked for."})
+    # On-policy
+    lmbda: float = field(
+        default=0.0, metadata={"help": "Share of the rows that the student answers itself (GKD); 0 is offline."}
+    )
+    max_completion_length: int = field(default=256, metadata={"help": "Longest such answer in tokens."})
+    sampling_temperature: float = field(default=1.0, metadata={"help": "Of such answers."})
+    reverse_kl_reward: bool = field(
+        default=False,
+        metadata={"help": "Reward own answers by -KL(student, teacher) of each token, in place of the divergence."},
+    )
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]  # noqa: RUF012  # not a field
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.teacher_file is not None:
-            if self.teacher_model_name_or_path is not None:
-                raise ValueError("teacher_file stands for a teacher: leave teacher_model_name_or_path out, or the file")
+        if self.teacher_file is not None and self.teacher_model_name_or_path is not None:
+            raise ValueError("teacher_file stands for a teacher: leave teacher_model_name_or_path out, or the file")
+        if self.teacher_server_url is not None:
+            self._check_server()
+        if self.teacher_file is not None or (self.teacher_server_url is not None and not self.reverse_kl_reward):
             self.loss().of_top_k()
         self.loss()
+        self._check_on_policy()
         check_options(self)
+
+    def _check_server(self) -> None:
+        if self.teacher_server_model is None:
+            raise ValueError("teacher_server_url needs teacher_server_model, the name that the teacher is served under")
+        if self.teacher_model_name_or_path is not None or self.teacher_file is not None:
+            raise ValueError("teacher_server_url stands for a teacher: leave teacher_model_name_or_path and _file out")
+        if self.temperature != 1:
+            raise ValueError(f"a server reports log-probs at temperature 1 alone, not {self.temperature}")
+        if self.teacher_top_k < 1:
+            raise ValueError(f"teacher_top_k must be at least 1, got {self.teacher_top_k}")
+        if self.teacher_estimate == "sample":
+            raise ValueError("a server gives no samples of the teacher's: teacher_estimate tail or truncate")
+
+    def _check_on_policy(self) -> None:
+        if not 0 <= self.lmbda <= 1:
+            raise ValueError(f"lmbda is a share of the rows, in [0, 1]; got {self.lmbda}")
+        if self.reverse_kl_reward:
+            if self.lmbda != 1:
+                raise ValueError("reverse_kl_reward is for the student's own answers alone: set lmbda to 1")
+            if self.temperature != 1 or self.sampling_temperature != 1:
+                raise ValueError(
+                    "reverse_kl_reward needs temperature and sampling_temperature 1: it rewards what is drawn"
+                )
+        if not self.lmbda:
+            return
+        if self.teacher_file is not None:
+            raise ValueError("teacher_file says nothing of the student's own answers: lmbda needs a teacher")
+        if self.packing or self.tokens_per_batch is not None:
+            raise ValueError(
+                "packing and tokens_per_batch plan rows by their length, which answers to come have not yet"
+            )
+        if self.crossentropy_weight:
+            raise ValueError("crossentropy_weight would teach the student its own answers: leave it out with lmbda")
+        if self.max_completion_length >= self.max_length:
+            raise ValueError(
+                f"max_completion_length {self.max_completion_length} leaves no room for a prompt in max_length "
+                f"{self.max_length}: raise max_length"
+            )
+        self.sampling()
+
+    def sampling(self) -> Sampling:
+        """Of the student's own answers."""
+        return Sampling(temperature=self.sampling_temperature, max_tokens=self.max_completion_length)
 
     def loss(self) -> Divergence:
         """The loss of a token; raises for what does not fit together."""
@@ -119,6 +187,7 @@ class DistillTrainer(SFTTrainer):
         args: the configuration. train_dataset, eval_dataset: rows in any of the known columns.
         teacher_processing_class: the teacher's tokenizer; by default that of the teacher's name or folder.
         teacher_adapter: name of an adapter on the student's trunk that is the teacher.
+        engine: who samples the student's own answers; by default this process, or ``args.rollout_server_url``.
         kwargs: ``processing_class``, ``peft_config``, ``callbacks``, … as in :class:`SFTTrainer`.
     Logs:
         ``loss``; ``kl``, KL(teacher, student) at temperature 1 in nats a token, whatever the divergence; ``agreement``
@@ -144,6 +213,7 @@ class DistillTrainer(SFTTrainer):
         *,
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
         teacher_adapter: str | None = None,
+        engine: RolloutEngine | None = None,
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else DistillConfig(output_dir="runs")
@@ -151,7 +221,8 @@ class DistillTrainer(SFTTrainer):
         has_adapter = kwargs.get("peft_config") is not None or hasattr(model, "get_base_model")
         if teacher_model is model:
             raise ValueError("the student is its own teacher: pass a copy, or train an adapter and no teacher_model")
-        if teacher_model is None and not has_adapter and args.teacher_file is None:
+        elsewhere = args.teacher_file is not None or args.teacher_server_url is not None
+        if teacher_model is None and not has_adapter and not elsewhere:
             raise ValueError(
                 "no teacher: pass --teacher_model_name_or_path; or train an adapter (--use_peft), and the model "
                 "without it is the teacher"
@@ -163,16 +234,27 @@ class DistillTrainer(SFTTrainer):
             )
         self.other = OtherTokenizer.load(args, teacher_model, teacher_processing_class)
         super().__init__(model, args, **kwargs)
+        self.policy: Policy = self.model
         self.divergence = args.loss()
         self.teacher: Teacher | None = None
+        self.server: ServerTeacher | None = None
+        self.answers: OwnAnswers | None = None
         if self.other is not None:
             self.teacher = self.other.join(self)
         elif args.teacher_file is not None:
             self._open(args.teacher_file)
+        elif args.teacher_server_url is not None:
+            where = str(args.teacher_server_url), str(args.teacher_server_model)
+            self.server = ServerTeacher(*where, args.teacher_top_k, self.processing_class)  # type: ignore[arg-type]
         elif teacher_model is None:
             self.teacher = OwnTrunk(teacher_adapter)
         else:
             self.teacher = self._separate(teacher_model, teacher_processing_class)
+        if args.lmbda and self.train_dataset is not None:
+            rows: Any = self.train_dataset
+            room = args.max_length - args.max_completion_length
+            self.train_dataset = with_prompts(rows, room, args.drop_long_prompts, args.dataset_num_proc)
+            self.answers = OwnAnswers(self, engine)
 
     def _open(self, folder: str) -> None:
         """Give the training rows what was kept of a teacher for them."""
@@ -219,7 +301,40 @@ class DistillTrainer(SFTTrainer):
             known = max(tokenizer.get_vocab().values()) + 1
             self.divergence = replace(self.divergence, vocab_size=known)
             logger.info("student and teacher are padded to %d and %d tokens; the %d real ones count", *sizes, known)
-        return lambda student, batch: teacher.predictions(batch)
+        return lambda student: nullcontext(teacher)
+
+    # Rows of the data stay rows until a step needs them: by then the student is the one that answers
+
+    @property
+    def _waits(self) -> bool:
+        return self.answers is not None or self.server is not None
+
+    def get_train_dataloader(self) -> DataLoader:
+        collate = self.data_collator
+        if self._waits:
+            self.data_collator = list  # type: ignore[assignment]
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collate
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        if not self._waits:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        micro = [rows for _, rows in zip(range(num_batches), epoch_iterator)]  # noqa: B905  # it may end before
+        if self.answers is not None:
+            micro = self.answers(micro)
+        batches = [self._collate(rows) for rows in micro]
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _collate(self, rows: list[dict[str, Any]]) -> Batch:
+        batch: Batch = self.data_collator(rows)  # type: ignore[assignment]
+        if self.server is None:
+            return batch
+        kept, logps = self.server.take(rows)
+        return replace(batch, teacher=kept, teacher_logps=logps)
 
     def tokenize(
         self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int
@@ -233,6 +348,8 @@ class DistillTrainer(SFTTrainer):
             return measure_aligned(self, model, batch)
         if batch.teacher is None and self.teacher is None:  # other rows than those that a file is of
             return super().measure(model, batch)
+        if self.args.reverse_kl_reward and torch.is_grad_enabled():
+            return self._rewarded(model, batch)
         scores = model(batch, divergence=self.divergence, teacher=self.teacher)
         targets, beside = batch.targets, scores.teacher
         tokens, logps = targets.counts(), scores.logps.detach()
@@ -244,8 +361,28 @@ class DistillTrainer(SFTTrainer):
             metrics["kl"] = targets.sum(beside.kl)
             metrics["agreement"] = targets.sum(beside.agrees.to(nll.dtype))
             metrics["teacher_perplexity"] = -targets.sum(beside.logps)
+        if batch.teacher_logps is not None:
+            metrics["teacher_perplexity"] = -targets.sum(batch.teacher_logps)
         loss = targets.sum(self.divergence.loss(beside.divergence, logps))
         return Measures(loss, tokens, {name: (value, tokens) for name, value in metrics.items()}, scores.loss)
+
+    def _rewarded(self, model: nn.Module, batch: Batch) -> Measures:
+        targets, taught = batch.targets, batch.teacher_logps
+        if taught is None:
+            assert self.teacher is not None
+            with torch.no_grad(), self.teacher(self.policy) as teacher:
+                taught = teacher(batch).logps
+        scores = model(batch, _reverse_kl, per_token=(taught,))
+        tokens, logps = targets.counts(), scores.logps.detach()
+        sums = {"reverse_kl": logps - taught, "perplexity": -logps, "teacher_perplexity": -taught}
+        metrics = {name: (targets.sum(value), tokens) for name, value in sums.items()}
+        return Measures(metrics["reverse_kl"][0], tokens, metrics, scores.loss)
+
+
+def _reverse_kl(scores: Scores, taught: Tensor) -> Tensor:
+    """Of each sampled token: as a value log q - log p, whose mean is KL(q, p); as a gradient that of the mean."""
+    logps = scores.logps.detach()
+    return (logps - taught) * torch.exp(scores.logps - logps)
 
 
 @dataclass
@@ -254,10 +391,11 @@ class OwnTrunk:
 
     adapter: str | None = None
 
-    def __call__(self, student: Policy, batch: Batch) -> Predictions:
+    @contextmanager
+    def __call__(self, student: Policy) -> Iterator[Policy]:
         way = student.adapter_off() if self.adapter is None else student.adapter(self.adapter)
         with still(student), way:
-            return student.predictions(batch)
+            yield student
 
 
 def _adapters(model: Any) -> list[str]:

@@ -12,12 +12,13 @@ from rlhf.rollouts import Sampling
 from rlhf.trainers.base import BaseConfig
 from rlhf.trainers.experience import ESTIMATORS, NEED_GROUPS
 from rlhf.trainers.objective import LOSSES, Objective, make_objective
+from rlhf.trainers.sampler import ServerArguments
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class PPOConfig(BaseConfig):
+class PPOConfig(ServerArguments, BaseConfig):
     """Arguments of :class:`PPOTrainer`; names are TRL's where TRL has the same thing.
 
     A rollout is ``per_device_train_batch_size * gradient_accumulation_steps * processes * num_mini_batches``
@@ -58,9 +59,6 @@ class PPOConfig(BaseConfig):
         default=None, metadata={"help": "Completions that each device samples at once; a whole rollout by default."}
     )
     max_turns: int = field(default=1, metadata={"help": "Answers in an episode, with an environment."})
-    rollout_server_url: str | None = field(default=None, metadata={"help": "Sample there (vLLM, SGLang), not here."})
-    rollout_server_model: str | None = field(default=None, metadata={"help": "Name that it serves the policy under."})
-    rollout_weights_dir: str | None = field(default=None, metadata={"help": "Folder that both see, for new weights."})
     # Learning
     num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps in a pass over a rollout."})
     num_iterations: int = field(default=4, metadata={"help": "Passes over a rollout."})

@@ -12,9 +12,9 @@ from torch import Tensor
 from rlhf.data import encode_prompt
 from rlhf.data.formats import Turns, prompt_alone
 from rlhf.models import Policy
-from rlhf.rollouts import Environment, LocalEngine, RolloutEngine, Sampling, ServerEngine, play
+from rlhf.rollouts import Environment, RolloutEngine, Sampling, play
 from rlhf.trainers.experience import Sample, varied_groups
-from rlhf.trainers.weights import plain_weights
+from rlhf.trainers.sampler import PolicySampler
 
 
 class Roller:
@@ -40,34 +40,12 @@ class Roller:
         self.rollouts = 0  # made so far
         self.drawn = 0  # prompts
         self.equal_groups = (0, 0)  # of the last rollout, before dynamic sampling replaced them: how many of how many
-        self._sent: int | None = None  # optimizer steps behind the weights that a server has
-        self._versions = 0
-        args, accelerator = self.args, trainer.accelerator
+        self.sampler = PolicySampler(trainer, engine)
+        args = self.args
         world = args.world_size
         step = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.in_step = step // args.kept  # prompts of this process
         self.prompts_in_rollout = self.in_step * world * args.num_mini_batches
-        self.engine: RolloutEngine = engine or self._server() or self._local(accelerator)
-        self.samples_here = isinstance(self.engine, LocalEngine)
-
-    def _server(self) -> RolloutEngine | None:
-        args = self.args
-        if args.rollout_server_url is None:
-            return None
-        if args.rollout_server_model is None or args.rollout_weights_dir is None:
-            raise ValueError("--rollout_server_url needs --rollout_server_model and --rollout_weights_dir")
-        return ServerEngine(args.rollout_server_url, args.rollout_server_model, weights_dir=args.rollout_weights_dir)
-
-    def _local(self, accelerator: Any) -> RolloutEngine:
-        trainer = self.trainer
-        sharded = trainer.is_deepspeed_enabled and accelerator.state.deepspeed_plugin.zero_stage == 3
-        if trainer.is_fsdp_enabled or sharded:
-            raise ValueError(
-                "the weights are sharded, and sampling in this process needs them whole: use DDP or ZeRO-2, or a "
-                "server (--rollout_server_url)"
-            )
-        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-        return LocalEngine(trainer.policy.model, self.tokenizer, autocast=autocast)
 
     # Which prompts
 
@@ -99,37 +77,18 @@ class Roller:
         """This process's samples, scored, in the order of training; with rewards of greedy answers for ``remax``."""
         self.rollouts += 1
         numbered = list(enumerate(self._draw(self.prompts_in_rollout)))
-        self._wake(policy)
-        samples = self._sample(self._mine(numbered), self.args.sampling(), self.args.num_generations)
-        if self.args.dynamic_sampling:
-            samples = self._until_varied(samples)
-        baselines = self._greedy(samples) if self.args.advantage_estimator == "remax" else None
-        self._sleep()
+        with self.sampler.awake(policy):
+            samples = self._sample(self._mine(numbered), self.args.sampling(), self.args.num_generations)
+            if self.args.dynamic_sampling:
+                samples = self._until_varied(samples)
+            baselines = self._greedy(samples) if self.args.advantage_estimator == "remax" else None
         return samples, baselines
 
     def answer(self, policy: Policy, rows: Any) -> list[Sample]:
         """One answer to each of these rows, scored: this process's share."""
         mine = [(i, rows[i]) for i in range(self.args.process_index, len(rows), self.args.world_size)]
-        self._wake(policy)
-        samples = self._sample(mine, self.args.sampling(), 1, 0, self.args.per_device_eval_batch_size)
-        self._sleep()
-        return samples
-
-    def _wake(self, policy: Policy) -> None:
-        """Bring the engine back with the policy's weights; what all processes share, the first one asks."""
-        if self.samples_here:
-            self.engine.wake()
-            return
-        if self.trainer.is_world_process_zero():
-            self.engine.wake()
-        if self._sent != self.trainer.state.global_step:
-            self._send_weights(policy)
-            self._sent = self.trainer.state.global_step
-
-    def _sleep(self) -> None:
-        self.trainer.accelerator.wait_for_everyone()  # nobody is sampling any more
-        if self.samples_here or self.trainer.is_world_process_zero():
-            self.engine.sleep()
+        with self.sampler.awake(policy):
+            return self._sample(mine, self.args.sampling(), 1, 0, self.args.per_device_eval_batch_size)
 
     def _sample(
         self,
@@ -151,7 +110,7 @@ class Roller:
         self, rows: list[tuple[int, dict[str, Any]]], sampling: Sampling, n: int, rollout: int
     ) -> list[Sample]:
         ids = [row["prompt_ids"] for _, row in rows]
-        groups = self.engine.generate(ids, n, sampling, self._seed(rollout, 0), [number for number, _ in rows])
+        groups = self.sampler.engine.generate(ids, n, sampling, self._seed(rollout, 0), [number for number, _ in rows])
         return [
             Sample(
                 group=number,
@@ -182,7 +141,7 @@ class Roller:
         episodes = play(
             environments,
             prompts,
-            self.engine,
+            self.sampler.engine,
             self.tokenizer,
             sampling,
             lambda turn: self._seed(rollout, turn),
@@ -272,14 +231,3 @@ class Roller:
 
     def _seed(self, rollout: int, turn: int) -> int:
         return int(np.random.SeedSequence((self.args.seed, rollout, turn)).generate_state(1)[0])
-
-    def _send_weights(self, policy: Policy) -> None:
-        """The policy's weights under the names of a checkpoint, an adapter merged into them."""
-        trainer = self.trainer
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        own = {key.removeprefix("model."): tensor for key, tensor in state.items() if key.startswith("model.")}
-        weights = plain_weights(policy.model, own)
-        self._versions += 1
-        if trainer.is_world_process_zero():
-            self.engine.update_weights(weights.items(), self._versions)
-        trainer.accelerator.wait_for_everyone()

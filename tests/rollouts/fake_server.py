@@ -24,6 +24,17 @@ class FakeServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
+    def read(self, body):
+        """As vLLM tells a prompt: the k likeliest at each place, and what is there."""
+        with self.lock, torch.no_grad():
+            self.model.eval()
+            logps = self.model(torch.tensor([body["prompt"]])).logits[0].log_softmax(-1)
+        places = [None]
+        for row, token in zip(logps, body["prompt"][1:], strict=False):
+            best = {*row.topk(body["prompt_logprobs"]).indices.tolist(), token}
+            places.append({str(v): {"logprob": float(row[v]), "rank": 1, "decoded_token": "…"} for v in best})
+        return {"choices": [{"index": 0, "text": "…", "finish_reason": "length", "prompt_logprobs": places}]}
+
     def complete(self, body):
         sampling = Sampling(
             **{k: body[k] for k in ("temperature", "top_p", "min_tokens", "max_tokens") if k in body},
@@ -78,7 +89,11 @@ class Handler(BaseHTTPRequestHandler):
             self.reply({"detail": "asleep"}, 503)
         elif self.path == "/v1/completions":
             self.server.bodies.append(body)
-            self.reply(self.server.complete(body))
+            reads = "prompt_logprobs" in body and self.server.weights == "vllm"
+            self.reply(self.server.read(body) if reads else self.server.complete(body))
+        elif self.path == "/tokenize" and self.server.weights == "vllm":
+            ids = self.server.engine.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]
+            self.reply({"tokens": ids, "count": len(ids)})
         elif self.path == "/update_weights_from_disk" and self.server.weights == "sglang":
             self.server.load(body["model_path"])
             self.reply({"success": True, "message": ""})

@@ -400,7 +400,9 @@ def test_answers_with_more_around_them(student, teacher, want):
     ("options", "message"),
     [
         (dict(align="tokens"), "align must be one of uld, spans; got 'tokens'"),
-        (dict(align="uld", teacher_file="x"), "align uld asks a teacher of another vocabulary, which teacher_file"),
+        (dict(align="uld", teacher_file="x"), "align uld needs the teacher itself, not teacher_file: teacher_model"),
+        (dict(align="uld", teacher_server_url="http://x", teacher_server_model="x"), "itself, not teacher_server_url"),
+        (dict(align="spans", lmbda=0.5), "align spans reads the text of rows, and lmbda would give ids"),
         (dict(align="uld", beta=0.5, teacher_estimate="sample"), "a loss of its own: leave beta, teacher_estimate out"),
         (dict(align="spans", divergence="kl_divergence", reverse=True), "of its own: leave divergence, reverse out"),
         (dict(align="spans", temperature=0.0), "temperature must be"),
