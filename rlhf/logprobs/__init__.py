@@ -2,9 +2,10 @@
 
 from rlhf.logprobs.aligned import compare_sorted
 from rlhf.logprobs.bridge import model_predictions, model_scores
+from rlhf.logprobs.chunks import Plan, plan
 from rlhf.logprobs.divergence import Divergence, Predictions, compare
 from rlhf.logprobs.head import Head, HeadSettings, head_settings, read_head, verified_settings
-from rlhf.logprobs.score import Comparison, LocalLoss, Plan, Scores, plan, score
+from rlhf.logprobs.score import Comparison, LocalLoss, Scores, score
 from rlhf.logprobs.targets import Targets
 from rlhf.logprobs.topk import TopK, TopKScores, model_top_k, model_top_k_divergence, top_k, top_k_divergence
 from rlhf.losses import perplexity, sequence_logps, shift, token_logps

@@ -1,26 +1,11 @@
 """A student beside a teacher of another vocabulary: their sorted probabilities, from hidden states and two heads."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from rlhf.logprobs.chunks import Step, Walk, check_tokens, plan, sum_over_chunks
 from rlhf.logprobs.divergence import Divergence, Predictions
-from rlhf.logprobs.head import Head
-from rlhf.logprobs.score import (
-    Comparison,
-    Scores,
-    _grad_logits,
-    _Gradients,
-    _log_softmax,
-    _operands,
-    _scaled,
-    _scratch,
-    check_tokens,
-    plan,
-)
+from rlhf.logprobs.score import Comparison, Scores, _grad_logits
 from rlhf.losses import uld_loss
 
 HELD = 4  # chunks of logits at a time: probabilities, their order (int64) and the gradient
@@ -70,12 +55,10 @@ def compare_sorted(
             len(token), HELD * (student.vocabulary + teacher.vocabulary), rows.device,
             learns=learns, head_learns=head_learns, local=True, chunk_size=chunk_size,
         ).chunk_size  # fmt: skip
-        given = (head, weights, teacher, token, teacher_token, partner, size)
-        if learns:
-            table, loss = _Local.apply(rows, head.weight, head.bias, *given)
-        else:
-            table = _walk(rows, head, None, *given[1:])
-            loss = weights.loss(table[0], table[1]).sum()
+        has, place = partner >= 0, partner.clamp(min=0)
+        beside = Walk(teacher.rows[place], teacher.head, size)
+        step = _step(beside, has, token, teacher_token[place], weights, learns)
+        table, loss = sum_over_chunks(rows, head, size, step, learns)
     found, logps, taught = table.unbind()
     return Scores(logps, loss=loss, teacher=Comparison(found, logps=taught))
 
@@ -99,57 +82,21 @@ def _dense(
     return Scores(logps.detach(), loss=loss, teacher=Comparison(found.detach(), logps=torch.where(has, taught, 0.0)))
 
 
-class _Local(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, head: Head, weights: Divergence, *given: Any
-    ) -> tuple[Tensor, Tensor]:
-        gradients = _Gradients(rows, head, _operands(rows, head), ctx.needs_input_grad)
-        table = _walk(rows, head, gradients, weights, *given)
-        ctx.save_for_backward(*gradients.results())
-        ctx.mark_non_differentiable(table)
-        return table, weights.loss(table[0], table[1]).sum()
+def _step(teacher: Walk, has: Tensor, token: Tensor, teacher_token: Tensor, weights: Divergence, learns: bool) -> Step:
+    """Finds [3, c]: sorted difference, log-probs of the token under the student and of the partner's."""
+    soft, hard = weights.distillation_weight, weights.crossentropy_weight
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_scaled(ctx.saved_tensors, grads[1]), *[None] * 7
+    def step(chunk: slice, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        log_p = teacher.log_probs(chunk)[0].to(log_q.dtype)
+        own = log_q.gather(1, token[chunk, None]).squeeze(1)
+        taught = torch.where(has[chunk], log_p.gather(1, teacher_token[chunk, None]).squeeze(1), 0.0)
+        with torch.set_grad_enabled(learns):
+            logits = log_q.detach().requires_grad_(learns)  # but for a constant, which changes nothing
+            value = uld_loss(logits, log_p, weights.temperature, reduction="none", mask=has[chunk])
+            dz = torch.autograd.grad(value.sum(), logits)[0].mul_(soft) if learns else log_q
+        found = torch.stack([value.detach(), own, taught])
+        if learns and hard:
+            dz.add_(_grad_logits(log_q, token[chunk], torch.full_like(own, -hard), None, log_q))
+        return found, weights.loss(found[0], own).sum(), dz
 
-
-def _walk(
-    rows: Tensor,
-    head: Head,
-    gradients: _Gradients | None,
-    weights: Divergence,
-    teacher: Predictions,
-    token: Tensor,
-    teacher_token: Tensor,
-    partner: Tensor,
-    size: int,
-) -> Tensor:
-    """[3, N]: sorted difference, log-probs of the token and of the partner's; adds to ``gradients``."""
-    assert teacher.head is not None
-    op, their = _operands(rows, head), _operands(teacher.rows, teacher.head)
-    as_many = teacher.rows[:1].expand(len(rows), -1)  # a row of the teacher's for each of the student's
-    scratch, their_scratch = _scratch(rows, size, op), _scratch(as_many, size, their)
-    table = rows.new_empty(3, len(rows), dtype=op.result)
-    for start in range(0, len(rows), size):
-        chunk = slice(start, start + size)
-        has, place = partner[chunk] >= 0, partner[chunk].clamp(min=0)
-        with torch.no_grad():
-            log_q, slope = _log_softmax(rows[chunk], head, op, scratch)
-            log_p = _log_softmax(teacher.rows[place], teacher.head, their, their_scratch)[0].to(op.result)
-            table[1, chunk] = log_q.gather(1, token[chunk, None]).squeeze(1)
-            table[2, chunk] = torch.where(has, log_p.gather(1, teacher_token[place, None]).squeeze(1), 0.0)
-        with torch.set_grad_enabled(gradients is not None):
-            logits = log_q.detach().requires_grad_(gradients is not None)  # but for a constant, which changes nothing
-            found = uld_loss(logits, log_p, weights.temperature, reduction="none", mask=has)
-            pull = torch.autograd.grad(found.sum(), logits)[0] if gradients is not None else None
-        table[0, chunk] = found.detach()
-        if gradients is not None and pull is not None:
-            pull.mul_(weights.distillation_weight)
-            if weights.crossentropy_weight:
-                hard = log_q.new_full((len(log_q),), -weights.crossentropy_weight)
-                pull.add_(_grad_logits(log_q, token[chunk], hard, None, log_q))
-            gradients.add(chunk, pull, slope)
-    return table
+    return step

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf.logprobs.chunks import Mode
 from rlhf.logprobs.divergence import Predictions
 from rlhf.logprobs.head import backbone_of, read_head, verified_settings
-from rlhf.logprobs.score import LocalLoss, Mode, Scores, score
+from rlhf.logprobs.score import LocalLoss, Scores, score
 from rlhf.logprobs.targets import Targets
 
 

@@ -18,21 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from rlhf.logprobs.chunks import Step, Walk, check_tokens, plan, sum_over_chunks
 from rlhf.logprobs.head import Head
-from rlhf.logprobs.score import (
-    Comparison,
-    Scores,
-    _Gradients,
-    _log_softmax,
-    _operands,
-    _scaled,
-    _scratch,
-    check_tokens,
-    plan,
-)
+from rlhf.logprobs.score import Comparison, Scores
 from rlhf.losses import DIVERGENCES
 
 FAR = 80.0  # log-ratios beyond it change nothing in float32, whose exp overflows at 88
@@ -189,11 +178,8 @@ def compare(
             len(token), 2 * student.vocabulary, rows.device,
             learns=learns, head_learns=head_learns, local=True, chunk_size=chunk_size,
         ).chunk_size  # fmt: skip
-        if learns:
-            table, loss = _Local.apply(rows, head.weight, head.bias, head, teacher, token, size, divergence)
-        else:
-            table = _walk(rows, head, teacher, token, size, divergence)
-            loss = divergence.loss(table[0], table[2]).sum()
+        step = _step(Walk(teacher.rows, teacher.head, size), token, divergence, learns)
+        table, loss = sum_over_chunks(rows, head, size, step, learns)
     of, kl, logps, taught, agrees = table.unbind()
     return Scores(logps, loss=loss, teacher=Comparison(of, kl, taught, agrees.bool()))
 
@@ -225,61 +211,19 @@ def _dense(student: Predictions, teacher: Predictions, token: Tensor, divergence
     return Scores(logps.detach(), loss=loss, teacher=Comparison(values.detach(), kl, taught, agrees))
 
 
-class _Local(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        head: Head,
-        teacher: Predictions,
-        token: Tensor,
-        size: int,
-        divergence: Divergence,
-    ) -> tuple[Tensor, Tensor]:
-        gradients = _Gradients(rows, head, _operands(rows, head), ctx.needs_input_grad)
-        table = _walk(rows, head, teacher, token, size, divergence, gradients)
-        ctx.save_for_backward(*gradients.results())
-        ctx.mark_non_differentiable(table)
-        return table, divergence.loss(table[0], table[2]).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_scaled(ctx.saved_tensors, grads[1]), None, None, None, None, None
-
-
-def _walk(
-    rows: Tensor,
-    head: Head,
-    teacher: Predictions,
-    token: Tensor,
-    size: int,
-    divergence: Divergence,
-    gradients: _Gradients | None = None,
-) -> Tensor:
-    """[5, N]: divergence, KL, log-probs of the token under student and teacher, agreement; adds to ``gradients``."""
-    assert teacher.head is not None
-    op, their = _operands(rows, head), _operands(teacher.rows, teacher.head)
-    scratch, their_scratch = _scratch(rows, size, op), _scratch(teacher.rows, size, their)
-    table = rows.new_empty(5, len(rows), dtype=op.result)
-    block = max(IN_CACHE // head.weight.size(0), 1) if rows.device.type == "cpu" else size
+def _step(teacher: Walk, token: Tensor, divergence: Divergence, learns: bool) -> Step:
+    """Finds [5, c]: divergence, KL, log-probs of the token under student and teacher, agreement."""
     terms = divergence.terms()
-    with torch.no_grad():
-        for start in range(0, len(rows), size):
-            chunk = slice(start, start + size)
-            log_q, slope = _log_softmax(rows[chunk], head, op, scratch)
-            log_p = _log_softmax(teacher.rows[chunk], teacher.head, their, their_scratch)[0].to(op.result)
-            for first in range(0, len(log_q), block):
-                part = slice(first, first + block)
-                found = _compare(
-                    log_q[part], log_p[part], token[chunk][part, None], divergence, terms, gradients is not None
-                )
-                table[:, start + first : start + first + found.size(1)] = found
-            if gradients is not None:
-                gradients.add(chunk, log_q, slope)
-    return table
+
+    def step(chunk: slice, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        log_p = teacher.log_probs(chunk)[0].to(log_q.dtype)
+        block = max(IN_CACHE // log_q.size(1), 1) if log_q.device.type == "cpu" else max(len(log_q), 1)
+        parts = [slice(first, first + block) for first in range(0, max(len(log_q), 1), block)]
+        y = token[chunk, None]
+        found = torch.cat([_compare(log_q[p], log_p[p], y[p], divergence, terms, learns) for p in parts], 1)
+        return found, divergence.loss(found[0], found[2]).sum(), log_q
+
+    return step
 
 
 class Terms(NamedTuple):

@@ -15,12 +15,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from rlhf.logprobs.bridge import own_logits, without_adapter
+from rlhf.logprobs.chunks import Step, Walk, plan, sum_over_chunks
 from rlhf.logprobs.head import Head, backbone_of, read_head, verified_settings
-from rlhf.logprobs.score import _chunk_size, _Gradients, _log_softmax, _operands, _scratch
 from rlhf.logprobs.targets import Targets
 from rlhf.losses import sampled_distillation_loss, top_k_jsd
 from rlhf.losses._top_k import between, outcomes
@@ -114,12 +112,13 @@ def top_k_divergence(
         raise ValueError(f"hidden states have size {hidden.size(-1)}, the head {head.weight.size(1)}")
     _check(targets, teacher, terms, head.weight.size(0))
     rows = hidden.reshape(-1, hidden.size(-1)).index_select(0, targets.source)
-    size = chunk_size or _chunk_size(len(targets), head.weight.size(0), rows.device)
-    learns = torch.is_grad_enabled()  # which is always off inside a Function
+    head_learns = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+    learns = torch.is_grad_enabled() and (rows.requires_grad or head_learns)
+    size = _size(rows, head, chunk_size)
+    step = _step(targets.token, teacher, terms, head.temperature)
     with torch.autocast(rows.device.type, enabled=False):
-        return TopKScores(
-            *_Local.apply(rows, head.weight, head.bias, head, targets.token, teacher, terms, size, learns)
-        )
+        (divergence, logps), loss = sum_over_chunks(rows, head, size, step, learns)
+    return TopKScores(loss, divergence, logps)
 
 
 def model_top_k_divergence(
@@ -176,43 +175,17 @@ def _check(targets: Targets, teacher: TopK, terms: _Terms, vocabulary: int) -> N
                 raise ValueError(f"{what} {wrong} is outside the student's vocabulary [0, {vocabulary})")
 
 
-class _Local(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        head: Head,
-        token: Tensor,
-        teacher: TopK,
-        terms: _Terms,
-        size: int,
-        learns: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        op = _operands(rows, head)
-        gradients = _Gradients(rows, head, op, ctx.needs_input_grad)
-        scratch = _scratch(rows, size, op)
-        logps = rows.new_empty(rows.size(0), dtype=op.result)
-        divergence = torch.empty_like(logps)
-        for start in range(0, rows.size(0), size):
-            chunk = slice(start, start + size)
-            dense, slope = _log_softmax(rows[chunk], head, op, scratch)
-            divergence[chunk], logps[chunk], dz = _chunk(
-                dense, token[chunk], teacher.rows(chunk), terms, head.temperature
-            )
-            if learns:
-                gradients.add(chunk, dz, slope)
-        total = terms.soft * divergence.sum() - terms.hard * logps.sum()
-        ctx.save_for_backward(*(gradients.results() if learns else ()))
-        ctx.mark_non_differentiable(divergence, logps)
-        return total, divergence, logps
+def _size(rows: Tensor, head: Head, chunk_size: int | None) -> int:
+    vocabulary = head.weight.size(0)
+    return plan(len(rows), vocabulary, rows.device, learns=False, head_learns=False, chunk_size=chunk_size).chunk_size
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, factor: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if x is None else x.mul_(factor.to(x.dtype)) for x in ctx.saved_tensors]
-        return *scaled, None, None, None, None, None, None
+
+def _step(token: Tensor, teacher: TopK, terms: _Terms, temperature: float) -> Step:
+    def step(chunk: slice, dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        divergence, logps, dz = _chunk(dense, token[chunk], teacher.rows(chunk), terms, temperature)
+        return torch.stack([divergence, logps]), (terms.soft * divergence - terms.hard * logps).sum(), dz
+
+    return step
 
 
 def _chunk(
@@ -289,14 +262,11 @@ def top_k(
     """
     _check_k(k, head.weight.size(0))
     rows = hidden.detach().reshape(-1, hidden.size(-1)).index_select(0, targets.source)
-    op, size = _operands(rows, head), chunk_size or _chunk_size(len(targets), head.weight.size(0), rows.device)
-    scratch = _scratch(rows, size, op)
     parts = []
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
-        for start in range(0, max(len(rows), 1), size):
-            chunk = slice(start, start + size)
-            dense, _ = _log_softmax(rows[chunk], head, op, scratch)
-            parts.append(_keep(dense, k, None if uniforms is None else uniforms[chunk]))
+        walk = Walk(rows, head, _size(rows, head, chunk_size))
+        for chunk in walk.chunks():
+            parts.append(_keep(walk.log_probs(chunk)[0], k, None if uniforms is None else uniforms[chunk]))
     ids, logps, rest, samples = zip(*parts, strict=True)
     return TopK(torch.cat(ids), torch.cat(logps), torch.cat(rest), None if uniforms is None else torch.cat(samples))
 
