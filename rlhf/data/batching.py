@@ -10,7 +10,8 @@ from torch import Tensor
 from rlhf.logprobs import Targets, TopK
 
 if TYPE_CHECKING:
-    from rlhf.data.teacher_file import TeacherFile  # which needs this file
+    from rlhf.data.paired import Paired  # which need this file
+    from rlhf.data.teacher_file import TeacherFile
 
 IGNORE = -100
 TEACHER_ROW = "teacher_row"  # column: which row of the teacher's file a row is
@@ -43,7 +44,8 @@ class Batch:
 
     ``ref_logps`` [S] are the reference's sums for each sequence, where they were computed before; ``margin`` is float32
     [pairs], how far apart the rewards of each pair should be, where the data says so; ``teacher`` is what was kept of a
-    teacher for each of the targets, ``teacher_logps`` [N] what it says of the targets themselves.
+    teacher for each of the targets, ``teacher_logps`` [N] what it says of the targets themselves; ``paired`` is the
+    same text for a teacher with another tokenizer.
     """
 
     input_ids: Tensor
@@ -55,10 +57,13 @@ class Batch:
     margin: Tensor | None = None
     teacher: TopK | None = None
     teacher_logps: Tensor | None = None
+    paired: "Paired | None" = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         names = ("input_ids", "attention_mask", "position_ids", "ref_logps", "margin", "teacher", "teacher_logps")
-        held: dict[str, Any] = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        held: dict[str, Any] = {
+            name: tensor for name in (*names, "paired") if (tensor := getattr(self, name)) is not None
+        }
         moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in held.items()}
         return replace(self, targets=self.targets.to(device, non_blocking), **moved)
 

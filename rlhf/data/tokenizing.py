@@ -36,7 +36,7 @@ def tokenize_sft(
     Raises:
         ValueError: names the data set, the row and the remedy.
     """
-    with _naming(dataset):
+    with prefixed(_name(dataset)):
         column = formats.completion_columns(dataset.column_names, text_field)
     if column == "chosen":
         logger.info("%s: preference rows; their chosen answers are scored", _name(dataset))
@@ -63,7 +63,7 @@ def tokenize_preferences(
     Raises:
         ValueError: names the data set, the row and the remedy.
     """
-    with _naming(dataset):
+    with prefixed(_name(dataset)):
         formats.check_preference_columns(dataset.column_names)
     margin = margin and "margin" in dataset.column_names
     encode = partial(_encode_pair, tokenizer=tokenizer, ready="chosen_ids" in dataset.column_names, margin=margin)
@@ -164,19 +164,22 @@ def _encode_pair(row: Row, tokenizer: PreTrainedTokenizerBase, ready: bool, marg
 def _process(
     row: Row, index: int, *, encode: Callable[[Row], Row], name: str, max_length: int, vocab_size: int, drop: bool
 ) -> Row:
-    try:
-        encoded = encode(row)
-        own = {"margin": encoded.pop("margin")} if "margin" in encoded else {}
-        _check_vocabulary(encoded, vocab_size)
-        prompt = _prompt_length(encoded)
-        too_long = prompt >= max_length
-        if too_long and not drop:
-            raise ValueError(
-                f"the prompt has {prompt} tokens and max_length is {max_length}: raise --max_length, or pass "
-                "--drop_long_prompts to leave such rows out"
-            )
-    except ValueError as error:
-        raise ValueError(f"{name}, row {index + 1}: {error}") from error
+    with prefixed(f"{name}, row {index + 1}"):
+        return cut(encode(row), max_length, vocab_size, drop)
+
+
+def cut(encoded: Row, max_length: int, vocab_size: int, drop: bool) -> Row:
+    """A row of ids, checked, without its end beyond ``max_length``; ``_cut`` says how many ids that took, ``_drop`` why
+    the row is to be left out, if it is."""
+    own = {"margin": encoded.pop("margin")} if "margin" in encoded else {}
+    _check_vocabulary(encoded, vocab_size)
+    prompt = _prompt_length(encoded)
+    too_long = prompt >= max_length
+    if too_long and not drop:
+        raise ValueError(
+            f"the prompt has {prompt} tokens and max_length is {max_length}: raise --max_length, or pass "
+            "--drop_long_prompts to leave such rows out"
+        )
     before = _size(encoded)
     # A prompt belongs to both answers: it is kept whole, and the answers share what is left of max_length.
     room = max_length - prompt if "prompt_ids" in encoded else max_length
@@ -225,12 +228,25 @@ def _tokenize(
     num_proc: int | None,
 ) -> Dataset:
     name = _name(dataset)
+    key = (_VERSION, dataset._fingerprint, kind, identity(tokenizer), name, max_length, vocab_size, drop)
+    process = partial(_process, encode=encode, name=name, max_length=max_length, vocab_size=vocab_size, drop=drop)
+    return map_rows(dataset, process, key, max_length, num_proc)
+
+
+def identity(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """All of a tokenizer that decides what a row becomes."""
+    return tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str()
+
+
+def map_rows(
+    dataset: Dataset, process: Callable[[Row, int], Row], key: tuple[Any, ...], max_length: int, num_proc: int | None
+) -> Dataset:
+    """Rows by ``process``, which gives what :func:`cut` does; ``key`` is all that they depend on."""
+    name = _name(dataset)
     if len(dataset) == 0:
         raise ValueError(f"{name}: no rows")
-    template = (tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str())
-    key = (_VERSION, dataset._fingerprint, kind, template, name, max_length, vocab_size, drop)
     mapped = dataset.map(
-        partial(_process, encode=encode, name=name, max_length=max_length, vocab_size=vocab_size, drop=drop),
+        process,
         with_indices=True,
         remove_columns=dataset.column_names,
         new_fingerprint=Hasher.hash(key),
@@ -257,9 +273,9 @@ def _name(dataset: Dataset) -> str:
 
 
 @contextmanager
-def _naming(dataset: Dataset) -> Iterator[None]:
-    """Prefix a ValueError with the data set's name."""
+def prefixed(where: str) -> Iterator[None]:
+    """Begin a ValueError with where it was found."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{_name(dataset)}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error

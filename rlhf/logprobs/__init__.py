@@ -1,5 +1,6 @@
 """Log-probabilities of the tokens that count: targets, the head as data, the bridge to Hugging Face models."""
 
+from rlhf.logprobs.aligned import compare_sorted
 from rlhf.logprobs.bridge import model_predictions, model_scores
 from rlhf.logprobs.chunks import Plan, plan
 from rlhf.logprobs.divergence import Divergence, Predictions, compare
@@ -22,6 +23,7 @@ __all__ = [
     "TopK",
     "TopKScores",
     "compare",
+    "compare_sorted",
     "head_settings",
     "model_predictions",
     "model_scores",

@@ -17,6 +17,7 @@ from rlhf.logprobs import (
     Scores,
     TopK,
     compare,
+    compare_sorted,
     model_predictions,
     model_scores,
     model_top_k_divergence,
@@ -94,8 +95,12 @@ class Policy(Wrapper):
             if divergence is not None and batch.teacher is not None:
                 return self._beside_kept(batch, batch.teacher, divergence)
             if divergence is not None and teacher is not None:
+                paired = batch.paired
                 with torch.no_grad(), teacher(self) as taught:
-                    theirs = taught.predictions(batch)
+                    theirs = taught.predictions(batch if paired is None else paired.batch)
+                if paired is not None:
+                    tokens = batch.targets.token, paired.batch.targets.token
+                    return compare_sorted(self.predictions(batch), theirs, *tokens, paired.partner, divergence)
                 return compare(self.predictions(batch), theirs, batch.targets.token, divergence)
             return model_scores(
                 self.model,

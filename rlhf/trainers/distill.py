@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +17,7 @@ from rlhf.logprobs import Scores
 from rlhf.models import Policy, load_model, load_tokenizer
 from rlhf.models.policy import Teacher, still
 from rlhf.rollouts import RolloutEngine
+from rlhf.trainers.aligned import OtherTokenizer, measure_aligned
 from rlhf.trainers.base import BaseConfig, Measures
 from rlhf.trainers.distill_config import DistillConfig
 from rlhf.trainers.matching import MatchingPolicy
@@ -50,11 +52,13 @@ class DistillTrainer(SFTTrainer):
         (share of tokens for which both find the same token likeliest); ``perplexity`` and ``teacher_perplexity`` of
         the same tokens; ``num_tokens``, ``grad_norm``, ``learning_rate``. All but the last three in evaluation too.
         From a file: ``divergence``, as it is estimated, and ``perplexity``. With a weight of its own
-        ``hidden_state_loss`` and ``attention_loss``, before the weight, per token.
+        ``hidden_state_loss`` and ``attention_loss``, before the weight, per token. With ``args.align``: ``uld`` or
+        ``span``, its mean over pairs of tokens or spans; ``aligned``, the share of scored tokens in one; both
+        perplexities, the teacher's of its own tokens (of those in a pair).
     Raises:
-        ValueError: no teacher, a teacher with another tokenizer, or bad data; before any step.
+        ValueError: no teacher, a teacher with another tokenizer and no ``align``, or bad data; before any step.
 
-    Source: arXiv 1503.02531, 2306.13649.
+    Source: arXiv 1503.02531, 2306.13649; with ``align`` 2402.12030, 2503.20083.
     """
 
     wrapper = MatchingPolicy
@@ -89,13 +93,16 @@ class DistillTrainer(SFTTrainer):
                 f"teacher_adapter {teacher_adapter!r} is for no other teacher and a model that has it; "
                 f"adapters: {', '.join(_adapters(model)) or 'none'}"
             )
+        self.other = OtherTokenizer.load(args, teacher_model, teacher_processing_class)
         super().__init__(model, args, **kwargs)
         self.policy: Policy = self.model
         self.divergence = args.loss()
         self.teacher: Teacher | None = None
         self.server: ServerTeacher | None = None
         self.answers: OwnAnswers | None = None
-        if args.teacher_file is not None:
+        if self.other is not None:
+            self.teacher = self.other.join(self)
+        elif args.teacher_file is not None:
             self._open(args.teacher_file)
         elif args.teacher_server_url is not None:
             where = str(args.teacher_server_url), str(args.teacher_server_model)
@@ -150,7 +157,9 @@ class DistillTrainer(SFTTrainer):
         if tokenizer is None:
             logger.warning("the teacher's tokenizer is not known (teacher_processing_class); taken to be the student's")
         elif (difference := tokenizer_difference(self.processing_class, tokenizer)) is not None:  # type: ignore[arg-type]
-            raise ValueError(f"the teacher has another tokenizer: {difference}")
+            raise ValueError(
+                f"the teacher has another tokenizer: {difference}; pass --align uld or --align spans to learn from it"
+            )
         if isinstance(model, str):
             model = load_model(model, **(own if isinstance(own, dict) else {}))
         teacher = self.freeze(model)
@@ -201,7 +210,16 @@ class DistillTrainer(SFTTrainer):
         kept, logps = self.server.take(rows)
         return replace(batch, teacher=kept, teacher_logps=logps)
 
+    def tokenize(
+        self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int
+    ) -> Dataset:  # fmt: skip
+        if self.other is not None:
+            return self.other.tokenize(dataset, tokenizer, args, vocab_size)
+        return super().tokenize(dataset, tokenizer, args, vocab_size)
+
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
+        if self.other is not None:
+            return measure_aligned(self, model, batch)
         if batch.teacher is None and self.teacher is None:  # other rows than those that a file is of
             return super().measure(model, batch)
         if self.args.reverse_kl_reward and torch.is_grad_enabled():

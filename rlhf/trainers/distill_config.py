@@ -7,6 +7,7 @@ from rlhf.logprobs import Divergence
 from rlhf.logprobs.topk import Estimate
 from rlhf.losses import DIVERGENCES
 from rlhf.rollouts import Sampling
+from rlhf.trainers.aligned import check_options
 from rlhf.trainers.matching import DISTANCES, Weights
 from rlhf.trainers.sampler import ServerArguments
 from rlhf.trainers.sft import SFTConfig
@@ -58,6 +59,13 @@ class DistillConfig(ServerArguments, SFTConfig):
     crossentropy_weight: float = field(
         default=0.0, metadata={"help": "Weight of the tokens themselves, the hard labels, at temperature 1."}
     )
+    align: str | None = field(
+        default=None,
+        metadata={
+            "help": "A teacher with another tokenizer: compare sorted probabilities (uld), or spans of the same text.",
+            "choices": ["uld", "spans"],
+        },
+    )
     hidden_state_weight: float = field(
         default=0.0, metadata={"help": "Weight of the distance between the layers' outputs, student's and teacher's."}
     )
@@ -96,6 +104,7 @@ class DistillConfig(ServerArguments, SFTConfig):
         self.loss()
         self._check_on_policy()
         self._check_matching()
+        check_options(self)
 
     def _check_server(self) -> None:
         if self.teacher_server_model is None:

@@ -84,12 +84,14 @@ HAS = {
     "docs/runs/smollm2-135m": ("sft", "dpo"),
     "docs/runs/one-sentence": ("ppo", "grpo"),
     "docs/runs/reward-and-ppo": ("reward", "ppo"),
+    "docs/runs/distillation": ("hard", "live", "cached", "gkd"),
 }
 TRAINING = [ROOT / f"{folder}/{name}.yaml" for folder, names in HAS.items() for name in names]
 OWN = {
     **{
         "sft": (SFTConfig,),
-        "distill": (DistillConfig,),
+        "hard": (SFTConfig,),
+        **dict.fromkeys(("distill", "live", "cached", "gkd"), (DistillConfig,)),
         "dpo": (ReferenceArguments, DPOConfig),
         "reward": (RewardConfig,),
     },
