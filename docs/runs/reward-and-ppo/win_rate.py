@@ -17,7 +17,7 @@ from rlhf.rewards import ModelReward
 from rlhf.rollouts import LocalEngine, Sampling
 
 before, after, reward_model, prompts, output = sys.argv[1:]
-TOKENS = 64
+TOKENS = 128
 rows = [row["prompt"] for row in load_data(prompts)]
 reward = ModelReward(reward_model)
 
