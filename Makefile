@@ -16,9 +16,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-bench: setup  # MODEL=folder [DATA=folder of rows] adds whole steps of SFT and DPO, half an hour on 2 cores
+bench: setup  # MODEL=folder [DATA=folder of rows] adds whole steps of training, half an hour on 2 cores
 	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/head.py
+	$(BIN)/python benchmarks/distillation.py $(if $(MODEL),--model $(MODEL) $(if $(DATA),--data $(DATA)))
 	$(if $(MODEL),$(BIN)/python benchmarks/growth.py --model $(MODEL))
 	$(if $(MODEL),$(BIN)/python benchmarks/generation.py --model $(MODEL))
 	$(if $(MODEL),$(BIN)/python benchmarks/training.py --model $(MODEL) $(if $(DATA),--data $(DATA)))
