@@ -18,6 +18,7 @@ from rlhf.data.packing import num_tokens
 from rlhf.data.teacher_file import read_key, write_key
 from rlhf.logprobs import model_top_k
 from rlhf.models import choose_layout, disable_dropout
+from rlhf.models.linear import speed_up_linear
 from rlhf.rollouts import Completion, LocalEngine, Sampling
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def keep_top_k(model: Any, rows: Dataset, file: TeacherFile, *, tokens_per_batch
     device = next(model.parameters()).device
     model.eval()
     disable_dropout(model)
+    speed_up_linear(model)
     collate = Collator(layout=choose_layout(model, layout))
     missing = set(file.missing().tolist())
     logger.info(
