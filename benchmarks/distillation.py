@@ -151,6 +151,8 @@ def trainer_of(side: str, args: argparse.Namespace, folder: str) -> Any:
     teacher = args.model if side == "ours, live" else None
     if side == "ours, cached":
         settings["teacher_file"] = args.kept
+    else:
+        settings["teacher_model_init_kwargs"] = {"dtype": "float32"}
     return DistillTrainer(
         student, teacher, DistillConfig(**settings, beta=0.5), train_dataset=data, processing_class=tokenizer
     )
@@ -202,7 +204,9 @@ def steps(args: argparse.Namespace) -> dict[str, Any]:
         for side in STEPS:
             argv = [sys.executable, __file__, "--model", args.model, "--steps", str(args.steps), "--one", side]
             argv += ["--kept", str(Path(folder) / "kept"), *(["--data", args.data] if args.data else [])]
-            done = subprocess.run(argv, capture_output=True, text=True)
+            # What we ask of torch's memory stays with our sides.
+            own = {"THP_MEM_ALLOC_ENABLE": "0"} if side == "TRL, live" else {}
+            done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | own)
             if done.returncode:
                 raise SystemExit(f"{side}:\n{done.stderr[-3000:]}")
             found[side] = json.loads(done.stdout.strip().splitlines()[-1])

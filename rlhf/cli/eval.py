@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf.cli.arguments import ModelArguments, parse
 from rlhf.cli.training import _require, quiet_logging
-from rlhf.data import load_data
+from rlhf.data import load_data, tokenizer_difference
 from rlhf.evaluation import complete, model_size, model_speed, prompts_of, show_completions, show_metrics
 from rlhf.models import Policy, load_model, load_tokenizer
 from rlhf.trainers import DistillConfig, DistillTrainer, DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -28,7 +28,7 @@ class EvalArguments:
     max_length: int = field(default=1024, metadata={"help": "Longest sequence in tokens."})
     drop_long_prompts: bool = field(default=False, metadata={"help": "Leave out rows with too long a prompt."})
     chat_template_path: str | None = field(default=None, metadata={"help": "Template file, or a model folder."})
-    batch_size: int = field(default=8, metadata={"help": "Rows a forward pass, on each device; moves no figure."})
+    batch_size: int = field(default=8, metadata={"help": "Rows a forward pass, on each device; moves speeds alone."})
     beta: float = field(default=0.1, metadata={"help": "Scale of the rewards in the preference metrics."})
     num_completions: int = field(default=0, metadata={"help": "Also answer this many prompts, greedily."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer."})
@@ -51,15 +51,22 @@ def run(argv: list[str]) -> None:
         report_to="none",
     )
     teacher = None
+    others = {name: value for name, value in model_args.load_kwargs().items() if name != "revision"}
     with tempfile.TemporaryDirectory() as scratch:
         if args.teacher_model_name_or_path is not None:
-            teacher = load_model(args.teacher_model_name_or_path, **model_args.load_kwargs())
+            theirs = load_tokenizer(args.teacher_model_name_or_path)
+            if (difference := tokenizer_difference(tokenizer, theirs)) is not None:
+                raise ValueError(
+                    f"the teacher has another tokenizer ({difference}), and perplexities of two tokenizers do not "
+                    "compare: leave --teacher_model_name_or_path out"
+                )
+            teacher = load_model(args.teacher_model_name_or_path, **others)
             trainer: Any = DistillTrainer(
                 model, teacher, DistillConfig(scratch, **shared), eval_dataset=rows, processing_class=tokenizer,
-                teacher_processing_class=load_tokenizer(args.teacher_model_name_or_path),
+                teacher_processing_class=theirs,
             )  # fmt: skip
         elif args.ref_model_name_or_path is not None and "chosen" in rows.column_names:
-            reference = load_model(args.ref_model_name_or_path, **model_args.load_kwargs())
+            reference = load_model(args.ref_model_name_or_path, **others)
             trainer = DPOTrainer(
                 model, reference, DPOConfig(scratch, beta=args.beta, **shared),
                 eval_dataset=rows, processing_class=tokenizer,

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data import formats
+from rlhf.data import formats, tokenizing
 from rlhf.data.alignment import Piece, Spans, _without_space, align, first_tokens, join, token_pieces
 from rlhf.data.batching import IGNORE, Batch, Collator
 from rlhf.data.tokenizing import Row, _encode_sft, _name, cut, identity, map_rows, prefixed
@@ -102,8 +102,9 @@ def tokenize_paired(
         vocab_sizes=vocab_sizes, drop=drop_long_prompts,
     )  # fmt: skip
     both = [identity(tokenizer) for tokenizer in tokenizers]
-    key = ("paired", _VERSION, dataset._fingerprint, column, how, both, _name(dataset), max_length, vocab_sizes)
-    return map_rows(dataset, process, (*key, drop_long_prompts), max_length, num_proc)
+    versions, options = (_VERSION, tokenizing._VERSION), (max_length, vocab_sizes, drop_long_prompts)
+    key = ("paired", versions, dataset._fingerprint, column, how, both, _name(dataset), options)
+    return map_rows(dataset, process, key, max_length, num_proc)
 
 
 def align_answer(student: Sequence[Piece], teacher: Sequence[Piece]) -> Spans:

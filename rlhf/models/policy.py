@@ -24,6 +24,7 @@ from rlhf.logprobs import (
     plan,
     verified_settings,
 )
+from rlhf.logprobs.aligned import HELD
 from rlhf.models.attention import NAME
 from rlhf.models.linear import speed_up_linear
 from rlhf.models.remake import fewer_activations, slim
@@ -128,9 +129,13 @@ class Policy(Wrapper):
             return None
         head = list(model.get_output_embeddings().parameters())
         vocabulary = min(settings.vocab_size or head[0].size(0), head[0].size(0))
+        if teacher is not None:
+            with teacher(self) as taught:
+                theirs = taught.without_adapter.get_output_embeddings().weight.size(0)
+            vocabulary = 2 * vocabulary if batch.paired is None else HELD * (vocabulary + theirs)
         return plan(
             len(batch.targets),
-            vocabulary if teacher is None else 2 * vocabulary,
+            vocabulary,
             batch.input_ids.device,
             learns=torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()),
             head_learns=any(p.requires_grad for p in head),

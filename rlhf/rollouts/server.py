@@ -46,6 +46,7 @@ class ServerEngine:
         timeout: seconds for one request.
         api_key: sent as a bearer token, if given.
         vocab_size: tokens that the policy knows; another one from the server is an error.
+        reads_logps: check that its log-probs are of the distribution sampled from.
     Raises:
         ConnectionError: no server answers there.
         ValueError: it does not serve ``model``.
@@ -61,8 +62,9 @@ class ServerEngine:
         timeout: float = 600.0,
         api_key: str | None = None,
         vocab_size: int | None = None,
+        reads_logps: bool = True,
     ) -> None:
-        self.vocab_size = vocab_size
+        self.vocab_size, self.reads_logps = vocab_size, reads_logps
         self.url, self.model, self.version = url.rstrip("/").removesuffix("/v1"), model, 0
         self.weights_dir = None if weights_dir is None else Path(weights_dir)
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
@@ -90,7 +92,7 @@ class ServerEngine:
         """
         check_request(prompt_ids, n, seed)
         prompts = [list(ids) for ids in prompt_ids]
-        if prompts:
+        if prompts and self.reads_logps:
             self._check_logps(prompts[0], sampling)
         numbers = index or range(len(prompts))
         asked = [(ids, (seed, i, j)) for ids, i in zip(prompts, numbers, strict=True) for j in range(n)]

@@ -51,10 +51,12 @@ class DistillTrainer(SFTTrainer):
         ``loss``; ``kl``, KL(teacher, student) at temperature 1 in nats a token, whatever the divergence; ``agreement``
         (share of tokens for which both find the same token likeliest); ``perplexity`` and ``teacher_perplexity`` of
         the same tokens; ``num_tokens``, ``grad_norm``, ``learning_rate``. All but the last three in evaluation too.
-        From a file: ``divergence``, as it is estimated, and ``perplexity``. With a weight of its own
+        From a file or a server: ``divergence``, as it is estimated, and ``perplexity``. With a weight of its own
         ``hidden_state_loss`` and ``attention_loss``, before the weight, per token. With ``args.align``: ``uld`` or
         ``span``, its mean over pairs of tokens or spans; ``aligned``, the share of scored tokens in one; both
-        perplexities, the teacher's of its own tokens (of those in a pair).
+        perplexities, the teacher's of its own tokens (of those in a pair). With
+        ``args.lmbda``: ``own_answers``, the share of rows; ``completions/mean_length``, ``completions/clipped_ratio``,
+        ``tokens_per_second/rollout``; ``reverse_kl`` of the reward form.
     Raises:
         ValueError: no teacher, a teacher with another tokenizer and no ``align``, or bad data; before any step.
 
@@ -88,6 +90,12 @@ class DistillTrainer(SFTTrainer):
                 "no teacher: pass --teacher_model_name_or_path; or train an adapter (--use_peft), and the model "
                 "without it is the teacher"
             )
+        if elsewhere and (teacher_model is not None or teacher_adapter is not None):
+            raise ValueError(
+                "teacher_file and teacher_server_url stand for a teacher: leave the model and teacher_adapter out"
+            )
+        if teacher_adapter is not None and teacher_adapter == getattr(model, "active_adapter", None):
+            raise ValueError(f"teacher_adapter {teacher_adapter!r} is the one that learns: activate another one")
         if teacher_adapter is not None and (teacher_model is not None or teacher_adapter not in _adapters(model)):
             raise ValueError(
                 f"teacher_adapter {teacher_adapter!r} is for no other teacher and a model that has it; "
@@ -172,6 +180,11 @@ class DistillTrainer(SFTTrainer):
                     "tokenizer, to show that they differ by padding alone"
                 )
             known = max(tokenizer.get_vocab().values()) + 1
+            if self.args.reverse_kl_reward:
+                raise ValueError(
+                    f"reverse_kl_reward reads log-probs over whole heads, and the student's has {sizes[0]} tokens, the "
+                    f"teacher's {sizes[1]}: use --beta 1, which compares the {known} that both know"
+                )
             self.divergence = replace(self.divergence, vocab_size=known)
             logger.info("student and teacher are padded to %d and %d tokens; the %d real ones count", *sizes, known)
         self._match(teacher)
@@ -207,7 +220,7 @@ class DistillTrainer(SFTTrainer):
         batch: Batch = self.data_collator(rows)  # type: ignore[assignment]
         if self.server is None:
             return batch
-        kept, logps = self.server.take(rows)
+        kept, logps = self.server.take([example for row in rows for example in row.get("examples", [row])])
         return replace(batch, teacher=kept, teacher_logps=logps)
 
     def tokenize(

@@ -35,14 +35,14 @@ def with_prompts(rows: Dataset, room: int, drop_long_prompts: bool, num_proc: in
     starts = np.array(marked[START])
     if not starts.all():
         raise ValueError(
-            f"row {int(np.argmin(starts))} is all scored, so it has no prompt for the student to answer: lmbda is for "
-            "conversations and prompts with completions"
+            f"tokenised row {int(np.argmin(starts)) + 1} is all scored, so it has no prompt for the student to answer: "
+            "lmbda is for conversations and prompts with completions"
         )
     long = np.flatnonzero(starts > room)
     if len(long) and not drop_long_prompts:
         raise ValueError(
-            f"row {long[0]}: its prompt has {starts[long[0]]} tokens, and max_length less max_completion_length leaves "
-            f"{room}: raise max_length, or pass --drop_long_prompts"
+            f"tokenised row {long[0] + 1}: its prompt has {starts[long[0]]} tokens, and max_length less "
+            f"max_completion_length leaves {room}: raise max_length, or pass --drop_long_prompts"
         )
     if len(long):
         marked = marked.select(np.flatnonzero(starts <= room))
@@ -65,7 +65,7 @@ class OwnAnswers:
 
     def __init__(self, trainer: Any, engine: RolloutEngine | None = None) -> None:
         self.trainer = trainer
-        self.sampler = PolicySampler(trainer, engine)
+        self.sampler = PolicySampler(trainer, engine, reads_logps=False)
 
     def __call__(self, micro: Sequence[Sequence[Row]]) -> list[list[Row]]:
         """The micro-batches of an optimizer step, answered by the student as it is before that step."""
@@ -79,7 +79,9 @@ class OwnAnswers:
         with self.sampler.awake(trainer.policy) as engine:
             groups = engine.generate(prompts, 1, args.sampling(), seed, numbers) if prompts else []
         self._report([answer for (answer,) in groups], sum(map(len, micro)), time.perf_counter() - began)
-        answered = dict(zip(numbers, map(_answered, prompts, groups), strict=True))
+        known = trainer.divergence.vocab_size
+        rows = (_answered(prompt, answer, known) for prompt, (answer,) in zip(prompts, groups, strict=True))
+        answered = {number: row for number, row in zip(numbers, rows, strict=True) if row is not None}
         return [[answered.get(row[NUMBER], row) for row in rows] for rows in micro]
 
     def _report(self, answers: list[Completion], rows: int, seconds: float) -> None:
@@ -92,11 +94,16 @@ class OwnAnswers:
                 "completions/clipped_ratio": (cut, count),
                 "tokens_per_second/rollout": (tokens, seconds),
             }
-        self.trainer._add({name: (torch.tensor(a), torch.tensor(b)) for name, (a, b) in found.items()})
+        to = self.trainer.args.device
+        self.trainer._add({n: (torch.tensor(a, device=to), torch.tensor(b, device=to)) for n, (a, b) in found.items()})
 
 
-def _answered(prompt: list[int], group: list[Completion]) -> Row:
-    ids = group[0].ids
+def _answered(prompt: list[int], answer: Completion, known: int | None) -> Row | None:
+    """The row, up to a token that only the student's padded head has: no teacher can judge it. None for no row."""
+    unknown = (place for place, token in enumerate(answer.ids) if known is not None and token >= known)
+    ids = answer.ids[: next(unknown, None)]
+    if not ids:
+        return None
     return {"input_ids": prompt + ids, "labels": [IGNORE] * len(prompt) + ids}
 
 

@@ -43,8 +43,8 @@ class Clock:
 
     @property
     def divides(self) -> bool:
-        """Whether a step is running, outside the reference: all parts of that are "reference"."""
-        return self.phase not in (None, "reference")
+        """Whether a step is running, outside the reference and what samples for it: these are one phase each."""
+        return self.phase not in (None, "reference", "data")
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:

@@ -28,13 +28,14 @@ class PolicySampler:
 
     Args:
         trainer: with ``policy``. engine: by default this process, or the server of the configuration.
+        reads_logps: whether the log-probs of what is sampled matter, so that a server's are checked.
     Raises:
         ValueError: weights are sharded and this process samples; no token ends a completion; a server's address
             without the rest, or one with another tokenizer.
     """
 
-    def __init__(self, trainer: Any, engine: RolloutEngine | None = None) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: Any, engine: RolloutEngine | None = None, reads_logps: bool = True) -> None:
+        self.trainer, self.reads_logps = trainer, reads_logps
         self._sent: int | None = None  # optimizer steps behind the weights that a server has
         self._versions = 0
         self.engine: RolloutEngine = engine or self._server() or self._local()
@@ -50,7 +51,7 @@ class PolicySampler:
         end_ids(policy.without_adapter, tokenizer)  # the server ends an answer where the model does
         engine = ServerEngine(
             args.rollout_server_url, args.rollout_server_model, weights_dir=args.rollout_weights_dir,
-            vocab_size=policy.get_input_embeddings().weight.size(0),
+            vocab_size=policy.config.get_text_config().vocab_size, reads_logps=self.reads_logps,
         )  # fmt: skip
         if (difference := engine.tokenizer_difference(tokenizer)) is not None:
             raise ValueError(f"{engine.url} has another tokenizer than the policy: {difference}; {SAME}")

@@ -15,6 +15,7 @@ class FakeServer(ThreadingHTTPServer):
     """``weights``: None, "sglang" or "vllm", the way in which weights are loaded."""
 
     daemon_threads = True
+    request_queue_size = 128  # an engine opens 64 connections at once
 
     def __init__(self, model, tokenizer, *, ids=True, processed=True, weights="sglang", echo=True):
         super().__init__(("127.0.0.1", 0), Handler)

@@ -14,9 +14,9 @@ from fake_server import FakeServer
 
 from rlhf import DistillConfig, DistillTrainer
 from rlhf.logprobs import Scores
-from rlhf.rollouts import LocalEngine, ServerError
+from rlhf.rollouts import Completion, LocalEngine, ServerError
 from rlhf.trainers.distill import _reverse_kl
-from rlhf.trainers.own_answers import with_prompts
+from rlhf.trainers.own_answers import _answered, with_prompts
 
 OPTIONS = dict(max_steps=3, logging_steps=1, learning_rate=1e-3, report_to="none", save_strategy="no")
 SHORT = dict(max_length=64, max_completion_length=6)
@@ -183,7 +183,7 @@ def test_the_prompt_is_what_comes_before_the_last_answer():
         ]
     )
     assert with_prompts(rows, 10, False)["answer_start"] == [2, 3]
-    with pytest.raises(ValueError, match=r"row 1: its prompt has 3 tokens, .* leaves 2: raise max_length, or"):
+    with pytest.raises(ValueError, match=r"row 2: its prompt has 3 tokens, .* leaves 2: raise max_length, or"):
         with_prompts(rows, 2, False)
     assert with_prompts(rows, 2, True)["row_number"] == [0]
     with pytest.raises(ValueError, match="no prompt has at most the 1 tokens"):
@@ -191,8 +191,25 @@ def test_the_prompt_is_what_comes_before_the_last_answer():
 
 
 def test_text_has_no_prompt(distill):
-    with pytest.raises(ValueError, match="row 0 is all scored, so it has no prompt"):
+    with pytest.raises(ValueError, match="row 1 is all scored, so it has no prompt"):
         distill(teacher=tiny_model(seed=1), lmbda=1.0, rows=Dataset.from_dict({"text": sentences(1, 4)}))
+
+
+def test_an_answer_ends_before_a_token_that_no_teacher_knows():
+    answer = Completion([5, 6, 331, 7], [0.0] * 4, "length", 0)
+    assert _answered([1, 2], answer, None)["input_ids"] == [1, 2, 5, 6, 331, 7]
+    assert _answered([1, 2], answer, 330) == {"input_ids": [1, 2, 5, 6], "labels": [-100, -100, 5, 6]}
+    assert _answered([1, 2], answer, 5) is None
+
+
+def test_padded_heads_are_sampled_from(distill, tokenizer):
+    known = len(tokenizer)
+    student, teacher = tiny_model(vocab_size=known + 90), tiny_model(vocab_size=known + 8, seed=1)
+    trainer = distill(student, teacher, lmbda=1.0, max_steps=4, sampling_temperature=3.0)
+    trainer.train()
+    assert all(0 < entry["loss"] < 1 for entry in logs(trainer))
+    with pytest.raises(ValueError, match=r"reverse_kl_reward reads log-probs over whole heads.*use --beta 1"):
+        distill(tiny_model(vocab_size=known + 90), teacher, lmbda=1.0, reverse_kl_reward=True)
 
 
 @pytest.mark.parametrize(
@@ -230,6 +247,14 @@ def server(tokenizer):
 
 def there(server, **changes):
     return dict(teacher_server_url=server.url, teacher_server_model="tiny") | changes
+
+
+def test_packed_rows_reach_a_server_one_by_one(distill, server):
+    far = distill(**there(server, teacher_top_k=330), packing=True, max_length=128)
+    near = distill(teacher=tiny_model(seed=1), packing=True, max_length=128)
+    far.train(), near.train()
+    for one, other in zip(logs(far), logs(near), strict=True):
+        close(one["loss"], other["loss"])
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 0.5])

@@ -137,7 +137,7 @@ def test_off_adds_nothing(make):
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_are_counted_exactly(kind, layout, make, monkeypatch, fixed_peak, sft_rows, preference_rows):
     """Every step has the same 8 rows, so the counted step's figure is that of all; each product 2 m k n."""
-    monkeypatch.setattr(scoring, "_chunk_size", lambda *_: 7)
+    monkeypatch.setattr(importlib.import_module("rlhf.logprobs.chunks"), "_chunk_size", lambda *_: 7)
     rows = {"sft": sft_rows, "dpo": preference_rows}[kind].select(range(8))
     own = {"precompute_ref_log_probs": False} if kind == "dpo" else {}
     trainer = make(kind, rows=rows, profile=1, max_steps=3, layout=layout, **own)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A student of half the teacher's layers: hard labels alone, the teacher in memory, the teacher on disk, then its own answers.
-#   MODEL=SmolLM2-135M-Instruct DATA=folder-of-preferences docs/runs/distillation/run.sh [student teacher hard live cached gkd eval]
+#   MODEL=SmolLM2-135M-Instruct DATA=folder-of-preferences docs/runs/distillation/run.sh [student teacher hard live cached gkd eval plot]
 # DATA holds preferences_train.jsonl.gz and preferences_eval.jsonl.gz (rows of prompt, chosen, rejected).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -24,7 +24,7 @@ on_own_answers() { # name, student: KL(student, teacher) where the student goes 
     cp $out/own_$1/trainer_state.json "$here/own_$1.json"
 }
 rows=(--dataset_train_split 'train[:1200]' --eval_dataset_name "$held_out" --dataset_test_split 'train[:48]')
-for name in ${@:-student teacher hard live cached gkd eval}; do
+for name in ${@:-student teacher hard live cached gkd eval plot}; do
     case $name in
     student) rm -rf $out/student && rlhf student --from "$MODEL" --layers 15 --dtype float32 --output_dir $out/student ;;
     teacher)
@@ -43,6 +43,6 @@ for name in ${@:-student teacher hard live cached gkd eval}; do
         for student in hard live cached gkd; do judge $student $out/$student; done
         for student in live gkd; do on_own_answers $student $out/$student; done
         ;;
+    plot) python "$here/plot.py" ;;
     esac
 done
-python "$here/plot.py"
