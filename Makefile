@@ -11,7 +11,7 @@ setup: .venv/.ready
 demo: setup  # MODEL=folder-or-hub-name trains that instead of a new small model
 	HF_HUB_OFFLINE=$(if $(MODEL),$(or $(HF_HUB_OFFLINE),0),1) $(BIN)/python demo/run.py $(MODEL)
 test: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
