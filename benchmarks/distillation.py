@@ -119,7 +119,7 @@ def trainer_of(side: str, args: argparse.Namespace, folder: str) -> Any:
     settings: dict[str, Any] = dict(
         output_dir=folder, max_steps=args.steps, per_device_train_batch_size=CASES["sft"].rows, logging_steps=1,
         report_to="none", save_strategy="no", learning_rate=1e-5, lr_scheduler_type="constant", disable_tqdm=True,
-        max_length=1024, train_sampling_strategy="sequential",
+        max_length=1024, train_sampling_strategy="sequential", bf16=False,
     )  # fmt: skip
     if side == "TRL, live":
         from transformers import AutoModelForCausalLM
