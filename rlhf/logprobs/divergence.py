@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.logprobs.chunks import Step, Walk, check_tokens, plan, sum_over_chunks
+from rlhf.logprobs.chunks import IN_CACHE, Step, Walk, check_tokens, dot, plan, sum_over_chunks
 from rlhf.logprobs.head import Head
 from rlhf.logprobs.score import Comparison, Scores
 from rlhf.losses import DIVERGENCES
 
 FAR = 80.0  # log-ratios beyond it change nothing in float32, whose exp overflows at 88
-IN_CACHE = 2**17  # logits that a CPU goes over several times
 
 
 class Predictions(NamedTuple):
@@ -246,7 +245,7 @@ def _compare(
     """A block's columns of the table, from log-probs [c, V], which it overwrites: log q by the loss's gradient."""
     own, taught = log_q.gather(1, token), log_p.gather(1, token)
     agrees = log_q.gather(1, log_p.argmax(1, keepdim=True)) == log_q.amax(1, keepdim=True)
-    kl = _dot(log_p.exp(), log_p - log_q)
+    kl = dot(log_p.exp(), log_p - log_q)
     q, p, t = log_q, log_p, divergence.temperature
     if t != 1:
         q, p = ((x / t).log_softmax(1) for x in (q, p))
@@ -272,16 +271,12 @@ def _write_gradient(out: Tensor, token: Tensor, own: Tensor, divergence: Diverge
         out.scatter_(1, token, at_token)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.bmm(a[:, None], b[:, :, None]).view(-1)
-
-
 # Each overwrites both of its arguments.
 
 
 def _forward_kl(log_q: Tensor, log_p: Tensor) -> Terms:
     p = log_p.exp()
-    value = _dot(p, log_p.sub_(log_q))
+    value = dot(p, log_p.sub_(log_q))
     return Terms(value, log_q.exp_(), p.neg_(), -1.0)
 
 
@@ -297,9 +292,9 @@ def _jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Terms:
     p = log_p.exp()
     ratio = log_p.sub_(log_q).clamp_(max=FAR)
     q = log_q.exp_()
-    value = beta * _dot(p, ratio)
+    value = beta * dot(p, ratio)
     r = ratio.expm1_().mul_(beta).log1p_()  # log m - log q
-    value -= _dot(p.mul_(beta).add_(q, alpha=1 - beta), r)
+    value -= dot(p.mul_(beta).add_(q, alpha=1 - beta), r)
     pull = r.mul_(q).mul_(beta - 1)
     return Terms(value, q, pull, pull.sum(1, keepdim=True))
 
@@ -309,7 +304,7 @@ def _skew_kl(log_q: Tensor, log_p: Tensor, alpha: float) -> Terms:
     ratio = torch.sub(log_q, log_p, out=log_p).clamp_(max=FAR)
     q = log_q.exp_()
     r = ratio.expm1_().mul_(1 - alpha).log1p_()  # log m - log p
-    value = -_dot(p, r)
+    value = -dot(p, r)
     pull = r.neg_().expm1_().mul_(q).mul_(alpha - 1)
     return Terms(value, q, pull, pull.sum(1, keepdim=True))
 
@@ -317,7 +312,7 @@ def _skew_kl(log_q: Tensor, log_p: Tensor, alpha: float) -> Terms:
 def _reverse_skew_kl(log_q: Tensor, log_p: Tensor, alpha: float) -> Terms:
     r = log_p.sub_(log_q).clamp_(max=FAR).expm1_().mul_(1 - alpha).log1p_()  # log m - log q
     q = log_q.exp_()
-    value = -_dot(q, r)
+    value = -dot(q, r)
     pull = r.neg().expm1_().mul_(alpha).add_(r).mul_(q).neg_()
     return Terms(value, q, pull, pull.sum(1, keepdim=True))
 
@@ -333,6 +328,6 @@ def _alpha(log_q: Tensor, log_p: Tensor, alpha: float) -> Terms:
 def _total_variation(log_q: Tensor, log_p: Tensor) -> Terms:
     q = log_q.exp_()
     gap = log_p.exp_().sub_(q)
-    value = torch.linalg.vector_norm(gap, ord=1, dim=1) / 2
+    value = gap.abs().sum(1) / 2  # vector_norm adds one after another, as bmm does
     pull = gap.sign_().mul_(q).mul_(-0.5)
     return Terms(value, q, pull, pull.sum(1, keepdim=True))

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from rlhf.logprobs.chunks import Gradients, Mode, Step, Walk, check_tokens, plan, sum_over_chunks
+from rlhf.logprobs.chunks import Gradients, Mode, Step, Walk, check_tokens, dot, plan, sum_over_chunks
 from rlhf.logprobs.head import Head
 from rlhf.logprobs.targets import Targets
 
@@ -140,7 +140,7 @@ def _scan(
             dense, slope = walk.log_probs(chunk, keep=index < keep)
             logps[chunk] = dense.gather(1, token[chunk, None]).squeeze(1)
             if entropies is not None:
-                entropies[chunk] = _entropy(dense.exp(), dense)
+                entropies[chunk] = -dot(dense.exp(), dense)
             if index < keep:
                 kept.append((dense, slope))
     return (logps, entropies), kept
@@ -150,7 +150,7 @@ def _local(token: Tensor, entropy: bool, local_loss: LocalLoss, per_token: tuple
     def step(chunk: slice, dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logps = dense.gather(1, token[chunk, None]).squeeze(1)
         with torch.enable_grad():
-            own = [x.requires_grad_() for x in (logps, *([_entropy(dense.exp(), dense)] if entropy else []))]
+            own = [x.requires_grad_() for x in (logps, *([-dot(dense.exp(), dense)] if entropy else []))]
             value = local_loss(Scores(own[0], own[1] if entropy else None), *(x[chunk] for x in per_token)).sum()
             g, e = (*torch.autograd.grad(value, own, allow_unused=True), None)[:2]
         dz = _grad_logits(dense, token[chunk], g, e, dense)
@@ -217,10 +217,6 @@ class _Unit(Function):
         return (unit * grad_logps[:, None]).to(unit.dtype), None, None, None
 
 
-def _entropy(p: Tensor, logps: Tensor) -> Tensor:
-    return -torch.bmm(p[:, None], logps[:, :, None]).view(-1)
-
-
 def _grad_logits(logps: Tensor, token: Tensor, g: Tensor | None, e: Tensor | None, out: Tensor | None) -> Tensor:
     """Gradient of ``g * logp_y + e * H`` with respect to the logits: ``g (1_y - p) - e p (log p + H)``.
 
@@ -231,7 +227,7 @@ def _grad_logits(logps: Tensor, token: Tensor, g: Tensor | None, e: Tensor | Non
     if e is None:
         # 1 - p as -expm1(log p), formed before any downcast: exact for confident tokens.
         return p.mul_(0) if g is None else p.mul_(-g[:, None]).scatter_(1, token[:, None], -own.expm1() * g[:, None])
-    entropy = _entropy(p, logps)[:, None]
+    entropy = -dot(p, logps)[:, None]
     dz = p * (logps + entropy).mul_(-e[:, None])
     if g is not None:
         exact = dz.gather(1, token[:, None]) - own.expm1() * g[:, None]
