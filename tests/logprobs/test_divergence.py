@@ -328,7 +328,7 @@ def test_a_side_that_gives_logits_is_compared_exactly(case, which):
         for name, side in (("student", student), ("teacher", teacher))
     ]
     got = compare(*sides, token, form(case, 1.7, 0.5))
-    for a, b in zip((got.loss, got.logps, *got.teacher), (want.loss, want.logps, *want.teacher), strict=True):
+    for a, b in zip((got.loss, got.logps, *got.teacher[:4]), (want.loss, want.logps, *want.teacher[:4]), strict=True):
         close(a.detach(), b.detach(), torch.float64)
     assert not got.logps.requires_grad
     for a, b in zip(*(torch.autograd.grad(x.loss, leaves(student)) for x in (got, want)), strict=True):
