@@ -40,6 +40,7 @@ KINDS = {
 OWN = {"distill": dict(temperature=2.0, crossentropy_weight=0.5, optim="sgd", learning_rate=0.3)}
 LOADERS = {"reward": AutoModelForSequenceClassification}
 CUT = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "epoch")
+CUT += ("tokens_per_second/rollout",)
 
 
 @pytest.fixture(params=KINDS)
@@ -192,11 +193,11 @@ def start(kind, folder, data, processes, **more):
     options = dict(
         dataset_name=data, output_dir=folder, per_device_train_batch_size=8 // processes, max_steps=STEPS,
         learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none", eval_dataset_name=data,
-        per_device_eval_batch_size=5, **more,
-    )  # fmt: skip
+        per_device_eval_batch_size=5,
+    ) | OWN.get(kind, {}) | more  # fmt: skip
     launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/two_cpu.yaml"]
     launch += ["--main_process_port", "0"]
-    words = [f"--{key}={value}" for key, value in (options | OWN.get(kind, {})).items()] + ["--use_cpu"]
+    words = [f"--{key}={value}" for key, value in options.items()] + ["--use_cpu"]
     argv = [sys.executable, *(launch if processes == 2 else []), f"scripts/{kind}.py", *words]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -220,6 +221,19 @@ def test_two_processes(kind, tmp_path, model_folder, teacher_folder, data_files)
     data = data_files / ("sft.jsonl" if kind in ("sft", "distill") else "preferences.jsonl")
     own = {"teacher_model_name_or_path": teacher_folder} if kind == "distill" else {}
     agree_on_two_processes(kind, tmp_path, data, model_name_or_path=model_folder, **own)
+
+
+def test_two_processes_that_answer_themselves(tmp_path, model_folder, teacher_folder, data_files):
+    """The same rows are answered, with the same tokens, whichever process holds them."""
+    own = dict(
+        teacher_model_name_or_path=teacher_folder,
+        lmbda=0.5,
+        max_length=64,
+        max_completion_length=6,
+        crossentropy_weight=0.0,
+    )
+    data = data_files / "sft.jsonl"
+    agree_on_two_processes("distill", tmp_path, data, model_name_or_path=model_folder, adam_epsilon=1e-5, **own)
 
 
 def test_two_processes_that_read_what_a_teacher_said(tmp_path, model_folder, teacher_folder, data_files):
