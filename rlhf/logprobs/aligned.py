@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf.logprobs.chunks import Step, Walk, check_tokens, plan, sum_over_chunks
+from rlhf.logprobs.chunks import Step, Walk, check_tokens, learning, plan, sum_over_chunks
 from rlhf.logprobs.divergence import Divergence, Predictions
 from rlhf.logprobs.score import Comparison, Scores, _grad_logits
 from rlhf.losses import uld_loss
@@ -49,8 +49,7 @@ def compare_sorted(
         if student.head is None or teacher.head is None:
             return _dense(student, teacher, token, teacher_token, partner, weights)
         rows, head = student.rows, student.head
-        head_learns = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
-        learns = torch.is_grad_enabled() and (rows.requires_grad or head_learns)
+        learns, head_learns = learning(rows, head)
         size = plan(
             len(token), HELD * (student.vocabulary + teacher.vocabulary), rows.device,
             learns=learns, head_learns=head_learns, local=True, chunk_size=chunk_size,

@@ -82,6 +82,12 @@ def _chunks_to_keep(mode: Mode, rows: int, size: int, vocabulary: int, device: t
     return chunks if mode == "save" else 0
 
 
+def learning(rows: Tensor, head: Head) -> tuple[bool, bool]:
+    """Whether a gradient is wanted at all, and for the head too."""
+    head_learns = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+    return torch.is_grad_enabled() and (rows.requires_grad or head_learns), head_learns
+
+
 class Walk:
     """Rows [N, H] under a head, ``size`` at a time.
 

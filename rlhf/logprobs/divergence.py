@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.logprobs.chunks import IN_CACHE, Step, Walk, check_tokens, dot, plan, sum_over_chunks
+from rlhf.logprobs.chunks import IN_CACHE, Step, Walk, check_tokens, dot, learning, plan, sum_over_chunks
 from rlhf.logprobs.head import Head
 from rlhf.logprobs.score import Comparison, Scores
 from rlhf.losses import DIVERGENCES
@@ -170,8 +170,7 @@ def compare(
         if student.head is None or teacher.head is None:
             return _dense(student, teacher, token, divergence)
         rows, head = student.rows, student.head
-        head_learns = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
-        learns = torch.is_grad_enabled() and (rows.requires_grad or head_learns)
+        learns, head_learns = learning(rows, head)
         # Logits of two models live at a time.
         size = plan(
             len(token), 2 * student.vocabulary, rows.device,

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from rlhf.logprobs.chunks import Gradients, Mode, Step, Walk, check_tokens, dot, plan, sum_over_chunks
+from rlhf.logprobs.chunks import Gradients, Mode, Step, Walk, check_tokens, dot, learning, plan, sum_over_chunks
 from rlhf.logprobs.head import Head
 from rlhf.logprobs.targets import Targets
 
@@ -104,12 +104,12 @@ def score(
     vocabulary = head.weight.size(0)
     check_tokens(targets.token, vocabulary)
     rows = hidden.reshape(-1, hidden.size(-1)).index_select(0, targets.source)
-    head_learns = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+    learns, head_learns = learning(rows, head)
     way, size, keep = plan(
         len(targets),
         vocabulary,
         rows.device,
-        learns=torch.is_grad_enabled() and (rows.requires_grad or head_learns),
+        learns=learns,
         head_learns=head_learns,
         local=local_loss is not None,
         entropy=entropy,

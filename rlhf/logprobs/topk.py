@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.logprobs.bridge import own_logits, without_adapter
-from rlhf.logprobs.chunks import Step, Walk, plan, sum_over_chunks
+from rlhf.logprobs.chunks import Step, Walk, learning, plan, sum_over_chunks
 from rlhf.logprobs.head import Head, backbone_of, read_head, verified_settings
 from rlhf.logprobs.targets import Targets
 from rlhf.losses import sampled_distillation_loss, top_k_jsd
@@ -112,12 +112,10 @@ def top_k_divergence(
         raise ValueError(f"hidden states have size {hidden.size(-1)}, the head {head.weight.size(1)}")
     _check(targets, teacher, terms, head.weight.size(0))
     rows = hidden.reshape(-1, hidden.size(-1)).index_select(0, targets.source)
-    head_learns = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
-    learns = torch.is_grad_enabled() and (rows.requires_grad or head_learns)
     size = _size(rows, head, chunk_size)
     step = _step(targets.token, teacher, terms, head.temperature)
     with torch.autocast(rows.device.type, enabled=False):
-        (divergence, logps), loss = sum_over_chunks(rows, head, size, step, learns)
+        (divergence, logps), loss = sum_over_chunks(rows, head, size, step, learning(rows, head)[0])
     return TopKScores(loss, divergence, logps)
 
 
