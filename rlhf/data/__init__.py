@@ -1,25 +1,38 @@
 """Data: reading files, chat templates, tokenising, batches."""
 
 from rlhf.data.batching import Batch, Collator
-from rlhf.data.chat import encode_prompt
+from rlhf.data.chat import answer_end_ids, encode, encode_prompt
+from rlhf.data.formats import Dialogue, RowFormat
 from rlhf.data.packing import Packed, best_fit_decreasing
 from rlhf.data.reading import load_data
 from rlhf.data.teacher_file import TeacherFile, create_teacher_file, open_teacher_file
-from rlhf.data.tokenizing import tokenize_preferences, tokenize_prompts, tokenize_sft
+from rlhf.data.tokenizing import (
+    Reading,
+    tokenize_preferences,
+    tokenize_prompts,
+    tokenize_sft,
+    tokenize_unpaired,
+)
 from rlhf.data.vocabulary import tokenizer_difference
 
 __all__ = [
     "Batch",
     "Collator",
+    "Dialogue",
     "Packed",
+    "Reading",
+    "RowFormat",
     "TeacherFile",
+    "answer_end_ids",
     "best_fit_decreasing",
     "create_teacher_file",
+    "encode",
     "encode_prompt",
     "load_data",
     "open_teacher_file",
     "tokenize_preferences",
     "tokenize_prompts",
     "tokenize_sft",
+    "tokenize_unpaired",
     "tokenizer_difference",
 ]

@@ -1,119 +1,214 @@
-"""From text and conversations to token ids: which tokens the assistant wrote, and where each answer ends."""
+"""From a dialogue to token ids: one rendering, one encoding, and which of the tokens the model is to write.
+
+A conversation is rendered once and tokenised as a whole. Prompt, turns and answers are cut out of it by characters.
+Where a border falls inside a token, that token belongs to the answer.
+"""
 
 import os
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.formats import Message, Turns
-
-Tokens = tuple[list[int], list[bool]]  # ids, and which of them are scored
-
-
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Plain text with the tokenizer's own special tokens and an EOS."""
-    return _with_eos(tokenizer, tokenizer(text)["input_ids"])
+from rlhf.data.formats import Dialogue, Message, Turns
+from rlhf.data.rendering import Rendering, check_template, locate_answers, render, split_prefill
 
 
-def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> Tokens:
-    """A conversation, scored on the assistant's turns up to and including the token that ends each.
+class Encoded(NamedTuple):
+    """A dialogue as ids.
 
-    The turns are found by rendering the conversation turn by turn, so the template needs no ``{% generation %}``.
-    A template that rewrites earlier turns (dropping their reasoning, say) admits no such split: then only the last
-    answer is scored.
+    ``prompt_ids`` come before every completion; a completion is its further ids and, for each, whether it is scored.
+    ``answers`` counts the assistant's turns in the completions, ``scored`` those with a scored token. ``notes`` say
+    what of the dialogue the template does not write.
     """
-    _check_template(tokenizer)
-    pieces: list[tuple[str, bool]] = []
-    done = ""
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, after = _around(tokenizer, messages, index)
-        if not before.startswith(done) or not after.startswith(before):
-            last = max(i for i, turn in enumerate(messages) if turn["role"] == "assistant")
-            prompt, completions = encode_completions(tokenizer, messages[:last], [messages[last : last + 1]])
-            return prompt + completions[0], [False] * len(prompt) + [True] * len(completions[0])
-        pieces += [(before[len(done) :], False), (after[len(before) :], True)]
-        done = after
-    ids: list[int] = []
-    scored: list[bool] = []
-    for number, (text, answer) in enumerate(pieces):
-        piece = _ids(tokenizer, text)
-        end = _end_of_answer(tokenizer, piece) if answer else None
-        if number == len(pieces) - 1:  # what follows the last answer is never generated
-            piece = piece[:end] if end else _with_eos(tokenizer, piece)
-            end = len(piece)
-        ids += piece
-        scored += [answer and (end is None or position < end) for position in range(len(piece))]
-    return ids, scored
+
+    prompt_ids: list[int]
+    completions: list[tuple[list[int], list[bool]]]
+    answers: int
+    scored: int
+    notes: tuple[str, ...] = ()
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Turns) -> list[int]:
-    """What a policy is given to answer: text, or turns in the chat template up to where the assistant begins."""
-    return encode_completions(tokenizer, prompt, [])[0]
+class Tokens(NamedTuple):
+    """Ids of a text, and the characters that each stands for; None where the tokenizer does not tell."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]] | None
 
 
-def encode_completions(
-    tokenizer: PreTrainedTokenizerBase, prompt: Turns, completions: list[Turns]
-) -> tuple[list[int], list[list[int]]]:
-    """A prompt and its completions, tokenised apart: the prompt's ids are the same whatever follows."""
-    if isinstance(prompt, str):
-        return _prompt_ids(tokenizer, prompt), [_with_eos(tokenizer, _ids(tokenizer, str(c))) for c in completions]
-    _check_template(tokenizer)
-    turns = [list(completion) for completion in completions if not isinstance(completion, str)]
-    before = _render(tokenizer, prompt, generate=True)
-    full = [_render(tokenizer, prompt + turn) for turn in turns]
-    # All of `before`, unless the template rewrites it.
-    common = os.path.commonprefix([before, *full])  # noqa: RUF071  # characters are meant
-    encoded = []
-    for text in full:
-        ids = _ids(tokenizer, text[len(common) :])
-        end = _end_of_answer(tokenizer, ids)
-        encoded.append(ids[:end] if end else _with_eos(tokenizer, ids))
-    return _ids(tokenizer, common), encoded
+def encode(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> Encoded:
+    """Encode a prompt with its completions, all text or all messages.
+
+    Scored are a text completion, or the assistant's turns of a completion whose ``weight`` is not 0, each up to and
+    including the token that ends it. What follows the last scored answer is left out.
+
+    Raises:
+        ValueError: no chat template or EOS token; the template refuses the conversation, or leaves out a part of it.
+    """
+    if isinstance(dialogue.prompt, str):
+        return _encode_text(tokenizer, dialogue)
+    check_template(tokenizer)
+    rows = [_encode_turns(tokenizer, dialogue, list(turns)) for turns in dialogue.completions]
+    if not rows:
+        return Encoded(encode_prompt(tokenizer, dialogue), [], 0, 0)
+    shared = min(row.border for row in rows)
+    shared = min(shared, _common_prefix([row.ids for row in rows]))
+    completions = [(row.ids[shared:], row.scored[shared:]) for row in rows]
+    notes = tuple(dict.fromkeys(note for row in rows for note in row.notes))
+    answers, scored = sum(row.answers for row in rows), sum(row.found for row in rows)
+    return Encoded(rows[0].ids[:shared], completions, answers, scored, notes)
 
 
-def _around(tokenizer: PreTrainedTokenizerBase, messages: list[Message], index: int) -> tuple[str, str]:
-    """The rendering up to where the assistant's turn ``index`` begins, and up to where it ends."""
-    after = _render(tokenizer, messages[: index + 1])
-    before = _render(tokenizer, messages[:index], generate=True) if index else ""
-    if index == 0 or before == _render(tokenizer, messages[:index]):  # the template has no generation prompt
-        before = after[: max(after.find(str(messages[index].get("content")), len(before)), 0)]
-    return before, after
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Turns | Dialogue) -> list[int]:
+    """Encode what a policy is given to answer: text, or turns in the chat template up to where the assistant begins.
+
+    An assistant's turn at the end is continued.
+
+    Raises:
+        ValueError: as :func:`encode`.
+    """
+    dialogue = prompt if isinstance(prompt, Dialogue) else Dialogue(prompt)
+    if isinstance(dialogue.prompt, str):
+        return _text_ids(tokenizer, dialogue.prompt, ended=False).ids
+    check_template(tokenizer)
+    continued = bool(dialogue.prompt) and dialogue.prompt[-1]["role"] == "assistant"
+    text = render(tokenizer, dialogue, dialogue.prompt, generate=not continued, resume=continued)
+    return _tokens(tokenizer, text, special=False).ids
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], generate: bool = False) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)  # type: ignore[return-value]
+def answer_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end an answer: EOS, and the token with which the chat template ends the assistant's turn."""
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if tokenizer.chat_template:
+        probe = Dialogue([{"role": "user", "content": "?"}], ([{"role": "assistant", "content": "!"}],))
+        try:
+            ids, _ = encode(tokenizer, probe).completions[0]
+        except ValueError:  # a template with demands of its own
+            return ends
+        ends += [ids[-1]] if ids[-1] not in ends else []
+    return ends
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def split_turns(dialogue: Dialogue) -> list[Dialogue]:
+    """One dialogue for each answer of a conversation, whose prompt is all that comes before it."""
+    if isinstance(dialogue.prompt, str):
+        return [dialogue]
+    found = []
+    for completion in dialogue.completions:
+        turns = [*dialogue.prompt, *completion]
+        for index in range(len(dialogue.prompt), len(turns)):
+            if turns[index]["role"] == "assistant" and turns[index].get("weight", 1):
+                found.append(
+                    Dialogue(turns[:index], (turns[index : index + 1],), dialogue.tools, dialogue.template_kwargs)
+                )
+    return found
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    ids = tokenizer(prompt)["input_ids"]
-    ended = ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token))
-    return ids[:-1] if ended else ids
+# Text
 
 
-def _with_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+def _encode_text(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> Encoded:
+    prompt = str(dialogue.prompt)
+    if not dialogue.completions:
+        return Encoded(encode_prompt(tokenizer, prompt), [], 0, 0)
+    rows = [_text_ids(tokenizer, prompt + str(completion), ended=True) for completion in dialogue.completions]
+    borders = [_first_token_after(tokenizer, tokens, prompt + str(c), len(prompt), special=True)
+               for tokens, c in zip(rows, dialogue.completions, strict=True)]  # fmt: skip
+    # Where a token reaches over the border in one answer, the others begin there too: both are scored on the same text.
+    shared = min(*borders, _common_prefix([tokens.ids for tokens in rows]))
+    completions = [(tokens.ids[shared:], [True] * (len(tokens.ids) - shared)) for tokens in rows]
+    return Encoded(rows[0].ids[:shared], completions, len(rows), len(rows))
+
+
+def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str, ended: bool) -> Tokens:
+    """Text with the tokenizer's own special tokens, none of them twice; with one EOS at the end, or without."""
+    ids, offsets = _tokens(tokenizer, text, special=True)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and ids[:2] == [bos, bos] and not text.startswith(str(tokenizer.bos_token) * 2):
+        ids, offsets = ids[1:], offsets and offsets[1:]
+    written = eos is not None and text.endswith(str(tokenizer.eos_token))
+    added = eos is not None and len(ids) > 0 and ids[-1] == eos and (not written or ids[-2:] == [eos, eos])
+    if added:
+        ids, offsets = ids[:-1], offsets and offsets[:-1]
+    if ended and not written:
+        ids, offsets = [*ids, _eos(tokenizer)], offsets and [*offsets, (len(text), len(text) + 1)]
+    return Tokens(ids, offsets)
+
+
+# Conversations
+
+
+class _Row(NamedTuple):
+    ids: list[int]
+    scored: list[bool]
+    border: int  # number of ids before the first thing that the model is to write
+    answers: int
+    found: int
+    notes: tuple[str, ...]
+
+
+def _encode_turns(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, completion: list[Message]) -> _Row:
+    """One completion behind its prompt."""
+    messages, first, prefill = split_prefill(list(dialogue.prompt), completion)
+    rendering = locate_answers(tokenizer, dialogue, messages, first, prefill)
+    tokens = _tokens(tokenizer, rendering.text, special=False)
+    spans = [_token_span(tokenizer, tokens, rendering, answer) for answer in rendering.answers]
+    ids, scored = list(tokens.ids), [False] * len(tokens.ids)
+    for start, stop in spans:
+        scored[start:stop] = [True] * (stop - start)
+    end = max((stop for _, stop in spans), default=len(ids))
+    ids, scored = ids[:end], scored[:end]
+    if spans and rendering.needs_eos and ids[-1:] != [tokenizer.eos_token_id]:
+        ids, scored = [*ids, _eos(tokenizer)], [*scored, True]
+    border = min((start for start, _ in spans), default=len(ids))
+    answers = sum(message["role"] == "assistant" for message in messages[first:])
+    found = sum(start < stop for start, stop in spans)
+    return _Row(ids, scored, border, answers, found, rendering.notes)
+
+
+def _token_span(
+    tokenizer: PreTrainedTokenizerBase, tokens: Tokens, rendering: Rendering, answer: tuple[int, int]
+) -> tuple[int, int]:
+    start = _first_token_after(tokenizer, tokens, rendering.text, answer[0], special=False)
+    return start, _first_token_from(tokenizer, tokens, rendering.text, answer[1], special=False)
+
+
+# Characters and tokens
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> Tokens:
+    if tokenizer.is_fast:
+        encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        return Tokens(list(encoding["input_ids"]), [(start, end) for start, end in encoding["offset_mapping"]])
+    return Tokens(list(tokenizer(text, add_special_tokens=special)["input_ids"]), None)
+
+
+def _first_token_after(
+    tokenizer: PreTrainedTokenizerBase, tokens: Tokens, text: str, border: int, special: bool
+) -> int:
+    """The first token with a character at or after ``border``: it may begin before."""
+    if tokens.offsets is not None:
+        reach = ((index, end) for index, (_, end) in enumerate(tokens.offsets) if end > border)
+        return next(reach, (len(tokens.ids), 0))[0]
+    before = _tokens(tokenizer, text[:border], special).ids
+    return _common_prefix([before, tokens.ids])
+
+
+def _first_token_from(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, text: str, border: int, special: bool) -> int:
+    """The first token that begins at or after ``border``."""
+    if tokens.offsets is not None:
+        reach = (index for index, (start, end) in enumerate(tokens.offsets) if start >= border and end > 0)
+        return next(reach, len(tokens.ids))
+    before = _tokens(tokenizer, text[:border], special).ids
+    same = _common_prefix([before, tokens.ids])
+    return same if same == len(before) else same + 1
+
+
+def _common_prefix(rows: Sequence[list[int]]) -> int:
+    return len(os.path.commonprefix(list(rows)))  # noqa: RUF071  # of any sequences
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token: set tokenizer.eos_token, so that answers learn to end")
-    return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
-
-
-def _end_of_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int | None:
-    """Number of ids up to and including the token that ends the answer; None when the template sets none."""
-    for position in range(len(ids), 0, -1):
-        if ids[position - 1] in tokenizer.added_tokens_decoder:
-            return position
-        if str(tokenizer.decode(ids[position - 1])).strip():
-            return None
-    return None
-
-
-def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the data is conversational but the tokenizer has no chat template: pass --chat_template_path "
-            "(a .jinja file or a model folder), or use plain 'prompt' and 'completion' text"
-        )
+    return tokenizer.eos_token_id

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data import formats, tokenizing
 from rlhf.data.alignment import Piece, Spans, _without_space, align, first_tokens, join, token_pieces
 from rlhf.data.batching import IGNORE, Batch, Collator
-from rlhf.data.tokenizing import Row, _encode_sft, _name, cut, identity, map_rows, prefixed
+from rlhf.data.tokenizing import Reading, Row, cut, encode_sft, identity, map_rows, name_of, prefixed
 from rlhf.data.vocabulary import tokenizer_difference
 
 Align = Literal["uld", "spans"]
@@ -71,6 +71,7 @@ def tokenize_paired(
     text_field: str = "text",
     drop_long_prompts: bool = False,
     num_proc: int | None = None,
+    reading: Reading | None = None,
 ) -> Dataset:
     """Rows as of :func:`tokenize_sft`, beside them the teacher's ``teacher_ids`` and ``teacher_labels``, each from its
     own chat template, and ``span`` and ``teacher_span``: of each scored token.
@@ -86,10 +87,11 @@ def tokenize_paired(
         ValueError: the tokenizers are the same, or are of a kind whose bytes are not known; rows of ids; two templates
             that write different answers; or what :func:`tokenize_sft` raises. Names data set, row and remedy.
     """
+    readings = [(reading or Reading()).for_tokenizer(tokenizer, text_field) for tokenizer in (student, teacher)]
     if tokenizer_difference(student, teacher) is None:
         raise ValueError("student and teacher have the same tokenizer: leave --align out, and all their tokens compare")
-    with prefixed(_name(dataset)):
-        column = formats.completion_columns(dataset.column_names, text_field)
+    with prefixed(name_of(dataset)):
+        column = formats.sft_column(dataset.column_names, readings[0].form)
         if column == "input_ids":
             raise ValueError("rows of 'input_ids' are in one tokenizer already, and --align needs their text")
     tokenizers = (student, teacher)
@@ -98,13 +100,13 @@ def tokenize_paired(
             with prefixed(_NEEDS_TEXT):
                 token_pieces(tokenizer, [])
     process = partial(
-        _process, column=column, tokenizers=tokenizers, how=how, name=_name(dataset), max_length=max_length,
-        vocab_sizes=vocab_sizes, drop=drop_long_prompts,
+        _process, column=column, tokenizers=tokenizers, how=how, name=name_of(dataset), max_length=max_length,
+        vocab_sizes=vocab_sizes, drop=drop_long_prompts, readings=readings,
     )  # fmt: skip
     both = [identity(tokenizer) for tokenizer in tokenizers]
     versions, options = (_VERSION, tokenizing._VERSION), (max_length, vocab_sizes, drop_long_prompts)
-    key = ("paired", versions, dataset._fingerprint, column, how, both, _name(dataset), options)
-    return map_rows(dataset, process, key, max_length, num_proc)
+    key = ("paired", versions, dataset._fingerprint, column, how, both, name_of(dataset), options, readings[0])
+    return map_rows(dataset, process, key, max_length, num_proc, readings[0])
 
 
 def align_answer(student: Sequence[Piece], teacher: Sequence[Piece]) -> Spans:
@@ -160,14 +162,33 @@ def _process(
     max_length: int,
     vocab_sizes: tuple[int, int],
     drop: bool,
-) -> Row:
+    readings: Sequence[Reading],
+) -> list[Row]:
     with prefixed(f"{name}, row {index + 1}"):
-        whole = [_encode_sft(row, tokenizers[0], column)]
-        ours = cut(dict(whole[0]), max_length, vocab_sizes[0], drop)
+        ours_all = encode_sft(row, tokenizers[0], column, readings[0])
         with prefixed("for the teacher, whose template is its tokenizer's"):
-            whole.append(_encode_sft(row, tokenizers[1], column))
-            theirs = cut(dict(whole[1]), max_length, vocab_sizes[1], drop)
-        spans = _align_row(whole, tokenizers, how)
+            theirs_all = encode_sft(row, tokenizers[1], column, readings[1])
+        return [
+            _beside(ours, theirs, index, tokenizers, how, max_length, vocab_sizes, drop)
+            for ours, theirs in zip(ours_all, theirs_all, strict=True)
+        ]
+
+
+def _beside(
+    student: Row,
+    teacher: Row,
+    index: int,
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
+    how: Align,
+    max_length: int,
+    vocab_sizes: tuple[int, int],
+    drop: bool,
+) -> Row:
+    whole = [student, teacher]
+    ours = cut(dict(student), max_length, vocab_sizes[0], drop)
+    with prefixed("for the teacher, whose template is its tokenizer's"):
+        theirs = cut(dict(teacher), max_length, vocab_sizes[1], drop)
+    spans = _align_row(whole, tokenizers, how)
     # A span with a token that is not scored, on either side, is none.
     lost = {s for side in spans for p, s in enumerate(side) if not 0 < p < max_length}
     number = {s: i for i, s in enumerate(sorted(set(spans[0]) - lost - {-1}))}
@@ -184,6 +205,8 @@ def _process(
         _THEIRS: kept[1],
         "_cut": ours["_cut"] + theirs["_cut"],
         "_drop": ours["_drop"] or (theirs["_drop"] and theirs["_drop"] + " for the teacher"),
+        "_bad": "",
+        "_row": index,
     }
 
 

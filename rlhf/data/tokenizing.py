@@ -1,9 +1,13 @@
 """Rows of text to rows of token ids: checked, truncated and counted, with a progress bar and a cache."""
 
+import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -12,22 +16,49 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import chat, formats
 from rlhf.data.batching import IGNORE
+from rlhf.data.formats import Dialogue, RowFormat
+from rlhf.data.messages import kind
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-_VERSION = 1  # part of the cache key: raise it when the meaning of a tokenised row changes
+UNLIMITED = 1 << 40  # where max_length is None
+_VERSION = 2  # part of the cache key: raise it when the meaning of a tokenised row changes
+_COUNTS = ("_answers", "_scored", "_notes")  # of each row: of its answers, and what was left out
+_REPORT = ("_cut", "_drop", "_bad", "_row", *_COUNTS)
+_TOKENISED = ("input_ids", "labels", "completion_mask", "assistant_masks", "attention_mask", "completion_ids")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a trainer reads rows, besides their length.
+
+    Args:
+        form: names of columns and roles, options of the template.
+        split_turns: each answer of a conversation is a row of its own, behind what comes before it.
+        bad_rows: file that lists the rows that cannot be read, which are left out; None stops at the first.
+    """
+
+    form: RowFormat = field(default_factory=RowFormat)
+    split_turns: bool = False
+    bad_rows: str | None = None
+
+    def for_tokenizer(self, tokenizer: PreTrainedTokenizerBase, text_field: str = "text") -> "Reading":
+        template = tokenizer.chat_template
+        written = template if isinstance(template, str) else " ".join((template or {}).values())
+        return replace(self, form=replace(self.form, template=written, text_field=text_field))
 
 
 def tokenize_sft(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    max_length: int,
+    max_length: int | None,
     vocab_size: int,
     text_field: str = "text",
     drop_long_prompts: bool = False,
     num_proc: int | None = None,
+    reading: Reading | None = None,
 ) -> Dataset:
     """Rows of ``input_ids`` and ``labels`` (−100 where nothing is learned) from any of the known columns.
 
@@ -36,39 +67,95 @@ def tokenize_sft(
     Raises:
         ValueError: names the data set, the row and the remedy.
     """
-    with prefixed(_name(dataset)):
-        column = formats.completion_columns(dataset.column_names, text_field)
-    if column == "chosen":
-        logger.info("%s: preference rows; their chosen answers are scored", _name(dataset))
-    encode = partial(_encode_sft, tokenizer=tokenizer, column=column)
+    reading = (reading or Reading()).for_tokenizer(tokenizer, text_field)
+    names = column_names(dataset)
+    with prefixed(name_of(dataset)):
+        column = formats.sft_column(names, reading.form)
+    if column in ("chosen", "chosen_messages", "chosen_response"):
+        logger.info("%s: preference rows; their chosen answers are scored", name_of(dataset))
+    if "label" in formats.renamed(names, reading.form) and column != text_field:
+        logger.info(
+            "%s: rows with a 'label'; answers with label true are learned, the others left out", name_of(dataset)
+        )
+    own = (*_TOKENISED, "label", "prompt_ids") if column != text_field else (text_field,)
+    _tell_unread(dataset, reading.form, own)
+    encode = partial(encode_sft, tokenizer=tokenizer, column=column, reading=reading)
+    blank = {"input_ids": [0], "labels": [IGNORE]}
     return _tokenize(
-        dataset, tokenizer, encode, ("sft", column), max_length, vocab_size, drop_long_prompts, num_proc
-    )  # fmt: skip
+        dataset, tokenizer, encode, ("sft", column, reading), blank, max_length, vocab_size, drop_long_prompts, num_proc
+    )
 
 
 def tokenize_preferences(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    max_length: int,
+    max_length: int | None,
     vocab_size: int,
     drop_long_prompts: bool = False,
     num_proc: int | None = None,
     margin: bool = False,
+    reading: Reading | None = None,
 ) -> Dataset:
     """Rows of ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``; truncation cuts the answers, never the prompt.
+
+    ``labels``, for each of both, are there where some of their tokens are not scored. Unpaired rows (``completion`` and
+    ``label``) are paired where a prompt has good and bad answers.
 
     Args:
         margin: keep the column ``margin``, where there is one.
     Raises:
         ValueError: names the data set, the row and the remedy.
     """
-    with prefixed(_name(dataset)):
-        formats.check_preference_columns(dataset.column_names)
-    margin = margin and "margin" in dataset.column_names
-    encode = partial(_encode_pair, tokenizer=tokenizer, ready="chosen_ids" in dataset.column_names, margin=margin)
-    kind = ("pair", "margin") if margin else ("pair",)
-    return _tokenize(dataset, tokenizer, encode, kind, max_length, vocab_size, drop_long_prompts, num_proc)
+    reading = (reading or Reading()).for_tokenizer(tokenizer)
+    with prefixed(name_of(dataset)):
+        names = formats.renamed(column_names(dataset), reading.form)
+        if "label" in names and "chosen" not in names and isinstance(dataset, Dataset):
+            dataset = _paired(dataset, reading.form)
+        else:
+            formats.check_preference_columns(column_names(dataset), reading.form)
+    names = formats.renamed(column_names(dataset), reading.form)
+    margin = margin and "margin" in names
+    ready = "chosen_ids" in names
+    _tell_unread(dataset, reading.form, ("margin", "prompt_ids", "chosen_ids", "rejected_ids"))
+    encode = partial(_encode_pair, tokenizer=tokenizer, ready=ready, margin=margin, form=reading.form)
+    blank: Row = {"prompt_ids": [0], "chosen_ids": [0], "rejected_ids": [0], "labels": [[IGNORE], [IGNORE]]}
+    blank |= {"margin": 0.0} if margin else {}
+    what = ("pair", margin, reading)
+    rows = _tokenize(dataset, tokenizer, encode, what, blank, max_length, vocab_size, drop_long_prompts, num_proc)
+    return _without_plain_labels(rows)
+
+
+def tokenize_unpaired(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    vocab_size: int,
+    drop_long_prompts: bool = False,
+    num_proc: int | None = None,
+    reading: Reading | None = None,
+) -> Dataset:
+    """Rows of ``prompt_ids``, ``completions`` (one), ``labels`` (of its tokens) and ``desirable``.
+
+    A row with ``chosen`` and ``rejected`` becomes two.
+
+    Raises:
+        ValueError: names the data set, the row and the remedy.
+    """
+    reading = (reading or Reading()).for_tokenizer(tokenizer)
+    names = formats.renamed(column_names(dataset), reading.form)
+    pairs = "chosen" in names or "chosen_ids" in names
+    if not pairs and "label" not in names:
+        raise ValueError(
+            f"{name_of(dataset)}: no column 'label': found {', '.join(column_names(dataset))}; KTO needs 'prompt', "
+            "'completion' and 'label' (true or false), or pairs"
+        )
+    _tell_unread(dataset, reading.form, ("label", "prompt_ids", "completion_ids", "chosen_ids", "rejected_ids"))
+    encode = partial(_encode_unpaired, tokenizer=tokenizer, pairs=pairs, form=reading.form)
+    blank = {"prompt_ids": [0], "completions": [[0]], "labels": [[IGNORE]], "desirable": False}
+    what = ("unpaired", pairs, reading)
+    return _tokenize(dataset, tokenizer, encode, what, blank, max_length, vocab_size, drop_long_prompts, num_proc)
 
 
 def tokenize_prompts(
@@ -79,41 +166,153 @@ def tokenize_prompts(
     vocab_size: int,
     drop_long_prompts: bool = False,
     num_proc: int | None = None,
+    reading: Reading | None = None,
 ) -> Dataset:
     """The rows as they are, which reward functions read, with ``prompt_ids`` added.
 
     Raises:
         ValueError: names the data set, the row and the remedy.
     """
-    name = _name(dataset)
+    reading = (reading or Reading()).for_tokenizer(tokenizer)
+    name = name_of(dataset)
     if len(dataset) == 0:
         raise ValueError(f"{name}: no rows")
-    template = (tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str())
-    key = (_VERSION, dataset._fingerprint, "prompt", template, name, max_prompt_length, vocab_size, drop_long_prompts)
+    with prefixed(name):
+        formats.renamed(dataset.column_names, reading.form)
+    options = (max_prompt_length, vocab_size, drop_long_prompts, reading)
+    key = (_VERSION, dataset._fingerprint, "prompt", identity(tokenizer), name, options)
     mapped = dataset.map(
         partial(
-            _encode_prompt,
-            tokenizer=tokenizer, name=name, longest=max_prompt_length, vocab_size=vocab_size, drop=drop_long_prompts,
+            _encode_prompt, tokenizer=tokenizer, name=name, longest=max_prompt_length, vocab_size=vocab_size,
+            drop=drop_long_prompts, reading=reading,
         ),
         with_indices=True,
         new_fingerprint=Hasher.hash(key),
         num_proc=num_proc,
         desc=f"Tokenising {name}",
     )  # fmt: skip
-    kept = [index for index, ids in enumerate(mapped["prompt_ids"]) if len(ids) <= max_prompt_length]
+    bad = [(index + 1, why) for index, why in enumerate(mapped["_bad"]) if why]
+    _list_bad_rows(name, bad, len(mapped), reading)
+    wrong = {row - 1 for row, _ in bad}
+    kept = [i for i, ids in enumerate(mapped["prompt_ids"]) if i not in wrong and len(ids) <= max_prompt_length]
+    mapped = mapped.remove_columns("_bad")
     if len(kept) == len(mapped):
         return mapped
-    logger.warning("%s: dropped %d of %d rows with too long a prompt", name, len(mapped) - len(kept), len(mapped))
+    if long := len(mapped) - len(kept) - len(bad):
+        logger.warning("%s: dropped %d of %d rows with too long a prompt", name, long, len(mapped))
     if not kept:
         raise ValueError(f"{name}: no row is left; raise --max_length, or lower --max_completion_length")
     return mapped.select(kept)
 
 
+# One row
+
+
+def encode_sft(row: Row, tokenizer: PreTrainedTokenizerBase, column: str, reading: Reading) -> list[Row]:
+    """The tokenised row, or one for each of its answers; with what is counted of it."""
+    row = formats.canonical(row, reading.form)
+    if column == "input_ids":
+        return [{**_ready_sft(row), "_answers": 0, "_scored": 0, "_notes": []}]
+    if column == reading.form.text_field:
+        text = row[column]
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{column!r} is {'empty' if isinstance(text, str) else kind(text)}, expected text")
+        found = [chat.encode(tokenizer, Dialogue("", (text,)))]
+    else:
+        if row.get("label") is not None and not formats.label(row):
+            return [_dropped({"input_ids": [0], "labels": [IGNORE]}, "with label false")]
+        dialogue = formats.sft_dialogue(row, column, reading.form)
+        dialogues = chat.split_turns(dialogue) if reading.split_turns else [dialogue]
+        found = [chat.encode(tokenizer, one) for one in dialogues]
+    rows = []
+    for encoded in found:
+        ((ids, scored),) = encoded.completions
+        labels = [token if s else IGNORE for token, s in zip(ids, scored, strict=True)]
+        whole: Row = {"input_ids": encoded.prompt_ids + ids, "labels": [IGNORE] * len(encoded.prompt_ids) + labels}
+        rows.append(whole | _counts(encoded))
+    return rows or [_dropped({"input_ids": [0], "labels": [IGNORE]}, "without a scored token")]
+
+
+def _counts(encoded: chat.Encoded) -> Row:
+    return {"_answers": encoded.answers, "_scored": encoded.scored, "_notes": list(encoded.notes)}
+
+
+def _dropped(blank: Row, reason: str) -> Row:
+    return {**blank, "_drop": reason, "_answers": 0, "_scored": 0, "_notes": []}
+
+
+def _ready_sft(row: Row) -> Row:
+    """A tokenised row: ``labels``, or masks of what is learned."""
+    if "input_ids" not in row:
+        prompt, completion = list(row["prompt_ids"]), list(row["completion_ids"])
+        return {"input_ids": prompt + completion, "labels": [IGNORE] * len(prompt) + completion}
+    ids = list(row["input_ids"])
+    labels = list(row["labels"]) if row.get("labels") is not None else list(ids)
+    masks = [row[key] for key in ("completion_mask", "assistant_masks", "attention_mask") if row.get(key) is not None]
+    for name, own in (("labels", labels), *((key, row[key]) for key in _TOKENISED[2:5] if row.get(key) is not None)):
+        if len(own) != len(ids):
+            raise ValueError(f"{name!r} has {len(own)} entries, 'input_ids' {len(ids)}")
+    labels = [label if all(mask[i] for mask in masks) else IGNORE for i, label in enumerate(labels)]
+    if (real := row.get("attention_mask")) is not None:  # padding is no text
+        ids, labels = ([x for x, r in zip(side, real, strict=True) if r] for side in (ids, labels))
+    return {"input_ids": ids, "labels": labels}
+
+
+def _encode_pair(row: Row, tokenizer: PreTrainedTokenizerBase, ready: bool, margin: bool, form: RowFormat) -> list[Row]:
+    row = formats.canonical(row, form)
+    own = {"margin": formats.margin(row)} if margin else {}
+    if ready:
+        encoded = {key: list(row[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")}
+        for key in ("chosen_ids", "rejected_ids"):
+            if not encoded[key]:
+                raise ValueError(f"{key!r} is empty")
+        labels = [encoded["chosen_ids"], encoded["rejected_ids"]]
+        return [{**encoded, "labels": labels, **own, "_answers": 0, "_scored": 0, "_notes": []}]
+    found = chat.encode(tokenizer, formats.pair_dialogue(row, form))
+    (chosen, _), (rejected, _) = found.completions
+    ids = {"prompt_ids": found.prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected}
+    return [{**ids, "labels": _labels(found), **own, **_counts(found)}]
+
+
+def _encode_unpaired(row: Row, tokenizer: PreTrainedTokenizerBase, pairs: bool, form: RowFormat) -> list[Row]:
+    row = formats.canonical(row, form)
+    if pairs:
+        (pair,) = _encode_pair(row, tokenizer, "chosen_ids" in row, False, form)
+        counts = {key: pair[key] for key in _COUNTS}
+        both = zip((pair["chosen_ids"], pair["rejected_ids"]), pair["labels"], (True, False), strict=True)
+        return [
+            {"prompt_ids": pair["prompt_ids"], "completions": [ids], "labels": [labels], "desirable": good, **counts}
+            for ids, labels, good in both
+        ]
+    good = formats.label(row)
+    if "completion_ids" in row:
+        ids = list(row["completion_ids"])
+        ready = {"prompt_ids": list(row["prompt_ids"]), "completions": [ids], "labels": [ids], "desirable": good}
+        return [{**ready, "_answers": 0, "_scored": 0, "_notes": []}]
+    found = chat.encode(tokenizer, formats.unpaired_dialogue(row, form))
+    completions = [ids for ids, _ in found.completions]
+    own = {"prompt_ids": found.prompt_ids, "completions": completions, "labels": _labels(found), "desirable": good}
+    return [{**own, **_counts(found)}]
+
+
+def _labels(found: chat.Encoded) -> list[list[int]]:
+    return [[i if s else IGNORE for i, s in zip(ids, scored, strict=True)] for ids, scored in found.completions]
+
+
 def _encode_prompt(
-    row: Row, index: int, *, tokenizer: PreTrainedTokenizerBase, name: str, longest: int, vocab_size: int, drop: bool
+    row: Row,
+    index: int,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    longest: int,
+    vocab_size: int,
+    drop: bool,
+    reading: Reading,
 ) -> Row:
     try:
-        ids = chat.encode_prompt(tokenizer, formats.prompt_alone(row))
+        dialogue = formats.prompt_dialogue(formats.canonical(row, reading.form), reading.form)
+        ids = chat.encode_prompt(tokenizer, dialogue)
         if not ids:
             raise ValueError("'prompt' is empty")
         _check_vocabulary({"prompt": ids}, vocab_size)
@@ -123,55 +322,52 @@ def _encode_prompt(
                 "raise --max_length, or pass --drop_long_prompts to leave such rows out"
             )
     except ValueError as error:
-        raise ValueError(f"{name}, row {index + 1}: {error}") from error
-    return {"prompt_ids": ids}
+        if reading.bad_rows is None:
+            raise ValueError(f"{name}, row {index + 1}: {error}") from error
+        return {"prompt_ids": [0], "_bad": str(error)}
+    return {"prompt_ids": ids, "_bad": ""}
 
 
-def _encode_sft(row: Row, tokenizer: PreTrainedTokenizerBase, column: str) -> Row:
-    if column == "input_ids":
-        ids = list(row["input_ids"])
-        labels = list(row["labels"]) if row.get("labels") is not None else ids
-        if len(labels) != len(ids):
-            raise ValueError(f"'labels' has {len(labels)} entries, 'input_ids' {len(ids)}")
-        return {"input_ids": ids, "labels": labels}
-    if column in ("messages", "conversations"):
-        ids, scored = chat.encode_conversation(tokenizer, formats.conversation(row, column))
-        return {"input_ids": ids, "labels": [i if s else IGNORE for i, s in zip(ids, scored, strict=True)]}
-    if column in ("completion", "chosen"):
-        prompt, completion = formats.prompt_and_completion(row, column)
-        prompt_ids, (completion_ids,) = chat.encode_completions(tokenizer, prompt, [completion])
-        return {"input_ids": prompt_ids + completion_ids, "labels": [IGNORE] * len(prompt_ids) + completion_ids}
-    text = row[column]
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{column!r} is {'empty' if isinstance(text, str) else formats.kind(text)}, expected text")
-    ids = chat.encode_text(tokenizer, text)
-    return {"input_ids": ids, "labels": ids}
+def _paired(dataset: Dataset, form: RowFormat) -> Dataset:
+    """Pairs of unpaired rows: the good answers to a prompt beside its bad ones, in order."""
+    answers: dict[str, tuple[Row, list[Any], list[Any]]] = {}
+    for row in dataset:
+        row = formats.canonical(row, form)
+        dialogue = formats.unpaired_dialogue(row, form)
+        key = json.dumps([dialogue.prompt, dialogue.tools], sort_keys=True, default=str)
+        kept = {"tools": json.dumps(dialogue.tools)} if dialogue.tools else {}
+        found = answers.setdefault(key, ({"prompt": dialogue.prompt, **kept}, [], []))
+        found[1 if formats.label(row) else 2].append(dialogue.completions[0])
+    pairs = [
+        {**row, "chosen": chosen, "rejected": rejected}
+        for row, good, bad in answers.values()
+        for chosen, rejected in zip(good, bad, strict=False)
+    ]
+    if not pairs:
+        raise ValueError(
+            "rows with a 'label', but no prompt has both a good and a bad answer: train on them with `rlhf kto`"
+        )
+    logger.info(
+        "%s: %d pairs from %d rows with a 'label', of prompts with good and bad answers (`rlhf kto` learns from all)",
+        name_of(dataset), len(pairs), len(dataset),
+    )  # fmt: skip
+    made = Dataset.from_list(
+        [{key: json.dumps(v) if isinstance(v, list) else v for key, v in p.items()} for p in pairs]
+    )
+    made.info.dataset_name = dataset.info.dataset_name
+    return made
 
 
-def _encode_pair(row: Row, tokenizer: PreTrainedTokenizerBase, ready: bool, margin: bool) -> Row:
-    own = {"margin": formats.margin(row)} if margin else {}
-    if ready:
-        encoded = {key: list(row[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")}
-        for key in ("chosen_ids", "rejected_ids"):
-            if not encoded[key]:
-                raise ValueError(f"{key!r} is empty")
-        return encoded | own
-    prompt, chosen, rejected = formats.prompt_and_pair(row)
-    prompt_ids, (chosen_ids, rejected_ids) = chat.encode_completions(tokenizer, prompt, [chosen, rejected])
-    return {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids} | own
-
-
-def _process(
-    row: Row, index: int, *, encode: Callable[[Row], Row], name: str, max_length: int, vocab_size: int, drop: bool
-) -> Row:
-    with prefixed(f"{name}, row {index + 1}"):
-        return cut(encode(row), max_length, vocab_size, drop)
+# All rows
 
 
 def cut(encoded: Row, max_length: int, vocab_size: int, drop: bool) -> Row:
     """A row of ids, checked, without its end beyond ``max_length``; ``_cut`` says how many ids that took, ``_drop`` why
     the row is to be left out, if it is."""
-    own = {"margin": encoded.pop("margin")} if "margin" in encoded else {}
+    own = {key: value for key, value in encoded.items() if not _is_ids(value) or key.startswith("_")}
+    encoded = {key: value for key, value in encoded.items() if key not in own}
+    if own.get("_drop"):
+        return encoded | own | {"_cut": 0}
     _check_vocabulary(encoded, vocab_size)
     prompt = _prompt_length(encoded)
     too_long = prompt >= max_length
@@ -182,13 +378,29 @@ def cut(encoded: Row, max_length: int, vocab_size: int, drop: bool) -> Row:
         )
     before = _size(encoded)
     # A prompt belongs to both answers: it is kept whole, and the answers share what is left of max_length.
-    room = max_length - prompt if "prompt_ids" in encoded else max_length
-    encoded = {key: ids if key == "prompt_ids" else ids[: max(room, 0)] for key, ids in encoded.items()}
+    room = max(max_length - prompt if "prompt_ids" in encoded else max_length, 0)
+    encoded = {key: ids if key == "prompt_ids" else _shorter(ids, room) for key, ids in encoded.items()}
     return encoded | own | {"_cut": before - _size(encoded), "_drop": _reason_to_drop(encoded, too_long)}
 
 
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _nested(value: list[Any]) -> bool:
+    return bool(value) and isinstance(value[0], list)
+
+
+def _shorter(ids: list[Any], room: int) -> list[Any]:
+    return [own[:room] for own in ids] if _nested(ids) else ids[:room]
+
+
+def _flat(value: list[Any]) -> list[int]:
+    return [i for own in value for i in own] if _nested(value) else value
+
+
 def _size(encoded: Row) -> int:
-    return sum(len(ids) for key, ids in encoded.items() if key != "labels")
+    return sum(len(_flat(ids)) for key, ids in encoded.items() if key != "labels")
 
 
 def _prompt_length(encoded: Row) -> int:
@@ -199,76 +411,180 @@ def _prompt_length(encoded: Row) -> int:
 
 def _check_vocabulary(encoded: Row, vocab_size: int) -> None:
     for key, ids in encoded.items():
-        wrong = next((i for i in ids if not 0 <= i < vocab_size and not (key == "labels" and i == IGNORE)), None)
+        wrong = next((i for i in _flat(ids) if not 0 <= i < vocab_size and not (key == "labels" and i == IGNORE)), None)
         if wrong is not None:
             raise ValueError(
                 f"token {wrong} in {key!r} is outside the model's vocabulary of {vocab_size}: "
-                "is this the model's own tokenizer?"
+                "is this the model's own tokenizer? (--add_tokens enlarges the model for new tokens)"
             )
 
 
 def _reason_to_drop(encoded: Row, too_long: bool) -> str:
     if too_long:
         return "with too long a prompt"
-    if "labels" in encoded:
+    if "input_ids" in encoded:
         return "" if any(label != IGNORE for label in encoded["labels"][1:]) else "without a scored token"
-    if encoded["chosen_ids"] == encoded["rejected_ids"]:
+    if any(all(label == IGNORE for label in labels) for labels in encoded["labels"]):
+        return "without a scored token"
+    if "chosen_ids" in encoded and encoded["chosen_ids"] == encoded["rejected_ids"]:
         return "whose answers are the same once cut"
     return ""
+
+
+def _process(
+    row: Row,
+    index: int,
+    *,
+    encode: Callable[[Row], list[Row]],
+    name: str,
+    max_length: int,
+    vocab_size: int,
+    drop: bool,
+    blank: Row | None,
+) -> list[Row]:
+    """The tokenised rows of one row; ``blank`` stands for a bad one, or None to stop there."""
+    try:
+        done = [cut(encoded, max_length, vocab_size, drop) for encoded in encode(row)]
+    except ValueError as error:
+        if blank is None:
+            raise ValueError(f"{name}, row {index + 1}: {error}") from error
+        done = [cut(_dropped(blank, "that cannot be read"), max_length, vocab_size, drop) | {"_bad": str(error)}]
+    return [{**one, "_bad": one.get("_bad", ""), "_row": index} for one in done]
 
 
 def _tokenize(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-    encode: Callable[[Row], Row],
-    kind: tuple[str, ...],
-    max_length: int,
+    encode: Callable[[Row], list[Row]],
+    what: tuple[Any, ...],
+    blank: Row,
+    max_length: int | None,
     vocab_size: int,
     drop: bool,
     num_proc: int | None,
 ) -> Dataset:
-    name = _name(dataset)
-    key = (_VERSION, dataset._fingerprint, kind, identity(tokenizer), name, max_length, vocab_size, drop)
-    process = partial(_process, encode=encode, name=name, max_length=max_length, vocab_size=vocab_size, drop=drop)
-    return map_rows(dataset, process, key, max_length, num_proc)
+    name, max_length = name_of(dataset), UNLIMITED if max_length is None else max_length
+    reading: Reading = what[-1]
+    process = partial(
+        _process, encode=encode, name=name, max_length=max_length, vocab_size=vocab_size, drop=drop,
+        blank=None if reading.bad_rows is None else blank,
+    )  # fmt: skip
+    key = (
+        _VERSION,
+        getattr(dataset, "_fingerprint", ""),
+        what,
+        identity(tokenizer),
+        name,
+        max_length,
+        vocab_size,
+        drop,
+    )
+    return map_rows(dataset, process, key, max_length, num_proc, reading)
 
 
 def identity(tokenizer: PreTrainedTokenizerBase) -> Any:
     """All of a tokenizer that decides what a row becomes."""
-    return tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str()
+    if tokenizer.is_fast:
+        kind_of: Any = tokenizer.backend_tokenizer.to_str()
+    else:
+        kind_of = (type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items()), repr(tokenizer.init_kwargs))
+    return tokenizer.chat_template, tokenizer.special_tokens_map, kind_of
 
 
 def map_rows(
-    dataset: Dataset, process: Callable[[Row, int], Row], key: tuple[Any, ...], max_length: int, num_proc: int | None
+    dataset: Dataset,
+    process: Callable[[Row, int], list[Row]],
+    key: tuple[Any, ...],
+    max_length: int,
+    num_proc: int | None,
+    reading: Reading,
 ) -> Dataset:
     """Rows by ``process``, which gives what :func:`cut` does; ``key`` is all that they depend on."""
-    name = _name(dataset)
+    name = name_of(dataset)
     if len(dataset) == 0:
         raise ValueError(f"{name}: no rows")
     mapped = dataset.map(
-        process,
+        partial(_process_batch, process=process),
         with_indices=True,
+        batched=True,
+        batch_size=200,
         remove_columns=dataset.column_names,
         new_fingerprint=Hasher.hash(key),
         num_proc=num_proc,
         desc=f"Tokenising {name}",
     )
-    reasons, cuts = mapped["_drop"][:], mapped["_cut"][:]
-    kept = [index for index, reason in enumerate(reasons) if not reason]
-    for reason in sorted(set(reasons) - {""}):
-        logger.warning("%s: dropped %d of %d rows %s", name, reasons.count(reason), len(mapped), reason)
+    report = {column: mapped[column][:] for column in _REPORT if column in mapped.column_names}
+    _list_bad_rows(
+        name,
+        [(row + 1, why) for row, why in zip(report["_row"], report["_bad"], strict=True) if why],
+        len(dataset),
+        reading,
+    )
+    _tell_counts(name, report, max_length)
+    kept = [index for index, reason in enumerate(report["_drop"]) if not reason]
+    if not kept:
+        raise ValueError(f"{name}: no row is left to train on ({report['_drop'][0]}); check the columns and max_length")
+    mapped = mapped.remove_columns(list(report))
+    return mapped if len(kept) == len(mapped) else mapped.select(kept)
+
+
+def _process_batch(
+    batch: dict[str, list[Any]], indices: list[int], process: Callable[[Row, int], list[Row]]
+) -> dict[str, list[Any]]:
+    rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+    done = [one for row, index in zip(rows, indices, strict=True) for one in process(row, index)]
+    return {column: [one[column] for one in done] for column in done[0]}
+
+
+def _tell_counts(name: str, report: dict[str, list[Any]], max_length: int) -> None:
+    """Say what was dropped, cut, and not scored."""
+    reasons, cuts = report["_drop"], report["_cut"]
+    for reason in sorted(set(reasons) - {"", "that cannot be read"}):
+        logger.warning("%s: dropped %d of %d rows %s", name, reasons.count(reason), len(reasons), reason)
     if any(cuts):
         logger.warning(
             "%s: %d of %d rows cut to max_length %d, losing %d tokens in all",
             name, sum(cut > 0 for cut in cuts), len(cuts), max_length, sum(cuts),
         )  # fmt: skip
-    if not kept:
-        raise ValueError(f"{name}: no row is left to train on ({reasons[0]}); check the columns and max_length")
-    mapped = mapped.remove_columns(["_cut", "_drop"])
-    return mapped if len(kept) == len(mapped) else mapped.select(kept)
+    answers, scored = sum(report.get("_answers", [])), sum(report.get("_scored", []))
+    if scored < answers:
+        logger.warning("%s: %d of %d answers are scored", name, scored, answers)
+    for note, rows in Counter(note for notes in report.get("_notes", []) for note in notes).items():
+        logger.warning("%s: %s (%d of %d rows)", name, note, rows, len(reasons))
 
 
-def _name(dataset: Dataset) -> str:
+def _list_bad_rows(name: str, bad: list[tuple[int, str]], rows: int, reading: Reading) -> None:
+    if not bad or reading.bad_rows is None:
+        return
+    path = Path(reading.bad_rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        for row, why in bad:
+            file.write(json.dumps({"file": name, "row": row, "error": why}, ensure_ascii=False) + "\n")
+    logger.warning("%s: left out %d of %d rows that cannot be read, listed in %s; first, row %d: %s",
+                   name, len(bad), rows, path, *bad[0])  # fmt: skip
+    if len(bad) == rows:
+        raise ValueError(f"{name}: none of {rows} rows can be read; row {bad[0][0]}: {bad[0][1]}")
+
+
+def _tell_unread(dataset: Dataset, form: RowFormat, own: tuple[str, ...]) -> None:
+    names = formats.renamed(column_names(dataset), form)
+    unread = sorted(set(names) - formats.columns_read(names, form, own))
+    if unread:
+        logger.info("%s: columns not read: %s", name_of(dataset), ", ".join(unread))
+
+
+def _without_plain_labels(rows: Dataset) -> Dataset:
+    """Without ``labels`` where every token of every answer is scored."""
+    masked = any(IGNORE in side for labels in rows["labels"] for side in labels)
+    return rows if masked else rows.remove_columns("labels")
+
+
+def column_names(dataset: Dataset) -> list[str]:
+    return list(dataset.column_names or [])
+
+
+def name_of(dataset: Dataset) -> str:
     return dataset.info.dataset_name or "dataset"
 
 

@@ -75,9 +75,9 @@ class RewardModel(Wrapper):
         rows = []
         for prompt, completion in zip(prompts, completions, strict=True):
             row = {"prompt": prompt, "completion": completion}
-            turns = formats.prompt_and_completion(row, "completion")
-            prompt_ids, (completion_ids,) = chat.encode_completions(tokenizer, turns[0], [turns[1]])
-            rows.append({"input_ids": prompt_ids + completion_ids, "labels": prompt_ids + completion_ids})
+            found = chat.encode(tokenizer, formats.sft_dialogue(row, "completion", formats.RowFormat()))
+            ids = found.prompt_ids + found.completions[0][0]
+            rows.append({"input_ids": ids, "labels": ids})
         parts = (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
         return torch.cat([self(Collator()(part).to(self.device)) for part in parts])
 

@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from rlhf.data.chat import encode_completions
-from rlhf.data.formats import Turns
+from rlhf.data.chat import encode
+from rlhf.data.formats import Dialogue, Turns
 from rlhf.models import load_tokenizer
 from rlhf.models.linear import speed_up_linear
 
@@ -161,8 +161,8 @@ class ModelReward:
                 "put a chat_template.jinja into its folder"
             )
         if self.rendering == "answer":
-            prompt_ids, (completion_ids,) = encode_completions(tokenizer, prompt, [completion])
-            return prompt_ids + completion_ids
+            found = encode(tokenizer, Dialogue(prompt, (completion,)))
+            return found.prompt_ids + found.completions[0][0]
         if isinstance(prompt, str):
             text, end = prompt + str(completion), tokenizer.eos_token or ""
             return tokenizer(text if text.endswith(end) else text + end)["input_ids"]

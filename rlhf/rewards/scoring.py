@@ -108,6 +108,12 @@ class RewardSet:
             OSError: a server that does not answer.
         """
         columns = [name for name in row if name not in _RENAMED]
+        for name in columns:
+            if name in _GIVEN:
+                raise ValueError(
+                    f"the data has a column {name!r}, a name under which reward functions get something else: "
+                    f"rename the column (--columns {name}=data_{name})"
+                )
         for function, name, parameters in zip(self.functions, self.names, self._parameters, strict=True):
             for needed in parameters.required:
                 if needed not in columns and needed not in _GIVEN:

@@ -102,7 +102,7 @@ def test_a_template_that_rewrites_earlier_turns_scores_the_last_answer(tokenizer
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     text, scored = parts(other, sft([{"messages": [USER, BOT, AGAIN, LAST]}], other)[0])
-    assert text.endswith("no<|im_end|>") and scored == "no<|im_end|>"
+    assert text.endswith("no<|im_end|>") and scored == " no<|im_end|>"  # the space is a part of the token
 
 
 def test_truncation_keeps_the_prompt_and_says_what_it_cut(tokenizer, caplog):

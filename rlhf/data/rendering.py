@@ -1,0 +1,408 @@
+"""A conversation as one text, and where in it the assistant's answers stand.
+
+Templates strip, move, quote and leave out what a message holds. So each string of each message is rendered a second
+time with a mark in its middle, a character that no text has. Where the marks come out is where the messages are. A mark
+that does not come out is a part that the template leaves out.
+"""
+
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from rlhf.data.formats import Dialogue, Message
+
+_FIRST_MARK, _LAST_MARK = 0xF0000, 0xFFFFD  # a private plane of Unicode
+_MARKS = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_LAST_MARK)}]")
+_THOUGHT_TAG = re.compile(r"</?[\w:]*think\w*>|\[/?THINK\]", re.IGNORECASE)
+_EMPTY_THOUGHT = re.compile(
+    r"(?:<([\w:|]*think\w*)>\s*</\1>|\[THINK\]\s*\[/THINK\]|<\|START_THINKING\|>\s*<\|END_THINKING\|>"
+    r"|<\|channel>thought\s*<channel\|>)\s*",
+    re.IGNORECASE,
+)
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_NOT_RENDERED = ("weight",)  # what our own reading leaves in a message
+_KNOWN = {
+    "role",
+    "content",
+    "tool_calls",
+    "tool_call_id",
+    "name",
+    "id",
+    "weight",
+    *("reasoning_content", "reasoning", "thinking"),
+}
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """``answers`` are the characters [start, end) of each scored answer, in order; ``needs_eos`` where no token of the
+    template ends the last of them; ``notes`` say what the template does not write."""
+
+    text: str
+    answers: list[tuple[int, int]]
+    needs_eos: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Part:
+    """A string of a message with a mark behind its first ``before`` characters."""
+
+    name: str
+    mark: str
+    before: str
+    after: str
+
+
+@dataclass
+class _Marked:
+    """Messages with marks, and the parts of each."""
+
+    messages: list[Message]
+    parts: list[list[_Part]] = field(default_factory=list)
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise where there is no chat template."""
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the data is conversational but the tokenizer has no chat template: pass --chat_template_path "
+            "(a .jinja file or a model folder), or use plain 'prompt' and 'completion' text"
+        )
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    dialogue: Dialogue,
+    messages: list[Message],
+    generate: bool = False,
+    resume: bool = False,
+) -> str:
+    """Messages in the chat template, with the dialogue's tools and options.
+
+    Args:
+        generate: end with what begins the assistant's answer. resume: leave the last message open.
+    Raises:
+        ValueError: the template refuses them.
+    """
+    plain = [{key: value for key, value in m.items() if key not in _NOT_RENDERED} for m in messages]
+    if not plain:
+        return ""
+    try:
+        return tokenizer.apply_chat_template(  # type: ignore[return-value]
+            plain, tools=dialogue.tools, tokenize=False, add_generation_prompt=generate, continue_final_message=resume,
+            **dialogue.template_kwargs,
+        )  # fmt: skip
+    except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"the chat template refuses this conversation ({reason[:200]}); roles: "
+            f"{', '.join(str(m.get('role')) for m in plain[:8])}"
+        ) from error
+
+
+def split_prefill(prompt: list[Message], completion: list[Message]) -> tuple[list[Message], int, int]:
+    """All messages, the number of the first that is answered, and how many characters of it the prompt holds already.
+
+    An answer behind a prompt that ends with the assistant's turn continues that turn.
+    """
+    if not (prompt and completion and prompt[-1]["role"] == completion[0]["role"] == "assistant"):
+        return [*prompt, *completion], len(prompt), 0
+    begun, rest = prompt[-1], completion[0]
+    if not (isinstance(begun.get("content"), str) and isinstance(rest.get("content"), str)) or begun.get("tool_calls"):
+        return [*prompt, *completion], len(prompt), 0
+    whole = {**begun, **rest, "content": begun["content"] + rest["content"]}
+    return [*prompt[:-1], whole, *completion[1:]], len(prompt) - 1, len(begun["content"])
+
+
+def locate_answers(
+    tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, messages: list[Message], first: int, prefill: int = 0
+) -> Rendering:
+    """Render ``messages`` and find the answers among those from ``first`` on.
+
+    Args:
+        prefill: characters of message ``first`` that belong to the prompt.
+    Raises:
+        ValueError: the template refuses the conversation, or leaves out a part of it.
+    """
+    text = render(tokenizer, dialogue, messages)
+    scored = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant" and _has_weight(messages[i])]
+    marked = _mark(messages, first, prefill)
+    whole = render(tokenizer, dialogue, marked.messages)
+    if _MARKS.sub("", whole) != text:  # the template looks at what a message says
+        return _locate_by_prefix(tokenizer, dialogue, messages, scored, text)
+    notes = _what_is_lost(tokenizer, dialogue, marked, whole, scored)
+    finder = _Finder(tokenizer, dialogue, marked, whole)
+    spans, needs_eos = finder.generation_spans(scored), False
+    if spans is None:
+        spans = []
+        for index in scored:
+            if not finder.present(index):
+                continue
+            start, (end, closed) = finder.start(index), finder.end(index)
+            if index == first and prefill:
+                start = max(start, whole.index(marked.parts[index][0].mark))
+            spans.append((start, max(start, end)))
+            needs_eos = not closed
+    return Rendering(text, [(finder.plain(start), finder.plain(end)) for start, end in spans], needs_eos, notes)
+
+
+def _has_weight(message: Message) -> bool:
+    return bool(message.get("weight", 1))
+
+
+# Marks
+
+
+def _mark(messages: list[Message], first: int, prefill: int) -> _Marked:
+    marked = _Marked([])
+    number = iter(range(_FIRST_MARK, _LAST_MARK))
+    for index, message in enumerate(messages):
+        parts: list[_Part] = []
+        message = dict(message)
+        for key in (*_REASONING, "content"):
+            if isinstance(message.get(key), str):
+                at = prefill if (index, key) == (first, "content") and prefill else None
+                message[key] = _mark_text(message[key], key, parts, number, at)
+        if isinstance(message.get("tool_calls"), list):
+            message["tool_calls"] = [_mark_call(call, parts, number) for call in message["tool_calls"]]
+        marked.messages.append(message)
+        marked.parts.append(parts)
+    return marked
+
+
+def _mark_text(text: str, name: str, parts: list[_Part], number: Any, at: int | None) -> str:
+    """Text with a mark in the middle of each stretch between the tags of a thought; or one at ``at``."""
+    if at is not None:
+        parts.append(_Part(name, chr(next(number)), text[:at].lstrip(), text[at:].rstrip()))
+        return text[:at] + parts[-1].mark + text[at:]
+    done, pieces = 0, []
+    for end in [*(tag.start() for tag in _THOUGHT_TAG.finditer(text)), len(text)]:
+        stretch = text[done:end]
+        tag = _THOUGHT_TAG.match(stretch)
+        skipped = tag.end() if tag else 0
+        core = stretch[skipped:].strip()
+        if not core:
+            pieces.append(stretch)
+        else:
+            lead = stretch.index(core, skipped)
+            middle = len(core) // 2
+            part = _Part(name, chr(next(number)), core[:middle], core[middle:])
+            parts.append(part)
+            pieces.append(stretch[:lead] + part.before + part.mark + part.after + stretch[lead + len(core) :])
+        done = end
+    return "".join(pieces)
+
+
+def _mark_call(call: Any, parts: list[_Part], number: Any) -> Any:
+    """A tool call with a mark in the function's name."""
+    inner = call.get("function") if isinstance(call, dict) else None
+    holder = inner if isinstance(inner, dict) else call
+    if not isinstance(holder, dict) or not isinstance(holder.get("name"), str):
+        return call
+    name = holder["name"]
+    part = _Part("tool_calls", chr(next(number)), name[: len(name) // 2], name[len(name) // 2 :])
+    parts.append(part)
+    holder = {**holder, "name": part.before + part.mark + part.after}
+    return {**call, "function": holder} if holder is not inner and inner is not None else holder
+
+
+def _what_is_lost(
+    tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, marked: _Marked, whole: str, scored: list[int]
+) -> tuple[str, ...]:
+    """What the template leaves out on purpose: earlier thoughts, keys and tools that it does not know.
+
+    Raises:
+        ValueError: anything else that a message says does not come out.
+    """
+    notes = _unread(str(tokenizer.get_chat_template(tools=dialogue.tools)), dialogue, marked.messages)
+    last = len(marked.messages) - 1
+    for index, (message, parts) in enumerate(zip(marked.messages, marked.parts, strict=True)):
+        missing = [part for part in parts if part.mark not in whole]
+        present = {part.mark for part in parts} - {part.mark for part in missing}
+        # A thought may be given under several names, of which a template reads one.
+        names = {part.name for part in missing} - (set(_REASONING) if _reasoning_shown(parts, present) else set())
+        if not names:
+            continue
+        if index < last and message["role"] == "assistant" and index != (scored[-1] if scored else -1):
+            thought = present and all(_is_thought(part, parts) for part in missing)
+            left_out = "the reasoning of earlier answers" if thought else "a part of earlier answers"
+            notes.append(f"the template leaves out {left_out} (--split_turns learns it)")
+            continue
+        what = ", ".join(sorted(names))
+        lost = next(part for part in missing if part.name in names)
+        raise ValueError(
+            f"the chat template leaves out {what!r} of message {index + 1} ({message['role']}): "
+            f"{(lost.before + lost.after)[:60]!r}. Use a template that writes it (--chat_template_path), or take it "
+            "out of the row"
+        )
+    return tuple(dict.fromkeys(notes))
+
+
+def _unread(template: str, dialogue: Dialogue, messages: list[Message]) -> list[str]:
+    """Tools and keys of messages that the template has no word for."""
+    notes = []
+    if dialogue.tools and "tools" not in template:
+        notes.append("the template does not write 'tools'")
+    keys = {key for message in messages for key in message} - _KNOWN
+    return notes + [f"message key {key!r} is not read" for key in sorted(keys) if key not in template]
+
+
+def _reasoning_shown(parts: list[_Part], present: set[str]) -> bool:
+    return any(part.mark in present for part in parts if part.name in _REASONING)
+
+
+def _is_thought(part: _Part, parts: list[_Part]) -> bool:
+    """Reasoning under a key of its own, or what stands before the last stretch of a content with tags."""
+    contents = [other for other in parts if other.name == "content"]
+    return part.name in _REASONING or (len(contents) > 1 and part is not contents[-1])
+
+
+# Answers
+
+
+class _Finder:
+    """Where answers start and end in a rendering with marks (``whole``)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, marked: _Marked, whole: str) -> None:
+        self.tokenizer, self.dialogue, self.marked, self.whole = tokenizer, dialogue, marked, whole
+        self.marks = [mark.start() for mark in _MARKS.finditer(whole)]
+        self.special = _special_tokens(tokenizer)
+
+    def plain(self, position: int) -> int:
+        """The same place in the text without marks."""
+        return position - sum(mark < position for mark in self.marks)
+
+    def present(self, index: int) -> list[_Part]:
+        return sorted(
+            (p for p in self.marked.parts[index] if p.mark in self.whole), key=lambda p: self.whole.index(p.mark)
+        )
+
+    def content_start(self, index: int) -> int:
+        """Where the first string of a message begins, as far as it is rendered as it is."""
+        part = self.present(index)[0]
+        place = self.whole.index(part.mark)
+        start = place - len(part.before)
+        return start if start >= 0 and self.whole[start:place] == part.before else place
+
+    def start(self, index: int) -> int:
+        """Where the model begins to write answer ``index``: behind what the template gives it to begin with."""
+        first = self.content_start(index)
+        earlier = [part for i in range(index) for part in self.present(i)]
+        if not earlier:
+            return first
+        anchor = max(earlier, key=lambda part: self.whole.index(part.mark))
+        begun = render(self.tokenizer, self.dialogue, self.marked.messages[:index], generate=True)
+        if anchor.mark not in begun:
+            return first
+        from_here = self.whole.index(anchor.mark) + 1
+        given = begun[begun.index(anchor.mark) + 1 :]
+        region = self.whole[from_here:first]
+        same = _common(given, region)
+        if same < len(given):
+            same = self._whole_tokens(region, same, len(anchor.after) if region.startswith(anchor.after) else 0)
+        if not _THOUGHT_TAG.search(str(self.marked.messages[index].get("content") or "")):
+            for thought in _EMPTY_THOUGHT.finditer(region):
+                if thought.start() <= same <= thought.end():
+                    same = thought.end()
+        return from_here + same
+
+    def end(self, index: int) -> tuple[int, bool]:
+        """Behind the token that ends answer ``index``, and whether there is one."""
+        part = self.present(index)[-1]
+        from_here = self.whole.index(part.mark) + 1
+        follows = self.whole[from_here:]
+        content = len(part.after) if follows.startswith(part.after) else 0
+        following = [
+            self.whole.index(p.mark) for i in range(index + 1, len(self.marked.messages)) for p in self.present(i)
+        ]
+        if following:
+            closing = self._closing(part, self.marked.messages[: index + 1])
+            same = _common(closing, follows[: min(following) - from_here])
+        else:
+            same = self._end_of_last(index, part, follows, content)
+        ends = [token.end() for token in self.special.finditer(follows, content, same)] if self.special else []
+        if ends:
+            return from_here + ends[-1], True
+        stop = content + len(follows[content:same].rstrip())
+        if same < len(follows) and following:  # plain text that closes a turn, up to where it is surely whole
+            stop = (
+                content
+                + max(follows.rfind("\n", content, same), follows.rfind(">", content, same) + 1, content)
+                - content
+            )
+        return from_here + stop, False
+
+    def _end_of_last(self, index: int, part: _Part, follows: str, content: int) -> int:
+        """How far the closing of the last turn goes: a template may write more behind the end of a conversation."""
+        ends = [token.end() for token in self.special.finditer(follows, content)] if self.special else []
+        if len(ends) < 2:
+            return len(follows)
+        try:
+            more = self._closing(part, [*self.marked.messages[: index + 1], {"role": "user", "content": "?"}])
+        except ValueError:
+            return len(follows)
+        same = _common(more, follows)
+        return same if any(end <= same for end in ends) else len(follows)
+
+    def _closing(self, part: _Part, messages: list[Message]) -> str:
+        text = render(self.tokenizer, self.dialogue, messages)
+        return text[text.index(part.mark) + 1 :] if part.mark in text else ""
+
+    def _whole_tokens(self, text: str, stop: int, least: int) -> int:
+        """``stop``, moved back to where neither a special token nor a word is torn."""
+        ends = [least, *(m.end() for m in re.finditer(r"\s", text[:stop]))]
+        if self.special:
+            ends += [token.end() for token in self.special.finditer(text) if token.end() <= stop]
+        return max(ends)
+
+    def generation_spans(self, scored: list[int]) -> list[tuple[int, int]] | None:
+        """The template's own marks (``{% generation %}``) of the answers in ``scored``; None where it has none."""
+        template = str(self.tokenizer.get_chat_template(tools=self.dialogue.tools))
+        if not _GENERATION.search(template):
+            return None
+        messages = [{k: v for k, v in m.items() if k not in _NOT_RENDERED} for m in self.marked.messages]
+        options = {**self.tokenizer.special_tokens_map, **self.dialogue.template_kwargs}
+        texts, spans = render_jinja_template(
+            [messages], tools=self.dialogue.tools, chat_template=template, return_assistant_tokens_mask=True, **options
+        )
+        if texts[0] != self.whole:
+            return None
+        wanted = {self.whole.index(part.mark) for index in scored for part in self.present(index)}
+        return [(start, end) for start, end in spans[0] if any(start <= place < end for place in wanted)]
+
+
+def _locate_by_prefix(
+    tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, messages: list[Message], scored: list[int], text: str
+) -> Rendering:
+    """Without marks: an answer is what follows the rendering of all before it, where the template rewrites nothing."""
+    special = _special_tokens(tokenizer)
+    answers: list[tuple[int, int]] = []
+    needs_eos = False
+    for index in scored:
+        begun = render(tokenizer, dialogue, messages[:index], generate=True)
+        closed = render(tokenizer, dialogue, messages[: index + 1])
+        start, stop = len(begun), _common(closed, text)
+        if not text.startswith(begun):
+            if index != scored[-1]:
+                continue
+            start = _common(begun, text)
+        ends = [token.end() for token in special.finditer(text, start, stop)] if special else []
+        needs_eos = not ends
+        answers.append((start, ends[-1] if ends else start + len(text[start:stop].rstrip())))
+    return Rendering(text, answers, needs_eos)
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    words = {str(token.content) for token in tokenizer.added_tokens_decoder.values() if str(token.content).strip()}
+    return re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))) if words else None
+
+
+def _common(first: str, second: str) -> int:
+    return len(os.path.commonprefix([first, second]))  # noqa: RUF071  # characters are meant
