@@ -11,7 +11,15 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.formats import Dialogue, Message, Turns
-from rlhf.data.rendering import Rendering, check_template, locate_answers, render, split_prefill
+from rlhf.data.rendering import (
+    Rendering,
+    check_template,
+    leaves_out_thought,
+    locate_answers,
+    locate_lost_answer,
+    render,
+    split_prefill,
+)
 
 
 class Encoded(NamedTuple):
@@ -36,19 +44,22 @@ class Tokens(NamedTuple):
     offsets: list[tuple[int, int]] | None
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> Encoded:
+def encode(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, split: bool = False) -> Encoded:
     """Encode a prompt with its completions, all text or all messages.
 
     Scored are a text completion, or the assistant's turns of a completion whose ``weight`` is not 0, each up to and
     including the token that ends it. What follows the last scored answer is left out.
 
+    Args:
+        split: each completion is one answer, and is written as the model would write it behind its prompt, also where
+            the template leaves out its reasoning.
     Raises:
         ValueError: no chat template or EOS token; the template refuses the conversation, or leaves out a part of it.
     """
     if isinstance(dialogue.prompt, str):
         return _encode_text(tokenizer, dialogue)
     check_template(tokenizer)
-    rows = [_encode_turns(tokenizer, dialogue, list(turns)) for turns in dialogue.completions]
+    rows = [_encode_turns(tokenizer, dialogue, list(turns), split) for turns in dialogue.completions]
     if not rows:
         return Encoded(encode_prompt(tokenizer, dialogue), [], 0, 0)
     shared = min(row.border for row in rows)
@@ -147,10 +158,14 @@ class _Row(NamedTuple):
     notes: tuple[str, ...]
 
 
-def _encode_turns(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, completion: list[Message]) -> _Row:
+def _encode_turns(
+    tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, completion: list[Message], split: bool
+) -> _Row:
     """One completion behind its prompt."""
     messages, first, prefill = split_prefill(list(dialogue.prompt), completion)
     rendering = locate_answers(tokenizer, dialogue, messages, first, prefill)
+    if split and leaves_out_thought(rendering.notes):
+        rendering = locate_lost_answer(tokenizer, dialogue, messages)
     tokens = _tokens(tokenizer, rendering.text, special=False)
     spans = [_token_span(tokenizer, tokens, rendering, answer) for answer in rendering.answers]
     ids, scored = list(tokens.ids), [False] * len(tokens.ids)

@@ -5,6 +5,7 @@ time with a mark in its middle, a character that no text has. Where the marks co
 that does not come out is a part that the template leaves out.
 """
 
+import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -20,10 +21,11 @@ _FIRST_MARK, _LAST_MARK = 0xF0000, 0xFFFFD  # a private plane of Unicode
 _MARKS = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_LAST_MARK)}]")
 _THOUGHT_TAG = re.compile(r"</?[\w:]*think\w*>|\[/?THINK\]", re.IGNORECASE)
 _EMPTY_THOUGHT = re.compile(
-    r"(?:<([\w:|]*think\w*)>\s*</\1>|\[THINK\]\s*\[/THINK\]|<\|START_THINKING\|>\s*<\|END_THINKING\|>"
+    r"\s*(?:<([\w:|]*think\w*)>\s*</\1>|\[THINK\]\s*\[/THINK\]|<\|START_THINKING\|>\s*<\|END_THINKING\|>"
     r"|<\|channel>thought\s*<channel\|>)\s*",
     re.IGNORECASE,
 )
+_OPEN_THOUGHT = re.compile(r"(?:<[\w:]*think\w*>\s*)?$", re.IGNORECASE)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _NOT_RENDERED = ("weight",)  # what our own reading leaves in a message
 _KNOWN = {
@@ -95,16 +97,52 @@ def render(
     if not plain:
         return ""
     try:
-        return tokenizer.apply_chat_template(  # type: ignore[return-value]
-            plain, tools=dialogue.tools, tokenize=False, add_generation_prompt=generate, continue_final_message=resume,
-            **dialogue.template_kwargs,
-        )  # fmt: skip
+        return _apply(tokenizer, dialogue, plain, generate, resume)
     except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"the chat template refuses this conversation ({reason[:200]}); roles: "
             f"{', '.join(str(m.get('role')) for m in plain[:8])}"
         ) from error
+
+
+def _apply(
+    tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, messages: list[Message], generate: bool, resume: bool
+) -> str:
+    """The rendering, with a call's arguments as objects, or as JSON text where the template wants text."""
+
+    def apply(messages: list[Message]) -> str:
+        return tokenizer.apply_chat_template(  # type: ignore[return-value]
+            messages, tools=dialogue.tools, tokenize=False, add_generation_prompt=generate,
+            continue_final_message=resume, **dialogue.template_kwargs,
+        )  # fmt: skip
+
+    arguments = [
+        call["function"]["arguments"]
+        for message in messages
+        for call in message.get("tool_calls", [])
+        if isinstance(call.get("function"), dict) and isinstance(call["function"].get("arguments"), dict)
+    ]
+    try:
+        text = apply(messages)
+        if not any(given and str(given) in text for given in arguments):
+            return text
+    except TypeError:
+        if not arguments:
+            raise
+    return apply([_with_text_arguments(message) for message in messages])
+
+
+def _with_text_arguments(message: Message) -> Message:
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function")
+        if isinstance(function, dict) and isinstance(function.get("arguments"), dict):
+            function = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+        calls.append({**call, "function": function} if function is not None else call)
+    return {**message, "tool_calls": calls}
 
 
 def split_prefill(prompt: list[Message], completion: list[Message]) -> tuple[list[Message], int, int]:
@@ -153,6 +191,27 @@ def locate_answers(
     return Rendering(text, [(finder.plain(start), finder.plain(end)) for start, end in spans], needs_eos, notes)
 
 
+def locate_lost_answer(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, messages: list[Message]) -> Rendering:
+    """The last message as the model would write it, where the template leaves out its reasoning: behind what the model
+    is given to begin with, and up to the end that the template writes."""
+    usual = locate_answers(tokenizer, dialogue, messages, len(messages) - 1)
+    begun, answer = render(tokenizer, dialogue, messages[:-1], generate=True), messages[-1]
+    content = str(answer["content"])
+    reasoning = next((str(answer[key]) for key in _REASONING if answer.get(key)), None)
+    text = content if reasoning is None else f"<think>\n{reasoning}\n</think>\n\n{content}"
+    given = next(n for n in range(len(text), -1, -1) if begun.endswith(text[:n]))
+    written = usual.text[slice(*usual.answers[-1])]
+    last = _THOUGHT_TAG.split(content)[-1].strip()
+    closing = written[written.rindex(last) + len(last) :] if last in written else ""
+    whole = begun + text[given:].rstrip() + closing
+    return Rendering(whole, [(len(begun), len(whole))], usual.needs_eos)
+
+
+def leaves_out_thought(notes: tuple[str, ...]) -> bool:
+    """Whether notes of :func:`locate_answers` say that the answer's own reasoning is lost."""
+    return any("before </think>" in note or ("reasoning" in note and "which is lost" in note) for note in notes)
+
+
 def _has_weight(message: Message) -> bool:
     return bool(message.get("weight", 1))
 
@@ -171,7 +230,10 @@ def _mark(messages: list[Message], first: int, prefill: int) -> _Marked:
                 at = prefill if (index, key) == (first, "content") and prefill else None
                 message[key] = _mark_text(message[key], key, parts, number, at)
         if isinstance(message.get("tool_calls"), list):
-            message["tool_calls"] = [_mark_call(call, parts, number) for call in message["tool_calls"]]
+            message["tool_calls"] = [
+                _mark_call(call, f"tool_calls[{place}]", parts, number)
+                for place, call in enumerate(message["tool_calls"])
+            ]
         marked.messages.append(message)
         marked.parts.append(parts)
     return marked
@@ -200,47 +262,50 @@ def _mark_text(text: str, name: str, parts: list[_Part], number: Any, at: int | 
     return "".join(pieces)
 
 
-def _mark_call(call: Any, parts: list[_Part], number: Any) -> Any:
-    """A tool call with a mark in the function's name."""
-    inner = call.get("function") if isinstance(call, dict) else None
-    holder = inner if isinstance(inner, dict) else call
-    if not isinstance(holder, dict) or not isinstance(holder.get("name"), str):
+def _mark_call(call: Any, part_name: str, parts: list[_Part], number: Any) -> Any:
+    """A tool call with marks in the function's name and in the texts of its arguments."""
+    if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
         return call
-    name = holder["name"]
-    part = _Part("tool_calls", chr(next(number)), name[: len(name) // 2], name[len(name) // 2 :])
-    parts.append(part)
-    holder = {**holder, "name": part.before + part.mark + part.after}
-    return {**call, "function": holder} if holder is not inner and inner is not None else holder
+
+    def marked(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: marked(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [marked(item) for item in value]
+        return _mark_text(value, part_name, parts, number, None) if isinstance(value, str) else value
+
+    function = {**call["function"]}
+    for key in ("name", "arguments"):
+        if key in function:
+            function[key] = marked(function[key])
+    return {**call, "function": function}
 
 
 def _what_is_lost(
     tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, marked: _Marked, whole: str, scored: list[int]
 ) -> tuple[str, ...]:
-    """What the template leaves out on purpose: earlier thoughts, keys and tools that it does not know.
-
-    Raises:
-        ValueError: anything else that a message says does not come out.
-    """
+    """What the template leaves out: thoughts, turns and calls, keys and tools that it does not know."""
     notes = _unread(str(tokenizer.get_chat_template(tools=dialogue.tools)), dialogue, marked.messages)
-    last = len(marked.messages) - 1
+    last_scored = scored[-1] if scored else -1
     for index, (message, parts) in enumerate(zip(marked.messages, marked.parts, strict=True)):
         missing = [part for part in parts if part.mark not in whole]
-        present = {part.mark for part in parts} - {part.mark for part in missing}
-        # A thought may be given under several names, of which a template reads one.
-        names = {part.name for part in missing} - (set(_REASONING) if _reasoning_shown(parts, present) else set())
-        if not names:
+        shown = {part.name for part in parts if part.mark in whole}
+        # Reasoning is given under several names, of which a template reads one; of a call, any word shows it.
+        if shown & {*_REASONING}:
+            shown |= {*_REASONING}
+        lost = [part for part in missing if part.name not in shown or part.name == "content"]
+        if not lost:
             continue
-        if index < last and message["role"] == "assistant" and index != (scored[-1] if scored else -1):
-            thought = present and all(_is_thought(part, parts) for part in missing)
-            left_out = "the reasoning of earlier answers" if thought else "a part of earlier answers"
-            notes.append(f"the template leaves out {left_out} (--split_turns learns it)")
+        earlier = message["role"] == "assistant" and index < last_scored
+        thought = all(_is_thought(part, parts) for part in lost)
+        if earlier and thought and shown:
+            notes.append("the chat template leaves out the reasoning of earlier answers (--split_turns learns it)")
             continue
-        what = ", ".join(sorted(names))
-        lost = next(part for part in missing if part.name in names)
-        raise ValueError(
-            f"the chat template leaves out {what!r} of message {index + 1} ({message['role']}): "
-            f"{(lost.before + lost.after)[:60]!r}. Use a template that writes it (--chat_template_path), or take it "
-            "out of the row"
+        names = ", ".join(repr(name) for name in dict.fromkeys(part.name for part in lost))
+        notes.append(
+            f"the chat template leaves out {names} of the role {message['role']!r}"
+            + (" before </think>" if thought and lost[0].name == "content" else "")
+            + ", which is lost; --chat_template_path takes another template"
         )
     return tuple(dict.fromkeys(notes))
 
@@ -252,10 +317,6 @@ def _unread(template: str, dialogue: Dialogue, messages: list[Message]) -> list[
         notes.append("the template does not write 'tools'")
     keys = {key for message in messages for key in message} - _KNOWN
     return notes + [f"message key {key!r} is not read" for key in sorted(keys) if key not in template]
-
-
-def _reasoning_shown(parts: list[_Part], present: set[str]) -> bool:
-    return any(part.mark in present for part in parts if part.name in _REASONING)
 
 
 def _is_thought(part: _Part, parts: list[_Part]) -> bool:
@@ -307,7 +368,8 @@ class _Finder:
         same = _common(given, region)
         if same < len(given):
             same = self._whole_tokens(region, same, len(anchor.after) if region.startswith(anchor.after) else 0)
-        if not _THOUGHT_TAG.search(str(self.marked.messages[index].get("content") or "")):
+            same -= len(_OPEN_THOUGHT.search(region[:same]).group())  # type: ignore[union-attr]  # it always matches
+        if not _EMPTY_THOUGHT.search(str(self.marked.messages[index].get("content") or "")):  # of the user's own
             for thought in _EMPTY_THOUGHT.finditer(region):
                 if thought.start() <= same <= thought.end():
                     same = thought.end()
@@ -328,6 +390,8 @@ class _Finder:
         else:
             same = self._end_of_last(index, part, follows, content)
         ends = [token.end() for token in self.special.finditer(follows, content, same)] if self.special else []
+        if not ends and following and self.special:
+            ends = self._end_before_more(index, part, follows, content)
         if ends:
             return from_here + ends[-1], True
         stop = content + len(follows[content:same].rstrip())
@@ -350,6 +414,12 @@ class _Finder:
             return len(follows)
         same = _common(more, follows)
         return same if any(end <= same for end in ends) else len(follows)
+
+    def _end_before_more(self, index: int, part: _Part, follows: str, content: int) -> list[int]:
+        """The end of a turn in a template that ends the last turn of a conversation with another token."""
+        more = render(self.tokenizer, self.dialogue, self.marked.messages[: index + 1], generate=True)
+        same = _common(more[more.index(part.mark) + 1 :], follows) if part.mark in more else 0
+        return [token.end() for token in self.special.finditer(follows, content, same)][:1]  # type: ignore[union-attr]
 
     def _closing(self, part: _Part, messages: list[Message]) -> str:
         text = render(self.tokenizer, self.dialogue, messages)
@@ -375,7 +445,17 @@ class _Finder:
         if texts[0] != self.whole:
             return None
         wanted = {self.whole.index(part.mark) for index in scored for part in self.present(index)}
-        return [(start, end) for start, end in spans[0] if any(start <= place < end for place in wanted)]
+        return [
+            (start, self._without_space(start, end))
+            for start, end in spans[0]
+            if any(start <= place < end for place in wanted)
+        ]
+
+    def _without_space(self, start: int, end: int) -> int:
+        """``end``, without the white space behind a special token: it is never generated."""
+        text = self.whole[start:end]
+        ends = [token.end() for token in self.special.finditer(text)] if self.special else []
+        return start + ends[-1] if ends and not text[ends[-1] :].strip() else end
 
 
 def _locate_by_prefix(

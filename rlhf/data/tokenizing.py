@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -223,7 +222,7 @@ def encode_sft(row: Row, tokenizer: PreTrainedTokenizerBase, column: str, readin
             return [_dropped({"input_ids": [0], "labels": [IGNORE]}, "with label false")]
         dialogue = formats.sft_dialogue(row, column, reading.form)
         dialogues = chat.split_turns(dialogue) if reading.split_turns else [dialogue]
-        found = [chat.encode(tokenizer, one) for one in dialogues]
+        found = [chat.encode(tokenizer, one, split=reading.split_turns) for one in dialogues]
     rows = []
     for encoded in found:
         ((ids, scored),) = encoded.completions
@@ -549,8 +548,12 @@ def _tell_counts(name: str, report: dict[str, list[Any]], max_length: int) -> No
     answers, scored = sum(report.get("_answers", [])), sum(report.get("_scored", []))
     if scored < answers:
         logger.warning("%s: %d of %d answers are scored", name, scored, answers)
-    for note, rows in Counter(note for notes in report.get("_notes", []) for note in notes).items():
-        logger.warning("%s: %s (%d of %d rows)", name, note, rows, len(reasons))
+    noted: dict[str, list[int]] = {}
+    for row, notes in zip(report["_row"], report.get("_notes", []), strict=False):
+        for note in notes:
+            noted.setdefault(note, []).append(row + 1)
+    for note, rows in noted.items():
+        logger.warning("%s, row %d: %s (%d of %d rows)", name, rows[0], note, len(rows), len(reasons))
 
 
 def _list_bad_rows(name: str, bad: list[tuple[int, str]], rows: int, reading: Reading) -> None:
