@@ -22,20 +22,24 @@ class ModelArguments:
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
     dtype: str = field(default="auto", metadata={"help": "auto (the checkpoint's), float32, bfloat16 or float16."})
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, …"})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the hub."})
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of the weights."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=32, metadata={"help": "Its scale, times rank."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of it."})
     lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Where it sits; all linear layers."})
 
-    def load_kwargs(self) -> dict[str, Any]:
+    def load_kwargs(self, trust_remote_code: bool = False) -> dict[str, Any]:
+        """What ``from_pretrained`` gets for the model that is trained."""
         return dict(
             revision=self.model_revision,
             dtype=self.dtype,
             attn_implementation=self.attn_implementation,
-            trust_remote_code=self.trust_remote_code,
+            trust_remote_code=trust_remote_code,
         )
+
+    def other_kwargs(self, trust_remote_code: bool = False) -> dict[str, Any]:
+        """The same for another model, whose branches and tags are its own."""
+        return {key: value for key, value in self.load_kwargs(trust_remote_code).items() if key != "revision"}
 
     def peft_config(self) -> LoraConfig | None:
         if not self.use_peft:
@@ -47,6 +51,13 @@ class ModelArguments:
             lora_dropout=self.lora_dropout,
             target_modules=self.lora_target_modules,
         )
+
+
+@dataclass
+class LoadArguments(ModelArguments):
+    """The same for commands that do not train, whose configuration says this otherwise."""
+
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the hub."})
 
 
 @dataclass

@@ -19,5 +19,5 @@ class ReferenceArguments:
 def run(argv: list[str]) -> None:
     data, model, reference, args = parse("dpo", (DataArguments, ModelArguments, ReferenceArguments, DPOConfig), argv)
     name = reference.ref_model_name_or_path
-    ref_model = None if name is None else load_model(name, **model.load_kwargs())
+    ref_model = None if name is None else load_model(name, **model.other_kwargs(args.trust_remote_code))
     train(data, model, args, partial(DPOTrainer, ref_model=ref_model))

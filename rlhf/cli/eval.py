@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf.cli.arguments import ModelArguments, parse
+from rlhf.cli.arguments import LoadArguments, parse
 from rlhf.cli.training import _require, quiet_logging
 from rlhf.data import load_data, tokenizer_difference
 from rlhf.evaluation import complete, model_size, model_speed, prompts_of, show_completions, show_metrics
@@ -28,6 +28,12 @@ class EvalArguments:
     max_length: int = field(default=1024, metadata={"help": "Longest sequence in tokens."})
     drop_long_prompts: bool = field(default=False, metadata={"help": "Leave out rows with too long a prompt."})
     chat_template_path: str | None = field(default=None, metadata={"help": "Template file, or a model folder."})
+    columns: str | None = field(default=None, metadata={"help": "Columns under other names: question=prompt."})
+    roles: str | None = field(default=None, metadata={"help": "Roles under other names: agent=assistant."})
+    chat_template_kwargs: str | None = field(
+        default=None,
+        metadata={"help": 'JSON for the chat template, such as {"enable_thinking": false}.'},
+    )
     batch_size: int = field(default=8, metadata={"help": "Rows a forward pass, on each device; moves speeds alone."})
     beta: float = field(default=0.1, metadata={"help": "Scale of the rewards in the preference metrics."})
     num_completions: int = field(default=0, metadata={"help": "Also answer this many prompts, greedily."})
@@ -36,22 +42,27 @@ class EvalArguments:
 
 
 def run(argv: list[str]) -> None:
-    args, model_args = parse("eval", (EvalArguments, ModelArguments), argv)
+    args, model_args = parse("eval", (EvalArguments, LoadArguments), argv)
     quiet_logging()
     _require(model_name_or_path=model_args.model_name_or_path, dataset_name=args.dataset_name)
     if args.teacher_model_name_or_path is not None and args.ref_model_name_or_path is not None:
         raise ValueError("--teacher_model_name_or_path and --ref_model_name_or_path exclude each other: pass one")
     rows = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
-    tokenizer = load_tokenizer(model_args.model_name_or_path, args.chat_template_path)
-    model = load_model(model_args.model_name_or_path, **model_args.load_kwargs())
+    tokenizer = load_tokenizer(
+        model_args.model_name_or_path, args.chat_template_path, model_args.model_revision, model_args.trust_remote_code
+    )
+    model = load_model(model_args.model_name_or_path, **model_args.load_kwargs(model_args.trust_remote_code))
     shared: dict[str, Any] = dict(
         max_length=args.max_length,
         drop_long_prompts=args.drop_long_prompts,
+        columns=args.columns,
+        roles=args.roles,
+        chat_template_kwargs=args.chat_template_kwargs,
         per_device_eval_batch_size=args.batch_size,
         report_to="none",
     )
     teacher = None
-    others = {name: value for name, value in model_args.load_kwargs().items() if name != "revision"}
+    others = model_args.other_kwargs(model_args.trust_remote_code)
     with tempfile.TemporaryDirectory() as scratch:
         if args.teacher_model_name_or_path is not None:
             theirs = load_tokenizer(args.teacher_model_name_or_path)
@@ -83,18 +94,20 @@ def run(argv: list[str]) -> None:
     }
     name = str(model_args.model_name_or_path)
     columns = {name: kept} if teacher is None else _beside(trainer, teacher, kept, args)
-    prompts = prompts_of(rows, args.num_completions)
+    form = trainer.args.reading().for_tokenizer(tokenizer).form
+    prompts = prompts_of(rows, args.num_completions, form)
     answers = complete(model, tokenizer, prompts, args.max_new_tokens)
     if not trainer.is_world_process_zero():
         return
     show_metrics(columns)
-    show_completions(prompts, {name: answers})
+    asked = [prompt.prompt for prompt in prompts]
+    show_completions(asked, {name: answers})
     if args.output_file is not None:
         report = {"model": name, "reference": args.ref_model_name_or_path, "teacher": args.teacher_model_name_or_path}
         report |= {"data": args.dataset_name, "metrics": next(iter(columns.values()))}
         if teacher is not None:
             report["teacher_metrics"] = columns["teacher"]
-        report["completions"] = [{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True)]
+        report["completions"] = [{"prompt": p, "completion": a} for p, a in zip(asked, answers, strict=True)]
         path = Path(args.output_file)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.cli.arguments import ModelArguments, parse
+from rlhf.cli.arguments import LoadArguments, parse
 from rlhf.cli.training import _require, quiet_logging
 from rlhf.data import TeacherFile, create_teacher_file, load_data, tokenize_prompts, tokenize_sft
 from rlhf.data.packing import hash_of_tokens
@@ -51,7 +51,7 @@ class TeacherArguments:
 
 
 def run(argv: list[str]) -> None:
-    args, model_args = parse("teacher", (TeacherArguments, ModelArguments), argv)
+    args, model_args = parse("teacher", (TeacherArguments, LoadArguments), argv)
     quiet_logging()
     _require(
         model_name_or_path=model_args.model_name_or_path, dataset_name=args.dataset_name, output_dir=args.output_dir
@@ -61,8 +61,10 @@ def run(argv: list[str]) -> None:
     folder = Path(args.output_dir)
     _check_folder(folder)
     rows = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
-    tokenizer = load_tokenizer(model_args.model_name_or_path, args.chat_template_path)
-    model = load_model(model_args.model_name_or_path, **model_args.load_kwargs())
+    tokenizer = load_tokenizer(
+        model_args.model_name_or_path, args.chat_template_path, model_args.model_revision, model_args.trust_remote_code
+    )
+    model = load_model(model_args.model_name_or_path, **model_args.load_kwargs(model_args.trust_remote_code))
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     key = {"teacher": reference_fingerprint(model, "no"), **tokenizer_key(tokenizer), "k": args.k, "seed": args.seed}

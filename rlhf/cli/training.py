@@ -43,11 +43,14 @@ def train(
     eval_rows = _eval_rows(data)
     if eval_rows is None and (args.eval_strategy != "no" or args.eval_on_start):
         raise ValueError("evaluation is asked for, but there are no rows: pass --eval_dataset_name")
-    tokenizer = load_tokenizer(str(model.model_name_or_path), args.chat_template_path)
-    if args.model_init_kwargs is None:  # a reference or a critic that is given by name is loaded alike
-        args.model_init_kwargs = {k: v for k, v in model.load_kwargs().items() if k != "revision"}
+    tokenizer = load_tokenizer(
+        str(model.model_name_or_path), args.chat_template_path, model.model_revision, args.trust_remote_code
+    )
+    own = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    # A reference or a critic that is given by name is loaded alike.
+    args.model_init_kwargs = {**model.other_kwargs(args.trust_remote_code), **own}
     trainer = make(
-        model=load(str(model.model_name_or_path), **model.load_kwargs()),
+        model=load(str(model.model_name_or_path), **{**model.load_kwargs(args.trust_remote_code), **own}),
         args=args,
         train_dataset=train_rows,
         eval_dataset=eval_rows,

@@ -1,13 +1,14 @@
 """Data: reading files, chat templates, tokenising, batches."""
 
 from rlhf.data.batching import Batch, Collator
-from rlhf.data.chat import answer_end_ids, encode, encode_prompt
+from rlhf.data.chat import answer_end_ids, answer_ends, encode, encode_prompt
 from rlhf.data.formats import Dialogue, RowFormat
 from rlhf.data.packing import Packed, best_fit_decreasing
 from rlhf.data.reading import load_data
 from rlhf.data.teacher_file import TeacherFile, create_teacher_file, open_teacher_file
 from rlhf.data.tokenizing import (
     Reading,
+    is_tokenised,
     tokenize_preferences,
     tokenize_prompts,
     tokenize_sft,
@@ -24,10 +25,12 @@ __all__ = [
     "RowFormat",
     "TeacherFile",
     "answer_end_ids",
+    "answer_ends",
     "best_fit_decreasing",
     "create_teacher_file",
     "encode",
     "encode_prompt",
+    "is_tokenised",
     "load_data",
     "open_teacher_file",
     "tokenize_preferences",

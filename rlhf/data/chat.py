@@ -6,7 +6,7 @@ Where a border falls inside a token, that token belongs to the answer.
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -59,7 +59,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, split: bool =
     if isinstance(dialogue.prompt, str):
         return _encode_text(tokenizer, dialogue)
     check_template(tokenizer)
-    rows = [_encode_turns(tokenizer, dialogue, list(turns), split) for turns in dialogue.completions]
+    rows = [_encode_turns(tokenizer, dialogue, turns, split) for turns in dialogue.completions]
     if not rows:
         return Encoded(encode_prompt(tokenizer, dialogue), [], 0, 0)
     shared = min(row.border for row in rows)
@@ -98,6 +98,24 @@ def answer_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
             return ends
         ends += [ids[-1]] if ids[-1] not in ends else []
     return ends
+
+
+def answer_ends(rows: Any, tokenizer: PreTrainedTokenizerBase, look_at: int = 64) -> list[int]:
+    """Ids of special tokens that end answers in the first ``look_at`` tokenised rows."""
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    found: dict[int, None] = {}
+    for number in range(min(len(rows), look_at)):
+        row = rows[number]
+        for labels in _scored_ids(row):
+            runs = zip(labels, [*labels[1:], -100], strict=True)
+            found |= {token: None for token, after in runs if token != -100 and after == -100 and token in special}
+    return list(found)
+
+
+def _scored_ids(row: dict[str, Any]) -> list[list[int]]:
+    if "input_ids" in row:
+        return [row["labels"]]
+    return row.get("labels") or [row[key] for key in ("chosen_ids", "rejected_ids") if key in row]
 
 
 def split_turns(dialogue: Dialogue) -> list[Dialogue]:
@@ -158,11 +176,9 @@ class _Row(NamedTuple):
     notes: tuple[str, ...]
 
 
-def _encode_turns(
-    tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, completion: list[Message], split: bool
-) -> _Row:
+def _encode_turns(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, completion: Turns, split: bool) -> _Row:
     """One completion behind its prompt."""
-    messages, first, prefill = split_prefill(list(dialogue.prompt), completion)
+    messages, first, prefill = split_prefill(_messages(dialogue.prompt), _messages(completion))
     rendering = locate_answers(tokenizer, dialogue, messages, first, prefill)
     if split and leaves_out_thought(rendering.notes):
         rendering = locate_lost_answer(tokenizer, dialogue, messages)
@@ -186,6 +202,12 @@ def _token_span(
 ) -> tuple[int, int]:
     start = _first_token_after(tokenizer, tokens, rendering.text, answer[0], special=False)
     return start, _first_token_from(tokenizer, tokens, rendering.text, answer[1], special=False)
+
+
+def _messages(turns: Turns) -> list[Message]:
+    if isinstance(turns, str):
+        raise ValueError("the prompt is a list of messages and the completion is text: give both the same form")
+    return turns
 
 
 # Characters and tokens

@@ -33,7 +33,7 @@ class Dialogue:
 
     prompt: Turns
     completions: tuple[Turns, ...] = ()
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Any] | None = None  # JSON schemas
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -335,7 +335,7 @@ def _dialogue(row: Mapping[str, Any], prompt: Turns, completions: list[Turns], f
     return Dialogue(prompt, tuple(completions), _tools(row), _template_kwargs(row, form))
 
 
-def _tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+def _tools(row: Mapping[str, Any]) -> list[Any] | None:
     column = _first(_TOOLS, row)
     tools = as_object(row[column], str(column)) if column is not None else None
     if isinstance(tools, dict):

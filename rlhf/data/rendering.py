@@ -439,9 +439,10 @@ class _Finder:
             return None
         messages = [{k: v for k, v in m.items() if k not in _NOT_RENDERED} for m in self.marked.messages]
         options = {**self.tokenizer.special_tokens_map, **self.dialogue.template_kwargs}
-        texts, spans = render_jinja_template(
+        rendered: Any = render_jinja_template(  # typed as text, it is texts and spans
             [messages], tools=self.dialogue.tools, chat_template=template, return_assistant_tokens_mask=True, **options
         )
+        texts, spans = rendered
         if texts[0] != self.whole:
             return None
         wanted = {self.whole.index(part.mark) for index in scored for part in self.present(index)}

@@ -329,18 +329,18 @@ def _encode_prompt(
 
 def _paired(dataset: Dataset, form: RowFormat) -> Dataset:
     """Pairs of unpaired rows: the good answers to a prompt beside its bad ones, in order."""
-    answers: dict[str, tuple[Row, list[Any], list[Any]]] = {}
+    answers: dict[str, tuple[Row, dict[bool, list[Any]]]] = {}
     for row in dataset:
         row = formats.canonical(row, form)
         dialogue = formats.unpaired_dialogue(row, form)
         key = json.dumps([dialogue.prompt, dialogue.tools], sort_keys=True, default=str)
         kept = {"tools": json.dumps(dialogue.tools)} if dialogue.tools else {}
-        found = answers.setdefault(key, ({"prompt": dialogue.prompt, **kept}, [], []))
-        found[1 if formats.label(row) else 2].append(dialogue.completions[0])
+        found = answers.setdefault(key, ({"prompt": dialogue.prompt, **kept}, {True: [], False: []}))
+        found[1][formats.label(row)].append(dialogue.completions[0])
     pairs = [
         {**row, "chosen": chosen, "rejected": rejected}
-        for row, good, bad in answers.values()
-        for chosen, rejected in zip(good, bad, strict=False)
+        for row, found in answers.values()
+        for chosen, rejected in zip(found[True], found[False], strict=False)
     ]
     if not pairs:
         raise ValueError(
@@ -581,6 +581,12 @@ def _without_plain_labels(rows: Dataset) -> Dataset:
     """Without ``labels`` where every token of every answer is scored."""
     masked = any(IGNORE in side for labels in rows["labels"] for side in labels)
     return rows if masked else rows.remove_columns("labels")
+
+
+def is_tokenised(dataset: Dataset) -> bool:
+    """Whether rows hold ids already."""
+    names = set(column_names(dataset))
+    return any(columns <= names for columns in ({"input_ids", "labels"}, {"prompt_ids", "chosen_ids"}, {"prompt_ids"}))
 
 
 def column_names(dataset: Dataset) -> list[str]:

@@ -25,10 +25,6 @@ def show_completions(prompts: list[Turns], columns: dict[str, list[str]]) -> Non
         return
     table = Table("prompt", *columns, show_lines=True)
     for index, prompt in enumerate(prompts):
-        text = (
-            prompt
-            if isinstance(prompt, str)
-            else "\n".join(str(turn.get("content", turn.get("value"))) for turn in prompt)
-        )
+        text = prompt if isinstance(prompt, str) else "\n".join(str(turn.get("content")) for turn in prompt)
         table.add_row(text.strip(), *(answers[index].strip() for answers in columns.values()))
     Console().print(table, markup=False)

@@ -2,7 +2,16 @@
 
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.attention import choose_layout, use_segments
-from rlhf.models.loading import add_adapter, add_adapter_beside, disable_dropout, load_model, load_tokenizer
+from rlhf.models.generation import add_answer_ends, mend_generation_config
+from rlhf.models.loading import (
+    add_adapter,
+    add_adapter_beside,
+    disable_dropout,
+    fit_embeddings,
+    load_model,
+    load_tokenizer,
+    vocabulary_size,
+)
 from rlhf.models.policy import Policy
 from rlhf.models.reward_model import RewardModel, add_scalar_head, load_reward_model
 from rlhf.models.student import copy_layers, fresh_student, matched_layers, spread_layers
@@ -13,15 +22,19 @@ __all__ = [
     "RewardModel",
     "add_adapter",
     "add_adapter_beside",
+    "add_answer_ends",
     "add_scalar_head",
     "choose_layout",
     "copy_layers",
     "disable_dropout",
+    "fit_embeddings",
     "fresh_student",
     "load_model",
     "load_reward_model",
     "load_tokenizer",
     "matched_layers",
+    "mend_generation_config",
     "spread_layers",
     "use_segments",
+    "vocabulary_size",
 ]

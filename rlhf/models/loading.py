@@ -73,11 +73,22 @@ def resolve(name_or_path: str) -> str:
     return name_or_path
 
 
-def load_tokenizer(name_or_path: str, chat_template_path: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer, with the chat template of a ``.jinja`` file or of another model's folder where one is given."""
+def load_tokenizer(
+    name_or_path: str,
+    chat_template_path: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool | None = None,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, with the chat template of a ``.jinja`` file or of another model's folder where one is given.
+
+    Args:
+        revision, trust_remote_code: as for the model whose tokenizer it is.
+    Raises:
+        ValueError: no tokenizer there.
+    """
     name = resolve(name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub_kwargs(revision, trust_remote_code))
     except (OSError, ValueError) as error:
         raise ValueError(f"{name_or_path}: no tokenizer found there; copy the base model's files in") from error
     if chat_template_path is not None:
@@ -87,6 +98,35 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None = None) -> 
         else:
             tokenizer.chat_template = load_tokenizer(chat_template_path).chat_template
     return tokenizer
+
+
+def hub_kwargs(revision: str | None, trust_remote_code: bool | None) -> dict[str, Any]:
+    """Those of both that are given."""
+    given = {"revision": revision, "trust_remote_code": trust_remote_code}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Rows of the input embeddings, also under an adapter."""
+    module: Any = model.get_input_embeddings()  # type: ignore[operator]
+    for name in ("base_layer", "original_module"):
+        module = getattr(module, name, module)
+    return int(module.weight.size(0))
+
+
+def fit_embeddings(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the embeddings grow by tokens that were added to the tokenizer.
+
+    New rows are drawn about the mean of the others (transformers' ``resize_token_embeddings``).
+    """
+    size = vocabulary_size(model)
+    added = [index for index in tokenizer.added_tokens_decoder if index >= size]
+    if not added or len(tokenizer) - size != len(added):
+        return
+    logger.info(
+        "the tokenizer has %d more tokens than the model: its embeddings grow to %d", len(added), len(tokenizer)
+    )
+    model.resize_token_embeddings(len(tokenizer))  # type: ignore[operator]
 
 
 def add_adapter(model: nn.Module, peft_config: PeftConfig) -> nn.Module:

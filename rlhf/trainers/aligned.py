@@ -88,6 +88,7 @@ class OtherTokenizer:
             text_field=args.dataset_text_field,
             drop_long_prompts=args.drop_long_prompts,
             num_proc=args.dataset_num_proc,
+            reading=args.reading(),
         )
 
     def join(self, trainer: "DistillTrainer") -> Teacher:

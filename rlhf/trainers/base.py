@@ -8,96 +8,38 @@ over the data set, so nothing depends on the batch size.
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, set_seed
 
-from rlhf.data import Batch, Collator, Packed
-from rlhf.models import Policy, add_adapter, choose_layout, disable_dropout, load_model, load_tokenizer
+from rlhf.data import Batch, Collator, Packed, answer_ends, is_tokenised
+from rlhf.models import (
+    Policy,
+    add_adapter,
+    add_answer_ends,
+    choose_layout,
+    disable_dropout,
+    fit_embeddings,
+    load_model,
+    load_tokenizer,
+    mend_generation_config,
+    vocabulary_size,
+)
 from rlhf.models.policy import Wrapper
+from rlhf.trainers.checkpointing import Checkpointing
+from rlhf.trainers.config import BaseConfig
 from rlhf.trainers.profiling import Profiler
 
 logger = logging.getLogger(__name__)
-
-OWN_STATE = "trainer_state_{}.pt"  # of each process
-
-
-@dataclass
-class BaseConfig(TrainingArguments):
-    """What all trainers share, on top of ``transformers.TrainingArguments``."""
-
-    max_length: int = field(
-        default=1024, metadata={"help": "Longest sequence in tokens. What is longer loses its end, never its prompt."}
-    )
-    drop_long_prompts: bool = field(
-        default=False, metadata={"help": "Leave out rows whose prompt alone reaches max_length, instead of stopping."}
-    )
-    chat_template_path: str | None = field(
-        default=None, metadata={"help": "A .jinja file, or a model folder, to take the chat template from."}
-    )
-    layout: str = field(
-        default="auto",
-        metadata={
-            "help": "segments: no padding, a shared prompt once; rows: padded, any model; auto: what fits.",
-            "choices": ["auto", "segments", "rows"],
-        },
-    )
-    tokens_per_batch: int | None = field(
-        default=None,
-        metadata={"help": "Plan batches by tokens: as many rows as fit, instead of per_device_train_batch_size rows."},
-    )
-    disable_dropout: bool = field(default=False, metadata={"help": "Train without dropout."})
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Passed to from_pretrained where the model is given by name."}
-    )
-    profile: int = field(
-        default=0, metadata={"help": "Time this many steps after the first two, print where their time went."}
-    )
-    verbose: bool = field(default=False, metadata={"help": "Say what the first batch holds and takes."})
-    max_seq_length: int | None = field(default=None, metadata={"help": "Old name of max_length."})
-    # Defaults that differ from transformers'.
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave this off: the collator reads."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide a loss that is NaN; a sync a step."})
-
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012  # not a field
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_seq_length is not None:
-            logger.warning("max_seq_length is now called max_length; using max_length=%d", self.max_seq_length)
-            self.max_length, self.max_seq_length = self.max_seq_length, None
-        if self.ddp_find_unused_parameters is None:  # all are used; looking for others costs a walk of the graph a step
-            self.ddp_find_unused_parameters = False
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
-        accelerator: Any = self.accelerator_config
-        accelerator.non_blocking |= self.dataloader_pin_memory  # a copy that waits, waits for all that is under way
-        if self.layout not in ("auto", "segments", "rows"):
-            raise ValueError(f"layout must be auto, segments or rows, got {self.layout!r}")
-        if self.tokens_per_batch is not None:
-            if self.tokens_per_batch < 1:
-                raise ValueError(f"tokens_per_batch must be at least 1, got {self.tokens_per_batch}")
-            self.per_device_train_batch_size = 1  # of planned batches
-        if self.profile < 0:
-            raise ValueError(f"profile must be a number of steps, got {self.profile}")
-        if self.max_length < 2:
-            raise ValueError(f"max_length must be at least 2 tokens, got {self.max_length}")
-
-    def model_kwargs(self) -> dict[str, Any]:
-        return self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
 
 
 class Measures(NamedTuple):
@@ -109,7 +51,7 @@ class Measures(NamedTuple):
     total: Tensor | None = None  # scalar sum of `loss`, with the gradient
 
 
-class BaseTrainer(Trainer):
+class BaseTrainer(Checkpointing):
     """A ``transformers.Trainer`` around a :class:`Policy`, or another :class:`Wrapper`.
 
     A subclass defines :meth:`tokenize`, :meth:`count` and :meth:`measure`.
@@ -117,10 +59,8 @@ class BaseTrainer(Trainer):
 
     config_class: ClassVar[type[BaseConfig]] = BaseConfig
     wrapper: Callable[[Any], Wrapper] = Policy
-    beside: ClassVar[str] = "value_head.safetensors"  # what the wrapper learns besides the model
     exponentials: ClassVar[frozenset[str]] = frozenset()  # metrics reported as exp(sum / count)
     args: Any  # of config_class
-    model: Any  # the wrapper, or what accelerate made of it
     loss_is_scaled_for_ga = True  # ours is normalised over the whole step already
 
     def __init__(
@@ -145,11 +85,16 @@ class BaseTrainer(Trainer):
         if tokenizer is not None:
             logger.warning("tokenizer= is now called processing_class=")
             processing_class = tokenizer
+        name = model if isinstance(model, str) else None
         if isinstance(model, str):
             model = load_model(model, **args.model_kwargs())
         if processing_class is None:
-            processing_class = load_tokenizer(model.config._name_or_path, args.chat_template_path)
-        vocab_size = model.get_input_embeddings().num_embeddings
+            hub = {key: args.model_kwargs().get(key) for key in ("revision", "trust_remote_code")}
+            processing_class = load_tokenizer(name or model.config._name_or_path, args.chat_template_path, **hub)
+        set_tokens(processing_class, args)
+        fit_embeddings(model, processing_class)
+        mend_generation_config(model)
+        vocab_size = vocabulary_size(model)
         with args.main_process_first(desc="tokenising"):
             train_dataset = self._prepare(train_dataset, processing_class, args, vocab_size)
             if isinstance(eval_dataset, dict):
@@ -166,7 +111,10 @@ class BaseTrainer(Trainer):
         if train_dataset is not None:
             warn_of_lost_updates(model, args)
         pad = next((i for i in (processing_class.pad_token_id, processing_class.eos_token_id) if i is not None), 0)
-        use_cache = model.config.use_cache
+        if train_dataset is not None:
+            add_answer_ends(model, answer_ends(train_dataset, processing_class))
+        text_config = model.config.get_text_config()
+        use_cache = getattr(text_config, "use_cache", None)
         if train_dataset is not None and (capacity := self.capacity(args)) is not None:
             train_dataset = Packed(train_dataset, capacity)
         super().__init__(
@@ -179,7 +127,8 @@ class BaseTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        model.config.use_cache = use_cache  # Trainer turns it off, into the saved config
+        if use_cache is not None:
+            text_config.use_cache = use_cache  # Trainer turns it off, into the saved config
         if data_collator is None and choose_layout(model, _layout(args)) == "segments":  # where the model now is
             self.data_collator = Collator(pad, layout="segments")  # type: ignore[assignment]
         self._sums: dict[str, Tensor] = {}
@@ -209,6 +158,21 @@ class BaseTrainer(Trainer):
         if not isinstance(dataset, Dataset):
             raise ValueError(f"expected a datasets.Dataset, got {type(dataset).__name__}: load it without streaming")
         return self.tokenize(dataset, tokenizer, args, vocab_size)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As ``transformers.Trainer``; rows may be as they are in a file too."""
+        return super().evaluate(self._ready(eval_dataset), ignore_keys, metric_key_prefix)
+
+    def _ready(self, dataset: Any) -> Any:
+        """Rows as :meth:`tokenize` makes them, one set or several."""
+        if isinstance(dataset, dict):
+            return {name: self._ready(rows) for name, rows in dataset.items()}
+        if not isinstance(dataset, Dataset) or is_tokenised(dataset):
+            return dataset
+        model = self.accelerator.unwrap_model(self.model)
+        return self._prepare(dataset, self.processing_class, self.args, vocabulary_size(model))  # type: ignore[arg-type]
 
     # The loss, and the metrics that come with it
 
@@ -305,73 +269,6 @@ class BaseTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore[arg-type]
 
-    # Saving and loading as an ordinary checkpoint: the model inside the policy, never the wrapper
-
-    @contextmanager
-    def _inner_model(self) -> Iterator[nn.Module]:
-        outer = self.model
-        self.model = self.accelerator.unwrap_model(outer).model
-        try:
-            yield self.model
-        finally:
-            self.model = outer
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        whole = self.accelerator.unwrap_model(self.model).state_dict() if state_dict is None else state_dict
-        beside = {key: value.contiguous() for key, value in whole.items() if not key.startswith("model.")}
-        if state_dict is not None:
-            state_dict = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
-        with self._inner_model():
-            super()._save(output_dir, state_dict)
-        if beside:
-            save_file(beside, Path(output_dir or str(self.args.output_dir)) / self.beside)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_beside(Path(resume_from_checkpoint))
-        with self._inner_model() as inner:
-            super()._load_from_checkpoint(resume_from_checkpoint, inner)
-
-    def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._load_best_model()
-        self._load_beside(Path(str(self.state.best_model_checkpoint)))
-        with self._inner_model():
-            super()._load_best_model()
-
-    def _load_beside(self, folder: Path) -> bool:
-        """What the wrapper learned besides the model, from a folder that has it."""
-        file = folder / self.beside
-        if file.exists():
-            self.accelerator.unwrap_model(self.model).load_state_dict(load_file(file), strict=False)
-        return file.exists()
-
-    # State of a trainer's own, kept with the optimizer's in each checkpoint
-
-    def own_state(self) -> dict[str, Any] | None:
-        """What a resumed run must know besides weights, optimizer and the number of steps; of this process."""
-        return None
-
-    def load_own_state(self, state: dict[str, Any]) -> None: ...
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if (state := self.own_state()) is not None:
-            torch.save(state, Path(output_dir) / OWN_STATE.format(self.args.process_index))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self.own_state() is None:
-            return
-        file = Path(checkpoint) / OWN_STATE.format(self.args.process_index)
-        if not file.exists():
-            raise FileNotFoundError(
-                f"{checkpoint}: no {file.name}; it was saved by fewer processes, or by another trainer: resume with as "
-                "many processes as before"
-            )
-        self.load_own_state(torch.load(file, weights_only=False))
-
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # transformers' estimate reads a dict of inputs
 
@@ -395,3 +292,20 @@ def warn_of_lost_updates(model: nn.Module, args: BaseConfig) -> None:
             "most are; load in float32 (--dtype float32) and add --bf16 on a GPU",
             str(half.pop()).removeprefix("torch."), args.learning_rate,
         )  # fmt: skip
+
+
+def set_tokens(tokenizer: PreTrainedTokenizerBase, args: BaseConfig) -> None:
+    """The special tokens that were asked for.
+
+    Raises:
+        ValueError: a token that the tokenizer does not have.
+    """
+    if args.add_tokens:
+        tokenizer.add_tokens(list(args.add_tokens), special_tokens=True)
+    for name in ("eos_token", "pad_token"):
+        token = getattr(args, name)
+        if token is None:
+            continue
+        if token not in tokenizer.get_vocab():
+            raise ValueError(f"{name} {token!r} is not in the tokenizer's vocabulary: pass --add_tokens {token!r} too")
+        setattr(tokenizer, name, token)

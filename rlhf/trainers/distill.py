@@ -122,7 +122,7 @@ class DistillTrainer(SFTTrainer):
             self.teacher = self._separate(teacher_model, teacher_processing_class)
         if args.lmbda and self.train_dataset is not None:
             rows: Any = self.train_dataset
-            room = args.max_length - args.max_completion_length
+            room = args.limit() - args.max_completion_length
             self.train_dataset = with_prompts(rows, room, args.drop_long_prompts, args.dataset_num_proc)
             self.answers = OwnAnswers(self, engine)
 

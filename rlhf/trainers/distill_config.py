@@ -138,7 +138,7 @@ class DistillConfig(ServerArguments, SFTConfig):
             )
         if self.crossentropy_weight:
             raise ValueError("crossentropy_weight would teach the student its own answers: leave it out with lmbda")
-        if self.max_completion_length >= self.max_length:
+        if self.max_completion_length >= self.limit():
             raise ValueError(
                 f"max_completion_length {self.max_completion_length} leaves no room for a prompt in max_length "
                 f"{self.max_length}: raise max_length"

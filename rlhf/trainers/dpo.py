@@ -173,6 +173,7 @@ class DPOTrainer(BaseTrainer):
             vocab_size=vocab_size,
             drop_long_prompts=args.drop_long_prompts,
             num_proc=args.dataset_num_proc,
+            reading=args.reading(),
         )
 
     def count(self, batch: Batch) -> int:

@@ -112,6 +112,7 @@ class PPOTrainer(BaseTrainer):
             vocab_size=vocab_size,
             drop_long_prompts=args.drop_long_prompts,
             num_proc=args.dataset_num_proc,
+            reading=args.reading(),
         )
         if self.rewards is not None:
             self.rewards.check(rows[0])

@@ -136,7 +136,7 @@ class PPOConfig(ServerArguments, BaseConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive to explore, got {self.temperature}")
-        if self.max_completion_length >= self.max_length:
+        if self.max_completion_length >= self.limit():
             raise ValueError(
                 f"max_completion_length {self.max_completion_length} leaves no room for a prompt in max_length "
                 f"{self.max_length}: raise max_length"

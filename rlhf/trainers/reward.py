@@ -104,6 +104,7 @@ class RewardTrainer(BaseTrainer):
             vocab_size=vocab_size,
             drop_long_prompts=args.drop_long_prompts,
             num_proc=args.dataset_num_proc,
+            reading=args.reading(),
             margin=True,
         )
         table = rows.with_format("arrow")[:]

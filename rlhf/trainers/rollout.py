@@ -233,5 +233,5 @@ class Roller:
         return int(np.random.SeedSequence((self.args.seed, rollout, turn)).generate_state(1)[0])
 
 
-def _prompt(row: dict[str, Any]) -> Turns:
+def _prompt(row: Mapping[str, Any]) -> Turns:
     return prompt_dialogue(row, RowFormat()).prompt

@@ -57,6 +57,7 @@ class SFTTrainer(BaseTrainer):
             text_field=args.dataset_text_field,
             drop_long_prompts=args.drop_long_prompts,
             num_proc=args.dataset_num_proc,
+            reading=args.reading(),
         )
 
     @staticmethod

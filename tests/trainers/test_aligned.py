@@ -112,31 +112,31 @@ def rendered(row, tokenizer, student):
     """Token ids, and the places of each answer (its end included), from the template written out by hand."""
     eos = tokenizer.eos_token_id
 
-    def ids(text):
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    def places(text, spans, special=False):
+        """Ids of the whole text, and the places of the tokens that reach into each span of characters."""
+        found = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        offsets = list(enumerate(found["offset_mapping"]))
+        return found["input_ids"], [[i for i, (a, b) in offsets if a < end and b > start] for start, end in spans]
 
     if "text" in row:
         whole = [*tokenizer(row["text"])["input_ids"], eos]
         return whole, [list(range(whole[0] == tokenizer.bos_token_id, len(whole)))]
     if "prompt" in row:
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        whole = [*prompt, *ids(row["completion"]), eos]
-        return whole, [list(range(len(prompt), len(whole)))]
-    whole, answers, done = [], [], ""
+        text = row["prompt"] + row["completion"]
+        whole, (answer,) = places(text, [(len(row["prompt"]), len(text))], special=True)
+        return [*whole, eos], [[*answer, len(whole)]]
+    done, spans = "", []
     for turn in row["messages"]:
         role, text = turn["role"], turn["content"]
         if role == "user":
             done += f"<|im_start|>user\n{text}<|im_end|>\n" if student else f"<s>user:\n\n{text.strip()}</s>"
             continue
-        whole += ids(done + ("<|im_start|>assistant\n" if student else "<s>assistant:\n\n"))
-        answer = [*ids(text if student else text.strip()), eos]
-        answers.append(list(range(len(whole), len(whole) + len(answer))))
-        whole += answer
-        done = "\n" if student else ""
-        if student and turn is not row["messages"][-1]:
-            # The end of an answer and what follows it are tokenised together; nothing merges with a special token.
-            assert ids("<|im_end|>\n") == [eos, *ids("\n")]
-    return whole, answers
+        done += "<|im_start|>assistant\n" if student else "<s>assistant:\n\n"
+        start = len(done)
+        done += f"{text}<|im_end|>" if student else f"{text.strip()}</s>"
+        spans.append((start, len(done)))
+        done += "\n" if student and turn is not row["messages"][-1] else ""
+    return places(done, spans)
 
 
 def cuts(tokenizer, ids):

@@ -1,0 +1,85 @@
+"""Saving and loading as an ordinary checkpoint: the model inside the policy, never the wrapper."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer
+
+OWN_STATE = "trainer_state_{}.pt"  # of each process
+
+
+class Checkpointing(Trainer):
+    """A ``transformers.Trainer`` whose model is a wrapper (:class:`rlhf.models.policy.Wrapper`)."""
+
+    beside: ClassVar[str] = "value_head.safetensors"  # what the wrapper learns besides the model
+    model: Any  # the wrapper, or what accelerate made of it
+
+    @contextmanager
+    def _inner_model(self) -> Iterator[nn.Module]:
+        outer = self.model
+        self.model = self.accelerator.unwrap_model(outer).model
+        try:
+            yield self.model
+        finally:
+            self.model = outer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        whole = self.accelerator.unwrap_model(self.model).state_dict() if state_dict is None else state_dict
+        beside = {key: value.contiguous() for key, value in whole.items() if not key.startswith("model.")}
+        if state_dict is not None:
+            state_dict = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
+        with self._inner_model():
+            super()._save(output_dir, state_dict)
+        if beside:
+            save_file(beside, Path(output_dir or str(self.args.output_dir)) / self.beside)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_beside(Path(resume_from_checkpoint))
+        with self._inner_model() as inner:
+            super()._load_from_checkpoint(resume_from_checkpoint, inner)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_best_model()
+        self._load_beside(Path(str(self.state.best_model_checkpoint)))
+        with self._inner_model():
+            super()._load_best_model()
+
+    def _load_beside(self, folder: Path) -> bool:
+        """What the wrapper learned besides the model, from a folder that has it."""
+        file = folder / self.beside
+        if file.exists():
+            self.accelerator.unwrap_model(self.model).load_state_dict(load_file(file), strict=False)
+        return file.exists()
+
+    # State of a trainer's own, kept with the optimizer's in each checkpoint
+
+    def own_state(self) -> dict[str, Any] | None:
+        """What a resumed run must know besides weights, optimizer and the number of steps; of this process."""
+        return None
+
+    def load_own_state(self, state: dict[str, Any]) -> None: ...
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if (state := self.own_state()) is not None:
+            torch.save(state, Path(output_dir) / OWN_STATE.format(self.args.process_index))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.own_state() is None:
+            return
+        file = Path(checkpoint) / OWN_STATE.format(self.args.process_index)
+        if not file.exists():
+            raise FileNotFoundError(
+                f"{checkpoint}: no {file.name}; it was saved by fewer processes, or by another trainer: resume with as "
+                "many processes as before"
+            )
+        self.load_own_state(torch.load(file, weights_only=False))

@@ -1,0 +1,144 @@
+"""What all trainers can be told, on top of ``transformers.TrainingArguments``."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from rlhf.data import Reading, RowFormat
+from rlhf.trainers.options import check_options
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class BaseConfig(TrainingArguments):
+    """What all trainers share, on top of ``transformers.TrainingArguments``."""
+
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Longest sequence in tokens. What is longer loses its end, never its prompt."}
+    )
+    drop_long_prompts: bool = field(
+        default=False, metadata={"help": "Leave out rows whose prompt alone reaches max_length, instead of stopping."}
+    )
+    chat_template_path: str | None = field(
+        default=None, metadata={"help": "A .jinja file, or a model folder, to take the chat template from."}
+    )
+    # How rows are read
+    columns: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Columns under other names: question=prompt,answer=completion."}
+    )
+    roles: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Roles under other names: customer=user,agent=assistant."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'What the chat template gets besides, such as {"enable_thinking": false}.'}
+    )
+    drop_bad_rows: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave out rows that cannot be read, instead of stopping; bad_rows.jsonl in output_dir lists them."
+        },
+    )
+    eos_token: str | None = field(default=None, metadata={"help": "The token that ends an answer, if another."})
+    pad_token: str | None = field(default=None, metadata={"help": "The token to pad with, if another."})
+    add_tokens: list[str] | None = field(
+        default=None, metadata={"help": "New special tokens; the model's embeddings grow by them."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the hub."})
+    layout: str = field(
+        default="auto",
+        metadata={
+            "help": "segments: no padding, a shared prompt once; rows: padded, any model; auto: what fits.",
+            "choices": ["auto", "segments", "rows"],
+        },
+    )
+    tokens_per_batch: int | None = field(
+        default=None,
+        metadata={"help": "Plan batches by tokens: as many rows as fit, instead of per_device_train_batch_size rows."},
+    )
+    disable_dropout: bool = field(default=False, metadata={"help": "Train without dropout."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Passed to from_pretrained where the model is given by name."}
+    )
+    profile: int = field(
+        default=0, metadata={"help": "Time this many steps after the first two, print where their time went."}
+    )
+    verbose: bool = field(default=False, metadata={"help": "Say what the first batch holds and takes."})
+    # TRL's, for what is always so here
+    padding_free: bool = field(default=False, metadata={"help": "TRL's; batches without padding are the default."})
+    truncation_mode: str = field(default="keep_start", metadata={"help": "TRL's; rows are cut at their end."})
+    pad_to_multiple_of: int | str | None = field(default=None, metadata={"help": "TRL's; moves no figure here."})
+    max_seq_length: int | None = field(default=None, metadata={"help": "Old name of max_length."})
+    # Defaults that differ from transformers'.
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave this off: the collator reads."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide a loss that is NaN; a sync a step."})
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]  # noqa: RUF012  # not a field
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_options(self)
+        self.columns, self.roles = renames(self.columns, "columns"), renames(self.roles, "roles")
+        if self.max_seq_length is not None:
+            logger.warning("max_seq_length is now called max_length; using max_length=%d", self.max_seq_length)
+            self.max_length, self.max_seq_length = self.max_seq_length, None
+        if self.ddp_find_unused_parameters is None:  # all are used; looking for others costs a walk of the graph a step
+            self.ddp_find_unused_parameters = False
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        accelerator: Any = self.accelerator_config
+        accelerator.non_blocking |= self.dataloader_pin_memory  # a copy that waits, waits for all that is under way
+        if self.layout not in ("auto", "segments", "rows"):
+            raise ValueError(f"layout must be auto, segments or rows, got {self.layout!r}")
+        if self.tokens_per_batch is not None:
+            if self.tokens_per_batch < 1:
+                raise ValueError(f"tokens_per_batch must be at least 1, got {self.tokens_per_batch}")
+            self.per_device_train_batch_size = 1  # of planned batches
+        if self.profile < 0:
+            raise ValueError(f"profile must be a number of steps, got {self.profile}")
+        if self.truncation_mode != "keep_start":
+            raise ValueError(f"truncation_mode {self.truncation_mode!r}: rows are cut at their end (keep_start)")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2 tokens, got {self.max_length}")
+
+    def limit(self) -> int:
+        """``max_length`` where there must be one."""
+        if self.max_length is None:
+            raise ValueError("max_length is None: sampling needs a longest sequence, pass a number")
+        return self.max_length
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """What ``from_pretrained`` gets; weights are trained in float32 unless another dtype is given."""
+        own = self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
+        hub = {"trust_remote_code": True} if self.trust_remote_code else {}
+        return {"dtype": "float32", **hub, **own}
+
+    def reading(self) -> Reading:
+        """How rows are read."""
+        given = self.chat_template_kwargs
+        form = RowFormat(
+            columns=self.columns,  # type: ignore[arg-type]  # renames() made a dict of it
+            roles=self.roles,  # type: ignore[arg-type]
+            template_kwargs=given if isinstance(given, dict) else {},
+        )
+        bad_rows = str(Path(str(self.output_dir)) / "bad_rows.jsonl") if self.drop_bad_rows else None
+        return Reading(form, split_turns=getattr(self, "split_turns", False), bad_rows=bad_rows)
+
+
+def renames(given: Any, option: str) -> dict[str, str]:
+    """``a=b,c=d``, or a dictionary of the same, as a dictionary."""
+    if given is None:
+        return {}
+    if isinstance(given, dict):
+        return {str(key): str(value) for key, value in given.items()}
+    words = [
+        word for part in ([given] if isinstance(given, str) else given) for word in part.split(",") if word.strip()
+    ]
+    if wrong := next((word for word in words if word.count("=") != 1), None):
+        raise ValueError(f"--{option} takes pairs such as theirs=ours, got {wrong!r}")
+    return {key.strip(): value.strip() for key, value in (word.split("=") for word in words)}
