@@ -48,9 +48,7 @@ def as_message(turn: Any, where: str, roles: Mapping[str, str], calls: bool) -> 
     _read_calls(message, where)
     _read_weight(message, where)
     content = message.get("content")
-    if content is None and "tool_calls" in message:
-        message["content"] = ""
-    elif not isinstance(content, str):
+    if not isinstance(content, str) and not (content is None and "tool_calls" in message):
         raise ValueError(f"{where}: 'content' is {kind(content)}, expected text")
     said = any(str(message.get(key, "")).strip() for key in ("content", "reasoning_content"))
     if role == ASSISTANT and not message.get("tool_calls") and not said and message.get("weight", 1):

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, UndefinedError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -125,12 +125,18 @@ def _apply(
     ]
     try:
         text = apply(messages)
-        if not any(given and str(given) in text for given in arguments):
-            return text
-    except TypeError:
-        if not arguments:
+    except (TypeError, UndefinedError):
+        # Some templates join a call to its content, and some want arguments as text.
+        if "tool_calls" not in str(tokenizer.get_chat_template(tools=dialogue.tools)):
             raise
-    return apply([_with_text_arguments(message) for message in messages])
+        messages = [{"content": "", **message} for message in messages]
+        try:
+            text = apply(messages)
+        except TypeError:
+            return apply([_with_text_arguments(message) for message in messages])
+    if any(given and str(given) in text for given in arguments):  # written as Python would
+        return apply([_with_text_arguments(message) for message in messages])
+    return text
 
 
 def _with_text_arguments(message: Message) -> Message:
