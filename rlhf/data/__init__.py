@@ -2,12 +2,12 @@
 
 from rlhf.data.batching import Batch, Collator
 from rlhf.data.chat import answer_end_ids, answer_ends, encode, encode_prompt
+from rlhf.data.encoding import Reading
 from rlhf.data.formats import Dialogue, RowFormat
 from rlhf.data.packing import Packed, best_fit_decreasing
 from rlhf.data.reading import load_data
 from rlhf.data.teacher_file import TeacherFile, create_teacher_file, open_teacher_file
 from rlhf.data.tokenizing import (
-    Reading,
     is_tokenised,
     tokenize_preferences,
     tokenize_prompts,

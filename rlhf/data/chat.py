@@ -6,6 +6,7 @@ Where a border falls inside a token, that token belongs to the answer.
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -182,6 +183,8 @@ def _encode_turns(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, comple
     rendering = locate_answers(tokenizer, dialogue, messages, first, prefill)
     if split and leaves_out_thought(rendering.notes):
         rendering = locate_lost_answer(tokenizer, dialogue, messages)
+    elif split:  # what earlier turns lose is learned from rows of their own
+        rendering = replace(rendering, notes=tuple(n for n in rendering.notes if "--split_turns" not in n))
     tokens = _tokens(tokenizer, rendering.text, special=False)
     spans = [_token_span(tokenizer, tokens, rendering, answer) for answer in rendering.answers]
     ids, scored = list(tokens.ids), [False] * len(tokens.ids)

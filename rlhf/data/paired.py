@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data import formats, tokenizing
 from rlhf.data.alignment import Piece, Spans, _without_space, align, first_tokens, join, token_pieces
 from rlhf.data.batching import IGNORE, Batch, Collator
-from rlhf.data.tokenizing import Reading, Row, cut, encode_sft, identity, map_rows, name_of, prefixed
+from rlhf.data.encoding import Reading, Row, cut, encode_sft
+from rlhf.data.tokenizing import identity, map_rows, name_of, prefixed
 from rlhf.data.vocabulary import tokenizer_difference
 
 Align = Literal["uld", "spans"]

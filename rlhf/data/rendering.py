@@ -1,14 +1,9 @@
-"""A conversation as one text, and where in it the assistant's answers stand.
-
-Templates strip, move, quote and leave out what a message holds. So each string of each message is rendered a second
-time with a mark in its middle, a character that no text has. Where the marks come out is where the messages are. A mark
-that does not come out is a part that the template leaves out.
-"""
+"""A conversation as one text, and where in it the assistant's answers stand."""
 
 import json
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError, UndefinedError
@@ -16,10 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from rlhf.data.formats import Dialogue, Message
+from rlhf.data.marks import MARKS, REASONING, THOUGHT_TAG, Marked, Part, mark_messages, what_is_lost
 
-_FIRST_MARK, _LAST_MARK = 0xF0000, 0xFFFFD  # a private plane of Unicode
-_MARKS = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_LAST_MARK)}]")
-_THOUGHT_TAG = re.compile(r"</?[\w:]*think\w*>|\[/?THINK\]", re.IGNORECASE)
 _EMPTY_THOUGHT = re.compile(
     r"\s*(?:<([\w:|]*think\w*)>\s*</\1>|\[THINK\]\s*\[/THINK\]|<\|START_THINKING\|>\s*<\|END_THINKING\|>"
     r"|<\|channel>thought\s*<channel\|>)\s*",
@@ -28,17 +21,6 @@ _EMPTY_THOUGHT = re.compile(
 _OPEN_THOUGHT = re.compile(r"(?:<[\w:]*think\w*>\s*)?$", re.IGNORECASE)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _NOT_RENDERED = ("weight",)  # what our own reading leaves in a message
-_KNOWN = {
-    "role",
-    "content",
-    "tool_calls",
-    "tool_call_id",
-    "name",
-    "id",
-    "weight",
-    *("reasoning_content", "reasoning", "thinking"),
-}
-_REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)
@@ -50,24 +32,6 @@ class Rendering:
     answers: list[tuple[int, int]]
     needs_eos: bool = False
     notes: tuple[str, ...] = ()
-
-
-@dataclass
-class _Part:
-    """A string of a message with a mark behind its first ``before`` characters."""
-
-    name: str
-    mark: str
-    before: str
-    after: str
-
-
-@dataclass
-class _Marked:
-    """Messages with marks, and the parts of each."""
-
-    messages: list[Message]
-    parts: list[list[_Part]] = field(default_factory=list)
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -177,11 +141,11 @@ def locate_answers(
     """
     text = render(tokenizer, dialogue, messages)
     scored = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant" and _has_weight(messages[i])]
-    marked = _mark(messages, first, prefill)
+    marked = mark_messages(messages, first, prefill)
     whole = render(tokenizer, dialogue, marked.messages)
-    if _MARKS.sub("", whole) != text:  # the template looks at what a message says
+    if MARKS.sub("", whole) != text:  # the template looks at what a message says
         return _locate_by_prefix(tokenizer, dialogue, messages, scored, text)
-    notes = _what_is_lost(tokenizer, dialogue, marked, whole, scored)
+    notes = what_is_lost(tokenizer, dialogue, marked, whole, scored)
     finder = _Finder(tokenizer, dialogue, marked, whole)
     spans, needs_eos = finder.generation_spans(scored), False
     if spans is None:
@@ -203,11 +167,11 @@ def locate_lost_answer(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, m
     usual = locate_answers(tokenizer, dialogue, messages, len(messages) - 1)
     begun, answer = render(tokenizer, dialogue, messages[:-1], generate=True), messages[-1]
     content = str(answer["content"])
-    reasoning = next((str(answer[key]) for key in _REASONING if answer.get(key)), None)
+    reasoning = next((str(answer[key]) for key in REASONING if answer.get(key)), None)
     text = content if reasoning is None else f"<think>\n{reasoning}\n</think>\n\n{content}"
     given = next(n for n in range(len(text), -1, -1) if begun.endswith(text[:n]))
     written = usual.text[slice(*usual.answers[-1])]
-    last = _THOUGHT_TAG.split(content)[-1].strip()
+    last = THOUGHT_TAG.split(content)[-1].strip()
     closing = written[written.rindex(last) + len(last) :] if last in written else ""
     whole = begun + text[given:].rstrip() + closing
     return Rendering(whole, [(len(begun), len(whole))], usual.needs_eos)
@@ -222,131 +186,22 @@ def _has_weight(message: Message) -> bool:
     return bool(message.get("weight", 1))
 
 
-# Marks
-
-
-def _mark(messages: list[Message], first: int, prefill: int) -> _Marked:
-    marked = _Marked([])
-    number = iter(range(_FIRST_MARK, _LAST_MARK))
-    for index, message in enumerate(messages):
-        parts: list[_Part] = []
-        message = dict(message)
-        for key in (*_REASONING, "content"):
-            if isinstance(message.get(key), str):
-                at = prefill if (index, key) == (first, "content") and prefill else None
-                message[key] = _mark_text(message[key], key, parts, number, at)
-        if isinstance(message.get("tool_calls"), list):
-            message["tool_calls"] = [
-                _mark_call(call, f"tool_calls[{place}]", parts, number)
-                for place, call in enumerate(message["tool_calls"])
-            ]
-        marked.messages.append(message)
-        marked.parts.append(parts)
-    return marked
-
-
-def _mark_text(text: str, name: str, parts: list[_Part], number: Any, at: int | None) -> str:
-    """Text with a mark in the middle of each stretch between the tags of a thought; or one at ``at``."""
-    if at is not None:
-        parts.append(_Part(name, chr(next(number)), text[:at].lstrip(), text[at:].rstrip()))
-        return text[:at] + parts[-1].mark + text[at:]
-    done, pieces = 0, []
-    for end in [*(tag.start() for tag in _THOUGHT_TAG.finditer(text)), len(text)]:
-        stretch = text[done:end]
-        tag = _THOUGHT_TAG.match(stretch)
-        skipped = tag.end() if tag else 0
-        core = stretch[skipped:].strip()
-        if not core:
-            pieces.append(stretch)
-        else:
-            lead = stretch.index(core, skipped)
-            middle = len(core) // 2
-            part = _Part(name, chr(next(number)), core[:middle], core[middle:])
-            parts.append(part)
-            pieces.append(stretch[:lead] + part.before + part.mark + part.after + stretch[lead + len(core) :])
-        done = end
-    return "".join(pieces)
-
-
-def _mark_call(call: Any, part_name: str, parts: list[_Part], number: Any) -> Any:
-    """A tool call with marks in the function's name and in the texts of its arguments."""
-    if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
-        return call
-
-    def marked(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: marked(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [marked(item) for item in value]
-        return _mark_text(value, part_name, parts, number, None) if isinstance(value, str) else value
-
-    function = {**call["function"]}
-    for key in ("name", "arguments"):
-        if key in function:
-            function[key] = marked(function[key])
-    return {**call, "function": function}
-
-
-def _what_is_lost(
-    tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, marked: _Marked, whole: str, scored: list[int]
-) -> tuple[str, ...]:
-    """What the template leaves out: thoughts, turns and calls, keys and tools that it does not know."""
-    notes = _unread(str(tokenizer.get_chat_template(tools=dialogue.tools)), dialogue, marked.messages)
-    last_scored = scored[-1] if scored else -1
-    for index, (message, parts) in enumerate(zip(marked.messages, marked.parts, strict=True)):
-        missing = [part for part in parts if part.mark not in whole]
-        shown = {part.name for part in parts if part.mark in whole}
-        # Reasoning is given under several names, of which a template reads one; of a call, any word shows it.
-        if shown & {*_REASONING}:
-            shown |= {*_REASONING}
-        lost = [part for part in missing if part.name not in shown or part.name == "content"]
-        if not lost:
-            continue
-        earlier = message["role"] == "assistant" and index < last_scored
-        thought = all(_is_thought(part, parts) for part in lost)
-        if earlier and thought and shown:
-            notes.append("the chat template leaves out the reasoning of earlier answers (--split_turns learns it)")
-            continue
-        names = ", ".join(repr(name) for name in dict.fromkeys(part.name for part in lost))
-        notes.append(
-            f"the chat template leaves out {names} of the role {message['role']!r}"
-            + (" before </think>" if thought and lost[0].name == "content" else "")
-            + ", which is lost; --chat_template_path takes another template"
-        )
-    return tuple(dict.fromkeys(notes))
-
-
-def _unread(template: str, dialogue: Dialogue, messages: list[Message]) -> list[str]:
-    """Tools and keys of messages that the template has no word for."""
-    notes = []
-    if dialogue.tools and "tools" not in template:
-        notes.append("the template does not write 'tools'")
-    keys = {key for message in messages for key in message} - _KNOWN
-    return notes + [f"message key {key!r} is not read" for key in sorted(keys) if key not in template]
-
-
-def _is_thought(part: _Part, parts: list[_Part]) -> bool:
-    """Reasoning under a key of its own, or what stands before the last stretch of a content with tags."""
-    contents = [other for other in parts if other.name == "content"]
-    return part.name in _REASONING or (len(contents) > 1 and part is not contents[-1])
-
-
 # Answers
 
 
 class _Finder:
     """Where answers start and end in a rendering with marks (``whole``)."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, marked: _Marked, whole: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, marked: Marked, whole: str) -> None:
         self.tokenizer, self.dialogue, self.marked, self.whole = tokenizer, dialogue, marked, whole
-        self.marks = [mark.start() for mark in _MARKS.finditer(whole)]
+        self.marks = [mark.start() for mark in MARKS.finditer(whole)]
         self.special = _special_tokens(tokenizer)
 
     def plain(self, position: int) -> int:
         """The same place in the text without marks."""
         return position - sum(mark < position for mark in self.marks)
 
-    def present(self, index: int) -> list[_Part]:
+    def present(self, index: int) -> list[Part]:
         return sorted(
             (p for p in self.marked.parts[index] if p.mark in self.whole), key=lambda p: self.whole.index(p.mark)
         )
@@ -409,7 +264,7 @@ class _Finder:
             )
         return from_here + stop, False
 
-    def _end_of_last(self, index: int, part: _Part, follows: str, content: int) -> int:
+    def _end_of_last(self, index: int, part: Part, follows: str, content: int) -> int:
         """How far the closing of the last turn goes: a template may write more behind the end of a conversation."""
         ends = [token.end() for token in self.special.finditer(follows, content)] if self.special else []
         if len(ends) < 2:
@@ -421,13 +276,13 @@ class _Finder:
         same = _common(more, follows)
         return same if any(end <= same for end in ends) else len(follows)
 
-    def _end_before_more(self, index: int, part: _Part, follows: str, content: int) -> list[int]:
+    def _end_before_more(self, index: int, part: Part, follows: str, content: int) -> list[int]:
         """The end of a turn in a template that ends the last turn of a conversation with another token."""
         more = render(self.tokenizer, self.dialogue, self.marked.messages[: index + 1], generate=True)
         same = _common(more[more.index(part.mark) + 1 :], follows) if part.mark in more else 0
         return [token.end() for token in self.special.finditer(follows, content, same)][:1]  # type: ignore[union-attr]
 
-    def _closing(self, part: _Part, messages: list[Message]) -> str:
+    def _closing(self, part: Part, messages: list[Message]) -> str:
         text = render(self.tokenizer, self.dialogue, messages)
         return text[text.index(part.mark) + 1 :] if part.mark in text else ""
 
