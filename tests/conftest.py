@@ -102,6 +102,12 @@ def preference_rows():
 
 
 @pytest.fixture(scope="session")
+def unpaired_rows():
+    trios = zip(sentences(6, 48), sentences(7, 48), range(48), strict=True)
+    return Dataset.from_list([{"prompt": p, "completion": " " + c, "label": i % 3 != 0} for p, c, i in trios])
+
+
+@pytest.fixture(scope="session")
 def model_folder(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("model")
     tiny_model().save_pretrained(folder)
@@ -110,8 +116,8 @@ def model_folder(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture(scope="session")
-def data_files(tmp_path_factory, sft_rows, preference_rows):
+def data_files(tmp_path_factory, sft_rows, preference_rows, unpaired_rows):
     folder = tmp_path_factory.mktemp("data")
-    for name, rows in (("sft", sft_rows), ("preferences", preference_rows)):
+    for name, rows in (("sft", sft_rows), ("preferences", preference_rows), ("unpaired", unpaired_rows)):
         write_rows(folder / f"{name}.jsonl", rows)
     return folder

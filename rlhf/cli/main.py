@@ -9,6 +9,7 @@ from importlib import import_module
 COMMANDS = {
     "sft": "fine-tune on text, conversations, or prompts with completions",
     "dpo": "align with preference pairs (prompt, chosen, rejected)",
+    "kto": "align with answers marked good or bad (prompt, completion, label)",
     "distill": "train a student to say what a teacher says",
     "reward": "train a reward model on preference pairs",
     "ppo": "learn from rewards, with a critic (prompts and --reward_funcs)",

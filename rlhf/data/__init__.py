@@ -14,6 +14,7 @@ from rlhf.data.tokenizing import (
     tokenize_sft,
     tokenize_unpaired,
 )
+from rlhf.data.unpaired import add_mismatched
 from rlhf.data.vocabulary import tokenizer_difference
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "RowFormat",
     "TeacherFile",
     "answer_end_ids",
+    "add_mismatched",
     "answer_ends",
     "best_fit_decreasing",
     "create_teacher_file",

@@ -43,8 +43,9 @@ class Batch:
     """What the policy reads: int64 [B, T] in padded rows, [1, T] in segments, where nothing is padded.
 
     ``ref_logps`` [S] are the reference's sums for each sequence, where they were computed before; ``margin`` is float32
-    [pairs], how far apart the rewards of each pair should be, where the data says so; ``teacher`` is what was kept of a
-    teacher for each of the targets, ``teacher_logps`` [N] what it says of the targets themselves; ``paired`` is the
+    [pairs], how far apart the rewards of each pair should be, where the data says so; ``desirable`` is bool [S], which
+    answers are good; ``mismatched`` holds the same prompts with the answers to others; ``teacher`` is what was kept of
+    a teacher for each of the targets, ``teacher_logps`` [N] what it says of the targets themselves; ``paired`` is the
     same text for a teacher with another tokenizer.
     """
 
@@ -55,14 +56,25 @@ class Batch:
     segments: Segments | None = None
     ref_logps: Tensor | None = None
     margin: Tensor | None = None
+    desirable: Tensor | None = None
+    mismatched: "Batch | None" = None
     teacher: TopK | None = None
     teacher_logps: Tensor | None = None
     paired: "Paired | None" = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        names = ("input_ids", "attention_mask", "position_ids", "ref_logps", "margin", "teacher", "teacher_logps")
+        names = (
+            "input_ids",
+            "attention_mask",
+            "position_ids",
+            "ref_logps",
+            "margin",
+            "desirable",
+            "teacher",
+            "teacher_logps",
+        )
         held: dict[str, Any] = {
-            name: tensor for name in (*names, "paired") if (tensor := getattr(self, name)) is not None
+            name: tensor for name in (*names, "paired", "mismatched") if (tensor := getattr(self, name)) is not None
         }
         moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in held.items()}
         return replace(self, targets=self.targets.to(device, non_blocking), **moved)
@@ -135,15 +147,25 @@ class Collator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> Batch:
         examples = [example for row in rows for example in row.get("examples", [row])]
-        batch = self._flat(examples) if self.layout == "segments" else self._padded(examples)
+        batch = self._lay_out(examples)
         if "margin" in examples[0]:
             batch = replace(batch, margin=torch.tensor([float(example["margin"]) for example in examples]))
         if self.teacher is not None and TEACHER_ROW in examples[0]:
             batch = replace(batch, teacher=self.teacher.take([example[TEACHER_ROW] for example in examples]))
-        if "ref_chosen_logps" not in examples[0]:
-            return batch
-        known = [[example["ref_chosen_logps"], example["ref_rejected_logps"]] for example in examples]
-        return replace(batch, ref_logps=torch.tensor(known).view(-1))
+        if "desirable" in examples[0]:
+            batch = replace(batch, desirable=torch.tensor([bool(example["desirable"]) for example in examples]))
+        if "mismatched" in examples[0]:
+            others = [
+                {"prompt_ids": e["prompt_ids"], "completions": e["mismatched"], "labels": e["mismatched_labels"]}
+                for e in examples
+            ]
+            mismatched = _with_ref_logps(self._lay_out(others), examples, ["ref_mismatched_logps"])
+            batch = replace(batch, mismatched=mismatched)
+        names = ["ref_logps"] if "desirable" in examples[0] else ["ref_chosen_logps", "ref_rejected_logps"]
+        return _with_ref_logps(batch, examples, names)
+
+    def _lay_out(self, examples: list[dict[str, Any]]) -> Batch:
+        return self._flat(examples) if self.layout == "segments" else self._padded(examples)
 
     def _flat(self, examples: list[dict[str, Any]]) -> Batch:
         spans: list[Span] = []
@@ -189,6 +211,13 @@ class Collator:
             attention_mask[index, used] = 1
             position_ids[index, used] = torch.arange(len(ids))
         return Batch(input_ids, attention_mask, position_ids, Targets.from_labels(labels, attention_mask))
+
+
+def _with_ref_logps(batch: Batch, examples: list[dict[str, Any]], columns: list[str]) -> Batch:
+    if columns[0] not in examples[0]:
+        return batch
+    known = [[example[column] for column in columns] for example in examples]
+    return replace(batch, ref_logps=torch.tensor(known).view(-1))
 
 
 def _whole(example: dict[str, Any]) -> Iterator[tuple[list[int], list[int]]]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 from datasets import Dataset
@@ -44,18 +45,24 @@ def num_tokens(rows: Dataset) -> np.ndarray:
     """Tokens of each row when its prompt is computed once; int64 [rows]."""
     table = rows.with_format("arrow")[:]
     names = [name for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids") if name in table.column_names]
-    return sum(pc.list_value_length(table[name]).to_numpy().astype(np.int64) for name in names)
+    columns = [table[name] for name in names]
+    if "completions" in table.column_names:  # one in each row
+        columns.append(pc.list_flatten(table["completions"]))
+    return sum(pc.list_value_length(column).to_numpy().astype(np.int64) for column in columns)
 
 
 def hash_of_tokens(rows: Dataset, columns: Sequence[str]) -> str:
-    """Of the lists of ids in ``columns``, row by row; however the rows lie in memory."""
+    """Of the lists of ids in ``columns``, nested or not, row by row; however the rows lie in memory."""
     digest = xxhash.xxh3_64()
     table = rows.with_format("arrow")[:]
     for column in columns:
-        for part in table[column].chunks:
-            digest.update(np.ascontiguousarray(pc.list_value_length(part).to_numpy()).data)
-        for part in table[column].chunks:
-            digest.update(np.ascontiguousarray(part.flatten().to_numpy()).data)
+        parts = table[column].chunks
+        while parts and pa.types.is_list(parts[0].type):
+            for part in parts:
+                digest.update(np.ascontiguousarray(pc.list_value_length(part).to_numpy()).data)
+            parts = [part.flatten() for part in parts]
+        for part in parts:
+            digest.update(np.ascontiguousarray(part.to_numpy()).data)
     return digest.hexdigest()
 
 

@@ -3,6 +3,7 @@
 from rlhf.trainers.distill import DistillTrainer
 from rlhf.trainers.distill_config import DistillConfig
 from rlhf.trainers.dpo import DPOConfig, DPOTrainer
+from rlhf.trainers.kto import KTOConfig, KTOTrainer
 from rlhf.trainers.online_dpo import OnlineDPOTrainer
 from rlhf.trainers.ppo import BestOfNTrainer, GRPOTrainer, PPOTrainer, RLOOTrainer
 from rlhf.trainers.ppo_config import BestOfNConfig, GRPOConfig, OnlineDPOConfig, PPOConfig, RLOOConfig
@@ -18,6 +19,8 @@ __all__ = [
     "DistillTrainer",
     "GRPOConfig",
     "GRPOTrainer",
+    "KTOConfig",
+    "KTOTrainer",
     "OnlineDPOConfig",
     "OnlineDPOTrainer",
     "PPOConfig",

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from rlhf.data.packing import hash_of_tokens, num_tokens
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it when what is stored, or how it is computed, changes
-TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
-COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 def add_ref_logps(
     rows: Dataset,
+    tokens: Sequence[str],
+    columns: Sequence[str],
     fingerprint: str,
     score: Callable[[list[dict[str, Any]]], Tensor],
     accelerator: Accelerator,
@@ -34,24 +34,26 @@ def add_ref_logps(
     name: str,
     quiet: bool = False,
 ) -> Dataset:
-    """``rows`` with the columns ``ref_chosen_logps`` and ``ref_rejected_logps``, in nats, summed over a completion.
+    """``rows`` with a further column for each completion: the reference's log-probs, in nats, summed over it.
 
     They are read from a file in the Hugging Face cache whose name is a hash of all that determines them: the
     reference and the tokens. What it does not hold yet is computed, the ranks sharing the work, and written batch by
     batch: an interrupted pass goes on where it stopped.
 
     Args:
-        rows: tokenised preference pairs.
+        rows: tokenised rows of a prompt and its completions.
+        tokens: the columns that determine what is scored. columns: one for the sum of each completion of a row.
         fingerprint: what stands for the reference.
-        score: from rows to their sums, [2 * rows], chosen before rejected.
+        score: from rows to their sums, [completions * rows], those of a row together, in the order of ``columns``.
         batch_size: rows that each rank scores at a time. name: of the data set, for the progress bar.
     Raises:
         ValueError: the reference gives NaN for a row.
     """
+    shape = len(rows), len(columns)
     values, file = np.empty(0), None
     if accelerator.is_main_process:
         folder = Path(datasets.config.HF_CACHE_HOME) / "rlhf" / "ref_logps"
-        file = _open(folder / f"{fingerprint}-{hash_of_tokens(rows, TOKENS)}.npy", len(rows))
+        file = _open(folder / f"{fingerprint}-{hash_of_tokens(rows, tokens)}.npy", shape)
         values = np.array(file)
     values = broadcast_object_list([values])[0]
     todo = np.flatnonzero(np.isnan(values).any(1))
@@ -70,7 +72,10 @@ def add_ref_logps(
             own = np.resize(chunk, -(-len(chunk) // accelerator.num_processes) * accelerator.num_processes)
             own = own.reshape(accelerator.num_processes, -1)[accelerator.process_index]
             found = (
-                accelerator.gather(score([rows[int(i)] for i in own]).view(-1, 2))[: len(chunk)].float().cpu().numpy()
+                accelerator.gather(score([rows[int(i)] for i in own]).view(-1, len(columns)))[: len(chunk)]
+                .float()
+                .cpu()
+                .numpy()
             )
             if np.isnan(found).any():
                 row = chunk[np.isnan(found).any(1)][0]
@@ -79,23 +84,23 @@ def add_ref_logps(
             if file is not None:
                 file[chunk] = found
             bar.update(len(chunk))
-    for column, name in enumerate(COLUMNS):
-        rows = rows.add_column(name, values[:, column])
+    for index, column in enumerate(columns):
+        rows = rows.add_column(column, values[:, index])
     return rows
 
 
-def _open(path: Path, rows: int) -> np.memmap:
-    """The file, float32 [rows, 2], NaN where a row is not computed yet."""
+def _open(path: Path, shape: tuple[int, int]) -> np.memmap:
+    """The file, float32 [rows, completions], NaN where a row is not computed yet."""
     try:
         file = np.lib.format.open_memmap(path, mode="r+")
-        if file.shape == (rows, 2) and file.dtype == np.float32:
+        if file.shape == shape and file.dtype == np.float32:
             return file
         logger.warning("%s: not what it should hold; computing it again", path)
     except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
     except ValueError as error:
         logger.warning("%s: cannot be read (%s); computing it again", path, error)
-    file = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, 2))
+    file = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     file[:] = np.nan
     return file
 

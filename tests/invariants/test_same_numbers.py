@@ -19,13 +19,15 @@ from rlhf import (
     DistillTrainer,
     DPOConfig,
     DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
     RewardConfig,
     RewardTrainer,
     SFTConfig,
     SFTTrainer,
 )
 from rlhf.cli.main import main
-from rlhf.data import Batch, Collator
+from rlhf.data import Collator
 
 ROOT = Path(__file__).parents[2]
 STEPS = 3
@@ -33,6 +35,7 @@ scoring = importlib.import_module("rlhf.logprobs.chunks")  # the name in the pac
 KINDS = {
     "sft": (SFTTrainer, SFTConfig, "sft_rows"),
     "dpo": (DPOTrainer, DPOConfig, "preference_rows"),
+    "kto": (KTOTrainer, KTOConfig, "unpaired_rows"),
     "reward": (RewardTrainer, RewardConfig, "preference_rows"),
     "distill": (DistillTrainer, DistillConfig, "sft_rows"),
 }
@@ -142,7 +145,7 @@ def wider(rows, more=5):
     width = batch.input_ids.size(1)
     tensors = {name: F.pad(t, (0, more), value=7 if name == "input_ids" else 0) for name, t in batch.inputs().items()}
     row, column = batch.targets.source // width, batch.targets.source % width
-    return Batch(targets=replace(batch.targets, source=row * (width + more) + column), **tensors)
+    return replace(batch, targets=replace(batch.targets, source=row * (width + more) + column), **tensors)
 
 
 def test_padded_wider(run, whole):
@@ -218,7 +221,9 @@ def agree_on_two_processes(kind, tmp_path, data, **more):
 
 def test_two_processes(kind, tmp_path, model_folder, teacher_folder, data_files):
     """Against one process with twice the batch."""
-    data = data_files / ("sft.jsonl" if kind in ("sft", "distill") else "preferences.jsonl")
+    data = data_files / {"sft": "sft.jsonl", "distill": "sft.jsonl", "kto": "unpaired.jsonl"}.get(
+        kind, "preferences.jsonl"
+    )
     own = {"teacher_model_name_or_path": teacher_folder} if kind == "distill" else {}
     agree_on_two_processes(kind, tmp_path, data, model_name_or_path=model_folder, **own)
 

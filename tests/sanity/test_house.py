@@ -18,6 +18,7 @@ from rlhf.trainers import (
     DistillConfig,
     DPOConfig,
     GRPOConfig,
+    KTOConfig,
     OnlineDPOConfig,
     PPOConfig,
     RewardConfig,
@@ -79,7 +80,7 @@ ONLINE = {
     "best_of_n": BestOfNConfig,
 }
 HAS = {
-    "configs": ("sft", "distill", "dpo", "reward", *ONLINE),
+    "configs": ("sft", "distill", "dpo", "kto", "reward", *ONLINE),
     "demo": ("sft", "dpo", "ppo", "distill"),
     "docs/runs/smollm2-135m": ("sft", "dpo"),
     "docs/runs/one-sentence": ("ppo", "grpo"),
@@ -93,6 +94,7 @@ OWN = {
         "hard": (SFTConfig,),
         **dict.fromkeys(("distill", "live", "cached", "gkd"), (DistillConfig,)),
         "dpo": (ReferenceArguments, DPOConfig),
+        "kto": (ReferenceArguments, KTOConfig),
         "reward": (RewardConfig,),
     },
     **{name: (ReferenceArguments, ExperienceArguments, config) for name, config in ONLINE.items()},

@@ -1,0 +1,196 @@
+"""KTO: answers that are good or bad by themselves, without partners, against a frozen reference."""
+
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import EvalLoopOutput
+
+from rlhf.data import Batch, add_mismatched, tokenize_unpaired
+from rlhf.losses import kto_loss
+from rlhf.trainers.base import BaseConfig, Measures
+from rlhf.trainers.referenced import ReferencedConfig, ReferencedTrainer
+
+logger = logging.getLogger(__name__)
+
+LOSS_TYPES = ("kto", "apo_zero_unpaired")
+
+
+@dataclass
+class KTOConfig(ReferencedConfig):
+    """Arguments of :class:`KTOTrainer`; names and defaults are TRL's where TRL has the same thing."""
+
+    loss_type: str = field(
+        default="kto",
+        metadata={
+            "help": "kto: against an estimate of the KL to the reference. apo_zero_unpaired: against 0, for good "
+            "answers that are better than the model's own.",
+            "choices": list(LOSS_TYPES),
+        },
+    )
+    desirable_weight: float = field(default=1.0, metadata={"help": "Weight of the loss of good answers."})
+    undesirable_weight: float = field(default=1.0, metadata={"help": "Weight of the loss of bad answers."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}")
+        for name in ("desirable_weight", "undesirable_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number from 0 on, got {getattr(self, name)}")
+        one = torch.ones(1)  # the loss itself checks its hyper-parameters, now rather than at the first step
+        kto_loss(one, one, one > 0, self.beta)
+
+
+class KTOTrainer(ReferencedTrainer):
+    r"""Align a policy with answers that are marked good or bad.
+
+    .. math:: \lambda_D[1 - \sigma(\beta(s - z))] \text{ if good, else } \lambda_U[1 - \sigma(\beta(z - s))],\;
+              z = \max(0, \operatorname{mean}_i [\log\pi(y_{i-1}|x_i) - \log\pi_{ref}(y_{i-1}|x_i)])
+
+    The loss is the mean over the rows of the whole optimizer step, and so is z: each prompt gets the answer of a row
+    before it in the data set, to another prompt, and the mean runs over all micro-batches and ranks. In evaluation it
+    runs over the data set. No number depends on how a step is split into batches. TRL rotates the answers within each
+    micro-batch instead, and takes z over that; for a data set of one batch of different prompts the two are the same.
+
+    Args:
+        model: a model, a PEFT model, or a name or folder to load one from.
+        ref_model: another reference, as a model or by name; see :class:`ReferencedTrainer`.
+        args: the configuration.
+        train_dataset, eval_dataset: rows of ``prompt``, ``completion`` and ``label`` (true: good), or pairs of
+            ``chosen`` and ``rejected``, which are taken apart.
+        kwargs: ``processing_class``, ``peft_config``, ``callbacks``, … as in :class:`SFTTrainer`.
+    Logs:
+        ``loss`` (0.5 at the start, with weights of 1), ``kl`` (z, nats), ``rewards/chosen`` and ``rewards/rejected``
+        (beta * log-ratio to the reference, of good and of bad answers), ``rewards/margins`` (their difference),
+        ``logps/chosen`` and ``logps/rejected`` (sums over completion tokens, in nats).
+    Raises:
+        ValueError: bad data, named by data set and row, before any step.
+
+    Source: Ethayarajh et al., arXiv 2402.01306, section 4; apo_zero_unpaired: D'Oosterlinck et al., arXiv 2408.06266.
+    """
+
+    config_class: ClassVar[type[BaseConfig]] = KTOConfig
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        ref_model: str | nn.Module | None = None,
+        args: KTOConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._kl = torch.zeros(())
+        super().__init__(model, ref_model, args, **kwargs)
+        if isinstance(self.train_dataset, Dataset):
+            warn_of_unbalanced_labels(self.train_dataset["desirable"], self.args)
+
+    ref_tokens: ClassVar[tuple[str, ...]] = (
+        "prompt_ids", "completions", "labels", "mismatched", "mismatched_labels",
+    )  # fmt: skip
+
+    @property
+    def ref_columns(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("ref_logps", "ref_mismatched_logps") if self.args.loss_type == "kto" else ("ref_logps",)
+
+    def reference_row(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The prompt with its own answer and that to another prompt."""
+        completions, labels = row["completions"], row["labels"]
+        if "mismatched" in row:
+            completions, labels = completions + row["mismatched"], labels + row["mismatched_labels"]
+        return {"prompt_ids": row["prompt_ids"], "completions": completions, "labels": labels}
+
+    def tokenize(
+        self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int
+    ) -> Dataset:  # fmt: skip
+        rows = tokenize_unpaired(
+            dataset,
+            tokenizer,
+            max_length=args.max_length,
+            vocab_size=vocab_size,
+            drop_long_prompts=args.drop_long_prompts,
+            num_proc=args.dataset_num_proc,
+            reading=args.reading(),
+        )
+        return add_mismatched(rows, args.max_length, args.dataset_num_proc) if args.loss_type == "kto" else rows
+
+    def count(self, batch: Batch) -> int:
+        return batch.targets.num_sequences
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
+        # The loss of the first micro-batch needs the KL of the whole step, so it is estimated here, before any of them.
+        count = super()._get_num_items_in_batch(batch_samples, device)
+        sums = [self._mismatched_kl(self.model_wrapped, batch.to(device)).sum() for batch in batch_samples]
+        self._kl = (self.accelerator.reduce(torch.stack(sums).sum()) / count).clamp(min=0)
+        return count
+
+    def _mismatched_kl(self, model: nn.Module, batch: Batch) -> Tensor:
+        """How much more likely than the reference the policy finds answers to other prompts, in nats: [S]."""
+        if batch.mismatched is None:
+            return torch.zeros(batch.targets.num_sequences, device=batch.input_ids.device)
+        with torch.no_grad(), self.accelerator.autocast():
+            logps = batch.mismatched.targets.sum(model(batch.mismatched).logps)
+        return logps - self.ref_sums(model, batch.mismatched)
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As for every trainer; the KL of the whole data set comes first."""
+        self.model.eval()
+        found = [self.accelerator.gather_for_metrics(self._mismatched_kl(self.model, batch)) for batch in dataloader]
+        self._kl = torch.cat(found).mean().clamp(min=0)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def measure(self, model: nn.Module, batch: Batch) -> Measures:
+        args, desirable = self.args, batch.desirable
+        if desirable is None:
+            raise ValueError("these rows have no 'label': pass them to the trainer as prompt, completion and label")
+        logps, ref_logps = batch.targets.sum(model(batch).logps), self.ref_sums(model, batch)
+        losses = kto_loss(
+            logps,
+            ref_logps,
+            desirable,
+            args.beta,
+            kl=self._kl,
+            desirable_weight=args.desirable_weight,
+            undesirable_weight=args.undesirable_weight,
+            reduction="none",
+        )
+        rewards = args.beta * (logps - ref_logps).detach()
+        one = torch.ones_like(rewards)
+        metrics = {"kl": (self._kl * one, one)}
+        for name, among in (("chosen", desirable), ("rejected", ~desirable)):
+            metrics[f"rewards/{name}"] = (rewards * among, among * one)
+            metrics[f"logps/{name}"] = (logps.detach() * among, among * one)
+        return Measures(losses, one, metrics)
+
+    def values(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
+        values = super().values(sums)
+        if "rewards/chosen" in values:
+            values["rewards/margins"] = values["rewards/chosen"] - values["rewards/rejected"]
+        return {
+            name: value
+            for name, value in values.items()
+            if not name.startswith(("rewards/", "logps/")) or value == value
+        }
+
+
+def warn_of_unbalanced_labels(labels: list[bool], args: KTOConfig) -> None:
+    """Say which weights the paper advises, where there are more answers of one kind than its bounds allow (eq. 8)."""
+    good = sum(labels)
+    bad = len(labels) - good
+    if not good or not bad:
+        logger.warning(
+            "all %d rows have the label %s: KTO needs good and bad answers", len(labels), "true" if good else "false"
+        )
+        return
+    ratio = args.desirable_weight * good / max(args.undesirable_weight * bad, 1e-12)
+    if not 1 <= round(ratio, 2) <= 1.34:
+        logger.warning(
+            "%d good and %d bad answers: pass --desirable_weight %.2f (up to %.2f), or --undesirable_weight %.2f "
+            "(down to %.2f), so that the good ones weigh 1 to 4/3 times as much",
+            good, bad, args.undesirable_weight * bad / good, args.undesirable_weight * bad / good * 4 / 3,
+            args.desirable_weight * good / bad, args.desirable_weight * good / bad * 3 / 4,
+        )  # fmt: skip

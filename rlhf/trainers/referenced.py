@@ -1,0 +1,197 @@
+"""What preference training holds against a policy: a frozen reference, in memory, under the adapter, or on disk."""
+
+import copy
+import logging
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from rlhf.data import Batch, Packed
+from rlhf.models import Policy, load_model
+from rlhf.models.loading import adapter_is_trained
+from rlhf.trainers.base import BaseConfig, BaseTrainer
+from rlhf.trainers.reference import add_ref_logps, reference_fingerprint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ReferencedConfig(BaseConfig):
+    """What trainers against a reference share; names and defaults are TRL's where TRL has the same thing."""
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of AdamW."})
+    beta: float = field(default=0.1, metadata={"help": "Larger stays nearer the reference."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
+    precompute_ref_log_probs: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute the reference's log-probs once, before training, and keep them on disk: no copy of the "
+            "weights in memory. By default where rows are read more than once."
+        },
+    )
+    precompute_ref_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows at a time in that pass; per_device_eval_batch_size by default."}
+    )
+    sync_ref_model: bool = field(
+        default=False, metadata={"help": "Move the reference towards the policy from time to time (TR-DPO)."}
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata={"help": "Share of the policy in the new reference, with sync_ref_model; in (0, 1]."}
+    )
+    ref_model_sync_steps: int = field(default=512, metadata={"help": "Steps between two moves, with sync_ref_model."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ValueError(f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}")
+        if self.ref_model_sync_steps < 1:
+            raise ValueError(f"ref_model_sync_steps must be at least 1, got {self.ref_model_sync_steps}")
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ValueError("sync_ref_model moves the reference, precompute_ref_log_probs asks it once: choose one")
+
+
+class ReferencedTrainer(BaseTrainer):
+    """A trainer whose loss compares the policy with a frozen reference.
+
+    The reference is, under a new adapter, the model with the adapter off; otherwise a frozen copy of the weights as
+    they are now (or ``ref_model``).
+    """
+
+    ref_tokens: ClassVar[tuple[str, ...]]  # columns of a row, where it has them, that determine what is scored
+    ref_columns: ClassVar[tuple[str, ...]]  # columns that hold the reference's sum for each completion of a row
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        ref_model: str | nn.Module | None = None,
+        args: ReferencedConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args if args is not None else self.config_class(output_dir="runs")  # type: ignore[assignment]
+        super().__init__(model, args, **kwargs)
+        self.ref_policy: Policy | None = None
+        self.has_adapter = self.model.has_adapter
+        precompute = self.args.precompute_ref_log_probs
+        if precompute is None:
+            precompute = self._reads_rows_again() and not self.args.sync_ref_model
+        if ref_model is not None:
+            loaded = load_model(ref_model, **self.args.model_kwargs()) if isinstance(ref_model, str) else ref_model
+            self.ref_policy = self.freeze(loaded)
+            self.share_layout(self.ref_policy.model)
+        elif not self.has_adapter:
+            if not precompute:
+                self.ref_policy = self.freeze(copy.deepcopy(self.model.model))
+        elif kwargs.get("peft_config") is None and adapter_is_trained(self.model):
+            logger.warning(
+                "the reference is the model without its adapter, and this adapter is trained already; to align from "
+                "where it stands, merge it first: model = model.merge_and_unload()"
+            )
+        if self.args.sync_ref_model:
+            self._sync_reference()
+        if precompute:
+            self._precompute()
+
+    def _reads_rows_again(self) -> bool:
+        """Whether training reads a row a second time, so that knowing its reference saves work."""
+        args = self.args
+        if self.train_dataset is None:
+            return False
+        if args.max_steps > 0:
+            batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            return args.max_steps * batch > len(self.train_dataset)  # type: ignore[arg-type]
+        return args.num_train_epochs > 1
+
+    def _sync_reference(self) -> None:
+        if self.ref_policy is None:
+            raise ValueError("sync_ref_model moves a copy of the weights: it needs a full model, not an adapter")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("sync_ref_model cannot read sharded weights: leave it off under FSDP and DeepSpeed")
+        self.add_callback(
+            SyncReference(self.ref_policy, self.args.ref_model_mixup_alpha, self.args.ref_model_sync_steps)
+        )
+
+    def own_state(self) -> dict[str, Any] | None:
+        state = super().own_state()
+        if not self.args.sync_ref_model or self.ref_policy is None:
+            return state
+        return {**(state or {}), "ref_model": self.ref_policy.model.state_dict()}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        super().load_own_state(state)
+        if self.ref_policy is not None and "ref_model" in state:
+            self.ref_policy.model.load_state_dict(state["ref_model"])
+
+    def reference_row(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row whose sequences are those of :attr:`ref_columns`."""
+        return row
+
+    def _precompute(self) -> None:
+        """Give every row the reference's sums; nothing is left to ask it then, and no copy is kept."""
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError("ZeRO-3 shards the weights before they could be asked: --precompute_ref_log_probs false")
+        reference = self.ref_policy or self.model
+        home = next(reference.parameters()).device
+        reference.to(self.args.device).eval()
+
+        fingerprint = reference_fingerprint(reference.model, self.accelerator.mixed_precision, self.ref_policy is None)
+
+        def score(rows: list[dict[str, Any]]) -> Tensor:
+            batch: Any = self.data_collator([self.reference_row(row) for row in rows])
+            return self.ask_reference(reference, batch.to(self.args.device))
+
+        def add(rows: Any, name: str) -> Any:
+            if isinstance(rows, Packed):
+                rows.rows = add(rows.rows, name)
+            elif rows is not None:
+                size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+                tokens = [column for column in self.ref_tokens if column in rows.column_names]
+                return add_ref_logps(
+                    rows, tokens, self.ref_columns, fingerprint, score, self.accelerator, size, name,
+                    self.args.disable_tqdm,
+                )  # fmt: skip
+            return rows
+
+        self.train_dataset = add(self.train_dataset, "training rows")
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: add(rows, name) for name, rows in self.eval_dataset.items()}
+        else:
+            self.eval_dataset = add(self.eval_dataset, "evaluation rows")
+        self.ref_policy = None
+        reference.to(home)
+
+    def ref_sums(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Sums of log-probabilities under the reference, [S]: as stored, or asked of it now."""
+        if batch.ref_logps is not None:
+            return batch.ref_logps
+        if self.ref_policy is None and not self.has_adapter:
+            raise ValueError("these rows have no reference log-probs; train with --precompute_ref_log_probs false")
+        return self.ask_reference(self.ref_policy or model, batch)
+
+    def ask_reference(self, reference: nn.Module, batch: Batch) -> Tensor:
+        """Its sums of log-probabilities, [S]; the trained model answers for it with the adapter off."""
+        adapter_off = self.ref_policy is None and self.has_adapter
+        off = self.accelerator.unwrap_model(reference).adapter_off() if adapter_off else nullcontext()
+        with torch.no_grad(), self.accelerator.autocast(), off:
+            return batch.targets.sum(reference(batch).logps)
+
+
+class SyncReference(TrainerCallback):
+    """Every ``steps`` steps the reference becomes ``alpha`` of the policy and ``1 - alpha`` of itself (TR-DPO).
+
+    Source: Gorbatovski et al., arXiv 2404.09656.
+    """
+
+    def __init__(self, reference: Policy, alpha: float, steps: int) -> None:
+        self.reference, self.alpha, self.steps = reference, alpha, steps
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step % self.steps:
+            return
+        policy = getattr(model, "module", model)  # under DDP
+        for ref, weight in zip(self.reference.parameters(), policy.parameters(), strict=True):
+            ref.lerp_(weight.to(ref), self.alpha)
