@@ -1,98 +1,154 @@
-"""Rows from a file, a saved folder or the hub."""
+"""Rows from files, a saved folder or the hub."""
 
-import gzip
-import json
+import glob
+import re
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.arrow_reader import ReadInstruction
+from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetGenerationError
 
-_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+from rlhf.data.rows import READERS, suffix
+from rlhf.data.typed import as_table, chained
+
+_PARQUET = ".parquet"
+_FORMATS = (*READERS, _PARQUET)
+_FAULTS = (DatasetGenerationError, ValueError, OSError, EOFError, StopIteration)
 
 
-def load_data(source: str, split: str = "train", name: str | None = None) -> Dataset:
+def load_data(
+    source: str, split: str = "train", name: str | None = None, streaming: bool = False
+) -> Dataset | IterableDataset:
     """Load rows, remembering where they came from for error messages (``dataset.info.dataset_name``).
 
+    Text stays text, and objects keep their own keys, in every text format.
+
     Args:
-        source: a JSON, JSONL (each also .gz), Parquet or CSV file; a folder saved by ``datasets``; a hub name.
-        split: split of a folder or a hub data set, or a slice of it (``train[:1000]``); a single file is all ``train``.
+        source: a file of JSON, JSON lines, Parquet, CSV, TSV or plain text (a row a line), all but Parquet also .gz,
+            .bz2, .xz or .zst; a pattern (``data/*.jsonl``); a folder of such files, or one saved by ``datasets``; a hub
+            name.
+        split: split of a folder or a hub data set, or a slice of it (``train[:1000]``); files are all ``train``.
         name: configuration of a hub data set.
+        streaming: read row by row while training, and keep none.
     Raises:
-        FileNotFoundError: no such file or folder.
-        ValueError: the file cannot be read; names the file and, for JSON, the line.
+        FileNotFoundError: no such file or folder, or nothing matches the pattern.
+        ValueError: the file cannot be read; names the file and, for text formats, the row.
     """
     path = Path(source).expanduser()
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if path.is_file():
-        if suffix not in _BUILDERS:
-            raise ValueError(f"{source}: cannot tell the format; rename it to one of {', '.join(_BUILDERS)} (or .gz)")
-        try:
-            dataset = load_dataset(_BUILDERS[suffix], data_files=str(path), split=split)
-        except (DatasetGenerationError, ValueError, OSError, EOFError, StopIteration) as error:
-            fault = _json_fault(path) if _BUILDERS[suffix] == "json" else None
-            raise ValueError(
-                f"{source}: {fault or f'cannot be read ({_first_line(error.__cause__ or error)})'}"
-            ) from error
-    elif path.is_dir():
-        saved = any((path / mark).exists() for mark in ("state.json", "dataset_dict.json"))
-        try:
-            dataset = _saved_split(path, split) if saved else load_dataset(str(path), split=split)
-        except (DatasetGenerationError, ValueError) as error:
-            raise ValueError(f"{source}: {_first_line(error)}") from error
-    elif suffix in _BUILDERS or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise FileNotFoundError(f"{source}: no such file or folder")
-    else:
-        try:
-            dataset = load_dataset(source, name, split=split)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{source}: neither a file here nor a data set on the hub ({_first_line(error)})"
-            ) from error
-    dataset.info.dataset_name = source
-    return dataset
+    try:
+        if path.is_file():
+            rows = _from_files([path], split, streaming)
+        elif path.is_dir():
+            rows = _from_folder(path, split, name, streaming)
+        elif glob.has_magic(source):
+            rows = _from_files(_matching(path), split, streaming)
+        elif suffix(path) in _FORMATS or source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise FileNotFoundError(f"{source}: no such file or folder")
+        else:
+            rows = _from_hub(source, split, name, streaming)
+    except _FAULTS as error:
+        if isinstance(error, FileNotFoundError) or str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{source}: {_first_line(error)}") from error
+    rows.info.dataset_name = source
+    return rows
 
 
-def _saved_split(path: Path, split: str) -> Dataset:
-    saved = load_from_disk(str(path))
-    splits = saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
-    parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
+def _matching(pattern: Path) -> list[Path]:
+    files = sorted(Path(file) for file in glob.glob(str(pattern), recursive=True) if Path(file).is_file())
+    if not files:
+        raise FileNotFoundError(f"{pattern}: no file matches")
+    return files
+
+
+def _from_files(files: list[Path], split: str, streaming: bool) -> Dataset | IterableDataset:
+    kinds = {file: suffix(file) for file in files}
+    if unknown := [file for file, kind in kinds.items() if kind not in _FORMATS]:
+        raise ValueError(f"{unknown[0]}: cannot tell the format; rename it to one of {', '.join(_FORMATS)}")
+    columnar = [file for file, kind in kinds.items() if kind == _PARQUET]
+    if columnar and len(columnar) < len(files):
+        other = next(file for file in files if file not in columnar)
+        raise ValueError(f"{columnar[0]} and {other.name} are of two kinds: name them as two data sets")
+    if streaming:
+        return _sliced_stream({"train": _stream(files, bool(columnar))}, split)
+    rows = _parquet(files, False) if columnar else as_table(files)
+    return _sliced({"train": rows}, split)
+
+
+def _stream(files: list[Path], columnar: bool) -> IterableDataset:
+    if columnar:
+        return _parquet(files, True)
+    return IterableDataset.from_generator(chained, gen_kwargs={"files": files})
+
+
+def _parquet(files: list[Path], streaming: bool) -> Any:
+    names = [glob.escape(str(file)) for file in files]
+    try:
+        return load_dataset("parquet", data_files=names, split="train", streaming=streaming)
+    except _FAULTS as error:
+        raise ValueError(f"{files[0]}: cannot be read ({_first_line(error.__cause__ or error)})") from error
+
+
+def _from_folder(path: Path, split: str, name: str | None, streaming: bool) -> Dataset | IterableDataset:
+    if any((path / mark).exists() for mark in ("state.json", "dataset_dict.json")):
+        saved = load_from_disk(str(path))
+        splits = dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
+        rows = _sliced(splits, split)
+        return rows.to_iterable_dataset() if streaming else rows
+    try:
+        patterns = get_data_patterns(str(path))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: holds no file of {', '.join(_FORMATS)}") from None
+    found = DataFilesDict.from_patterns(patterns, base_path=str(path))
+    files = {key: [Path(file) for file in names if suffix(Path(file)) in READERS] for key, names in found.items()}
+    if all(files[key] and len(files[key]) == len(found[key]) for key in found):
+        parts = {key: value for key, value in files.items() if key == re.split(r"\W", split)[0]}
+        if not parts:
+            raise ValueError(f"{path}: no split {split!r}; it has {', '.join(map(str, found))}")
+        if streaming:
+            return _sliced_stream({key: _stream(value, False) for key, value in parts.items()}, split)
+        return _sliced({key: as_table(value) for key, value in parts.items()}, split)
+    return load_dataset(str(path), name, split=split, streaming=streaming)
+
+
+def _from_hub(source: str, split: str, name: str | None, streaming: bool) -> Dataset | IterableDataset:
+    try:
+        if streaming:
+            base = re.split(r"\W", split)[0]
+            return _sliced_stream({base: load_dataset(source, name, split=base, streaming=True)}, split)
+        return load_dataset(source, name, split=split)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: neither a file here nor a data set on the hub ({_first_line(error)})") from error
+
+
+def _sliced(splits: dict[str, Dataset], split: str) -> Dataset:
+    parts = ReadInstruction.from_spec(split).to_absolute({key: len(rows) for key, rows in splits.items()})
+    if len(parts) == 1 and parts[0].from_ == 0 and parts[0].to == len(splits[parts[0].splitname]):
+        return splits[parts[0].splitname]
     return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
+
+
+def _sliced_stream(splits: dict[str, IterableDataset], split: str) -> IterableDataset:
+    found = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", split)
+    if found is None:
+        raise ValueError(f"split {split!r} needs the number of rows, which a stream does not know: use train[:1000]")
+    base, start, end = found.groups()
+    if base not in splits:
+        raise ValueError(f"no split {base!r}; it has {', '.join(splits)}")
+    rows = splits[base]
+    first = int(start or 0)
+    rows = rows.skip(first) if first else rows
+    return rows.take(max(int(end) - first, 0)) if end else rows
 
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _json_fault(path: Path) -> str | None:
-    """Why a JSON or JSONL file cannot be read, with its line; None when nothing is found."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    types: dict[str, tuple[str, int]] = {}
-    number = 0
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if number == 1 and line.lstrip().startswith("["):
-                    json.loads(line + file.read())  # one JSON array
-                    return None
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    return f"row {number} is a {type(row).__name__}, not an object with columns"
-                for column, value in row.items():
-                    kind, first = types.setdefault(column, (type(value).__name__, number))
-                    if value is not None and kind != "NoneType" and kind != type(value).__name__:
-                        return (
-                            f"row {number}: {column!r} is a {type(value).__name__}, but a {kind} in row {first}; "
-                            "give every row the same type"
-                        )
-    except json.JSONDecodeError as error:
-        return f"row {number} is not valid JSON ({error.msg} at character {error.pos + 1}); mend or delete that line"
-    except EOFError:
-        return f"the gzip file ends early, after row {number}; copy or download it again"
-    except UnicodeDecodeError as error:
-        return f"after row {number}: not UTF-8 text ({error.reason})"
-    except OSError as error:
-        return f"cannot be read ({error})"
-    return "the file is empty" if number == 0 else None

@@ -77,7 +77,7 @@ def test_a_bad_row_is_named_with_its_file(case, fails, tmp_path):
 
 FILES = {
     "no such file": (lambda p: p / "none.jsonl", "none.jsonl: no such file or folder"),
-    "a format that we do not know": (lambda p: text_file(p / "rows.txt", "a"), "rows.txt: cannot tell the format"),
+    "a format that we do not know": (lambda p: text_file(p / "rows.docx", "a"), "rows.docx: cannot tell the format"),
     "an empty file": (lambda p: text_file(p / "rows.jsonl", ""), "rows.jsonl: the file is empty"),
     "half a gzip file": (lambda p: truncated_gzip(p / "rows.jsonl.gz"), "the gzip file ends early, after row"),
     "half a line": (
