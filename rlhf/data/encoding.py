@@ -40,13 +40,13 @@ def encode_sft(row: Row, tokenizer: PreTrainedTokenizerBase, column: str, readin
     row = formats.canonical(row, reading.form)
     if column == "input_ids":
         return [{**_ready_sft(row), "_answers": 0, "_scored": 0, "_notes": []}]
-    if column == reading.form.text_field:
+    if column == reading.form.text_field and column != "completion":
         text = row[column]
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{column!r} is {'empty' if isinstance(text, str) else kind(text)}, expected text")
         found = [chat.encode(tokenizer, Dialogue("", (text,)))]
     else:
-        if row.get("label") is not None and not formats.label(row):
+        if formats.is_labelled_bad(row):
             return [dropped({"input_ids": [0], "labels": [IGNORE]}, "with label false")]
         dialogue = formats.sft_dialogue(row, column, reading.form)
         dialogues = chat.split_turns(dialogue) if reading.split_turns else [dialogue]

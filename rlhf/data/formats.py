@@ -1,26 +1,28 @@
 """The columns that people have, brought to one form: a dialogue, a prompt with its completions."""
 
-import json
 import math
-import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf.data.messages import ASSISTANT, Message, as_message, as_object, kind, without_nulls
+from rlhf.data.messages import ASSISTANT, Message, Turns, as_messages, from_json, kind, read_tools, without_nulls
+from rlhf.data.prompts import common_prompt, last_answer, split_prompt
 
-Turns = str | list[Message]  # plain text, or a conversation
+Row = Mapping[str, Any]
 
-_CONVERSATION = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
-_INSTRUCTION = ("instruction", "query", "question", "problem")
-_INPUT = ("input", "context")
-_ANSWER = ("completion", "response", "output", "answer", "solution", "target")
+_CONVERSATION = ("messages", "conversations", "conversation", "dialog")
+_PROMPT = ("prompt", "query", "question", "instruction", "problem", "input")
+_INPUT = ("input", "context")  # what an instruction or a question is about
+_ANSWER = ("completion", "response", "answer", "output", "solution", "target", "answers")
 _CHOSEN = ("chosen", "chosen_messages", "chosen_response", "preferred")
 _REJECTED = ("rejected", "rejected_messages", "rejected_response", "dispreferred")
 _TOOLS = ("tools", "functions")
 _SYSTEM = ("system", "system_prompt")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_BESIDE = (*_SYSTEM, *_TOOLS, "chat_template_kwargs")
+_TURNS = {*_PROMPT, "response"} - {"prompt"}  # columns of this name are turns, not text that is joined as it is
+_PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_SFT_IDS = ("input_ids", "labels", "completion_mask", "assistant_masks", "attention_mask")
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,7 @@ class RowFormat:
         roles: from a role's name to the one that the template knows (``{"agent": "assistant"}``).
         template_kwargs: what the chat template gets for every row; a row's ``chat_template_kwargs`` go before it.
         text_field: the column of plain text.
-        has_template: whether there is a chat template; columns such as ``instruction`` are a conversation then.
-        template: the chat template, to know whether it reads tool calls.
+        template: the chat template. Without one, questions and answers are plain text.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -56,142 +57,200 @@ class RowFormat:
     text_field: str = "text"
     template: str = ""
 
-    @property
-    def has_template(self) -> bool:
-        return bool(self.template)
-
 
 # What a file's columns are read as
 
 
-def renamed(columns: list[str], form: RowFormat) -> list[str]:
-    """The columns under the names that they are read as; raises for a name that is not there."""
+def renamed(columns: Sequence[str], form: RowFormat) -> list[str]:
+    """The columns under the names that they are read as.
+
+    Raises:
+        ValueError: a column that is to be renamed is not there.
+    """
     missing = [name for name in form.columns if name not in columns]
     if missing:
         raise ValueError(f"--columns: no column {missing[0]!r}; found {', '.join(columns)}")
-    return [form.columns.get(name, name) for name in columns]
+    return list(_under_our_names({name: name for name in columns}, form))
 
 
-def sft_column(columns: list[str], form: RowFormat) -> str:
+def sft_columns(names: Sequence[str], text_field: str = "text") -> tuple[str, ...]:
+    """The columns, under our names, that supervised fine-tuning reads. The first of them names the form.
+
+    Raises:
+        ValueError: none of the known forms.
+    """
+    label = _present(names, ("label",))
+    if "input_ids" in names or {"prompt_ids", "completion_ids"} <= set(names):
+        return ("input_ids", *_present(names, (*_SFT_IDS[1:], "prompt_ids", "completion_ids")))
+    chosen, rejected = _present(names, _CHOSEN), _present(names, _REJECTED)
+    conversation = _present(names, _CONVERSATION)
+    if "messages" in conversation or (conversation and not (chosen and rejected)):
+        return (conversation[0], *label, *_present(names, _BESIDE))
+    if "completion" in names:
+        return ("completion", *label, *_prompt_columns(names))
+    if chosen:
+        return (chosen[0], *rejected[:1], *_prompt_columns(names))
+    prompt, answer = _prompt_columns(names), _present(names, _ANSWER)
+    if text_field in names:
+        return (text_field,)
+    if answer and set(prompt) & set(_PROMPT):
+        return (answer[0], *label, *prompt)
+    raise ValueError(
+        f"no column to train on: found {', '.join(names)}; expected {text_field!r}, 'messages', 'conversations', "
+        "'prompt' + 'completion', 'instruction' + 'output', or 'prompt' + 'chosen'; "
+        "--columns question=prompt,answer=completion says what yours are"
+    )
+
+
+def sft_column(columns: Sequence[str], form: RowFormat) -> str:
     """What rows are learned from: ids, a conversation, an answer, ``chosen`` or text; the first that is there.
 
     Raises:
         ValueError: none of them.
     """
-    names = renamed(columns, form)
-    if "input_ids" in names or {"prompt_ids", "completion_ids"} <= set(names):
-        return "input_ids"
-    conversation = _first(_CONVERSATION, names)
-    if conversation and _first(_CHOSEN, names) and _first(_REJECTED, names):
-        conversation = None  # the prompt of a pair
-    answer = _first(_ANSWER, names) if _first(("prompt", *_INSTRUCTION), names) or "completion" in names else None
-    # A text column beats an answer that only reward functions read.
-    if answer and answer != "completion" and form.text_field in names and "prompt" not in names:
-        answer = None
-    found = conversation or answer or _first(_CHOSEN, names)
-    if found is None and form.text_field in names:
-        found = form.text_field
-    if found is None:
+    return sft_columns(renamed(columns, form), form.text_field)[0]
+
+
+def pair_columns(names: Sequence[str]) -> tuple[str, ...]:
+    """The columns, under our names, that pairs are read from.
+
+    Raises:
+        ValueError: there are no pairs.
+    """
+    if set(_PAIR_IDS) <= set(names):
+        return _PAIR_IDS
+    found = [_present(names, known)[:1] for known in (_CHOSEN, _REJECTED)]
+    missing = [known[0] for known, own in zip((_CHOSEN, _REJECTED), found, strict=True) if not own]
+    if missing:
         raise ValueError(
-            f"no column to train on: found {', '.join(columns)}; expected {form.text_field!r}, 'messages', "
-            "'conversations', 'prompt' + 'completion', 'instruction' + 'output', or 'prompt' + 'chosen'; "
-            "--columns question=prompt,answer=completion says what yours are"
+            f"no column {' and '.join(map(repr, missing))}: found {', '.join(names)}; "
+            "preference data needs 'chosen' and 'rejected', and a 'prompt' unless both begin with it; "
+            "--columns theirs=chosen says what yours are"
         )
-    return found
+    return (*found[0], *found[1], *_prompt_columns(names))
 
 
-def check_preference_columns(columns: list[str], form: RowFormat | None = None) -> None:
+def check_preference_columns(columns: Sequence[str], form: RowFormat | None = None) -> None:
     """Raise where rows hold no pairs."""
-    names = renamed(columns, form or RowFormat())
-    missing = [names_[0] for names_ in (_CHOSEN, _REJECTED) if _first(names_, names) is None]
-    if missing and not {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(names):
-        raise ValueError(
-            f"no column {' and '.join(map(repr, missing))}: found {', '.join(columns)}; "
-            "preference data needs 'chosen' and 'rejected', and a 'prompt' unless both begin with it"
-        )
+    pair_columns(renamed(columns, form or RowFormat()))
 
 
-def columns_read(names: list[str], form: RowFormat, extra: tuple[str, ...] = ()) -> set[str]:
-    """Those of the (renamed) columns that a command may read."""
-    known = {*_CONVERSATION, *_INSTRUCTION, *_INPUT, *_ANSWER, *_CHOSEN, *_REJECTED, *_TOOLS, *_SYSTEM, *_MEDIA}
-    known |= {"prompt", "chat_template_kwargs", "history", *extra}
-    return known & set(names)
+def prompt_columns(names: Sequence[str]) -> tuple[str, ...]:
+    """The columns, under our names, that a prompt alone is read from.
+
+    Raises:
+        ValueError: there is no prompt.
+    """
+    if _present(names, _CHOSEN) and _present(names, _REJECTED):
+        return pair_columns(names)
+    prompt = _prompt_columns(names)
+    if not set(prompt) & {*_PROMPT, *_CONVERSATION}:
+        if chosen := _present(names, _CHOSEN):
+            return (chosen[0], *prompt)
+        raise ValueError(f"no column 'prompt' (nor 'messages'): found {', '.join(names)}; --columns theirs=prompt")
+    return prompt
 
 
-def _first(wanted: tuple[str, ...], names: Any) -> str | None:
-    return next((name for name in wanted if name in names), None)
+def _present(names: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in known if name in names)
+
+
+def _prompt_columns(names: Sequence[str]) -> tuple[str, ...]:
+    """What :func:`_prompt` reads: the prompt's column, then what stands beside it."""
+    found = _present(names, _PROMPT)[:1]
+    if found and found[0] not in ("prompt", "input"):
+        found += _present(names, (*_INPUT, "history"))
+    elif not found:
+        found = _present(names, _CONVERSATION)[:1]
+    return found + _present(names, _BESIDE)
 
 
 # Rows
 
 
-def canonical(row: Mapping[str, Any], form: RowFormat) -> dict[str, Any]:
-    """The row under the names that its columns are read as; media are refused."""
-    row = {form.columns.get(name, name): value for name, value in row.items()}
+def canonical(row: Row, form: RowFormat) -> dict[str, Any]:
+    """The row under the names that its columns are read as.
+
+    Raises:
+        ValueError: it holds images or the like.
+    """
+    row = _under_our_names(row, form)
     for name in _MEDIA:
-        if row.get(name):
+        if row.get(name) and not isinstance(row[name], str):  # a path or an address may be a note
             raise ValueError(f"{name!r} is not empty: only text is supported; leave such rows out")
     return row
 
 
-def sft_dialogue(row: Mapping[str, Any], column: str, form: RowFormat) -> Dialogue:
-    """A conversation, all of whose answers are learned, or a prompt with its completion; ``column`` holds them."""
+def _under_our_names(row: Row, form: RowFormat) -> dict[str, Any]:
+    """A column that is renamed replaces one that has its new name."""
+    taken = {ours: row[theirs] for theirs, ours in form.columns.items() if theirs in row}
+    return {name: value for name, value in row.items() if name not in form.columns} | taken
+
+
+def sft_dialogue(row: Row, column: str, form: RowFormat) -> Dialogue:
+    """A conversation, all of whose answers are learned, or a prompt with its completion; ``column`` holds them.
+
+    Of a preference row, the chosen answer.
+
+    Raises:
+        ValueError: what is wrong, without file and row.
+    """
     if column in _CONVERSATION:
-        turns = _turns(row, column, form)
-        if isinstance(turns, str):
-            raise ValueError(f"{column!r} is text, expected a list of messages")
-        return _dialogue(row, [], [turns], form)
-    completion = _turns(row, column, form)
-    prompt, completion = _prompt_of(row, completion, form)
+        return _dialogue(row, [], [_conversation(row, column, form)], form)
+    if column in _CHOSEN and _present(list(row), _REJECTED):
+        prompt, chosen, _ = _pair(row, form)
+        return _dialogue(row, prompt, [chosen], form)
+    prompt, completion = _prompt_and_completion(row, column, form)
     return _dialogue(row, prompt, [completion], form)
 
 
-def pair_dialogue(row: Mapping[str, Any], form: RowFormat) -> Dialogue:
-    """A prompt with its chosen and rejected completion; without a prompt, what both begin with is the prompt."""
-    first, second = (_first(names, row) or names[0] for names in (_CHOSEN, _REJECTED))
-    chosen, rejected = _turns(row, first, form), _turns(row, second, form)
-    if type(chosen) is not type(rejected):
-        raise ValueError(f"{first!r} and {second!r} must both be text or both be messages")
+def pair_dialogue(row: Row, form: RowFormat) -> Dialogue:
+    """A prompt with its chosen and rejected completion; without a prompt, what both begin with is the prompt.
+
+    Raises:
+        ValueError: what is wrong, without file and row.
+    """
+    prompt, chosen, rejected = _pair(row, form)
     if chosen == rejected:
-        raise ValueError(f"{first!r} and {second!r} are identical: a pair without a preference teaches nothing")
-    if _prompt_column(row) is None:
-        prompt = _common_prompt(chosen, rejected)
-        return _dialogue(row, prompt, [chosen[len(prompt) :], rejected[len(prompt) :]], form)
-    prompt, one = _prompt_of(row, chosen, form)
-    other_prompt, other = _prompt_of(row, rejected, form)
-    if other_prompt != prompt:
-        raise ValueError(f"the conversations of {first!r} and {second!r} have different prompts")
-    return _dialogue(row, prompt, [one, other], form)
+        raise ValueError("'chosen' and 'rejected' are identical: a pair without a preference teaches nothing")
+    return _dialogue(row, prompt, [chosen, rejected], form)
 
 
-def unpaired_dialogue(row: Mapping[str, Any], form: RowFormat) -> Dialogue:
-    """A prompt with one completion, the last assistant's turns of a conversation where there is no prompt."""
+def unpaired_dialogue(row: Row, form: RowFormat) -> Dialogue:
+    """A prompt with one completion, the last assistant's turns of a conversation where there is no prompt.
+
+    Raises:
+        ValueError: what is wrong, without file and row.
+    """
     names = [name for name in row if row[name] is not None]
-    column = _first(_ANSWER, names) or _first(_CONVERSATION, names)
+    column = next(iter(_present(names, _ANSWER) or _present(names, _CONVERSATION)), None)
     if column is None:
         raise ValueError(f"no 'completion' (nor 'messages'): found {', '.join(row)}")
     if column in _CONVERSATION:
-        turns = _turns(row, column, form)
-        prompt, completion = _last_answer(turns if isinstance(turns, list) else [])
+        prompt, completion = last_answer(_conversation(row, column, form))
         return _dialogue(row, prompt, [completion], form)
     return sft_dialogue(row, column, form)
 
 
-def prompt_dialogue(row: Mapping[str, Any], form: RowFormat) -> Dialogue:
-    """What a policy is to answer: the prompt, or a conversation up to its last answer."""
-    if _prompt_column(row) is not None and _prompt_column(row) not in _CONVERSATION:
-        return _dialogue(row, _own_prompt(row, form), [], form)
-    column = _first((*_CONVERSATION, *_CHOSEN), row)
-    if column is None:
-        raise ValueError(f"no column 'prompt' (nor 'messages'): found {', '.join(row)}")
-    turns = _turns(row, column, form)
-    if isinstance(turns, str):
-        if column in _CHOSEN and "rejected" in row:
-            return Dialogue(pair_dialogue(row, form).prompt)
-        raise ValueError(f"{column!r} is text, expected a list of messages")
-    prompt = turns if turns[-1]["role"] != ASSISTANT else _last_answer(turns)[0]
-    if not prompt:
-        raise ValueError(f"{column!r} begins with the assistant's answer: there is nothing to answer")
+def prompt_dialogue(row: Row, form: RowFormat) -> Dialogue:
+    """What a policy is to answer: the prompt as it is trained, or a conversation up to its last answer.
+
+    Raises:
+        ValueError: what is wrong, without file and row.
+    """
+    column = prompt_columns(list(row))[0]
+    answers = [name for name in ("completion", "response", *_CHOSEN) if row.get(name) is not None]
+    if column in _CHOSEN and _present(list(row), _REJECTED):
+        prompt: Turns = _pair(row, form)[0]
+    elif answers:
+        prompt = _prompt_and_completion(row, answers[0], form)[0]
+    elif column in _CONVERSATION:
+        turns = _conversation(row, column, form)
+        prompt = turns if turns[-1]["role"] != ASSISTANT else last_answer(turns)[0]
+        if not prompt:
+            raise ValueError(f"{column!r} begins with the assistant's answer: there is nothing to answer")
+    else:
+        prompt = _prompt(row, "", form) or ""
     return _dialogue(row, prompt, [], form)
 
 
@@ -216,173 +275,161 @@ def label(row: Mapping[str, Any]) -> bool:
     return bool(value)
 
 
+def is_labelled_bad(row: Row) -> bool:
+    """Whether ``label`` says that an unpaired answer is a bad one; a label of another kind says nothing."""
+    value = row.get("label")
+    return str(value).strip().lower() in ("false", "0") if isinstance(value, bool | int | str) else False
+
+
+def has_labels(rows: Any, form: RowFormat) -> bool:
+    """Whether ``label`` says of the first rows whether their answers are good."""
+    return any(
+        is_labelled_bad(row) or row.get("label") in (True, "true", "True")
+        for row in (_under_our_names(rows[i], form) for i in range(min(len(rows), 100)))
+    )
+
+
 # Prompts
 
 
-def _prompt_column(row: Mapping[str, Any]) -> str | None:
-    if "prompt" in row:
-        return "prompt"
-    if (name := _first(_INSTRUCTION, row)) is not None:
-        return name
-    return _first(_CONVERSATION, row)
-
-
-def _own_prompt(row: Mapping[str, Any], form: RowFormat) -> Turns:
-    """The prompt as it is; an instruction is the user's turn where there is a chat template."""
-    column = str(_prompt_column(row))
-    if column not in _INSTRUCTION:
-        return _turns(row, column, form)
+def _prompt(row: Row, answer: str, form: RowFormat) -> Turns | None:
+    """The prompt beside the column ``answer``; None where there is none."""
+    names = _prompt_columns([name for name in row if name != answer])
+    if not names or names[0] in _BESIDE:
+        return None
+    column = names[0]
+    if column in _CONVERSATION:
+        return _conversation(row, column, form)
     text = _turns(row, column, form)
     if not isinstance(text, str):
-        return text
-    further = _first(_INPUT, row)
-    if further is not None and isinstance(row[further], str) and row[further].strip():
-        text = f"{text}\n\n{row[further]}"
-    if not form.has_template:
-        return text + "\n"
-    earlier = row.get("history") or []
-    turns = [
-        {"role": role, "content": str(said)}
-        for pair in earlier
-        for role, said in zip(("user", ASSISTANT), pair, strict=True)
-    ]
-    return [*turns, {"role": "user", "content": text}]
+        return _with_system(text, row)
+    more = [row[name].strip() for name in names[1:] if name in _INPUT and isinstance(row[name], str)]
+    text = "\n\n".join([text, *filter(None, more)])
+    turns = column in _TURNS or answer in _TURNS
+    system = _system(row)
+    if form.template and (turns or system or _tools(row)):
+        past = [turn for exchange in row.get("history") or [] for turn in _exchange(exchange)]
+        return _with_system([*past, {"role": "user", "content": text}], row)
+    if row.get("history"):
+        raise ValueError("'history' needs a chat template: pass --chat_template_path")
+    text = f"{system}\n\n{text}" if system else text
+    return f"{text}\n" if turns and not text.endswith("\n") else text
 
 
-def _prompt_of(row: Mapping[str, Any], completion: Turns, form: RowFormat) -> tuple[Turns, Turns]:
-    """The prompt of a completion and what of the completion comes after it, both text or both messages."""
-    column = _prompt_column(row)
-    if column is None:
-        return ("", completion) if isinstance(completion, str) else _last_answer(completion)
-    if row[column] is None:
-        raise ValueError(f"has no {column!r}")
-    prompt = _own_prompt(row, form)
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return prompt, completion
-    if isinstance(completion, str):
-        return prompt, [{"role": ASSISTANT, "content": completion}]
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}] if prompt.strip() else []
-    return _without_repeated(prompt, completion)
+def _exchange(pair: Any) -> list[Message]:
+    return [{"role": role, "content": str(text)} for role, text in zip(("user", ASSISTANT), pair, strict=True)]
 
 
-def _without_repeated(prompt: list[Message], completion: list[Message]) -> tuple[list[Message], list[Message]]:
-    """Drop a prompt that the completion repeats, up to white space and system turns."""
-    system = [turn for turn in completion[:1] if turn["role"] == "system"]
-    asked = [turn for turn in prompt if turn["role"] != "system"]
-    said = completion[len(system) :]
-    if not asked or len(said) <= len(asked):
-        return prompt, completion
-    same = all(_alike(one, other) for one, other in zip(asked, said, strict=False))
-    if same:
-        return [*system, *said[: len(asked)]] if system else prompt, said[len(asked) :]
-    # The prompt is the last question of a longer conversation.
-    before, answer = _last_answer(completion)
-    if len(asked) == 1 and before and _alike(asked[0], before[-1]):
-        return before, answer
-    return prompt, completion
+def _prompt_and_completion(row: Row, column: str, form: RowFormat) -> tuple[Turns, Turns]:
+    """A prompt and what follows it, both plain or both conversational; ``column`` names the completion.
+
+    Without a prompt, a conversation's last answer is the completion and the rest its prompt.
+    """
+    prompt = _prompt(row, column, form)
+    completion = _answer(row, column, form)
+    if prompt is not None:
+        return split_prompt(prompt, completion)
+    return ("", completion) if isinstance(completion, str) else last_answer(completion)
 
 
-def _alike(one: Message, other: Message) -> bool:
-    return one["role"] == other["role"] and str(one.get("content")).strip() == str(other.get("content")).strip()
+def _answer(row: Row, column: str, form: RowFormat) -> Turns:
+    calls = from_json(row[column]) if column == "answers" and isinstance(row[column], str) else None
+    if form.template and isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls):
+        return as_messages([{"role": "function_call", "content": row[column]}], column, form.roles, form.template)
+    return _turns(row, column, form)
 
 
-def _last_answer(turns: list[Message]) -> tuple[list[Message], list[Message]]:
-    """A conversation before and from its last answer: the assistant's turns since the user spoke, tools' included."""
-    last = next((i for i in range(len(turns) - 1, -1, -1) if turns[i]["role"] == ASSISTANT), None)
-    if last is None:
-        raise ValueError(f"no turn of the assistant: the roles are {', '.join(sorted({t['role'] for t in turns}))}")
-    start = last
-    while start and turns[start - 1]["role"] in (ASSISTANT, "tool"):
-        start -= 1
-    return turns[:start], turns[start : last + 1]
-
-
-def _common_prompt(chosen: Turns, rejected: Turns) -> Turns:
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        common = os.path.commonprefix([chosen, rejected])  # noqa: RUF071  # characters are meant
-        # Cut at white space: a word that both answers begin alike belongs to the answers.
-        return common[: max(common.rfind(" "), common.rfind("\n")) + 1].rstrip(" ")
-    same = 0
-    while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
-        same += 1
-    if same == 0:
-        raise ValueError("'chosen' and 'rejected' begin with different messages: add a 'prompt' column")
-    return chosen[:same]
+def _pair(row: Row, form: RowFormat) -> tuple[Turns, Turns, Turns]:
+    """The prompt, chosen and rejected."""
+    first, second = pair_columns(list(row))[:2]
+    chosen, rejected = _turns(row, first, form), _turns(row, second, form)
+    if type(chosen) is not type(rejected):
+        raise ValueError(f"{first!r} and {second!r} must both be text or both be messages")
+    prompt = _prompt(row, first, form)
+    if prompt is None or (not prompt and not isinstance(chosen, str)):
+        if chosen == rejected:
+            raise ValueError(f"{first!r} and {second!r} are identical: a pair without a preference teaches nothing")
+        prompt = common_prompt(chosen, rejected)
+        return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+    (prompt, chosen), (other, rejected) = split_prompt(prompt, chosen), split_prompt(prompt, rejected)
+    if other != prompt:
+        raise ValueError(f"the conversations of {first!r} and {second!r} have different prompts")
+    while not isinstance(prompt, str) and min(len(chosen), len(rejected)) > 1 and chosen[0] == rejected[0]:
+        prompt, chosen, rejected = [*prompt, chosen[0]], chosen[1:], rejected[1:]  # type: ignore[list-item]
+    return prompt, chosen, rejected
 
 
 # Turns
 
 
-def _dialogue(row: Mapping[str, Any], prompt: Turns, completions: list[Turns], form: RowFormat) -> Dialogue:
-    """With the row's system turn, tools and options of the template."""
-    system = _first(_SYSTEM, row)
-    said = row[system] if system is not None else None
-    if isinstance(said, str) and said.strip():
-        if isinstance(prompt, str) and form.has_template:
-            prompt = [{"role": "user", "content": prompt}] if prompt else []
-            completions = [[{"role": ASSISTANT, "content": str(c)}] if isinstance(c, str) else c for c in completions]
-        if isinstance(prompt, str):
-            prompt = f"{said}\n\n{prompt}"
-        else:
-            first = prompt or next((c for c in completions if isinstance(c, list)), [])
-            if not (first and first[0]["role"] in ("system", "developer")):
-                turn: Message = {"role": "system", "content": said}
-                if prompt or not completions:
-                    prompt = [turn, *prompt]
-                else:
-                    completions = [[turn, *c] for c in completions if isinstance(c, list)]
-    return Dialogue(prompt, tuple(completions), _tools(row), _template_kwargs(row, form))
-
-
-def _tools(row: Mapping[str, Any]) -> list[Any] | None:
-    column = _first(_TOOLS, row)
-    tools = as_object(row[column], str(column)) if column is not None else None
-    if isinstance(tools, dict):
-        tools = [tools]
-    if tools is None or tools == []:
-        return None
-    if not isinstance(tools, list):
-        raise ValueError(f"{column!r} is {kind(tools)}, expected a list of tools")
-    found = []
-    for tool in tools:
-        tool = without_nulls(as_object(tool, str(column)))
-        if not isinstance(tool, dict):
-            raise ValueError(f"{column!r} holds {kind(tool)}, expected objects with 'name' and 'parameters'")
-        if "function" not in tool and "name" in tool:
-            tool = {"type": "function", "function": tool}
-        inner = tool.get("function")
-        if isinstance(inner, dict) and isinstance(inner.get("parameters"), str):
-            tool = {**tool, "function": {**inner, "parameters": as_object(inner["parameters"], "parameters")}}
-        found.append(tool)
-    return found
-
-
-def _template_kwargs(row: Mapping[str, Any], form: RowFormat) -> dict[str, Any]:
-    own = as_object(row.get("chat_template_kwargs"), "chat_template_kwargs")
-    if own is not None and not isinstance(own, dict):
+def _dialogue(row: Row, prompt: Turns, completions: list[Turns], form: RowFormat) -> Dialogue:
+    """With the row's tools and options of the template."""
+    tools = None if isinstance(prompt, str) else _tools(row)
+    if not isinstance(prompt, str) and prompt:
+        prompt = _with_system(prompt, row)
+    own = row.get("chat_template_kwargs")
+    own = from_json(own) if isinstance(own, str) and own.strip() else without_nulls(own)
+    if own and not isinstance(own, Mapping):
         raise ValueError(f"'chat_template_kwargs' is {kind(own)}, expected an object")
-    return {**form.template_kwargs, **without_nulls(own or {})}
+    return Dialogue(prompt, tuple(completions), tools, {**form.template_kwargs, **(own or {})})
 
 
-def _turns(row: Mapping[str, Any], column: str, form: RowFormat) -> Turns:
+def _tools(row: Row) -> list[Any] | None:
+    column = next(iter(_present(list(row), _TOOLS)), None)
+    return None if column is None else read_tools(row[column], column)
+
+
+def _system(row: Row) -> str:
+    column = next((name for name in _SYSTEM if row.get(name) is not None), None)
+    said = "" if column is None else row[column]
+    if not isinstance(said, str):
+        raise ValueError(f"{column!r} is {kind(said)}, expected text")
+    return said if said.strip() else ""
+
+
+def _with_system(turns: list[Message], row: Row) -> list[Message]:
+    """With the system turn of the row's own column in front.
+
+    Raises:
+        ValueError: the turns begin with another one.
+    """
+    system = _system(row)
+    if not system:
+        return turns
+    if turns and turns[0]["role"] in ("system", "developer"):
+        if str(turns[0]["content"]).strip() != system.strip():
+            raise ValueError("the column 'system' and the system turn differ: leave one of them out")
+        return turns
+    return [{"role": "system", "content": system}, *turns]
+
+
+def _conversation(row: Row, column: str, form: RowFormat) -> list[Message]:
+    turns = _turns(row, column, form)
+    if isinstance(turns, str):
+        raise ValueError(f"{column!r} is text, expected a list of messages")
+    return _with_system(turns, row)
+
+
+def _turns(row: Row, column: str, form: RowFormat) -> Turns:
+    """Text, or messages; a list of messages may be JSON text."""
     value = row.get(column)
     if value is None:
         raise ValueError(f"has no {column!r}")
-    if isinstance(value, str) and value.lstrip().startswith("[{"):  # messages as JSON text
-        with suppress(json.JSONDecodeError):
-            value = json.loads(value)
     if isinstance(value, str):
-        if column not in ("prompt", *_INSTRUCTION) and not value.strip():
-            raise ValueError(f"{column!r} is empty")
-        return value
-    if isinstance(value, dict) and ("role" in value or "from" in value):
+        found = from_json(value) if value.lstrip()[:1] == "[" else None
+        if not (isinstance(found, list) and found and all(_is_message(turn) for turn in found)):
+            if column not in _PROMPT and not value.strip():
+                raise ValueError(f"{column!r} is empty")
+            return value
+        value = found
+    if _is_message(value):
         value = [value]
     if not isinstance(value, list):
         raise ValueError(f"{column!r} is {kind(value)}, expected text or a list of messages")
     if not value:
         raise ValueError(f"{column!r} is empty")
-    return [
-        as_message(turn, f"{column!r}, message {number}", form.roles, "tool_calls" in form.template)
-        for number, turn in enumerate(value, start=1)
-    ]
+    return as_messages(value, column, form.roles, form.template)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and (value.get("role") is not None or value.get("from") is not None)

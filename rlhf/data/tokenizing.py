@@ -16,7 +16,6 @@ from rlhf.data import chat, formats
 from rlhf.data.batching import IGNORE
 from rlhf.data.encoding import (
     COUNTS,
-    TOKENISED,
     Reading,
     Row,
     check_vocabulary,
@@ -31,7 +30,7 @@ from rlhf.data.formats import RowFormat
 logger = logging.getLogger(__name__)
 
 UNLIMITED = 1 << 40  # where max_length is None
-_VERSION = 2  # part of the cache key: raise it when the meaning of a tokenised row changes
+_VERSION = 3  # part of the cache key: raise it when the meaning of a tokenised row changes
 _REPORT = ("_cut", "_drop", "_bad", "_row", *COUNTS)
 
 
@@ -54,17 +53,16 @@ def tokenize_sft(
         ValueError: names the data set, the row and the remedy.
     """
     reading = (reading or Reading()).for_tokenizer(tokenizer, text_field)
-    names = column_names(dataset)
-    with prefixed(name_of(dataset)):
-        column = formats.sft_column(names, reading.form)
-    if column in ("chosen", "chosen_messages", "chosen_response"):
-        logger.info("%s: preference rows; their chosen answers are scored", name_of(dataset))
-    if "label" in formats.renamed(names, reading.form) and column != text_field:
-        logger.info(
-            "%s: rows with a 'label'; answers with label true are learned, the others left out", name_of(dataset)
-        )
-    own = (*TOKENISED, "label", "prompt_ids") if column != text_field else (text_field,)
-    _tell_unread(dataset, reading.form, own)
+    name = name_of(dataset)
+    with prefixed(name):
+        names = formats.renamed(column_names(dataset), reading.form)
+        read = formats.sft_columns(names, text_field)
+    column = read[0]
+    if "rejected" in read:
+        logger.info("%s: preference rows; their chosen answers are scored", name)
+    elif "label" in read and formats.has_labels(dataset, reading.form):
+        logger.info("%s: rows with a 'label'; answers with label true are learned, the others left out", name)
+    _tell_unread(name, names, read)
     encode = partial(encode_sft, tokenizer=tokenizer, column=column, reading=reading)
     blank = {"input_ids": [0], "labels": [IGNORE]}
     return _tokenize(
@@ -99,11 +97,11 @@ def tokenize_preferences(
         if "label" in names and "chosen" not in names and isinstance(dataset, Dataset):
             dataset = _paired(dataset, reading.form)
         else:
-            formats.check_preference_columns(column_names(dataset), reading.form)
+            formats.pair_columns(names)
     names = formats.renamed(column_names(dataset), reading.form)
     margin = margin and "margin" in names
     ready = "chosen_ids" in names
-    _tell_unread(dataset, reading.form, ("margin", "prompt_ids", "chosen_ids", "rejected_ids"))
+    _tell_unread(name_of(dataset), names, (*formats.pair_columns(names), *(["margin"] if margin else [])))
     encode = partial(encode_pair, tokenizer=tokenizer, ready=ready, margin=margin, form=reading.form)
     blank: Row = {"prompt_ids": [0], "chosen_ids": [0], "rejected_ids": [0], "labels": [[IGNORE], [IGNORE]]}
     blank |= {"margin": 0.0} if margin else {}
@@ -130,14 +128,16 @@ def tokenize_unpaired(
         ValueError: names the data set, the row and the remedy.
     """
     reading = (reading or Reading()).for_tokenizer(tokenizer)
-    names = formats.renamed(column_names(dataset), reading.form)
+    with prefixed(name_of(dataset)):
+        names = formats.renamed(column_names(dataset), reading.form)
     pairs = "chosen" in names or "chosen_ids" in names
     if not pairs and "label" not in names:
         raise ValueError(
             f"{name_of(dataset)}: no column 'label': found {', '.join(column_names(dataset))}; KTO needs 'prompt', "
             "'completion' and 'label' (true or false), or pairs"
         )
-    _tell_unread(dataset, reading.form, ("label", "prompt_ids", "completion_ids", "chosen_ids", "rejected_ids"))
+    read = formats.pair_columns(names) if pairs else (*formats.sft_columns(names), "label")
+    _tell_unread(name_of(dataset), names, read)
     encode = partial(encode_unpaired, tokenizer=tokenizer, pairs=pairs, form=reading.form)
     blank = {"prompt_ids": [0], "completions": [[0]], "labels": [[IGNORE]], "desirable": False}
     what = ("unpaired", pairs, reading)
@@ -393,11 +393,9 @@ def _list_bad_rows(name: str, bad: list[tuple[int, str]], rows: int, reading: Re
         raise ValueError(f"{name}: none of {rows} rows can be read; row {bad[0][0]}: {bad[0][1]}")
 
 
-def _tell_unread(dataset: Dataset, form: RowFormat, own: tuple[str, ...]) -> None:
-    names = formats.renamed(column_names(dataset), form)
-    unread = sorted(set(names) - formats.columns_read(names, form, own))
-    if unread:
-        logger.info("%s: columns not read: %s", name_of(dataset), ", ".join(unread))
+def _tell_unread(name: str, names: list[str], read: tuple[str, ...]) -> None:
+    if unread := [column for column in names if column not in read]:
+        logger.info("%s: columns not read: %s", name, ", ".join(unread))
 
 
 def _without_plain_labels(rows: Dataset) -> Dataset:
