@@ -93,7 +93,7 @@ def _apply(
         # Some templates join a call to its content, and some want arguments as text.
         if "tool_calls" not in str(tokenizer.get_chat_template(tools=dialogue.tools)):
             raise
-        messages = [{"content": "", **message} for message in messages]
+        messages = [{**message, "content": message.get("content") or ""} for message in messages]
         try:
             text = apply(messages)
         except TypeError:

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from rlhf.data import encode_prompt
-from rlhf.data.formats import RowFormat, Turns, prompt_dialogue
+from rlhf.data.formats import Turns, canonical, prompt_dialogue
 from rlhf.models import Policy
 from rlhf.rollouts import Environment, RolloutEngine, Sampling, play
 from rlhf.trainers.experience import Sample, varied_groups
@@ -36,6 +36,7 @@ class Roller:
     ) -> None:
         self.trainer, self.args = trainer, trainer.args
         self.tokenizer = trainer.processing_class
+        self.form = trainer.args.reading().for_tokenizer(self.tokenizer).form
         self.environment_factory = environment_factory
         self.rollouts = 0  # made so far
         self.drawn = 0  # prompts
@@ -146,7 +147,7 @@ class Roller:
             sampling,
             lambda turn: self._seed(rollout, turn),
             [number * n + sample for number, _ in rows for sample in range(n)],
-            conversational=bool(rows) and not isinstance(_prompt(rows[0][1]), str),
+            conversational=bool(rows) and not isinstance(self._prompt(rows[0][1]), str),
             max_turns=self.args.max_turns,
             max_length=self.args.max_length,
         )
@@ -167,7 +168,7 @@ class Roller:
 
     def _told(self, row: Mapping[str, Any], ids: list[int]) -> Turns:
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
-        return text if isinstance(_prompt(row), str) else [{"role": "assistant", "content": text}]
+        return text if isinstance(self._prompt(row), str) else [{"role": "assistant", "content": text}]
 
     def _score(self, samples: list[Sample], told: bool) -> None:
         """Give samples their rewards: an environment's, and what functions say; what these log is told if so."""
@@ -177,7 +178,7 @@ class Roller:
             rows = [sample.row for sample in samples]
             columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "prompt_ids")}
             scored = self.trainer.rewards(
-                [_prompt(row) for row in rows],
+                [self._prompt(row) for row in rows],
                 [sample.completion for sample in samples],
                 [sample.ids for sample in samples],
                 self.trainer.state,
@@ -232,6 +233,5 @@ class Roller:
     def _seed(self, rollout: int, turn: int) -> int:
         return int(np.random.SeedSequence((self.args.seed, rollout, turn)).generate_state(1)[0])
 
-
-def _prompt(row: Mapping[str, Any]) -> Turns:
-    return prompt_dialogue(row, RowFormat()).prompt
+    def _prompt(self, row: Mapping[str, Any]) -> Turns:
+        return prompt_dialogue(canonical(row, self.form), self.form).prompt

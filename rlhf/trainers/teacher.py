@@ -12,8 +12,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data import Collator, TeacherFile
-from rlhf.data.formats import RowFormat, prompt_dialogue
+from rlhf.data import Collator, Reading, TeacherFile
+from rlhf.data.formats import prompt_dialogue
 from rlhf.data.packing import num_tokens
 from rlhf.data.teacher_file import read_key, write_key
 from rlhf.logprobs import model_top_k
@@ -138,7 +138,9 @@ def _line(rows: Dataset, row: int, answer: Completion, engine: LocalEngine) -> b
     text = str(engine.tokenizer.decode(answer.ids, skip_special_tokens=True))
     if answer.finish_reason != "stop" or not text.strip():
         return None
-    prompt = prompt_dialogue(rows[row], RowFormat()).prompt
-    completion: Any = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-    written = {"prompt": prompt, "completion": completion, "row": row}
+    asked = prompt_dialogue(rows[row], Reading().for_tokenizer(engine.tokenizer).form)
+    completion: Any = text if isinstance(asked.prompt, str) else [{"role": "assistant", "content": text}]
+    written = {"prompt": asked.prompt, "completion": completion, "row": row}
+    if asked.tools:
+        written["tools"] = json.dumps(asked.tools, ensure_ascii=False)
     return (json.dumps(written, ensure_ascii=False) + "\n").encode()
