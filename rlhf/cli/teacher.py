@@ -15,7 +15,7 @@ from rlhf.cli.training import _require, quiet_logging
 from rlhf.data import TeacherFile, create_teacher_file, load_data, tokenize_prompts, tokenize_sft
 from rlhf.data.packing import hash_of_tokens
 from rlhf.data.teacher_file import HEADER, Key, check_key, data_key, read_key, tokenizer_key, write_key
-from rlhf.models import load_model, load_tokenizer
+from rlhf.models import load_model, load_tokenizer, vocabulary_size
 from rlhf.rollouts import Sampling
 from rlhf.trainers.reference import reference_fingerprint
 from rlhf.trainers.teacher import keep_top_k, sample_completions
@@ -66,7 +66,7 @@ def run(argv: list[str]) -> None:
     )
     model = load_model(model_args.model_name_or_path, **model_args.load_kwargs(model_args.trust_remote_code))
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-    vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+    vocabulary = vocabulary_size(model)
     key = {"teacher": reference_fingerprint(model, "no"), **tokenizer_key(tokenizer), "k": args.k, "seed": args.seed}
     key["temperature"] = args.temperature
     about = {"about": {"model": model_args.model_name_or_path, "dataset": args.dataset_name}}

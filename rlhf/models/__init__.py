@@ -1,20 +1,14 @@
 """Wrappers around Hugging Face models; no architectures."""
 
 from rlhf.models.actor_critic import ActorCritic
+from rlhf.models.adapters import add_adapter, add_adapter_beside
 from rlhf.models.attention import choose_layout, use_segments
 from rlhf.models.generation import add_answer_ends, mend_generation_config
-from rlhf.models.loading import (
-    add_adapter,
-    add_adapter_beside,
-    disable_dropout,
-    fit_embeddings,
-    load_model,
-    load_tokenizer,
-    vocabulary_size,
-)
+from rlhf.models.loading import disable_dropout, load_model, load_tokenizer
 from rlhf.models.policy import Policy
 from rlhf.models.reward_model import RewardModel, add_scalar_head, load_reward_model
 from rlhf.models.student import copy_layers, fresh_student, matched_layers, spread_layers
+from rlhf.models.vocabulary import fit_embeddings, vocabulary_size
 
 __all__ = [
     "ActorCritic",

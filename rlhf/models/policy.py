@@ -37,9 +37,13 @@ class Wrapper(nn.Module):
     (``config``, ``generate``, ``save_pretrained``, …) is reached through it as if it were the model itself.
     """
 
+    _hf_peft_config_loaded = True  # Trainer asks this of quantised weights; BaseTrainer asks the model itself
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        for buffer in model.buffers():
+            buffer.detach_()  # one made from a weight (a scale) carries a graph that only one step could go through
         slim(model)
         speed_up_linear(model)
 

@@ -123,6 +123,8 @@ def slim(model: nn.Module) -> None:
         forward = _norm if _is_rms_norm(module) else _mlp if _is_swiglu(module) else None
         if forward is None or any(p.is_meta or hasattr(p, "ds_id") for p in module.parameters()):
             continue
+        if not any(p.is_floating_point() for p in module.parameters()):
+            continue  # quantised: there is no dtype to check it in
         kind = (type(module), forward.__name__)
         if kind not in fits:
             fits[kind] = _agrees(module, forward)
@@ -147,7 +149,7 @@ def _is_swiglu(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _agrees(module: nn.Module, forward: Callable[[Any, Tensor], Tensor]) -> bool:
-    first: Tensor = next(module.parameters())
+    first: Tensor = next(p for p in module.parameters() if p.is_floating_point())
     width = first.size(0) if forward is _norm else int(module.gate_proj.in_features)  # type: ignore[arg-type,union-attr]
     generator = torch.Generator().manual_seed(0)  # the run's random numbers stay as they are
     x = torch.randn(3, width, generator=generator).to(first)

@@ -15,7 +15,9 @@ from transformers import (
 )
 
 from rlhf.data import Batch, Collator, chat, formats
-from rlhf.models.loading import adapter_config, load_model, loading, merged, resolve
+from rlhf.models.adapters import adapter_config, base_of, merged
+from rlhf.models.loading import HUB, base_kwargs, hub_kwargs, load_model
+from rlhf.models.places import loading, resolve
 from rlhf.models.policy import Wrapper
 from rlhf.models.remake import fewer_activations
 
@@ -93,14 +95,14 @@ def load_reward_model(name_or_path: str, **kwargs: Any) -> RewardModel:
     """
     kwargs.setdefault("dtype", "auto")
     name = resolve(name_or_path)
-    adapter = adapter_config(name)
+    adapter = adapter_config(name, **hub_kwargs(kwargs))
     if adapter is not None and adapter.task_type == "SEQ_CLS":
-        base = load_reward_model(str(adapter.base_model_name_or_path), **kwargs)
-        return RewardModel(merged(base.model, name))  # type: ignore[arg-type]
-    config_of = name if adapter is None else str(adapter.base_model_name_or_path)
+        base = load_reward_model(base_of(name, adapter), **base_kwargs(kwargs, adapter))
+        return RewardModel(merged(base.model, name, **hub_kwargs(kwargs)))  # type: ignore[arg-type]
+    if adapter is not None:
+        return RewardModel(add_scalar_head(load_model(name_or_path, **kwargs)))
     with loading(name_or_path, "a reward model"):
-        hub = {key: value for key, value in kwargs.items() if key in ("revision", "trust_remote_code")}
-        config = AutoConfig.from_pretrained(config_of, **hub)
+        config = AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in HUB if key in kwargs})
     _check_architecture(config)
     if any(architecture.endswith("ForSequenceClassification") for architecture in config.architectures or []):
         with loading(name_or_path, "a reward model"):
@@ -128,6 +130,7 @@ def add_scalar_head(model: PreTrainedModel) -> PreTrainedModel:
     like: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     classifier.score = nn.Linear(classifier.score.in_features, 1, bias=False, device=like.device, dtype=like.dtype)
     nn.init.zeros_(classifier.score.weight)
+    classifier.name_or_path = model.name_or_path  # none, where no checkpoint holds the weights
     return classifier.train(model.training)
 
 

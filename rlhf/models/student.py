@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.models.loading import loading, resolve
+from rlhf.models.places import loading, resolve
 
 _INDICES = ("mlp_only_layers",)  # of a configuration: lists of layers by number, not one entry for each layer
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data import Batch, Collator
 from rlhf.data.paired import Align, PairedCollator, tokenize_paired
 from rlhf.losses import span_logps, span_loss
-from rlhf.models import load_model, load_tokenizer
+from rlhf.models import load_model, load_tokenizer, vocabulary_size
 from rlhf.models.policy import Teacher
 from rlhf.trainers.base import Measures
 
@@ -77,7 +77,7 @@ class OtherTokenizer:
     def tokenize(
         self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int
     ) -> Dataset:  # fmt: skip
-        theirs = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        theirs = vocabulary_size(self.model)
         return tokenize_paired(
             dataset,
             tokenizer,

@@ -19,7 +19,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, set_seed
+from transformers.trainer_utils import EvalLoopOutput, set_seed, validate_quantization_for_training
 
 from rlhf.data import Batch, Collator, Packed, answer_ends, is_tokenised
 from rlhf.models import (
@@ -34,6 +34,7 @@ from rlhf.models import (
     mend_generation_config,
     vocabulary_size,
 )
+from rlhf.models.adapters import check_adapter
 from rlhf.models.policy import Wrapper
 from rlhf.trainers.checkpointing import Checkpointing
 from rlhf.trainers.config import BaseConfig
@@ -88,6 +89,7 @@ class BaseTrainer(Checkpointing):
         name = model if isinstance(model, str) else None
         if isinstance(model, str):
             model = load_model(model, **args.model_kwargs())
+        check_adapter(model, peft_config)
         if processing_class is None:
             hub = {key: args.model_kwargs().get(key) for key in ("revision", "trust_remote_code")}
             processing_class = load_tokenizer(name or model.config._name_or_path, args.chat_template_path, **hub)
@@ -109,6 +111,7 @@ class BaseTrainer(Checkpointing):
         if args.disable_dropout:
             disable_dropout(model)
         if train_dataset is not None:
+            validate_quantization_for_training(model)
             warn_of_lost_updates(model, args)
         pad = next((i for i in (processing_class.pad_token_id, processing_class.eos_token_id) if i is not None), 0)
         if train_dataset is not None:
@@ -120,7 +123,7 @@ class BaseTrainer(Checkpointing):
         super().__init__(
             model=self.wrapper(model),
             args=args,
-            data_collator=data_collator or Collator(pad),  # type: ignore[arg-type]  # to a Batch, not a dict
+            data_collator=data_collator or Collator(pad),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer
 
+from rlhf.models.adapters import keep_base
+
 OWN_STATE = "trainer_state_{}.pt"  # of each process
 
 
@@ -18,6 +20,10 @@ class Checkpointing(Trainer):
 
     beside: ClassVar[str] = "value_head.safetensors"  # what the wrapper learns besides the model
     model: Any  # the wrapper, or what accelerate made of it
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.bases: set[Path] = set()  # folders where this run saved what its adapter sits on
 
     @contextmanager
     def _inner_model(self) -> Iterator[nn.Module]:
@@ -33,10 +39,13 @@ class Checkpointing(Trainer):
         beside = {key: value.contiguous() for key, value in whole.items() if not key.startswith("model.")}
         if state_dict is not None:
             state_dict = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
-        with self._inner_model():
+        folder, run = Path(output_dir or str(self.args.output_dir)), Path(str(self.args.output_dir)).resolve()
+        with self._inner_model() as inner:
+            # A run and all its checkpoints share what their adapters sit on.
+            keep_base(inner, run if run in folder.resolve().parents else folder, self.bases, state_dict)
             super()._save(output_dir, state_dict)
         if beside:
-            save_file(beside, Path(output_dir or str(self.args.output_dir)) / self.beside)
+            save_file(beside, folder / self.beside)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:

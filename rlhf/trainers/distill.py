@@ -1,5 +1,6 @@
 """Distillation: a student learns what a teacher says of each scored token, next to or instead of the token itself."""
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data import Batch, Packed, open_teacher_file, tokenizer_difference
 from rlhf.logprobs import Scores
 from rlhf.models import Policy, load_model, load_tokenizer
+from rlhf.models.adapters import adapter_off_is_start, adapter_off_stays
 from rlhf.models.policy import Teacher, still
 from rlhf.rollouts import RolloutEngine
 from rlhf.trainers.aligned import OtherTokenizer, measure_aligned
@@ -115,9 +117,11 @@ class DistillTrainer(SFTTrainer):
         elif args.teacher_server_url is not None:
             where = str(args.teacher_server_url), str(args.teacher_server_model)
             self.server = ServerTeacher(*where, args.teacher_top_k, self.processing_class)  # type: ignore[arg-type]
-        elif teacher_model is None:
+        elif teacher_model is None and (teacher_adapter is not None or self._off_teaches(kwargs.get("peft_config"))):
             self.teacher = OwnTrunk(teacher_adapter)
             self._match(self.model)
+        elif teacher_model is None:
+            self.teacher = self._separate(copy.deepcopy(self.model.model), self.processing_class)  # type: ignore[arg-type]
         else:
             self.teacher = self._separate(teacher_model, teacher_processing_class)
         if args.lmbda and self.train_dataset is not None:
@@ -125,6 +129,17 @@ class DistillTrainer(SFTTrainer):
             room = args.limit() - args.max_completion_length
             self.train_dataset = with_prompts(rows, room, args.drop_long_prompts, args.dataset_num_proc)
             self.answers = OwnAnswers(self, engine)
+
+    def _off_teaches(self, new: Any) -> bool:
+        """Whether the trunk with its adapter off is the model without one; under a ``new`` adapter, it as it is now."""
+        if new is not None:
+            return adapter_off_is_start(self.model.model)
+        if not adapter_off_stays(self.model.model):
+            raise ValueError(
+                "the model with its adapter off would learn too (bias='all', or another kind that stays on), and it is "
+                "the teacher: pass teacher_model"
+            )
+        return True
 
     def _match(self, teacher: Policy) -> None:
         """Compare what is inside the student with what is inside ``teacher``, if the configuration says so."""

@@ -16,7 +16,17 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import tokenize_prompts
 from rlhf.losses import truncated_importance_weights, value_loss
-from rlhf.models import ActorCritic, Policy, RewardModel, disable_dropout, load_model, load_reward_model, load_tokenizer
+from rlhf.models import (
+    ActorCritic,
+    Policy,
+    RewardModel,
+    disable_dropout,
+    load_model,
+    load_reward_model,
+    load_tokenizer,
+    vocabulary_size,
+)
+from rlhf.models.adapters import adapter_off_is_start
 from rlhf.rewards import RewardSet
 from rlhf.rollouts import Environment, RolloutEngine
 from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures, warn_of_lost_updates
@@ -91,8 +101,9 @@ class PPOTrainer(BaseTrainer):
         if self.policy.critic is not None:
             self.share_layout(self.policy.critic.model)
         self.policy.temperature = args.temperature
-        self.has_adapter = self.policy.has_adapter
-        self.ref_policy = self._reference(ref_model) if args.beta > 0 or args.advantage_estimator == "pairs" else None
+        own = self.policy.has_adapter and ref_model is None and self._wants_reference
+        self.has_adapter = own and adapter_off_is_start(self.policy.model)
+        self.ref_policy = self._reference(ref_model) if self._wants_reference else None
         self.controller = args.kl_controller()
         self.report = RolloutReport(self)
         self.roller = Roller(self, engine, environment_factory)
@@ -226,9 +237,12 @@ class PPOTrainer(BaseTrainer):
         model.train(training)
 
     @property
+    def _wants_reference(self) -> bool:
+        return self.args.beta > 0 or self.args.advantage_estimator == "pairs"
+
+    @property
     def _asks_adapter_off(self) -> bool:
-        needed = self.args.beta > 0 or self.args.advantage_estimator == "pairs"
-        return needed and self.ref_policy is None and self.has_adapter
+        return self._wants_reference and self.ref_policy is None and self.has_adapter
 
     @property
     def importance_cap(self) -> float | None:
@@ -320,7 +334,7 @@ class PPOTrainer(BaseTrainer):
                 found |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return found
         if isinstance(rows, Dataset) and "prompt_ids" not in rows.column_names:
-            vocab_size = self.policy.get_input_embeddings().num_embeddings
+            vocab_size = vocabulary_size(self.policy)
             rows = self._prepare(rows, self.processing_class, self.args, vocab_size)  # type: ignore[arg-type]
         sums = self.report.of_evaluation(self.roller.answer(self.policy, rows))
         names = list(sums)

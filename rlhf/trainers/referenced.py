@@ -1,7 +1,6 @@
 """What preference training holds against a policy: a frozen reference, in memory, under the adapter, or on disk."""
 
 import copy
-import logging
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,11 +11,9 @@ from transformers import TrainerCallback
 
 from rlhf.data import Batch, Packed
 from rlhf.models import Policy, load_model
-from rlhf.models.loading import adapter_is_trained
+from rlhf.models.adapters import adapter_off_is_start
 from rlhf.trainers.base import BaseConfig, BaseTrainer
 from rlhf.trainers.reference import add_ref_logps, reference_fingerprint
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -57,8 +54,8 @@ class ReferencedConfig(BaseConfig):
 class ReferencedTrainer(BaseTrainer):
     """A trainer whose loss compares the policy with a frozen reference.
 
-    The reference is, under a new adapter, the model with the adapter off; otherwise a frozen copy of the weights as
-    they are now (or ``ref_model``).
+    The reference is the model as it is at the start (or ``ref_model``): with the adapter off, where that is the same,
+    as under a new LoRA adapter; otherwise a frozen copy of the weights.
     """
 
     ref_tokens: ClassVar[tuple[str, ...]]  # columns of a row, where it has them, that determine what is scored
@@ -74,7 +71,9 @@ class ReferencedTrainer(BaseTrainer):
         args = args if args is not None else self.config_class(output_dir="runs")  # type: ignore[assignment]
         super().__init__(model, args, **kwargs)
         self.ref_policy: Policy | None = None
-        self.has_adapter = self.model.has_adapter
+        # Whether the model with its adapter off is the reference; else it is a copy of the model as it is now.
+        own = self.model.has_adapter and ref_model is None
+        self.has_adapter = own and adapter_off_is_start(self.model.model)
         precompute = self.args.precompute_ref_log_probs
         if precompute is None:
             precompute = self._reads_rows_again() and not self.args.sync_ref_model
@@ -82,14 +81,8 @@ class ReferencedTrainer(BaseTrainer):
             loaded = load_model(ref_model, **self.args.model_kwargs()) if isinstance(ref_model, str) else ref_model
             self.ref_policy = self.freeze(loaded)
             self.share_layout(self.ref_policy.model)
-        elif not self.has_adapter:
-            if not precompute:
-                self.ref_policy = self.freeze(copy.deepcopy(self.model.model))
-        elif kwargs.get("peft_config") is None and adapter_is_trained(self.model):
-            logger.warning(
-                "the reference is the model without its adapter, and this adapter is trained already; to align from "
-                "where it stands, merge it first: model = model.merge_and_unload()"
-            )
+        elif not self.has_adapter and not precompute:
+            self.ref_policy = self.freeze(copy.deepcopy(self.model.model))
         if self.args.sync_ref_model:
             self._sync_reference()
         if precompute:
@@ -137,7 +130,7 @@ class ReferencedTrainer(BaseTrainer):
         home = next(reference.parameters()).device
         reference.to(self.args.device).eval()
 
-        fingerprint = reference_fingerprint(reference.model, self.accelerator.mixed_precision, self.ref_policy is None)
+        fingerprint = reference_fingerprint(reference.model, self.accelerator.mixed_precision, self.has_adapter)
 
         def score(rows: list[dict[str, Any]]) -> Tensor:
             batch: Any = self.data_collator([self.reference_row(row) for row in rows])

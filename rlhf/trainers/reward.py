@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data import Batch, tokenize_preferences
 from rlhf.evaluation import calibration_bins, calibration_error
 from rlhf.losses import reward_loss
-from rlhf.models import RewardModel, add_scalar_head, load_reward_model
+from rlhf.models import RewardModel, add_scalar_head, load_reward_model, vocabulary_size
 from rlhf.models.reward_model import spare_pad_token
 from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures
 
@@ -115,7 +115,7 @@ class RewardTrainer(BaseTrainer):
 
     def _choose_pad_token(self) -> None:
         """Save what lets transformers' own pooling find the last token."""
-        config, vocab_size = self.model.config, self.model.get_input_embeddings().num_embeddings
+        config, vocab_size = self.model.config, vocabulary_size(self.model)
         tokenizer: Any = copy.deepcopy(self.processing_class)
         pad = spare_pad_token(tokenizer, self._ends, vocab_size)
         if pad is None:

@@ -1,0 +1,340 @@
+"""Adapters of PEFT: put one on a model, know what the model is without it, and save what it sits on."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from rlhf.models.places import loading, resolve
+from rlhf.models.policy import still
+from rlhf.models.vocabulary import vocabulary_size
+
+logger = logging.getLogger(__name__)
+
+BASE = "base"  # beside an adapter: the weights that it sits on, where no checkpoint holds them
+
+# Kinds that act around the model, in PeftModel.forward, or that need more than ids: ours calls the model within.
+OUTSIDE = {PeftType.POLY: "it wants a task with each row", PeftType.XLORA: "it runs the model twice for each batch"}
+
+
+def adapter_config(name: str, **hub: Any) -> PeftConfig | None:
+    """Of a folder or a repository that holds an adapter alone; None for a model.
+
+    Args:
+        name: as :func:`resolve` gives it. hub: ``revision``, ``token``.
+    Raises:
+        FileNotFoundError: a folder with neither. ValueError: a file that PEFT cannot read.
+    """
+    folder = Path(name)
+    if (folder / "config.json").exists():
+        return None
+    if folder.is_dir() and not (folder / "adapter_config.json").exists():
+        inner = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+        hint = f"; adapters are in its folders {', '.join(inner)}: name one of them" if inner else ""
+        raise FileNotFoundError(f"{name}: the folder holds no model (no config.json){hint}")
+    if find_adapter_config_file(name, **hub) is None:
+        return None
+    with loading(name, "an adapter"):
+        return PeftConfig.from_pretrained(name, **hub)
+
+
+def base_of(name: str, config: PeftConfig) -> str:
+    """Where the model under the adapter in ``name`` is; that beside it, if the folder was moved as a whole.
+
+    Raises:
+        FileNotFoundError: nowhere.
+    """
+    base = config.base_model_name_or_path
+    if base and (Path(base).expanduser().is_dir() or not Path(base).is_absolute()):
+        return str(base)
+    for near in (Path(name) / BASE, Path(name).parent / BASE):
+        if (near / "config.json").exists():
+            return str(near)
+    found = f"its base model {base} is gone" if base else "it names no base model"
+    raise FileNotFoundError(
+        f"{name}: {found}; write where it is into {name}/adapter_config.json (base_model_name_or_path)"
+    )
+
+
+def merged(model: PreTrainedModel, adapter: str, **hub: Any) -> PreTrainedModel:
+    """``model`` with the adapter in ``adapter`` added to its weights, which can all be trained."""
+    logger.info("%s: an adapter; merging it into %s", adapter, model.config._name_or_path)
+    with loading(adapter, f"an adapter of {model.config._name_or_path}"):
+        both: Any = _put_on(model, adapter, **hub)
+    _untie_adapted(model)
+    whole: PreTrainedModel = both.merge_and_unload()
+    if not getattr(whole, "is_quantized", False):
+        whole.requires_grad_(True)  # PEFT froze the base
+    whole.config._name_or_path = adapter  # where its tokenizer and its value head are
+    whole.name_or_path = ""  # no checkpoint holds these weights
+    return whole
+
+
+def _put_on(model: PreTrainedModel, adapter: str, name: str = "default", **hub: Any) -> PeftModel:
+    """The adapter on ``model``, whose vocabulary grows to that which the adapter was trained with."""
+    rows = _vocabulary_of(adapter)
+    if rows is not None and rows != vocabulary_size(model):
+        model.resize_token_embeddings(rows)
+    return PeftModel.from_pretrained(model, adapter, adapter_name=name, **hub)
+
+
+def _vocabulary_of(adapter: str) -> int | None:
+    """Rows of the embeddings that an adapter's file brings along; None where it brings none."""
+    file = Path(adapter) / "adapter_model.safetensors"
+    if not file.exists():
+        return None
+    with safe_open(file, framework="pt") as weights:
+        for name in weights.keys():  # noqa: SIM118  # not a dict
+            if name.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight", "embed_in.weight")):
+                return int(weights.get_slice(name).get_shape()[0])
+    return None
+
+
+def _untie_adapted(model: PreTrainedModel) -> None:
+    """Give the head weights of its own where an adapter sits on it or on the embeddings: a merge would change both."""
+    layers: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if not any(isinstance(layer, BaseTunerLayer) for layer in layers) or layers[1] is None:
+        return
+    inner, head = (getattr(layer, "base_layer", layer) for layer in layers)
+    if inner.weight is head.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.get_text_config().tie_word_embeddings = False
+        model.config.tie_word_embeddings = False
+
+
+def check_adapter(model: nn.Module, peft_config: PeftConfig | None) -> None:
+    """Refuse by name what would not be trained, before any work.
+
+    Raises:
+        ValueError: a second adapter on a PEFT model, or a kind that acts in ``PeftModel.forward``.
+    """
+    own = dict(getattr(model, "peft_config", None) or {})
+    if own and peft_config is not None:
+        raise ValueError(
+            "the model has an adapter already, and peft_config is for another: pass one of them, or merge the first "
+            "(model = model.merge_and_unload())"
+        )
+    for config in [*own.values(), *([] if peft_config is None else [peft_config])]:
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        why = OUTSIDE.get(config.peft_type)
+        if config.is_prompt_learning or config.is_adaption_prompt:
+            why = "it puts tokens of its own around each row, and losses here are of the rows' tokens alone"
+        elif getattr(config, "alora_invocation_tokens", None):
+            kind, why = "aLoRA", "it acts from its invocation tokens on, and rows here share their prompts"
+        if why is not None:
+            raise ValueError(f"{kind} adapters cannot be trained here: {why}; use LoRA (LoraConfig) or another kind")
+
+
+def add_adapter(model: Any, peft_config: PeftConfig) -> PeftModel:
+    """Freeze ``model`` and put the adapter on it.
+
+    Raises:
+        ValueError: a kind that is not trained here, or no layer to sit on.
+    """
+    check_adapter(model, peft_config)
+    _name_targets(model, peft_config)
+    before = probe(model)
+    with one_line("the adapter"):
+        adapted: Any = get_peft_model(model, peft_config)
+    if before is None:
+        return adapted
+    adapted.off_was_before = _same(before, _off(adapted))
+    if not adapted.off_was_before:
+        # PiSSA and its kin move a part of the frozen weights into the adapter: what is left is saved beside it.
+        model.name_or_path = ""
+        peft_config.base_model_name_or_path = None
+        if isinstance(peft_config, LoraConfig):
+            peft_config.init_lora_weights = True
+    return adapted
+
+
+def add_adapter_beside(model: PreTrainedModel, folder: str, name: str, peft_config: PeftConfig) -> PeftModel:
+    """Put the adapter in ``folder`` on ``model``, frozen, as ``name``; and a new one, ``"default"``, which learns.
+
+    Raises:
+        FileNotFoundError: no such folder. ValueError: it holds no adapter, or one that does not fit ``model``.
+    """
+    config = adapter_config(resolve(folder))
+    if config is None:
+        raise ValueError(f"{folder}: holds no adapter (no adapter_config.json)")
+    check_adapter(model, peft_config)
+    base = config.base_model_name_or_path
+    if base != model.config._name_or_path:
+        logger.warning("%s: an adapter that was trained on %s goes on %s", folder, base, model.config._name_or_path)
+    _name_targets(model, peft_config)
+    with loading(folder, f"an adapter of {model.config._name_or_path}"):
+        both = _put_on(model, resolve(folder), name)
+    both.add_adapter("default", peft_config)
+    both.set_adapter("default")
+    return both
+
+
+@contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """PEFT's errors as one line."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError, RuntimeError, ImportError) as error:
+        raise ValueError(f"{what}: {' '.join(str(error).split())[:400]}") from error
+
+
+def _name_targets(model: nn.Module, config: Any) -> None:
+    """Say where LoRA sits, where nobody said it."""
+    if not isinstance(config, LoraConfig) or config.target_modules not in (
+        None,
+        "all-linear",
+        ["all-linear"],
+        {"all-linear"},
+    ):
+        return
+    if config.target_modules is None and config.target_parameters:
+        return
+    config.target_modules = set(linear_layers(model))
+
+
+def linear_layers(model: Any) -> set[str]:
+    """Names of the linear layers that an adapter takes by default, as short as they can be.
+
+    Left out: heads; routers and the like, which only inherit from a linear layer; layers of a state-space block whose
+    weights its kernels read past the layer; experts in one tensor, which are no layers (``lora_target_parameters``).
+
+    Raises:
+        ValueError: there is none.
+    """
+    heads = {id(model.get_output_embeddings())} if hasattr(model, "get_output_embeddings") else set()
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and id(m) not in heads}
+    modules = dict(model.named_modules())
+
+    def fits(name: str, layer: nn.Module) -> bool:
+        own_kind = type(layer).__module__.startswith("transformers.models.")
+        parent = modules[name.rpartition(".")[0]]
+        scans = hasattr(parent, "A_log") and hasattr(parent, "D")
+        last = name.rpartition(".")[2]
+        return not own_kind and last != "score" and not (scans and last != "in_proj")
+
+    taken = [name for name, layer in linear.items() if fits(name, layer)]
+    if not taken:
+        seen = sorted({type(module).__name__ for module in modules.values() if not list(module.children())})
+        raise ValueError(f"no linear layer for the adapter to sit on: name some (lora_target_modules); layers: {seen}")
+    # A layer is known by its last name, unless one that is left out (or no linear layer) is called so too.
+    others = {name.rpartition(".")[2] for name in modules.keys() - set(taken)}
+    return {last if (last := name.rpartition(".")[2]) not in others else name for name in taken}
+
+
+# What the model is with the adapter off
+
+
+def adapter_off_stays(model: Any) -> bool:
+    """Whether a PEFT model with its adapter off is the same whatever is learned (``bias="all"`` stays on, say).
+
+    A forward pass of 16 tokens, before and after every learned weight is moved; True where the weights cannot be read.
+    """
+    before = _off(model)
+    return before is None or _same(before, _moved(model))
+
+
+def adapter_off_is_start(model: Any) -> bool:
+    """Whether a PEFT model with its adapter off is, whatever is learned, the model that training starts from.
+
+    That is the model as it was before :func:`add_adapter`, or else as it is now with its adapter on. So it is under a
+    new LoRA adapter, and not under PiSSA, an adapter that is trained already, or ``bias="all"``: the frozen reference
+    is then a copy, and this says so. True where the weights cannot be read (sharded).
+    """
+    with still(model):
+        now = probe(model)
+    if now is None:
+        return True
+    starts = model.off_was_before if hasattr(model, "off_was_before") else _same(now, _off(model))
+    if starts and adapter_off_stays(model):
+        return True
+    configs = [model.peft_config[name] for name in model.active_adapters]
+    told = [f"{c.peft_type.value} adapter, bias {getattr(c, 'bias', 'none')!r}" for c in configs]
+    logger.warning(
+        "the model with its adapter off is not the model that training starts from (%s): a frozen copy is the "
+        "reference; to save that memory, merge the adapter first, or train a new LoRA adapter without biases",
+        "; ".join(told),
+    )
+    return False
+
+
+@torch.no_grad()
+def probe(model: Any) -> Tensor | None:
+    """Logits of 16 tokens (of a reward model, last hidden states); None where the weights are sharded, or on meta."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if any(p.is_meta or hasattr(p, "ds_id") for p in inner.parameters()):
+        return None
+    embeddings = inner.get_input_embeddings().weight
+    ids = torch.arange(1, 17, device=embeddings.device)[None] % embeddings.size(0)
+    inputs = dict(input_ids=ids, use_cache=False)
+    # A new reward model says 0 of everything.
+    found: Tensor = inner.base_model(**inputs)[0] if hasattr(inner, "score") else inner(**inputs).logits
+    return found.float()
+
+
+def _off(model: Any) -> Tensor | None:
+    with still(model), model.disable_adapter():
+        return probe(model)
+
+
+@torch.no_grad()
+def _moved(model: Any) -> Tensor | None:
+    learned = [p for p in model.parameters() if p.requires_grad]
+    kept = [p.detach().clone() for p in learned]
+    try:
+        for p in learned:
+            p.add_(0.5)
+        return _off(model)
+    finally:
+        for p, value in zip(learned, kept, strict=True):
+            p.copy_(value)
+
+
+def _same(one: Tensor, other: Tensor | None) -> bool:
+    return other is None or torch.allclose(one, other, rtol=0, atol=1e-4 * float(one.abs().max()))
+
+
+# Saving
+
+
+def keep_base(model: Any, home: Path, kept: set[Path], state: dict[str, Tensor] | None = None) -> None:
+    """Save what an adapter sits on into ``home/base``, if no checkpoint holds it, and name it in the adapter's config.
+
+    Of such a kind are a model made in memory, one with another adapter merged in, one whose vocabulary has grown.
+
+    Args:
+        kept: folders that hold it already; grows.
+        state: all weights of ``model``, where they are sharded.
+    """
+    if not isinstance(model, PeftModel) or model.get_base_model().__dict__.get("name_or_path"):
+        return
+    folder = (home / BASE).resolve()
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = str(folder)
+    if folder not in kept:
+        kept.add(folder)
+        base: Any = model.get_base_model()
+        base.save_pretrained(folder, state_dict=plain_base(model, model.state_dict() if state is None else state))
+        logger.info("%s: the weights that the adapter sits on; no other checkpoint holds them", folder)
+
+
+def plain_base(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of ``state``, the weights without the adapter, under the names that they have there."""
+    learned = (model.base_model.prefix, ".modules_to_save.", ".trainable_tokens_", ".token_indices")
+    weights = {}
+    for name, weight in state.items():
+        if any(part in name for part in learned):
+            continue
+        for part in ("base_model.model.", "token_adapter.", "base_layer.", "original_module."):
+            name = name.replace(part, "")
+        weights[name] = weight
+    return weights
