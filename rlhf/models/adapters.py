@@ -190,16 +190,13 @@ def one_line(what: str) -> Iterator[None]:
 
 def _name_targets(model: nn.Module, config: Any) -> None:
     """Say where LoRA sits, where nobody said it."""
-    if not isinstance(config, LoraConfig) or config.target_modules not in (
-        None,
-        "all-linear",
-        ["all-linear"],
-        {"all-linear"},
-    ):
+    unnamed = (None, "all-linear", ["all-linear"], {"all-linear"})
+    if not isinstance(config, LoraConfig) or config.target_modules not in unnamed:
         return
     if config.target_modules is None and config.target_parameters:
         return
-    config.target_modules = set(linear_layers(model))
+    targets: Any = linear_layers(model)
+    config.target_modules = targets
 
 
 def linear_layers(model: Any) -> set[str]:
