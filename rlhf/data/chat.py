@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.formats import Dialogue, Message, Turns
 from rlhf.data.rendering import (
     Rendering,
+    begin_answer,
     check_template,
     leaves_out_thought,
     locate_answers,
@@ -84,7 +85,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Turns | Dialogue) 
         return _text_ids(tokenizer, dialogue.prompt, ended=False).ids
     check_template(tokenizer)
     continued = bool(dialogue.prompt) and dialogue.prompt[-1]["role"] == "assistant"
-    text = render(tokenizer, dialogue, dialogue.prompt, generate=not continued, resume=continued)
+    if continued:
+        text = render(tokenizer, dialogue, dialogue.prompt, resume=True)
+    else:
+        text = begin_answer(tokenizer, dialogue, dialogue.prompt)
     return _tokens(tokenizer, text, special=False).ids
 
 
@@ -228,10 +232,21 @@ def _first_token_after(
 ) -> int:
     """The first token with a character at or after ``border``: it may begin before."""
     if tokens.offsets is not None:
-        reach = ((index, end) for index, (_, end) in enumerate(tokens.offsets) if end > border)
-        return next(reach, (len(tokens.ids), 0))[0]
+        reach = (index for index, (_, end) in enumerate(tokens.offsets) if end > border)
+        found = next(reach, len(tokens.ids))
+        return found - 1 if found and _trimmed_over(tokenizer, tokens, text, border, found - 1) else found
     before = _tokens(tokenizer, text[:border], special).ids
     return _common_prefix([before, tokens.ids])
+
+
+def _trimmed_over(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, text: str, border: int, index: int) -> bool:
+    """Whether a token reaches over ``border`` with white space that offsets leave out (``trim_offsets``)."""
+    assert tokens.offsets is not None
+    (start, end), after = tokens.offsets[index], tokens.offsets[index + 1 : index + 2]
+    covered = bool(after) and after[0][0] <= border
+    if end != border or covered or not text[border : border + 1].isspace() or not text[start:end].strip():
+        return False
+    return str(tokenizer.decode(tokens.ids[index]))[-1:].isspace()
 
 
 def _first_token_from(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, text: str, border: int, special: bool) -> int:

@@ -15,6 +15,7 @@ from rlhf.data.formats import Dialogue, Message
 
 _FIRST_MARK, _LAST_MARK = 0xF0000, 0xFFFFD  # a private plane of Unicode
 MARKS = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_LAST_MARK)}]")
+PROBE = chr(_LAST_MARK)  # stands for an answer that is not there yet
 THOUGHT_TAG = re.compile(r"</?[\w:]*think\w*>|\[/?THINK\]", re.IGNORECASE)
 REASONING = ("reasoning_content", "reasoning", "thinking")
 

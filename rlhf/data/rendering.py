@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from rlhf.data.formats import Dialogue, Message
-from rlhf.data.marks import MARKS, REASONING, THOUGHT_TAG, Marked, Part, mark_messages, what_is_lost
+from rlhf.data.marks import MARKS, PROBE, REASONING, THOUGHT_TAG, Marked, Part, mark_messages, what_is_lost
 
 _EMPTY_THOUGHT = re.compile(
     r"\s*(?:<([\w:|]*think\w*)>\s*</\1>|\[THINK\]\s*\[/THINK\]|<\|START_THINKING\|>\s*<\|END_THINKING\|>"
@@ -68,6 +68,22 @@ def render(
             f"the chat template refuses this conversation ({reason[:200]}); roles: "
             f"{', '.join(str(m.get('role')) for m in plain[:8])}"
         ) from error
+
+
+def begin_answer(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, messages: list[Message]) -> str:
+    """Render ``messages`` up to where the assistant begins to write, also with a template that knows no generation
+    prompt: there, what it writes in front of an answer.
+
+    Raises:
+        ValueError: the template refuses them.
+    """
+    begun = render(tokenizer, dialogue, messages, generate=True)
+    if "add_generation_prompt" in str(tokenizer.get_chat_template(tools=dialogue.tools)):
+        return begun
+    probe = render(tokenizer, dialogue, [*messages, {"role": "assistant", "content": PROBE}])
+    header = probe[: probe.find(PROBE)] if probe.startswith(begun) and PROBE in probe else begun
+    # A space in front of the answer is of the answer's first token.
+    return header.rstrip(" ") if header[len(begun) :].strip() else begun
 
 
 def _apply(
@@ -216,11 +232,12 @@ class _Finder:
     def start(self, index: int) -> int:
         """Where the model begins to write answer ``index``: behind what the template gives it to begin with."""
         first = self.content_start(index)
-        earlier = [part for i in range(index) for part in self.present(i)]
+        # A template may move a turn, such as the system's, behind an answer.
+        earlier = [p for i in range(index) for p in self.present(i) if self.whole.index(p.mark) < first]
         if not earlier:
             return first
         anchor = max(earlier, key=lambda part: self.whole.index(part.mark))
-        begun = render(self.tokenizer, self.dialogue, self.marked.messages[:index], generate=True)
+        begun = begin_answer(self.tokenizer, self.dialogue, self.marked.messages[:index])
         if anchor.mark not in begun:
             return first
         from_here = self.whole.index(anchor.mark) + 1
@@ -230,11 +247,19 @@ class _Finder:
         if same < len(given):
             same = self._whole_tokens(region, same, len(anchor.after) if region.startswith(anchor.after) else 0)
             same -= len(_OPEN_THOUGHT.search(region[:same]).group())  # type: ignore[union-attr]  # it always matches
-        if not _EMPTY_THOUGHT.search(str(self.marked.messages[index].get("content") or "")):  # of the user's own
-            for thought in _EMPTY_THOUGHT.finditer(region):
-                if thought.start() <= same <= thought.end():
-                    same = thought.end()
-        return from_here + same
+        return from_here + self._behind_empty_thought(index, region, same)
+
+    def _behind_empty_thought(self, index: int, region: str, place: int) -> int:
+        """``place`` in what stands in front of an answer, moved behind a thought that the template left empty."""
+        content = str(self.marked.messages[index].get("content") or "")
+        if _EMPTY_THOUGHT.search(content):  # of the user's own
+            return place
+        lead = content[: len(content) - len(content.lstrip())]
+        stop = len(region) - len(lead) if region.endswith(lead) else len(region)
+        for thought in _EMPTY_THOUGHT.finditer(region, 0, stop):
+            if thought.start() <= place <= thought.end():
+                place = thought.end()
+        return place
 
     def end(self, index: int) -> tuple[int, bool]:
         """Behind the token that ends answer ``index``, and whether there is one."""
@@ -306,12 +331,12 @@ class _Finder:
         texts, spans = rendered
         if texts[0] != self.whole:
             return None
-        wanted = {self.whole.index(part.mark) for index in scored for part in self.present(index)}
-        return [
-            (start, self._without_space(start, end))
-            for start, end in spans[0]
-            if any(start <= place < end for place in wanted)
-        ]
+        found = []
+        for start, end in spans[0]:
+            inside = [i for i in scored if any(start <= self.whole.index(p.mark) < end for p in self.present(i))]
+            if inside:  # some templates mark the header, or an empty thought of their own
+                found.append((max(start, self.start(inside[0])), self._without_space(start, end)))
+        return found
 
     def _without_space(self, start: int, end: int) -> int:
         """``end``, without the white space behind a special token: it is never generated."""

@@ -1,0 +1,109 @@
+"""One rendering, one encoding: for every kind of tokenizer and family of templates, ids are those of the rendering."""
+
+from functools import cache
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kinds import EOS, FAMILIES, KINDS
+
+from rlhf.data import Dialogue, encode, encode_prompt
+
+TURN = st.sampled_from(
+    [
+        "yes", "the cat", " hello ", "\nhello\n\n", "user", "assistant\n", "yes yes yes", "ünï 漢字 🙂", "<", "a\n\nb",
+        "[INST]", "<|im", "{x}", "the cat sat\n", "Answer: yes", "1 2 3", "<|im_end|> no",
+    ]
+)  # fmt: skip
+
+
+@cache
+def kind(name):
+    return KINDS[name]()
+
+
+@st.composite
+def conversations(draw):
+    name = draw(st.sampled_from(sorted(FAMILIES)))
+    turns = [{"role": "system", "content": draw(TURN)}] if FAMILIES[name].system and draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        turns += [{"role": "user", "content": draw(TURN)}, {"role": "assistant", "content": draw(TURN)}]
+    return name, turns
+
+
+def ids_of(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def tokens_before(tokenizer, text, ids, end):
+    """How many of ``ids`` are those of the text up to ``end``, and whether the next one reaches over it."""
+    before = ids_of(tokenizer, text[:end])
+    same = next((i for i, (one, other) in enumerate(zip(before, ids, strict=False)) if one != other), len(before))
+    return same, same < len(before)
+
+
+def as_written(tokenizer, pieces):
+    """Ids up to the end of the last answer, and which of them the model is to write."""
+    last = max(i for i, (_, written) in enumerate(pieces) if written)
+    text = "".join(piece for piece, _ in pieces[: last + 1])
+    ids = ids_of(tokenizer, text)
+    scored, place = [False] * len(ids), 0
+    for piece, written in pieces[: last + 1]:
+        first, _ = tokens_before(tokenizer, text, ids, place)
+        place += len(piece)
+        stop, over = tokens_before(tokenizer, text, ids, place)
+        if written:
+            scored[first : stop + over] = [True] * (stop + over - first)
+    return ids, scored
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_ids_of_a_row_are_those_of_its_rendering(name):
+    """huggingface/transformers#26273, allenai/catwalk#156, huggingface/trl#4922, axolotl-ai-cloud/axolotl#3088."""
+    tokenizer = kind(name)
+
+    @settings(max_examples=60, deadline=None)
+    @given(conversations())
+    def check(conversation):
+        family, turns = conversation
+        tokenizer.chat_template = FAMILIES[family].template
+        pieces = FAMILIES[family].write(turns)
+        assert "".join(piece for piece, _ in pieces) == tokenizer.apply_chat_template(turns, tokenize=False)
+        ids, scored = as_written(tokenizer, pieces)
+        found = encode(tokenizer, Dialogue([], (turns,)))
+        ((own, mask),) = found.completions
+        assert found.prompt_ids + own == ids
+        assert [False] * len(found.prompt_ids) + mask == scored
+        assert found.answers == found.scored == sum(turn["role"] == "assistant" for turn in turns)
+        # A policy is given what comes before the answer, in pairs as alone.
+        pair = encode(tokenizer, Dialogue(turns[:-1], (turns[-1:], [{"role": "assistant", "content": "9 !"}])))
+        assert pair.prompt_ids + pair.completions[0][0] == ids
+        assert all(mask for _, masks in pair.completions for mask in masks)
+        asked = encode_prompt(tokenizer, turns[:-1])
+        assert pair.prompt_ids[: len(asked) - 1] == asked[: len(pair.prompt_ids)][: len(asked) - 1]
+
+    check()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_text_is_tokenised_as_a_whole(name):
+    """allenai/catwalk#156, OpenRLHF/OpenRLHF#393: one space at the border, one BOS, one EOS."""
+    tokenizer = kind(name)
+    bos = [] if name in ("slow", "byte-level, adds EOS") else [tokenizer.bos_token_id]
+    for prompt, answers in [
+        ("Question: hello Answer:", [" yes", " no"]),
+        ("Answer: ", ["yes", "no"]),
+        ("Q.\n", ["\nyes", "no"]),
+        ("ünï", ["漢字", " 🙂"]),
+        ("", ["yes", "no"]),
+        ("<s>Answer:", [" yes</s>", " no"]),
+    ]:
+        found = encode(tokenizer, Dialogue(prompt, tuple(answers)))
+        for answer, (own, mask) in zip(answers, found.completions, strict=True):
+            text = prompt + answer.removesuffix(EOS)
+            want = [*ids_of(tokenizer, text), tokenizer.eos_token_id]
+            assert found.prompt_ids + own == (want if text.startswith("<s>") else bos + want)
+            assert all(mask)
+        asked = encode_prompt(tokenizer, prompt)
+        assert asked == (bos if not prompt.startswith("<s>") else []) + ids_of(tokenizer, prompt)
+        assert found.prompt_ids == asked[: len(found.prompt_ids)]
