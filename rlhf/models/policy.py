@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations import is_fsdp_enabled
 
 from rlhf.data import Batch
 from rlhf.logprobs import (
@@ -55,6 +56,25 @@ class Wrapper(nn.Module):
     def without_adapter(self) -> Any:
         """The transformers model, also where PEFT is around it."""
         return self.model.get_base_model() if self.has_adapter else self.model  # type: ignore[operator]
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters under the names that they have in the model; what else is trained keeps its own name.
+
+        Under FSDP the names stay those of this module, because torch's checkpoints look parameters up by them.
+        """
+        own = "" if is_fsdp_enabled() else "model."
+        start = f"{prefix}." if prefix else ""
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            yield start + name.removeprefix(start).removeprefix(own), parameter
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """As ``nn.Module``; a name that the model has is found too."""
+        try:
+            return super().get_submodule(target)
+        except AttributeError:
+            return self.model.get_submodule(target)
 
     def head_plan(self, *args: Any, **kwargs: Any) -> Plan | None:
         """How ``forward``, called the same way, goes about the head; None where the model runs its own."""

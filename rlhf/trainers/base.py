@@ -38,7 +38,9 @@ from rlhf.models.adapters import check_adapter
 from rlhf.models.policy import Wrapper
 from rlhf.trainers.checkpointing import Checkpointing
 from rlhf.trainers.config import BaseConfig
+from rlhf.trainers.predictions import Predictions, inner, logits_and_labels
 from rlhf.trainers.profiling import Profiler
+from rlhf.trainers.switching import as_config, refuse_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +78,16 @@ class BaseTrainer(Checkpointing):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: PeftConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        quantization_config: Any = None,
+        compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        compute_loss_func: Any = None,
+        model_init: Any = None,
     ) -> None:
-        args = args if args is not None else self.config_class(output_dir="runs")
+        refuse_arguments(compute_loss_func=compute_loss_func, model_init=model_init)
+        args = as_config(args if args is not None else self.config_class(output_dir="runs"), self.config_class)
+        assert args is not None
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process: start with `accelerate launch`, "
@@ -88,7 +98,10 @@ class BaseTrainer(Checkpointing):
             processing_class = tokenizer
         name = model if isinstance(model, str) else None
         if isinstance(model, str):
-            model = load_model(model, **args.model_kwargs())
+            quantized = {} if quantization_config is None else {"quantization_config": quantization_config}
+            model = load_model(model, **args.model_kwargs() | quantized)
+        elif quantization_config is not None:
+            raise ValueError("quantization_config acts when a model is loaded: pass the model by name, or load it so")
         check_adapter(model, peft_config)
         if processing_class is None:
             hub = {key: args.model_kwargs().get(key) for key in ("revision", "trust_remote_code")}
@@ -129,10 +142,14 @@ class BaseTrainer(Checkpointing):
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         if use_cache is not None:
             text_config.use_cache = use_cache  # Trainer turns it off, into the saved config
-        if data_collator is None and choose_layout(model, _layout(args)) == "segments":  # where the model now is
+        layout = "rows" if compute_metrics is not None else _layout(args)
+        if data_collator is None and choose_layout(model, layout) == "segments":  # where the model now is
             self.data_collator = Collator(pad, layout="segments")  # type: ignore[assignment]
         self._sums: dict[str, Tensor] = {}
         if (args.profile or args.verbose) and args.process_index == 0:
@@ -255,9 +272,12 @@ class BaseTrainer(Checkpointing):
         model.eval()
         names: list[str] = []
         sums, rows = torch.zeros(0, dtype=torch.float64), 0
+        predictions = Predictions(self.accelerator, self.preprocess_logits_for_metrics)
         for batch in dataloader:
             with torch.no_grad(), self.accelerator.autocast():
                 measures = self.measure(model, batch)
+                if self.compute_metrics is not None:
+                    predictions.add(*self.predictions(inner(model), batch))
             columns = {"loss": (measures.loss, measures.counts), **measures.metrics}
             names = list(columns)
             table = torch.stack([column.float() for pair in columns.values() for column in pair], dim=1)
@@ -269,8 +289,14 @@ class BaseTrainer(Checkpointing):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         pairs = sums.view(-1, 2).tolist()
         values = self.values(dict(zip(names, pairs, strict=True)))
+        if self.compute_metrics is not None:
+            values |= self.compute_metrics(predictions.result())
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore[arg-type]
+
+    def predictions(self, model: Any, batch: Batch) -> tuple[Any, Tensor]:
+        """What ``compute_metrics`` gets of a batch: predictions and labels."""
+        return logits_and_labels(model, batch)
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # transformers' estimate reads a dict of inputs

@@ -34,6 +34,13 @@ class Checkpointing(Trainer):
         finally:
             self.model = outer
 
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """As ``transformers.Trainer``, under the names that the wrapper gives its parameters."""
+        named = {id(parameter): name for name, parameter in model.named_parameters()}
+        decayed = set(super().get_decay_parameter_names(model))
+        inner = {id(p): name for name, p in nn.Module.named_parameters(model)}
+        return [named[key] for key, name in inner.items() if name in decayed]
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         whole = self.accelerator.unwrap_model(self.model).state_dict() if state_dict is None else state_dict
         beside = {key: value.contiguous() for key, value in whole.items() if not key.startswith("model.")}

@@ -25,12 +25,12 @@ from rlhf.trainers.distill_config import DistillConfig
 from rlhf.trainers.matching import MatchingPolicy
 from rlhf.trainers.own_answers import OwnAnswers, with_prompts
 from rlhf.trainers.server_teacher import ServerTeacher
-from rlhf.trainers.sft import SFTTrainer
+from rlhf.trainers.sft import TextTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class DistillTrainer(SFTTrainer):
+class DistillTrainer(TextTrainer):
     r"""Train a causal LM to predict what a teacher predicts, on rows as for :class:`SFTTrainer`.
 
     .. math:: L = \frac{1}{N} \sum_{t} \big(w_d\,D(p_t, q_t) - w_c \log q_t(y_t)\big),\;

@@ -10,11 +10,11 @@ from rlhf.rollouts import Sampling
 from rlhf.trainers.aligned import check_options
 from rlhf.trainers.matching import DISTANCES, Weights
 from rlhf.trainers.sampler import ServerArguments
-from rlhf.trainers.sft import SFTConfig
+from rlhf.trainers.sft import TextConfig
 
 
 @dataclass
-class DistillConfig(ServerArguments, SFTConfig):
+class DistillConfig(ServerArguments, TextConfig):
     """Arguments of :class:`DistillTrainer`.
 
     Names and defaults are those of TRL's ``GKDConfig`` where it has the same thing, so that a ``beta`` means what it
@@ -91,7 +91,7 @@ class DistillConfig(ServerArguments, SFTConfig):
         metadata={"help": "Reward own answers by -KL(student, teacher) of each token, in place of the divergence."},
     )
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]  # noqa: RUF012  # not a field
+    _VALID_DICT_FIELDS = [*TextConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]  # noqa: RUF012  # not a field
 
     def __post_init__(self) -> None:
         super().__post_init__()

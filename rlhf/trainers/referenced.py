@@ -14,6 +14,7 @@ from rlhf.models import Policy, load_model
 from rlhf.models.adapters import adapter_off_is_start
 from rlhf.trainers.base import BaseConfig, BaseTrainer
 from rlhf.trainers.reference import add_ref_logps, reference_fingerprint
+from rlhf.trainers.switching import as_config
 
 
 @dataclass
@@ -68,7 +69,7 @@ class ReferencedTrainer(BaseTrainer):
         args: ReferencedConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        args = args if args is not None else self.config_class(output_dir="runs")  # type: ignore[assignment]
+        args = as_config(args if args is not None else self.config_class(output_dir="runs"), self.config_class)
         super().__init__(model, args, **kwargs)
         self.ref_policy: Policy | None = None
         # Whether the model with its adapter off is the reference; else it is a copy of the model as it is now.

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from peft import PeftConfig
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Batch, tokenize_preferences
@@ -20,6 +20,7 @@ from rlhf.losses import reward_loss
 from rlhf.models import RewardModel, add_scalar_head, load_reward_model, vocabulary_size
 from rlhf.models.reward_model import spare_pad_token
 from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures
+from rlhf.trainers.switching import as_config
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +81,10 @@ class RewardTrainer(BaseTrainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        args = args if args is not None else RewardConfig(output_dir="runs")
+        args = as_config(args if args is not None else RewardConfig(output_dir="runs"), RewardConfig)
         if isinstance(model, str):
-            model = load_reward_model(model, **args.model_kwargs())
+            quantized = {name: kwargs.pop(name) for name in ("quantization_config",) if kwargs.get(name) is not None}
+            model = load_reward_model(model, **args.model_kwargs() | quantized)
         if isinstance(model, RewardModel):
             model = model.model
         elif not hasattr(model, "get_base_model") and model.get_output_embeddings() is not None:
@@ -157,6 +159,11 @@ class RewardTrainer(BaseTrainer):
             columns = zip(*(bins.unbind(1) for bins in calibration_bins(margins)), strict=True)
             metrics |= {f"bin/{index}": pair for index, pair in enumerate(columns)}
         return Measures(losses, one, metrics)
+
+    def predictions(self, model: Any, batch: Batch) -> tuple[Any, Tensor]:
+        """Rewards of the chosen and the rejected answers [pairs, 2]; the label is 0, where the better one should be."""
+        rewards = model(batch).view(-1, 2)
+        return rewards, torch.zeros_like(rewards[:, 0], dtype=torch.int64)
 
     def values(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
         bins = [pair for name, pair in sums.items() if name.startswith("bin/")]

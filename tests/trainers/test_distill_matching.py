@@ -128,7 +128,7 @@ def check_step(trainer, student, maps, name, value, of_eval):
     close(logs(trainer)[0][name], value.detach(), dtype)
     close(logs(trainer)[0]["loss"], 0.7 * value.detach())
     after = weights(trainer)
-    learned = {f"model.{key}": p for key, p in student.named_parameters()}
+    learned = dict(student.named_parameters())
     learned |= {f"projections.{i}": p for i, p in enumerate(maps)}
     assert learned.keys() == after.keys()
     for key, p in learned.items():
