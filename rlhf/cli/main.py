@@ -20,6 +20,7 @@ COMMANDS = {
     "student": "make a smaller model: some of a teacher's layers, or fresh",
     "teacher": "keep what a teacher says of a data set, to distill from",
     "eval": "perplexity; preferences beside a reference, or KL to a teacher",
+    "data": "what a file becomes before training: columns, roles, lengths, tokens",
     "losses": "the catalogue of losses: list, show one, advise",
 }
 

@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data import chat, formats
 from rlhf.data.batching import IGNORE
 from rlhf.data.formats import Dialogue, RowFormat
-from rlhf.data.messages import kind
+from rlhf.data.messages import ASSISTANT, kind
+from rlhf.data.prompts import roles_of
 
 Row = dict[str, Any]
 COUNTS = ("_answers", "_scored", "_notes")  # of each row: of its answers, and what was left out
@@ -49,6 +50,8 @@ def encode_sft(row: Row, tokenizer: PreTrainedTokenizerBase, column: str, readin
         if formats.is_labelled_bad(row):
             return [dropped({"input_ids": [0], "labels": [IGNORE]}, "with label false")]
         dialogue = formats.sft_dialogue(row, column, reading.form)
+        if (reason := _nothing_to_learn(dialogue)) is not None:
+            return [dropped({"input_ids": [0], "labels": [IGNORE]}, reason)]
         dialogues = chat.split_turns(dialogue) if reading.split_turns else [dialogue]
         found = [chat.encode(tokenizer, one, split=reading.split_turns) for one in dialogues]
     rows = []
@@ -58,6 +61,17 @@ def encode_sft(row: Row, tokenizer: PreTrainedTokenizerBase, column: str, readin
         whole: Row = {"input_ids": encoded.prompt_ids + ids, "labels": [IGNORE] * len(encoded.prompt_ids) + labels}
         rows.append(whole | _counts(encoded))
     return rows or [dropped({"input_ids": [0], "labels": [IGNORE]}, "without a scored token")]
+
+
+def _nothing_to_learn(dialogue: Dialogue) -> str | None:
+    """Why a conversation has no answer to learn; None where it has one."""
+    (turns,) = dialogue.completions
+    answers = [] if isinstance(turns, str) else [turn for turn in turns if turn["role"] == ASSISTANT]
+    if isinstance(turns, str) or any(turn.get("weight", 1) for turn in answers):
+        return None
+    if answers:
+        return "whose answers are all marked not to be learned"
+    return f"without an assistant's turn (roles: {roles_of(turns)}; --roles theirs=assistant says which it is)"
 
 
 def _counts(encoded: chat.Encoded) -> Row:

@@ -1,0 +1,92 @@
+"""``rlhf data``: what a file becomes before anything is trained."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from rlhf.cli.arguments import parse
+from rlhf.cli.training import _require, quiet_logging
+from rlhf.data import Reading, RowFormat, load_data
+from rlhf.data.messages import from_json
+from rlhf.evaluation import audit, audit_page, command_for, show_audit
+from rlhf.models import load_tokenizer
+from rlhf.trainers.config import renames
+
+
+@dataclass
+class AuditArguments:
+    dataset_name: str | None = field(default=None, metadata={"help": "File, saved folder or hub name; or just FILE."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
+    dataset_split: str = field(default="train", metadata={"help": "Split; a slice such as train[:1000] too."})
+    dataset_text_field: str = field(default="text", metadata={"help": "Column of plain text."})
+    command: str | None = field(
+        default=None,
+        metadata={"help": "What the rows are for: sft, dpo, reward, kto, grpo, …; else the columns decide."},
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Model whose tokenizer and template are used (--model too); none: text alone."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run tokenizer code from the hub."})
+    chat_template_path: str | None = field(default=None, metadata={"help": "Template file, or a model folder."})
+    chat_template_kwargs: str | None = field(
+        default=None, metadata={"help": 'JSON for the chat template, such as {"enable_thinking": false}.'}
+    )
+    columns: str | None = field(default=None, metadata={"help": "Columns under other names: question=prompt."})
+    roles: str | None = field(default=None, metadata={"help": "Roles under other names: agent=assistant."})
+    split_turns: bool = field(default=False, metadata={"help": "Each answer of a conversation is a row of its own."})
+    max_length: int = field(default=1024, metadata={"help": "Longest sequence in tokens, as in training."})
+    samples: int = field(default=3, metadata={"help": "How many of the first rows are shown."})
+    html: str | None = field(default=None, metadata={"help": "Also write a page of the same there."})
+
+
+def run(argv: list[str]) -> None:
+    if argv and not argv[0].startswith("-"):
+        argv = ["--dataset_name", *argv]
+    argv = ["--model_name_or_path" + word[7:] if word.split("=")[0] == "--model" else word for word in argv]
+    (args,) = parse("data", (AuditArguments,), argv)
+    quiet_logging()
+    _require(dataset_name=args.dataset_name)
+    rows: Any = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
+    tokenizer = None
+    if args.model_name_or_path is not None:
+        tokenizer = load_tokenizer(
+            args.model_name_or_path, args.chat_template_path, args.model_revision, args.trust_remote_code
+        )
+    reading = Reading(
+        RowFormat(
+            columns=renames(args.columns, "columns"),
+            roles=renames(args.roles, "roles"),
+            template_kwargs=_kwargs(args.chat_template_kwargs),
+            text_field=args.dataset_text_field,
+            # Without a model, columns of questions and answers are shown as turns.
+            template="tool_calls" if tokenizer is None else "",
+        ),
+        split_turns=args.split_turns,
+    )
+    found = audit(
+        rows,
+        args.dataset_name,
+        args.command or command_for(rows.column_names, reading),
+        tokenizer,
+        reading,
+        max_length=args.max_length,
+        text_field=args.dataset_text_field,
+        samples=args.samples,
+        progress=lambda rows: datasets.utils.tqdm(rows, desc="Reading", unit="row", leave=False, disable=None),
+    )
+    show_audit(found)
+    if args.html is not None:
+        path = Path(args.html)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(audit_page(found), encoding="utf-8")
+        print(f"saved {path}")
+
+
+def _kwargs(given: str | None) -> dict[str, Any]:
+    found = {} if given is None else from_json(given)
+    if not isinstance(found, dict):
+        raise ValueError(f"--chat_template_kwargs is no JSON object: {given}")
+    return found
