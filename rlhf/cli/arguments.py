@@ -64,12 +64,21 @@ class LoadArguments(ModelArguments):
 class DataArguments:
     """The rows, and what to do with a folder that is not empty."""
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "JSON, JSONL, Parquet or CSV file (.gz too), saved folder, or hub name."}
+    dataset_name: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "File (JSON, JSONL, Parquet, CSV, TSV, text; .gz and others too), pattern, folder, or hub name; "
+            "several are mixed, with shares after a colon: a.jsonl:0.7 b.parquet:0.3."
+        },
+    )
+    mixture: str = field(
+        default="rows", metadata={"help": "What the shares are of: rows, or tokens.", "choices": ["rows", "tokens"]}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split; a slice such as train[:1000] too."})
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "Rows to evaluate on, like dataset_name."})
+    eval_dataset_name: list[str] | None = field(
+        default=None, metadata={"help": "Rows to evaluate on, like dataset_name."}
+    )
     dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
     overwrite: bool = field(default=False, metadata={"help": "Replace the run in output_dir."})
@@ -127,6 +136,8 @@ def _read_yaml(file: str, known: set[str], parser: ArgumentParser) -> dict[str, 
     for key, value in values.items():
         if key not in known:
             raise ValueError(f"{file}: unknown key {key!r}{_nearest(str(key), known)}")
+        if isinstance(value, dict) and key.endswith("dataset_name"):
+            value = values[key] = [f"{name}:{weight}" for name, weight in value.items()]
         if isinstance(value, list) and types[key].nargs not in ("+", "*"):
             raise ValueError(f"{file}: {key!r} takes one value, got a list")
         if isinstance(value, (bool, int, float)):

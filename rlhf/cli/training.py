@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from rlhf.cli.arguments import DataArguments, ModelArguments
-from rlhf.data import load_data
+from rlhf.data import Mixture, load_datasets
 from rlhf.models import load_model, load_tokenizer
 from rlhf.trainers.base import BaseConfig, BaseTrainer
 
@@ -39,7 +39,9 @@ def train(
         _require(output_dir=None)
     output = Path(str(args.output_dir))
     checkpoint = _check_output(output, data)
-    train_rows = load_data(str(data.dataset_name), data.dataset_train_split, data.dataset_config)
+    train_rows = load_datasets(
+        data.dataset_name or [], data.dataset_train_split, data.dataset_config, mixture=data.mixture
+    )
     eval_rows = _eval_rows(data)
     if eval_rows is None and (args.eval_strategy != "no" or args.eval_on_start):
         raise ValueError("evaluation is asked for, but there are no rows: pass --eval_dataset_name")
@@ -89,13 +91,14 @@ def _require(**named: Any) -> None:
             raise ValueError(f"--{name} is missing: give it on the command line or in the config file")
 
 
-def _eval_rows(data: DataArguments) -> Dataset | None:
+def _eval_rows(data: DataArguments) -> Dataset | IterableDataset | Mixture | None:
     if data.eval_dataset_name is None and data.dataset_test_split is None:
         return None
-    return load_data(
-        str(data.eval_dataset_name or data.dataset_name),
+    return load_datasets(
+        data.eval_dataset_name or data.dataset_name or [],
         data.dataset_test_split or "train",
         data.dataset_config if data.eval_dataset_name is None else None,
+        mixture=data.mixture,
     )
 
 

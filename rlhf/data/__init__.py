@@ -4,6 +4,7 @@ from rlhf.data.batching import Batch, Collator
 from rlhf.data.chat import answer_end_ids, answer_ends, encode, encode_prompt
 from rlhf.data.encoding import Reading
 from rlhf.data.formats import Dialogue, RowFormat
+from rlhf.data.mixing import Mixture, load_datasets
 from rlhf.data.packing import Packed, best_fit_decreasing
 from rlhf.data.reading import load_data
 from rlhf.data.teacher_file import TeacherFile, create_teacher_file, open_teacher_file
@@ -21,6 +22,7 @@ __all__ = [
     "Batch",
     "Collator",
     "Dialogue",
+    "Mixture",
     "Packed",
     "Reading",
     "RowFormat",
@@ -34,6 +36,7 @@ __all__ = [
     "encode_prompt",
     "is_tokenised",
     "load_data",
+    "load_datasets",
     "open_teacher_file",
     "tokenize_preferences",
     "tokenize_prompts",

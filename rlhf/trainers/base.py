@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, set_seed, validate_quantization_for_training
 
-from rlhf.data import Batch, Collator, Packed, answer_ends, is_tokenised
+from rlhf.data import Batch, Collator, Mixture, Packed, answer_ends, is_tokenised
 from rlhf.models import (
     Policy,
     add_adapter,
@@ -175,6 +175,9 @@ class BaseTrainer(Checkpointing):
     def _prepare(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int) -> Any:
         if dataset is None:
             return None
+        if isinstance(dataset, Mixture):
+            seed = args.seed if args.data_seed is None else args.data_seed
+            return dataset.tokenised(lambda rows: self._prepare(rows, tokenizer, args, vocab_size), seed)
         if not isinstance(dataset, Dataset):
             raise ValueError(f"expected a datasets.Dataset, got {type(dataset).__name__}: load it without streaming")
         return self.tokenize(dataset, tokenizer, args, vocab_size)

@@ -61,7 +61,7 @@ MIXED = {
 
 @pytest.mark.parametrize("case", MIXED)
 def test_values_are_those_that_were_written(tmp_path, case):
-    """PrimeIntellect-ai/prime-rl#2968 and others: a table gives all rows the keys and the type of some."""
+    """PrimeIntellect-ai/prime-rl#2968: a table gives all rows the keys and the type of some."""
     rows = MIXED[case]
     found = load_data(str(write_rows(tmp_path / "rows.jsonl", rows)))
     assert json.dumps(list(found)) == json.dumps(rows)
@@ -91,7 +91,7 @@ SHAPES = {
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_of_files(tmp_path, name, encoding):
-    """NDJSON, arrays, columns, delimiters, capitals, byte order marks: huggingface/datasets#6460, #7396 and others."""
+    """NDJSON, arrays, columns, delimiters, capitals, byte order marks."""
     assert load_data(written(tmp_path / name, SHAPES[name], encoding)).to_list() == ROWS
 
 
