@@ -34,14 +34,14 @@ def main(argv: list[str] | None = None) -> int:
         "rlhf",
         usage="rlhf [-h | --version] COMMAND ...",
         add_help=False,
-        description="Fine-tune language models on text and on preferences.",
         epilog=_EXAMPLE,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=15),
     )
     # Both are in the usage line, which leaves the screen to the commands.
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="store_true", help=argparse.SUPPRESS)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands (rlhf COMMAND --help)")
+    title = "Fine-tune language models on text and on preferences (rlhf COMMAND --help)"
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title=title)
     for name, summary in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)
     args, rest = parser.parse_known_args(argv[:1])
