@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     debug = _take_debug(rest)
     try:
         import_module(f"rlhf.cli.{args.command.replace('-', '_')}").run(rest)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         # Of a job's processes only the first speaks.
         if debug:
             traceback.print_exc()

@@ -13,8 +13,10 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf.cli.arguments import DataArguments, ModelArguments
 from rlhf.data import Mixture, load_datasets
+from rlhf.data.tokenizing import name_of, prefixed
 from rlhf.models import load_model, load_tokenizer
 from rlhf.trainers.base import BaseConfig, BaseTrainer
+from rlhf.trainers.checkpointing import checkpoint_to_resume
 
 
 def quiet_logging() -> None:
@@ -38,13 +40,15 @@ def train(
     if args.output_dir == "trainer_output":
         _require(output_dir=None)
     output = Path(str(args.output_dir))
-    checkpoint = _check_output(output, data)
+    checkpoint = _check_output(output, data, args.resume_from_checkpoint)
     train_rows = load_datasets(
         data.dataset_name or [], data.dataset_train_split, data.dataset_config, mixture=data.mixture
     )
     eval_rows = _eval_rows(data)
     if eval_rows is None and (args.eval_strategy != "no" or args.eval_on_start):
         raise ValueError("evaluation is asked for, but there are no rows: pass --eval_dataset_name")
+    for rows in (train_rows, eval_rows):
+        _check_columns(args, rows)
     tokenizer = load_tokenizer(
         str(model.model_name_or_path), args.chat_template_path, model.model_revision, args.trust_remote_code
     )
@@ -102,15 +106,26 @@ def _eval_rows(data: DataArguments) -> Dataset | IterableDataset | Mixture | Non
     )
 
 
-def _check_output(folder: Path, data: DataArguments) -> str | None:
+def _check_columns(args: BaseConfig, rows: Dataset | IterableDataset | Mixture | None) -> None:
+    """Refuse rows that hold nothing to train on, before weights are loaded."""
+    for part in rows.parts if isinstance(rows, Mixture) else (rows,):
+        if part is not None and part.column_names is not None:  # of a stream, unknown before its first row
+            with prefixed(name_of(part)):
+                args.check_columns(list(part.column_names))
+
+
+def _check_output(folder: Path, data: DataArguments, checkpoint: str | None = None) -> str | None:
     """The checkpoint to go on from; raises where the folder holds something that nobody said to replace."""
+    given = data.resume or checkpoint
     if data.resume and data.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
-    if data.resume:
-        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if checkpoint is None:
-            raise ValueError(f"{folder}: no checkpoint to resume from; leave out --resume to start")
-        return checkpoint
+    if data.resume and checkpoint is not None:
+        raise ValueError("--resume and --resume_from_checkpoint exclude each other")
+    found = checkpoint_to_resume(given, str(folder))
+    if found is not None and Path(found).resolve().parent == folder.resolve():
+        if data.overwrite:
+            raise ValueError(f"{found}: --overwrite would replace it; choose another --output_dir")
+        return found
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: output_dir is a file; choose a folder")
     if folder.is_dir() and any(folder.iterdir()):
@@ -118,7 +133,7 @@ def _check_output(folder: Path, data: DataArguments) -> str | None:
             raise ValueError(f"{folder}: not empty and no run of ours; choose another --output_dir")
         if not data.overwrite:
             raise ValueError(f"{folder}: holds a run already; pass --resume to go on, or --overwrite to replace it")
-    return None
+    return found
 
 
 def _holds_run(folder: Path) -> bool:

@@ -151,6 +151,23 @@ def prompt_columns(names: Sequence[str]) -> tuple[str, ...]:
     return prompt
 
 
+def check_prompt_columns(columns: Sequence[str], form: RowFormat) -> None:
+    """Raise where rows hold nothing to answer."""
+    prompt_columns(renamed(columns, form))
+
+
+def check_unpaired_columns(columns: Sequence[str], form: RowFormat) -> bool:
+    """Whether rows are pairs, to be taken apart; raises where rows are neither marked nor pairs."""
+    names = renamed(columns, form)
+    pairs = "chosen" in names or "chosen_ids" in names
+    if not pairs and "label" not in names:
+        raise ValueError(
+            f"no column 'label': found {', '.join(columns)}; KTO needs 'prompt', 'completion' and 'label' (true or "
+            "false), or pairs"
+        )
+    return pairs
+
+
 def _present(names: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in known if name in names)
 

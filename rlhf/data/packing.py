@@ -51,6 +51,21 @@ def num_tokens(rows: Dataset) -> np.ndarray:
     return sum(pc.list_value_length(column).to_numpy().astype(np.int64) for column in columns)
 
 
+def longest_sequences(rows: Dataset) -> np.ndarray:
+    """Tokens of the longest sequence of each row, a prompt with one of its answers; int64 [rows]."""
+    table = rows.with_format("arrow")[:]
+    own = {name: _lengths(table[name]) for name in ("input_ids", "prompt_ids") if name in table.column_names}
+    answers = [_lengths(table[name]) for name in ("chosen_ids", "rejected_ids") if name in table.column_names]
+    if "completions" in table.column_names and "labels" in table.column_names:
+        answers.append(_lengths(pc.list_flatten(table["completions"])))  # one in each row
+    longest = np.maximum.reduce(answers) if answers else 0
+    return own["input_ids"] if "input_ids" in own else own["prompt_ids"] + longest
+
+
+def _lengths(column: Any) -> np.ndarray:
+    return pc.list_value_length(column).to_numpy().astype(np.int64)
+
+
 def hash_of_tokens(rows: Dataset, columns: Sequence[str]) -> str:
     """Of the lists of ids in ``columns``, nested or not, row by row; however the rows lie in memory."""
     digest = xxhash.xxh3_64()

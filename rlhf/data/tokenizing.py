@@ -129,14 +129,9 @@ def tokenize_unpaired(
     """
     reading = (reading or Reading()).for_tokenizer(tokenizer)
     with prefixed(name_of(dataset)):
+        pairs = formats.check_unpaired_columns(column_names(dataset), reading.form)
         names = formats.renamed(column_names(dataset), reading.form)
-    pairs = "chosen" in names or "chosen_ids" in names
-    if not pairs and "label" not in names:
-        raise ValueError(
-            f"{name_of(dataset)}: no column 'label': found {', '.join(column_names(dataset))}; KTO needs 'prompt', "
-            "'completion' and 'label' (true or false), or pairs"
-        )
-    read = formats.pair_columns(names) if pairs else (*formats.sft_columns(names), "label")
+        read = formats.pair_columns(names) if pairs else (*formats.sft_columns(names), "label")
     _tell_unread(name_of(dataset), names, read)
     encode = partial(encode_unpaired, tokenizer=tokenizer, pairs=pairs, form=reading.form)
     blank = {"prompt_ids": [0], "completions": [[0]], "labels": [[IGNORE]], "desirable": False}
@@ -164,7 +159,7 @@ def tokenize_prompts(
     if len(dataset) == 0:
         raise ValueError(f"{name}: no rows")
     with prefixed(name):
-        formats.renamed(dataset.column_names, reading.form)
+        formats.check_prompt_columns(dataset.column_names, reading.form)
     options = (max_prompt_length, vocab_size, drop_long_prompts, reading)
     key = (_VERSION, dataset._fingerprint, "prompt", identity(tokenizer), name, options)
     mapped = dataset.map(

@@ -10,18 +10,18 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, set_seed, validate_quantization_for_training
+from transformers.trainer_utils import TrainOutput, set_seed, validate_quantization_for_training
 
-from rlhf.data import Batch, Collator, Mixture, Packed, answer_ends, is_tokenised
+from rlhf.data import Batch, Collator, Mixture, Packed, answer_ends
+from rlhf.data.packing import longest_sequences, num_tokens
 from rlhf.models import (
     Policy,
     add_adapter,
@@ -36,25 +36,18 @@ from rlhf.models import (
 )
 from rlhf.models.adapters import check_adapter
 from rlhf.models.policy import Wrapper
-from rlhf.trainers.checkpointing import Checkpointing
+from rlhf.models.positions import max_positions, trained_length
+from rlhf.trainers.checkpointing import checkpoint_to_resume, tell_of_resuming
 from rlhf.trainers.config import BaseConfig
-from rlhf.trainers.predictions import Predictions, inner, logits_and_labels
+from rlhf.trainers.evaluating import Evaluating, Measures
+from rlhf.trainers.predictions import logits_and_labels
 from rlhf.trainers.profiling import Profiler
 from rlhf.trainers.switching import as_config, refuse_arguments
 
 logger = logging.getLogger(__name__)
 
 
-class Measures(NamedTuple):
-    """What one batch adds up to, for each item ([S]: a sequence, or a pair)."""
-
-    loss: Tensor  # [S], summed over what counts; carries the gradient, unless `total` does
-    counts: Tensor  # [S], what the loss is divided by
-    metrics: dict[str, tuple[Tensor, Tensor]]  # name to ([S] sums, [S] counts)
-    total: Tensor | None = None  # scalar sum of `loss`, with the gradient
-
-
-class BaseTrainer(Checkpointing):
+class BaseTrainer(Evaluating):
     """A ``transformers.Trainer`` around a :class:`Policy`, or another :class:`Wrapper`.
 
     A subclass defines :meth:`tokenize`, :meth:`count` and :meth:`measure`.
@@ -62,7 +55,6 @@ class BaseTrainer(Checkpointing):
 
     config_class: ClassVar[type[BaseConfig]] = BaseConfig
     wrapper: Callable[[Any], Wrapper] = Policy
-    exponentials: ClassVar[frozenset[str]] = frozenset()  # metrics reported as exp(sum / count)
     args: Any  # of config_class
     loss_is_scaled_for_ga = True  # ours is normalised over the whole step already
 
@@ -93,6 +85,8 @@ class BaseTrainer(Checkpointing):
                 f"{args.n_gpu} GPUs are visible to one process: start with `accelerate launch`, "
                 "or show it one (CUDA_VISIBLE_DEVICES=0)"
             )
+        if compute_metrics is not None and not self.has_logits:
+            raise ValueError(f"{type(self).__name__} takes no compute_metrics: its metrics are in docs/metrics.md")
         if tokenizer is not None:
             logger.warning("tokenizer= is now called processing_class=")
             processing_class = tokenizer
@@ -118,6 +112,7 @@ class BaseTrainer(Checkpointing):
                 }
             else:
                 eval_dataset = self._prepare(eval_dataset, processing_class, args, vocab_size)
+        check_positions(model, train_dataset, eval_dataset)
         if peft_config is not None:
             set_seed(args.seed)  # transformers does so after this, and LoRA's A is drawn here
             model = add_adapter(model, peft_config)
@@ -148,8 +143,7 @@ class BaseTrainer(Checkpointing):
         )
         if use_cache is not None:
             text_config.use_cache = use_cache  # Trainer turns it off, into the saved config
-        layout = "rows" if compute_metrics is not None else _layout(args)
-        if data_collator is None and choose_layout(model, layout) == "segments":  # where the model now is
+        if data_collator is None and choose_layout(model, self._layout()) == "segments":  # where the model now is
             self.data_collator = Collator(pad, layout="segments")  # type: ignore[assignment]
         self._sums: dict[str, Tensor] = {}
         if (args.profile or args.verbose) and args.process_index == 0:
@@ -182,20 +176,30 @@ class BaseTrainer(Checkpointing):
             raise ValueError(f"expected a datasets.Dataset, got {type(dataset).__name__}: load it without streaming")
         return self.tokenize(dataset, tokenizer, args, vocab_size)
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """As ``transformers.Trainer``; rows may be as they are in a file too."""
-        return super().evaluate(self._ready(eval_dataset), ignore_keys, metric_key_prefix)
+    def _layout(self) -> str:
+        args = self.args
+        if args.torch_compile and args.layout == "segments":
+            logger.warning("--torch_compile with --layout segments compiles nearly every batch anew; use --layout rows")
+        whole_rows = args.torch_compile or self.compute_metrics is not None
+        return "rows" if whole_rows and args.layout == "auto" else args.layout
 
-    def _ready(self, dataset: Any) -> Any:
-        """Rows as :meth:`tokenize` makes them, one set or several."""
-        if isinstance(dataset, dict):
-            return {name: self._ready(rows) for name, rows in dataset.items()}
-        if not isinstance(dataset, Dataset) or is_tokenised(dataset):
-            return dataset
-        model = self.accelerator.unwrap_model(self.model)
-        return self._prepare(dataset, self.processing_class, self.args, vocabulary_size(model))  # type: ignore[arg-type]
+    # Training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As ``transformers.Trainer``; by default from ``args.resume_from_checkpoint``."""
+        given = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        checkpoint = checkpoint_to_resume(given, self.args.output_dir)
+        if checkpoint is not None:
+            tell_of_resuming(checkpoint, self.args.max_steps)
+        self._check_best_metric()
+        return super().train(checkpoint, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        by_length = self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+        if by_length and isinstance(rows, Dataset):
+            rows = Dataset.from_dict({self.args.length_column_name: num_tokens(rows)})
+        return super()._get_train_sampler(rows)
 
     # The loss, and the metrics that come with it
 
@@ -258,44 +262,12 @@ class BaseTrainer(Checkpointing):
         disable_dropout(model)
         return Policy(model.requires_grad_(False).eval().to(self.args.device))
 
-    # Evaluation
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        """Nothing: columns that nobody reads were left out when rows were tokenised."""
+        return dataset
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Sums and counts over the data set, each row once however it is spread over ranks."""
-        model = self.model
-        if not self.accelerator._models and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            model = self.model = self.model_wrapped = self.accelerator.prepare(model)
-        model.eval()
-        names: list[str] = []
-        sums, rows = torch.zeros(0, dtype=torch.float64), 0
-        predictions = Predictions(self.accelerator, self.preprocess_logits_for_metrics)
-        for batch in dataloader:
-            with torch.no_grad(), self.accelerator.autocast():
-                measures = self.measure(model, batch)
-                if self.compute_metrics is not None:
-                    predictions.add(*self.predictions(inner(model), batch))
-            columns = {"loss": (measures.loss, measures.counts), **measures.metrics}
-            names = list(columns)
-            table = torch.stack([column.float() for pair in columns.values() for column in pair], dim=1)
-            # Ranks are evened out by repeating rows; this drops the repeated ones.
-            table = self.accelerator.gather_for_metrics(table)
-            added = table.double().sum(0).cpu()
-            sums = sums + added if len(sums) else added
-            rows += len(table)
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        pairs = sums.view(-1, 2).tolist()
-        values = self.values(dict(zip(names, pairs, strict=True)))
-        if self.compute_metrics is not None:
-            values |= self.compute_metrics(predictions.result())
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore[arg-type]
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Nothing: :meth:`log` counts them anyway, without padding."""
 
     def predictions(self, model: Any, batch: Batch) -> tuple[Any, Tensor]:
         """What ``compute_metrics`` gets of a batch: predictions and labels."""
@@ -308,12 +280,6 @@ class BaseTrainer(Checkpointing):
 def wide(device: torch.device) -> torch.dtype:
     """Of sums: float64, as a mean square less a squared mean, and counts of millions, leave float32 nothing."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _layout(args: BaseConfig) -> str:
-    if args.torch_compile and args.layout == "segments":
-        logger.warning("--torch_compile with --layout segments compiles nearly every batch anew; use --layout rows")
-    return "rows" if args.torch_compile and args.layout == "auto" else args.layout
 
 
 def warn_of_lost_updates(model: nn.Module, args: BaseConfig) -> None:
@@ -341,3 +307,26 @@ def set_tokens(tokenizer: PreTrainedTokenizerBase, args: BaseConfig) -> None:
         if token not in tokenizer.get_vocab():
             raise ValueError(f"{name} {token!r} is not in the tokenizer's vocabulary: pass --add_tokens {token!r} too")
         setattr(tokenizer, name, token)
+
+
+def check_positions(model: nn.Module, *sets: Any) -> None:
+    """Compare tokenised rows with what the model can read.
+
+    Raises:
+        ValueError: rows are longer than the model has positions.
+    """
+    limit, trained = max_positions(model), trained_length(model)
+    parts = [part for rows in sets for part in (rows.values() if isinstance(rows, dict) else [rows])]
+    for rows in (part for part in parts if isinstance(part, Dataset)):
+        lengths = longest_sequences(rows)
+        longest = int(lengths.max())
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"{int((lengths > limit).sum())} of {len(rows)} rows have more tokens than the model has positions "
+                f"({longest} in row {int(lengths.argmax()) + 1}, {limit} positions): pass --max_length {limit} or less"
+            )
+        if trained is not None and longest > trained:
+            logger.warning(
+                "%d of %d rows are longer than the %d tokens that the model was made for (up to %d)",
+                int((lengths > trained).sum()), len(rows), trained, longest,
+            )  # fmt: skip

@@ -1,5 +1,7 @@
 """Saving and loading as an ordinary checkpoint: the model inside the policy, never the wrapper."""
 
+import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
 from rlhf.models.adapters import keep_base
+
+logger = logging.getLogger(__name__)
 
 OWN_STATE = "trainer_state_{}.pt"  # of each process
 
@@ -99,3 +104,34 @@ class Checkpointing(Trainer):
                 "many processes as before"
             )
         self.load_own_state(torch.load(file, weights_only=False))
+
+
+def checkpoint_to_resume(given: str | bool | None, output_dir: str) -> str | None:
+    """The folder that training goes on from; ``True`` (or the text ``true``) is the last one in ``output_dir``.
+
+    Raises:
+        ValueError: there is no checkpoint.
+    """
+    if given in (None, False, "") or str(given).lower() in ("false", "no"):
+        return None
+    if given is True or str(given).lower() in ("true", "yes", "last"):
+        last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+        if last is None:
+            raise ValueError(f"{output_dir}: no checkpoint to resume from; leave out --resume to start")
+        return last
+    folder = Path(str(given)).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"{given}: no such folder to resume from (--resume_from_checkpoint)")
+    if not (folder / "trainer_state.json").exists():
+        last = get_last_checkpoint(str(folder))
+        hint = f"; did you mean {last}?" if last else ""
+        raise ValueError(f"{given}: not a checkpoint of a run (no trainer_state.json){hint}")
+    return str(folder)
+
+
+def tell_of_resuming(checkpoint: str, max_steps: int) -> None:
+    """Say where a run goes on, and whether anything is left of it."""
+    step = int(json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+    logger.info("%s: going on after step %d", checkpoint, step)
+    if 0 < max_steps <= step:
+        logger.warning("%s: step %d of %d, so nothing is left to train; raise --max_steps", checkpoint, step, max_steps)

@@ -1,15 +1,16 @@
 """What all trainers can be told, on top of ``transformers.TrainingArguments``."""
 
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
 
 from rlhf.data import Reading, RowFormat
-from rlhf.trainers.options import check_options
+from rlhf.trainers.options import check_options, greater_is_better
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +76,20 @@ class BaseConfig(TrainingArguments):
     pad_to_multiple_of: int | str | None = field(default=None, metadata={"help": "TRL's; moves no figure here."})
     max_seq_length: int | None = field(default=None, metadata={"help": "Old name of max_length."})
     # Defaults that differ from transformers'.
+    bf16: bool | None = field(  # type: ignore[assignment]  # never None after __post_init__
+        default=None,
+        metadata={"help": "Multiply in bfloat16; by default on a GPU that has it (weights stay float32)."},
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave this off: the collator reads."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide a loss that is NaN; a sync a step."})
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]  # noqa: RUF012  # not a field
 
+    best_metric: ClassVar[str] = "loss"  # of evaluation, where nobody names another
+
     def __post_init__(self) -> None:
+        self._set_defaults()
         super().__post_init__()
         check_options(self)
         self.columns, self.roles = renames(self.columns, "columns"), renames(self.roles, "roles")
@@ -99,12 +107,32 @@ class BaseConfig(TrainingArguments):
             if self.tokens_per_batch < 1:
                 raise ValueError(f"tokens_per_batch must be at least 1, got {self.tokens_per_batch}")
             self.per_device_train_batch_size = 1  # of planned batches
+        by_length = self.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+        if by_length and (self.tokens_per_batch is not None or getattr(self, "packing", False)):
+            raise ValueError(
+                f"train_sampling_strategy {self.train_sampling_strategy}: packing and tokens_per_batch plan rows by "
+                "their length already; leave one out"
+            )
         if self.profile < 0:
             raise ValueError(f"profile must be a number of steps, got {self.profile}")
         if self.truncation_mode != "keep_start":
             raise ValueError(f"truncation_mode {self.truncation_mode!r}: rows are cut at their end (keep_start)")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2 tokens, got {self.max_length}")
+
+    def _set_defaults(self) -> None:
+        """What transformers would decide otherwise; before it does."""
+        if self.bf16 is None:
+            chosen = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"  # by accelerate launch
+            gpu = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.bf16 = gpu and not self.fp16 and not chosen
+        if self.load_best_model_at_end or self.save_strategy == "best":
+            self.metric_for_best_model = self.metric_for_best_model or self.best_metric
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            self.greater_is_better = greater_is_better(self.metric_for_best_model)
+
+    def check_columns(self, columns: list[str]) -> None:
+        """Raise where rows with these columns hold nothing to train on; before a model is loaded."""
 
     def limit(self) -> int:
         """``max_length`` where there must be one."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Batch, tokenize_preferences
+from rlhf.data.formats import check_preference_columns
 from rlhf.losses import PREFERENCE_LOSSES, arguments_of, dpo_loss
 from rlhf.trainers.base import BaseConfig, Measures
 from rlhf.trainers.referenced import ReferencedConfig, ReferencedTrainer
@@ -39,6 +40,9 @@ class DPOConfig(ReferencedConfig):
             self.loss(one, one, one, one, chosen_lengths=one, rejected_lengths=one)
         except TypeError as error:
             raise ValueError(f"loss_type {' '.join(self.loss_type)}: {error}") from error
+
+    def check_columns(self, columns: list[str]) -> None:
+        check_preference_columns(columns, self.reading().form)
 
     def loss(self, *logps: Tensor, **lengths: Tensor) -> Tensor:
         """Loss of each pair, from the four sums of log-probabilities; [S]."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
 from rlhf.data import Batch, add_mismatched, tokenize_unpaired
+from rlhf.data.formats import check_unpaired_columns
 from rlhf.losses import kto_loss
 from rlhf.trainers.base import BaseConfig, Measures
 from rlhf.trainers.referenced import ReferencedConfig, ReferencedTrainer
@@ -45,6 +46,9 @@ class KTOConfig(ReferencedConfig):
                 raise ValueError(f"{name} must be a finite number from 0 on, got {getattr(self, name)}")
         one = torch.ones(1)  # the loss itself checks its hyper-parameters, now rather than at the first step
         kto_loss(one, one, one > 0, self.beta)
+
+    def check_columns(self, columns: list[str]) -> None:
+        check_unpaired_columns(columns, self.reading().form)
 
 
 class KTOTrainer(ReferencedTrainer):

@@ -1,33 +1,153 @@
-"""Which of ``transformers.TrainingArguments`` act here, and which are refused.
+"""What becomes of each option that ``transformers.TrainingArguments`` brings: it acts, is refused, or is handed on.
 
-Every option acts, is refused by name where it would be ignored, or is handed on to transformers untouched.
+An option that would be ignored is refused by name, with what to do instead.
 """
 
+from importlib.util import find_spec
 from typing import Any
+
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 REFUSED: dict[str, str] = {
     "label_smoothing_factor": "no loss here smooths labels by itself; DPO has --label_smoothing",
-    "include_num_input_tokens_seen": "num_tokens is counted exactly and logged anyway",
-    "past_index": "recurrent outputs are not carried over",
-    "use_liger_kernel": "the head is never multiplied out whole here; Liger's kernels would replace that",
+    "bf16_full_eval": "models are evaluated as they are trained; rlhf eval --dtype bfloat16 evaluates in bfloat16",
+    "fp16_full_eval": "models are evaluated as they are trained; rlhf eval --dtype float16 evaluates in float16",
+    "use_liger_kernel": "the head is never multiplied out whole here, and Liger's kernels would replace that",
+    "liger_kernel_config": "Liger's kernels are not used",
+    "use_cache": "training reads whole sequences; sampling and generation keep a cache by themselves",
     "auto_find_batch_size": "use --tokens_per_batch or --gradient_accumulation_steps",
-    "batch_eval_metrics": "metrics are sums over the data set whatever the batches",
-    "include_for_metrics": "there is no compute_metrics; see docs/metrics.md for what is measured",
+    "eval_do_concat_batches": "predictions are one figure a row whatever the batches",
     "eval_use_gather_object": "metrics are tensors",
-    "jit_mode_eval": "models are evaluated as they are trained",
-    "torchdynamo": "use --torch_compile",
+    "include_for_metrics": "docs/metrics.md lists what is measured",
+    "batch_eval_metrics": "metrics are sums over the data set whatever the batches",
+    "average_tokens_across_devices": "the loss is always divided by what counts on all devices",
+    "parallelism_config": "weights are sharded by FSDP or DeepSpeed alone",
+    "length_column_name": "lengths are counted from the tokens",
+    "do_predict": "nothing is predicted after training; use rlhf eval",
 }
 """Options that would be ignored, and what to do instead."""
 
+ACTS: dict[str, str] = {
+    "output_dir": "a folder with another run is not overwritten",
+    "bf16": "on by default where the GPU has bfloat16",
+    "remove_unused_columns": "columns that nothing reads are left out when rows are tokenised, always",
+    "dataloader_pin_memory": "on where there is a GPU",
+    "ddp_find_unused_parameters": "off by default",
+    "logging_steps": "10 by default",
+    "logging_nan_inf_filter": "off by default",
+    "include_num_input_tokens_seen": "tokens are counted without padding, whatever is asked",
+    "train_sampling_strategy": "lengths are counted from the tokens; on-policy training has shuffle_dataset",
+    "prediction_loss_only": "predict returns metrics alone",
+    "eval_accumulation_steps": "sums leave the device after each batch, always",
+    "label_names": "batches name their targets themselves; only labels is accepted",
+    "metric_for_best_model": "by default loss; reward in on-policy training",
+    "greater_is_better": "known for the metrics of docs/metrics.md",
+    "load_best_model_at_end": "a metric that evaluation does not give is found before training",
+    "report_to": "one or several names; a missing package is found at the start",
+    "optim": "a missing package is found at the start",
+    "resume_from_checkpoint": "a folder, or true for the last in output_dir; also on the command line",
+    "do_train": "the commands train",
+    "do_eval": "the commands evaluate where there are rows to evaluate on",
+    "torch_compile": "batches are padded rows then",
+    "torch_compile_backend": "as torch_compile",
+    "torch_compile_mode": "as torch_compile",
+    "accelerator_config": "non_blocking follows dataloader_pin_memory; dispatch_batches is refused",
+    "per_device_train_batch_size": "rows, pairs or completions; 1 planned batch under tokens_per_batch",
+    "max_grad_norm": "the gradient of the whole step",
+    "neftune_noise_alpha": "on the embeddings of the policy in training",
+    "eval_strategy": "refused where there are no rows to evaluate on",
+    "eval_on_start": "refused where there are no rows to evaluate on",
+}
+"""Options that our own code reads, defaults differently or makes true anyway."""
+
+HANDED_ON: dict[str, str] = {
+    "optimizer and schedule": "num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs "
+    "warmup_steps optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon optim_target_modules "
+    "gradient_accumulation_steps",
+    "precision and memory": "fp16 tf32 activation_checkpointing activation_checkpointing_kwargs "
+    "gradient_checkpointing gradient_checkpointing_kwargs torch_empty_cache_steps",
+    "logging": "logging_strategy logging_first_step log_on_each_node log_level log_level_replica disable_tqdm "
+    "run_name project trackio_space_id trackio_bucket_id trackio_static_space_id debug skip_memory_metrics",
+    "evaluation and checkpoints": "eval_steps eval_delay per_device_eval_batch_size save_only_model save_strategy "
+    "save_steps save_on_each_node save_total_limit enable_jit_checkpoint ignore_data_skip "
+    "restore_callback_states_from_checkpoint",
+    "the hub": "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
+    "randomness and loading of rows": "full_determinism seed data_seed dataloader_drop_last dataloader_num_workers "
+    "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order",
+    "devices": "use_cpu ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp "
+    "fsdp_config deepspeed local_rank",
+}
+"""Options that transformers reads, untouched, by subject."""
+
+LESS_IS_BETTER = ("loss", "perplexity", "perplexity/chosen", "kl", "divergence", "brier_score", "calibration_error")
+"""Ends of names of metrics of which the least is the best."""
+
+_PACKAGES = {
+    "wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "comet_ml": "comet_ml", "trackio": "trackio",
+    "clearml": "clearml", "swanlab": "swanlab", "dvclive": "dvclive", "codecarbon": "codecarbon",
+    "dagshub": "dagshub", "neptune": "neptune",
+}  # fmt: skip
+"""Of a tracker's name, the package that it needs."""
+
+_OPTIMIZER_PACKAGES = {
+    "8bit": "bitsandbytes", "paged": "bitsandbytes", "bnb": "bitsandbytes", "ademamix": "bitsandbytes",
+    "lion": "bitsandbytes",
+    "galore": "galore_torch", "apollo": "apollo_torch", "lomo": "lomo_optim", "grokadamw": "grokadamw",
+    "schedule_free": "schedulefree", "torch_4bit": "torchao", "torch_8bit": "torchao", "stable_adamw": "optimi",
+    "adamw_apex": "apex", "anyprecision": "torchdistx",
+}  # fmt: skip
+"""Of a part of an optimizer's name, the package that it needs; the last that fits counts."""
+
+_INSTALLED_AS = {"galore_torch": "galore-torch", "apollo_torch": "apollo-torch", "lomo_optim": "lomo-optim"}
+_INSTALLED_AS |= {"optimi": "torch-optimi", "comet_ml": "comet-ml"}
+
 
 def check_options(args: Any) -> None:
-    """Refuse what would be ignored.
+    """Refuse what would be ignored, and what needs a package that is not there.
 
     Raises:
         ValueError: names the option and what to do.
     """
-    defaults = {name: field.default for name, field in type(args).__dataclass_fields__.items()}
     for name, why in REFUSED.items():
-        value = getattr(args, name, None)
-        if name in defaults and value and value not in (defaults[name], "no", []):
-            raise ValueError(f"--{name} has no effect here: {why}")
+        value, default = getattr(args, name, None), _default(args, name)
+        if value not in (default, None, [], {}):
+            raise ValueError(f"--{name} {_shown(value)} has no effect here: {why}")
+    if args.label_names not in (None, [], ["labels"]):
+        raise ValueError("--label_names has no effect here: batches name their targets themselves")
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError("--accelerator_config dispatch_batches has no effect here: each process reads its own rows")
+    for tracker in args.report_to:
+        if tracker not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"--report_to {tracker} is unknown: one of {', '.join(INTEGRATION_TO_CALLBACK)}, or none")
+        require(_tracker_package(tracker), f"--report_to {tracker}")
+    optimizer = str(args.optim.value)
+    packages = [package for part, package in _OPTIMIZER_PACKAGES.items() if part in optimizer]
+    require(packages[-1] if packages else None, f"--optim {optimizer}")
+    if args.deepspeed:
+        require("deepspeed", "--deepspeed")
+
+
+def require(package: str | None, option: str) -> None:
+    """Raise where an option needs a package that is not installed."""
+    if package is not None and find_spec(package) is None:
+        raise ValueError(f"{option} needs a package that is missing: pip install {_INSTALLED_AS.get(package, package)}")
+
+
+def greater_is_better(metric: str) -> bool:
+    """Whether the best of a metric is its largest, by its name."""
+    return not metric.endswith(LESS_IS_BETTER)
+
+
+def _tracker_package(tracker: str) -> str | None:
+    if tracker == "tensorboard" and find_spec("tensorboardX") is not None:
+        return "tensorboardX"
+    return _PACKAGES.get(tracker)
+
+
+def _default(args: Any, name: str) -> Any:
+    field = type(args).__dataclass_fields__.get(name)
+    return None if field is None else field.default
+
+
+def _shown(value: Any) -> str:
+    return str(getattr(value, "value", value)).lower() if isinstance(value, bool) else str(value)

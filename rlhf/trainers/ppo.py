@@ -24,12 +24,12 @@ from rlhf.models import (
     load_model,
     load_reward_model,
     load_tokenizer,
-    vocabulary_size,
 )
 from rlhf.models.adapters import adapter_off_is_start
 from rlhf.rewards import RewardSet
 from rlhf.rollouts import Environment, RolloutEngine
-from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures, warn_of_lost_updates
+from rlhf.trainers.answering import Answering
+from rlhf.trainers.base import BaseConfig, Measures, warn_of_lost_updates
 from rlhf.trainers.experience import Minibatch, Sample, add_advantages, keep_of_groups, kl_penalties, minibatch
 from rlhf.trainers.objective import Objective
 from rlhf.trainers.ppo_config import BestOfNConfig, GRPOConfig, PPOConfig, RLOOConfig
@@ -39,7 +39,7 @@ from rlhf.trainers.rollout import Roller
 logger = logging.getLogger(__name__)
 
 
-class PPOTrainer(BaseTrainer):
+class PPOTrainer(Answering):
     r"""Learn from rewards of the policy's own completions.
 
     A rollout: prompts are sampled from, scored, and the current policy's log-probs (with the reference's, and the
@@ -319,34 +319,6 @@ class PPOTrainer(BaseTrainer):
         super().log(logs, start_time)
         if "loss" in logs:
             self.report.line(logs)
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Sample an answer to each prompt of the evaluation rows, and score it."""
-        began = time.perf_counter()
-        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        if rows is None:
-            raise ValueError("no rows to evaluate on: pass eval_dataset (--eval_dataset_name)")
-        if isinstance(rows, dict):
-            found: dict[str, float] = {}
-            for name, part in rows.items():
-                found |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
-            return found
-        if isinstance(rows, Dataset) and "prompt_ids" not in rows.column_names:
-            vocab_size = vocabulary_size(self.policy)
-            rows = self._prepare(rows, self.processing_class, self.args, vocab_size)  # type: ignore[arg-type]
-        sums = self.report.of_evaluation(self.roller.answer(self.policy, rows))
-        names = list(sums)
-        table = torch.stack([torch.stack([total.sum(), count.sum()]) for total, count in sums.values()])
-        pairs = self.accelerator.reduce(table.to(self.args.device)).tolist()
-        values = self.values({name: (total, count) for name, (total, count) in zip(names, pairs, strict=True)})
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if self._trained_since:
-            self._trained_since += time.perf_counter() - began
-        return metrics
 
 
 def _critic(args: PPOConfig) -> RewardModel:

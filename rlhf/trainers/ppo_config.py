@@ -2,11 +2,12 @@
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from rlhf.data.formats import check_prompt_columns
 from rlhf.losses import PREFERENCE_LOSSES, AdaptiveKLController, arguments_of, dpo_loss
 from rlhf.rollouts import Sampling
 from rlhf.trainers.base import BaseConfig
@@ -105,8 +106,18 @@ class PPOConfig(ServerArguments, BaseConfig):
 
     _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "loss_kwargs"]  # noqa: RUF012  # not a field
 
+    best_metric: ClassVar[str] = "reward"
+
+    def check_columns(self, columns: list[str]) -> None:
+        check_prompt_columns(columns, self.reading().form)
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"train_sampling_strategy {self.train_sampling_strategy}: prompts are drawn in a random order, or with "
+                "shuffle_dataset false in their own"
+            )
         if self.num_ppo_epochs is not None:
             logger.warning("num_ppo_epochs is now called num_iterations")
             self.num_iterations, self.num_ppo_epochs = self.num_ppo_epochs, None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Batch, tokenize_preferences
+from rlhf.data.formats import check_preference_columns
 from rlhf.evaluation import calibration_bins, calibration_error
 from rlhf.losses import reward_loss
 from rlhf.models import RewardModel, add_scalar_head, load_reward_model, vocabulary_size
@@ -39,6 +40,9 @@ class RewardConfig(BaseConfig):
         super().__post_init__()
         one = torch.ones(1)  # the loss itself checks its hyper-parameter, now rather than at the first step
         reward_loss(one, one, center_rewards_coefficient=self.center_rewards_coefficient or 0.0)
+
+    def check_columns(self, columns: list[str]) -> None:
+        check_preference_columns(columns, self.reading().form)
 
 
 class RewardTrainer(BaseTrainer):

@@ -27,6 +27,9 @@ class TextConfig(BaseConfig):
     )
     dataset_text_field: str = field(default="text", metadata={"help": "Column of plain text."})
 
+    def check_columns(self, columns: list[str]) -> None:
+        formats.sft_column(columns, replace(self.reading().form, text_field=self.dataset_text_field))
+
 
 @dataclass
 class SFTConfig(TextConfig):
