@@ -1,7 +1,7 @@
 """Data: reading files, chat templates, tokenising, batches."""
 
 from rlhf.data.batching import Batch, Collator
-from rlhf.data.chat import answer_end_ids, answer_ends, encode, encode_prompt
+from rlhf.data.chat import answer_end_ids, answer_ends, encode, encode_prompt, encode_reply
 from rlhf.data.encoding import Reading
 from rlhf.data.formats import Dialogue, RowFormat
 from rlhf.data.mixing import Mixture, load_datasets
@@ -34,6 +34,7 @@ __all__ = [
     "create_teacher_file",
     "encode",
     "encode_prompt",
+    "encode_reply",
     "is_tokenised",
     "load_data",
     "load_datasets",

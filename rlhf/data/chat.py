@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.formats import Dialogue, Message, Turns
+from rlhf.data.marks import PROBE
 from rlhf.data.rendering import (
     Rendering,
     begin_answer,
@@ -90,6 +91,30 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Turns | Dialogue) 
     else:
         text = begin_answer(tokenizer, dialogue, dialogue.prompt)
     return _tokens(tokenizer, text, special=False).ids
+
+
+def encode_reply(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, reply: Message, last: int) -> list[int]:
+    """Encode what a policy reads behind its answer, up to where its next answer begins.
+
+    Args:
+        dialogue: what the policy was asked, with tools and options of the template.
+        reply: the user's or a tool's turn; its content alone where the prompt is text.
+        last: the last id of the answer. The token that ends a turn is not written twice.
+    Raises:
+        ValueError: the template refuses the conversation.
+    """
+    if isinstance(dialogue.prompt, str):
+        return _tokens(tokenizer, str(reply["content"]), special=False).ids
+    # Without the system's turn, which some templates write before the last question.
+    asked = [turn for turn in dialogue.prompt if turn["role"] != "system"] or [{"role": "user", "content": "?"}]
+    turns, _, _ = split_prefill(asked, [{"role": "assistant", "content": PROBE}])
+    text = begin_answer(tokenizer, dialogue, [*turns, reply])
+    tokens = _tokens(tokenizer, text, special=False)
+    ids = tokens.ids[_first_token_after(tokenizer, tokens, text, text.rindex(PROBE) + len(PROBE), special=False) :]
+    end = ids.index(last) if last in ids else None
+    if end is not None and not str(tokenizer.decode(ids[:end])).strip():
+        return ids[end + 1 :]
+    return ids
 
 
 def answer_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -200,7 +225,7 @@ def _encode_turns(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, comple
         ids, scored = [*ids, _eos(tokenizer)], [*scored, True]
     border = min((start for start, _ in spans), default=len(ids))
     answers = sum(message["role"] == "assistant" for message in messages[first:])
-    found = sum(start < stop for start, stop in spans)
+    found = min(sum(start < stop for start, stop in spans), answers)  # an answer may have several spans
     return _Row(ids, scored, border, answers, found, rendering.notes)
 
 

@@ -50,7 +50,13 @@ class Marked:
     parts: list[list[Part]] = field(default_factory=list)
 
 
-def mark_messages(messages: list[Message], first: int, prefill: int) -> Marked:
+def mark_messages(messages: list[Message], first: int, prefill: int, names: bool = True) -> Marked:
+    """Mark the strings of ``messages``.
+
+    Args:
+        prefill: characters of message ``first`` behind which its mark stands.
+        names: mark names of functions, at which some templates look.
+    """
     marked = Marked([])
     number = iter(range(_FIRST_MARK, _LAST_MARK))
     for index, message in enumerate(messages):
@@ -62,7 +68,7 @@ def mark_messages(messages: list[Message], first: int, prefill: int) -> Marked:
                 message[key] = _mark_text(message[key], key, parts, number, at)
         if isinstance(message.get("tool_calls"), list):
             message["tool_calls"] = [
-                _mark_call(call, f"tool_calls[{place}]", parts, number)
+                _mark_call(call, f"tool_calls[{place}]", parts, number, names)
                 for place, call in enumerate(message["tool_calls"])
             ]
         marked.messages.append(message)
@@ -93,7 +99,7 @@ def _mark_text(text: str, name: str, parts: list[Part], number: Any, at: int | N
     return "".join(pieces)
 
 
-def _mark_call(call: Any, part_name: str, parts: list[Part], number: Any) -> Any:
+def _mark_call(call: Any, part_name: str, parts: list[Part], number: Any, names: bool) -> Any:
     """A tool call with marks in the function's name and in the texts of its arguments."""
     if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
         return call
@@ -106,7 +112,7 @@ def _mark_call(call: Any, part_name: str, parts: list[Part], number: Any) -> Any
         return _mark_text(value, part_name, parts, number, None) if isinstance(value, str) else value
 
     function = {**call["function"]}
-    for key in ("name", "arguments"):
+    for key in ("name", "arguments") if names else ("arguments",):
         if key in function:
             function[key] = marked(function[key])
     return {**call, "function": function}

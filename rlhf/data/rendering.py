@@ -157,9 +157,12 @@ def locate_answers(
     """
     text = render(tokenizer, dialogue, messages)
     scored = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant" and _has_weight(messages[i])]
-    marked = mark_messages(messages, first, prefill)
-    whole = render(tokenizer, dialogue, marked.messages)
-    if MARKS.sub("", whole) != text:  # the template looks at what a message says
+    for names in (True, False):
+        marked = mark_messages(messages, first, prefill, names)
+        whole = render(tokenizer, dialogue, marked.messages)
+        if MARKS.sub("", whole) == text and (names or all(marked.parts[index] for index in scored)):
+            break
+    else:  # the template looks at what a message says
         return _locate_by_prefix(tokenizer, dialogue, messages, scored, text)
     notes = what_is_lost(tokenizer, dialogue, marked, whole, scored)
     finder = _Finder(tokenizer, dialogue, marked, whole)
@@ -174,6 +177,8 @@ def locate_answers(
                 start = max(start, whole.index(marked.parts[index][0].mark))
             spans.append((start, max(start, end)))
             needs_eos = not closed
+    elif spans and finder.leaves_out_end(scored[-1], spans[-1][1]):
+        notes = (*notes, "the template's {% generation %} marks leave out what ends an answer: it is not learned")
     return Rendering(text, [(finder.plain(start), finder.plain(end)) for start, end in spans], needs_eos, notes)
 
 
@@ -337,6 +342,11 @@ class _Finder:
             if inside:  # some templates mark the header, or an empty thought of their own
                 found.append((max(start, self.start(inside[0])), self._without_space(start, end)))
         return found
+
+    def leaves_out_end(self, index: int, stop: int) -> bool:
+        """Whether the token that ends answer ``index`` comes behind ``stop``."""
+        end, closed = self.end(index)
+        return closed and end > stop
 
     def _without_space(self, start: int, end: int) -> int:
         """``end``, without the white space behind a special token: it is never generated."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.data import Dialogue, encode_reply
 from rlhf.data.formats import Message, Turns
 from rlhf.rollouts.engine import RolloutEngine, Sampling
 
@@ -57,7 +58,7 @@ def play(
     seeds: Callable[[int], int],
     index: Sequence[int],
     *,
-    conversational: bool,
+    dialogues: Sequence[Dialogue],
     max_turns: int,
     max_length: int,
 ) -> list[Episode]:
@@ -69,7 +70,7 @@ def play(
     Args:
         environments, prompt_ids: of each episode; environments have been reset.
         seeds: from the number of a turn to its seed. index: the number of each episode, which its randomness follows.
-        conversational: observations go through the chat template.
+        dialogues: of each episode, what was asked; observations of a conversation go through the chat template.
         max_turns: answers in an episode. max_length: tokens of an episode with its prompt; what would be longer is
             truncated.
     Returns:
@@ -112,7 +113,7 @@ def play(
                 if isinstance(reply.observation, str)
                 else reply.observation
             )
-            seen = _observation_ids(tokenizer, message, answer.ids[-1], conversational)
+            seen = encode_reply(tokenizer, dialogues[i], message, answer.ids[-1])
             if (
                 turn + 1 == max_turns
                 or len(episode.prompt_ids) + len(episode.ids) + len(seen) + sampling.max_tokens > max_length
@@ -139,17 +140,3 @@ def _reply(environment: Environment, answer: str, episode: int, turn: int) -> Re
     if not isinstance(reply, tuple) or len(reply) != 3 or math.isnan(reply[1]):
         raise ValueError(f"{where}: step must return Reply(observation, reward, done) with a number, got {reply!r}")
     return Reply(*reply)
-
-
-def _observation_ids(
-    tokenizer: PreTrainedTokenizerBase, message: Message, last: int, conversational: bool
-) -> list[int]:
-    """The ids between the policy's last token and the beginning of its next answer."""
-    if not conversational:
-        return tokenizer(str(message["content"]), add_special_tokens=False)["input_ids"]
-    mark = "\u2042"  # an answer that no template contains
-    before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-    text = str(tokenizer.apply_chat_template([*before, message], tokenize=False, add_generation_prompt=True))
-    ids = tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"]
-    # The token that ends a turn was sampled already, unless a stop string ended it.
-    return ids[1:] if ids and ids[0] == last else ids

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from rlhf.data import encode_prompt
+from rlhf.data import Dialogue, encode_prompt
 from rlhf.data.formats import Turns, canonical, prompt_dialogue
 from rlhf.models import Policy
 from rlhf.rollouts import Environment, RolloutEngine, Sampling, play
@@ -131,13 +131,15 @@ class Roller:
         self, rows: list[tuple[int, dict[str, Any]]], sampling: Sampling, n: int, rollout: int
     ) -> list[Sample]:
         assert self.environment_factory is not None
-        samples, environments, prompts = [], [], []
+        samples, environments, prompts, dialogues = [], [], [], []
         for number, row in rows:
             for _ in range(n):
                 environment = self.environment_factory()
                 prompt = environment.reset(row)
                 environments.append(environment)
-                prompts.append(row["prompt_ids"] if prompt is None else encode_prompt(self.tokenizer, prompt))
+                own = self._dialogue(row)
+                dialogues.append(own if prompt is None else replace(own, prompt=prompt))
+                prompts.append(row["prompt_ids"] if prompt is None else encode_prompt(self.tokenizer, dialogues[-1]))
                 samples.append((number, row))
         episodes = play(
             environments,
@@ -147,7 +149,7 @@ class Roller:
             sampling,
             lambda turn: self._seed(rollout, turn),
             [number * n + sample for number, _ in rows for sample in range(n)],
-            conversational=bool(rows) and not isinstance(self._prompt(rows[0][1]), str),
+            dialogues=dialogues,
             max_turns=self.args.max_turns,
             max_length=self.args.max_length,
         )
@@ -234,4 +236,7 @@ class Roller:
         return int(np.random.SeedSequence((self.args.seed, rollout, turn)).generate_state(1)[0])
 
     def _prompt(self, row: Mapping[str, Any]) -> Turns:
-        return prompt_dialogue(canonical(row, self.form), self.form).prompt
+        return self._dialogue(row).prompt
+
+    def _dialogue(self, row: Mapping[str, Any]) -> Dialogue:
+        return prompt_dialogue(canonical(row, self.form), self.form)

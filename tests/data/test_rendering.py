@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds import EOS, FAMILIES, KINDS
 
-from rlhf.data import Dialogue, encode, encode_prompt
+from rlhf.data import Dialogue, encode, encode_prompt, encode_reply
 
 TURN = st.sampled_from(
     [
@@ -107,3 +107,32 @@ def test_text_is_tokenised_as_a_whole(name):
         asked = encode_prompt(tokenizer, prompt)
         assert asked == (bos if not prompt.startswith("<s>") else []) + ids_of(tokenizer, prompt)
         assert found.prompt_ids == asked[: len(found.prompt_ids)]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_an_environment_says_follows_the_answer(name):
+    """The ids of an episode are those of its conversation, whether its answer ended itself or not."""
+    tokenizer = kind(name)
+    for family in ("ChatML", "Llama 2", "Mistral", "Llama 3", "Zephyr", "Phi-3", "Gemma", "Vicuna", "Cohere"):
+        tokenizer.chat_template = FAMILIES[family].template
+        asked, said, reply = (
+            {"role": r, "content": c} for r, c in (("user", "how"), ("assistant", "yes"), ("user", "no"))
+        )
+        found = encode(tokenizer, Dialogue([asked], ([said],)))
+        ids = found.prompt_ids + found.completions[0][0]
+        text = tokenizer.apply_chat_template([asked, said, reply], tokenize=False, add_generation_prompt=True)
+        for done in (ids, ids[:-1]):
+            seen = encode_reply(tokenizer, Dialogue([asked]), reply, done[-1])
+            assert done + seen == ids_of(tokenizer, text), family
+
+
+def test_the_template_of_a_reply_has_the_options_of_its_row():
+    tokenizer = kind("byte-level")
+    tokenizer.chat_template = FAMILIES["Qwen3"].template
+    asked = Dialogue([{"role": "user", "content": "how"}], template_kwargs={"enable_thinking": False})
+    seen = encode_reply(
+        tokenizer, asked, {"role": "tool", "content": "42"}, tokenizer.convert_tokens_to_ids("<|im_end|>")
+    )
+    assert tokenizer.decode(seen) == (
+        "\n<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )

@@ -25,6 +25,7 @@ from rlhf import (
     RLOOConfig,
     RLOOTrainer,
 )
+from rlhf.data import Dialogue
 from rlhf.logprobs import Scores
 from rlhf.losses import POLICY_LOSSES
 from rlhf.models import add_scalar_head
@@ -631,7 +632,7 @@ def test_an_episode_keeps_the_sampled_ids(tokenizer):
         environment.reset({"prompt": ""})
     episodes = play(
         environments, prompts, engine, tokenizer, Sampling(max_tokens=4, stop=("a", "e", "i")), lambda turn: turn,
-        [0, 1, 2], conversational=False, max_turns=3, max_length=60,
+        [0, 1, 2], dialogues=[Dialogue("")] * 3, max_turns=3, max_length=60,
     )  # fmt: skip
     told = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" hot", " cold")}
     for episode in episodes:
@@ -664,23 +665,8 @@ def test_an_environment_that_fails_is_named_with_the_answer(tokenizer, answer, m
     with pytest.raises(ValueError, match=f"environment Broken, episode 1, turn 1, answer .*{message}"):
         play(
             environments, [[5], [6]], LocalEngine(tiny_model(), tokenizer), tokenizer, Sampling(max_tokens=2),
-            lambda turn: turn, [0, 1], conversational=False, max_turns=2, max_length=60,
+            lambda turn: turn, [0, 1], dialogues=[Dialogue("")] * 2, max_turns=2, max_length=60,
         )  # fmt: skip
-
-
-def test_observations_of_a_conversation_follow_the_template(tokenizer):
-    """What the policy reads is what the template writes, whether its answer ended itself or not."""
-    from rlhf.rollouts.environment import _observation_ids
-
-    turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "is big"}]
-    reply = {"role": "user", "content": "no"}
-    before = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template([*turns, reply], tokenize=False, add_generation_prompt=True)
-    for answer in (["is big", "<|im_end|>"], ["is big"]):
-        text = "".join(answer)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        seen = _observation_ids(tokenizer, reply, ids[-1], True)
-        assert before + text + tokenizer.decode(seen) == whole
 
 
 @pytest.mark.parametrize("kind", ["ppo", "grpo"])
