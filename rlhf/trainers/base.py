@@ -174,6 +174,10 @@ class BaseTrainer(Evaluating):
             return dataset.tokenised(lambda rows: self._prepare(rows, tokenizer, args, vocab_size), seed)
         if not isinstance(dataset, Dataset):
             raise ValueError(f"expected a datasets.Dataset, got {type(dataset).__name__}: load it without streaming")
+        if dataset.format["type"] == "custom":
+            raise ValueError(
+                "the rows have a with_transform(), which acts when they are read: apply it with map() first"
+            )
         return self.tokenize(dataset, tokenizer, args, vocab_size)
 
     def _layout(self) -> str:

@@ -4,15 +4,25 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Batch, tokenize_preferences
 from rlhf.data.formats import check_preference_columns
+from rlhf.logprobs import Predictions, Targets
 from rlhf.losses import PREFERENCE_LOSSES, arguments_of, dpo_loss
 from rlhf.trainers.base import BaseConfig, Measures
 from rlhf.trainers.referenced import ReferencedConfig, ReferencedTrainer
+
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+OF_A_MARGIN = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
+REFUSED = {
+    "rpo_alpha": "pass loss_type sigmoid sft and loss_weights 1.0 ALPHA, which is the same loss",
+    "max_prompt_length": "max_length cuts answers and never a prompt; drop_long_prompts leaves out rows without room",
+    "reference_free": "loss_type simpo, cpo or orpo needs no reference",
+}
 
 
 @dataclass
@@ -28,13 +38,50 @@ class DPOConfig(ReferencedConfig):
         default=None, metadata={"help": 'What a loss takes besides, such as {"simpo_gamma": 1.0}.'}
     )
     label_smoothing: float = field(default=0.0, metadata={"help": "Chance that a pair is labelled the wrong way."})
+    discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of the discopop loss."})
+    f_divergence_type: str = field(
+        default="reverse_kl",
+        metadata={
+            "help": "The divergence from the reference that is bounded, for losses of a margin.",
+            "choices": list(F_DIVERGENCES),
+        },
+    )
+    f_alpha_divergence_coef: float = field(
+        default=0.5, metadata={"help": "Alpha of alpha_divergence; 1 is reverse_kl."}
+    )
+    ld_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Weight, in [0, 1], of tokens beyond the length of the shorter answer (LD-DPO)."},
+    )
+    use_weighting: bool = field(
+        default=False, metadata={"help": "Weigh each pair by how likely its answers are for the policy (WPO)."}
+    )
+    # TRL's, that are gone there too
+    rpo_alpha: float | None = field(default=None, metadata={"help": "Refused: use loss_type sigmoid sft."})
+    max_prompt_length: int | None = field(default=None, metadata={"help": "Refused: use max_length."})
+    reference_free: bool | None = field(default=None, metadata={"help": "Refused: use loss_type simpo or cpo."})
 
     _VALID_DICT_FIELDS = [*ReferencedConfig._VALID_DICT_FIELDS, "loss_kwargs"]  # noqa: RUF012  # not a field
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, instead in REFUSED.items():
+            if getattr(self, name):
+                raise ValueError(f"{name} is not supported: {instead}")
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        if self.f_divergence_type not in F_DIVERGENCES:
+            raise ValueError(
+                f"f_divergence_type must be one of {', '.join(F_DIVERGENCES)}, got {self.f_divergence_type!r}"
+            )
+        if self.f_divergence_type != "reverse_kl" and (other := set(self.loss_type) - set(OF_A_MARGIN)):
+            raise ValueError(
+                f"f_divergence_type is for {', '.join(OF_A_MARGIN)}; loss_type {min(other)} has one of its own"
+            )
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise ValueError(f"ld_alpha must be in [0, 1], got {self.ld_alpha}")
+        if self.use_weighting and (sorting := {"aot", "aot_unpaired"} & set(self.loss_type)):
+            raise ValueError(f"use_weighting weighs pairs, loss_type {min(sorting)} sorts them: leave one of both out")
         one = torch.ones(1)  # the loss itself checks its hyper-parameters, now rather than at the first step
         try:
             self.loss(one, one, one, one, chosen_lengths=one, rejected_lengths=one)
@@ -46,13 +93,36 @@ class DPOConfig(ReferencedConfig):
 
     def loss(self, *logps: Tensor, **lengths: Tensor) -> Tensor:
         """Loss of each pair, from the four sums of log-probabilities; [S]."""
-        offered = {"label_smoothing": self.label_smoothing, **lengths}
+        offered = {"label_smoothing": self.label_smoothing, "discopop_tau": self.discopop_tau, **lengths}
         losses = [PREFERENCE_LOSSES[name] for name in self.loss_type if name in PREFERENCE_LOSSES]
         taken = {name: value for loss in losses for name, value in arguments_of(loss, offered).items()}
         own = self.loss_kwargs if isinstance(self.loss_kwargs, dict) else {}
+        if self.f_divergence_type != "reverse_kl":
+            chosen, rejected, ref_chosen, ref_rejected = logps
+            ratios = (chosen - ref_chosen, rejected - ref_rejected)
+            scores = [f_scores(r, self.f_divergence_type, self.f_alpha_divergence_coef) for r in ratios]
+            logps = (*scores, torch.zeros_like(ref_chosen), torch.zeros_like(ref_rejected))
         return dpo_loss(
             *logps, self.beta, loss_type=self.loss_type, loss_weights=self.loss_weights, reduction="none", **taken | own
         )
+
+
+def f_scores(ratios: Tensor, name: str, alpha: float) -> Tensor:
+    """f'(u) of the probability ratio u, up to a constant, from its logarithm: what takes the place of the log-ratio.
+
+    Args:
+        ratios: [S], log-probability under the policy less that under the reference, nats.
+        name: of :data:`F_DIVERGENCES`. alpha: of ``alpha_divergence``, as TRL has it.
+
+    Source: arXiv 2309.16240, table 1. Exponents stop at 80, so that a hopeless pair stays finite.
+    """
+    if name == "forward_kl":
+        return -torch.exp((-ratios).clamp(max=80))
+    if name == "js_divergence":
+        return F.logsigmoid(ratios)
+    if name == "alpha_divergence" and abs(alpha - 1) > 1e-6:
+        return torch.expm1(((alpha - 1) * ratios).clamp(max=80)) / (alpha - 1)
+    return ratios
 
 
 class DPOTrainer(ReferencedTrainer):
@@ -98,14 +168,26 @@ class DPOTrainer(ReferencedTrainer):
     def count(self, batch: Batch) -> int:
         return batch.targets.num_sequences // 2
 
+    def sums(self, batch: Batch, logps: Tensor) -> Tensor:
+        """Sums over each answer, [S]; with ld_alpha, tokens beyond the shorter answer of a pair count that much."""
+        if self.args.ld_alpha is None:
+            return super().sums(batch, logps)
+        return batch.targets.sum(logps * tail_weights(batch.targets, self.args.ld_alpha))
+
+    def reference_key(self) -> str:
+        return "" if self.args.ld_alpha is None else f"-ld{self.args.ld_alpha}"
+
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
         targets, args = batch.targets, self.args
         ref_chosen, ref_rejected = self.ref_sums(model, batch).view(-1, 2).unbind(1)
-        chosen, rejected = targets.sum(model(batch).logps).view(-1, 2).unbind(1)
+        logps = model(batch).logps
+        chosen, rejected = self.sums(batch, logps).view(-1, 2).unbind(1)
         chosen_lengths, rejected_lengths = targets.counts().view(-1, 2).unbind(1)
         losses = args.loss(
             chosen, rejected, ref_chosen, ref_rejected, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths
         )
+        if args.use_weighting:
+            losses = losses * self._pair_weights(model, batch, logps.detach())
         rewards_chosen = args.beta * (chosen - ref_chosen).detach()
         rewards_rejected = args.beta * (rejected - ref_rejected).detach()
         margins = rewards_chosen - rewards_rejected
@@ -121,4 +203,36 @@ class DPOTrainer(ReferencedTrainer):
             "logps/rejected": rejected,
         }
         counted = {name: (value, one) for name, value in metrics.items()}
-        return Measures(losses, one, {**counted, "perplexity/chosen": (-chosen, chosen_lengths)})
+        nll = -targets.sum(logps.detach()).view(-1, 2)[:, 0]
+        return Measures(losses, one, {**counted, "perplexity/chosen": (nll, chosen_lengths)})
+
+    def _pair_weights(self, model: nn.Module, batch: Batch, logps: Tensor) -> Tensor:
+        """WPO's weights, [pairs]: for each answer the geometric mean of p(token) / sum p^2, over its tokens.
+
+        Source: arXiv 2406.11827, eq. 2, with its alignment to the policy's own answers.
+        """
+        with torch.no_grad():
+            predictions = self.accelerator.unwrap_model(model).predictions(batch)
+            aligned = logps - log_sum_sq_probs(predictions)
+            means = batch.targets.sum(aligned) / batch.targets.counts().clamp(min=1)
+            return means.exp().view(-1, 2).prod(1)
+
+
+def tail_weights(targets: Targets, alpha: float) -> Tensor:
+    """Of each token of pairs, [N]: 1 up to the length of the shorter answer of its pair, ``alpha`` beyond.
+
+    Source: LD-DPO, arXiv 2409.06411.
+    """
+    counts = targets.counts()
+    position = torch.arange(len(targets), device=counts.device) - (counts.cumsum(0) - counts)[targets.sequence]
+    shorter = counts.view(-1, 2).amin(1).repeat_interleave(2)[targets.sequence]
+    return torch.where(position < shorter, 1.0, alpha)
+
+
+def log_sum_sq_probs(predictions: Predictions, chunk: int = 256) -> Tensor:
+    """log of the sum over the vocabulary of squared probabilities, [N], some tokens at a time."""
+    parts = []
+    for rows in predictions.rows.split(chunk):
+        logits = predictions._replace(rows=rows).logits(torch.float32)
+        parts.append((2 * logits.log_softmax(-1)).logsumexp(-1))
+    return torch.cat(parts) if parts else predictions.rows.new_zeros(0)

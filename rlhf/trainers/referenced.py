@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -84,6 +85,8 @@ class ReferencedTrainer(BaseTrainer):
             self.share_layout(self.ref_policy.model)
         elif not self.has_adapter and not precompute:
             self.ref_policy = self.freeze(copy.deepcopy(self.model.model))
+        self.other_reference = ref_model is not None
+        self.stored_as: str | None = None  # the name under which the reference's sums are kept, where they are
         if self.args.sync_ref_model:
             self._sync_reference()
         if precompute:
@@ -128,34 +131,68 @@ class ReferencedTrainer(BaseTrainer):
         if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise ValueError("ZeRO-3 shards the weights before they could be asked: --precompute_ref_log_probs false")
         reference = self.ref_policy or self.model
+        fingerprint = reference_fingerprint(reference.model, self.accelerator.mixed_precision, self.has_adapter)
+        self.stored_as = fingerprint + self.reference_key()
+        self.train_dataset = self._with_ref_logps(self.train_dataset, "training rows")
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: self._with_ref_logps(rows, name) for name, rows in self.eval_dataset.items()}
+        else:
+            self.eval_dataset = self._with_ref_logps(self.eval_dataset, "evaluation rows")
+        self.ref_policy = None
+
+    def _with_ref_logps(self, rows: Any, name: str) -> Any:
+        if isinstance(rows, Packed):
+            rows.rows = self._with_ref_logps(rows.rows, name)
+        if rows is None or isinstance(rows, Packed):
+            return rows
+        reference = self.ref_policy or self.accelerator.unwrap_model(self.model)
         home = next(reference.parameters()).device
         reference.to(self.args.device).eval()
-
-        fingerprint = reference_fingerprint(reference.model, self.accelerator.mixed_precision, self.has_adapter)
 
         def score(rows: list[dict[str, Any]]) -> Tensor:
             batch: Any = self.data_collator([self.reference_row(row) for row in rows])
             return self.ask_reference(reference, batch.to(self.args.device))
 
-        def add(rows: Any, name: str) -> Any:
-            if isinstance(rows, Packed):
-                rows.rows = add(rows.rows, name)
-            elif rows is not None:
-                size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
-                tokens = [column for column in self.ref_tokens if column in rows.column_names]
-                return add_ref_logps(
-                    rows, tokens, self.ref_columns, fingerprint, score, self.accelerator, size, name,
-                    self.args.disable_tqdm,
-                )  # fmt: skip
-            return rows
-
-        self.train_dataset = add(self.train_dataset, "training rows")
-        if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {name: add(rows, name) for name, rows in self.eval_dataset.items()}
-        else:
-            self.eval_dataset = add(self.eval_dataset, "evaluation rows")
-        self.ref_policy = None
+        rows = add_ref_logps(
+            rows,
+            [column for column in self.ref_tokens if column in rows.column_names],
+            self.ref_columns,
+            str(self.stored_as),
+            score,
+            self.accelerator,
+            self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size,
+            name,
+            self.args.disable_tqdm,
+        )
         reference.to(home)
+        return rows
+
+    def _ready(self, dataset: Any) -> Any:
+        """Rows for an evaluation, with the reference's sums where no copy of it is kept."""
+        rows = super()._ready(dataset)
+        if isinstance(rows, dict) or self.stored_as is None or not isinstance(rows, Dataset):
+            return rows
+        if set(self.ref_columns) <= set(rows.column_names):
+            return rows
+        if not self.has_adapter and (self.other_reference or self.state.global_step > 0):
+            raise ValueError(
+                "these rows have no reference log-probs, and the reference is not in memory any more: pass them as "
+                "eval_dataset, or train with --precompute_ref_log_probs false"
+            )
+        return self._with_ref_logps(rows, "evaluation rows")
+
+    def sums(self, batch: Batch, logps: Tensor) -> Tensor:
+        """What an answer's log-probability is, [S], from those of its tokens, [N]."""
+        return batch.targets.sum(logps)
+
+    def reference_key(self) -> str:
+        """What else determines the stored sums of the reference."""
+        return ""
+
+    @property
+    def ref_model(self) -> Any:
+        """The reference's transformers model, where there is a copy of its own."""
+        return None if self.ref_policy is None else self.ref_policy.model
 
     def ref_sums(self, model: nn.Module, batch: Batch) -> Tensor:
         """Sums of log-probabilities under the reference, [S]: as stored, or asked of it now."""
@@ -170,7 +207,7 @@ class ReferencedTrainer(BaseTrainer):
         adapter_off = self.ref_policy is None and self.has_adapter
         off = self.accelerator.unwrap_model(reference).adapter_off() if adapter_off else nullcontext()
         with torch.no_grad(), self.accelerator.autocast(), off:
-            return batch.targets.sum(reference(batch).logps)
+            return self.sums(batch, reference(batch).logps)
 
 
 class SyncReference(TrainerCallback):
