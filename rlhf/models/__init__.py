@@ -4,8 +4,9 @@ from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.adapters import add_adapter, add_adapter_beside
 from rlhf.models.attention import choose_layout, use_segments
 from rlhf.models.generation import add_answer_ends, mend_generation_config
-from rlhf.models.loading import disable_dropout, load_model, load_tokenizer
+from rlhf.models.loading import load_model, load_tokenizer
 from rlhf.models.policy import Policy
+from rlhf.models.randomness import add_embedding_noise, configured_dropout, disable_dropout
 from rlhf.models.reward_model import RewardModel, add_scalar_head, load_reward_model
 from rlhf.models.student import copy_layers, fresh_student, matched_layers, spread_layers
 from rlhf.models.vocabulary import fit_embeddings, vocabulary_size
@@ -17,8 +18,10 @@ __all__ = [
     "add_adapter",
     "add_adapter_beside",
     "add_answer_ends",
+    "add_embedding_noise",
     "add_scalar_head",
     "choose_layout",
+    "configured_dropout",
     "copy_layers",
     "disable_dropout",
     "fit_embeddings",

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.models.adapters import adapter_config, base_of, merged
@@ -78,12 +77,3 @@ def load_tokenizer(
         else:
             tokenizer.chat_template = load_tokenizer(chat_template_path).chat_template
     return tokenizer
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Make repeated forward passes agree, in training mode too."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):  # read by the attention function
-            module.attention_dropout = 0.0  # type: ignore[assignment]

@@ -209,21 +209,26 @@ class LocalEngine:
         ).logits
 
     def _generate(self, prompts: list[list[int]], draft: Draft, device: torch.device) -> None:
-        """The exact fallback: transformers runs the model, we choose the tokens."""
-        longest = max(map(len, prompts))
+        """The exact fallback: transformers runs the model, we choose the tokens.
+
+        Prompts of one length go together: recurrent and convolutional layers would read padding.
+        """
         pad = self.end_ids[0]
-        ids = torch.tensor([[pad] * (longest - len(one)) + one for one in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=device)
         config = GenerationConfig(max_new_tokens=draft.sampling.max_tokens, do_sample=False, pad_token_id=pad)
         usual, self.base.generation_config = self.base.generation_config, GenerationConfig()  # no defaults of its own
         try:
-            self.model.generate(  # type: ignore[operator]
-                input_ids=ids.repeat_interleave(draft.n, 0),
-                attention_mask=mask.repeat_interleave(draft.n, 0),
-                generation_config=config,
-                logits_processor=LogitsProcessorList([_Choose(draft)]),
-                stopping_criteria=StoppingCriteriaList([_Ended(draft)]),
-            )
+            for length in sorted({len(ids) for ids in prompts}):
+                group = [index for index, ids in enumerate(prompts) if len(ids) == length]
+                rows = torch.tensor([index * draft.n + sample for index in group for sample in range(draft.n)])
+                ids = torch.tensor([prompts[index] for index in group], device=device).repeat_interleave(draft.n, 0)
+                draft.step = 0
+                self.model.generate(  # type: ignore[operator]
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    generation_config=config,
+                    logits_processor=LogitsProcessorList([_Choose(draft, rows.to(draft.device))]),
+                    stopping_criteria=StoppingCriteriaList([_Ended(draft, rows.to(draft.device))]),
+                )
         finally:
             self.base.generation_config = usual
 
@@ -280,19 +285,19 @@ def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 class _Choose(LogitsProcessor):
-    """All probability to the token that the draft draws."""
+    """All probability to the token that the draft draws for ``rows`` of it."""
 
-    def __init__(self, draft: Draft) -> None:
-        self.draft = draft
+    def __init__(self, draft: Draft, rows: Tensor) -> None:
+        self.draft, self.rows = draft, rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        token = self.draft.take(scores, torch.arange(len(scores), device=self.draft.device)).to(scores.device)
+        token = self.draft.take(scores, self.rows).to(scores.device)
         return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
 
 
 class _Ended(StoppingCriteria):
-    def __init__(self, draft: Draft) -> None:
-        self.draft = draft
+    def __init__(self, draft: Draft, rows: Tensor) -> None:
+        self.draft, self.rows = draft, rows
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return self.draft.stopped.to(input_ids.device)
+        return self.draft.stopped[self.rows].to(input_ids.device)

@@ -26,6 +26,7 @@ from rlhf.models import (
     Policy,
     add_adapter,
     add_answer_ends,
+    add_embedding_noise,
     choose_layout,
     disable_dropout,
     fit_embeddings,
@@ -141,6 +142,9 @@ class BaseTrainer(Evaluating):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        if args.neftune_noise_alpha is not None:
+            self.neftune_noise_alpha = None  # transformers' own takes the row's length for the sequence's
+            add_embedding_noise(self.model, args.neftune_noise_alpha)
         if use_cache is not None:
             text_config.use_cache = use_cache  # Trainer turns it off, into the saved config
         if data_collator is None and choose_layout(model, self._layout()) == "segments":  # where the model now is

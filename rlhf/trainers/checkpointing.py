@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
+from rlhf.models import configured_dropout
 from rlhf.models.adapters import keep_base
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class Checkpointing(Trainer):
         if state_dict is not None:
             state_dict = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
         folder, run = Path(output_dir or str(self.args.output_dir)), Path(str(self.args.output_dir)).resolve()
-        with self._inner_model() as inner:
+        with self._inner_model() as inner, configured_dropout(inner):
             # A run and all its checkpoints share what their adapters sit on.
             keep_base(inner, run if run in folder.resolve().parents else folder, self.bases, state_dict)
             super()._save(output_dir, state_dict)
