@@ -1,4 +1,4 @@
-"""What is drawn in a training forward: dropout and noise of routers, switched off; noise on the embeddings, switched on."""
+"""What a training forward draws: dropout and router noise, switched off; noise on embeddings, switched on."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
