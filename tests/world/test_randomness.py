@@ -5,12 +5,11 @@ import json
 import pytest
 import torch
 from conftest import tiny_model
-from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf import SFTConfig, SFTTrainer
 from rlhf.data import Collator
-from rlhf.models import Policy, add_embedding_noise, disable_dropout, max_positions
+from rlhf.models import Policy, add_embedding_noise, disable_dropout
 from rlhf.models.randomness import configured_dropout
 from rlhf.rollouts import LocalEngine, Sampling
 
@@ -116,15 +115,3 @@ def test_the_fallback_sampler_gives_the_models_log_probs(kind, changes, tokenize
             want = logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
             got = torch.tensor(completion.logps)
             torch.testing.assert_close(got, want[torch.arange(len(got)), completion.ids], rtol=1e-4, atol=1e-4)
-
-
-def test_rows_are_cut_to_the_positions_that_a_model_has(tmp_path, tokenizer, caplog):
-    """huggingface/transformers#6559: GPT-2 has 64 positions here, and a row of 200 tokens."""
-    assert max_positions(tiny_model("llama")) is None
-    model = tiny_model("gpt2", n_positions=64)
-    assert max_positions(model) == 64
-    rows = Dataset.from_list([{"input_ids": [5] * 200, "labels": [5] * 200}] * 4)
-    args = SFTConfig(str(tmp_path), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True)
-    trainer = SFTTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
-    trainer.train()
-    assert len(trainer.train_dataset[0]["input_ids"]) == 64 and "64 positions" in caplog.text
