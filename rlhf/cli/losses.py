@@ -91,8 +91,15 @@ def markdown() -> str:
         if entry.family != family:
             family = entry.family
             lines.append(f"| **{family}** | | | | | |")
-        formula = f"${entry.formula}$".replace("|", r"\vert ") if entry.formula else ""
+        formula = f"${_in_a_cell(entry.formula)}$" if entry.formula else ""
         peer = _TRL.get(entry.name, "–")
         cells = (f"`{entry.name}`", entry.summary, formula, entry.source, _ORACLES[family], peer)
         lines.append("| " + " | ".join(cell.replace(" | ", " / ") for cell in cells) + " |")
     return re.sub(r"(?::func:|:data:)?`+([^`]+)`+", r"`\1`", "\n".join(lines) + "\n")
+
+
+def _in_a_cell(formula: str) -> str:
+    r"""TeX without ``|``, which ends a cell of a table: ``\|`` too would be cut in two."""
+    for bar, name in ((r"\|", r"\Vert"), ("|", r"\vert")):
+        formula = formula.replace(bar, name + " ")
+    return re.sub(r"(?<=ert) (?![a-zA-Z])", "", formula)

@@ -12,7 +12,54 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rlhf import losses as functions
+from rlhf.losses._anchored import kto_loss
+from rlhf.losses._classification import (
+    bce_loss,
+    bce_with_logits_loss,
+    categorical_cross_entropy,
+    cross_entropy_loss,
+    focal_loss,
+    hinge_loss,
+    label_smoothing_loss,
+    modified_huber_loss,
+    multiclass_focal_loss,
+    nll_loss,
+    poly1_loss,
+)
+from rlhf.losses._divergences import (
+    alpha_divergence,
+    distillation_loss,
+    generalized_jsd,
+    jensen_shannon,
+    kl_divergence,
+    skew_kl,
+    span_loss,
+    total_variation,
+    uld_loss,
+)
+from rlhf.losses._language import causal_lm_loss, dft_loss, unlikelihood_loss
+from rlhf.losses._matching import attention_loss, hidden_state_loss
+from rlhf.losses._policy import actor_critic_loss, ppo_loss, value_loss
+from rlhf.losses._preference import dpo_loss
+from rlhf.losses._regression import (
+    epsilon_insensitive_loss,
+    huber_loss,
+    log_cosh_loss,
+    mae_loss,
+    mse_loss,
+    quantile_loss,
+    smooth_l1_loss,
+)
+from rlhf.losses._representation import (
+    batch_triplet_loss,
+    cosine_embedding_loss,
+    info_nce_loss,
+    siglip_loss,
+    supervised_contrastive_loss,
+    triplet_loss,
+)
+from rlhf.losses._rewards import plackett_luce_loss, reward_loss
+from rlhf.losses._top_k import sampled_distillation_loss, top_k_jsd, top_k_kl
 
 
 class LossModule(nn.Module):
@@ -57,53 +104,53 @@ def _module(name: str, function: Callable[..., Tensor]) -> type[LossModule]:
     })  # fmt: skip
 
 
-MSELoss = _module("MSELoss", functions.mse_loss)
-MAELoss = _module("MAELoss", functions.mae_loss)
-HuberLoss = _module("HuberLoss", functions.huber_loss)
-SmoothL1Loss = _module("SmoothL1Loss", functions.smooth_l1_loss)
-LogCoshLoss = _module("LogCoshLoss", functions.log_cosh_loss)
-QuantileLoss = _module("QuantileLoss", functions.quantile_loss)
-EpsilonInsensitiveLoss = _module("EpsilonInsensitiveLoss", functions.epsilon_insensitive_loss)
-BCEWithLogitsLoss = _module("BCEWithLogitsLoss", functions.bce_with_logits_loss)
-BCELoss = _module("BCELoss", functions.bce_loss)
-CrossEntropyLoss = _module("CrossEntropyLoss", functions.cross_entropy_loss)
-LabelSmoothingLoss = _module("LabelSmoothingLoss", functions.label_smoothing_loss)
-CategoricalCrossEntropy = _module("CategoricalCrossEntropy", functions.categorical_cross_entropy)
-NLLLoss = _module("NLLLoss", functions.nll_loss)
-FocalLoss = _module("FocalLoss", functions.focal_loss)
-MulticlassFocalLoss = _module("MulticlassFocalLoss", functions.multiclass_focal_loss)
-HingeLoss = _module("HingeLoss", functions.hinge_loss)
-ModifiedHuberLoss = _module("ModifiedHuberLoss", functions.modified_huber_loss)
-Poly1Loss = _module("Poly1Loss", functions.poly1_loss)
-CausalLMLoss = _module("CausalLMLoss", functions.causal_lm_loss)
-DFTLoss = _module("DFTLoss", functions.dft_loss)
-UnlikelihoodLoss = _module("UnlikelihoodLoss", functions.unlikelihood_loss)
-InfoNCELoss = _module("InfoNCELoss", functions.info_nce_loss)
-SupervisedContrastiveLoss = _module("SupervisedContrastiveLoss", functions.supervised_contrastive_loss)
-TripletLoss = _module("TripletLoss", functions.triplet_loss)
-BatchTripletLoss = _module("BatchTripletLoss", functions.batch_triplet_loss)
-SigLIPLoss = _module("SigLIPLoss", functions.siglip_loss)
-CosineEmbeddingLoss = _module("CosineEmbeddingLoss", functions.cosine_embedding_loss)
-KLDivergence = _module("KLDivergence", functions.kl_divergence)
-GeneralizedJSD = _module("GeneralizedJSD", functions.generalized_jsd)
-JensenShannon = _module("JensenShannon", functions.jensen_shannon)
-SkewKL = _module("SkewKL", functions.skew_kl)
-TotalVariation = _module("TotalVariation", functions.total_variation)
-AlphaDivergence = _module("AlphaDivergence", functions.alpha_divergence)
-DistillationLoss = _module("DistillationLoss", functions.distillation_loss)
-ULDLoss = _module("ULDLoss", functions.uld_loss)
-SpanLoss = _module("SpanLoss", functions.span_loss)
-HiddenStateLoss = _module("HiddenStateLoss", functions.hidden_state_loss)
-AttentionLoss = _module("AttentionLoss", functions.attention_loss)
-TopKKL = _module("TopKKL", functions.top_k_kl)
-TopKJSD = _module("TopKJSD", functions.top_k_jsd)
-SampledDistillationLoss = _module("SampledDistillationLoss", functions.sampled_distillation_loss)
-RewardLoss = _module("RewardLoss", functions.reward_loss)
-PlackettLuceLoss = _module("PlackettLuceLoss", functions.plackett_luce_loss)
-KTOLoss = _module("KTOLoss", functions.kto_loss)
-PPOLoss = _module("PPOLoss", functions.ppo_loss)
-ValueLoss = _module("ValueLoss", functions.value_loss)
-ActorCriticLoss = _module("ActorCriticLoss", functions.actor_critic_loss)
+MSELoss = _module("MSELoss", mse_loss)
+MAELoss = _module("MAELoss", mae_loss)
+HuberLoss = _module("HuberLoss", huber_loss)
+SmoothL1Loss = _module("SmoothL1Loss", smooth_l1_loss)
+LogCoshLoss = _module("LogCoshLoss", log_cosh_loss)
+QuantileLoss = _module("QuantileLoss", quantile_loss)
+EpsilonInsensitiveLoss = _module("EpsilonInsensitiveLoss", epsilon_insensitive_loss)
+BCEWithLogitsLoss = _module("BCEWithLogitsLoss", bce_with_logits_loss)
+BCELoss = _module("BCELoss", bce_loss)
+CrossEntropyLoss = _module("CrossEntropyLoss", cross_entropy_loss)
+LabelSmoothingLoss = _module("LabelSmoothingLoss", label_smoothing_loss)
+CategoricalCrossEntropy = _module("CategoricalCrossEntropy", categorical_cross_entropy)
+NLLLoss = _module("NLLLoss", nll_loss)
+FocalLoss = _module("FocalLoss", focal_loss)
+MulticlassFocalLoss = _module("MulticlassFocalLoss", multiclass_focal_loss)
+HingeLoss = _module("HingeLoss", hinge_loss)
+ModifiedHuberLoss = _module("ModifiedHuberLoss", modified_huber_loss)
+Poly1Loss = _module("Poly1Loss", poly1_loss)
+CausalLMLoss = _module("CausalLMLoss", causal_lm_loss)
+DFTLoss = _module("DFTLoss", dft_loss)
+UnlikelihoodLoss = _module("UnlikelihoodLoss", unlikelihood_loss)
+InfoNCELoss = _module("InfoNCELoss", info_nce_loss)
+SupervisedContrastiveLoss = _module("SupervisedContrastiveLoss", supervised_contrastive_loss)
+TripletLoss = _module("TripletLoss", triplet_loss)
+BatchTripletLoss = _module("BatchTripletLoss", batch_triplet_loss)
+SigLIPLoss = _module("SigLIPLoss", siglip_loss)
+CosineEmbeddingLoss = _module("CosineEmbeddingLoss", cosine_embedding_loss)
+KLDivergence = _module("KLDivergence", kl_divergence)
+GeneralizedJSD = _module("GeneralizedJSD", generalized_jsd)
+JensenShannon = _module("JensenShannon", jensen_shannon)
+SkewKL = _module("SkewKL", skew_kl)
+TotalVariation = _module("TotalVariation", total_variation)
+AlphaDivergence = _module("AlphaDivergence", alpha_divergence)
+DistillationLoss = _module("DistillationLoss", distillation_loss)
+ULDLoss = _module("ULDLoss", uld_loss)
+SpanLoss = _module("SpanLoss", span_loss)
+HiddenStateLoss = _module("HiddenStateLoss", hidden_state_loss)
+AttentionLoss = _module("AttentionLoss", attention_loss)
+TopKKL = _module("TopKKL", top_k_kl)
+TopKJSD = _module("TopKJSD", top_k_jsd)
+SampledDistillationLoss = _module("SampledDistillationLoss", sampled_distillation_loss)
+RewardLoss = _module("RewardLoss", reward_loss)
+PlackettLuceLoss = _module("PlackettLuceLoss", plackett_luce_loss)
+KTOLoss = _module("KTOLoss", kto_loss)
+PPOLoss = _module("PPOLoss", ppo_loss)
+ValueLoss = _module("ValueLoss", value_loss)
+ActorCriticLoss = _module("ActorCriticLoss", actor_critic_loss)
 
 
 class DPOLoss(nn.Module):
@@ -118,7 +165,7 @@ class DPOLoss(nn.Module):
         self.options = {"beta": beta, "loss_type": loss_type, **options}
 
     def forward(self, *tensors: Tensor, **more: Any) -> Tensor:
-        return functions.dpo_loss(*tensors, **self.options | more)
+        return dpo_loss(*tensors, **self.options | more)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
