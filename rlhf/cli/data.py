@@ -1,22 +1,21 @@
 """``rlhf data``: what a file becomes before anything is trained."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from rlhf.cli.arguments import parse
+from rlhf.cli.row_arguments import RowArguments
 from rlhf.cli.training import _require, quiet_logging
-from rlhf.data import Reading, RowFormat, load_data
-from rlhf.data.messages import from_json
+from rlhf.data import load_data
 from rlhf.evaluation import audit, audit_page, command_for, show_audit
 from rlhf.models import load_tokenizer
-from rlhf.trainers.config import renames
 
 
 @dataclass
-class AuditArguments:
+class AuditArguments(RowArguments):
     dataset_name: str | None = field(default=None, metadata={"help": "File, saved folder or hub name; or just FILE."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
     dataset_split: str = field(default="train", metadata={"help": "Split; a slice such as train[:1000] too."})
@@ -30,12 +29,6 @@ class AuditArguments:
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run tokenizer code from the hub."})
-    chat_template_path: str | None = field(default=None, metadata={"help": "Template file, or a model folder."})
-    chat_template_kwargs: str | None = field(
-        default=None, metadata={"help": 'JSON for the chat template, such as {"enable_thinking": false}.'}
-    )
-    columns: str | None = field(default=None, metadata={"help": "Columns under other names: question=prompt."})
-    roles: str | None = field(default=None, metadata={"help": "Roles under other names: agent=assistant."})
     split_turns: bool = field(default=False, metadata={"help": "Each answer of a conversation is a row of its own."})
     max_length: int = field(default=1024, metadata={"help": "Longest sequence in tokens, as in training."})
     samples: int = field(default=3, metadata={"help": "How many of the first rows are shown."})
@@ -55,21 +48,14 @@ def run(argv: list[str]) -> None:
         tokenizer = load_tokenizer(
             args.model_name_or_path, args.chat_template_path, args.model_revision, args.trust_remote_code
         )
-    reading = Reading(
-        RowFormat(
-            columns=renames(args.columns, "columns"),
-            roles=renames(args.roles, "roles"),
-            template_kwargs=_kwargs(args.chat_template_kwargs),
-            text_field=args.dataset_text_field,
-            # Without a model, columns of questions and answers are shown as turns.
-            template="tool_calls" if tokenizer is None else "",
-        ),
-        split_turns=args.split_turns,
-    )
+    reading = args.reading(args.split_turns)
+    # Without a model, questions and answers are shown as turns.
+    form = replace(reading.form, text_field=args.dataset_text_field, template="" if tokenizer else "tool_calls")
+    reading = replace(reading, form=form)
     found = audit(
         rows,
         args.dataset_name,
-        args.command or command_for(rows.column_names, reading),
+        args.command or command_for(rows, reading),
         tokenizer,
         reading,
         max_length=args.max_length,
@@ -83,10 +69,3 @@ def run(argv: list[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(audit_page(found), encoding="utf-8")
         print(f"saved {path}")
-
-
-def _kwargs(given: str | None) -> dict[str, Any]:
-    found = {} if given is None else from_json(given)
-    if not isinstance(found, dict):
-        raise ValueError(f"--chat_template_kwargs is no JSON object: {given}")
-    return found

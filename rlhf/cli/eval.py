@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.cli.arguments import LoadArguments, parse
+from rlhf.cli.row_arguments import RowArguments
 from rlhf.cli.training import _require, quiet_logging
 from rlhf.data import load_data, tokenizer_difference
 from rlhf.evaluation import complete, model_size, model_speed, prompts_of, show_completions, show_metrics
@@ -15,7 +16,7 @@ from rlhf.trainers import DistillConfig, DistillTrainer, DPOConfig, DPOTrainer, 
 
 
 @dataclass
-class EvalArguments:
+class EvalArguments(RowArguments):
     dataset_name: str | None = field(default=None, metadata={"help": "File, saved folder or hub name."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
     dataset_split: str = field(default="train", metadata={"help": "Split; a slice such as train[:200] too."})
@@ -27,13 +28,6 @@ class EvalArguments:
     )
     max_length: int = field(default=1024, metadata={"help": "Longest sequence in tokens."})
     drop_long_prompts: bool = field(default=False, metadata={"help": "Leave out rows with too long a prompt."})
-    chat_template_path: str | None = field(default=None, metadata={"help": "Template file, or a model folder."})
-    columns: str | None = field(default=None, metadata={"help": "Columns under other names: question=prompt."})
-    roles: str | None = field(default=None, metadata={"help": "Roles under other names: agent=assistant."})
-    chat_template_kwargs: str | None = field(
-        default=None,
-        metadata={"help": 'JSON for the chat template, such as {"enable_thinking": false}.'},
-    )
     batch_size: int = field(default=8, metadata={"help": "Rows a forward pass, on each device; moves speeds alone."})
     beta: float = field(default=0.1, metadata={"help": "Scale of the rewards in the preference metrics."})
     num_completions: int = field(default=0, metadata={"help": "Also answer this many prompts, greedily."})
@@ -57,7 +51,7 @@ def run(argv: list[str]) -> None:
         drop_long_prompts=args.drop_long_prompts,
         columns=args.columns,
         roles=args.roles,
-        chat_template_kwargs=args.chat_template_kwargs,
+        chat_template_kwargs=args.template_kwargs(),
         per_device_eval_batch_size=args.batch_size,
         report_to="none",
     )

@@ -9,7 +9,7 @@ from importlib import import_module
 COMMANDS = {
     "sft": "fine-tune on text, conversations, or prompts with completions",
     "dpo": "align with preference pairs (prompt, chosen, rejected)",
-    "kto": "align with answers marked good or bad (prompt, completion, label)",
+    "kto": "align with answers marked good or bad, without partners",
     "distill": "train a student to say what a teacher says",
     "reward": "train a reward model on preference pairs",
     "ppo": "learn from rewards, with a critic (prompts and --reward_funcs)",
@@ -20,7 +20,7 @@ COMMANDS = {
     "student": "make a smaller model: some of a teacher's layers, or fresh",
     "teacher": "keep what a teacher says of a data set, to distill from",
     "eval": "perplexity; preferences beside a reference, or KL to a teacher",
-    "data": "what a file becomes before training: columns, roles, lengths, tokens",
+    "data": "what a file becomes before training: columns, lengths, tokens",
     "losses": "the catalogue of losses: list, show one, advise",
 }
 

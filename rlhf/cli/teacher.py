@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.cli.arguments import LoadArguments, parse
+from rlhf.cli.row_arguments import RowArguments
 from rlhf.cli.training import _require, quiet_logging
 from rlhf.data import TeacherFile, create_teacher_file, load_data, tokenize_prompts, tokenize_sft
 from rlhf.data.packing import hash_of_tokens
@@ -22,7 +23,7 @@ from rlhf.trainers.teacher import keep_top_k, sample_completions
 
 
 @dataclass
-class TeacherArguments:
+class TeacherArguments(RowArguments):
     dataset_name: str | None = field(default=None, metadata={"help": "File, saved folder or hub name."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
     dataset_split: str = field(default="train", metadata={"help": "Split; a slice such as train[:1000] too."})
@@ -39,7 +40,6 @@ class TeacherArguments:
     seed: int = field(default=0, metadata={"help": "Of what is sampled."})
     max_length: int = field(default=1024, metadata={"help": "Longest sequence in tokens, as in training."})
     drop_long_prompts: bool = field(default=False, metadata={"help": "Leave out rows with too long a prompt."})
-    chat_template_path: str | None = field(default=None, metadata={"help": "Template file, or a model folder."})
     tokens_per_batch: int = field(default=4096, metadata={"help": "Tokens of a forward pass."})
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ def run(argv: list[str]) -> None:
         return
     rows = tokenize_sft(
         rows, tokenizer, max_length=args.max_length, vocab_size=vocabulary, text_field=args.dataset_text_field,
-        drop_long_prompts=args.drop_long_prompts,
+        drop_long_prompts=args.drop_long_prompts, reading=args.reading(),
     )  # fmt: skip
     if args.k > vocabulary:
         raise ValueError(f"--k {args.k} is more than the teacher's vocabulary of {vocabulary}")
@@ -103,7 +103,7 @@ def _answers(
     sampling = Sampling(temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_new_tokens)
     rows = tokenize_prompts(
         rows, tokenizer, max_prompt_length=args.max_length - args.max_new_tokens, vocab_size=vocabulary,
-        drop_long_prompts=args.drop_long_prompts,
+        drop_long_prompts=args.drop_long_prompts, reading=args.reading(),
     )  # fmt: skip
     key |= {"top_p": args.top_p, "max_new_tokens": args.max_new_tokens}
     key |= {"data": hash_of_tokens(rows, ("prompt_ids",)), "rows": len(rows)}

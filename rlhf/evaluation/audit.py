@@ -12,6 +12,7 @@ from rlhf.data.batching import IGNORE, sequences
 from rlhf.data.encoding import Row, cut, encode_pair, encode_sft, encode_unpaired
 from rlhf.data.formats import (
     canonical,
+    has_labels,
     is_labelled_bad,
     pair_columns,
     pair_dialogue,
@@ -71,10 +72,10 @@ class Audit:
     samples: list[tuple[int, list[list[Piece]]]] = field(default_factory=list)
 
 
-def command_for(columns: list[str], reading: Reading) -> str:
-    """The command that rows with these columns are for."""
-    names = renamed(columns, reading.form)
-    if "label" in names and "completion" in names:
+def command_for(rows: Any, reading: Reading) -> str:
+    """The command that these rows are for, by their columns."""
+    names = renamed(rows.column_names, reading.form)
+    if "label" in names and has_labels(rows, reading.form) and reading.form.text_field not in names:
         return "kto"
     for command, known in (("dpo", pair_columns), ("sft", sft_columns), ("grpo", prompt_columns)):
         try:

@@ -45,19 +45,21 @@ def test_figures_are_those_of_training(tokenizer, tmp_path):
 
 def test_pairs_are_counted_as_two_sequences(tokenizer):
     rows = Dataset.from_list([{"prompt": "why", "chosen": " yes", "rejected": " no no"}] * 2)
-    found = audit(rows, "rows", command_for(rows.column_names, Reading()), tokenizer)
+    found = audit(rows, "rows", command_for(rows, Reading()), tokenizer)
     row = tokenize_preferences(rows, tokenizer, max_length=64, vocab_size=330)[0]
     sizes = [len(row["prompt_ids"]) + len(row[key]) for key in ("chosen_ids", "rejected_ids")]
     assert found.command == "dpo" and found.lengths == sizes * 2
     assert found.scored_tokens == 2 * (len(row["chosen_ids"]) + len(row["rejected_ids"]))
 
 
-@pytest.mark.parametrize("columns, command", [
-    (["messages"], "sft"), (["prompt", "completion", "label"], "kto"), (["question", "chosen", "rejected"], "dpo"),
-    (["problem"], "grpo"), (["text"], "sft"),
+@pytest.mark.parametrize("row, command", [
+    ({"messages": [U, A]}, "sft"), ({"prompt": "a", "completion": "b", "label": True}, "kto"),
+    ({"messages": [U, A], "label": False}, "kto"), ({"messages": [U, A], "label": "sports"}, "sft"),
+    ({"question": "a", "chosen": "b", "rejected": "c"}, "dpo"), ({"problem": "a"}, "grpo"), ({"text": "a"}, "sft"),
+    ({"text": "a", "label": 1}, "sft"),
 ])  # fmt: skip
-def test_the_columns_decide_the_command(columns, command):
-    assert command_for(columns, Reading()) == command
+def test_the_columns_decide_the_command(row, command):
+    assert command_for(Dataset.from_list([row]), Reading()) == command
 
 
 def test_pieces_are_the_text(tokenizer):
