@@ -1,12 +1,14 @@
 """Options from a YAML file and the command line, into data classes."""
 
 import difflib
+import re
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from peft import LoraConfig
 from transformers import HfArgumentParser, TrainingArguments
@@ -16,7 +18,7 @@ SHIPPED_CONFIGS = Path(__file__).parents[1] / "configs"  # in an installed wheel
 
 @dataclass
 class ModelArguments:
-    """The model and, with ``use_peft``, the adapter."""
+    """The model, its bits and, with ``use_peft``, the adapter; names are TRL's."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "A folder, or a name on the hub."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
@@ -26,7 +28,36 @@ class ModelArguments:
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=32, metadata={"help": "Its scale, times rank."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of it."})
-    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Where it sits; all linear layers."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers it sits on, by name or as one pattern; all-linear by default."}
+    )
+    lora_target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Weights it sits on that are no layers, such as experts in one tensor."}
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Layers that are trained whole and saved with it."}
+    )
+    lora_task_type: str = field(default="CAUSAL_LM", metadata={"help": "What its config says; SEQ_CLS for rewards."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r)."})
+    use_dora: bool = field(default=False, metadata={"help": "Learn the lengths of the weights besides (DoRA)."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Hold the frozen weights in 8 bits; with use_peft."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Hold the frozen weights in 4 bits; with use_peft."})
+    bnb_4bit_quant_type: str = field(
+        default="nf4", metadata={"help": "What the 4 bits stand for.", "choices": ["fp4", "nf4"]}
+    )
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the scales of the 4 bits too."})
+    bnb_4bit_quant_storage: str | None = field(default=None, metadata={"help": "dtype that holds the 4 bits."})
+
+    def __post_init__(self) -> None:
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError("--load_in_8bit and --load_in_4bit exclude each other: pass one")
+        for name in ("lora_target_modules", "lora_target_parameters", "lora_modules_to_save"):
+            setattr(self, name, words(getattr(self, name)))
+        adapter = ("use_rslora", "use_dora")
+        for option in fields(ModelArguments):
+            given = getattr(self, option.name) != option.default
+            if given and not self.use_peft and (option.name in adapter or option.name.startswith("lora_")):
+                raise ValueError(f"--{option.name} is of an adapter: add --use_peft to train one, or leave it out")
 
     def load_kwargs(self, trust_remote_code: bool = False) -> dict[str, Any]:
         """What ``from_pretrained`` gets for the model that is trained."""
@@ -35,22 +66,63 @@ class ModelArguments:
             dtype=self.dtype,
             attn_implementation=self.attn_implementation,
             trust_remote_code=trust_remote_code,
+            **self.quantization(),
         )
 
     def other_kwargs(self, trust_remote_code: bool = False) -> dict[str, Any]:
         """The same for another model, whose branches and tags are its own."""
         return {key: value for key, value in self.load_kwargs(trust_remote_code).items() if key != "revision"}
 
+    def quantization(self) -> dict[str, Any]:
+        """``quantization_config`` of bitsandbytes, where fewer bits are asked for."""
+        if not (self.load_in_4bit or self.load_in_8bit):
+            return {}
+        config: dict[str, Any] = {"quant_method": "bitsandbytes", "load_in_8bit": self.load_in_8bit}
+        if self.load_in_4bit:
+            on_gpu = "bfloat16" if torch.cuda.is_available() else "float32"
+            config |= {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": self.bnb_4bit_quant_type,
+                "bnb_4bit_compute_dtype": on_gpu if self.dtype == "auto" else self.dtype,
+                "bnb_4bit_use_double_quant": self.use_bnb_nested_quant,
+            }
+            if self.bnb_4bit_quant_storage is not None:
+                config["bnb_4bit_quant_storage"] = self.bnb_4bit_quant_storage
+        return {"quantization_config": config}
+
     def peft_config(self) -> LoraConfig | None:
+        """
+        Raises:
+            ValueError: fewer bits and no adapter: such weights cannot be trained.
+        """
         if not self.use_peft:
+            if self.load_in_4bit or self.load_in_8bit:
+                bits = 4 if self.load_in_4bit else 8
+                raise ValueError(f"--load_in_{bits}bit: weights of {bits} bits are not trained, add --use_peft")
             return None
         return LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=self.lora_task_type,
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=self.lora_target_modules,
+            target_modules=targets(self.lora_target_modules),
+            target_parameters=self.lora_target_parameters,
+            modules_to_save=self.lora_modules_to_save,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
         )
+
+
+def words(given: list[str] | None) -> list[str] | None:
+    """Names that were given apart, or with commas."""
+    return None if given is None else [word.strip() for part in given for word in part.split(",") if word.strip()]
+
+
+def targets(names: list[str] | None) -> list[str] | str | None:
+    """Names of layers; one that is a pattern, or PEFT's word for all of them, by itself."""
+    if names is not None and len(names) == 1 and (names[0] == "all-linear" or re.search(r"[*+?()\[\]|^$\\]", names[0])):
+        return names[0]
+    return names
 
 
 @dataclass

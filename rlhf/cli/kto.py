@@ -12,5 +12,5 @@ from rlhf.trainers import KTOConfig, KTOTrainer
 def run(argv: list[str]) -> None:
     data, model, reference, args = parse("kto", (DataArguments, ModelArguments, ReferenceArguments, KTOConfig), argv)
     name = reference.ref_model_name_or_path
-    ref_model = None if name is None else load_model(name, **model.load_kwargs())
+    ref_model = None if name is None else load_model(name, **model.other_kwargs(args.trust_remote_code))
     train(data, model, args, partial(KTOTrainer, ref_model=ref_model))

@@ -39,6 +39,7 @@ def train(
     _require(model_name_or_path=model.model_name_or_path, dataset_name=data.dataset_name)
     if args.output_dir == "trainer_output":
         _require(output_dir=None)
+    peft_config = model.peft_config()
     output = Path(str(args.output_dir))
     checkpoint = _check_output(output, data, args.resume_from_checkpoint)
     train_rows = load_datasets(
@@ -61,7 +62,7 @@ def train(
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        peft_config=model.peft_config(),
+        peft_config=peft_config,
     )
     if data.overwrite:
         _clear(output, trainer)

@@ -66,6 +66,19 @@ def _lengths(column: Any) -> np.ndarray:
     return pc.list_value_length(column).to_numpy().astype(np.int64)
 
 
+def largest_token(rows: Dataset) -> int:
+    """The largest id in tokenised rows, nested or not; -1 where there is none."""
+    table = rows.with_format("arrow")[:]
+    largest = -1
+    for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids", "completions", "mismatched"):
+        column = table[name] if name in table.column_names else None
+        while column is not None and pa.types.is_nested(column.type):
+            column = pc.list_flatten(column)
+        if column is not None and len(column):
+            largest = max(largest, pc.max(column).as_py() or -1)
+    return largest
+
+
 def hash_of_tokens(rows: Dataset, columns: Sequence[str]) -> str:
     """Of the lists of ids in ``columns``, nested or not, row by row; however the rows lie in memory."""
     digest = xxhash.xxh3_64()

@@ -9,7 +9,7 @@ from rlhf.models.policy import Policy
 from rlhf.models.randomness import add_embedding_noise, configured_dropout, disable_dropout
 from rlhf.models.reward_model import RewardModel, add_scalar_head, load_reward_model
 from rlhf.models.student import copy_layers, fresh_student, matched_layers, spread_layers
-from rlhf.models.vocabulary import fit_embeddings, vocabulary_size
+from rlhf.models.vocabulary import vocabulary_size
 
 __all__ = [
     "ActorCritic",
@@ -24,7 +24,6 @@ __all__ = [
     "configured_dropout",
     "copy_layers",
     "disable_dropout",
-    "fit_embeddings",
     "fresh_student",
     "load_model",
     "load_reward_model",

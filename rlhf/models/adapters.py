@@ -17,7 +17,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from rlhf.models.places import loading, resolve
 from rlhf.models.policy import still
-from rlhf.models.vocabulary import vocabulary_size
+from rlhf.models.vocabulary import resize, vocabulary_size
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def _put_on(model: PreTrainedModel, adapter: str, name: str = "default", **hub: 
     """The adapter on ``model``, whose vocabulary grows to that which the adapter was trained with."""
     rows = _vocabulary_of(adapter)
     if rows is not None and rows != vocabulary_size(model):
-        model.resize_token_embeddings(rows)
+        resize(model, rows)
     return PeftModel.from_pretrained(model, adapter, adapter_name=name, **hub)
 
 
@@ -156,6 +156,28 @@ def add_adapter(model: Any, peft_config: PeftConfig) -> PeftModel:
         if isinstance(peft_config, LoraConfig):
             peft_config.init_lora_weights = True
     return adapted
+
+
+def learn_tokens(model: Any, peft_config: PeftConfig | None, tokens: list[int]) -> None:
+    """Let an adapter that is to come learn the rows of new ``tokens``, in the embeddings and in the head.
+
+    Nothing is to do where all weights learn, or where the adapter is on the embeddings anyway.
+    """
+    if not tokens or (peft_config is None and not hasattr(model, "peft_config")):
+        return
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if ends[1] is None or ends[1].weight is ends[0].weight:  # tied: PEFT lets the head follow
+        ends.pop()
+    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+    config: Any = peft_config
+    if not isinstance(config, LoraConfig) or config.trainable_token_indices is not None:
+        logger.warning("the rows of %d new tokens stay as they are drawn: the adapter does not learn them", len(tokens))
+        return
+    named = [] if isinstance(config.target_modules, str) else config.target_modules  # a word, or a pattern
+    taken = [*(config.modules_to_save or []), *(named or [])]
+    left = [name for name in names if not any(name == t or name.endswith(f".{t}") for t in taken)]
+    if left:
+        config.trainable_token_indices = {name.rpartition(".")[2]: tokens for name in left}
 
 
 def add_adapter_beside(model: PreTrainedModel, folder: str, name: str, peft_config: PeftConfig) -> PeftModel:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils import patch_environment
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -17,6 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from rlhf.data.chat import encode
 from rlhf.data.formats import Dialogue, Turns
 from rlhf.models import load_tokenizer
+from rlhf.models.adapters import adapter_config, base_of, merged
 from rlhf.models.linear import speed_up_linear
 
 logger = logging.getLogger(__name__)
@@ -174,8 +175,8 @@ def _load(name: str, dtype: str) -> nn.Module:
     if is_deepspeed_zero3_enabled():
         raise ValueError(f"{name}: no reward model in the process under ZeRO-3; serve it over HTTP, or use FSDP2")
     try:
-        if (Path(name) / "adapter_config.json").exists() and not (Path(name) / "config.json").exists():
-            return _load_adapter(name, dtype)
+        if (adapter := adapter_config(name)) is not None:
+            return _load_adapter(name, adapter, dtype)
         config = AutoConfig.from_pretrained(name)
         kinds = config.architectures or []
         if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
@@ -191,13 +192,9 @@ def _load(name: str, dtype: str) -> nn.Module:
     return model
 
 
-def _load_adapter(name: str, dtype: str) -> nn.Module:
+def _load_adapter(name: str, config: PeftConfig, dtype: str) -> nn.Module:
     """The adapter with its own score head, merged into its base model."""
-    config = PeftConfig.from_pretrained(name)
     if config.task_type != "SEQ_CLS":
         raise ValueError(f"its adapter is for {config.task_type}, expected SEQ_CLS")
-    base = AutoModelForSequenceClassification.from_pretrained(
-        str(config.base_model_name_or_path), num_labels=1, dtype=dtype
-    )
-    adapted: Any = PeftModel.from_pretrained(base, name)
-    return adapted.merge_and_unload()
+    base = AutoModelForSequenceClassification.from_pretrained(base_of(name, config), num_labels=1, dtype=dtype)
+    return merged(base, name)

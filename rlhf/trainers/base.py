@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput, set_seed, validate_quantization_for_training
 
 from rlhf.data import Batch, Collator, Mixture, Packed, answer_ends
-from rlhf.data.packing import longest_sequences, num_tokens
+from rlhf.data.packing import largest_token, longest_sequences, num_tokens
 from rlhf.models import (
     Policy,
     add_adapter,
@@ -29,15 +29,15 @@ from rlhf.models import (
     add_embedding_noise,
     choose_layout,
     disable_dropout,
-    fit_embeddings,
     load_model,
     load_tokenizer,
     mend_generation_config,
     vocabulary_size,
 )
-from rlhf.models.adapters import check_adapter
+from rlhf.models.adapters import check_adapter, learn_tokens
 from rlhf.models.policy import Wrapper
 from rlhf.models.positions import max_positions, trained_length
+from rlhf.models.vocabulary import grow, room
 from rlhf.trainers.checkpointing import checkpoint_to_resume, tell_of_resuming
 from rlhf.trainers.config import BaseConfig
 from rlhf.trainers.evaluating import Evaluating, Measures
@@ -102,9 +102,8 @@ class BaseTrainer(Evaluating):
             hub = {key: args.model_kwargs().get(key) for key in ("revision", "trust_remote_code")}
             processing_class = load_tokenizer(name or model.config._name_or_path, args.chat_template_path, **hub)
         set_tokens(processing_class, args)
-        fit_embeddings(model, processing_class)
         mend_generation_config(model)
-        vocab_size = vocabulary_size(model)
+        vocab_size = room(model, processing_class)
         with args.main_process_first(desc="tokenising"):
             train_dataset = self._prepare(train_dataset, processing_class, args, vocab_size)
             if isinstance(eval_dataset, dict):
@@ -114,8 +113,10 @@ class BaseTrainer(Evaluating):
             else:
                 eval_dataset = self._prepare(eval_dataset, processing_class, args, vocab_size)
         check_positions(model, train_dataset, eval_dataset)
+        set_seed(args.seed)  # transformers does so after this, and new rows and LoRA's A are drawn here
+        if args.add_tokens or uses_more(train_dataset, processing_class, vocabulary_size(model)):
+            learn_tokens(model, peft_config, grow(model, processing_class))
         if peft_config is not None:
-            set_seed(args.seed)  # transformers does so after this, and LoRA's A is drawn here
             model = add_adapter(model, peft_config)
         if args.disable_dropout:
             disable_dropout(model)
@@ -283,6 +284,14 @@ class BaseTrainer(Evaluating):
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # transformers' estimate reads a dict of inputs
+
+
+def uses_more(rows: Any, tokenizer: Any, vocabulary: int) -> bool:
+    """Whether training rows, their ends or their padding hold a token beyond ``vocabulary``; a stream may."""
+    if rows is None:
+        return False
+    ends = [index for index in (tokenizer.pad_token_id, tokenizer.eos_token_id) if index is not None]
+    return not isinstance(rows, Dataset) or max([largest_token(rows), *ends]) >= vocabulary
 
 
 def wide(device: torch.device) -> torch.dtype:

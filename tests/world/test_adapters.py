@@ -1,0 +1,269 @@
+"""An adapter's folder is what was trained, whoever loads it.
+
+Reported: huggingface/trl#872, hiyouga/LLaMA-Factory#2588 and huggingface/peft#2264 (a second adapter loses the first),
+huggingface/peft#2184 (PiSSA and OLoRA), #736 (biases), #1750 (new tokens), #2898 (adapters on embeddings),
+#1980 (prompt tuning), #2556 (layers that LoRA cannot sit on), huggingface/trl#2707 (a value head beside an adapter).
+"""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import close, sentences, tiny_model
+from datasets import Dataset
+from peft import (
+    AutoPeftModelForCausalLM,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf import (
+    DistillConfig,
+    DistillTrainer,
+    DPOConfig,
+    DPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from rlhf.models import load_model, load_reward_model, load_tokenizer
+
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 305, 314]])
+
+
+def lora(**options):
+    return LoraConfig(**{"r": 4, "task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"], **options})
+
+
+def logits(model):
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tokenizer):
+    """Of a model with a head of its own, and of one whose head is the embeddings."""
+    made = {}
+    for name, options in (("llama", {"attention_bias": True}), ("tied", {"tie_word_embeddings": True})):
+        made[name] = tmp_path_factory.mktemp(name)
+        tiny_model(**options).save_pretrained(made[name])
+        tokenizer.save_pretrained(made[name])
+    return made
+
+
+@pytest.fixture
+def sft(tmp_path, sft_rows):
+    def run(model, peft_config=None, out=tmp_path / "run", rows=sft_rows, **options):
+        named = {"processing_class": options.pop("processing_class")} if "processing_class" in options else {}
+        args = dict(max_steps=2, learning_rate=0.03, lr_scheduler_type="constant", report_to="none", use_cpu=True)
+        args |= dict(save_strategy="no", disable_tqdm=True, disable_dropout=True) | options
+        trainer = SFTTrainer(model, SFTConfig(out, **args), train_dataset=rows, peft_config=peft_config, **named)
+        trainer.train()
+        trainer.save_model()
+        return trainer, str(out)
+
+    return run
+
+
+def loads_alike(trainer, folder, skip=()):
+    want = logits(trainer.model.model)
+    base = json.loads((open(f"{folder}/adapter_config.json")).read())["base_model_name_or_path"]
+    ways = {
+        "rlhf": lambda: load_model(folder),
+        "transformers": lambda: AutoModelForCausalLM.from_pretrained(folder),
+        "peft": lambda: AutoPeftModelForCausalLM.from_pretrained(folder),
+        "peft on the base": lambda: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder),
+    }
+    for name, load in ways.items():
+        if name not in skip:
+            worst = float((logits(load()) - want).abs().max())
+            assert worst < 2e-5 * float(want.abs().max()), f"{name}: off by {worst}"
+
+
+KINDS = {
+    "lora": ("llama", lora),
+    "everywhere": ("llama", lambda: lora(target_modules=None, use_rslora=True)),
+    "tied head": ("tied", lambda: lora(target_modules=["lm_head", "q_proj"])),
+    "tied embeddings": ("tied", lambda: lora(target_modules=["embed_tokens", "q_proj"])),
+    "both": ("tied", lambda: lora(target_modules=["embed_tokens", "lm_head"])),
+    "both as one": ("tied", lambda: lora(target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)),
+    "embeddings whole": ("tied", lambda: lora(modules_to_save=["embed_tokens"])),
+    "tokens": ("tied", lambda: lora(trainable_token_indices=[305, 314])),
+    "pissa": ("llama", lambda: lora(init_lora_weights="pissa")),
+    "random pissa": ("llama", lambda: lora(init_lora_weights="pissa_niter_2")),
+    "olora": ("llama", lambda: lora(init_lora_weights="olora")),
+    "biases": ("llama", lambda: lora(bias="all")),
+    "ia3": ("llama", lambda: IA3Config(task_type="CAUSAL_LM")),
+    "dora": ("llama", lambda: lora(use_dora=True)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_the_folder_is_what_was_trained(kind, folders, sft):
+    base, config = KINDS[kind]
+    # transformers itself reads the lengths that DoRA learns wrongly
+    loads_alike(*sft(str(folders[base]), config()), skip=["transformers"] if kind == "dora" else [])
+
+
+def test_an_adapter_on_an_adapter(folders, sft, tmp_path):
+    """The second one sits on the first, which is saved with it; a folder that is moved as a whole still loads."""
+    _, first = sft(str(folders["llama"]), lora(), out=tmp_path / "first")
+    start = logits(load_model(first))
+    trainer, second = sft(first, lora(target_modules="all-linear"), out=tmp_path / "second")
+    with trainer.model.model.disable_adapter():
+        close(logits(trainer.model.model), start)
+    loads_alike(trainer, second)
+    assert load_tokenizer(second).get_vocab()
+    shutil.move(second, tmp_path / "moved")
+    close(logits(load_model(str(tmp_path / "moved"))), logits(trainer.model.model))
+    shutil.rmtree(tmp_path / "moved" / "base")
+    with pytest.raises(FileNotFoundError, match=r"its base model .* is gone; write where it is into .*adapter_config"):
+        load_model(str(tmp_path / "moved"))
+
+
+def test_checkpoints_share_what_they_sit_on_and_resume(folders, sft, tmp_path):
+    _, first = sft(str(folders["llama"]), lora(), out=tmp_path / "first")
+    saving = dict(save_strategy="steps", save_steps=1)
+    trainer, second = sft(first, lora(), out=tmp_path / "second", **{"max_steps": 4} | saving)
+    assert [str(p.relative_to(second)) for p in (tmp_path / "second").glob("**/base")] == ["base"]
+    want = logits(trainer.model.model)
+    again = SFTTrainer(first, trainer.args, train_dataset=trainer.train_dataset, peft_config=lora())
+    again.train(resume_from_checkpoint=f"{second}/checkpoint-2")
+    close(logits(again.model.model), want)
+
+
+def test_an_adapter_on_a_model_in_memory(sft, tokenizer):
+    loads_alike(*sft(tiny_model(), lora(), processing_class=tokenizer))
+
+
+@pytest.mark.parametrize("base", ["llama", "tied"])
+@pytest.mark.parametrize("adapter", [True, False])
+def test_new_tokens_are_learned_and_saved(base, adapter, folders, sft, tokenizer):
+    """Rows of the embeddings are added for them, and learned under an adapter too."""
+    more = copy.deepcopy(tokenizer)
+    more.add_tokens(["<tool>", "<sep>"], special_tokens=True)
+    rows = Dataset.from_list([{"text": f"{text} <tool> the cat <sep>"} for text in sentences(7, 8)])
+    trainer, folder = sft(str(folders[base]), lora() if adapter else None, rows=rows, processing_class=more)
+    assert trainer.model.config.vocab_size == len(load_tokenizer(folder)) == 332
+    if adapter:
+        rows = trainer.model.get_input_embeddings().weight[330:]
+        with trainer.model.model.disable_adapter():
+            assert (trainer.model.get_input_embeddings().weight[330:] - rows).abs().max() > 1e-3
+        loads_alike(trainer, folder)
+    else:
+        close(logits(load_model(folder)), logits(trainer.model.model))
+
+
+def test_a_new_token_to_pad_with_is_in_the_model(folders, sft, tokenizer):
+    more = copy.deepcopy(tokenizer)
+    more.add_special_tokens({"pad_token": "[PAD]"})
+    trainer, folder = sft(str(folders["tied"]), processing_class=more, layout="rows")
+    assert load_model(folder).config.vocab_size == 331 > load_tokenizer(folder).pad_token_id
+
+
+def test_tokens_that_no_row_has_change_no_model(folders, sft, tokenizer):
+    """Gemma 3's tokenizer has a token for images that its text models lack."""
+    more = copy.deepcopy(tokenizer)
+    more.add_tokens(["<image>"], special_tokens=True)
+    trainer, folder = sft(str(folders["llama"]), lora(), processing_class=more)
+    assert trainer.model.config.vocab_size == 330
+    assert trainer.model.peft_config["default"].base_model_name_or_path == str(folders["llama"])
+
+
+def test_a_file_of_an_enlarged_vocabulary_loads(folders, tmp_path):
+    """As PEFT saves one: with the whole embeddings, for a base that has fewer rows."""
+    model = AutoModelForCausalLM.from_pretrained(folders["llama"])
+    model.resize_token_embeddings(335)
+    adapted = get_peft_model(model, lora(init_lora_weights=False, modules_to_save=["embed_tokens", "lm_head"]))
+    adapted.save_pretrained(tmp_path)
+    close(logits(load_model(str(tmp_path))), logits(adapted))
+
+
+def test_a_second_stage_of_a_reward_model(folders, preference_rows, tmp_path):
+    def reward(model, out):
+        args = RewardConfig(out, max_steps=2, learning_rate=0.03, report_to="none", use_cpu=True, disable_tqdm=True)
+        trainer = RewardTrainer(model, args, train_dataset=preference_rows, peft_config=lora(task_type="SEQ_CLS"))
+        trainer.train()
+        trainer.save_model()
+        return trainer.model.model
+
+    reward(str(folders["llama"]), tmp_path / "first")
+    model = reward(str(tmp_path / "first"), tmp_path / "second")
+    want = logits(model)
+    close(logits(load_reward_model(str(tmp_path / "second")).model), want)
+    pad = dict(num_labels=1, pad_token_id=model.config.pad_token_id)
+    close(logits(AutoModelForSequenceClassification.from_pretrained(tmp_path / "second", **pad)), want)
+
+
+STARTS = {
+    "lora": lambda model: lora(),
+    "pissa": lambda model: lora(init_lora_weights="pissa"),
+    "biases": lambda model: lora(bias="all"),
+    "trained": lambda model: None,
+}
+
+
+@pytest.mark.parametrize("kind", STARTS)
+@pytest.mark.parametrize("precompute", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_the_reference_is_the_start(kind, precompute, preference_rows, tokenizer, tmp_path, caplog):
+    """The adapter switched off where that is the start; else a copy, which stays while the model moves."""
+    model = tiny_model("qwen2")
+    config = STARTS[kind](model)
+    if config is None:
+        model = get_peft_model(model, lora(init_lora_weights=False))
+    start = logits(model)
+    args = dict(max_steps=3, learning_rate=0.05, report_to="none", use_cpu=True, disable_tqdm=True, logging_steps=1)
+    args = DPOConfig(tmp_path, precompute_ref_log_probs=precompute, save_strategy="no", **args)
+    trainer = DPOTrainer(
+        model, args=args, train_dataset=preference_rows, processing_class=tokenizer, peft_config=config
+    )
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[0] == pytest.approx(0.693147, abs=1e-4) and losses[-1] != pytest.approx(losses[0], abs=1e-3)
+    assert ("a frozen copy is the reference" in caplog.text) == (kind != "lora")
+    if not precompute:
+        reference = trainer.model.model if trainer.ref_policy is None else trainer.ref_policy.model
+        if trainer.ref_policy is None:
+            with reference.disable_adapter():
+                close(logits(reference), start)
+        else:
+            close(logits(reference), start)
+
+
+def test_a_teacher_that_would_learn_is_refused(sft_rows, tokenizer, tmp_path):
+    adapted = get_peft_model(tiny_model("qwen2"), lora(bias="all"))
+    with pytest.raises(ValueError, match="with its adapter off would learn too"):
+        DistillTrainer(
+            adapted, args=DistillConfig(tmp_path, use_cpu=True), train_dataset=sft_rows, processing_class=tokenizer
+        )
+
+
+def test_two_adapters_are_refused(sft_rows, tokenizer, tmp_path):
+    adapted = get_peft_model(tiny_model(), lora())
+    with pytest.raises(ValueError, match="the model has an adapter already"):
+        SFTTrainer(
+            adapted, SFTConfig(tmp_path, use_cpu=True), train_dataset=sft_rows, processing_class=tokenizer,
+            peft_config=lora(),
+        )  # fmt: skip
+
+
+def test_invocation_tokens_and_prompts_are_refused_by_name(sft_rows, tokenizer, tmp_path):
+    for config, name in (
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "PROMPT_TUNING"),
+        (lora(alora_invocation_tokens=[5]), "aLoRA"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} adapters cannot be trained here"):
+            SFTTrainer(
+                tiny_model(), SFTConfig(tmp_path, use_cpu=True), train_dataset=sft_rows, processing_class=tokenizer,
+                peft_config=config,
+            )  # fmt: skip
