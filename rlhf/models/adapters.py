@@ -6,22 +6,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from rlhf.models.adapter_base import BASE
+from rlhf.models.adapter_off import off, probe, same
 from rlhf.models.places import loading, resolve
-from rlhf.models.policy import still
 from rlhf.models.vocabulary import resize, vocabulary_size
 
 logger = logging.getLogger(__name__)
-
-BASE = "base"  # beside an adapter: the weights that it sits on, where no checkpoint holds them
 
 # Kinds that act around the model, in PeftModel.forward, or that need more than ids: ours calls the model within.
 OUTSIDE = {PeftType.POLY: "it wants a task with each row", PeftType.XLORA: "it runs the model twice for each batch"}
@@ -148,7 +146,7 @@ def add_adapter(model: Any, peft_config: PeftConfig) -> PeftModel:
         adapted: Any = get_peft_model(model, peft_config)
     if before is None:
         return adapted
-    adapted.off_was_before = _same(before, _off(adapted))
+    adapted.off_was_before = same(before, off(adapted))
     if not adapted.off_was_before:
         # PiSSA and its kin move a part of the frozen weights into the adapter: what is left is saved beside it.
         model.name_or_path = ""
@@ -248,112 +246,3 @@ def linear_layers(model: Any) -> set[str]:
     # A layer is known by its last name, unless one that is left out (or no linear layer) is called so too.
     others = {name.rpartition(".")[2] for name in modules.keys() - set(taken)}
     return {last if (last := name.rpartition(".")[2]) not in others else name for name in taken}
-
-
-# What the model is with the adapter off
-
-
-def adapter_off_stays(model: Any) -> bool:
-    """Whether a PEFT model with its adapter off is the same whatever is learned (``bias="all"`` stays on, say).
-
-    A forward pass of 16 tokens, before and after every learned weight is moved; True where the weights cannot be read.
-    """
-    before = _off(model)
-    return before is None or _same(before, _moved(model))
-
-
-def adapter_off_is_start(model: Any) -> bool:
-    """Whether a PEFT model with its adapter off is, whatever is learned, the model that training starts from.
-
-    That is the model as it was before :func:`add_adapter`, or else as it is now with its adapter on. So it is under a
-    new LoRA adapter, and not under PiSSA, an adapter that is trained already, or ``bias="all"``: the frozen reference
-    is then a copy, and this says so. True where the weights cannot be read (sharded).
-    """
-    with still(model):
-        now = probe(model)
-    if now is None:
-        return True
-    starts = model.off_was_before if hasattr(model, "off_was_before") else _same(now, _off(model))
-    if starts and adapter_off_stays(model):
-        return True
-    configs = [model.peft_config[name] for name in model.active_adapters]
-    told = [f"{c.peft_type.value} adapter, bias {getattr(c, 'bias', 'none')!r}" for c in configs]
-    logger.warning(
-        "the model with its adapter off is not the model that training starts from (%s): a frozen copy is the "
-        "reference; to save that memory, merge the adapter first, or train a new LoRA adapter without biases",
-        "; ".join(told),
-    )
-    return False
-
-
-@torch.no_grad()
-def probe(model: Any) -> Tensor | None:
-    """Logits of 16 tokens (of a reward model, last hidden states); None where the weights are sharded, or on meta."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if any(p.is_meta or hasattr(p, "ds_id") for p in inner.parameters()):
-        return None
-    embeddings = inner.get_input_embeddings().weight
-    ids = torch.arange(1, 17, device=embeddings.device)[None] % embeddings.size(0)
-    inputs = dict(input_ids=ids, use_cache=False)
-    # A new reward model says 0 of everything.
-    found: Tensor = inner.base_model(**inputs)[0] if hasattr(inner, "score") else inner(**inputs).logits
-    return found.float()
-
-
-def _off(model: Any) -> Tensor | None:
-    with still(model), model.disable_adapter():
-        return probe(model)
-
-
-@torch.no_grad()
-def _moved(model: Any) -> Tensor | None:
-    learned = [p for p in model.parameters() if p.requires_grad]
-    kept = [p.detach().clone() for p in learned]
-    try:
-        for p in learned:
-            p.add_(0.5)
-        return _off(model)
-    finally:
-        for p, value in zip(learned, kept, strict=True):
-            p.copy_(value)
-
-
-def _same(one: Tensor, other: Tensor | None) -> bool:
-    return other is None or torch.allclose(one, other, rtol=0, atol=1e-4 * float(one.abs().max()))
-
-
-# Saving
-
-
-def keep_base(model: Any, home: Path, kept: set[Path], state: dict[str, Tensor] | None = None) -> None:
-    """Save what an adapter sits on into ``home/base``, if no checkpoint holds it, and name it in the adapter's config.
-
-    Of such a kind are a model made in memory, one with another adapter merged in, one whose vocabulary has grown.
-
-    Args:
-        kept: folders that hold it already; grows.
-        state: all weights of ``model``, where they are sharded.
-    """
-    if not isinstance(model, PeftModel) or model.get_base_model().__dict__.get("name_or_path"):
-        return
-    folder = (home / BASE).resolve()
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = str(folder)
-    if folder not in kept:
-        kept.add(folder)
-        base: Any = model.get_base_model()
-        base.save_pretrained(folder, state_dict=plain_base(model, model.state_dict() if state is None else state))
-        logger.info("%s: the weights that the adapter sits on; no other checkpoint holds them", folder)
-
-
-def plain_base(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of ``state``, the weights without the adapter, under the names that they have there."""
-    learned = (model.base_model.prefix, ".modules_to_save.", ".trainable_tokens_", ".token_indices")
-    weights = {}
-    for name, weight in state.items():
-        if any(part in name for part in learned):
-            continue
-        for part in ("base_model.model.", "token_adapter.", "base_layer.", "original_module."):
-            name = name.replace(part, "")
-        weights[name] = weight
-    return weights

@@ -14,7 +14,7 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from rlhf.models import configured_dropout
-from rlhf.models.adapters import keep_base
+from rlhf.models.adapter_base import keep_base
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data import Batch, Packed, open_teacher_file, tokenizer_difference
 from rlhf.logprobs import Scores
 from rlhf.models import Policy, load_model, load_tokenizer
-from rlhf.models.adapters import adapter_off_is_start, adapter_off_stays
+from rlhf.models.adapter_off import adapter_off_is_start, adapter_off_stays
 from rlhf.models.policy import Teacher, still
 from rlhf.rollouts import RolloutEngine
 from rlhf.trainers.aligned import OtherTokenizer, measure_aligned

@@ -25,7 +25,7 @@ from rlhf.models import (
     load_reward_model,
     load_tokenizer,
 )
-from rlhf.models.adapters import adapter_off_is_start
+from rlhf.models.adapter_off import adapter_off_is_start
 from rlhf.rewards import RewardSet
 from rlhf.rollouts import Environment, RolloutEngine
 from rlhf.trainers.answering import Answering

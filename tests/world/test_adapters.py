@@ -8,6 +8,7 @@ huggingface/peft#2184 (PiSSA and OLoRA), #736 (biases), #1750 (new tokens), #289
 import copy
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def sft(tmp_path, sft_rows):
 
 def loads_alike(trainer, folder, skip=()):
     want = logits(trainer.model.model)
-    base = json.loads((open(f"{folder}/adapter_config.json")).read())["base_model_name_or_path"]
+    base = json.loads(Path(folder, "adapter_config.json").read_text())["base_model_name_or_path"]
     ways = {
         "rlhf": lambda: load_model(folder),
         "transformers": lambda: AutoModelForCausalLM.from_pretrained(folder),
@@ -166,7 +167,7 @@ def test_new_tokens_are_learned_and_saved(base, adapter, folders, sft, tokenizer
 def test_a_new_token_to_pad_with_is_in_the_model(folders, sft, tokenizer):
     more = copy.deepcopy(tokenizer)
     more.add_special_tokens({"pad_token": "[PAD]"})
-    trainer, folder = sft(str(folders["tied"]), processing_class=more, layout="rows")
+    _, folder = sft(str(folders["tied"]), processing_class=more, layout="rows")
     assert load_model(folder).config.vocab_size == 331 > load_tokenizer(folder).pad_token_id
 
 
@@ -174,7 +175,7 @@ def test_tokens_that_no_row_has_change_no_model(folders, sft, tokenizer):
     """Gemma 3's tokenizer has a token for images that its text models lack."""
     more = copy.deepcopy(tokenizer)
     more.add_tokens(["<image>"], special_tokens=True)
-    trainer, folder = sft(str(folders["llama"]), lora(), processing_class=more)
+    trainer, _ = sft(str(folders["llama"]), lora(), processing_class=more)
     assert trainer.model.config.vocab_size == 330
     assert trainer.model.peft_config["default"].base_model_name_or_path == str(folders["llama"])
 

@@ -1,0 +1,71 @@
+"""What an adapter sits on, saved beside it where no other checkpoint holds it."""
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+BASE = "base"  # the folder beside an adapter
+
+
+def keep_base(model: Any, home: Path, kept: set[Path], state: dict[str, Tensor] | None = None) -> None:
+    """Save what an adapter sits on into ``home/base``, if no checkpoint holds it, and name it in the adapter's config.
+
+    Of such a kind are a model made in memory, one with another adapter merged in, one whose vocabulary has grown.
+
+    Args:
+        kept: folders that hold it already; grows.
+        state: all weights of ``model``, where they are sharded.
+    """
+    if not isinstance(model, PeftModel) or model.get_base_model().__dict__.get("name_or_path"):
+        return
+    folder = (home / BASE).resolve()
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = str(folder)
+    if folder not in kept:
+        kept.add(folder)
+        base: Any = model.get_base_model()
+        weights = plain_base(model, model.state_dict() if state is None else state)
+        if getattr(base, "is_quantized", False):
+            base, weights = dequantised(base, weights)
+        base.save_pretrained(folder, state_dict=weights)
+        logger.info("%s: the weights that the adapter sits on; no other checkpoint holds them", folder)
+
+
+def plain_base(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of ``state``, the weights without the adapter, under the names that they have there."""
+    learned = (model.base_model.prefix, ".modules_to_save.", ".trainable_tokens_", ".token_indices")
+    weights = {}
+    for name, weight in state.items():
+        if any(part in name for part in learned):
+            continue
+        for part in ("base_model.model.", "token_adapter.", "base_layer.", "original_module."):
+            name = name.replace(part, "")
+        weights[name] = weight
+    return weights
+
+
+def dequantised(base: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    """An empty model without quantisation, and the weights that fill it; few bits cannot be read back everywhere."""
+    whole = dict(weights)
+    for name, module in base.named_modules():
+        kind = type(getattr(module, "weight", None)).__name__
+        if kind not in ("Params4bit", "Int8Params") or hasattr(module, "base_layer"):
+            continue
+        name = name.replace(".base_layer", "")
+        for key in [key for key in whole if key.startswith(f"{name}.") and key != f"{name}.bias"]:
+            del whole[key]
+        whole[f"{name}.weight"] = dequantize_module_weight(module).detach().to(base.dtype)
+    config = copy.deepcopy(base.config)
+    del config.quantization_config
+    with torch.device("meta"):
+        shell = type(base)(config)
+    shell.generation_config = base.generation_config
+    return shell, whole
