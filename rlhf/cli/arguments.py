@@ -113,9 +113,12 @@ class ModelArguments:
         )
 
 
-def words(given: list[str] | None) -> list[str] | None:
-    """Names that were given apart, or with commas."""
-    return None if given is None else [word.strip() for part in given for word in part.split(",") if word.strip()]
+def words(given: list[str] | str | None) -> list[str] | None:
+    """Names that were given apart, or with commas; one alone in a file."""
+    if given is None:
+        return None
+    parts = [given] if isinstance(given, str) else given
+    return [word.strip() for part in parts for word in part.split(",") if word.strip()]
 
 
 def targets(names: list[str] | None) -> list[str] | str | None:
