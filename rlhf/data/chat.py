@@ -131,7 +131,10 @@ def answer_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def answer_ends(rows: Any, tokenizer: PreTrainedTokenizerBase, look_at: int = 64) -> list[int]:
-    """Ids of special tokens that end answers in the first ``look_at`` tokenised rows."""
+    """Ids of special tokens that end answers in the first ``look_at`` tokenised rows; of prompts alone, of the template
+    where they are conversations."""
+    if len(rows) and not _scored_ids(rows[0]):
+        return [] if isinstance(rows[0].get("prompt"), str) else answer_end_ids(tokenizer)
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     found: dict[int, None] = {}
     for number in range(min(len(rows), look_at)):

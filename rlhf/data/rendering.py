@@ -239,14 +239,14 @@ class _Finder:
         first = self.content_start(index)
         # A template may move a turn, such as the system's, behind an answer.
         earlier = [p for i in range(index) for p in self.present(i) if self.whole.index(p.mark) < first]
-        if not earlier:
+        if not index:
             return first
-        anchor = max(earlier, key=lambda part: self.whole.index(part.mark))
         begun = begin_answer(self.tokenizer, self.dialogue, self.marked.messages[:index])
+        anchor = max(earlier, key=lambda part: self.whole.index(part.mark), default=Part("", "", "", ""))
         if anchor.mark not in begun:
             return first
-        from_here = self.whole.index(anchor.mark) + 1
-        given = begun[begun.index(anchor.mark) + 1 :]
+        from_here = self.whole.index(anchor.mark) + len(anchor.mark)
+        given = begun[begun.index(anchor.mark) + len(anchor.mark) :]
         region = self.whole[from_here:first]
         same = _common(given, region)
         if same < len(given):
@@ -363,7 +363,7 @@ def _locate_by_prefix(
     answers: list[tuple[int, int]] = []
     needs_eos = False
     for index in scored:
-        begun = render(tokenizer, dialogue, messages[:index], generate=True)
+        begun = begin_answer(tokenizer, dialogue, messages[:index])
         closed = render(tokenizer, dialogue, messages[: index + 1])
         start, stop = len(begun), _common(closed, text)
         if not text.startswith(begun):

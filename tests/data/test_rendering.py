@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kinds import EOS, FAMILIES, KINDS
+from kinds import EOS, FAMILIES, KINDS, as_written, ids_of
 
 from rlhf.data import Dialogue, encode, encode_prompt, encode_reply
 
@@ -29,32 +29,6 @@ def conversations(draw):
     for _ in range(draw(st.integers(1, 3))):
         turns += [{"role": "user", "content": draw(TURN)}, {"role": "assistant", "content": draw(TURN)}]
     return name, turns
-
-
-def ids_of(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def tokens_before(tokenizer, text, ids, end):
-    """How many of ``ids`` are those of the text up to ``end``, and whether the next one reaches over it."""
-    before = ids_of(tokenizer, text[:end])
-    same = next((i for i, (one, other) in enumerate(zip(before, ids, strict=False)) if one != other), len(before))
-    return same, same < len(before)
-
-
-def as_written(tokenizer, pieces):
-    """Ids up to the end of the last answer, and which of them the model is to write."""
-    last = max(i for i, (_, written) in enumerate(pieces) if written)
-    text = "".join(piece for piece, _ in pieces[: last + 1])
-    ids = ids_of(tokenizer, text)
-    scored, place = [False] * len(ids), 0
-    for piece, written in pieces[: last + 1]:
-        first, _ = tokens_before(tokenizer, text, ids, place)
-        place += len(piece)
-        stop, over = tokens_before(tokenizer, text, ids, place)
-        if written:
-            scored[first : stop + over] = [True] * (stop + over - first)
-    return ids, scored
 
 
 @pytest.mark.parametrize("name", KINDS)
