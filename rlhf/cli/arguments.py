@@ -213,6 +213,8 @@ def _read_yaml(file: str, known: set[str], parser: ArgumentParser) -> dict[str, 
             raise ValueError(f"{file}: unknown key {key!r}{_nearest(str(key), known)}")
         if isinstance(value, dict) and key.endswith("dataset_name"):
             value = values[key] = [f"{name}:{weight}" for name, weight in value.items()]
+        if isinstance(value, list) and key in ("columns", "roles"):
+            value = values[key] = ",".join(map(str, value))
         if isinstance(value, list) and types[key].nargs not in ("+", "*"):
             raise ValueError(f"{file}: {key!r} takes one value, got a list")
         if isinstance(value, (bool, int, float)):

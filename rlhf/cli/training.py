@@ -17,6 +17,7 @@ from rlhf.data.tokenizing import name_of, prefixed
 from rlhf.models import load_model, load_tokenizer
 from rlhf.trainers.base import BaseConfig, BaseTrainer
 from rlhf.trainers.checkpointing import checkpoint_to_resume
+from rlhf.trainers.config import BAD_ROWS
 
 
 def quiet_logging() -> None:
@@ -138,7 +139,7 @@ def _check_output(folder: Path, data: DataArguments, checkpoint: str | None = No
 
 
 def _holds_run(folder: Path) -> bool:
-    left = {path.name for path in folder.iterdir()} == {"completions.jsonl"}  # by a run that ended in its first steps
+    left = {path.name for path in folder.iterdir()} <= {"completions.jsonl", BAD_ROWS}  # by a run that ended early
     return left or (folder / "training_args.bin").exists() or get_last_checkpoint(str(folder)) is not None
 
 
@@ -152,6 +153,9 @@ def _close(trainer: BaseTrainer) -> None:
 
 def _clear(folder: Path, trainer: BaseTrainer) -> None:
     if trainer.is_world_process_zero():
-        shutil.rmtree(folder)
-        folder.mkdir(parents=True)
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != BAD_ROWS:  # of the run that begins
+                path.unlink()
     trainer.accelerator.wait_for_everyone()

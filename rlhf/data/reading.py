@@ -59,7 +59,8 @@ def load_data(
         if isinstance(error, FileNotFoundError) or str(error).startswith(str(path)):
             raise
         raise ValueError(f"{source}: {_first_line(error)}") from error
-    rows.info.dataset_name = source
+    # Rows of a slice are numbered within it.
+    rows.info.dataset_name = f"{source} ({split})" if "[" in split else source
     return rows
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
@@ -165,18 +166,18 @@ def tokenize_prompts(
     mapped = dataset.map(
         partial(
             _encode_prompt, tokenizer=tokenizer, name=name, longest=max_prompt_length, vocab_size=vocab_size,
-            drop=drop_long_prompts, reading=reading,
+            drop=drop_long_prompts, reading=reading, places=_places(dataset),
         ),
         with_indices=True,
         new_fingerprint=Hasher.hash(key),
         num_proc=num_proc,
         desc=f"Tokenising {name}",
     )  # fmt: skip
-    bad = [(index + 1, why) for index, why in enumerate(mapped["_bad"]) if why]
+    bad = [(row + 1, why) for row, why in zip(mapped["_row"], mapped["_bad"], strict=True) if why]
     _list_bad_rows(name, bad, len(mapped), reading)
-    wrong = {row - 1 for row, _ in bad}
+    wrong = {index for index, why in enumerate(mapped["_bad"]) if why}
     kept = [i for i, ids in enumerate(mapped["prompt_ids"]) if i not in wrong and len(ids) <= max_prompt_length]
-    mapped = mapped.remove_columns("_bad")
+    mapped = mapped.remove_columns(["_bad", "_row"])
     if len(kept) == len(mapped):
         return mapped
     if long := len(mapped) - len(kept) - len(bad):
@@ -196,7 +197,9 @@ def _encode_prompt(
     vocab_size: int,
     drop: bool,
     reading: Reading,
+    places: np.ndarray | None,
 ) -> Row:
+    index = index if places is None else int(places[index])
     try:
         dialogue = formats.prompt_dialogue(formats.canonical(row, reading.form), reading.form)
         ids = chat.encode_prompt(tokenizer, dialogue)
@@ -211,8 +214,8 @@ def _encode_prompt(
     except ValueError as error:
         if reading.bad_rows is None:
             raise ValueError(f"{name}, row {index + 1}: {error}") from error
-        return {"prompt_ids": [0], "_bad": str(error)}
-    return {"prompt_ids": ids, "_bad": ""}
+        return {"prompt_ids": [0], "_bad": str(error), "_row": index}
+    return {"prompt_ids": ids, "_bad": "", "_row": index}
 
 
 def _paired(dataset: Dataset, form: RowFormat) -> Dataset:
@@ -321,7 +324,7 @@ def map_rows(
     if len(dataset) == 0:
         raise ValueError(f"{name}: no rows")
     mapped = dataset.map(
-        partial(_process_batch, process=process),
+        partial(_process_batch, process=process, places=_places(dataset)),
         with_indices=True,
         batched=True,
         batch_size=200,
@@ -345,9 +348,19 @@ def map_rows(
     return mapped if len(kept) == len(mapped) else mapped.select(kept)
 
 
+def _places(dataset: Dataset) -> np.ndarray | None:
+    """Where the rows stood before they were selected, shuffled or filtered; None where nothing was."""
+    indices = dataset._indices
+    return None if indices is None else indices.column(0).to_numpy()
+
+
 def _process_batch(
-    batch: dict[str, list[Any]], indices: list[int], process: Callable[[Row, int], list[Row]]
+    batch: dict[str, list[Any]],
+    indices: list[int],
+    process: Callable[[Row, int], list[Row]],
+    places: np.ndarray | None = None,
 ) -> dict[str, list[Any]]:
+    indices = indices if places is None else places[indices].tolist()
     rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
     done = [one for row, index in zip(rows, indices, strict=True) for one in process(row, index)]
     return {column: [one[column] for one in done] for column in done[0]}
@@ -379,9 +392,9 @@ def _list_bad_rows(name: str, bad: list[tuple[int, str]], rows: int, reading: Re
         return
     path = Path(reading.bad_rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        for row, why in bad:
-            file.write(json.dumps({"file": name, "row": row, "error": why}, ensure_ascii=False) + "\n")
+    lines = [json.dumps({"file": name, "row": row, "error": why}, ensure_ascii=False) for row, why in bad]
+    listed = path.read_text(encoding="utf-8").splitlines() if path.exists() else []  # by other sets, or before
+    path.write_text("\n".join(dict.fromkeys([*listed, *lines])) + "\n", encoding="utf-8")
     logger.warning("%s: left out %d of %d rows that cannot be read, listed in %s; first, row %d: %s",
                    name, len(bad), rows, path, *bad[0])  # fmt: skip
     if len(bad) == rows:

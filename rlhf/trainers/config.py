@@ -14,6 +14,8 @@ from rlhf.trainers.options import check_options, greater_is_better
 
 logger = logging.getLogger(__name__)
 
+BAD_ROWS = "bad_rows.jsonl"  # in output_dir, with drop_bad_rows
+
 
 @dataclass
 class BaseConfig(TrainingArguments):
@@ -154,7 +156,7 @@ class BaseConfig(TrainingArguments):
             roles=self.roles,  # type: ignore[arg-type]
             template_kwargs=given if isinstance(given, dict) else {},
         )
-        bad_rows = str(Path(str(self.output_dir)) / "bad_rows.jsonl") if self.drop_bad_rows else None
+        bad_rows = str(Path(str(self.output_dir)) / BAD_ROWS) if self.drop_bad_rows else None
         return Reading(form, split_turns=getattr(self, "split_turns", False), bad_rows=bad_rows)
 
 

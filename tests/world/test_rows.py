@@ -8,6 +8,7 @@ import pytest
 from conftest import TEMPLATE, tiny_model, write_rows
 from datasets import Dataset
 
+from rlhf.cli.main import main
 from rlhf.data import Reading, RowFormat, load_data, tokenize_preferences, tokenize_prompts, tokenize_sft
 from rlhf.data.tokenizing import tokenize_unpaired
 
@@ -415,6 +416,26 @@ def test_bad_rows_are_left_out_and_listed(tokenizer, tmp_path, caplog):
     listed = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["row"] for line in listed] == [2, 3] and "empty" in listed[1]["error"]
     assert "left out 2 of 3 rows that cannot be read" in caplog.text
+
+
+def test_rows_keep_the_numbers_of_their_file(tokenizer):
+    rows = Dataset.from_list([{"messages": [U, A]}] * 5 + [{"messages": [U, {**A, "content": ""}]}])
+    for chosen in (rows.select([5, 0, 2]), rows.filter(lambda row: True).select([1, 5])):
+        with pytest.raises(ValueError, match="row 6: "):
+            tokenize_sft(chosen, tokenizer, max_length=64, vocab_size=330)
+
+
+def test_the_list_of_bad_rows_belongs_to_the_last_run(model_folder, tmp_path):
+    """The list survives --overwrite, which clears the rest, and a run that ends before its first checkpoint."""
+    bad = {"messages": [U, {**A, "content": ""}]}
+    file = write_rows(tmp_path / "rows.jsonl", [{"messages": [U, A]}, bad])
+    argv = (
+        f"sft --model_name_or_path {model_folder} --dataset_name {file} --output_dir {tmp_path / 'run'} --max_steps 1"
+    )
+    argv += " --drop_bad_rows --report_to none --use_cpu true --disable_tqdm true"
+    assert main(argv.split()) == 0 and main([*argv.split(), "--overwrite"]) == 0
+    listed = (tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()
+    assert [json.loads(line)["row"] for line in listed] == [2]
 
 
 def test_the_cache_knows_every_option(tokenizer):
