@@ -1,5 +1,7 @@
 """From any Hugging Face causal LM to :class:`Scores`: the backbone, then the head in chunks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,14 +43,17 @@ def model_scores(
     """
     model = without_adapter(model)
     settings = verified_settings(model)
-    hidden = values = None
+    hidden = values = routers = None
     if settings is not None or value_head is not None:
         # A cache would be wasted, and with it transformers drops a packed mask without a word.
-        hidden = backbone_of(model)(**inputs, use_cache=False)[0]
+        outputs = backbone_of(model)(**inputs, use_cache=False)
+        hidden, routers = outputs[0], getattr(outputs, "router_logits", None)
     if value_head is not None and hidden is not None:
         values = read_values(value_head, hidden, targets)
     if settings is None or hidden is None:
-        scores = _own_head(model, targets, entropy, temperature, inputs)
+        with _router_logits(model, inputs) as heard:
+            scores = _own_head(model, targets, entropy, temperature, inputs)
+        routers = heard.get("router_logits")
         scores = scores if local_loss is None else scores._replace(loss=local_loss(scores, *per_token).sum())
     else:
         scores = score(
@@ -61,7 +66,7 @@ def model_scores(
             local_loss=local_loss,
             per_token=per_token,
         )
-    return scores._replace(values=values)
+    return scores._replace(values=values, router_logits=routers if inputs.get("output_router_logits") else None)
 
 
 def model_predictions(model: nn.Module, targets: Targets, *, temperature: float = 1.0, **inputs: Any) -> Predictions:
@@ -99,6 +104,29 @@ def _own_head(model: nn.Module, targets: Targets, entropy: bool, temperature: fl
     return Scores(logps[row, targets.token], entropies)
 
 
+@contextmanager
+def _router_logits(model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Listen to what the routers say while the whole model runs; filled where ``inputs`` ask for it."""
+    heard: dict[str, Any] = {}
+    if not inputs.get("output_router_logits"):
+        yield heard
+        return
+
+    def ask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, kwargs | {"output_router_logits": True}
+
+    def listen(module: nn.Module, args: Any, output: Any) -> None:
+        heard["router_logits"] = output.router_logits
+
+    backbone = backbone_of(model)
+    handles = backbone.register_forward_pre_hook(ask, with_kwargs=True), backbone.register_forward_hook(listen)
+    try:
+        yield heard
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def own_logits(
     model: nn.Module, targets: Targets, temperature: float, inputs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -107,5 +135,7 @@ def own_logits(
     shape = inputs["input_ids"].shape
     mask = torch.zeros(shape.numel(), dtype=torch.bool, device=kept.device)
     mask[kept] = True
+    # Of router logits the model would make a loss, under a mask that is not its own.
+    inputs = inputs | {"output_router_logits": False} if "output_router_logits" in inputs else inputs
     logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=mask.view(shape)).logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, row

@@ -50,7 +50,7 @@ class Scores(NamedTuple):
 
     ``loss`` is the sum over tokens of a loss that was given to the model; it carries the gradient then, not the rest.
     ``values`` are a critic's, of the state before each token; they carry a gradient of their own. ``teacher`` is what
-    was found beside one.
+    was found beside one. ``router_logits`` are a mixture's, of each layer, where they were asked for.
     """
 
     logps: Tensor
@@ -58,6 +58,7 @@ class Scores(NamedTuple):
     loss: Tensor | None = None
     values: Tensor | None = None
     teacher: Comparison | None = None
+    router_logits: tuple[Tensor, ...] | None = None
 
 
 LocalLoss = Callable[..., Tensor]

@@ -8,18 +8,22 @@ from rlhf.models.loading import load_model, load_tokenizer
 from rlhf.models.policy import Policy
 from rlhf.models.randomness import add_embedding_noise, configured_dropout, disable_dropout
 from rlhf.models.reward_model import RewardModel, add_scalar_head, load_reward_model
+from rlhf.models.routing import Balancing, Routing, balancing_of, routing
 from rlhf.models.student import copy_layers, fresh_student, matched_layers, spread_layers
 from rlhf.models.vocabulary import vocabulary_size
 
 __all__ = [
     "ActorCritic",
+    "Balancing",
     "Policy",
     "RewardModel",
+    "Routing",
     "add_adapter",
     "add_adapter_beside",
     "add_answer_ends",
     "add_embedding_noise",
     "add_scalar_head",
+    "balancing_of",
     "choose_layout",
     "configured_dropout",
     "copy_layers",
@@ -30,6 +34,7 @@ __all__ = [
     "load_tokenizer",
     "matched_layers",
     "mend_generation_config",
+    "routing",
     "spread_layers",
     "use_segments",
     "vocabulary_size",

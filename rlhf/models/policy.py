@@ -29,6 +29,7 @@ from rlhf.logprobs.aligned import HELD
 from rlhf.models.attention import NAME
 from rlhf.models.linear import speed_up_linear
 from rlhf.models.remake import fewer_activations, slim
+from rlhf.models.routing import Balancing
 
 
 class Wrapper(nn.Module):
@@ -102,6 +103,7 @@ class Policy(Wrapper):
         self.temperature = 1.0
         self.value_head: nn.Module | None = None
         self.critic: Any = None  # of an ActorCritic
+        self.balancing: Balancing | None = None  # router logits are wanted, for this
         # Before anything shards the weights: read the head and check it against the model's own logits.
         verified_settings(self.without_adapter)
 
@@ -135,7 +137,7 @@ class Policy(Wrapper):
                 per_token=per_token,
                 temperature=self.temperature,
                 value_head=self.value_head,
-                **batch.inputs(),
+                **self._inputs(batch),
             )
 
     def head_plan(
@@ -170,14 +172,20 @@ class Policy(Wrapper):
     def _beside_kept(self, batch: Batch, kept: TopK, divergence: Divergence) -> Scores:
         options = divergence.of_top_k()
         found = model_top_k_divergence(
-            self.model, batch.targets, kept, temperature=divergence.temperature, **options, **batch.inputs()
+            self.model, batch.targets, kept, temperature=divergence.temperature, **options, **self._inputs(batch)
         )
         return Scores(found.logps, loss=found.loss, teacher=Comparison(found.divergence * divergence.factor))
 
     def predictions(self, batch: Batch) -> Predictions:
         """What this model says of the targets, short of the softmax."""
         self._check_layout(batch)
-        return model_predictions(self.model, batch.targets, temperature=self.temperature, **batch.inputs())
+        return model_predictions(self.model, batch.targets, temperature=self.temperature, **self._inputs(batch))
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        inputs = batch.inputs()
+        if self.balancing is not None or getattr(self.config.get_text_config(), "output_router_logits", False):
+            inputs["output_router_logits"] = self.balancing is not None
+        return inputs
 
     def _check_layout(self, batch: Batch) -> None:
         if batch.segments is not None and self.config._attn_implementation != NAME:

@@ -125,6 +125,10 @@ class LocalEngine:
         device = next(self.base.parameters()).device
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
+        text_config = self.base.config.get_text_config()
+        routers = getattr(text_config, "output_router_logits", False)
+        if routers:  # a loss of them would be made for each token
+            text_config.output_router_logits = False
         try:
             with (
                 torch.inference_mode(),
@@ -134,6 +138,8 @@ class LocalEngine:
         finally:
             for module in training:
                 module.training = True
+            if routers:
+                text_config.output_router_logits = routers
 
     @contextmanager
     def _our_attention(self) -> Iterator[None]:

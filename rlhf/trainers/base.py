@@ -38,6 +38,7 @@ from rlhf.models.adapters import check_adapter, learn_tokens
 from rlhf.models.policy import Wrapper
 from rlhf.models.positions import max_positions, trained_length
 from rlhf.models.vocabulary import grow, room
+from rlhf.trainers.balancing import balancer
 from rlhf.trainers.checkpointing import checkpoint_to_resume, tell_of_resuming
 from rlhf.trainers.config import BaseConfig
 from rlhf.trainers.evaluating import Evaluating, Measures
@@ -56,6 +57,7 @@ class BaseTrainer(Evaluating):
 
     config_class: ClassVar[type[BaseConfig]] = BaseConfig
     wrapper: Callable[[Any], Wrapper] = Policy
+    balances: ClassVar[bool] = False  # `measure` hands on the router logits of a mixture
     args: Any  # of config_class
     loss_is_scaled_for_ga = True  # ours is normalised over the whole step already
 
@@ -151,6 +153,7 @@ class BaseTrainer(Evaluating):
         if data_collator is None and choose_layout(model, self._layout()) == "segments":  # where the model now is
             self.data_collator = Collator(pad, layout="segments")  # type: ignore[assignment]
         self._sums: dict[str, Tensor] = {}
+        self.balancer = balancer(self.model, args.router_aux_loss_coef, self.accelerator, self.balances)
         if (args.profile or args.verbose) and args.process_index == 0:
             self.add_callback(Profiler(self))
 
@@ -215,7 +218,28 @@ class BaseTrainer(Evaluating):
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         # Written on the device: a copy to it would wait for all that is under way there.
         count = torch.full((), sum(self.count(batch) for batch in batch_samples), device=device)
+        if self.balancer is not None:
+            self._add({"aux_loss": (count * 0, torch.ones_like(count) / self.accelerator.num_processes)})
+            batches = [self.text_of(inputs).to(self.args.device) for inputs in batch_samples]
+            self.balancer.look_ahead(self.model_wrapped, batches)
         return self.accelerator.reduce(count)
+
+    @property
+    def aux_loss_enabled(self) -> bool:
+        """Whether a load-balancing loss of routers is added."""
+        return self.balancer is not None
+
+    def text_of(self, inputs: Any) -> Batch:
+        """What the policy reads of a batch of the training data."""
+        return inputs
+
+    def _balancing_loss(self, measures: Measures, inputs: Any) -> Tensor | float:
+        """This batch's share of the load-balancing loss of the step, weighted."""
+        if self.balancer is None or measures.router_logits is None:
+            return 0.0
+        share = self.balancer.share(measures.router_logits, self.text_of(inputs))
+        self._add({"aux_loss": (share, torch.zeros_like(share))})
+        return self.balancer.balancing.coef * share
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:  # type: ignore[override]
         return inputs.to(self.args.device)
@@ -227,7 +251,8 @@ class BaseTrainer(Evaluating):
         count = num_items_in_batch if num_items_in_batch is not None else measures.counts.sum()
         # Gradients are averaged over ranks, so each adds its share of the sum times their number.
         total = measures.total if measures.total is not None else measures.loss.sum()
-        loss = total * (self.accelerator.num_processes / torch.clamp(count, min=1))
+        loss = total / torch.clamp(count, min=1) + self._balancing_loss(measures, inputs)
+        loss = loss * self.accelerator.num_processes
         tokens = inputs.num_tokens()
         self._add({**measures.metrics, "num_tokens": (tokens, torch.zeros_like(tokens))})
         return (loss, measures) if return_outputs else loss

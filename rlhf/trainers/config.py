@@ -52,6 +52,13 @@ class BaseConfig(TrainingArguments):
         default=None, metadata={"help": "New special tokens; the model's embeddings grow by them."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the hub."})
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the load-balancing loss of a mixture's routers; 0 for none. By default the model's own, "
+            "where its config has output_router_logits on."
+        },
+    )
     layout: str = field(
         default="auto",
         metadata={

@@ -147,6 +147,7 @@ class DPOTrainer(ReferencedTrainer):
     """
 
     config_class: ClassVar[type[BaseConfig]] = DPOConfig
+    balances: ClassVar[bool] = True
     exponentials: ClassVar[frozenset[str]] = frozenset({"perplexity/chosen"})
 
     ref_tokens: ClassVar[tuple[str, ...]] = ("prompt_ids", "chosen_ids", "rejected_ids", "labels")
@@ -180,7 +181,8 @@ class DPOTrainer(ReferencedTrainer):
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
         targets, args = batch.targets, self.args
         ref_chosen, ref_rejected = self.ref_sums(model, batch).view(-1, 2).unbind(1)
-        logps = model(batch).logps
+        scores = model(batch)
+        logps = scores.logps
         chosen, rejected = self.sums(batch, logps).view(-1, 2).unbind(1)
         chosen_lengths, rejected_lengths = targets.counts().view(-1, 2).unbind(1)
         losses = args.loss(
@@ -204,7 +206,8 @@ class DPOTrainer(ReferencedTrainer):
         }
         counted = {name: (value, one) for name, value in metrics.items()}
         nll = -targets.sum(logps.detach()).view(-1, 2)[:, 0]
-        return Measures(losses, one, {**counted, "perplexity/chosen": (nll, chosen_lengths)})
+        counted["perplexity/chosen"] = (nll, chosen_lengths)
+        return Measures(losses, one, counted, router_logits=scores.router_logits)
 
     def _pair_weights(self, model: nn.Module, batch: Batch, logps: Tensor) -> Tensor:
         """WPO's weights, [pairs]: for each answer the geometric mean of p(token) / sum p^2, over its tokens.

@@ -23,6 +23,7 @@ class Measures(NamedTuple):
     counts: Tensor  # [S], what the loss is divided by
     metrics: dict[str, tuple[Tensor, Tensor]]  # name to ([S] sums, [S] counts)
     total: Tensor | None = None  # scalar sum of `loss`, with the gradient
+    router_logits: tuple[Tensor, ...] | None = None  # to be balanced
 
 
 class Evaluating(Checkpointing):

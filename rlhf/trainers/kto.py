@@ -80,6 +80,7 @@ class KTOTrainer(ReferencedTrainer):
     """
 
     config_class: ClassVar[type[BaseConfig]] = KTOConfig
+    balances: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -151,7 +152,8 @@ class KTOTrainer(ReferencedTrainer):
         args, desirable = self.args, batch.desirable
         if desirable is None:
             raise ValueError("these rows have no 'label': pass them to the trainer as prompt, completion and label")
-        logps, ref_logps = batch.targets.sum(model(batch).logps), self.ref_sums(model, batch)
+        scores, ref_logps = model(batch), self.ref_sums(model, batch)
+        logps = batch.targets.sum(scores.logps)
         losses = kto_loss(
             logps,
             ref_logps,
@@ -168,7 +170,7 @@ class KTOTrainer(ReferencedTrainer):
         for name, among in (("chosen", desirable), ("rejected", ~desirable)):
             metrics[f"rewards/{name}"] = (rewards * among, among * one)
             metrics[f"logps/{name}"] = (logps.detach() * among, among * one)
-        return Measures(losses, one, metrics)
+        return Measures(losses, one, metrics, router_logits=scores.router_logits)
 
     def values(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
         values = super().values(sums)

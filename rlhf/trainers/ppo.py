@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data import tokenize_prompts
+from rlhf.data import Batch, tokenize_prompts
 from rlhf.losses import truncated_importance_weights, value_loss
 from rlhf.models import (
     ActorCritic,
@@ -65,6 +65,7 @@ class PPOTrainer(Answering):
     """
 
     config_class: ClassVar[type[BaseConfig]] = PPOConfig
+    balances: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -269,6 +270,9 @@ class PPOTrainer(Answering):
 
     # The loss
 
+    def text_of(self, inputs: Any) -> Batch:
+        return inputs.batch
+
     def count(self, batch: Any) -> int:
         return self._objective().count(batch.lengths)
 
@@ -306,7 +310,9 @@ class PPOTrainer(Answering):
         metrics = self.report.of_step(batch, scores, before, weight, total, critic, objective)
         size = len(batch.lengths)
         share = (total.detach() / size).expand(size)
-        return Measures(share, torch.full((size,), objective.count(batch.lengths) / size), metrics, total)
+        return Measures(
+            share, torch.full((size,), objective.count(batch.lengths) / size), metrics, total, scores.router_logits
+        )
 
     # What is shown
 

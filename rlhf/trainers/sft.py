@@ -106,7 +106,7 @@ class TextTrainer(BaseTrainer):
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
         scores = model(batch, _nll)
         nll, tokens = -batch.targets.sum(scores.logps.detach()), batch.targets.counts()
-        return Measures(nll, tokens, {"perplexity": (nll, tokens)}, scores.loss)
+        return Measures(nll, tokens, {"perplexity": (nll, tokens)}, scores.loss, scores.router_logits)
 
 
 class SFTTrainer(TextTrainer):
@@ -131,6 +131,7 @@ class SFTTrainer(TextTrainer):
     """
 
     config_class: ClassVar[type[BaseConfig]] = SFTConfig
+    balances: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -169,7 +170,8 @@ class SFTTrainer(TextTrainer):
         scores = model(batch, _dft)
         logps, tokens = scores.logps.detach(), batch.targets.counts()
         sums = {"perplexity": (-batch.targets.sum(logps), tokens)}
-        return Measures(-batch.targets.sum(logps * logps.exp()), tokens, sums, scores.loss)
+        losses = -batch.targets.sum(logps * logps.exp())
+        return Measures(losses, tokens, sums, scores.loss, scores.router_logits)
 
 
 def _nll(scores: Scores) -> Tensor:
