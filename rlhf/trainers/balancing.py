@@ -1,5 +1,7 @@
 """The load-balancing loss of a mixture's routers, added to a trainer's loss."""
 
+import logging
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -7,6 +9,8 @@ from torch import Tensor, nn
 from rlhf.data import Batch
 from rlhf.models import Balancing, Policy, Routing, balancing_of, routing
 from rlhf.models.policy import still
+
+logger = logging.getLogger(__name__)
 
 
 class Balancer:
@@ -50,6 +54,8 @@ def balancer(model: nn.Module, coef: float | None, accelerator: Accelerator, abl
     if not able or not isinstance(model, Policy):
         if coef:
             raise ValueError("router_aux_loss_coef: this trainer adds no load-balancing loss; leave it out")
+        if isinstance(model, Policy) and balancing_of(model.without_adapter) is not None:
+            logger.warning("the config asks for a load-balancing loss of the routers, and this trainer adds none")
         return None
     model.balancing = balancing_of(model.without_adapter, coef)
     return None if model.balancing is None else Balancer(model.balancing, accelerator)
