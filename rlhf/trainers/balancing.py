@@ -34,7 +34,7 @@ class Balancer:
                 logits = model(batch).router_logits
             own = routing(logits, batch, self.balancing.top_k)
             found.append(torch.cat([own.chosen, own.probs, own.rows[None]]))
-        whole: Tensor = self.accelerator.reduce(torch.stack(found).sum(0))  # type: ignore[assignment]
+        whole: Tensor = self.accelerator.reduce(torch.stack(found).sum(0))
         chosen, probs = whole[:-1].chunk(2)
         self._step = Routing(chosen, probs, whole[-1])
 
