@@ -5,6 +5,7 @@ Where a border falls inside a token, that token belongs to the answer.
 """
 
 import os
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -251,7 +252,12 @@ def _messages(turns: Turns) -> list[Message]:
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> Tokens:
     if tokenizer.is_fast:
         encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-        return Tokens(list(encoding["input_ids"]), [(start, end) for start, end in encoding["offset_mapping"]])
+        offsets = encoding["offset_mapping"]
+        for index in range(len(offsets) - 1, 0, -1):  # special tokens behind the text stand behind it
+            if offsets[index] != (0, 0):
+                break
+            offsets[index] = (len(text), len(text) + 1)
+        return Tokens(encoding["input_ids"], offsets)
     return Tokens(list(tokenizer(text, add_special_tokens=special)["input_ids"]), None)
 
 
@@ -260,8 +266,7 @@ def _first_token_after(
 ) -> int:
     """The first token with a character at or after ``border``: it may begin before."""
     if tokens.offsets is not None:
-        reach = (index for index, (_, end) in enumerate(tokens.offsets) if end > border)
-        found = next(reach, len(tokens.ids))
+        found = bisect_right(tokens.offsets, border, key=lambda offset: offset[1])
         return found - 1 if found and _trimmed_over(tokenizer, tokens, text, border, found - 1) else found
     before = _tokens(tokenizer, text[:border], special).ids
     return _common_prefix([before, tokens.ids])
@@ -280,8 +285,7 @@ def _trimmed_over(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, text: str,
 def _first_token_from(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, text: str, border: int, special: bool) -> int:
     """The first token that begins at or after ``border``."""
     if tokens.offsets is not None:
-        reach = (index for index, (start, end) in enumerate(tokens.offsets) if start >= border and end > 0)
-        return next(reach, len(tokens.ids))
+        return bisect_left(tokens.offsets, border, key=lambda offset: offset[0])
     before = _tokens(tokenizer, text[:border], special).ids
     same = _common_prefix([before, tokens.ids])
     return same if same == len(before) else same + 1

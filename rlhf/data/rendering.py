@@ -4,6 +4,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError, UndefinedError
@@ -377,6 +378,12 @@ def _locate_by_prefix(
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """A pattern of all added tokens: every row asks for it, and some tokenizers have a thousand."""
+    return _pattern_of_added(tokenizer, len(tokenizer), tokenizer.eos_token)
+
+
+@lru_cache(4)
+def _pattern_of_added(tokenizer: PreTrainedTokenizerBase, *state: Any) -> re.Pattern[str] | None:
     words = {str(token.content) for token in tokenizer.added_tokens_decoder.values() if str(token.content).strip()}
     return re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))) if words else None
 
