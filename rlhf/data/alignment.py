@@ -146,7 +146,8 @@ def _keys(pieces: list[Piece], common: list[int]) -> list[tuple[int, bool]]:
 
 def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Raises for what is neither byte-level nor SentencePiece."""
-    decoder = tokenizer.backend_tokenizer.decoder  # alone: to write out the whole tokenizer takes a tenth of a second
+    # The decoder alone: to write out the whole tokenizer takes a tenth of a second.
+    decoder = tokenizer.backend_tokenizer.decoder if tokenizer.is_fast else None
     kinds = set() if decoder is None else _kinds(json.loads(decoder.__getstate__()))
     if "ByteLevel" in kinds:
         return True

@@ -142,7 +142,9 @@ def what_is_lost(
         notes.append(
             f"the chat template leaves out {names} of the role {message['role']!r}"
             + (" before </think>" if thought and lost[0].name == "content" else "")
-            + ", which is lost; --chat_template_path takes another template"
+            + ", which is lost; "
+            + ("--split_turns learns it, " if thought and message["role"] == "assistant" else "")
+            + "--chat_template_path takes another template"
         )
     return tuple(dict.fromkeys(notes))
 

@@ -187,16 +187,16 @@ def locate_lost_answer(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, m
     """The last message as the model would write it, where the template leaves out its reasoning: behind what the model
     is given to begin with, and up to the end that the template writes."""
     usual = locate_answers(tokenizer, dialogue, messages, len(messages) - 1)
-    begun, answer = render(tokenizer, dialogue, messages[:-1], generate=True), messages[-1]
-    content = str(answer["content"])
+    begun, answer = begin_answer(tokenizer, dialogue, messages[:-1]), messages[-1]
+    written = usual.text[slice(*usual.answers[-1])] if usual.answers else ""
     reasoning = next((str(answer[key]) for key in REASONING if answer.get(key)), None)
-    text = content if reasoning is None else f"<think>\n{reasoning}\n</think>\n\n{content}"
+    content = str(answer.get("content") or "")
+    rest = THOUGHT_TAG.split(content)[-1]
+    own = content[: len(content) - len(rest.lstrip())] if reasoning is None else f"<think>\n{reasoning}\n</think>\n\n"
+    text = own + written.lstrip()
     given = next(n for n in range(len(text), -1, -1) if begun.endswith(text[:n]))
-    written = usual.text[slice(*usual.answers[-1])]
-    last = THOUGHT_TAG.split(content)[-1].strip()
-    closing = written[written.rindex(last) + len(last) :] if last in written else ""
-    whole = begun + text[given:].rstrip() + closing
-    return Rendering(whole, [(len(begun), len(whole))], usual.needs_eos)
+    whole = begun + text[given:]
+    return Rendering(whole, [(len(begun), len(whole))], usual.needs_eos or not usual.answers)
 
 
 def leaves_out_thought(notes: tuple[str, ...]) -> bool:

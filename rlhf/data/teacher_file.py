@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.batching import IGNORE, TEACHER_ROW
 from rlhf.data.packing import hash_of_tokens
+from rlhf.data.vocabulary import tokenizer_rules
 from rlhf.logprobs import TopK
 
 FORMAT = 1  # raise it when what is stored, or how it is computed, changes
@@ -41,9 +42,10 @@ _OTHER = {  # parts of a key that are hashes, which say nothing to a reader
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> Key:
     """Hashes of the vocabulary with its rules, and of the chat template."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    rules = {name: value for name, value in rules.items() if name not in ("padding", "truncation")}  # of the last call
-    parts = {"tokenizer": [rules, tokenizer.special_tokens_map], "template": tokenizer.chat_template}
+    parts = {
+        "tokenizer": [tokenizer_rules(tokenizer), tokenizer.special_tokens_map],
+        "template": tokenizer.chat_template,
+    }
     return {name: _hash(part) for name, part in parts.items()}
 
 

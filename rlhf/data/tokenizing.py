@@ -27,6 +27,7 @@ from rlhf.data.encoding import (
     encode_unpaired,
 )
 from rlhf.data.formats import RowFormat
+from rlhf.data.vocabulary import tokenizer_rules
 
 logger = logging.getLogger(__name__)
 
@@ -304,11 +305,8 @@ def _tokenize(
 
 def identity(tokenizer: PreTrainedTokenizerBase) -> Any:
     """All of a tokenizer that decides what a row becomes."""
-    if tokenizer.is_fast:
-        kind_of: Any = tokenizer.backend_tokenizer.to_str()
-    else:
-        kind_of = (type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items()), repr(tokenizer.init_kwargs))
-    return tokenizer.chat_template, tokenizer.special_tokens_map, kind_of
+    rules = json.dumps(tokenizer_rules(tokenizer), sort_keys=True)
+    return tokenizer.chat_template, tokenizer.special_tokens_map, rules
 
 
 def map_rows(

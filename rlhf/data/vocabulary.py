@@ -22,6 +22,15 @@ def tokenizer_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
     return None
 
 
+def tokenizer_rules(tokenizer: Any) -> dict[str, Any]:
+    """All by which text becomes ids, as JSON; of a tokenizer without Rust, its class, vocabulary and arguments."""
+    if not tokenizer.is_fast:
+        kind, vocabulary = type(tokenizer).__qualname__, tokenizer.get_vocab()
+        return {"class": kind, "vocabulary": vocabulary, "arguments": repr(tokenizer.init_kwargs)}
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {name: value for name, value in rules.items() if name not in ("padding", "truncation")}  # of the last call
+
+
 def _named(vocabulary: dict[int, str], index: int) -> str:
     return repr(vocabulary[index]) if index in vocabulary else "missing"
 

@@ -5,8 +5,19 @@ from conftest import tiny_model
 from datasets import Dataset
 from kinds import FAMILIES, as_written, byte_level
 
-from rlhf.data import Dialogue, answer_end_ids, answer_ends, encode, encode_prompt, tokenize_sft
+from rlhf.data import (
+    Dialogue,
+    answer_end_ids,
+    answer_ends,
+    encode,
+    encode_prompt,
+    tokenize_preferences,
+    tokenize_prompts,
+    tokenize_sft,
+)
 from rlhf.data.chat import split_turns
+from rlhf.data.encoding import Reading
+from rlhf.evaluation import prompts_of
 from rlhf.models import add_answer_ends
 
 
@@ -100,6 +111,15 @@ def test_a_thought_that_the_template_cuts_is_named_and_split_turns_learns_it(spo
     assert [answers(tokenizer, row) for row in rows] == [["maybe\n</think>\n\nyes</s>"], ["maybe\n</think>\n\nno</s>"]]
     assert tokenizer.decode(rows[1].prompt_ids).endswith("yes</s><|User|>how<|Assistant|><think>\n")
     assert all(not row.notes for row in rows)
+
+
+def test_a_lost_thought_before_a_call_is_learned_with_the_call(spoken):
+    """NVIDIA-NeMo/RL#1181: the call stays behind the thought that the template has no word for."""
+    spoken.chat_template = FAMILIES["Qwen3"].template.replace("reasoning_content", "hidden")
+    turns = [user("how"), said("", reasoning_content="maybe", tool_calls=CALL)]
+    (row,) = split_turns(Dialogue([], (turns,)))
+    (learned,) = answers(spoken, encode(spoken, row, split=True))
+    assert learned.startswith("<think>\nmaybe\n</think>\n\n<call>\n") and learned.endswith("</call><|im_end|>")
 
 
 def test_each_answer_behind_what_the_model_would_have_seen(spoken):
@@ -199,3 +219,31 @@ def test_marks_of_a_template_that_leave_out_the_end_are_told(spoken):
     found = encode(spoken, Dialogue([], ([user("hello"), said("yes"), user("how"), said("no")],)))
     assert answers(spoken, found) == ["yes", "no"]
     assert any("leave out what ends an answer" in note for note in found.notes)
+
+
+SYSTEM = {"role": "system", "content": "be kind"}
+PAIR = {"chosen": [user("how"), said("a")], "rejected": [user("how"), said("b")]}
+FORMS = {
+    "conversation": {"messages": [SYSTEM, user("how"), said("yes")]},
+    "ShareGPT": {"conversations": [{"from": "human", "value": "how"}, {"from": "gpt", "value": "yes"}]},
+    "a question beside conversations": {"prompt": "how", **PAIR},
+    "no prompt": PAIR,
+    "text": {"prompt": "how", "completion": " yes"},
+    "instruction": {"instruction": "how", "input": "much", "output": "yes"},
+    "a begun answer": {"prompt": [user("how"), said("yes")], "completion": [said(" the cat")]},
+    "a call": {"prompt": [user("how")], "completion": [said("call"), TOOL, said("yes")]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_model_is_asked_in_the_form_that_is_trained(form, spoken):
+    """The prompt of a row is the same in training, evaluation and rollouts."""
+    tokenizer, rows = with_template(spoken, "ChatML"), Dataset.from_list([FORMS[form]])
+    sizes = {"vocab_size": len(tokenizer)}
+    row = tokenize_sft(rows, tokenizer, max_length=128, **sizes)[0]
+    prompt = row["input_ids"][: next(i for i, label in enumerate(row["labels"]) if label != -100)]
+    (asked,) = prompts_of(rows, 1, Reading().for_tokenizer(tokenizer).form)
+    assert encode_prompt(tokenizer, asked) == prompt
+    assert tokenize_prompts(rows, tokenizer, max_prompt_length=99, **sizes)[0]["prompt_ids"] == prompt
+    if "chosen" in FORMS[form]:
+        assert tokenize_preferences(rows, tokenizer, max_length=128, **sizes)[0]["prompt_ids"] == prompt
