@@ -32,10 +32,13 @@ __all__ = [
     "DPOTrainer",
     "DistillConfig",
     "DistillTrainer",
+    "DistillationConfig",
+    "DistillationTrainer",
     "GRPOConfig",
     "GRPOTrainer",
     "KTOConfig",
     "KTOTrainer",
+    "ModelConfig",
     "OnlineDPOConfig",
     "OnlineDPOTrainer",
     "PPOConfig",
@@ -46,11 +49,27 @@ __all__ = [
     "RewardTrainer",
     "SFTConfig",
     "SFTTrainer",
+    "ScriptArguments",
+    "TrlParser",
+    "get_dataset",
+    "get_peft_config",
+    "get_quantization_config",
 ]
+# Names that TRL gives to the same things.
+_ALIASES = {"DistillationConfig": "DistillConfig", "DistillationTrainer": "DistillTrainer"}
+_FOR_SCRIPTS = (
+    "ModelConfig",
+    "ScriptArguments",
+    "TrlParser",
+    "get_dataset",
+    "get_peft_config",
+    "get_quantization_config",
+)
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, so that `rlhf.losses` needs torch alone and `rlhf --help` answers at once.
     if name in __all__:
-        return getattr(import_module("rlhf.trainers"), name)
+        module = "rlhf.cli.script_helpers" if name in _FOR_SCRIPTS else "rlhf.trainers"
+        return getattr(import_module(module), _ALIASES.get(name, name))
     raise AttributeError(f"module 'rlhf' has no attribute {name!r}")

@@ -1,6 +1,7 @@
 """Options from a YAML file and the command line, into data classes."""
 
 import difflib
+import os
 import re
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -207,6 +208,7 @@ def _read_yaml(file: str, known: set[str], parser: ArgumentParser) -> dict[str, 
         raise ValueError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file}: expected `option: value` lines, found a {type(values).__name__}")
+    os.environ.update({str(name): str(value) for name, value in (values.pop("env", None) or {}).items()})
     types = {action.dest: action for action in parser._actions}
     for key, value in values.items():
         if key not in known:

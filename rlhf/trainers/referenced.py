@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -71,21 +71,31 @@ class ReferencedTrainer(BaseTrainer):
         **kwargs: Any,
     ) -> None:
         args = as_config(args if args is not None else self.config_class(output_dir="runs"), self.config_class)
+        if ref_model is not None and ref_model is model:
+            raise ValueError("ref_model is the model that is trained: leave it out, and a copy of it is the reference")
+        streams = has_streams(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+        if args.precompute_ref_log_probs and streams:
+            raise ValueError(
+                "precompute_ref_log_probs is not supported with IterableDataset: a stream has no place to keep "
+                "the reference's log-probs; load the rows whole, or leave the option off"
+            )
         super().__init__(model, args, **kwargs)
         self.ref_policy: Policy | None = None
+        self.other_reference = ref_model is not None
+        self.given: Policy | None = None  # a reference that the caller holds anyway
         # Whether the model with its adapter off is the reference; else it is a copy of the model as it is now.
         own = self.model.has_adapter and ref_model is None
         self.has_adapter = own and adapter_off_is_start(self.model.model)
         precompute = self.args.precompute_ref_log_probs
         if precompute is None:
-            precompute = self._reads_rows_again() and not self.args.sync_ref_model
+            precompute = not streams and not self.args.sync_ref_model and self._reads_rows_again()
         if ref_model is not None:
             loaded = load_model(ref_model, **self.args.model_kwargs()) if isinstance(ref_model, str) else ref_model
             self.ref_policy = self.freeze(loaded)
             self.share_layout(self.ref_policy.model)
+            self.given = self.ref_policy if isinstance(ref_model, nn.Module) else None
         elif not self.has_adapter and not precompute:
             self.ref_policy = self.freeze(copy.deepcopy(self.model.model))
-        self.other_reference = ref_model is not None
         self.stored_as: str | None = None  # the name under which the reference's sums are kept, where they are
         if self.args.sync_ref_model:
             self._sync_reference()
@@ -145,7 +155,7 @@ class ReferencedTrainer(BaseTrainer):
             rows.rows = self._with_ref_logps(rows.rows, name)
         if rows is None or isinstance(rows, Packed):
             return rows
-        reference = self.ref_policy or self.accelerator.unwrap_model(self.model)
+        reference = self.ref_policy or self.given or self.accelerator.unwrap_model(self.model)
         home = next(reference.parameters()).device
         reference.to(self.args.device).eval()
 
@@ -174,10 +184,11 @@ class ReferencedTrainer(BaseTrainer):
             return rows
         if set(self.ref_columns) <= set(rows.column_names):
             return rows
-        if not self.has_adapter and (self.other_reference or self.state.global_step > 0):
+        gone = self.given is None and (self.other_reference or self.state.global_step > 0)
+        if gone and not self.has_adapter:
             raise ValueError(
-                "these rows have no reference log-probs, and the reference is not in memory any more: pass them as "
-                "eval_dataset, or train with --precompute_ref_log_probs false"
+                "Cannot compute reference log-probs for a dataset passed to evaluate(): the reference is not in memory "
+                "any more; pass the rows as eval_dataset, or train with --precompute_ref_log_probs false"
             )
         return self._with_ref_logps(rows, "evaluation rows")
 
@@ -191,8 +202,9 @@ class ReferencedTrainer(BaseTrainer):
 
     @property
     def ref_model(self) -> Any:
-        """The reference's transformers model, where there is a copy of its own."""
-        return None if self.ref_policy is None else self.ref_policy.model
+        """The reference's transformers model, where there is one besides the policy's own."""
+        reference = self.ref_policy or self.given
+        return None if reference is None else reference.model
 
     def ref_sums(self, model: nn.Module, batch: Batch) -> Tensor:
         """Sums of log-probabilities under the reference, [S]: as stored, or asked of it now."""
@@ -208,6 +220,12 @@ class ReferencedTrainer(BaseTrainer):
         off = self.accelerator.unwrap_model(reference).adapter_off() if adapter_off else nullcontext()
         with torch.no_grad(), self.accelerator.autocast(), off:
             return self.sums(batch, reference(batch).logps)
+
+
+def has_streams(*datasets: Any) -> bool:
+    """Whether one of these data sets, or of those in a dictionary, is read row by row."""
+    several = [rows for given in datasets for rows in (given.values() if isinstance(given, dict) else [given])]
+    return any(isinstance(rows, IterableDataset) for rows in several)
 
 
 class SyncReference(TrainerCallback):

@@ -60,7 +60,7 @@ class RewardTrainer(BaseTrainer):
             folder to load one from.
         args: the configuration.
         train_dataset, eval_dataset: rows of ``prompt``, ``chosen``, ``rejected`` and, if there is one, ``margin``: how
-            far apart the rewards should be.
+            far apart the rewards should be. Or ids: ``chosen_ids`` and ``rejected_ids``, each with its prompt.
         peft_config: train this adapter and the head instead of the weights.
         kwargs: ``processing_class``, ``callbacks``, … as in :class:`SFTTrainer`.
     Logs:
@@ -103,6 +103,10 @@ class RewardTrainer(BaseTrainer):
     def tokenize(
         self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int
     ) -> Dataset:  # fmt: skip
+        if {"chosen_ids", "rejected_ids"} <= set(
+            dataset.column_names or []
+        ) and "prompt_ids" not in dataset.column_names:
+            dataset = dataset.map(lambda row: {"prompt_ids": []})  # whole sequences, each with its prompt
         rows = tokenize_preferences(
             dataset,
             tokenizer,

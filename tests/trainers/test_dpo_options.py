@@ -132,6 +132,21 @@ def test_rows_are_evaluated_as_they_are(dpo, rows, preference_rows):
     trainer.train()
     with pytest.raises(ValueError, match="the reference is not in memory any more"):
         trainer.evaluate(others)
+    # A reference that was given is asked again.
+    given = dict(ref_model=tiny_model(), precompute_ref_log_probs=True)
+    one, two = (dpo(rows, eval_dataset=extra, **given) for extra in (others, None))
+    close(two.evaluate(others)["eval_loss"], one.evaluate()["eval_loss"])
+    assert two.ref_model is not None
+
+
+def test_references_that_cannot_be(dpo, rows, tmp_path, tokenizer):
+    model, stream = tiny_model(), rows.to_iterable_dataset()
+    args = DPOConfig(str(tmp_path), use_cpu=True, report_to="none", precompute_ref_log_probs=True)
+    with pytest.raises(ValueError, match="ref_model is the model that is trained"):
+        DPOTrainer(model, model, args, train_dataset=rows, processing_class=tokenizer)
+    for datasets in (dict(train_dataset=stream), dict(train_dataset=rows, eval_dataset={"a": stream})):
+        with pytest.raises(ValueError, match="precompute_ref_log_probs is not supported with IterableDataset"):
+            DPOTrainer(model, args=args, processing_class=tokenizer, **datasets)
 
 
 def test_a_transform_is_named(dpo):
