@@ -131,8 +131,12 @@ def pair_columns(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_preference_columns(columns: Sequence[str], form: RowFormat | None = None) -> None:
-    """Raise where rows hold no pairs."""
-    pair_columns(renamed(columns, form or RowFormat()))
+    """Raise where rows hold no pairs, nor answers with a ``label`` that can be paired."""
+    names = renamed(columns, form or RowFormat())
+    if "label" in names and not _present(names, _CHOSEN):
+        sft_columns(names)
+        return
+    pair_columns(names)
 
 
 def prompt_columns(names: Sequence[str]) -> tuple[str, ...]:

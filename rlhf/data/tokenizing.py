@@ -97,7 +97,7 @@ def tokenize_preferences(
     with prefixed(name_of(dataset)):
         names = formats.renamed(column_names(dataset), reading.form)
         if "label" in names and "chosen" not in names and isinstance(dataset, Dataset):
-            dataset = _paired(dataset, reading.form)
+            dataset = pairs_of_labelled(dataset, reading.form)
         else:
             formats.pair_columns(names)
     names = formats.renamed(column_names(dataset), reading.form)
@@ -219,7 +219,7 @@ def _encode_prompt(
     return {"prompt_ids": ids, "_bad": "", "_row": index}
 
 
-def _paired(dataset: Dataset, form: RowFormat) -> Dataset:
+def pairs_of_labelled(dataset: Dataset, form: RowFormat) -> Dataset:
     """Pairs of unpaired rows: the good answers to a prompt beside its bad ones, in order."""
     answers: dict[str, tuple[Row, dict[bool, list[Any]]]] = {}
     for row in dataset:

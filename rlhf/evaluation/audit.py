@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +23,7 @@ from rlhf.data.formats import (
     sft_dialogue,
     unpaired_dialogue,
 )
+from rlhf.data.tokenizing import pairs_of_labelled
 
 TASKS = {
     "sft": ("sft", "distill", "teacher"),
@@ -112,6 +113,8 @@ def audit(
     reading = reading or Reading()
     if tokenizer is not None:
         reading = reading.for_tokenizer(tokenizer, text_field)
+    if task == "pairs" and "label" in renamed(rows.column_names, reading.form) and "chosen" not in rows.column_names:
+        rows, reading = pairs_of_labelled(rows, reading.form), replace(reading, form=replace(reading.form, columns={}))
     found = Audit(name, command, len(rows), {}, "tokens" if tokenizer is not None else "characters", max_length)
     names = renamed(rows.column_names, reading.form)
     read = _columns(task, names, text_field)

@@ -327,6 +327,19 @@ def test_pairs_share_one_prompt_and_differ_in_the_last_answer(name, tokenizer):
     assert [tokenizer.decode(row[key]) for key in ("chosen_ids", "rejected_ids")] == ["yes" + E, "no" + E]
 
 
+def test_labelled_answers_are_paired_by_their_prompt(tokenizer, model_folder, tmp_path):
+    """trl-lib/kto-mix-14k: prompt, completion, label; the command for pairs takes them too."""
+    rows = [{"prompt": "why", "completion": text, "label": good} for text, good in ((" yes", True), (" no", False))]
+    found = tokenize_preferences(Dataset.from_list(rows), tokenizer, max_length=128, vocab_size=330)[0]
+    assert [tokenizer.decode(found[key]) for key in ("chosen_ids", "rejected_ids")] == [" yes" + E, " no" + E]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    argv = (
+        f"dpo --model_name_or_path {model_folder} --dataset_name {file} --output_dir {tmp_path / 'run'} --max_steps 1"
+    )
+    assert main([*argv.split(), *["--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true"]]) == 0
+    assert main(["data", str(file), "--command", "dpo", "--model", str(model_folder)]) == 0
+
+
 def test_turns_that_both_answers_begin_with_are_prompt(tokenizer):
     row = {"prompt": "why", "chosen": [U, A, U2, A2], "rejected": [U, A, U2, N]}
     found = tokenize_preferences(Dataset.from_list([row]), tokenizer, max_length=128, vocab_size=330)[0]
