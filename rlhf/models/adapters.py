@@ -21,8 +21,15 @@ from rlhf.models.vocabulary import resize, vocabulary_size
 
 logger = logging.getLogger(__name__)
 
-# Kinds that act around the model, in PeftModel.forward, or that need more than ids: ours calls the model within.
-OUTSIDE = {PeftType.POLY: "it wants a task with each row", PeftType.XLORA: "it runs the model twice for each batch"}
+# Kinds that act around the model, in PeftModel.forward, or need more than ids (here the model within is called); and
+# kinds that PEFT cannot merge, which an adapter's folder is loaded by.
+REFUSED = {
+    PeftType.POLY: "it wants a task with each row",
+    PeftType.XLORA: "it runs the model twice for each batch",
+    PeftType.SHADOW: "it runs a second model beside this one",
+    PeftType.LILY: "PEFT cannot merge it into the weights",
+    PeftType.BEFT: "PEFT cannot merge it into layers without a bias",
+}
 
 
 def adapter_config(name: str, **hub: Any) -> PeftConfig | None:
@@ -70,7 +77,8 @@ def merged(model: PreTrainedModel, adapter: str, **hub: Any) -> PreTrainedModel:
     with loading(adapter, f"an adapter of {model.config._name_or_path}"):
         both: Any = _put_on(model, adapter, **hub)
     _untie_adapted(model)
-    whole: PreTrainedModel = both.merge_and_unload()
+    with one_line(f"{adapter}: cannot be merged"):
+        whole: PreTrainedModel = both.merge_and_unload()
     if not getattr(whole, "is_quantized", False):
         whole.requires_grad_(True)  # PEFT froze the base
     whole.config._name_or_path = adapter  # where its tokenizer and its value head are
@@ -124,7 +132,7 @@ def check_adapter(model: nn.Module, peft_config: PeftConfig | None) -> None:
         )
     for config in [*own.values(), *([] if peft_config is None else [peft_config])]:
         kind = str(getattr(config.peft_type, "value", config.peft_type))
-        why = OUTSIDE.get(config.peft_type)
+        why = REFUSED.get(config.peft_type)
         if config.is_prompt_learning or config.is_adaption_prompt:
             why = "it puts tokens of its own around each row, and losses here are of the rows' tokens alone"
         elif getattr(config, "alora_invocation_tokens", None):

@@ -44,8 +44,10 @@ class Wrapper(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        for buffer in model.buffers():
-            buffer.detach_()  # one made from a weight (a scale) carries a graph that only one step could go through
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.grad_fn is not None:  # made from a weight: only one step could go through its graph
+                    module.register_buffer(name, buffer.detach(), name not in module._non_persistent_buffers_set)
         slim(model)
         speed_up_linear(model)
 

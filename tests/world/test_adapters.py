@@ -15,6 +15,7 @@ import torch
 from conftest import close, sentences, tiny_model
 from datasets import Dataset
 from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
     AutoPeftModelForCausalLM,
     IA3Config,
     LoraConfig,
@@ -34,7 +35,10 @@ from rlhf import (
     SFTConfig,
     SFTTrainer,
 )
-from rlhf.models import load_model, load_reward_model, load_tokenizer
+from rlhf.data import Collator
+from rlhf.models import Policy, add_adapter, load_model, load_reward_model, load_tokenizer
+from rlhf.models.adapter_base import keep_base
+from rlhf.models.adapters import REFUSED
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 305, 314]])
 
@@ -268,3 +272,51 @@ def test_invocation_tokens_and_prompts_are_refused_by_name(sft_rows, tokenizer, 
                 tiny_model(), SFTConfig(tmp_path, use_cpu=True), train_dataset=sft_rows, processing_class=tokenizer,
                 peft_config=config,
             )  # fmt: skip
+
+
+# What a tiny model asks of a kind: sizes that divide its own.
+SIZES = {
+    "ADALORA": dict(total_step=10, tinit=1, tfinal=1),
+    "C3A": dict(block_size=8),
+    "FOURIERFT": dict(n_frequency=16),
+    "IA3": dict(target_modules=None),
+    "LN_TUNING": dict(target_modules=None),
+    "MISS": dict(r=4),
+    "PSOFT": dict(r=4),
+    "ROAD": dict(group_size=4),
+    "SHIRA": dict(r=2),
+    "TRAINABLE_TOKENS": dict(token_indices=[5, 6], target_modules=["embed_tokens"]),
+    "VBLORA": dict(vector_length=8, num_vectors=16),
+    "WAVEFT": dict(n_frequency=16),
+}
+
+
+@pytest.mark.parametrize("kind", PEFT_TYPE_TO_CONFIG_MAPPING, ids=lambda kind: kind.value)
+@pytest.mark.filterwarnings("ignore")
+def test_every_kind_of_peft_trains_and_reloads_or_is_refused(kind, folders, tmp_path):
+    make = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    options = dict(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], num_virtual_tokens=4)
+    options = {name: value for name, value in options.items() if name in make.__dataclass_fields__}
+    config = make(**options | SIZES.get(kind.value, {}))
+    model = load_model(str(folders["llama"]))
+    if config.is_prompt_learning or config.is_adaption_prompt or kind in REFUSED:
+        with pytest.raises(ValueError, match=f"{kind.value} adapters cannot be trained here"):
+            add_adapter(model, config)
+        return
+    torch.manual_seed(0)
+    adapted = add_adapter(model, config)
+    batch = Collator(0)([{"input_ids": IDS[0].tolist(), "labels": IDS[0].tolist()}])
+    policy = Policy(adapted)
+    learned = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=0.05)
+    losses = []
+    for _ in range(3):
+        loss = -policy(batch).logps.mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    keep_base(adapted, tmp_path, set())
+    adapted.save_pretrained(tmp_path)
+    close(logits(load_model(str(tmp_path))), logits(adapted))
