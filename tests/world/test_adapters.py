@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import close, sentences, tiny_model
+from conftest import _SMALL, ARCHITECTURES, close, sentences, tiny_model
 from datasets import Dataset
 from peft import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -30,6 +30,8 @@ from rlhf import (
     DistillTrainer,
     DPOConfig,
     DPOTrainer,
+    PPOConfig,
+    PPOTrainer,
     RewardConfig,
     RewardTrainer,
     SFTConfig,
@@ -38,7 +40,7 @@ from rlhf import (
 from rlhf.data import Collator
 from rlhf.models import Policy, add_adapter, load_model, load_reward_model, load_tokenizer
 from rlhf.models.adapter_base import keep_base
-from rlhf.models.adapters import REFUSED
+from rlhf.models.adapters import REFUSED, linear_layers
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 305, 314]])
 
@@ -320,3 +322,74 @@ def test_every_kind_of_peft_trains_and_reloads_or_is_refused(kind, folders, tmp_
     keep_base(adapted, tmp_path, set())
     adapted.save_pretrained(tmp_path)
     close(logits(load_model(str(tmp_path))), logits(adapted))
+
+
+FAMILIES = {
+    "mamba": dict(state_size=8),
+    "falcon_h1": dict(
+        head_dim=8, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8,
+        mamba_chunk_size=16,
+    ),
+    "jamba": dict(mamba_d_state=8, mamba_dt_rank=4, num_experts=2, use_mamba_kernels=False),
+    "llama4_text": dict(
+        head_dim=8, num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=48, attention_chunk_size=8
+    ),
+    "phimoe": dict(num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.0),
+    "gpt_oss": dict(head_dim=8, num_local_experts=4, num_experts_per_tok=2),
+    "gpt2": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore")
+def test_lora_finds_its_layers_in_every_family(family, tmp_path):
+    """Without targets, and by PEFT's word for all; heads, routers and what a scan reads past the layer are left out."""
+    ARCHITECTURES.setdefault(family, dict(model_type=family, **_SMALL))
+    found = []
+    for targets in (None, "all-linear"):
+        adapted = add_adapter(tiny_model(family, **FAMILIES[family]), LoraConfig(r=2, target_modules=targets))
+        found.append([name for name, p in adapted.named_parameters() if p.requires_grad])
+    assert found[0] == found[1] and not any("router" in name or "lm_head" in name for name in found[0])
+    policy = Policy(adapted)
+    losses = []
+    for _ in range(3):
+        loss = -policy(Collator(0)([{"input_ids": IDS[0].tolist(), "labels": IDS[0].tolist()}])).logps.mean()
+        loss.backward()
+        losses.append(float(loss.detach()))
+        for p in policy.parameters():
+            if p.requires_grad and p.grad is not None:
+                p.data -= p.grad.sign() * 0.02
+                p.grad = None
+    assert losses[-1] < losses[0]
+
+
+def test_no_layer_to_sit_on_is_said():
+    model = torch.nn.Sequential(torch.nn.Embedding(3, 3))
+    with pytest.raises(ValueError, match="no linear layer for the adapter to sit on: name some"):
+        linear_layers(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_value_head_beside_an_adapter_goes_on(folders, sft_rows, tmp_path):
+    def ppo(model, **options):
+        args = dict(max_steps=2, learning_rate=0.03, max_completion_length=4, max_length=64, report_to="none")
+        args |= dict(use_cpu=True, disable_tqdm=True, save_strategy="no", per_device_train_batch_size=4, **options)
+        reward = lambda completion_ids, **_: [float(len(set(ids))) for ids in completion_ids]  # noqa: E731
+        return PPOTrainer(model, reward, PPOConfig(tmp_path, **args), train_dataset=sft_rows, peft_config=lora())
+
+    trainer = ppo(str(folders["llama"]), beta=0.1)
+    assert trainer.ref_policy is None  # the adapter switched off is the reference
+    trainer.train()
+    trainer.save_model()
+    want = trainer.policy.value_head.weight
+    assert want.abs().max() > 0
+    close(ppo(str(tmp_path)).policy.value_head.weight.detach(), want.detach())
+
+
+def test_adapters_in_folders_of_the_folder_are_named(folders, tmp_path):
+    adapted = get_peft_model(load_model(str(folders["llama"])), lora(), adapter_name="pupil")
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="adapters are in its folders pupil: name one of them"):
+        load_model(str(tmp_path))
+    close(logits(load_model(str(tmp_path / "pupil"))), logits(adapted))
+    assert len(load_tokenizer(str(tmp_path / "pupil"))) == 330  # its base model's
