@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from peft.utils.integrations import dequantize_module_weight
+from safetensors import safe_open
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -19,24 +21,49 @@ def keep_base(model: Any, home: Path, kept: set[Path], state: dict[str, Tensor] 
     """Save what an adapter sits on into ``home/base``, if no checkpoint holds it, and name it in the adapter's config.
 
     Of such a kind are a model made in memory, one with another adapter merged in, one whose vocabulary has grown.
+    Weights that were changed in memory are found out by comparing them with the checkpoint's.
 
     Args:
         kept: folders that hold it already; grows.
         state: all weights of ``model``, where they are sharded.
     """
-    if not isinstance(model, PeftModel) or model.get_base_model().__dict__.get("name_or_path"):
+    if not isinstance(model, PeftModel):
         return
-    folder = (home / BASE).resolve()
+    base: Any = model.get_base_model()
+    named, folder = base.__dict__.get("name_or_path"), (home / BASE).resolve()
+    if named and Path(named) in kept:
+        return
+    weights = plain_base(model, model.state_dict() if state is None else state)
+    if named and holds(named, weights):
+        kept.add(Path(named))
+        return
+    base.name_or_path = ""
     for config in model.peft_config.values():
         config.base_model_name_or_path = str(folder)
     if folder not in kept:
         kept.add(folder)
-        base: Any = model.get_base_model()
-        weights = plain_base(model, model.state_dict() if state is None else state)
         if getattr(base, "is_quantized", False):
             base, weights = dequantised(base, weights)
         base.save_pretrained(folder, state_dict=weights)
         logger.info("%s: the weights that the adapter sits on; no other checkpoint holds them", folder)
+
+
+def holds(name: str, weights: dict[str, Tensor]) -> bool:
+    """Whether the checkpoint ``name`` has these weights: the first row of each matrix is compared.
+
+    True where there is nothing to compare: no file here, other names or shapes, few bits.
+    """
+    config = Path(name, "config.json") if Path(name).is_dir() else try_to_load_from_cache(name, "config.json")
+    files = Path(config).parent.glob("*.safetensors") if isinstance(config, (str, Path)) else []
+    for file in files:
+        with safe_open(file, framework="pt") as saved:
+            for key in saved.keys() & weights.keys():
+                part, ours = saved.get_slice(key), weights[key]
+                comparable = ours.dim() > 1 and list(ours.shape) == part.get_shape() and ours.is_floating_point()
+                if comparable and not ours.is_meta and not torch.equal(part[:1].to(ours.dtype), ours[:1].cpu()):
+                    logger.warning("%s: its %s is not the one in memory, which was changed after loading", name, key)
+                    return False
+    return True
 
 
 def plain_base(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -148,6 +148,12 @@ def test_checkpoints_share_what_they_sit_on_and_resume(folders, sft, tmp_path):
     close(logits(again.model.model), want)
 
 
+def test_an_adapter_on_weights_that_were_changed_in_memory(folders, sft, tokenizer):
+    """Merged by hand, say, and not saved: the checkpoint that the model was loaded from has other weights."""
+    first = get_peft_model(load_model(str(folders["llama"])), lora(init_lora_weights=False))
+    loads_alike(*sft(first.merge_and_unload(), lora(), processing_class=tokenizer))
+
+
 def test_an_adapter_on_a_model_in_memory(sft, tokenizer):
     loads_alike(*sft(tiny_model(), lora(), processing_class=tokenizer))
 

@@ -49,8 +49,7 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("command", OWN)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("command, bits", [*((command, 4) for command in OWN), ("dpo", 8)])
 def test_it_trains_on_few_bits(command, bits, run, tmp_path, capsys):
     assert run(command, **OWN[command], load_in_4bit=bits == 4, load_in_8bit=bits == 8) == 0, capsys.readouterr().err
     said = capsys.readouterr()
