@@ -13,6 +13,7 @@ import torch
 import yaml
 from peft import LoraConfig
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
 SHIPPED_CONFIGS = Path(__file__).parents[1] / "configs"  # in an installed wheel
 
@@ -23,7 +24,10 @@ class ModelArguments:
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "A folder, or a name on the hub."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
-    dtype: str = field(default="auto", metadata={"help": "auto (the checkpoint's), float32, bfloat16 or float16."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Of the weights: float32, bfloat16, float16, or auto (the checkpoint's)."},
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, …"})
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of the weights."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
@@ -131,8 +135,9 @@ def targets(names: list[str] | None) -> list[str] | str | None:
 
 @dataclass
 class LoadArguments(ModelArguments):
-    """The same for commands that do not train, whose configuration says this otherwise."""
+    """The same for commands that do not train: in the dtype of the checkpoint."""
 
+    dtype: str = field(default="auto", metadata={"help": "auto (the checkpoint's), float32, bfloat16 or float16."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the hub."})
 
 
@@ -178,6 +183,9 @@ def parse(command: str, classes: Sequence[Any], argv: list[str]) -> tuple[Any, .
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of these options; the command line wins.")
+    for action in parser._actions:
+        if action.type is string_to_bool and action.nargs is None:  # of a switch that is None by default
+            action.nargs, action.const = "?", True
     known = {name for cls in classes for name in (f.name for f in fields(cls) if f.init)}
     _group(parser, command, classes)
     config = _Parser([], add_help=False, allow_abbrev=False)

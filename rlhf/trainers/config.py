@@ -1,5 +1,6 @@
 """What all trainers can be told, on top of ``transformers.TrainingArguments``."""
 
+import json
 import logging
 import os
 from dataclasses import dataclass, field
@@ -10,11 +11,12 @@ import torch
 from transformers import TrainingArguments
 
 from rlhf.data import Reading, RowFormat
-from rlhf.trainers.options import check_options, greater_is_better
+from rlhf.trainers.options import check_options, check_packages, greater_is_better
 
 logger = logging.getLogger(__name__)
 
 BAD_ROWS = "bad_rows.jsonl"  # in output_dir, with drop_bad_rows
+_OWN_DICTIONARIES = ("model_init_kwargs", "chat_template_kwargs", "loss_kwargs", "teacher_model_init_kwargs")
 
 
 @dataclass
@@ -85,6 +87,9 @@ class BaseConfig(TrainingArguments):
     pad_to_multiple_of: int | str | None = field(default=None, metadata={"help": "TRL's; moves no figure here."})
     max_seq_length: int | None = field(default=None, metadata={"help": "Old name of max_length."})
     # Defaults that differ from transformers'.
+    report_to: list[str] = field(  # type: ignore[assignment]  # a name by itself is taken too
+        default_factory=lambda: ["none"], metadata={"help": "Trackers, such as wandb and tensorboard; all; or none."}
+    )
     bf16: bool | None = field(  # type: ignore[assignment]  # never None after __post_init__
         default=None,
         metadata={"help": "Multiply in bfloat16; by default on a GPU that has it (weights stay float32)."},
@@ -98,7 +103,9 @@ class BaseConfig(TrainingArguments):
     best_metric: ClassVar[str] = "loss"  # of evaluation, where nobody names another
 
     def __post_init__(self) -> None:
+        self._check_dictionaries()
         self._set_defaults()
+        check_packages(self)
         super().__post_init__()
         check_options(self)
         self.columns, self.roles = renames(self.columns, "columns"), renames(self.roles, "roles")
@@ -131,6 +138,8 @@ class BaseConfig(TrainingArguments):
 
     def _set_defaults(self) -> None:
         """What transformers would decide otherwise; before it does."""
+        given = [self.report_to] if isinstance(self.report_to, str) else self.report_to or ["none"]
+        self.report_to = [name.strip() for part in given for name in part.split(",") if name.strip()]
         if self.bf16 is None:
             chosen = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"  # by accelerate launch
             gpu = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -139,6 +148,19 @@ class BaseConfig(TrainingArguments):
             self.metric_for_best_model = self.metric_for_best_model or self.best_metric
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better = greater_is_better(self.metric_for_best_model)
+
+    def _check_dictionaries(self) -> None:
+        """Options that are dictionaries, as JSON on the command line."""
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            if not isinstance(value, str) or not (value.startswith("{") or name in _OWN_DICTIONARIES):
+                continue  # may be a file's name
+            try:
+                found = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"--{name} {value}: not valid JSON ({error.msg} at {error.pos + 1})") from error
+            if not isinstance(found, dict):
+                raise ValueError(f'--{name} {value}: expected a JSON object, such as {{"name": 1}}')
 
     def check_columns(self, columns: list[str]) -> None:
         """Raise where rows with these columns hold nothing to train on; before a model is loaded."""

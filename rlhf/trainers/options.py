@@ -103,7 +103,7 @@ _INSTALLED_AS |= {"optimi": "torch-optimi", "comet_ml": "comet-ml"}
 
 
 def check_options(args: Any) -> None:
-    """Refuse what would be ignored, and what needs a package that is not there.
+    """Refuse what would be ignored.
 
     Raises:
         ValueError: names the option and what to do.
@@ -116,11 +116,19 @@ def check_options(args: Any) -> None:
         raise ValueError("--label_names has no effect here: batches name their targets themselves")
     if args.accelerator_config.dispatch_batches:
         raise ValueError("--accelerator_config dispatch_batches has no effect here: each process reads its own rows")
+
+
+def check_packages(args: Any) -> None:
+    """Refuse what needs a package that is not there, before transformers looks for it.
+
+    Raises:
+        ValueError: names the option and what to install.
+    """
     for tracker in args.report_to:
-        if tracker not in INTEGRATION_TO_CALLBACK:
+        if tracker not in (*INTEGRATION_TO_CALLBACK, "all", "none"):
             raise ValueError(f"--report_to {tracker} is unknown: one of {', '.join(INTEGRATION_TO_CALLBACK)}, or none")
         require(_tracker_package(tracker), f"--report_to {tracker}")
-    optimizer = str(args.optim.value)
+    optimizer = str(getattr(args.optim, "value", args.optim))
     packages = [package for part, package in _OPTIMIZER_PACKAGES.items() if part in optimizer]
     require(packages[-1] if packages else None, f"--optim {optimizer}")
     if args.deepspeed:
