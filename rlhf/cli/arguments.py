@@ -17,6 +17,8 @@ from transformers.hf_argparser import string_to_bool
 
 SHIPPED_CONFIGS = Path(__file__).parents[1] / "configs"  # in an installed wheel
 
+DTYPES = ["auto", "float32", "bfloat16", "float16", "float64"]
+
 
 @dataclass
 class ModelArguments:
@@ -26,7 +28,7 @@ class ModelArguments:
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
     dtype: str = field(
         default="float32",
-        metadata={"help": "Of the weights: float32, bfloat16, float16, or auto (the checkpoint's)."},
+        metadata={"help": "Of the weights; auto is the checkpoint's.", "choices": DTYPES},
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, …"})
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of the weights."})
@@ -137,7 +139,9 @@ def targets(names: list[str] | None) -> list[str] | str | None:
 class LoadArguments(ModelArguments):
     """The same for commands that do not train: in the dtype of the checkpoint."""
 
-    dtype: str = field(default="auto", metadata={"help": "auto (the checkpoint's), float32, bfloat16 or float16."})
+    dtype: str = field(
+        default="auto", metadata={"help": "Of the weights; auto is the checkpoint's.", "choices": DTYPES}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the hub."})
 
 

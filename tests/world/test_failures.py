@@ -49,10 +49,9 @@ EARLY = {
     "an unknown tracker": ("sft", {"report_to": "wandbb"}, "--report_to wandbb is unknown: one of"),
     "several trackers": ("sft", {"report_to": ["mlflow", "wandbb"]}, "--report_to "),
     "an unknown optimizer": ("sft", {"optim": "adamm"}, "adamm"),
-    "an optimizer's package": ("sft", {"optim": "galore_adamw"}, "--optim galore_adamw needs a package that is missing: "
-                               "pip install galore-torch"),
+    "an optimizer's package": ("sft", {"optim": "galore_adamw"}, "pip install galore-torch"),
     "deepspeed's package": ("sft", {"deepspeed": '{"zero_optimization": {}}'}, "pip install deepspeed"),
-    "a resumed folder that is not there": ("sft", {"resume_from_checkpoint": "/none"}, "/none: no such folder to resume"),
+    "a resumed folder that is not there": ("sft", {"resume_from_checkpoint": "/none"}, "/none: no such folder"),
     "a resumed folder that is no checkpoint": ("sft", {"resume_from_checkpoint": "model"}, "no trainer_state.json"),
     "nothing to resume": ("sft", {"resume_from_checkpoint": "true"}, "no checkpoint to resume from"),
     "JSON with a fault": ("sft", {"model_init_kwargs": '{"a": }'}, "--model_init_kwargs {\"a\": }: not valid JSON"),
@@ -126,15 +125,15 @@ def few_positions(folder, model_folder):
 
 MODELS = {
     "weights that end early": (torn, {}, "cannot be loaded as a causal LM"),
-    "weights of another shape": (other_shape, {}, "cannot be loaded as a causal LM"),
-    "a config that is no JSON": (no_json, {}, "cannot be loaded|no tokenizer|config.json"),
+    "weights of another shape": (other_shape, {}, "its weights have other shapes than its config.json says"),
+    "a config that is no JSON": (no_json, {}, "config.json: not valid JSON"),
     "a family that nobody knows": (unknown_family, {}, "llamaa"),
-    "an encoder with a decoder": (encoder_decoder, {}, "cannot be loaded as a causal LM"),
-    "a tokenizer of another model": (fewer_tokens, {}, "100"),
+    "an encoder with a decoder": (encoder_decoder, {}, "its config is a T5Config"),
+    "a tokenizer of another model": (fewer_tokens, {}, "100: is this the model's own tokenizer?"),
     "rows beyond the positions": (few_positions, {}, "8 positions): pass --max_length 8 or less"),
     "an unknown dtype": (None, {"dtype": "float31"}, "float31"),
     "an unknown attention": (None, {"attn_implementation": "flash"}, "cannot be loaded as a causal LM"),
-    "an attention that is not installed": (None, {"attn_implementation": "flash_attention_2"}, "cannot be loaded"),
+    "an attention that is not installed": (None, {"attn_implementation": "flash_attention_2"}, "a package is missing"),
     "an unknown argument of the model": (None, {"model_init_kwargs": '{"hidden_sizze": 3}'}, "hidden_sizze"),
     "a metric that evaluation does not give": (
         None, {**BEST, "eval_dataset_name": "sft", "metric_for_best_model": "bleu"},
@@ -153,5 +152,5 @@ def test_what_is_wrong_with_a_model_is_one_line(case, fails, tmp_path, model_fol
     if options.get("eval_dataset_name") == "sft":
         options = {**options, "eval_dataset_name": data_files / "sft.jsonl"}
     line = fails(**options)
-    assert any(part in line for part in said.split("|")), line
+    assert said in line
     assert not os.path.exists(tmp_path / "out" / "trainer_state.json")
