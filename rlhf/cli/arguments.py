@@ -90,7 +90,7 @@ class ModelArguments:
             config |= {
                 "load_in_4bit": True,
                 "bnb_4bit_quant_type": self.bnb_4bit_quant_type,
-                "bnb_4bit_compute_dtype": on_gpu if self.dtype == "auto" else self.dtype,
+                "bnb_4bit_compute_dtype": on_gpu if self.dtype in ("auto", "float32") else self.dtype,
                 "bnb_4bit_use_double_quant": self.use_bnb_nested_quant,
             }
             if self.bnb_4bit_quant_storage is not None:
