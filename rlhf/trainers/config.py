@@ -87,7 +87,7 @@ class BaseConfig(TrainingArguments):
     pad_to_multiple_of: int | str | None = field(default=None, metadata={"help": "TRL's; moves no figure here."})
     max_seq_length: int | None = field(default=None, metadata={"help": "Old name of max_length."})
     # Defaults that differ from transformers'.
-    report_to: list[str] = field(  # type: ignore[assignment]  # a name by itself is taken too
+    report_to: list[str] = field(  # a name by itself is taken too
         default_factory=lambda: ["none"], metadata={"help": "Trackers, such as wandb and tensorboard; all; or none."}
     )
     bf16: bool | None = field(  # type: ignore[assignment]  # never None after __post_init__
