@@ -77,6 +77,7 @@ _TRL = {
     "grpo_loss": _SAME, "dr_grpo_loss": _SAME, "dapo_loss": _SAME, "bnpo_loss": _SAME, "luspo_loss": _SAME,
     "cispo_loss": "`epsilon_high` is our `max_ratio`",
     "sapo_loss": _SAME,
+    "vespo_loss": _SAME,
     "gspo_loss": "as `importance_sampling_level`",
     "gmpo_loss": "experimental",
     "rloo_loss": "`RLOOTrainer`, with a clip",

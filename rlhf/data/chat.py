@@ -138,8 +138,8 @@ def answer_ends(rows: Any, tokenizer: PreTrainedTokenizerBase, look_at: int = 64
         return [] if isinstance(rows[0].get("prompt"), str) else answer_end_ids(tokenizer)
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     found: dict[int, None] = {}
-    for number in range(min(len(rows), look_at)):
-        row = rows[number]
+    first = rows.take(look_at) if hasattr(rows, "take") else (rows[i] for i in range(min(len(rows), look_at)))
+    for row in first:
         for labels in _scored_ids(row):
             runs = zip(labels, [*labels[1:], -100], strict=True)
             found |= {token: None for token, after in runs if token != -100 and after == -100 and token in special}

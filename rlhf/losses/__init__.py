@@ -69,6 +69,7 @@ from rlhf.losses._policy_sequences import (
     reinforce_loss,
     rloo_loss,
     sapo_loss,
+    vespo_loss,
 )
 from rlhf.losses._preference import PREFERENCE_LOSSES, arguments_of, dpo_loss
 from rlhf.losses._regression import (
@@ -255,6 +256,7 @@ __all__ = [
     "rloo_loss",
     "sampled_distillation_loss",
     "sapo_loss",
+    "vespo_loss",
     "sequence_logps",
     "shift",
     "siglip_loss",

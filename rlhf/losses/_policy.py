@@ -20,10 +20,19 @@ def stopped_log_ratio(logps: Tensor, old_logps: Tensor) -> Tensor:
 
 
 def clipped_surrogate(
-    ratio: Tensor, advantages: Tensor, low: float, high: float, dual_clip: float | None = None
+    ratio: Tensor,
+    advantages: Tensor,
+    low: float,
+    high: float,
+    dual_clip: float | None = None,
+    delta: float | None = None,
 ) -> Tensor:
-    """The pessimistic surrogate, negated."""
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+    """The pessimistic surrogate, negated; ``delta`` bounds the ratio from above before it is compared."""
+    clipped = ratio.clamp(1 - low, 1 + high) * advantages
+    if delta is not None:
+        check_range("delta", delta, 0.0, math.inf, open_low=True)
+        ratio = ratio.clamp(max=delta)
+    surrogate = torch.minimum(ratio * advantages, clipped)
     if dual_clip is not None:
         check_range("dual_clip", dual_clip, 1.0, math.inf, open_low=True)
         surrogate = torch.where(advantages < 0, torch.maximum(surrogate, dual_clip * advantages), surrogate)

@@ -79,10 +79,10 @@ class _Tokens:
         sums = self.sum(torch.where(self.visible, values, 0.0))
         return reduce(sums / self.lengths.clamp(min=1) if per_token else sums, mask=self.lengths > 0)
 
-    def clipped(self, epsilon: float, epsilon_high: float | None) -> Tensor:
+    def clipped(self, epsilon: float, epsilon_high: float | None, delta: float | None = None) -> Tensor:
         check_range("epsilon", epsilon, 0.0, 1.0, open_low=True)
         high = epsilon if epsilon_high is None else epsilon_high
-        return clipped_surrogate(self.log_ratio.exp(), self.advantages, epsilon, high)
+        return clipped_surrogate(self.log_ratio.exp(), self.advantages, epsilon, high, delta=delta)
 
 
 _Options = dict[str, Any]
@@ -97,24 +97,26 @@ def _tokens(args: tuple[Tensor, Tensor, Tensor, Tensor], options: _Options) -> _
 
 def grpo_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, sequence: Tensor, epsilon: float = 0.2,
-    epsilon_high: float | None = None, *, ref_logps: Tensor | None = None, beta: float = 0.0, **options: Any,
+    epsilon_high: float | None = None, *, delta: float | None = None, ref_logps: Tensor | None = None,
+    beta: float = 0.0, **options: Any,
 ) -> Tensor:  # fmt: skip
     r"""GRPO: PPO's clip, averaged over each sequence and then over sequences, with KL to a reference.
 
     .. math:: \frac1S\sum_s\frac{1}{|s|}\sum_{t\in s}[\mathrm{clip}_t + \beta\,k_3(t)]
 
     Args:
-        epsilon, epsilon_high: the clip below and above. ref_logps: [N]; beta: >= 0, weight of :func:`kl_estimate` k3.
+        epsilon, epsilon_high: the clip below and above. delta: > 0, the largest ratio that counts (two-sided clip,
+            above 1 + epsilon); None for none. ref_logps: [N]; beta: >= 0, weight of :func:`kl_estimate` k3.
         options: ``num_sequences``, ``weight``, ``mask``.
     Example:
         >>> x, ids = torch.tensor([0.0, 0.0, 0.0]), torch.tensor([0, 0, 1])
         >>> grpo_loss(x, x, torch.tensor([1.0, -3.0]), ids)
         tensor(1.)
 
-    Source: arXiv 2402.03300 eq. 3 and 4.
+    Source: arXiv 2402.03300 eq. 3 and 4; delta arXiv 2505.07291 (INTELLECT-2) §3.4.
     """
     tokens = _tokens((logps, old_logps, advantages, sequence), options)
-    losses = tokens.clipped(epsilon, epsilon_high)
+    losses = tokens.clipped(epsilon, epsilon_high, delta)
     if beta and ref_logps is not None:
         losses = losses + beta * kl_estimate(tokens.logps, torch.where(tokens.visible, ref_logps, 0.0), "k3")
     return tokens.over_sequences(losses)
@@ -122,12 +124,13 @@ def grpo_loss(
 
 def dapo_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, sequence: Tensor, epsilon: float = 0.2,
-    epsilon_high: float | None = 0.28, **options: Any,
+    epsilon_high: float | None = 0.28, *, delta: float | None = None, **options: Any,
 ) -> Tensor:  # fmt: skip
     r"""DAPO: clip-higher, averaged over all tokens, so that long answers are not diluted.
 
     Args:
-        epsilon, epsilon_high: the clip below and above. options: ``num_sequences``, ``weight``, ``mask``.
+        epsilon, epsilon_high: the clip below and above. delta: as in :func:`grpo_loss`.
+        options: ``num_sequences``, ``weight``, ``mask``.
     Example:
         >>> x, ids = torch.tensor([0.0, 0.0, 0.0]), torch.tensor([0, 0, 1])
         >>> dapo_loss(x, x, torch.tensor([1.0, -3.0]), ids)    # (-1 - 1 + 3) / 3
@@ -136,16 +139,18 @@ def dapo_loss(
     Source: arXiv 2503.14476 eq. 8.
     """
     tokens = _tokens((logps, old_logps, advantages, sequence), options)
-    return tokens.over_tokens(tokens.clipped(epsilon, epsilon_high))
+    return tokens.over_tokens(tokens.clipped(epsilon, epsilon_high, delta))
 
 
 def bnpo_loss(
-    logps: Tensor, old_logps: Tensor, advantages: Tensor, sequence: Tensor, epsilon: float = 0.2, **options: Any
-) -> Tensor:
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, sequence: Tensor, epsilon: float = 0.2,
+    epsilon_high: float | None = None, *, delta: float | None = None, **options: Any,
+) -> Tensor:  # fmt: skip
     r"""PPO's clip averaged over the tokens of the batch (TRL's ``bnpo``): DAPO's without clip-higher.
 
     Args:
-        epsilon: the clip. options: ``num_sequences``, ``weight``, ``mask``.
+        epsilon, epsilon_high: the clip below and above. delta: as in :func:`grpo_loss`.
+        options: ``num_sequences``, ``weight``, ``mask``.
     Example:
         >>> x, ids = torch.tensor([0.0, 0.0, 0.0]), torch.tensor([0, 0, 1])
         >>> bnpo_loss(x, x, torch.tensor([1.0, -3.0]), ids)
@@ -153,19 +158,20 @@ def bnpo_loss(
 
     Source: arXiv 1707.06347 eq. 7; the name is TRL's.
     """
-    return dapo_loss(logps, old_logps, advantages, sequence, epsilon, None, **options)
+    return dapo_loss(logps, old_logps, advantages, sequence, epsilon, epsilon_high, delta=delta, **options)
 
 
 def dr_grpo_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, sequence: Tensor, epsilon: float = 0.2,
-    epsilon_high: float | None = None, *, max_completion_length: int, **options: Any,
+    epsilon_high: float | None = None, *, max_completion_length: int, delta: float | None = None, **options: Any,
 ) -> Tensor:  # fmt: skip
     r"""Dr. GRPO: divided by a constant, so that length is neither rewarded nor punished.
 
     .. math:: \frac{1}{S\,L_{max}}\sum_t \mathrm{clip}_t
 
     Args:
-        max_completion_length: > 0, L_max. options: ``num_sequences``, ``weight``, ``mask``.
+        max_completion_length: > 0, L_max. epsilon, epsilon_high, delta: as in :func:`grpo_loss`.
+        options: ``num_sequences``, ``weight``, ``mask``.
     Example:
         >>> x, ids = torch.tensor([0.0, 0.0, 0.0]), torch.tensor([0, 0, 1])
         >>> dr_grpo_loss(x, x, torch.tensor([1.0, -3.0]), ids, max_completion_length=2)    # (-2 + 3) / 4
@@ -175,18 +181,19 @@ def dr_grpo_loss(
     """
     check_range("max_completion_length", max_completion_length, 0, math.inf, open_low=True)
     tokens = _tokens((logps, old_logps, advantages, sequence), options)
-    losses = tokens.clipped(epsilon, epsilon_high)
+    losses = tokens.clipped(epsilon, epsilon_high, delta)
     return tokens.over_sequences(losses, per_token=False) / max_completion_length
 
 
 def luspo_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, sequence: Tensor, epsilon: float = 0.2,
-    epsilon_high: float | None = None, **options: Any,
+    epsilon_high: float | None = None, *, delta: float | None = None, **options: Any,
 ) -> Tensor:  # fmt: skip
     r"""Length-unbiased: the mean over sequences of their summed clipped losses.
 
     Args:
-        epsilon, epsilon_high: the clip below and above. options: ``num_sequences``, ``weight``, ``mask``.
+        epsilon, epsilon_high: the clip below and above. delta: as in :func:`grpo_loss`.
+        options: ``num_sequences``, ``weight``, ``mask``.
     Example:
         >>> x, ids = torch.tensor([0.0, 0.0, 0.0]), torch.tensor([0, 0, 1])
         >>> luspo_loss(x, x, torch.tensor([1.0, -3.0]), ids)    # (-2 + 3) / 2
@@ -195,7 +202,7 @@ def luspo_loss(
     Source: as TRL 1.16 has it.
     """
     tokens = _tokens((logps, old_logps, advantages, sequence), options)
-    return tokens.over_sequences(tokens.clipped(epsilon, epsilon_high), per_token=False)
+    return tokens.over_sequences(tokens.clipped(epsilon, epsilon_high, delta), per_token=False)
 
 
 def gspo_loss(
@@ -340,6 +347,36 @@ def rloo_loss(
     return tokens.over_sequences(-tokens.advantages * tokens.logps, per_token=False)
 
 
+def vespo_loss(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, sequence: Tensor, k_pos: float = 2.0,
+    lambda_pos: float = 3.0, k_neg: float = 3.0, lambda_neg: float = 2.0, **options: Any,
+) -> Tensor:  # fmt: skip
+    r"""VESPO: a smooth weight of the whole sequence's ratio in place of a clip, averaged over tokens.
+
+    .. math:: -\frac1N\sum_t\mathrm{sg}(\phi(w_s))\,A_t\log\pi(a_t),\;
+              \phi(w) = e^{\lambda(1 - w)} w^k,\; w_s = \prod_{t\in s}\rho_t
+
+    Args:
+        k_pos, lambda_pos: power and decay for A >= 0; k_neg, lambda_neg: for A < 0. All >= 0.
+        options: ``num_sequences``, ``weight``, ``mask``.
+    Example:
+        >>> x, ids = torch.tensor([-1.0, -1.0, -2.0]), torch.tensor([0, 0, 1])
+        >>> vespo_loss(x, x, torch.tensor([1.0, -3.0]), ids)    # phi(1) = 1: (1 + 1 - 6) / 3
+        tensor(-1.3333)
+
+    Source: arXiv 2602.10693; log w is kept within [log 1e-8, 20], as TRL 1.16 has it.
+    """
+    for name, value in dict(k_pos=k_pos, lambda_pos=lambda_pos, k_neg=k_neg, lambda_neg=lambda_neg).items():
+        check_range(name, value, 0.0, math.inf)
+    tokens = _tokens((logps, old_logps, advantages, sequence), options)
+    log_w = tokens.sum(tokens.log_ratio.detach()).clamp(math.log(1e-8), 20.0)[tokens.sequence]
+    gains = tokens.advantages >= 0
+    k = torch.full_like(log_w, k_neg).masked_fill(gains, k_pos)
+    decay = torch.full_like(log_w, lambda_neg).masked_fill(gains, lambda_pos)
+    phi = (decay + k * log_w - decay * log_w.exp()).exp()
+    return tokens.over_tokens(-phi * tokens.advantages * tokens.logps)
+
+
 POLICY_LOSSES: dict[str, Callable[..., Tensor]] = {
     "grpo": grpo_loss,
     "dr_grpo": dr_grpo_loss,
@@ -350,6 +387,7 @@ POLICY_LOSSES: dict[str, Callable[..., Tensor]] = {
     "gmpo": gmpo_loss,
     "cispo": cispo_loss,
     "sapo": sapo_loss,
+    "vespo": vespo_loss,
     "reinforce": reinforce_loss,
     "rloo": rloo_loss,
 }

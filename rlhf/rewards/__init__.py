@@ -12,7 +12,7 @@ from rlhf.rewards.functions import (
     soft_overlong_punishment,
     think_format,
 )
-from rlhf.rewards.loading import BUILTINS, load_reward
+from rlhf.rewards.loading import BUILTINS, load_reward, reward_functions
 from rlhf.rewards.models import ModelReward
 from rlhf.rewards.scoring import RewardError, RewardSet, Scored
 
@@ -31,6 +31,7 @@ __all__ = [
     "math_answer",
     "numeric_answer",
     "repetition_penalty",
+    "reward_functions",
     "soft_overlong_punishment",
     "think_format",
 ]

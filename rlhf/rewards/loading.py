@@ -11,6 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
 from rlhf.rewards import functions
 from rlhf.rewards.endpoint import HttpReward
 from rlhf.rewards.functions import RewardFunction
@@ -35,7 +38,7 @@ BUILTINS: dict[str, Callable[..., RewardFunction]] = {
 }
 
 
-def load_reward(spec: str) -> RewardFunction:
+def load_reward(spec: str, tokenizer: PreTrainedTokenizerBase | None = None) -> RewardFunction:
     """The reward function that ``spec`` names.
 
     * a built-in, with options where it takes some: ``numeric_answer``, ``length_reward(target=200)``
@@ -44,6 +47,8 @@ def load_reward(spec: str) -> RewardFunction:
     * a folder with a reward model, or its name on the hub (:class:`ModelReward`)
     * ``https://…`` (:class:`HttpReward`)
 
+    ``tokenizer`` is a reward model's, where it does not lie beside the model.
+
     Raises:
         ValueError: there is no such reward, its file cannot be imported, or its options do not fit.
         FileNotFoundError: no such file or folder.
@@ -51,7 +56,7 @@ def load_reward(spec: str) -> RewardFunction:
     if spec.startswith(("http://", "https://")):
         return HttpReward(spec)
     if Path(spec).expanduser().is_dir():
-        return ModelReward(spec)
+        return ModelReward(spec, tokenizer=tokenizer)
     name, positional, options = _parse(spec)
     if name in BUILTINS:
         return _build(spec, BUILTINS[name], positional or [], options or {})
@@ -60,12 +65,37 @@ def load_reward(spec: str) -> RewardFunction:
         found = load_object(name, f"reward {spec!r}")
         return found if positional is None else _build(spec, found, positional, options or {})
     if "/" in name or name.startswith("~"):
-        return ModelReward(spec)
+        return ModelReward(spec, tokenizer=tokenizer)
     near = difflib.get_close_matches(name, BUILTINS, n=1)
     raise ValueError(
         f"unknown reward {spec!r}{f'; did you mean {near[0]}?' if near else ''} (built in: {', '.join(BUILTINS)}; or "
         "file.py:function, module:function, a model folder, https://…)"
     )
+
+
+def reward_functions(given: Any, tokenizers: Any = None) -> list[RewardFunction]:
+    """What a trainer is given as rewards, as a list of functions: one or several functions, names, reward models.
+
+    Args:
+        tokenizers: one for each reward, None where it is no model; a single one for a single reward.
+    Raises:
+        ValueError: another number of tokenizers than of rewards; what :func:`load_reward` raises.
+    """
+    rewards = [given] if callable(given) or isinstance(given, str) else list(given)
+    one = tokenizers is None or hasattr(tokenizers, "apply_chat_template")
+    own = ([tokenizers] * len(rewards) if tokenizers is None else [tokenizers]) if one else list(tokenizers)
+    if len(own) != len(rewards):
+        raise ValueError(
+            f"{len(own)} reward_processing_classes for {len(rewards)} reward_funcs: their numbers must match"
+        )
+    found: list[RewardFunction] = []
+    for reward, tokenizer in zip(rewards, own, strict=True):
+        if isinstance(reward, str):
+            reward = load_reward(reward, tokenizer)
+        elif isinstance(reward, nn.Module):
+            reward = ModelReward(reward, tokenizer=tokenizer)
+        found.append(reward)
+    return found
 
 
 def load_object(name: str, what: str) -> Any:

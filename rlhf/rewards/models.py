@@ -11,7 +11,7 @@ from accelerate.utils import patch_environment
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from rlhf.data.chat import encode
@@ -31,7 +31,8 @@ class ModelReward:
     padding. A sample longer than the model takes is refused, never cut.
 
     Args:
-        path: a folder (of a model, or of a PEFT adapter), or a name on the hub.
+        path: a folder (of a model, or of a PEFT adapter), or a name on the hub; or the model itself.
+        tokenizer: its tokenizer, where it does not lie beside the model.
         rendering: must be that of its training. ``"answer"``: prompt and completion tokenised apart, up to the token
             that ends the answer, as :class:`rlhf.RewardTrainer` does; ``"template"``: all that the chat template
             writes (for plain text, the text and EOS), tokenised as one, as TRL and most published models do.
@@ -46,8 +47,9 @@ class ModelReward:
 
     def __init__(
         self,
-        path: str,
+        path: str | nn.Module,
         *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         rendering: Literal["answer", "template"] = "answer",
         batch_size: int = 16,
         mean: float = 0.0,
@@ -61,13 +63,15 @@ class ModelReward:
             raise ValueError(f"std must be positive, got {std}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        given = None if isinstance(path, str) else path
+        path = path if isinstance(path, str) else str(path.config._name_or_path)  # type: ignore[union-attr]
         self.path, self.rendering, self.batch_size, self.mean, self.std = path, rendering, batch_size, mean, std
-        self.__name__ = Path(path).name
-        self.tokenizer = load_tokenizer(path)
+        self.__name__ = Path(path).name or type(given).__name__
+        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(path)
         place = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
         folder = Path(path).expanduser()
         with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):  # else ranks other than 0 get no weights
-            self.model = _load(str(folder) if folder.is_dir() else path, dtype)
+            self.model = given if given is not None else _load(str(folder) if folder.is_dir() else path, dtype)
         self.model.to(place).eval().requires_grad_(False)
         speed_up_linear(self.model)
         config: Any = self.model.config

@@ -18,6 +18,7 @@ class Draft:
         index: the number of each prompt in the whole request: its randomness follows it.
         end_ids: tokens that end a completion.
         tokenizer: spells the tokens where there are stop strings.
+        prompts: what stands before, which a repetition penalty reads.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class Draft:
         end_ids: Sequence[int],
         tokenizer: PreTrainedTokenizerBase,
         device: torch.device,
+        prompts: Sequence[Sequence[int]] = (),
     ) -> None:
         self.sampling, self.end_ids, self.tokenizer, self.n = sampling, list(end_ids), tokenizer, n
         shape = (len(index) * n, sampling.max_tokens)
@@ -41,13 +43,19 @@ class Draft:
         self.lengths = torch.full((shape[0],), sampling.max_tokens, device=self.device)
         self.ends = torch.tensor(self.end_ids, device=self.device)
         self.step = 0
+        self.prompts = [torch.tensor(list(ids), device=self.device) for ids in prompts]
+        self.seen: Tensor | None = None  # [rows, V], where there is a repetition penalty
         # A token spells at least a byte, a character has at most four; some tokens at the edge spell nothing.
         self.tail = 4 * max(map(len, sampling.stop), default=0) + 4
 
     def take(self, logits: Tensor, rows: Tensor) -> Tensor:
         """Draw the next token of ``rows`` [R] from ``logits`` [R, V]; a row that has ended is drawn for in vain."""
         step, early = self.step, self.step < self.sampling.min_tokens
-        token, logp = draw(logits.to(self.device), self.u[rows, step], self.sampling, self.end_ids if early else ())
+        seen = self._seen(rows, logits.size(-1))
+        banned = self.end_ids if early else ()
+        token, logp = draw(logits.to(self.device), self.u[rows, step], self.sampling, banned, seen)
+        if self.seen is not None:
+            self.seen[rows, token] = True
         self.ids[rows, step] = token
         self.logps[rows, step] = logp
         if not early:
@@ -59,6 +67,16 @@ class Draft:
             self.stopped[rows] = known | ended
         self.step += 1
         return token
+
+    def _seen(self, rows: Tensor, vocab: int) -> Tensor | None:
+        """The tokens that each row has met, [R, V]; None where nobody asks."""
+        if self.sampling.repetition_penalty == 1:
+            return None
+        if self.seen is None:
+            self.seen = torch.zeros(len(self.ids), vocab, dtype=torch.bool, device=self.device)
+            for number, ids in enumerate(self.prompts):
+                self.seen[number * self.n : (number + 1) * self.n, ids] = True
+        return self.seen[rows]
 
     def _spelled(self, rows: Tensor) -> Tensor:
         """Which rows' newest token completes a stop string: [R]."""

@@ -18,11 +18,16 @@ class Sampling:
         min_tokens: no end token and no stop string before this many.
         max_tokens: ≥ 1; a completion that reaches it is cut, and says so.
         stop: strings that end a completion. The tokens that spell one stay, as they were sampled.
+        min_p: in [0, 1), keep tokens whose probability is at least this share of the likeliest one's; 0 keeps all.
+        repetition_penalty: > 0, divides the logit of a token that was there before (prompt included), or multiplies one
+            below 0; 1 is none.
     Raises:
         ValueError: an option out of its range.
 
-    Log-probs are those of the distribution that is drawn from, so of the *renormalised* one where ``top_p``, ``top_k``
-    or ``min_tokens`` take tokens out. A trainer scores the full vocabulary: leave these off where the two are compared.
+    Top-k comes first, then top-p, then min-p, as in transformers' ``generate``.
+    Log-probs are those of the distribution that is drawn from, so of the *renormalised* one where ``top_p``, ``top_k``,
+    ``min_p`` or ``min_tokens`` take tokens out. A trainer scores the full vocabulary: where the two are compared, these
+    and the penalty make them differ.
     """
 
     temperature: float = 1.0
@@ -31,6 +36,8 @@ class Sampling:
     min_tokens: int = 0
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -41,6 +48,8 @@ class Sampling:
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, f"in [0, max_tokens = {self.max_tokens}]"),
             ("stop", all(self.stop), "strings that are not empty"),
+            ("min_p", 0 <= self.min_p < 1, "in [0, 1) (0 keeps all tokens)"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "positive (1 is none)"),
         ):
             if not fine:
                 raise ValueError(f"Sampling: {name} must be {wanted}, got {getattr(self, name)!r}")
@@ -48,7 +57,12 @@ class Sampling:
     @property
     def truncates(self) -> bool:
         """Whether tokens are taken out, which makes log-probs differ from a full softmax."""
-        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0)
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether tokens come from another distribution than the softmax at this temperature."""
+        return self.truncates or self.repetition_penalty != 1
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,8 @@ class LocalEngine:
                 if self._problem:
                     name = type(self.base).__name__
                     logger.warning("%s: sampling by model.generate, because %s (exact, slower)", name, self._problem)
-            draft = Draft(index or range(len(prompts)), n, sampling, seed, self.end_ids, self.tokenizer, device)
+            numbers = index or range(len(prompts))
+            draft = Draft(numbers, n, sampling, seed, self.end_ids, self.tokenizer, device, prompts)
             if self._problem:
                 self._generate(prompts, draft, device)
             else:

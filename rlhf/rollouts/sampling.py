@@ -1,5 +1,6 @@
 """From logits to a token: temperature, truncation, and one uniform number a token."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,16 +18,22 @@ def uniforms(seed: int, prompt: int, sample: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, prompt, sample)).random(count)
 
 
-def draw(logits: Tensor, u: Tensor, sampling: Sampling, banned: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+def draw(
+    logits: Tensor, u: Tensor, sampling: Sampling, banned: Sequence[int] = (), seen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """A token for each row and its log-prob, without a word to the host (top-p alone asks it, on the CPU).
 
     Args:
         logits: [R, V]. u: float64 [R] in [0, 1).
         banned: tokens of probability 0 (end tokens, before ``min_tokens``).
+        seen: bool [R, V], the tokens that the repetition penalty is for.
     Returns:
         int64 [R] and float32 [R], nats, of the distribution that was drawn from.
     """
     z = logits.float()
+    if seen is not None and sampling.repetition_penalty != 1:
+        penalty = sampling.repetition_penalty
+        z = torch.where(seen, torch.where(z > 0, z / penalty, z * penalty), z)
     if banned:
         z = z.index_fill(1, torch.tensor(banned, device=z.device), -torch.inf)
     if sampling.temperature == 0:
@@ -34,11 +41,18 @@ def draw(logits: Tensor, u: Tensor, sampling: Sampling, banned: Sequence[int] = 
         return token, z.gather(1, token[:, None]).squeeze(1) - z.logsumexp(-1)
     if sampling.temperature != 1:
         z = z / sampling.temperature
-    if not sampling.truncates:
-        return _inverse_cdf(z, u)
-    kept, tokens = _truncate(z, sampling)
-    choice, logp = _inverse_cdf(kept, u)
-    return tokens.gather(1, choice[:, None]).squeeze(1), logp
+    if sampling.min_p and sampling.top_p == 1 and not sampling.top_k:
+        z = _without_unlikely(z, sampling.min_p)
+    elif sampling.truncates:
+        kept, tokens = _truncate(z, sampling)
+        choice, logp = _inverse_cdf(_without_unlikely(kept, sampling.min_p), u)
+        return tokens.gather(1, choice[:, None]).squeeze(1), logp
+    return _inverse_cdf(z, u)
+
+
+def _without_unlikely(z: Tensor, min_p: float) -> Tensor:
+    """-inf where a token has less than ``min_p`` of the likeliest one's probability."""
+    return z.masked_fill(z < z.amax(-1, keepdim=True) + math.log(min_p), -torch.inf) if min_p else z
 
 
 def _truncate(z: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

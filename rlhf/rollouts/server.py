@@ -174,6 +174,8 @@ class ServerEngine:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k or -1,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
             min_tokens=sampling.min_tokens,
             max_tokens=sampling.max_tokens,
             seed=int(np.random.SeedSequence(key).generate_state(1)[0] >> 1),
@@ -214,10 +216,10 @@ class ServerEngine:
 
     def _check_logps(self, prompt: list[int], sampling: Sampling) -> None:
         """Two short questions, where raw log-probs would be wrong: what do they say of a distribution that is known?"""
-        key = (sampling.temperature, sampling.truncates)
+        key = (sampling.temperature, sampling.reshapes)
         if key not in self._faithful:
             faithful = True
-            if sampling.truncates:  # the one token that is left has probability 1
+            if sampling.reshapes:  # the one token that is left has probability 1
                 choice = self._ask(prompt, max_tokens=1, temperature=1.0, top_k=1)
                 faithful = abs(choice["logprobs"]["token_logprobs"][0]) < 1e-3
             if faithful and sampling.temperature not in (0, 1):  # temperature divides the gap of the best two

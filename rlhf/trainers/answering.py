@@ -12,6 +12,7 @@ from transformers.trainer_utils import PredictionOutput
 from rlhf.models import Policy
 from rlhf.trainers.base import BaseTrainer
 from rlhf.trainers.experience import Sample
+from rlhf.trainers.prompts import in_memory
 from rlhf.trainers.report import RolloutReport
 from rlhf.trainers.rollout import Roller
 
@@ -28,9 +29,9 @@ class Answering(BaseTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Sample an answer to each prompt of the evaluation rows, and score it."""
+        """Sample ``num_generations_eval`` answers (1) to each prompt of the evaluation rows, and score them."""
         began = time.perf_counter()
-        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows: Any = self.eval_dataset if eval_dataset is None else in_memory(eval_dataset)
         if rows is None:
             raise ValueError("no rows to evaluate on: pass eval_dataset (--eval_dataset_name)")
         if isinstance(rows, dict):
@@ -48,8 +49,8 @@ class Answering(BaseTrainer):
     def predict(
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
-        """One answer to each prompt: ``predictions`` has ``completions`` and the ``reward`` of each, in order."""
-        rows = self._ready(test_dataset)
+        """As many answers to each prompt: ``predictions`` has ``completions`` and the ``reward`` of each, in order."""
+        rows = self._ready(in_memory(test_dataset))
         samples = self.roller.answer(self.policy, rows)
         metrics = self._told_of(samples, metric_key_prefix)
         everyone = sorted(gather_object(samples), key=lambda sample: sample.group)

@@ -1,5 +1,6 @@
 """What on-policy training learns from: completions with their rewards, and from those to advantages."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,7 +29,7 @@ class Sample:
         reward: weighted sum; NaN where none could be had. each: by function. extra: what they had to say besides.
         learned: False leaves its tokens out of the loss.
         tokens: for each of its N sampled tokens, float32 [N]: ``sampler_logps``, ``old_logps``, ``ref_logps``,
-            ``values``, ``advantages``, ``returns``, as far as they are needed.
+            ``values``, ``advantages``, ``returns``, ``kept`` (1, or 0 for a token left out), as far as they are needed.
     """
 
     group: int
@@ -108,6 +109,8 @@ def add_advantages(
     whitened: bool = True,
     whitened_rewards: bool = False,
     baselines: Tensor | None = None,
+    normalized: bool = False,
+    weights: dict[str, float] | None = None,
     device: torch.device | str = "cpu",
 ) -> None:
     r"""Give each sample the token vector ``advantages``, and ``returns`` where there is a critic.
@@ -123,6 +126,9 @@ def add_advantages(
             :func:`rlhf.losses.group_advantages`.
         whitened: of ``gae`` and ``reinforce++``: mean 0 and variance 1 over all tokens. whitened_rewards: variance 1
             over all samples, before KL; the mean stays.
+        normalized: of one advantage a sample: mean 0 and variance 1 over all samples.
+        weights: of each reward; given, ``group`` divides each reward by its own deviation in the group before they are
+            summed, and whitens the sum (GDPO, arXiv 2601.05242).
         device: where processes exchange sums.
     """
     rewards = torch.tensor([sample.reward for sample in samples], device=device)
@@ -157,6 +163,8 @@ def add_advantages(
         match estimator:
             case "rloo":
                 by_sample = rloo_advantages(whole, group)
+            case "group" if weights is not None:
+                by_sample = _of_each_reward(samples, weights, group, usable)
             case "group":
                 by_sample = group_advantages(whole, group, scale, gather=True)
             case "remax":
@@ -164,10 +172,37 @@ def add_advantages(
                 by_sample = (whole - baselines.to(device)).nan_to_num(0.0)
             case _:
                 by_sample = torch.ones_like(whole)
+        if normalized:
+            by_sample = whiten(by_sample, mask=usable, gather=True)
         advantages = by_sample[:, None].expand(mask.shape)
     _give(samples, "advantages", torch.where(counted, advantages, 0.0))
     for sample, fine in zip(samples, usable.tolist(), strict=True):
         sample.learned = sample.learned and fine
+
+
+def _of_each_reward(samples: list[Sample], weights: dict[str, float], group: Tensor, usable: Tensor) -> Tensor:
+    total = torch.zeros(len(samples), device=group.device)
+    for name, weight in weights.items():
+        each = torch.tensor([sample.each[name] for sample in samples], device=group.device)
+        total += weight * group_advantages(each, group)
+    return whiten(total, mask=usable, gather=True)
+
+
+def keep_high_entropy(samples: list[Sample], share: float, gather: Callable[[list[Any]], list[Any]]) -> None:
+    """Give each sample the token vector ``kept``: 1 for the share of all tokens that have the highest entropy, else 0.
+
+    Args:
+        samples: with the token vector ``entropy``. share: in [0, 1]; 0 keeps the highest token alone.
+        gather: all processes' lists in one.
+
+    Source: arXiv 2506.01939.
+    """
+    own = [value for sample in samples if sample.learned for value in sample.tokens["entropy"].tolist()]
+    every = torch.tensor(sorted(gather(own)), dtype=torch.float64)
+    threshold = float(every.quantile(1 - share)) if len(every) else 0.0
+    for sample in samples:
+        entropy = sample.tokens.pop("entropy")
+        sample.tokens["kept"] = (entropy.double() >= threshold).to(entropy.dtype)
 
 
 def keep_of_groups(samples: list[Sample], estimator: str) -> list[Sample]:

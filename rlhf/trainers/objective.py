@@ -13,11 +13,12 @@ from rlhf.losses import POLICY_LOSSES, arguments_of, kl_estimate, ppo_loss
 
 def _ppo(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, sequence: Tensor, epsilon: float = 0.2,
-    epsilon_high: float | None = None, *, num_sequences: int | None = None, **options: Any,
+    epsilon_high: float | None = None, *, num_sequences: int | None = None, mask: Tensor | None = None, **options: Any,
 ) -> Tensor:  # fmt: skip
     """PPO's loss in the form of :data:`POLICY_LOSSES`: the mean over tokens."""
     clip = dict(clip_ratio=epsilon, clip_ratio_high=epsilon_high)
-    return ppo_loss(logps, old_logps, advantages, reduction="sum", **clip, **options) / max(len(logps), 1)
+    total = ppo_loss(logps, old_logps, advantages, reduction="sum", mask=mask, **clip, **options)
+    return total / (max(len(logps), 1) if mask is None else mask.sum().clamp(min=1))
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {"ppo": _ppo, **POLICY_LOSSES}
@@ -25,10 +26,14 @@ LOSSES: dict[str, Callable[..., Tensor]] = {"ppo": _ppo, **POLICY_LOSSES}
 # What a loss averages over; a name that is missing is coupled over a sequence, and a mean over sequences.
 Mean = Literal["tokens", "sequences", "sums", "coupled"]
 _MEANS: dict[str, Mean] = {
-    **dict.fromkeys(("ppo", "bnpo", "dapo", "cispo", "reinforce"), "tokens"),
+    **dict.fromkeys(("ppo", "bnpo", "dapo", "cispo", "reinforce", "vespo"), "tokens"),
     **dict.fromkeys(("grpo", "sapo"), "sequences"),  # of the means over their tokens
     **dict.fromkeys(("dr_grpo", "luspo", "rloo"), "sums"),  # over sequences, of sums over their tokens
 }
+
+_COUPLED = ("gspo", "gmpo", "vespo")  # read all tokens of a sequence for the loss of each
+_WITHOUT_TOKEN_RATIOS = ("gmpo", "vespo", "reinforce", "rloo")
+TOKEN_SUMS = ("ppo", "bnpo", "dapo", "cispo", "dr_grpo")  # a longer sequence has more terms in them
 
 
 class Objective(NamedTuple):
@@ -44,6 +49,8 @@ class Objective(NamedTuple):
         beta: weight of the KL to the reference in the loss. kl_estimator: of :func:`rlhf.losses.kl_estimate`; k1 and k3
             are weighted by the ratio, with its gradient, k2 by the ratio without: each has the gradient of the KL.
         entropy_coef: c_H.
+        level: ``"sequence"`` gives each token the ratio of its sequence, the geometric mean of its tokens' (GSPO).
+        off_policy_threshold: leave out a sequence of negative advantage whose log-probs fell by more than this a token.
     """
 
     name: str
@@ -51,6 +58,13 @@ class Objective(NamedTuple):
     beta: float = 0.0
     kl_estimator: str = "k3"
     entropy_coef: float = 0.0
+    level: str = "token"
+    off_policy_threshold: float | None = None
+
+    @property
+    def is_coupled(self) -> bool:
+        """Whether the loss of a token depends on the other tokens of its sequence."""
+        return self.name in _COUPLED or self.level == "sequence" or self.off_policy_threshold is not None
 
     @property
     def mean(self) -> Mean:
@@ -59,7 +73,7 @@ class Objective(NamedTuple):
     @property
     def clip(self) -> tuple[float, float] | None:
         """How far below and above 1 the ratio of a token counts; None where a loss clips something else, or nothing."""
-        if self.name not in ("ppo", "grpo", "dr_grpo", "dapo", "bnpo", "luspo"):
+        if self.name not in ("ppo", "grpo", "dr_grpo", "dapo", "bnpo", "luspo") or self.level == "sequence":
             return None
         taken = inspect.signature(LOSSES[self.name]).parameters
         low = self.options.get("epsilon", taken["epsilon"].default)
@@ -109,9 +123,18 @@ class Objective(NamedTuple):
         lengths: tuple[int, ...],
     ) -> Tensor:
         """The same for a loss that is not, of whole sequences."""
+        counted, size = weight > 0, len(lengths)
+        logps, before = scores.logps, old
+        log_ratio = torch.where(counted, logps - old, 0.0)
+        shift = _mean_of_sequences(log_ratio, counted, sequence, size)[sequence]
+        if self.off_policy_threshold is not None:
+            correction = correction * ~((-shift.detach() > self.off_policy_threshold) & (advantages < 0))
+        if self.level == "sequence":
+            # cispo reads log-probs besides their ratio, and holds the ratio constant
+            logps, before = (logps, logps.detach() - shift.detach()) if self.name == "cispo" else (old + shift, old)
         policy = LOSSES[self.name](
-            scores.logps, old, advantages, sequence,
-            num_sequences=len(lengths), weight=correction, mask=weight > 0, **self.options,
+            logps, before, advantages, sequence,
+            num_sequences=size, weight=correction, mask=counted, **self.options,
         )  # fmt: skip
         return policy * self.count(lengths) + self.beside(scores, weight, old, ref)
 
@@ -127,6 +150,12 @@ class Objective(NamedTuple):
         return total
 
 
+def _mean_of_sequences(values: Tensor, counted: Tensor, sequence: Tensor, size: int) -> Tensor:
+    """Over the tokens of each sequence that count, [S]."""
+    sums = values.new_zeros(size).index_add(0, sequence, torch.where(counted, values, 0.0))
+    return sums / values.new_zeros(size).index_add(0, sequence, counted.to(values.dtype)).clamp(min=1)
+
+
 def make_objective(
     name: str,
     *,
@@ -134,6 +163,8 @@ def make_objective(
     epsilon_high: float | None,
     max_completion_length: int,
     loss_kwargs: dict[str, Any],
+    delta: float | None = None,
+    level: str = "token",
     **beside: Any,
 ) -> Objective:
     """An :class:`Objective` whose loss got what it takes of these; its own defaults for what is None.
@@ -143,14 +174,19 @@ def make_objective(
     """
     if name not in LOSSES:
         raise ValueError(f"loss_type {name!r} is unknown: one of {', '.join(LOSSES)}")
-    given = {"epsilon": epsilon, "epsilon_high": epsilon_high, "max_completion_length": max_completion_length}
+    if level not in ("token", "sequence"):
+        raise ValueError(f"importance_sampling_level must be token or sequence, got {level!r}")
+    if level == "sequence" and name in _WITHOUT_TOKEN_RATIOS:
+        raise ValueError(f"loss_type {name} has no ratios of tokens: leave importance_sampling_level out")
+    given: dict[str, Any] = dict(epsilon=epsilon, epsilon_high=epsilon_high, delta=delta)
+    given["max_completion_length"] = max_completion_length
     offered = {key: value for key, value in given.items() if value is not None}
     taken = arguments_of(LOSSES[name], offered)
     for key in offered.keys() - taken.keys() - {"max_completion_length"}:
         own = [key for key in list(inspect.signature(LOSSES[name]).parameters)[4:] if key != "options"]
         raise ValueError(f"loss_type {name} takes no {key}; it takes {', '.join(own) or 'nothing'} (--loss_kwargs)")
     options = taken | loss_kwargs
-    objective = Objective(name, options, **beside)
+    objective = Objective(name, options, level=level, **beside)
     one, sequence = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
     try:  # the loss itself checks its hyper-parameters, now rather than at the first step
         LOSSES[name](one, one, one, sequence, num_sequences=1, **options)

@@ -9,30 +9,34 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Batch, tokenize_prompts
 from rlhf.losses import truncated_importance_weights, value_loss
-from rlhf.models import (
-    ActorCritic,
-    Policy,
-    RewardModel,
-    disable_dropout,
-    load_model,
-    load_reward_model,
-    load_tokenizer,
-)
+from rlhf.models import ActorCritic, Policy, load_model
 from rlhf.models.adapter_off import adapter_off_is_start
-from rlhf.rewards import RewardSet
+from rlhf.rewards import RewardSet, reward_functions
 from rlhf.rollouts import Environment, RolloutEngine
 from rlhf.trainers.answering import Answering
-from rlhf.trainers.base import BaseConfig, Measures, warn_of_lost_updates
-from rlhf.trainers.experience import Minibatch, Sample, add_advantages, keep_of_groups, kl_penalties, minibatch
+from rlhf.trainers.base import BaseConfig, Measures
+from rlhf.trainers.critic import check_tokenizers, load_critic
+from rlhf.trainers.experience import (
+    Minibatch,
+    Sample,
+    add_advantages,
+    keep_high_entropy,
+    keep_of_groups,
+    kl_penalties,
+    minibatch,
+)
 from rlhf.trainers.objective import Objective
 from rlhf.trainers.ppo_config import BestOfNConfig, GRPOConfig, PPOConfig, RLOOConfig
+from rlhf.trainers.prompts import in_memory
+from rlhf.trainers.referenced import SyncReference
 from rlhf.trainers.report import RolloutReport
 from rlhf.trainers.rollout import Roller
 
@@ -51,11 +55,13 @@ class PPOTrainer(Answering):
         reward_funcs: functions ``reward(prompts, completions, **columns)``, or what
             :func:`rlhf.rewards.load_reward` loads by name: a built-in, a file, a reward model's folder, an address.
         args: the configuration.
-        train_dataset, eval_dataset: rows with a ``prompt`` (text or messages); other columns go to the rewards.
+        train_dataset, eval_dataset: rows with a ``prompt`` (text or messages); other columns go to the rewards. Streams
+            (``IterableDataset``) need ``max_steps``.
+        reward_processing_classes: tokenizers of reward models, one for each of ``reward_funcs`` (None elsewhere).
         ref_model: another reference than the model as it is now (under a new adapter: with the adapter off).
         engine: another :class:`RolloutEngine` than this process.
         environment_factory: makes an :class:`Environment` for each sample: several turns, rewarded by it.
-        kwargs: ``processing_class``, ``peft_config``, ``callbacks``, … as in :class:`SFTTrainer`.
+        kwargs: ``peft_config``, ``callbacks``, … as in :class:`SFTTrainer`.
     Logs:
         As ``docs/metrics.md`` lists them; ``completions.jsonl`` in the run's folder has samples.
     Raises:
@@ -72,6 +78,10 @@ class PPOTrainer(Answering):
         model: str | nn.Module,
         reward_funcs: Callable[..., Any] | str | Sequence[Callable[..., Any] | str] | None = None,
         args: PPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: Any = None,
         *,
         ref_model: str | nn.Module | None = None,
         engine: RolloutEngine | None = None,
@@ -81,20 +91,32 @@ class PPOTrainer(Answering):
         args = args if args is not None else self.config_class(output_dir="runs")  # type: ignore[assignment]
         assert isinstance(args, PPOConfig)
         if reward_funcs is None and environment_factory is None:
-            raise ValueError("nothing to learn from: pass reward_funcs (--reward_funcs), or an environment_factory")
-        named = reward_funcs is None or callable(reward_funcs) or isinstance(reward_funcs, str)
-        functions: Any = [reward_funcs] if named else reward_funcs
+            raise ValueError(
+                "No reward source provided, nothing to learn from: pass reward_funcs (--reward_funcs), or an "
+                "environment_factory"
+            )
+        if train_dataset is None and eval_dataset is None:
+            raise ValueError("`train_dataset` is required: rows with a prompt (--dataset_name)")
         self.rewards = None
         if reward_funcs is not None:
+            functions = reward_functions(reward_funcs, reward_processing_classes)
+            self.reward_processing_classes = [getattr(function, "tokenizer", None) for function in functions]
             self.rewards = RewardSet(
                 functions, args.reward_weights, on_error=args.on_reward_error, timeout=args.reward_timeout  # type: ignore[arg-type]
             )  # fmt: skip
         if args.advantage_estimator == "gae":
-            critic = None if args.value_model == "shared" else _critic(args)
+            critic = None if args.value_model == "shared" else load_critic(args)
             self.wrapper = partial(ActorCritic, critic=critic)
-        super().__init__(model, args, **kwargs)
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=in_memory(eval_dataset),
+            processing_class=processing_class,
+            **kwargs,
+        )
         if args.advantage_estimator == "gae" and args.value_model != "shared":
-            _check_tokenizers(self.processing_class, args.value_model)
+            check_tokenizers(self.processing_class, args.value_model)
         self.policy: Policy = self.model
         start = str(self.policy.config._name_or_path)
         if self.policy.value_head is not None and self._load_beside(Path(start)):
@@ -105,6 +127,8 @@ class PPOTrainer(Answering):
         own = self.policy.has_adapter and ref_model is None and self._wants_reference
         self.has_adapter = own and adapter_off_is_start(self.policy.model)
         self.ref_policy = self._reference(ref_model) if self._wants_reference else None
+        if args.sync_ref_model:
+            self._sync_reference()
         self.controller = args.kl_controller()
         self.report = RolloutReport(self)
         self.roller = Roller(self, engine, environment_factory)
@@ -142,6 +166,25 @@ class PPOTrainer(Answering):
         reference.temperature = self.policy.temperature
         return reference
 
+    def _prepare(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int) -> Any:
+        if not isinstance(dataset, IterableDataset):
+            return super()._prepare(dataset, tokenizer, args, vocab_size)
+        self.tokenize(Dataset.from_list(list(dataset.take(1))), tokenizer, args, vocab_size)  # checks one row
+        return dataset
+
+    def _sync_reference(self) -> None:
+        if self.ref_policy is None:
+            raise ValueError("sync_ref_model moves a copy of the weights: it needs beta above 0, and no adapter")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("sync_ref_model cannot read sharded weights: leave it off under FSDP and DeepSpeed")
+        alpha, steps = self.args.ref_model_mixup_alpha, self.args.ref_model_sync_steps
+        self.add_callback(SyncReference(self.ref_policy, alpha, steps))
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference, where it is a model of its own."""
+        return None if self.ref_policy is None else self.ref_policy.model
+
     @property
     def beta(self) -> float:
         return self.controller.value if self.controller is not None else self.args.beta
@@ -149,9 +192,12 @@ class PPOTrainer(Answering):
     # Experience
 
     def get_train_dataloader(self) -> DataLoader:
-        args = self.args
-        rollouts = -(-len(self.train_dataset) // self.roller.prompts_in_rollout)  # type: ignore[arg-type]
-        steps = rollouts * args.num_iterations * args.num_mini_batches
+        args, rows = self.args, self.train_dataset
+        if isinstance(rows, IterableDataset):  # it has no length, and transformers asks for max_steps
+            steps = args.max_steps
+        else:
+            rollouts = -(-len(rows) // self.roller.prompts_in_rollout)  # type: ignore[arg-type]
+            steps = rollouts * args.num_iterations * args.num_mini_batches
         places = range(steps * args.gradient_accumulation_steps)
         return DataLoader(places, batch_size=1, collate_fn=lambda _: self._next())  # type: ignore[arg-type]
 
@@ -177,6 +223,8 @@ class PPOTrainer(Answering):
         kept = keep_of_groups(samples, args.advantage_estimator) if chosen else samples
         self._minibatches = self._divide(kept)
         self._record()
+        if args.top_entropy_quantile < 1:
+            keep_high_entropy(kept, args.top_entropy_quantile, gather_object)
         add_advantages(
             kept,
             args.advantage_estimator,
@@ -187,6 +235,8 @@ class PPOTrainer(Answering):
             whitened=args.whiten_advantages,
             whitened_rewards=args.whiten_rewards,
             baselines=baselines,
+            normalized=args.normalize_advantages,
+            weights=self._reward_weights() if args.multi_objective_aggregation == "normalize_then_sum" else None,
             device=args.device,
         )
         self._add(self.report.of_rollout(samples, kept, rolled, trained, self.beta))
@@ -201,6 +251,10 @@ class PPOTrainer(Answering):
         self._fresh = True
         self._trained_since = time.perf_counter()
 
+    def _reward_weights(self) -> dict[str, float]:
+        own = {} if self.rewards is None else dict(zip(self.rewards.names, self.rewards.weights, strict=True))
+        return own | ({"environment": 1.0} if self.roller.environment_factory is not None else {})
+
     def _divide(self, samples: list[Sample]) -> list[list[list[Sample]]]:
         size, steps = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
         micro = [samples[start : start + size] for start in range(0, len(samples), size)]
@@ -210,7 +264,7 @@ class PPOTrainer(Answering):
         """What the current policy, the critic and the reference make of the samples, in the batches of training."""
         args = self.args
         own = args.advantage_estimator == "gae" or args.penalised or self.controller is not None
-        own |= not args.on_policy or self.importance_cap is not None
+        own |= not args.on_policy or self.importance_cap is not None or args.top_entropy_quantile < 1
         own &= args.advantage_estimator != "pairs" or self.importance_cap is not None
         if not own and self.ref_policy is None and not self._asks_adapter_off:
             return
@@ -223,8 +277,10 @@ class PPOTrainer(Answering):
             found: dict[str, Tensor] = {}
             with torch.no_grad(), self.accelerator.autocast():
                 if own:
-                    scores = model(batch)
+                    scores = model(batch, entropy=args.top_entropy_quantile < 1)
                     found["old_logps"] = scores.logps
+                    if scores.entropy is not None:
+                        found["entropy"] = scores.entropy
                     if scores.values is not None:
                         found["values"] = scores.values
                 if self.ref_policy is not None:
@@ -253,7 +309,11 @@ class PPOTrainer(Answering):
     def own_state(self) -> dict[str, Any]:
         rest = self._minibatches if self._steps else []
         kl_coef = None if self.controller is None else self.controller.value
-        place = dict(rollouts=self.roller.rollouts, drawn=self.roller.drawn, kl_coef=kl_coef, steps=self._steps)
+        place: dict[str, Any] = dict(
+            rollouts=self.roller.rollouts, drawn=self.roller.prompts.drawn, kl_coef=kl_coef, steps=self._steps
+        )
+        if self.args.sync_ref_model and self.ref_policy is not None:
+            place["ref_model"] = self.ref_policy.model.state_dict()
         return place | dict(minibatches=rest, processes=self.args.world_size, report=self.report.state())
 
     def load_own_state(self, state: dict[str, Any]) -> None:
@@ -262,7 +322,9 @@ class PPOTrainer(Answering):
                 f"the checkpoint was saved by {state['processes']} processes, these are {self.args.world_size}: its "
                 "rollout cannot be shared out anew; resume with as many"
             )
-        self.roller.rollouts, self.roller.drawn = state["rollouts"], state["drawn"]
+        self.roller.rollouts, self.roller.prompts.drawn = state["rollouts"], state["drawn"]
+        if self.ref_policy is not None and "ref_model" in state:
+            self.ref_policy.model.load_state_dict(state["ref_model"])
         self._steps, self._minibatches = state["steps"], state["minibatches"]
         self.report.load(state["report"])
         if self.controller is not None:
@@ -286,9 +348,11 @@ class PPOTrainer(Answering):
         correction, old = torch.ones_like(advantages), tokens.get("old_logps")
         if self.importance_cap is not None and old is not None:
             correction = truncated_importance_weights(old, tokens["sampler_logps"], self.importance_cap)
+        if "kept" in tokens:
+            correction = correction * tokens["kept"]
         ref = tokens.get("ref_logps", torch.zeros_like(advantages))
         entropy = self.args.entropy_coef > 0
-        if objective.mean == "coupled":
+        if objective.is_coupled:
             scores = model(batch.batch, entropy=entropy)
             before = scores.logps.detach() if old is None else old
             total = objective.coupled(
@@ -325,24 +389,6 @@ class PPOTrainer(Answering):
         super().log(logs, start_time)
         if "loss" in logs:
             self.report.line(logs)
-
-
-def _critic(args: PPOConfig) -> RewardModel:
-    critic = load_reward_model(args.value_model, **args.model_kwargs())
-    warn_of_lost_updates(critic, args)
-    disable_dropout(critic)
-    return critic
-
-
-def _check_tokenizers(tokenizer: Any, folder: str) -> None:
-    """A critic reads the policy's ids (a reward model reads text, and may have any tokenizer)."""
-    own, theirs = tokenizer.get_vocab(), load_tokenizer(folder).get_vocab()
-    if own != theirs:
-        token = next((token for token in own if own[token] != theirs.get(token)), next(iter(theirs.keys() - own), ""))
-        raise ValueError(
-            f"value_model {folder}: its tokenizer is not the policy's ({token!r} is {own.get(token)} for the policy, "
-            f"{theirs.get(token)} there), and a critic reads the policy's ids: use value_model shared"
-        )
 
 
 def _local(objective: Objective, on_policy: bool) -> Callable[..., Tensor]:

@@ -12,14 +12,14 @@ from rlhf.losses import PREFERENCE_LOSSES, AdaptiveKLController, arguments_of, d
 from rlhf.rollouts import Sampling
 from rlhf.trainers.base import BaseConfig
 from rlhf.trainers.experience import ESTIMATORS, NEED_GROUPS
-from rlhf.trainers.objective import LOSSES, Objective, make_objective
-from rlhf.trainers.sampler import ServerArguments
+from rlhf.trainers.objective import LOSSES, TOKEN_SUMS, Objective, make_objective
+from rlhf.trainers.ppo_names import TRLNames, take_over_names
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class PPOConfig(ServerArguments, BaseConfig):
+class PPOConfig(TRLNames, BaseConfig):
     """Arguments of :class:`PPOTrainer`; names are TRL's where TRL has the same thing.
 
     A rollout is ``per_device_train_batch_size * gradient_accumulation_steps * processes * num_mini_batches``
@@ -36,6 +36,7 @@ class PPOConfig(ServerArguments, BaseConfig):
     )
     reward_timeout: float | None = field(default=300.0, metadata={"help": "Seconds for one call of a reward."})
     reward_clip: float | None = field(default=None, metadata={"help": "Bound on the absolute reward, before KL."})
+    reward_clip_range: list[float] | None = field(default=None, metadata={"help": "Its least and largest value."})
     missing_eos_penalty: float | None = field(
         default=None, metadata={"help": "Taken off the reward of a completion that is cut by length."}
     )
@@ -45,11 +46,10 @@ class PPOConfig(ServerArguments, BaseConfig):
     whiten_rewards: bool = field(default=False, metadata={"help": "Scale rewards to variance 1, keeping their mean."})
     # Sampling
     num_generations: int = field(default=1, metadata={"help": "Completions of each prompt."})
+    num_generations_eval: int | None = field(default=None, metadata={"help": "In evaluation; 1 by default."})
     max_completion_length: int = field(default=256, metadata={"help": "Longest completion in tokens."})
     min_completion_length: int = field(default=0, metadata={"help": "No end before this many tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Of sampling; the log-probs are taken at it too."})
-    top_p: float = field(default=1.0, metadata={"help": "Leave at 1: a trainer scores the full vocabulary."})
-    top_k: int = field(default=0, metadata={"help": "Leave at 0 (all tokens), likewise."})
     stop: list[str] | None = field(default=None, metadata={"help": "Strings that end a completion."})
     shuffle_dataset: bool = field(default=True, metadata={"help": "Another order of prompts in each epoch."})
     dynamic_sampling: int = field(
@@ -63,27 +63,59 @@ class PPOConfig(ServerArguments, BaseConfig):
     # Learning
     num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps in a pass over a rollout."})
     num_iterations: int = field(default=4, metadata={"help": "Passes over a rollout."})
-    num_ppo_epochs: int | None = field(default=None, metadata={"help": "Old name of num_iterations."})
     advantage_estimator: str = field(default="gae", metadata={"help": ", ".join(ESTIMATORS)})
     gamma: float = field(default=1.0, metadata={"help": "Discount of a token (gae, reinforce++)."})
     lam: float = field(default=0.95, metadata={"help": "Lambda of gae."})
     whiten_advantages: bool = field(default=True, metadata={"help": "Of gae and reinforce++: mean 0, variance 1."})
+    normalize_advantages: bool = field(
+        default=False, metadata={"help": "Of rloo, group and remax: mean 0, variance 1 over the whole rollout."}
+    )
     scale_rewards: str = field(
         default="group",
-        metadata={"help": "Deviation that group advantages are divided by.", "choices": ["group", "batch", "none"]},
+        metadata={"help": "Deviation that group advantages are divided by: group (True), batch, or none (False)."},
+    )
+    multi_objective_aggregation: str = field(
+        default="sum_then_normalize",
+        metadata={
+            "help": "Of several rewards in group advantages; the other way is GDPO's, each in its group first.",
+            "choices": ["sum_then_normalize", "normalize_then_sum"],
+        },
     )
     loss_type: str = field(default="ppo", metadata={"help": f"One of {', '.join(LOSSES)}."})
     loss_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'What the loss takes besides, such as {"dual_clip": 3}.'}
     )
     epsilon: float | None = field(default=None, metadata={"help": "Clip of the ratio; the loss's own by default."})
-    epsilon_high: float | None = field(default=None, metadata={"help": "Clip above; as below by default."})
+    epsilon_high: float | None = field(
+        default=None, metadata={"help": "Clip above; as below by default. The largest ratio of cispo."}
+    )
+    delta: float | None = field(
+        default=None, metadata={"help": "Largest ratio that counts at all (two-sided clip); above 1 + epsilon."}
+    )
+    importance_sampling_level: str = field(
+        default="token",
+        metadata={"help": "A ratio for each token, or one for each sequence (GSPO).", "choices": ["token", "sequence"]},
+    )
+    top_entropy_quantile: float = field(
+        default=1.0, metadata={"help": "Share of the tokens that are learned: those of the highest entropy. 1: all."}
+    )
+    off_policy_mask_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Leave out a bad sequence whose log-probs fell by more than this a token since sampling."},
+    )
     importance_sampling_cap: float | None = field(
         default=None, metadata={"help": "Weigh tokens by min(trainer / sampler, this); 2 is usual. With a server: 2."}
     )
     beta: float = field(default=0.05, metadata={"help": "Weight of the KL to the reference; 0 needs none."})
     kl_in: str = field(default="reward", metadata={"help": "Where KL goes.", "choices": ["reward", "loss"]})
     kl_estimator: str | None = field(default=None, metadata={"help": "k1 (in the reward, always), k2 or k3."})
+    sync_ref_model: bool = field(
+        default=False, metadata={"help": "Move the reference towards the policy from time to time (TR-DPO)."}
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata={"help": "Share of the policy in the new reference, with sync_ref_model; in (0, 1]."}
+    )
+    ref_model_sync_steps: int = field(default=512, metadata={"help": "Steps between two moves, with sync_ref_model."})
     adaptive_kl_target: float | None = field(
         default=None, metadata={"help": "Change beta so that the KL of a completion comes to this."}
     )
@@ -102,9 +134,14 @@ class PPOConfig(ServerArguments, BaseConfig):
     log_completions: bool = field(
         default=True, metadata={"help": "Keep the last rollout of each line of the log in completions.jsonl."}
     )
-    num_completions_to_print: int = field(default=0, metadata={"help": "Print this many of them as well."})
+    num_completions_to_print: int | None = field(
+        default=0, metadata={"help": "Print this many of them as well; None prints all."}
+    )
+    log_unique_prompts: bool = field(default=False, metadata={"help": "Keep and print one completion of each prompt."})
 
-    _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "loss_kwargs"]  # noqa: RUF012  # not a field
+    _VALID_DICT_FIELDS = [  # noqa: RUF012  # not a field
+        *BaseConfig._VALID_DICT_FIELDS, "loss_kwargs", "generation_kwargs", "transformers_continuous_batching_config",
+    ]  # fmt: skip
 
     best_metric: ClassVar[str] = "reward"
 
@@ -118,9 +155,7 @@ class PPOConfig(ServerArguments, BaseConfig):
                 f"train_sampling_strategy {self.train_sampling_strategy}: prompts are drawn in a random order, or with "
                 "shuffle_dataset false in their own"
             )
-        if self.num_ppo_epochs is not None:
-            logger.warning("num_ppo_epochs is now called num_iterations")
-            self.num_iterations, self.num_ppo_epochs = self.num_ppo_epochs, None
+        take_over_names(self)
         self._check_choices()
         if self.advantage_estimator == "pairs":
             self.pair_loss(*torch.ones(4, 1), chosen_lengths=torch.ones(1), rejected_lengths=torch.ones(1))
@@ -142,7 +177,10 @@ class PPOConfig(ServerArguments, BaseConfig):
         if self.kl_in == "reward" and self.kl_estimator != "k1":
             raise ValueError(f"in the reward only k1 has the gradient of the KL, not {self.kl_estimator}: --kl_in loss")
         self._check_ignored()
-        for name in ("num_mini_batches", "num_iterations", "num_generations", "max_turns"):
+        self._check_advantages()
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ValueError(f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}")
+        for name in ("num_mini_batches", "num_iterations", "num_generations", "max_turns", "ref_model_sync_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.temperature <= 0:
@@ -152,7 +190,11 @@ class PPOConfig(ServerArguments, BaseConfig):
                 f"max_completion_length {self.max_completion_length} leaves no room for a prompt in max_length "
                 f"{self.max_length}: raise max_length"
             )
-        self.sampling()
+        if self.sampling().reshapes:
+            logger.warning(
+                "top_p, top_k, min_p or repetition_penalty: samples come from another distribution than the policy's "
+                "own, which the loss takes them for; sampler_kl shows how far they are apart"
+            )
         if self.adaptive_kl_target is not None:
             self.kl_controller()
         step = self.per_device_train_batch_size * self.gradient_accumulation_steps
@@ -164,15 +206,42 @@ class PPOConfig(ServerArguments, BaseConfig):
         if estimator == "pairs" and self.per_device_train_batch_size % 2:
             raise ValueError("pairs need an even per_device_train_batch_size")
 
+    def _check_advantages(self) -> None:
+        estimator = self.advantage_estimator
+        if self.scale_rewards not in ("group", "batch", "none"):
+            raise ValueError(f"scale_rewards must be group (True), batch or none (False), got {self.scale_rewards!r}")
+        if self.multi_objective_aggregation not in ("sum_then_normalize", "normalize_then_sum"):
+            raise ValueError(
+                f"multi_objective_aggregation must be sum_then_normalize or normalize_then_sum, got "
+                f"{self.multi_objective_aggregation!r}"
+            )
+        if self.multi_objective_aggregation == "normalize_then_sum" and (estimator != "group" or self.penalised):
+            raise ValueError("normalize_then_sum is for the group estimator, with KL in the loss")
+        if self.normalize_advantages and estimator not in ("rloo", "group", "remax"):
+            raise ValueError(f"normalize_advantages is for rloo, group and remax; {estimator} has whiten_advantages")
+        if not 0 <= self.top_entropy_quantile <= 1:
+            raise ValueError(f"top_entropy_quantile must be in [0, 1], got {self.top_entropy_quantile}")
+        if self.reward_clip_range is not None and (
+            len(self.reward_clip_range) != 2 or not self.reward_clip_range[0] < self.reward_clip_range[1]
+        ):
+            raise ValueError(f"reward_clip_range is a least and a largest value, got {self.reward_clip_range}")
+        if self.importance_sampling_level == "sequence" and self.loss_type in TOKEN_SUMS:
+            logger.warning(
+                "importance_sampling_level sequence with loss_type %s weights each sequence by its completion length; "
+                "GSPO is loss_type grpo", self.loss_type,
+            )  # fmt: skip
+
     def _check_ignored(self) -> None:
         """Refuse what would be dropped in silence."""
         estimator = self.advantage_estimator
         if estimator == "pairs":
-            for name in ("adaptive_kl_target", "early_stop_kl", "importance_sampling_cap"):
+            for name in ("adaptive_kl_target", "early_stop_kl", "importance_sampling_cap", "off_policy_mask_threshold"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} is for losses of tokens, and pairs have none: leave it out")
             if self.entropy_coef:
                 raise ValueError("entropy_coef is for losses of tokens, and pairs have none: leave it out")
+            if self.top_entropy_quantile < 1 or self.importance_sampling_level != "token":
+                raise ValueError("top_entropy_quantile and importance_sampling_level are for losses of tokens")
         if estimator == "remax" and self.whiten_rewards:
             raise ValueError("remax subtracts the rewards of greedy answers, which are not whitened: no whiten_rewards")
         if self.dynamic_sampling and self.num_generations < 2:
@@ -194,25 +263,33 @@ class PPOConfig(ServerArguments, BaseConfig):
         return self.num_mini_batches == self.num_iterations == 1
 
     @property
+    def reward_bounds(self) -> tuple[float, float] | None:
+        if self.reward_clip_range is not None:
+            return self.reward_clip_range[0], self.reward_clip_range[1]
+        return None if self.reward_clip is None else (-self.reward_clip, self.reward_clip)
+
+    @property
     def penalised(self) -> bool:
         return self.beta > 0 and self.kl_in == "reward" and self.advantage_estimator != "pairs"
 
     def sampling(self) -> Sampling:
-        return Sampling(
-            temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_tokens=self.min_completion_length,
-            max_tokens=self.max_completion_length, stop=tuple(self.stop or ()),
-        )  # fmt: skip
+        own: dict[str, Any] = dict(min_tokens=self.min_completion_length, stop=tuple(self.stop or ()))
+        lengths = dict(temperature=self.temperature, max_tokens=self.max_completion_length)
+        return Sampling(**own | self.generation_options() | lengths)
 
     def objective(self, beta: float | None = None) -> Objective:
         return make_objective(
             self.loss_type,
             epsilon=self.epsilon,
             epsilon_high=self.epsilon_high,
+            delta=self.delta,
             max_completion_length=self.max_completion_length,
             loss_kwargs=self.loss_kwargs if isinstance(self.loss_kwargs, dict) else {},
             beta=(self.beta if beta is None else beta) if self.kl_in == "loss" else 0.0,
             kl_estimator=str(self.kl_estimator),
             entropy_coef=self.entropy_coef,
+            level=self.importance_sampling_level,
+            off_policy_threshold=self.off_policy_mask_threshold,
         )
 
     def pair_loss(self, *logps: Tensor, **lengths: Tensor) -> Tensor:

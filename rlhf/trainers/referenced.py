@@ -241,6 +241,6 @@ class SyncReference(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step % self.steps:
             return
-        policy = getattr(model, "module", model)  # under DDP
-        for ref, weight in zip(self.reference.parameters(), policy.parameters(), strict=True):
+        policy = getattr(model, "module", model).model  # under DDP; a value head has no part in it
+        for ref, weight in zip(self.reference.model.parameters(), policy.parameters(), strict=True):
             ref.lerp_(weight.to(ref), self.alpha)

@@ -209,16 +209,19 @@ class RolloutReport:
         for name in troubles.keys() - self._said:
             logger.warning("step %d: %s", self.trainer.state.global_step, troubles[name])
         self._said |= troubles.keys()
-        if self.args.log_completions and self._samples:
-            self._keep_samples()
-        if self.args.num_completions_to_print and self._samples:
-            self._print_samples(self._samples[: self.args.num_completions_to_print])
+        samples = self._samples
+        if self.args.log_unique_prompts:
+            samples = list({sample.group: sample for sample in reversed(samples)}.values())[::-1]
+        if self.args.log_completions and samples:
+            self._keep_samples(samples)
+        if self.args.num_completions_to_print != 0 and samples:
+            self._print_samples(samples[: self.args.num_completions_to_print])
 
-    def _keep_samples(self) -> None:
+    def _keep_samples(self, samples: list[Sample]) -> None:
         file = Path(str(self.args.output_dir)) / "completions.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8") as out:
-            for sample in self._samples:
+            for sample in samples:
                 advantages = sample.tokens.get("advantages")
                 entry = {
                     "step": self.trainer.state.global_step,

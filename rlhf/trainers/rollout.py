@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from torch import Tensor
 
 from rlhf.data import Dialogue, encode_prompt
 from rlhf.data.formats import Turns, canonical, prompt_dialogue
-from rlhf.models import Policy
+from rlhf.models import Policy, vocabulary_size
 from rlhf.rollouts import Environment, RolloutEngine, Sampling, play
 from rlhf.trainers.experience import Sample, varied_groups
+from rlhf.trainers.prompts import Prompts
 from rlhf.trainers.sampler import PolicySampler
 
 
@@ -39,32 +41,14 @@ class Roller:
         self.form = trainer.args.reading().for_tokenizer(self.tokenizer).form
         self.environment_factory = environment_factory
         self.rollouts = 0  # made so far
-        self.drawn = 0  # prompts
         self.equal_groups = (0, 0)  # of the last rollout, before dynamic sampling replaced them: how many of how many
         self.sampler = PolicySampler(trainer, engine)
         args = self.args
         world = args.world_size
         step = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.in_step = step // args.kept  # prompts of this process
+        self.prompts = Prompts(trainer.train_dataset, args.seed, args.shuffle_dataset, self._with_ids)
         self.prompts_in_rollout = self.in_step * world * args.num_mini_batches
-
-    # Which prompts
-
-    def _draw(self, count: int) -> list[dict[str, Any]]:
-        """The next prompts of all processes."""
-        rows = self.trainer.train_dataset
-        found = []
-        for place in range(self.drawn, self.drawn + count):
-            epoch, index = divmod(place, len(rows))
-            found.append(rows[int(self._order(epoch)[index])])
-        self.drawn += count
-        return found
-
-    def _order(self, epoch: int) -> Any:
-        size = len(self.trainer.train_dataset)
-        if not self.args.shuffle_dataset:
-            return range(size)
-        return np.random.default_rng((self.args.seed, epoch)).permutation(size)
 
     def _mine(self, items: list[Any]) -> list[Any]:
         """This process's share of each minibatch, of what all processes have in order."""
@@ -72,12 +56,17 @@ class Roller:
         starts = (minibatch * each * world + rank * each for minibatch in range(self.args.num_mini_batches))
         return [item for start in starts for item in items[start : start + each]]
 
+    def _with_ids(self, rows: Dataset) -> Dataset:
+        trainer = self.trainer
+        tokenised: Dataset = trainer.tokenize(rows, self.tokenizer, self.args, vocabulary_size(trainer.policy))
+        return tokenised
+
     # Samples
 
     def rollout(self, policy: Policy, beta: float) -> tuple[list[Sample], Tensor | None]:
         """This process's samples, scored, in the order of training; with rewards of greedy answers for ``remax``."""
         self.rollouts += 1
-        numbered = list(enumerate(self._draw(self.prompts_in_rollout)))
+        numbered = list(enumerate(self.prompts.draw(self.prompts_in_rollout)))
         with self.sampler.awake(policy):
             samples = self._sample(self._mine(numbered), self.args.sampling(), self.args.num_generations)
             if self.args.dynamic_sampling:
@@ -86,10 +75,11 @@ class Roller:
         return samples, baselines
 
     def answer(self, policy: Policy, rows: Any) -> list[Sample]:
-        """One answer to each of these rows, scored: this process's share."""
+        """Answers to each of these rows, scored: this process's share."""
         mine = [(i, rows[i]) for i in range(self.args.process_index, len(rows), self.args.world_size)]
         with self.sampler.awake(policy):
-            return self._sample(mine, self.args.sampling(), 1, 0, self.args.per_device_eval_batch_size)
+            count = self.args.num_generations_eval or 1
+            return self._sample(mine, self.args.sampling(), count, 0, self.args.per_device_eval_batch_size)
 
     def _sample(
         self,
@@ -195,8 +185,8 @@ class Roller:
                 sample.extra = {name: column[place] for name, column in scored.extra.items()}
         args = self.args
         for sample in samples:
-            if args.reward_clip is not None:
-                sample.reward = float(np.clip(sample.reward, -args.reward_clip, args.reward_clip))
+            if args.reward_bounds is not None:
+                sample.reward = float(np.clip(sample.reward, *args.reward_bounds))
             if args.missing_eos_penalty is not None and sample.truncated:
                 sample.reward -= args.missing_eos_penalty
 
@@ -216,7 +206,7 @@ class Roller:
             if missing <= 0 or attempt == self.args.dynamic_sampling:
                 break
             rank, world = self.args.process_index, self.args.world_size
-            numbered = list(enumerate(self._draw(missing), start=numbers))
+            numbered = list(enumerate(self.prompts.draw(missing), start=numbers))
             numbers += missing
             mine = self._sample(numbered[rank::world], self.args.sampling(), n)
         chosen = (varied + equal)[:target]

@@ -68,6 +68,13 @@ def sapo(r, a, _):
     return -4 / tau / (1 + math.exp(-tau * (r - 1))) * a
 
 
+def vespo(new, old, adv):
+    logs = [sum(x) for x in per_sequence([a - b for a, b in zip(new, old, strict=True)])]
+    k, decay = zip(*[(2.0, 3.0) if a >= 0 else (3.0, 2.0) for a in adv], strict=True)
+    phi = [math.exp(d) * math.exp(w) ** p * math.exp(-d * math.exp(w)) for w, p, d in zip(logs, k, decay, strict=True)]
+    return mean([-phi[s] * adv[s] * a for a, s in zip(new, IDS.tolist(), strict=True)])
+
+
 # name: (own arguments, formula of (new, old, advantages) lists)
 CASES = {
     "grpo": ({}, lambda n, o, a: mean([mean(x) for x in per_sequence(token_losses(n, o, a, lambda r, A, _: surrogate(r, A, 0.2, 0.2)))])),
@@ -79,6 +86,7 @@ CASES = {
     "gmpo": ({}, lambda n, o, a: of_sequences(n, o, a, gmpo)),
     "cispo": (dict(max_ratio=1.2), lambda n, o, a: mean(token_losses(n, o, a, lambda r, A, lp: -min(r, 1.2) * A * lp))),
     "sapo": ({}, lambda n, o, a: mean([mean(x) for x in per_sequence(token_losses(n, o, a, sapo))])),
+    "vespo": ({}, vespo),
     "reinforce": ({}, lambda n, o, a: mean(token_losses(n, o, a, lambda r, A, lp: -A * lp))),
     "rloo": ({}, lambda n, o, a: sum(token_losses(n, o, a, lambda r, A, lp: -A * lp)) / S),
 }  # fmt: skip
@@ -115,7 +123,7 @@ def test_the_first_step_has_the_gradient_of_reinforce(name):
     close(got, -advantages[IDS] * scale, torch.float64)
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n != "cispo"])
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("cispo", "vespo")])
 def test_gradcheck(name):
     new, old, advantages = data(2)
     assert torch.autograd.gradcheck(lambda x: run(name, x, old, advantages), new.requires_grad_())
@@ -341,3 +349,15 @@ def test_mistakes_are_named():
         run("dapo", new, old, advantages, epslon=0.1)
     with pytest.raises(ValueError, match='kind must be "k1"'):
         kl_estimate(new, old, "k4")
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "bnpo", "luspo", "dr_grpo"])
+def test_delta_bounds_the_ratio_where_the_advantage_is_negative(name):
+    """TRL's two-sided clip: without it the loss of a bad token grows with its ratio for ever."""
+    own = CASES[name][0]
+    new, old, advantages = torch.tensor([0.0]), torch.tensor([-2.0]), torch.tensor([-1.0])
+    run_one = lambda **o: float(POLICY_LOSSES[name](new, old, advantages, torch.tensor([0]), **own, **o))  # noqa: E731
+    scale = 1 / own.get("max_completion_length", 1)
+    assert run_one() == pytest.approx(math.exp(2) * scale)
+    assert run_one(delta=3.0) == pytest.approx(3 * scale)
+    assert run_one(delta=9.0) == run_one()

@@ -151,7 +151,7 @@ def test_the_objective_is_the_catalogues_loss(name):
     objective = make_objective(name, **OPTIONS)
     weight = objective.token_weights(lengths, sequence, torch.float64)
     ones = torch.ones_like(weight)
-    if objective.mean == "coupled":
+    if objective.is_coupled:
         got = objective.coupled(Scores(logps), advantages, weight, ones, old, old, sequence, lengths)
     else:
         chunks = (slice(0, 4), slice(4, 5), slice(5, 9))
@@ -172,7 +172,7 @@ def test_samples_that_are_not_learned_count_nowhere(name):
     def loss(lengths, learned):
         weight = objective.token_weights(lengths, sequence, torch.float64) * learned
         ones = torch.ones_like(weight)
-        if objective.mean == "coupled":
+        if objective.is_coupled:
             total = objective.coupled(Scores(logps), advantages, weight, ones, old, ref, sequence, lengths)
         else:
             total = objective.local(Scores(logps), advantages, weight, ones, old, ref)
@@ -394,7 +394,7 @@ def test_resumed_is_uninterrupted_in_special_cases_too(make, kind, options, tmp_
     make(kind, name="cut", callbacks=[StopAt(3)], save_strategy="steps", save_steps=3, **options).train()
     again = make(kind, name="cut", **options)
     again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
-    assert again.roller.drawn == whole.roller.drawn
+    assert again.roller.prompts.drawn == whole.roller.prompts.drawn
     for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -410,7 +410,7 @@ def test_dynamic_sampling_replaces_groups_of_equal_rewards(make):
     for one in (s for step in dynamic._minibatches for micro in step for s in micro):
         groups.setdefault(one.group, set()).add(one.reward)
     assert all(len(rewards) > 1 for rewards in groups.values())
-    assert dynamic.roller.drawn > plain.roller.drawn
+    assert dynamic.roller.prompts.drawn > plain.roller.prompts.drawn
 
 
 def test_a_rollout_is_left_once_the_policy_strays(make):
@@ -699,7 +699,7 @@ def test_a_game_of_several_turns_is_learned(make, kind):
         (dict(max_length=100, max_completion_length=100), "leaves no room for a prompt"),
         (dict(per_device_train_batch_size=6, num_generations=4), "no multiple of the 4"),
         (dict(top_p=0.0), "top_p must be in"),
-        (dict(loss_type="cispo", epsilon_high=0.3), "loss_type cispo takes no epsilon_high; it takes max_ratio"),
+        (dict(loss_type="cispo", epsilon=0.3), "loss_type cispo takes no epsilon; it takes max_ratio"),
         (dict(loss_type="rloo"), "loss_type rloo has no ratio"),
         (dict(dynamic_sampling=2), "dynamic_sampling looks for groups"),
         (dict(advantage_estimator="remax", whiten_rewards=True), "remax subtracts the rewards of greedy answers"),
