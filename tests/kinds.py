@@ -138,7 +138,8 @@ class Family(NamedTuple):
     template: str
     write: Callable[[list[Message]], Pieces]
     system: bool = True  # knows the role
-    tools: bool = False
+    thoughts: bool = False  # knows `reasoning_content`
+    tools: bool = False  # and calls
 
 
 def _last_user(messages: list[Message]) -> int:
@@ -208,7 +209,7 @@ def _qwen3(messages: list[Message]) -> Pieces:
                 else:
                     pieces.append(("<think>\n\n</think>\n\n", False))
             calls = "".join(
-                f'\n<call>\n{{"name": "{c["function"]["name"]}", "arguments": {json.dumps(c["function"]["arguments"])}}}\n</call>'
+                f'\n<call>\n{{"name": "{c["function"]["name"]}", "arguments": {json.dumps(c["function"]["arguments"], ensure_ascii=False)}}}\n</call>'
                 for c in m.get("tool_calls", [])
             )
             pieces += [(m.get("content", "") + calls + "<|im_end|>", True), ("\n", False)]
@@ -332,6 +333,7 @@ FAMILIES = {
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% if enable_thinking is defined and not enable_thinking %}"
         "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}",
         _qwen3,
+        thoughts=True,
         tools=True,
     ),
     "DeepSeek-R1": Family(
@@ -347,6 +349,7 @@ FAMILIES = {
         "{{ '<|channel|>final<|message|>' + m.content }}{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}"
         "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}",
         _harmony,
+        thoughts=True,
     ),
     "Gemma": Family(
         "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"

@@ -68,7 +68,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, split: bool =
         return Encoded(encode_prompt(tokenizer, dialogue), [], 0, 0)
     shared = min(row.border for row in rows)
     shared = min(shared, _common_prefix([row.ids for row in rows]))
-    completions = [(row.ids[shared:], row.scored[shared:]) for row in rows]
+    # Where an answer begins later than another (behind an empty thought, say), both are scored on all that they do not
+    # share.
+    completions = [
+        (row.ids[shared:], [row.opens or own for own in row.scored[shared : row.border]] + row.scored[row.border :])
+        for row in rows
+    ]
     notes = tuple(dict.fromkeys(note for row in rows for note in row.notes))
     answers, scored = sum(row.answers for row in rows), sum(row.found for row in rows)
     return Encoded(rows[0].ids[:shared], completions, answers, scored, notes)
@@ -205,6 +210,7 @@ class _Row(NamedTuple):
     ids: list[int]
     scored: list[bool]
     border: int  # number of ids before the first thing that the model is to write
+    opens: bool  # the completion begins with an answer, not with another's turn
     answers: int
     found: int
     notes: tuple[str, ...]
@@ -230,7 +236,8 @@ def _encode_turns(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, comple
     border = min((start for start, _ in spans), default=len(ids))
     answers = sum(message["role"] == "assistant" for message in messages[first:])
     found = min(sum(start < stop for start, stop in spans), answers)  # an answer may have several spans
-    return _Row(ids, scored, border, answers, found, rendering.notes)
+    opens = messages[first]["role"] == "assistant" and bool(messages[first].get("weight", 1))
+    return _Row(ids, scored, border, opens, answers, found, rendering.notes)
 
 
 def _token_span(

@@ -16,7 +16,7 @@ from rlhf.data.marks import MARKS, PROBE, REASONING, THOUGHT_TAG, Marked, Part, 
 
 _EMPTY_THOUGHT = re.compile(
     r"\s*(?:<([\w:|]*think\w*)>\s*</\1>|\[THINK\]\s*\[/THINK\]|<\|START_THINKING\|>\s*<\|END_THINKING\|>"
-    r"|<\|channel>thought\s*<channel\|>)\s*",
+    r"|<\|channel>thought\s*<channel\|>)\n{0,2}",  # a third begins what comes next, such as a call
     re.IGNORECASE,
 )
 _OPEN_THOUGHT = re.compile(r"(?:<[\w:]*think\w*>\s*)?$", re.IGNORECASE)

@@ -47,6 +47,7 @@ class ServerEngine:
         api_key: sent as a bearer token, if given.
         vocab_size: tokens that the policy knows; another one from the server is an error.
         reads_logps: check that its log-probs are of the distribution sampled from.
+        end_ids: tokens that end a completion, besides those that the server knows of.
     Raises:
         ConnectionError: no server answers there.
         ValueError: it does not serve ``model``.
@@ -63,8 +64,9 @@ class ServerEngine:
         api_key: str | None = None,
         vocab_size: int | None = None,
         reads_logps: bool = True,
+        end_ids: Sequence[int] = (),
     ) -> None:
-        self.vocab_size, self.reads_logps = vocab_size, reads_logps
+        self.vocab_size, self.reads_logps, self.end_ids = vocab_size, reads_logps, list(end_ids)
         self.url, self.model, self.version = url.rstrip("/").removesuffix("/v1"), model, 0
         self.weights_dir = None if weights_dir is None else Path(weights_dir)
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
@@ -168,7 +170,8 @@ class ServerEngine:
         self._client.close()
 
     def _complete(self, prompt: list[int], sampling: Sampling, key: tuple[int, int, int]) -> Completion:
-        ends = {"stop": list(sampling.stop)} if sampling.stop else {}
+        ends: dict[str, Any] = {"stop": list(sampling.stop)} if sampling.stop else {}
+        ends |= {"stop_token_ids": self.end_ids} if self.end_ids else {}
         choice = self._ask(
             prompt,
             temperature=sampling.temperature,

@@ -48,10 +48,10 @@ class PolicySampler:
         if args.rollout_server_model is None or args.rollout_weights_dir is None:
             raise ValueError("--rollout_server_url needs --rollout_server_model and --rollout_weights_dir")
         policy, tokenizer = self.trainer.policy, self.trainer.processing_class
-        end_ids(policy.without_adapter, tokenizer)  # the server ends an answer where the model does
+        ends = end_ids(policy.without_adapter, tokenizer)  # the server ends an answer where the model does
         engine = ServerEngine(
             args.rollout_server_url, args.rollout_server_model, weights_dir=args.rollout_weights_dir,
-            vocab_size=policy.config.get_text_config().vocab_size, reads_logps=self.reads_logps,
+            vocab_size=policy.config.get_text_config().vocab_size, reads_logps=self.reads_logps, end_ids=ends,
         )  # fmt: skip
         if (difference := engine.tokenizer_difference(tokenizer)) is not None:
             raise ValueError(f"{engine.url} has another tokenizer than the policy: {difference}; {SAME}")

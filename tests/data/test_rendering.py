@@ -22,12 +22,35 @@ def kind(name):
     return KINDS[name]()
 
 
+CALL = st.builds(
+    lambda name, arguments: {"type": "function", "function": {"name": name, "arguments": arguments}},
+    st.sampled_from(["look", "user"]),
+    st.one_of(st.just({"n": 3}), st.just({}), st.builds(lambda text: {"q": text, "b": [1, text]}, TURN)),
+)
+
+
 @st.composite
 def conversations(draw):
     name = draw(st.sampled_from(sorted(FAMILIES)))
-    turns = [{"role": "system", "content": draw(TURN)}] if FAMILIES[name].system and draw(st.booleans()) else []
+    family = FAMILIES[name]
+
+    def answer(**more):
+        thought = draw(TURN) if family.thoughts and draw(st.booleans()) else ""
+        return {
+            "role": "assistant",
+            "content": draw(TURN),
+            **({"reasoning_content": thought} if thought else {}),
+            **more,
+        }
+
+    turns = [{"role": "system", "content": draw(TURN)}] if family.system and draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 3))):
-        turns += [{"role": "user", "content": draw(TURN)}, {"role": "assistant", "content": draw(TURN)}]
+        turns.append({"role": "user", "content": draw(TURN)})
+        for _ in range(draw(st.integers(0, 2)) if family.tools else 0):
+            calls = draw(st.lists(CALL, min_size=1, max_size=2))
+            said = {"content": ""} if draw(st.booleans()) else {}
+            turns += [answer(tool_calls=calls) | said, {"role": "tool", "content": draw(TURN)}]
+        turns.append(answer())
     return name, turns
 
 
@@ -36,7 +59,7 @@ def test_ids_of_a_row_are_those_of_its_rendering(name):
     """huggingface/transformers#26273, allenai/catwalk#156, huggingface/trl#4922, axolotl-ai-cloud/axolotl#3088."""
     tokenizer = kind(name)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=80, deadline=None)
     @given(conversations())
     def check(conversation):
         family, turns = conversation

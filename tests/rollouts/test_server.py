@@ -34,6 +34,8 @@ def test_what_is_sent(serve):
         repetition_penalty=1.0, return_token_ids=True,
     )  # fmt: skip
     assert all(body[name] == value for body in bodies for name, value in want.items())
+    ServerEngine(server.url, "tiny", end_ids=[7]).generate(PROMPTS, 1, sampling, 0)
+    assert server.bodies[-1]["stop_token_ids"] == [7] and "stop_token_ids" not in bodies[0]
 
 
 def test_no_server():
