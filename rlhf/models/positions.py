@@ -13,7 +13,7 @@ def max_positions(model: nn.Module) -> int | None:
     sizes = [
         table.num_embeddings - _first_row(table)
         for name, table in model.named_modules()
-        if isinstance(table, nn.Embedding) and _holds_positions(name.rpartition(".")[2])
+        if isinstance(table, nn.Embedding) and _holds_positions(name.rpartition(".")[2]) and not _of_media(name)
     ]
     return min(sizes, default=None)
 
@@ -26,6 +26,11 @@ def trained_length(model: Any) -> int | None:
 
 def _holds_positions(name: str) -> bool:
     return name == "wpe" or "position" in name
+
+
+def _of_media(name: str) -> bool:
+    """Whether a module reads images or sound: its positions are not those of the text."""
+    return any(word in name for word in ("vision", "visual", "image", "audio"))
 
 
 def _first_row(table: nn.Embedding) -> int:
