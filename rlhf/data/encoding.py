@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from datasets import Json
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import chat, formats
@@ -10,6 +11,7 @@ from rlhf.data.batching import IGNORE
 from rlhf.data.formats import Dialogue, RowFormat
 from rlhf.data.messages import ASSISTANT, kind
 from rlhf.data.prompts import roles_of
+from rlhf.data.typed import Written
 
 Row = dict[str, Any]
 COUNTS = ("_answers", "_scored", "_notes")  # of each row: of its answers, and what was left out
@@ -30,10 +32,17 @@ class Reading:
     split_turns: bool = False
     bad_rows: str | None = None
 
-    def for_tokenizer(self, tokenizer: PreTrainedTokenizerBase, text_field: str = "text") -> "Reading":
-        template = tokenizer.chat_template
-        written = template if isinstance(template, str) else " ".join((template or {}).values())
-        return replace(self, form=replace(self.form, template=written, text_field=text_field))
+    def for_tokenizer(
+        self, tokenizer: PreTrainedTokenizerBase, text_field: str = "text", rows: Any = None
+    ) -> "Reading":
+        """With the template of a tokenizer, and what the columns of ``rows`` are."""
+        given = tokenizer.chat_template
+        template = given if isinstance(given, str) else " ".join((given or {}).values())
+        features = getattr(rows, "features", None) or {}
+        exact = frozenset(
+            self.form.columns.get(name, name) for name, of in features.items() if isinstance(of, Written | Json)
+        )
+        return replace(self, form=replace(self.form, template=template, text_field=text_field, exact=exact))
 
 
 def encode_sft(row: Row, tokenizer: PreTrainedTokenizerBase, column: str, reading: Reading) -> list[Row]:

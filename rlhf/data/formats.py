@@ -49,6 +49,7 @@ class RowFormat:
         template_kwargs: what the chat template gets for every row; a row's ``chat_template_kwargs`` go before it.
         text_field: the column of plain text.
         template: the chat template. Without one, questions and answers are plain text.
+        exact: columns whose values are as they were written: their nulls are the user's, not Arrow's.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -56,6 +57,7 @@ class RowFormat:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     text_field: str = "text"
     template: str = ""
+    exact: frozenset[str] = frozenset()
 
 
 # What a file's columns are read as
@@ -328,7 +330,7 @@ def _prompt(row: Row, answer: str, form: RowFormat) -> Turns | None:
     text = "\n\n".join([text, *filter(None, more)])
     turns = column in _TURNS or answer in _TURNS
     system = _system(row)
-    if form.template and (turns or system or _tools(row)):
+    if form.template and (turns or system or _tools(row, form)):
         past = [turn for exchange in row.get("history") or [] for turn in _exchange(exchange)]
         return _with_system([*past, {"role": "user", "content": text}], row)
     if row.get("history"):
@@ -356,7 +358,8 @@ def _prompt_and_completion(row: Row, column: str, form: RowFormat) -> tuple[Turn
 def _answer(row: Row, column: str, form: RowFormat) -> Turns:
     calls = from_json(row[column]) if column == "answers" and isinstance(row[column], str) else None
     if form.template and isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls):
-        return as_messages([{"role": "function_call", "content": row[column]}], column, form.roles, form.template)
+        turn = {"role": "function_call", "content": row[column]}
+        return as_messages([turn], column, form.roles, form.template, exact=True)
     return _turns(row, column, form)
 
 
@@ -385,19 +388,24 @@ def _pair(row: Row, form: RowFormat) -> tuple[Turns, Turns, Turns]:
 
 def _dialogue(row: Row, prompt: Turns, completions: list[Turns], form: RowFormat) -> Dialogue:
     """With the row's tools and options of the template."""
-    tools = None if isinstance(prompt, str) else _tools(row)
+    tools = None if isinstance(prompt, str) else _tools(row, form)
     if not isinstance(prompt, str) and prompt:
         prompt = _with_system(prompt, row)
     own = row.get("chat_template_kwargs")
-    own = from_json(own) if isinstance(own, str) and own.strip() else without_nulls(own)
+    own = from_json(own) if isinstance(own, str) and own.strip() else own
+    own = (
+        own
+        if "chat_template_kwargs" in form.exact or isinstance(row.get("chat_template_kwargs"), str)
+        else without_nulls(own)
+    )
     if own and not isinstance(own, Mapping):
         raise ValueError(f"'chat_template_kwargs' is {kind(own)}, expected an object")
     return Dialogue(prompt, tuple(completions), tools, {**form.template_kwargs, **(own or {})})
 
 
-def _tools(row: Row) -> list[Any] | None:
+def _tools(row: Row, form: RowFormat) -> list[Any] | None:
     column = next(iter(_present(list(row), _TOOLS)), None)
-    return None if column is None else read_tools(row[column], column)
+    return None if column is None else read_tools(row[column], column, column in form.exact)
 
 
 def _system(row: Row) -> str:
@@ -434,6 +442,7 @@ def _conversation(row: Row, column: str, form: RowFormat) -> list[Message]:
 def _turns(row: Row, column: str, form: RowFormat) -> Turns:
     """Text, or messages; a list of messages may be JSON text."""
     value = row.get(column)
+    exact = column in form.exact
     if value is None:
         raise ValueError(f"has no {column!r}")
     if isinstance(value, str):
@@ -442,14 +451,14 @@ def _turns(row: Row, column: str, form: RowFormat) -> Turns:
             if column not in _PROMPT and not value.strip():
                 raise ValueError(f"{column!r} is empty")
             return value
-        value = found
+        value, exact = found, True
     if _is_message(value):
         value = [value]
     if not isinstance(value, list):
         raise ValueError(f"{column!r} is {kind(value)}, expected text or a list of messages")
     if not value:
         raise ValueError(f"{column!r} is empty")
-    return as_messages(value, column, form.roles, form.template)
+    return as_messages(value, column, form.roles, form.template, exact)
 
 
 def _is_message(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -27,7 +28,7 @@ _MEDIA = ("image", "video", "audio")
 
 
 def as_messages(
-    value: Iterable[Any], column: str, roles: Mapping[str, str] | None = None, template: str = ""
+    value: Iterable[Any], column: str, roles: Mapping[str, str] | None = None, template: str = "", exact: bool = False
 ) -> list[Message]:
     """Messages with ``role`` and ``content``, and what templates read besides; ``weight`` 0 where one is not learned.
 
@@ -36,6 +37,7 @@ def as_messages(
         roles: further names of roles.
         template: the chat template; reasoning gets the key that it reads, a call that is text stays text where it reads
             no calls.
+        exact: values are as they were written; else nulls inside them are Arrow's, and are taken out.
     Raises:
         ValueError: names the message and what is wrong with it.
     """
@@ -44,7 +46,7 @@ def as_messages(
         where = f"{column!r}, message {number}"
         if not isinstance(turn, Mapping):
             raise ValueError(f"{where} is {kind(turn)}, expected an object with 'role' and 'content'")
-        message = without_nulls(turn)
+        message = {key: item if exact else without_nulls(item) for key, item in turn.items() if item is not None}
         if {"input", "output"} <= set(message) and not {"role", "from"} & set(message):
             both = (("user", message["input"]), (ASSISTANT, message["output"]))
             messages += [_message({"role": role, "content": text}, where, {}, template) for role, text in both]
@@ -188,7 +190,7 @@ def _write_objects(message: Message) -> None:
         message["content"] = json.dumps(message["content"], ensure_ascii=False)
 
 
-def read_tools(value: Any, column: str = "tools") -> list[Message] | None:
+def read_tools(value: Any, column: str = "tools", exact: bool = False) -> list[Message] | None:
     """Tools as templates read them, from a list or its JSON text, each in OpenAI's form; None for none.
 
     Raises:
@@ -196,7 +198,7 @@ def read_tools(value: Any, column: str = "tools") -> list[Message] | None:
     """
     given = value
     if isinstance(value, str):
-        value = from_json(value) if value.strip() else None
+        value, exact = from_json(value) if value.strip() else None, True
         if value is None and given.strip():
             raise ValueError(f"{column!r} is text that is not valid JSON: expected a list of tools")
     value = [value] if isinstance(value, Mapping) else value
@@ -204,7 +206,8 @@ def read_tools(value: Any, column: str = "tools") -> list[Message] | None:
         return None
     if not isinstance(value, list):
         raise ValueError(f"{column!r} is {kind(value)}, expected a list of tools")
-    return [_tool(from_json(tool) if isinstance(tool, str) else without_nulls(tool), column) for tool in value]
+    value = [from_json(tool) if isinstance(tool, str) else tool if exact else without_nulls(tool) for tool in value]
+    return [_tool(tool, column) for tool in value]
 
 
 def _tool(tool: Any, column: str) -> Message:
@@ -221,8 +224,10 @@ def from_json(text: str) -> Any:
     """The value that a text holds in JSON, or in Python's own writing (pandas writes it); None where in neither."""
     with suppress(ValueError):
         return json.loads(text)
-    with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-        return ast.literal_eval(text.strip()) if text.strip()[:1] in ("[", "{") else None
+    text = text.strip()
+    if text[:1] + text[-1:] in ("[]", "{}"):
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError), warnings.catch_warnings(action="ignore"):
+            return ast.literal_eval(text)
     return None
 
 

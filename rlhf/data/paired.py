@@ -88,7 +88,9 @@ def tokenize_paired(
         ValueError: the tokenizers are the same, or are of a kind whose bytes are not known; rows of ids; two templates
             that write different answers; or what :func:`tokenize_sft` raises. Names data set, row and remedy.
     """
-    readings = [(reading or Reading()).for_tokenizer(tokenizer, text_field) for tokenizer in (student, teacher)]
+    readings = [
+        (reading or Reading()).for_tokenizer(tokenizer, text_field, dataset) for tokenizer in (student, teacher)
+    ]
     if tokenizer_difference(student, teacher) is None:
         raise ValueError("student and teacher have the same tokenizer: leave --align out, and all their tokens compare")
     with prefixed(name_of(dataset)):

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from rlhf.data.vocabulary import tokenizer_rules
 logger = logging.getLogger(__name__)
 
 UNLIMITED = 1 << 40  # where max_length is None
-_VERSION = 3  # part of the cache key: raise it when the meaning of a tokenised row changes
+_VERSION = 4  # part of the cache key: raise it when the meaning of a tokenised row changes
 _REPORT = ("_cut", "_drop", "_bad", "_row", *COUNTS)
 
 
@@ -54,7 +55,7 @@ def tokenize_sft(
     Raises:
         ValueError: names the data set, the row and the remedy.
     """
-    reading = (reading or Reading()).for_tokenizer(tokenizer, text_field)
+    reading = (reading or Reading()).for_tokenizer(tokenizer, text_field, dataset)
     name = name_of(dataset)
     with prefixed(name):
         names = formats.renamed(column_names(dataset), reading.form)
@@ -93,11 +94,12 @@ def tokenize_preferences(
     Raises:
         ValueError: names the data set, the row and the remedy.
     """
-    reading = (reading or Reading()).for_tokenizer(tokenizer)
+    reading = (reading or Reading()).for_tokenizer(tokenizer, rows=dataset)
     with prefixed(name_of(dataset)):
         names = formats.renamed(column_names(dataset), reading.form)
         if "label" in names and "chosen" not in names and isinstance(dataset, Dataset):
             dataset = pairs_of_labelled(dataset, reading.form)
+            reading = replace(reading, form=replace(reading.form, columns={}))
         else:
             formats.pair_columns(names)
     names = formats.renamed(column_names(dataset), reading.form)
@@ -129,7 +131,7 @@ def tokenize_unpaired(
     Raises:
         ValueError: names the data set, the row and the remedy.
     """
-    reading = (reading or Reading()).for_tokenizer(tokenizer)
+    reading = (reading or Reading()).for_tokenizer(tokenizer, rows=dataset)
     with prefixed(name_of(dataset)):
         pairs = formats.check_unpaired_columns(column_names(dataset), reading.form)
         names = formats.renamed(column_names(dataset), reading.form)
@@ -156,7 +158,7 @@ def tokenize_prompts(
     Raises:
         ValueError: names the data set, the row and the remedy.
     """
-    reading = (reading or Reading()).for_tokenizer(tokenizer)
+    reading = (reading or Reading()).for_tokenizer(tokenizer, rows=dataset)
     name = name_of(dataset)
     if len(dataset) == 0:
         raise ValueError(f"{name}: no rows")

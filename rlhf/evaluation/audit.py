@@ -112,7 +112,7 @@ def audit(
         raise ValueError(f"--command {command!r} trains on no rows; one of {', '.join(sum(TASKS.values(), ()))}")
     reading = reading or Reading()
     if tokenizer is not None:
-        reading = reading.for_tokenizer(tokenizer, text_field)
+        reading = reading.for_tokenizer(tokenizer, text_field, rows)
     if task == "pairs" and "label" in renamed(rows.column_names, reading.form) and "chosen" not in rows.column_names:
         rows, reading = pairs_of_labelled(rows, reading.form), replace(reading, form=replace(reading.form, columns={}))
     found = Audit(name, command, len(rows), {}, "tokens" if tokenizer is not None else "characters", max_length)

@@ -275,6 +275,17 @@ def test_no_row_gets_the_keys_of_another(suffix, with_tools, tmp_path):
         assert json.loads(said) == given
 
 
+def test_a_null_that_was_written_stays(with_tools, tmp_path):
+    rows = [
+        {"messages": [U, turn("assistant", None, tool_calls=[{"function": {"name": "f", "arguments": {"x": None}}}])]}
+    ]
+    data = load_data(str(write_rows(tmp_path / "rows.jsonl", [*rows, {"messages": [U, A]}])))
+    found = tokenize_sft(data, with_tools, max_length=256, vocab_size=330)
+    assert parts(with_tools, found[0])[1] == '<call>f {"x": null}' + E
+    as_text = [{"messages": json.dumps(rows[0]["messages"])}]
+    assert parts(with_tools, sft(as_text, with_tools)[0])[1] == '<call>f {"x": null}' + E
+
+
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_has_several_names(key, with_tools):
     found = sft([{"messages": [U, {**A, key: "the cat"}]}], with_tools)[0]
