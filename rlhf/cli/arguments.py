@@ -117,6 +117,8 @@ class ModelArguments:
             modules_to_save=self.lora_modules_to_save,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
+            # Whoever loads the adapter needs the same one; what is beside an adapter has none.
+            revision=None if self.model_revision == "main" else self.model_revision,
         )
 
 

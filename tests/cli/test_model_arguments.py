@@ -44,6 +44,11 @@ def test_every_option_of_the_adapter_arrives():
     assert config.modules_to_save == ["lm_head"] and config.target_parameters == ["experts.down_proj"]
 
 
+def test_a_revision_is_kept_in_the_adapters_config():
+    assert given("--use_peft", "--model_revision", "v2").peft_config().revision == "v2"
+    assert given("--use_peft").peft_config().revision is None
+
+
 @pytest.mark.parametrize("option", [["--lora_r", "8"], ["--use_dora"], ["--lora_target_modules", "q_proj"]])
 def test_an_option_of_an_adapter_needs_one(option):
     with pytest.raises(ValueError, match=f"{option[0]} is of an adapter: add --use_peft"):
