@@ -42,6 +42,7 @@ from rlhf.trainers.balancing import balancer
 from rlhf.trainers.checkpointing import checkpoint_to_resume, tell_of_resuming
 from rlhf.trainers.config import BaseConfig
 from rlhf.trainers.evaluating import Evaluating, Measures
+from rlhf.trainers.options import accepting
 from rlhf.trainers.predictions import logits_and_labels
 from rlhf.trainers.profiling import Profiler
 from rlhf.trainers.switching import as_config, refuse_arguments
@@ -204,7 +205,25 @@ class BaseTrainer(Evaluating):
         if checkpoint is not None:
             tell_of_resuming(checkpoint, self.args.max_steps)
         self._check_best_metric()
+        self._check_drop_last()
         return super().train(checkpoint, *args, **kwargs)
+
+    def _check_drop_last(self) -> None:
+        args, rows = self.args, self.train_dataset
+        batch = args.per_device_train_batch_size * args.world_size
+        if args.dataloader_drop_last and isinstance(rows, Dataset | Packed) and len(rows) < batch:
+            raise ValueError(
+                f"--dataloader_drop_last leaves nothing to train on: {len(rows)} rows, and {batch} in a batch of all "
+                "processes; use a smaller --per_device_train_batch_size"
+            )
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        with accepting("optim_args", self.args.optim_args):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        with accepting("lr_scheduler_kwargs", self.args.lr_scheduler_kwargs):
+            return super().create_scheduler(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows = self.train_dataset if train_dataset is None else train_dataset

@@ -127,6 +127,13 @@ def checkpoint_to_resume(given: str | bool | None, output_dir: str) -> str | Non
         last = get_last_checkpoint(str(folder))
         hint = f"; did you mean {last}?" if last else ""
         raise ValueError(f"{given}: not a checkpoint of a run (no trainer_state.json){hint}")
+    kept = [path.name for path in folder.iterdir()]
+    if not any(name.startswith(("optimizer", "global_step")) for name in kept):
+        last = get_last_checkpoint(str(folder))
+        hint = (
+            f"did you mean {last}?" if last else "it was saved with --save_only_model; train from it as a model instead"
+        )
+        raise ValueError(f"{given}: holds no state of the optimizer to go on with; {hint}")
     return str(folder)
 
 

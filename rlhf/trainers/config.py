@@ -123,6 +123,9 @@ class BaseConfig(TrainingArguments):
             if self.tokens_per_batch < 1:
                 raise ValueError(f"tokens_per_batch must be at least 1, got {self.tokens_per_batch}")
             self.per_device_train_batch_size = 1  # of planned batches
+        for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         by_length = self.train_sampling_strategy in ("group_by_length", "batch_rebalance")
         if by_length and (self.tokens_per_batch is not None or getattr(self, "packing", False)):
             raise ValueError(

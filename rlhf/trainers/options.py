@@ -3,6 +3,8 @@
 An option that would be ignored is refused by name, with what to do instead.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -139,6 +141,17 @@ def require(package: str | None, option: str) -> None:
     """Raise where an option needs a package that is not installed."""
     if package is not None and find_spec(package) is None:
         raise ValueError(f"{option} needs a package that is missing: pip install {_INSTALLED_AS.get(package, package)}")
+
+
+@contextmanager
+def accepting(option: str, given: Any) -> Iterator[None]:
+    """Say which option holds what a function does not take."""
+    try:
+        yield
+    except TypeError as error:
+        if not given:
+            raise
+        raise ValueError(f"--{option} {given}: {error}") from error
 
 
 def greater_is_better(metric: str) -> bool:

@@ -1,6 +1,7 @@
 """Every option that transformers brings acts, is refused by name, or is handed on untouched."""
 
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,6 +50,12 @@ AWAY = {
 def test_an_option_that_would_be_ignored_is_refused_by_name(name, tmp_path):
     with pytest.raises(ValueError, match=f"^--{name} .* has no effect here: "):
         SFTConfig(output_dir=str(tmp_path), use_cpu=True, **{name: AWAY.get(name, True)})
+
+
+def test_the_docs_say_what_becomes_of_each():
+    text = (Path(__file__).parents[2] / "docs" / "options.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` | {said} |" in text for name, said in (REFUSED | ACTS).items())
+    assert all(f"`{name}`" in text for names in HANDED_ON.values() for name in names.split())
 
 
 def test_options_at_their_defaults_are_no_fault(tmp_path):
@@ -155,6 +162,19 @@ def test_a_run_goes_on_from_any_checkpoint(given, sft, tmp_path):
     again.train(**({"resume_from_checkpoint": checkpoint} if given == "argument" else {}))
     losses = [[(x["step"], x["loss"]) for x in t.state.log_history if "loss" in x] for t in (whole, again)]
     assert losses[0] == losses[1] and again.state.global_step == 4
+
+
+def test_weights_alone_are_no_checkpoint(sft, tmp_path):
+    """The folder of a finished run, and one saved with save_only_model: training would go on with a fresh optimizer."""
+    first = sft(save_strategy="steps", save_steps=2)
+    first.train()
+    first.save_model()
+    first.save_state()
+    with pytest.raises(ValueError, match=r"no state of the optimizer to go on with; did you mean .*checkpoint-2"):
+        sft().train(resume_from_checkpoint=str(tmp_path))
+    sft(save_strategy="steps", save_steps=2, save_only_model=True, output_dir=str(tmp_path / "light")).train()
+    with pytest.raises(ValueError, match="it was saved with --save_only_model"):
+        sft().train(resume_from_checkpoint=str(tmp_path / "light" / "checkpoint-2"))
 
 
 def test_a_finished_run_says_that_nothing_is_left(sft, tmp_path, caplog):

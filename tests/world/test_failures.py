@@ -54,6 +54,7 @@ EARLY = {
     "a resumed folder that is not there": ("sft", {"resume_from_checkpoint": "/none"}, "/none: no such folder"),
     "a resumed folder that is no checkpoint": ("sft", {"resume_from_checkpoint": "model"}, "no trainer_state.json"),
     "nothing to resume": ("sft", {"resume_from_checkpoint": "true"}, "no checkpoint to resume from"),
+    "steps of no batch": ("sft", {"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
     "JSON with a fault": ("sft", {"model_init_kwargs": '{"a": }'}, "--model_init_kwargs {\"a\": }: not valid JSON"),
     "text where JSON is due": ("sft", {"chat_template_kwargs": "no"}, "--chat_template_kwargs no: not valid JSON"),
     "float16 in training on a CPU": ("sft", {"tf32": True}, "--tf32 requires"),
@@ -139,6 +140,9 @@ MODELS = {
         None, {**BEST, "eval_dataset_name": "sft", "metric_for_best_model": "bleu"},
         "--metric_for_best_model bleu: evaluation gives loss, perplexity"),
     "the hub, offline": (None, {"push_to_hub": True}, "offline"),
+    "what a schedule does not take": (None, {"lr_scheduler_kwargs": '{"foo": 1}'}, "--lr_scheduler_kwargs {'foo': 1}"),
+    "batches that are dropped": (
+        None, {"dataloader_drop_last": True, "per_device_train_batch_size": 64}, "leaves nothing to train on: 48 rows"),
     "a layer that is not there": (None, {"use_peft": True, "lora_target_modules": "q_prooj"}, "q_prooj"),
 }  # fmt: skip
 
