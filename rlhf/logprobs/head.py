@@ -118,6 +118,8 @@ def _verify(model: nn.Module) -> tuple[HeadSettings | None, str | None]:
         ids = torch.arange(1, 17, device=weight.device)[None] % weight.size(0)
         with torch.no_grad():
             own = model(input_ids=ids, use_cache=False).logits.float()
+            if "hidden" not in found:  # it runs a part of its backbone (BART, OPT)
+                found["hidden"] = backbone_of(model)(input_ids=ids, use_cache=False)[0]
             head = read_head(model, settings)
             bias = None if head.bias is None else head.bias.float()
             ours = Head(head.weight.float(), bias, head.scale, head.softcap).logits(found["hidden"].float())

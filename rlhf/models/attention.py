@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf.data.batching import Batch, Collator, Layout, Segments
+from rlhf.models.positions import inputs_of
 from rlhf.models.remake import can_be_remade
 
 logger = logging.getLogger(__name__)
@@ -228,5 +229,5 @@ def _has_window(model: nn.Module) -> bool:
 def _last_hidden(model: nn.Module, batch: Batch) -> Tensor:
     """Hidden states that predict the scored tokens, [N, H]."""
     device = next(model.parameters()).device
-    hidden = model.base_model(**batch.to(device).inputs(), use_cache=False)[0]  # type: ignore[operator]
+    hidden = model.base_model(**inputs_of(model, batch.to(device)), use_cache=False)[0]  # type: ignore[operator]
     return hidden.reshape(-1, hidden.size(-1))[batch.targets.source]

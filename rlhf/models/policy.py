@@ -1,5 +1,6 @@
 """The modules that are trained: around a transformers model, with a :class:`Batch` going in."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -28,8 +29,11 @@ from rlhf.logprobs import (
 from rlhf.logprobs.aligned import HELD
 from rlhf.models.attention import NAME
 from rlhf.models.linear import speed_up_linear
+from rlhf.models.positions import inputs_of, own_positions, sees_ahead
 from rlhf.models.remake import fewer_activations, slim
 from rlhf.models.routing import Balancing
+
+logger = logging.getLogger(__name__)
 
 
 class Wrapper(nn.Module):
@@ -48,6 +52,8 @@ class Wrapper(nn.Module):
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.grad_fn is not None:  # made from a weight: only one step could go through its graph
                     module.register_buffer(name, buffer.detach(), name not in module._non_persistent_buffers_set)
+        with still(model):  # before anything shards the weights
+            own_positions(model)
         slim(model)
         speed_up_linear(model)
 
@@ -108,6 +114,12 @@ class Policy(Wrapper):
         self.balancing: Balancing | None = None  # router logits are wanted, for this
         # Before anything shards the weights: read the head and check it against the model's own logits.
         verified_settings(self.without_adapter)
+        with still(model):
+            if sees_ahead(self.without_adapter):
+                logger.warning(
+                    "%s sees the tokens that it is to predict: no causal model, or is_decoder is off in its config",
+                    type(self.without_adapter).__name__,
+                )
 
     def forward(
         self,
@@ -184,7 +196,7 @@ class Policy(Wrapper):
         return model_predictions(self.model, batch.targets, temperature=self.temperature, **self._inputs(batch))
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        inputs = batch.inputs()
+        inputs = inputs_of(self.without_adapter, batch)
         if self.balancing is not None or getattr(self.config.get_text_config(), "output_router_logits", False):
             inputs["output_router_logits"] = self.balancing is not None
         return inputs

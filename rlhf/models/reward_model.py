@@ -19,6 +19,7 @@ from rlhf.models.adapters import adapter_config, base_of, merged
 from rlhf.models.loading import HUB, base_kwargs, hub_kwargs, load_model
 from rlhf.models.places import loading, resolve
 from rlhf.models.policy import Wrapper
+from rlhf.models.positions import inputs_of
 from rlhf.models.remake import fewer_activations
 
 
@@ -48,7 +49,7 @@ class RewardModel(Wrapper):
         """
         model = self.without_adapter
         with fewer_activations():
-            hidden = model.base_model(**batch.inputs(), use_cache=False)[0]
+            hidden = model.base_model(**inputs_of(model, batch), use_cache=False)[0]
         last = hidden.reshape(-1, hidden.size(-1))[batch.last() if rows is None else rows]
         weight: Tensor = model.score.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)

@@ -19,6 +19,7 @@ from transformers import (
 
 from rlhf.models.attention import unfit
 from rlhf.models.linear import speed_up_linear
+from rlhf.models.positions import first_position, own_positions
 from rlhf.rollouts.cache import NAME, Cache
 from rlhf.rollouts.draft import Draft
 from rlhf.rollouts.engine import Completion, Sampling, check_request
@@ -224,15 +225,20 @@ class LocalEngine:
         config = GenerationConfig(max_new_tokens=draft.sampling.max_tokens, do_sample=False, pad_token_id=pad)
         usual, self.base.generation_config = self.base.generation_config, GenerationConfig()  # no defaults of its own
         try:
+            start = first_position(self.base) if own_positions(self.base) else None
             for length in sorted({len(ids) for ids in prompts}):
                 group = [index for index, ids in enumerate(prompts) if len(ids) == length]
                 rows = torch.tensor([index * draft.n + sample for index in group for sample in range(draft.n)])
                 ids = torch.tensor([prompts[index] for index in group], device=device).repeat_interleave(draft.n, 0)
                 draft.step = 0
+                places = {}
+                if start is not None:
+                    places["position_ids"] = (torch.arange(length, device=device)[None] + start).expand_as(ids)
                 self.model.generate(  # type: ignore[operator]
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
                     generation_config=config,
+                    **places,
                     logits_processor=LogitsProcessorList([_Choose(draft, rows.to(draft.device))]),
                     stopping_criteria=StoppingCriteriaList([_Ended(draft, rows.to(draft.device))]),
                 )

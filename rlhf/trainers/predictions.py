@@ -9,6 +9,7 @@ from transformers.trainer_pt_utils import EvalLoopContainer
 
 from rlhf.data import Batch
 from rlhf.data.batching import IGNORE
+from rlhf.models.positions import inputs_of
 
 
 def logits_and_labels(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -25,7 +26,7 @@ def logits_and_labels(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     width = labels.size(1)
     source = batch.targets.source
     labels[source // width, source % width + 1] = batch.targets.token
-    return model.without_adapter(**batch.inputs(), use_cache=False).logits, labels
+    return model.without_adapter(**inputs_of(model.without_adapter, batch), use_cache=False).logits, labels
 
 
 class Predictions:

@@ -19,6 +19,7 @@ from rlhf.data.teacher_file import read_key, write_key
 from rlhf.logprobs import model_top_k
 from rlhf.models import choose_layout, disable_dropout
 from rlhf.models.linear import speed_up_linear
+from rlhf.models.positions import inputs_of
 from rlhf.rollouts import Completion, LocalEngine, Sampling
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,12 @@ def keep_top_k(model: Any, rows: Dataset, file: TeacherFile, *, tokens_per_batch
             if key["samples"]:
                 uniforms = torch.from_numpy(np.concatenate([_uniforms(file, row) for row in planned])).to(device)
             kept = model_top_k(
-                model, batch.targets, key["k"], temperature=key["temperature"], uniforms=uniforms, **batch.inputs()
+                model,
+                batch.targets,
+                key["k"],
+                temperature=key["temperature"],
+                uniforms=uniforms,
+                **inputs_of(model, batch),
             )
             file.write(planned, kept)
             bar.update(len(todo))
