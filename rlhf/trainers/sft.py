@@ -149,7 +149,7 @@ class SFTTrainer(TextTrainer):
     ) -> Dataset:  # fmt: skip
         if self._formatting_func is not None:
             dataset = as_text(dataset, self._formatting_func, args.dataset_text_field)
-        whole = scores_whole_rows(list(dataset.column_names or []), args)
+        whole = scores_whole_rows(names_of(dataset), args)
         if args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)
         stream = args.packing and args.packing_strategy == "wrapped"
@@ -196,7 +196,12 @@ def as_text(dataset: Any, formatting_func: Callable[[dict[str, Any]], str], text
             raise ValueError(f"formatting_func must give the text of one row, got a {type(text).__name__}")
         return {text_field: text}
 
-    return dataset.map(text_of, remove_columns=[name for name in dataset.column_names if name != text_field])
+    return dataset.map(text_of, remove_columns=[name for name in names_of(dataset) if name != text_field])
+
+
+def names_of(dataset: Any) -> list[str]:
+    """The columns; of a stream that does not know them, those of its first row."""
+    return list(dataset.column_names or next(iter(dataset), {}))
 
 
 def scores_whole_rows(names: list[str], args: SFTConfig) -> bool:

@@ -118,6 +118,12 @@ def test_a_mismatched_answer_is_cut_like_the_own_one():
     assert found["mismatched_labels"][:] == [[[-100, 6]], [[4]]]
 
 
+def test_a_stream_gets_the_mismatched_answers_that_rows_get(tokenizer, unpaired_rows):
+    rows = tokenize_unpaired(unpaired_rows, tokenizer, max_length=64, vocab_size=330)
+    stream = add_mismatched(rows.to_iterable_dataset(), 64)
+    assert list(stream) == add_mismatched(rows, 64).to_list()
+
+
 def test_weights_are_advised_for_unequal_labels(kto, caplog):
     texts = sentences(1, 10)
     rows = Dataset.from_list([{"prompt": t, "completion": " yes", "label": i < 8} for i, t in enumerate(texts)])

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import close, sentences, tiny_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments
 
 from rlhf import SFTConfig, SFTTrainer
+from rlhf.trainers.sft import as_text, wrapped
 
 
 @pytest.fixture
@@ -84,6 +85,21 @@ def test_text_is_made_by_a_function(sft, pairs, tokenizer):
     assert rows[0]["labels"] == rows[0]["input_ids"]
     with pytest.raises(ValueError, match="formatting_func must give the text of one row, got a list"):
         sft(pairs, trainer={"formatting_func": lambda row: [row["prompt"]]})
+
+
+def test_text_of_a_stream_whose_columns_are_unknown():
+    stream = IterableDataset.from_generator(lambda: iter([{"a": "the", "b": "cat"}, {"a": "a", "b": "dog"}]))
+    assert stream.column_names is None
+    made = as_text(stream, lambda row: f"{row['a']} {row['b']}", "text")
+    assert list(made) == [{"text": "the cat"}, {"text": "a dog"}]
+    tokenised = IterableDataset.from_generator(
+        lambda: iter([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4, 5], "labels": [4, 5]}])
+    )
+    assert list(wrapped(tokenised, 2)) == [
+        {"input_ids": [1, 2], "labels": [-100, 2]},
+        {"input_ids": [3, 4], "labels": [3, 4]},
+        {"input_ids": [5], "labels": [5]},
+    ]
 
 
 def test_wrapped_packing_loses_no_token(sft, pairs):
