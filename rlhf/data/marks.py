@@ -124,9 +124,10 @@ def what_is_lost(
     """What the template leaves out: thoughts, turns and calls, keys and tools that it does not know."""
     notes = _unread(str(tokenizer.get_chat_template(tools=dialogue.tools)), dialogue, marked.messages)
     last_scored = scored[-1] if scored else -1
+    out = set(MARKS.findall(whole))
     for index, (message, parts) in enumerate(zip(marked.messages, marked.parts, strict=True)):
-        missing = [part for part in parts if part.mark not in whole]
-        shown = {part.name for part in parts if part.mark in whole}
+        missing = [part for part in parts if part.mark not in out]
+        shown = {part.name for part in parts if part.mark in out}
         # Reasoning is given under several names, of which a template reads one; of a call, any word shows it.
         if shown & {*REASONING}:
             shown |= {*REASONING}

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -175,7 +176,7 @@ def locate_answers(
                 continue
             start, (end, closed) = finder.start(index), finder.end(index)
             if index == first and prefill:
-                start = max(start, whole.index(marked.parts[index][0].mark))
+                start = max(start, finder.place[marked.parts[index][0].mark])
             spans.append((start, max(start, end)))
             needs_eos = not closed
     elif spans and finder.leaves_out_end(scored[-1], spans[-1][1]):
@@ -216,22 +217,22 @@ class _Finder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, marked: Marked, whole: str) -> None:
         self.tokenizer, self.dialogue, self.marked, self.whole = tokenizer, dialogue, marked, whole
-        self.marks = [mark.start() for mark in MARKS.finditer(whole)]
+        found = list(MARKS.finditer(whole))
+        self.marks = [mark.start() for mark in found]
+        self.place = {mark.group(): mark.start() for mark in reversed(found)}  # where each stands first
         self.special = _special_tokens(tokenizer)
 
     def plain(self, position: int) -> int:
         """The same place in the text without marks."""
-        return position - sum(mark < position for mark in self.marks)
+        return position - bisect_left(self.marks, position)
 
     def present(self, index: int) -> list[Part]:
-        return sorted(
-            (p for p in self.marked.parts[index] if p.mark in self.whole), key=lambda p: self.whole.index(p.mark)
-        )
+        return sorted((p for p in self.marked.parts[index] if p.mark in self.place), key=lambda p: self.place[p.mark])
 
     def content_start(self, index: int) -> int:
         """Where the first string of a message begins, as far as it is rendered as it is."""
         part = self.present(index)[0]
-        place = self.whole.index(part.mark)
+        place = self.place[part.mark]
         start = place - len(part.before)
         return start if start >= 0 and self.whole[start:place] == part.before else place
 
@@ -239,14 +240,14 @@ class _Finder:
         """Where the model begins to write answer ``index``: behind what the template gives it to begin with."""
         first = self.content_start(index)
         # A template may move a turn, such as the system's, behind an answer.
-        earlier = [p for i in range(index) for p in self.present(i) if self.whole.index(p.mark) < first]
+        earlier = [p for i in range(index) for p in self.present(i) if self.place[p.mark] < first]
         if not index:
             return first
         begun = begin_answer(self.tokenizer, self.dialogue, self.marked.messages[:index])
-        anchor = max(earlier, key=lambda part: self.whole.index(part.mark), default=Part("", "", "", ""))
+        anchor = max(earlier, key=lambda part: self.place[part.mark], default=Part("", "", "", ""))
         if anchor.mark not in begun:
             return first
-        from_here = self.whole.index(anchor.mark) + len(anchor.mark)
+        from_here = self.place.get(anchor.mark, 0) + len(anchor.mark)
         given = begun[begun.index(anchor.mark) + len(anchor.mark) :]
         region = self.whole[from_here:first]
         same = _common(given, region)
@@ -270,12 +271,10 @@ class _Finder:
     def end(self, index: int) -> tuple[int, bool]:
         """Behind the token that ends answer ``index``, and whether there is one."""
         part = self.present(index)[-1]
-        from_here = self.whole.index(part.mark) + 1
+        from_here = self.place[part.mark] + 1
         follows = self.whole[from_here:]
         content = len(part.after) if follows.startswith(part.after) else 0
-        following = [
-            self.whole.index(p.mark) for i in range(index + 1, len(self.marked.messages)) for p in self.present(i)
-        ]
+        following = [self.place[p.mark] for i in range(index + 1, len(self.marked.messages)) for p in self.present(i)]
         if following:
             closing = self._closing(part, self.marked.messages[: index + 1])
             same = _common(closing, follows[: min(following) - from_here])
@@ -319,7 +318,7 @@ class _Finder:
 
     def _whole_tokens(self, text: str, stop: int, least: int) -> int:
         """``stop``, moved back to where neither a special token nor a word is torn."""
-        ends = [least, *(m.end() for m in re.finditer(r"\s", text[:stop]))]
+        ends = [least, *(m.end() for m in re.finditer(r"[\s>\]]", text[:stop]))]
         if self.special:
             ends += [token.end() for token in self.special.finditer(text) if token.end() <= stop]
         return max(ends)
@@ -339,7 +338,7 @@ class _Finder:
             return None
         found = []
         for start, end in spans[0]:
-            inside = [i for i in scored if any(start <= self.whole.index(p.mark) < end for p in self.present(i))]
+            inside = [i for i in scored if any(start <= self.place[p.mark] < end for p in self.present(i))]
             if inside:  # some templates mark the header, or an empty thought of their own
                 found.append((max(start, self.start(inside[0])), self._without_space(start, end)))
         return found
