@@ -60,11 +60,14 @@ def base_of(name: str, config: PeftConfig) -> str:
         FileNotFoundError: nowhere.
     """
     base = config.base_model_name_or_path
-    if base and (Path(base).expanduser().is_dir() or not Path(base).is_absolute()):
-        return str(base)
-    for near in (Path(name) / BASE, Path(name).parent / BASE):
-        if (near / "config.json").exists():
-            return str(near)
+    for place in (Path(str(base)).expanduser(), Path(name) / BASE, Path(name).parent / BASE):
+        if (place / "config.json").exists() or (place / "adapter_config.json").exists():
+            return str(place)
+    try:
+        if base:
+            return resolve(str(base))  # it may be on the hub
+    except FileNotFoundError:
+        pass
     found = f"its base model {base} is gone" if base else "it names no base model"
     raise FileNotFoundError(
         f"{name}: {found}; write where it is into {name}/adapter_config.json (base_model_name_or_path)"
@@ -149,6 +152,8 @@ def add_adapter(model: Any, peft_config: PeftConfig) -> PeftModel:
     """
     check_adapter(model, peft_config)
     _name_targets(model, peft_config)
+    if peft_config.task_type is None and model.get_output_embeddings() is not None:
+        peft_config.task_type = "CAUSAL_LM"  # AutoPeftModelForCausalLM loads no other
     before = probe(model)
     with one_line("the adapter"):
         adapted: Any = get_peft_model(model, peft_config)

@@ -5,6 +5,7 @@ Metrics are sums and counts on the device, reduced once at each logging step. Ev
 over the data set, so nothing depends on the batch size.
 """
 
+import copy
 import logging
 import math
 from abc import abstractmethod
@@ -101,6 +102,7 @@ class BaseTrainer(Evaluating):
         elif quantization_config is not None:
             raise ValueError("quantization_config acts when a model is loaded: pass the model by name, or load it so")
         check_adapter(model, peft_config)
+        peft_config = copy.deepcopy(peft_config)  # what is filled in is of this model
         if processing_class is None:
             hub = {key: args.model_kwargs().get(key) for key in ("revision", "trust_remote_code")}
             processing_class = load_tokenizer(name or model.config._name_or_path, args.chat_template_path, **hub)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 
@@ -25,6 +26,8 @@ def plain_weights(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
         if ".lora_" not in name and ".original_module." not in name
     }
     for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, LoraLayer):
+            raise ValueError(f"{name}: only plain LoRA can be merged for another process, not {type(layer).__name__}")
         if not isinstance(layer, LoraLayer) or adapter not in (*layer.lora_A, *layer.lora_embedding_A):
             continue
         if adapter in layer.lora_variant:
