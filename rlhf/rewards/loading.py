@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.rewards import functions
+from rlhf.rewards import functions, trl_names
 from rlhf.rewards.endpoint import HttpReward
 from rlhf.rewards.functions import RewardFunction
 from rlhf.rewards.models import ModelReward
@@ -33,6 +33,7 @@ BUILTINS: dict[str, Callable[..., RewardFunction]] = {
     # TRL's names
     "accuracy_reward": functions.math_answer,
     "think_format_reward": functions.think_format,
+    "reasoning_accuracy_reward": lambda: trl_names.reasoning_accuracy_reward,
     "get_repetition_penalty_reward": functions.repetition_penalty,
     "get_soft_overlong_punishment": functions.soft_overlong_punishment,
 }

@@ -8,13 +8,13 @@ from rlhf.logprobs.topk import Estimate
 from rlhf.losses import DIVERGENCES
 from rlhf.rollouts import Sampling
 from rlhf.trainers.aligned import check_options
+from rlhf.trainers.generation import GenerationArguments, old_name
 from rlhf.trainers.matching import DISTANCES, Weights
-from rlhf.trainers.sampler import ServerArguments
 from rlhf.trainers.sft import TextConfig
 
 
 @dataclass
-class DistillConfig(ServerArguments, TextConfig):
+class DistillConfig(GenerationArguments, TextConfig):
     """Arguments of :class:`DistillTrainer`.
 
     Names and defaults are those of TRL's ``GKDConfig`` where it has the same thing, so that a ``beta`` means what it
@@ -85,16 +85,23 @@ class DistillConfig(ServerArguments, TextConfig):
         default=0.0, metadata={"help": "Share of the rows that the student answers itself (GKD); 0 is offline."}
     )
     max_completion_length: int = field(default=256, metadata={"help": "Longest such answer in tokens."})
+    max_new_tokens: int | None = old_name("max_completion_length.")
+    seq_kd: bool | None = old_name("not offered: `rlhf teacher` writes the teacher's answers, which sft learns.")
+    teacher_model_revision: str | None = old_name("revision, in teacher_model_init_kwargs.")
     sampling_temperature: float = field(default=1.0, metadata={"help": "Of such answers."})
     reverse_kl_reward: bool = field(
         default=False,
         metadata={"help": "Reward own answers by -KL(student, teacher) of each token, in place of the divergence."},
     )
 
-    _VALID_DICT_FIELDS = [*TextConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]  # noqa: RUF012  # not a field
+    _VALID_DICT_FIELDS = [  # noqa: RUF012  # not a field
+        *TextConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs", "generation_kwargs",
+        "transformers_continuous_batching_config",
+    ]  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._take_over_names()
         if self.teacher_file is not None and self.teacher_model_name_or_path is not None:
             raise ValueError("teacher_file stands for a teacher: leave teacher_model_name_or_path out, or the file")
         if self.teacher_server_url is not None:
@@ -105,6 +112,19 @@ class DistillConfig(ServerArguments, TextConfig):
         self._check_on_policy()
         self._check_matching()
         check_options(self)
+
+    def _take_over_names(self) -> None:
+        if self.seq_kd:
+            raise ValueError("seq_kd is not offered: let `rlhf teacher` write the answers, and learn them with sft")
+        if self.max_new_tokens is not None:
+            self.max_completion_length, self.max_new_tokens = self.max_new_tokens, None
+        if self.teacher_model_revision is not None:
+            own = self.teacher_model_init_kwargs if isinstance(self.teacher_model_init_kwargs, dict) else {}
+            self.teacher_model_init_kwargs = {"revision": self.teacher_model_revision, **own}
+            self.teacher_model_revision = None
+        self.take_over_generation()
+        if not self.lmbda and (self.generation_kwargs or self.sampling().reshapes):
+            raise ValueError("generation options are for the student's own answers: leave them out, or raise lmbda")
 
     def _check_server(self) -> None:
         if self.teacher_server_model is None:
@@ -128,6 +148,8 @@ class DistillConfig(ServerArguments, TextConfig):
                 raise ValueError(
                     "reverse_kl_reward needs temperature and sampling_temperature 1: it rewards what is drawn"
                 )
+            if self.sampling().reshapes:
+                raise ValueError("reverse_kl_reward rewards what is drawn: no top_p, top_k, min_p, repetition_penalty")
         if not self.lmbda:
             return
         if self.teacher_file is not None:
@@ -147,7 +169,8 @@ class DistillConfig(ServerArguments, TextConfig):
 
     def sampling(self) -> Sampling:
         """Of the student's own answers."""
-        return Sampling(temperature=self.sampling_temperature, max_tokens=self.max_completion_length)
+        own = dict(temperature=self.sampling_temperature, max_tokens=self.max_completion_length)
+        return Sampling(**self.generation_options() | own)
 
     def _check_matching(self) -> None:
         inside = self.matching()

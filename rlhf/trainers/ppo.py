@@ -35,6 +35,7 @@ from rlhf.trainers.experience import (
 )
 from rlhf.trainers.objective import Objective
 from rlhf.trainers.ppo_config import BestOfNConfig, GRPOConfig, PPOConfig, RLOOConfig
+from rlhf.trainers.ppo_names import refuse_others
 from rlhf.trainers.prompts import in_memory
 from rlhf.trainers.referenced import SyncReference
 from rlhf.trainers.report import RolloutReport
@@ -88,6 +89,7 @@ class PPOTrainer(Answering):
         environment_factory: Callable[[], Environment] | None = None,
         **kwargs: Any,
     ) -> None:
+        refuse_others(kwargs)
         args = args if args is not None else self.config_class(output_dir="runs")  # type: ignore[assignment]
         assert isinstance(args, PPOConfig)
         if reward_funcs is None and environment_factory is None:

@@ -17,7 +17,15 @@ _REFUSED = {
     "max_prompt_length": "a prompt is never cut: filter the rows, or pass drop_long_prompts",
     "log_completions_hub_repo": "completions.jsonl lies in output_dir: upload it from there",
     "vllm_importance_sampling_clip_min": "only a cap from above is offered: importance_sampling_cap",
-    "rollout_func": "pass an engine (rlhf.rollouts.RolloutEngine) or an environment_factory to the trainer",
+}
+# Arguments of TRL's trainers, not of their configurations.
+_OF_TRAINERS = {
+    "tools": "pass an environment_factory: its step(answer) reads the call and replies with what the tool said, "
+    '{"role": "tool", "content": …}; a column `tools` of the data reaches the chat template',
+    "rollout_func": "pass an engine (rlhf.rollouts.RolloutEngine), or an environment_factory",
+    "judge": "pass it as one of reward_funcs: a function that returns a number for each completion",
+    "reward_model": "pass it as reward_funcs",
+    "value_model": "name it in the configuration: value_model",
 }
 _SCALES = {"true": "group", "false": "none"}
 
@@ -50,6 +58,17 @@ class TRLNames(GenerationArguments):
     log_multimodal: bool | None = old_name("of images, which are not read.")
     max_prompt_length: int | None = old_name("not offered: a prompt is never cut.")
     log_completions_hub_repo: str | None = old_name("not offered: completions.jsonl lies in output_dir.")
+
+
+def refuse_others(given: dict[str, Any]) -> None:
+    """Refuse arguments of TRL's trainers that have another name here, and say which.
+
+    Raises:
+        ValueError: such an argument that is not None.
+    """
+    for name, instead in _OF_TRAINERS.items():
+        if given.pop(name, None) is not None:
+            raise ValueError(f"{name} is not an argument of this trainer: {instead}")
 
 
 def take_over_names(args: Any) -> None:

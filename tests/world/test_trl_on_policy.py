@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from rlhf import GRPOConfig, GRPOTrainer, RLOOConfig
+from rlhf import DistillConfig, GRPOConfig, GRPOTrainer, RLOOConfig
 from rlhf.losses import group_advantages
 from rlhf.rewards import ModelReward, reward_functions
 from rlhf.rollouts import Sampling
@@ -287,3 +287,33 @@ def test_reward_models_come_with_their_tokenizers(tokenizer, tmp_path):
     (whole,) = reward_functions(model, tokenizer)
     assert isinstance(whole, ModelReward)
     torch.testing.assert_close(whole(["the cat"], [" is"]), by_name(["the cat"], [" is"]))
+
+
+@pytest.mark.parametrize("name", ["tools", "rollout_func", "judge", "reward_model"])
+def test_arguments_of_trls_trainers_say_what_to_use(tmp_path, tokenizer, rows, name):
+    with pytest.raises(ValueError, match=f"{name} is not an argument of this trainer: "):
+        GRPOTrainer(tiny_model(), length, config(tmp_path), rows, None, tokenizer, **{name: [length]})
+
+
+def test_rewards_have_trls_names():
+    from rlhf import rewards
+
+    assert rewards.think_format_reward(["<think>a</think> b", "b"]) == [1.0, 0.0]
+    assert rewards.get_soft_overlong_punishment(100, 20)(completion_ids=[[1] * 90]) == [-0.5]
+    assert rewards.get_repetition_penalty_reward(2)(completion_ids=[[5] * 5]) == [-0.75]
+    pytest.importorskip("math_verify")
+    assert rewards.accuracy_reward(["so $2$", "so $3$"], ["$2$", "$2$"]) == [1.0, 0.0]
+    thought = ["<think> $3$ </think> so $2$", "<think> so $2$", "<think> $2$ </think> so $3$"]
+    assert rewards.reasoning_accuracy_reward(thought, ["$2$"] * 3) == [1.0, 0.0, 0.0]
+    assert rewards.load_reward("reasoning_accuracy_reward")(thought[:1], solution=["$2$"]) == [1.0]
+
+
+def test_distillation_takes_trls_names(tmp_path):
+    fixed = dict(output_dir=str(tmp_path), report_to="none", use_cpu=True, max_length=64)
+    args = DistillConfig(**fixed, lmbda=0.5, max_new_tokens=7, top_k=None, min_p=0.1, teacher_model_revision="v1")
+    assert args.sampling() == Sampling(max_tokens=7, min_p=0.1)
+    assert args.teacher_model_init_kwargs == {"revision": "v1"}
+    with pytest.raises(ValueError, match="seq_kd is not offered: let `rlhf teacher`"):
+        DistillConfig(**fixed, seq_kd=True)
+    with pytest.raises(ValueError, match="generation options are for the student's own answers"):
+        DistillConfig(**fixed, top_k=5)
