@@ -15,6 +15,11 @@ _OF_LOSSES = {
 }
 _REFUSED = {
     "max_prompt_length": "a prompt is never cut: filter the rows, or pass drop_long_prompts",
+    "use_adaptive_entropy": "give a constant entropy_coef, and watch `entropy` in the log",
+    **dict.fromkeys(
+        ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
+        "there is no controller of entropy; give a constant entropy_coef",
+    ),
     "log_completions_hub_repo": "completions.jsonl lies in output_dir: upload it from there",
     "vllm_importance_sampling_clip_min": "only a cap from above is offered: importance_sampling_cap",
 }
@@ -55,6 +60,11 @@ class TRLNames(GenerationArguments):
     max_tool_calling_iterations: int | None = old_name("max_turns, less 1.")
     use_bias_correction_kl: bool | None = old_name("always: KL in the loss is weighted by the ratio.")
     cast_lm_head_to_fp32: bool | None = old_name("logits are float32 wherever the weights are.")
+    use_adaptive_entropy: bool | None = old_name("not offered: entropy_coef is constant.")
+    entropy_coef_min: float | None = old_name("not offered, likewise.")
+    entropy_coef_max: float | None = old_name("not offered, likewise.")
+    entropy_coef_delta: float | None = old_name("not offered, likewise.")
+    entropy_target: float | None = old_name("not offered, likewise.")
     log_multimodal: bool | None = old_name("of images, which are not read.")
     max_prompt_length: int | None = old_name("not offered: a prompt is never cut.")
     log_completions_hub_repo: str | None = old_name("not offered: completions.jsonl lies in output_dir.")
@@ -78,7 +88,7 @@ def take_over_names(args: Any) -> None:
         ValueError: an option that has none here; or two names of one thing that differ.
     """
     for name, why in _REFUSED.items():
-        if getattr(args, name, None) is not None:
+        if getattr(args, name) not in (None, False):
             raise ValueError(f"{name} is not offered: {why}")
     for name, own in (
         ("num_ppo_epochs", "num_iterations"), ("kl_coef", "beta"), ("cliprange", "epsilon"),

@@ -90,6 +90,7 @@ def test_trls_names_are_taken_over(tmp_path, given, name, means):
         (dict(loss_type="grpo", sapo_temperature_pos=1.0), "is for loss_type sapo, not for grpo"),
         (dict(scale_rewards="always"), "scale_rewards must be group"),
         (dict(min_p=1.5), "min_p must be in"),
+        (dict(use_adaptive_entropy=True), "use_adaptive_entropy is not offered: give a constant entropy_coef"),
         (dict(log_completions_hub_repo="me/mine"), "log_completions_hub_repo is not offered"),
     ],
 )
