@@ -33,7 +33,7 @@ BUILTINS: dict[str, Callable[..., RewardFunction]] = {
     # TRL's names
     "accuracy_reward": functions.math_answer,
     "think_format_reward": functions.think_format,
-    "reasoning_accuracy_reward": lambda: trl_names.reasoning_accuracy_reward,
+    "reasoning_accuracy_reward": trl_names.reasoning_accuracy,
     "get_repetition_penalty_reward": functions.repetition_penalty,
     "get_soft_overlong_punishment": functions.soft_overlong_punishment,
 }

@@ -5,6 +5,7 @@ from typing import Any
 
 from rlhf.data.formats import Turns
 from rlhf.rewards.functions import (
+    RewardFunction,
     completion_text,
     math_answer,
     repetition_penalty,
@@ -40,6 +41,16 @@ def reasoning_accuracy_reward(
     ends = [max((t.rfind(d) + len(d) for d in reasoning_delimiters if d in t), default=None) for t in texts]
     answers = ["" if end is None else text[end:] for text, end in zip(texts, ends, strict=True)]
     return accuracy_reward(answers, solution)
+
+
+def reasoning_accuracy(reasoning_delimiters: Sequence[str] = ("</think>",)) -> RewardFunction:
+    """:func:`reasoning_accuracy_reward` with these delimiters."""
+
+    def reward(completions: Sequence[Turns], solution: Sequence[Any], **columns: Any) -> list[float | None]:
+        return reasoning_accuracy_reward(completions, solution, reasoning_delimiters)
+
+    reward.__name__ = "reasoning_accuracy"
+    return reward
 
 
 def think_format_reward(completions: Sequence[Turns], **columns: Any) -> list[float]:
