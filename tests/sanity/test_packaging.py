@@ -1,0 +1,61 @@
+"""What is installed is what is imported: every import is declared, and the wheel holds all that is read at run time."""
+
+import ast
+import importlib.metadata
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import rlhf
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+MODULES = {"pyyaml": "yaml", "math-verify": "math_verify"}  # named otherwise than their distribution
+EXTRA = {"math_verify", "bitsandbytes"}  # imported where they are needed, with a line that names the extra
+
+
+def imported():
+    found = set()
+    for file in (ROOT / "rlhf").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module.split(".")[0])
+    return found - set(sys.stdlib_module_names) - {"rlhf"}
+
+
+def name(requirement):
+    return re.match(r"[\w-]+", requirement)[0].lower()
+
+
+def test_what_is_imported_is_declared_and_no_more():
+    declared = {MODULES.get(name(line), name(line)) for line in PROJECT["project"]["dependencies"]}
+    assert imported() - EXTRA == declared
+    optional = {name(line) for extra in PROJECT["project"]["optional-dependencies"].values() for line in extra}
+    assert {MODULES.get(n, n) for n in optional} >= EXTRA
+
+
+def pins(file):
+    lines = [line for line in (ROOT / file).read_text().splitlines() if not line.startswith("#")]
+    return {name(line): line.split("==")[1] for line in lines}
+
+
+def test_the_oldest_versions_are_those_that_are_tested():
+    oldest, newest = pins("constraints-oldest.txt"), pins("constraints.txt")
+    for line in PROJECT["project"]["dependencies"]:
+        bound = line.split(">=")[1]
+        tested = newest if name(line) == "torch" else oldest
+        assert tested[name(line)].startswith(bound), f"{line}: tested with {tested[name(line)]}"
+        assert name(line) in newest
+
+
+def test_the_wheel_holds_types_configs_and_one_version():
+    assert (ROOT / "rlhf/py.typed").exists()
+    build = PROJECT["tool"]["hatch"]
+    assert build["build"]["targets"]["wheel"]["force-include"] == {"configs": "rlhf/configs"}
+    assert build["version"]["path"] == "rlhf/__init__.py" and "version" not in PROJECT["project"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", rlhf.__version__)
+    (script,) = PROJECT["project"]["scripts"].values()
+    assert importlib.metadata.EntryPoint("rlhf", script, "console_scripts").load()
