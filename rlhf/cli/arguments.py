@@ -161,6 +161,12 @@ class DataArguments:
     mixture: str = field(
         default="rows", metadata={"help": "What the shares are of: rows, or tokens.", "choices": ["rows", "tokens"]}
     )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the rows while training, and keep none; needs --max_steps."}
+    )
+    shuffle_buffer_size: int = field(
+        default=1000, metadata={"help": "Rows of a stream that the next one is drawn from; 0 keeps their order."}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split; a slice such as train[:1000] too."})
     eval_dataset_name: list[str] | None = field(

@@ -12,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from rlhf.cli.arguments import DataArguments, ModelArguments
-from rlhf.data import Mixture, load_datasets
+from rlhf.data import Mixture, load_datasets, shuffled
 from rlhf.data.tokenizing import name_of, prefixed
 from rlhf.models import load_model, load_tokenizer
 from rlhf.trainers.base import BaseConfig, BaseTrainer
@@ -44,8 +44,10 @@ def train(
     output = Path(str(args.output_dir))
     checkpoint = _check_output(output, data, args.resume_from_checkpoint)
     train_rows = load_datasets(
-        data.dataset_name or [], data.dataset_train_split, data.dataset_config, mixture=data.mixture
-    )
+        data.dataset_name or [], data.dataset_train_split, data.dataset_config, mixture=data.mixture,
+        streaming=data.streaming,
+    )  # fmt: skip
+    train_rows = shuffled(train_rows, args.seed if args.data_seed is None else args.data_seed, data.shuffle_buffer_size)
     eval_rows = _eval_rows(data)
     if eval_rows is None and (args.eval_strategy != "no" or args.eval_on_start):
         raise ValueError("evaluation is asked for, but there are no rows: pass --eval_dataset_name")

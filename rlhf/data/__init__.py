@@ -4,9 +4,10 @@ from rlhf.data.batching import Batch, Collator
 from rlhf.data.chat import answer_end_ids, answer_ends, encode, encode_prompt, encode_reply
 from rlhf.data.encoding import Reading
 from rlhf.data.formats import Dialogue, RowFormat
-from rlhf.data.mixing import Mixture, load_datasets
+from rlhf.data.mixing import Mixture, load_datasets, shuffled
 from rlhf.data.packing import Packed, best_fit_decreasing
 from rlhf.data.reading import load_data
+from rlhf.data.streams import held, sample
 from rlhf.data.teacher_file import TeacherFile, create_teacher_file, open_teacher_file
 from rlhf.data.tokenizing import (
     is_tokenised,
@@ -36,9 +37,12 @@ __all__ = [
     "encode_prompt",
     "encode_reply",
     "is_tokenised",
+    "held",
     "load_data",
     "load_datasets",
     "open_teacher_file",
+    "sample",
+    "shuffled",
     "tokenize_preferences",
     "tokenize_prompts",
     "tokenize_sft",

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -119,6 +119,17 @@ def load_datasets(
     if len(parts) == 1:
         return parts[0]
     return Mixture(parts, tuple(map(float, weights)) or None, mixture)  # type: ignore[arg-type]  # checked there
+
+
+def shuffled(rows: Rows | Mixture, seed: int, buffer: int) -> Any:
+    """Streams whose rows are drawn from the next ``buffer`` ones (0: in their order); other rows as they are."""
+    if isinstance(rows, Mixture):
+        return replace(rows, parts=tuple(shuffled(part, seed, buffer) for part in rows.parts))
+    if not isinstance(rows, IterableDataset) or buffer == 0:
+        return rows
+    mixed = rows.shuffle(seed=seed, buffer_size=buffer)
+    mixed.info.dataset_name = rows.info.dataset_name
+    return mixed
 
 
 def _split_weight(source: str) -> tuple[str, float | None]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
@@ -29,6 +29,7 @@ from rlhf.data.encoding import (
 )
 from rlhf.data.formats import RowFormat
 from rlhf.data.vocabulary import tokenizer_rules
+from rlhf.data.streams import columns_of, tokenised_stream
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +161,8 @@ def tokenize_prompts(
     """
     reading = (reading or Reading()).for_tokenizer(tokenizer, rows=dataset)
     name = name_of(dataset)
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(f"{name}: prompts to answer are counted before training: leave out --streaming")
     if len(dataset) == 0:
         raise ValueError(f"{name}: no rows")
     with prefixed(name):
@@ -321,6 +324,8 @@ def map_rows(
 ) -> Dataset:
     """Rows by ``process``, which gives what :func:`cut` does; ``key`` is all that they depend on."""
     name = name_of(dataset)
+    if isinstance(dataset, IterableDataset):
+        return tokenised_stream(dataset, process, _REPORT)
     if len(dataset) == 0:
         raise ValueError(f"{name}: no rows")
     mapped = dataset.map(
@@ -408,6 +413,8 @@ def _tell_unread(name: str, names: list[str], read: tuple[str, ...]) -> None:
 
 def _without_plain_labels(rows: Dataset) -> Dataset:
     """Without ``labels`` where every token of every answer is scored."""
+    if isinstance(rows, IterableDataset):
+        return rows
     masked = any(IGNORE in side for labels in rows["labels"] for side in labels)
     return rows if masked else rows.remove_columns("labels")
 
@@ -419,7 +426,7 @@ def is_tokenised(dataset: Dataset) -> bool:
 
 
 def column_names(dataset: Dataset) -> list[str]:
-    return list(dataset.column_names or [])
+    return columns_of(dataset)
 
 
 def name_of(dataset: Dataset) -> str:

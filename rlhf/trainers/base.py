@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput, set_seed, validate_quantization_for_training
 
-from rlhf.data import Batch, Collator, Mixture, Packed, answer_ends
+from rlhf.data import Batch, Collator, Mixture, Packed, answer_ends, held, sample
 from rlhf.data.packing import largest_token, longest_sequences, num_tokens
 from rlhf.models import (
     Policy,
@@ -113,11 +113,14 @@ class BaseTrainer(Evaluating):
             train_dataset = self._prepare(train_dataset, processing_class, args, vocab_size)
             if isinstance(eval_dataset, dict):
                 eval_dataset = {
-                    k: self._prepare(v, processing_class, args, vocab_size) for k, v in eval_dataset.items()
+                    k: held(self._prepare(v, processing_class, args, vocab_size)) for k, v in eval_dataset.items()
                 }
             else:
-                eval_dataset = self._prepare(eval_dataset, processing_class, args, vocab_size)
-        check_positions(model, train_dataset, eval_dataset)
+                eval_dataset = held(self._prepare(eval_dataset, processing_class, args, vocab_size))
+        known = sample(train_dataset)
+        if isinstance(train_dataset, IterableDataset):
+            train_dataset = self._endless(train_dataset, args)
+        check_positions(model, known, eval_dataset)
         set_seed(args.seed)  # transformers does so after this, and new rows and LoRA's A are drawn here
         if args.add_tokens or uses_more(train_dataset, processing_class, vocabulary_size(model)):
             learn_tokens(model, peft_config, grow(model, processing_class))
@@ -130,7 +133,7 @@ class BaseTrainer(Evaluating):
             warn_of_lost_updates(model, args)
         pad = next((i for i in (processing_class.pad_token_id, processing_class.eos_token_id) if i is not None), 0)
         if train_dataset is not None:
-            add_answer_ends(model, answer_ends(train_dataset, processing_class))
+            add_answer_ends(model, answer_ends(known, processing_class))
         text_config = model.config.get_text_config()
         use_cache = getattr(text_config, "use_cache", None)
         if train_dataset is not None and (capacity := self.capacity(args)) is not None:
@@ -183,13 +186,22 @@ class BaseTrainer(Evaluating):
         if isinstance(dataset, Mixture):
             seed = args.seed if args.data_seed is None else args.data_seed
             return dataset.tokenised(lambda rows: self._prepare(rows, tokenizer, args, vocab_size), seed)
-        if not isinstance(dataset, Dataset):
-            raise ValueError(f"expected a datasets.Dataset, got {type(dataset).__name__}: load it without streaming")
-        if dataset.format["type"] == "custom":
+        if not isinstance(dataset, Dataset | IterableDataset):
+            raise ValueError(f"expected a Dataset or an IterableDataset of `datasets`, got {type(dataset).__name__}")
+        if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
             raise ValueError(
                 "the rows have a with_transform(), which acts when they are read: apply it with map() first"
             )
         return self.tokenize(dataset, tokenizer, args, vocab_size)
+
+    def _endless(self, stream: IterableDataset, args: Any) -> IterableDataset:
+        """A tokenised stream over and over; how long to train says ``max_steps``."""
+        if args.max_steps <= 0:
+            raise ValueError("a stream does not say how many rows it has: pass --max_steps")
+        if self.capacity(args) is not None:
+            raise ValueError("--packing and --tokens_per_batch plan batches of all rows: they need rows, not a stream")
+        args.accelerator_config.dispatch_batches = False  # each process reads, and keeps what is its own
+        return stream.repeat(None)
 
     def _layout(self) -> str:
         args = self.args

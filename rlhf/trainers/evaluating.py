@@ -5,12 +5,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
-from rlhf.data import Batch, is_tokenised
+from rlhf.data import Batch, Mixture, held, is_tokenised
 from rlhf.models import vocabulary_size
 from rlhf.trainers.checkpointing import Checkpointing
 from rlhf.trainers.predictions import Predictions, inner
@@ -65,10 +65,12 @@ class Evaluating(Checkpointing):
         """Rows as ``tokenize`` makes them, one set or several."""
         if isinstance(dataset, dict):
             return {name: self._ready(rows) for name, rows in dataset.items()}
-        if not isinstance(dataset, Dataset) or is_tokenised(dataset):
+        if not isinstance(dataset, Dataset | IterableDataset | Mixture):
             return dataset
+        if not isinstance(dataset, Mixture) and is_tokenised(dataset):
+            return held(dataset)
         model = self.accelerator.unwrap_model(self.model)
-        return self._prepare(dataset, self.processing_class, self.args, vocabulary_size(model))
+        return held(self._prepare(dataset, self.processing_class, self.args, vocabulary_size(model)))
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None  # the order moves no figure

@@ -14,7 +14,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data import Batch, tokenize_preferences
+from rlhf.data import Batch, sample, tokenize_preferences
 from rlhf.data.formats import check_preference_columns
 from rlhf.evaluation import calibration_bins, calibration_error
 from rlhf.losses import reward_loss
@@ -117,7 +117,7 @@ class RewardTrainer(BaseTrainer):
             reading=args.reading(),
             margin=True,
         )
-        table = rows.with_format("arrow")[:]
+        table = sample(rows).with_format("arrow")[:]
         for answers in (table["chosen_ids"], table["rejected_ids"]):
             ends = pc.list_value_length(answers).to_numpy().cumsum() - 1
             self._ends |= set(np.unique(pc.list_flatten(answers).to_numpy()[ends]).tolist())

@@ -110,7 +110,9 @@ def test_training_configs_load(file, tmp_path):
 
 
 def test_every_yaml_is_known_here():
-    listed = {f for f in ROOT.rglob("*.yaml") if not {".venv", ".venv-oldest", "runs"} & set(f.relative_to(ROOT).parts[:1])}
+    listed = {
+        f for f in ROOT.rglob("*.yaml") if not {".venv", ".venv-oldest", "runs"} & set(f.relative_to(ROOT).parts[:1])
+    }
     assert listed == {*TRAINING, *(ROOT / "configs/accelerate").glob("*.yaml")}
 
 
