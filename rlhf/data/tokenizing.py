@@ -28,8 +28,8 @@ from rlhf.data.encoding import (
     encode_unpaired,
 )
 from rlhf.data.formats import RowFormat
-from rlhf.data.vocabulary import tokenizer_rules
 from rlhf.data.streams import columns_of, tokenised_stream
+from rlhf.data.vocabulary import tokenizer_rules
 
 logger = logging.getLogger(__name__)
 

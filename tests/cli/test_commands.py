@@ -8,6 +8,7 @@ from conftest import close, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import rlhf
 from rlhf.cli.arguments import DataArguments, ModelArguments, parse
 from rlhf.cli.main import COMMANDS, main
 from rlhf.data import load_data
