@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput, set_seed, validate_quantization_for_training
 
-from rlhf.data import Batch, Collator, Mixture, Packed, answer_ends, held, sample
+from rlhf.data import Batch, Collator, Mixture, Packed, answer_ends, held, is_tokenised, sample
 from rlhf.data.packing import largest_token, longest_sequences, num_tokens
 from rlhf.models import (
     Policy,
@@ -392,7 +392,7 @@ def check_positions(model: nn.Module, *sets: Any) -> None:
     """
     limit, trained = max_positions(model), trained_length(model)
     parts = [part for rows in sets for part in (rows.values() if isinstance(rows, dict) else [rows])]
-    for rows in (part for part in parts if isinstance(part, Dataset)):
+    for rows in (part for part in parts if isinstance(part, Dataset) and is_tokenised(part)):
         lengths = longest_sequences(rows)
         longest = int(lengths.max())
         if limit is not None and longest > limit:

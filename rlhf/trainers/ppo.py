@@ -174,6 +174,9 @@ class PPOTrainer(Answering):
         self.tokenize(Dataset.from_list(list(dataset.take(1))), tokenizer, args, vocab_size)  # checks one row
         return dataset
 
+    def _endless(self, stream: IterableDataset, args: Any) -> IterableDataset:
+        return stream  # who hands out the prompts begins it again
+
     def _sync_reference(self) -> None:
         if self.ref_policy is None:
             raise ValueError("sync_ref_model moves a copy of the weights: it needs beta above 0, and no adapter")

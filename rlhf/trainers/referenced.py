@@ -87,8 +87,6 @@ class ReferencedTrainer(BaseTrainer):
         own = self.model.has_adapter and ref_model is None
         self.has_adapter = own and adapter_off_is_start(self.model.model)
         precompute = self.args.precompute_ref_log_probs
-        if precompute and isinstance(self.train_dataset, IterableDataset):
-            raise ValueError("--precompute_ref_log_probs reads all rows first: leave it out for a stream")
         if precompute is None:
             precompute = not streams and not self.args.sync_ref_model and self._reads_rows_again()
         if ref_model is not None:
@@ -107,7 +105,7 @@ class ReferencedTrainer(BaseTrainer):
     def _reads_rows_again(self) -> bool:
         """Whether training reads a row a second time, so that knowing its reference saves work."""
         args = self.args
-        if self.train_dataset is None or isinstance(self.train_dataset, IterableDataset):
+        if self.train_dataset is None:
             return False
         if args.max_steps > 0:
             batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

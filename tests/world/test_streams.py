@@ -11,8 +11,6 @@ from rlhf.data import Mixture, load_data
 from rlhf.trainers import (
     DPOConfig,
     DPOTrainer,
-    GRPOConfig,
-    GRPOTrainer,
     KTOConfig,
     KTOTrainer,
     RewardConfig,
@@ -119,7 +117,7 @@ REFUSED = {
     "no end": ("sft", dict(max_steps=-1), "pass --max_steps"),
     "packing": ("sft", dict(packing=True), "need rows, not a stream"),
     "a plan": ("dpo", dict(tokens_per_batch=64), "need rows, not a stream"),
-    "a reference before": ("dpo", dict(precompute_ref_log_probs=True), "leave it out for a stream"),
+    "a reference before": ("dpo", dict(precompute_ref_log_probs=True), "a stream has no place to keep"),
 }
 
 
@@ -129,15 +127,6 @@ def test_what_needs_all_rows_is_refused_by_name(case, run, tmp_path):
     stream = load_data(str(write_rows(tmp_path / "rows.jsonl", rows_of(kind))), streaming=True)
     with pytest.raises(ValueError, match=said):
         run(kind, stream, **options)
-
-
-def test_prompts_to_answer_are_no_stream(tmp_path, tokenizer):
-    stream = load_data(str(write_rows(tmp_path / "rows.jsonl", [{"prompt": "why"}] * 4)), streaming=True)
-    args = GRPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, max_steps=1)
-    with pytest.raises(ValueError, match="leave out --streaming"):
-        GRPOTrainer(
-            tiny_model(), args=args, reward_funcs="think_format", train_dataset=stream, processing_class=tokenizer
-        )
 
 
 def test_the_command_streams(tmp_path, model_folder, capsys):
