@@ -1,8 +1,10 @@
 """What `rlhf data` says of a file, beside what training makes of it."""
 
 import copy
+import importlib.util
 import io
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from conftest import sentences, write_rows
@@ -10,7 +12,7 @@ from datasets import Dataset
 from rich.console import Console
 
 from rlhf.cli.main import main
-from rlhf.data import Reading, RowFormat, tokenize_preferences, tokenize_sft
+from rlhf.data import Reading, RowFormat, load_data, tokenize_preferences, tokenize_sft
 from rlhf.evaluation import audit, audit_page, command_for, show_audit
 from rlhf.evaluation.audit import pieces
 
@@ -123,3 +125,14 @@ def test_names_that_are_given_are_used(tokenizer):
     form = RowFormat(columns={"frage": "question", "antwort": "answer"})
     found = audit(rows, "rows", "sft", copy.copy(tokenizer), Reading(form))
     assert found.columns == {"frage": "question", "antwort": "answer"} and found.roles == {"user": 1, "assistant": 1}
+
+
+def test_the_recorded_table_of_templates_is_what_is_scored_now():
+    folder = Path(__file__).parents[2] / "docs" / "runs" / "templates"
+    spec = importlib.util.spec_from_file_location("scored", folder / "scored.py")
+    scored = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(scored)
+    rows = load_data(str(folder / "conversations.jsonl"))
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    found = scored.table(scored.audits(rows, False), scored.audits(rows, True), rows)
+    assert found.split("What is told:")[0] in page
