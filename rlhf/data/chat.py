@@ -16,14 +16,12 @@ from rlhf.data.formats import Dialogue, Message, Turns
 from rlhf.data.marks import PROBE
 from rlhf.data.rendering import (
     Rendering,
-    begin_answer,
-    check_template,
     leaves_out_thought,
     locate_answers,
     locate_lost_answer,
-    render,
     split_prefill,
 )
+from rlhf.data.templates import begin_answer, check_template, render
 
 
 class Encoded(NamedTuple):

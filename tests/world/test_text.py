@@ -174,6 +174,18 @@ def test_an_answer_that_was_begun_is_continued(begun, spoken):
     assert tokenizer.decode(encode_prompt(tokenizer, prompt)) == head + begun
 
 
+def test_a_template_that_reads_parts_alone_gets_them(spoken):
+    """Templates of models that see (Idefics, LLaVA) lost every content that was text."""
+    spoken.chat_template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% for part in m.content %}{% if part.type == 'text' %}"
+        "{{ part.text }}{% endif %}{% endfor %}{{ '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    found = encode(spoken, Dialogue([user("hello")], ([said("yes")],)))
+    assert spoken.decode(found.prompt_ids) == "<|user|>hello<|end|><|assistant|>"
+    assert answers(spoken, found) == ["yes<|end|>"] and not found.notes
+
+
 def test_a_refusal_of_the_template_is_one_line(spoken):
     """unslothai/unsloth#334, huggingface/transformers#45419: roles must alternate, no system role."""
     tokenizer = with_template(spoken, "Gemma")
