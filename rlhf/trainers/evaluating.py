@@ -65,6 +65,8 @@ class Evaluating(Checkpointing):
         """Rows as ``tokenize`` makes them, one set or several."""
         if isinstance(dataset, dict):
             return {name: self._ready(rows) for name, rows in dataset.items()}
+        if isinstance(dataset, list):
+            dataset = Dataset.from_list(dataset)
         if not isinstance(dataset, Dataset | IterableDataset | Mixture):
             return dataset
         if not isinstance(dataset, Mixture) and is_tokenised(dataset):

@@ -47,7 +47,8 @@ class Roller:
         world = args.world_size
         step = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.in_step = step // args.kept  # prompts of this process
-        self.prompts = Prompts(trainer.train_dataset, args.seed, args.shuffle_dataset, self._with_ids)
+        order = args.seed if args.data_seed is None else args.data_seed
+        self.prompts = Prompts(trainer.train_dataset, order, args.shuffle_dataset, self._with_ids)
         self.prompts_in_rollout = self.in_step * world * args.num_mini_batches
 
     def _mine(self, items: list[Any]) -> list[Any]:

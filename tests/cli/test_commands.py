@@ -176,10 +176,10 @@ def read(tmp_path, text, *argv):
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path):
     text = (
-        f"learning_rate: 3e-4\nmax_length: 77\nuse_peft: true\noutput_dir: {tmp_path}\nlora_target_modules: [q_proj]\n"
+        f"learning_rate: 3e-4\nmax_length: 77\nuse_peft: false\noutput_dir: {tmp_path}\nlora_target_modules: [q_proj]\n"
     )
-    _, model, args = read(tmp_path, text, "--max_length", "99", "--use_peft", "false")
-    assert (args.learning_rate, args.max_length, model.use_peft) == (3e-4, 99, False)
+    _, model, args = read(tmp_path, text, "--max_length", "99", "--use_peft", "true")
+    assert (args.learning_rate, args.max_length, model.use_peft) == (3e-4, 99, True)
     assert model.lora_target_modules == ["q_proj"] and model.lora_r == 16
 
 

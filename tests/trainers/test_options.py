@@ -131,13 +131,14 @@ def test_rewards_choose_the_best_policy(tmp_path, tokenizer, sft_rows):
     args = GRPOConfig(
         output_dir=str(tmp_path), **STEPS, max_steps=2, num_generations=2, per_device_train_batch_size=4, seed=0,
         max_completion_length=6, max_length=64, load_best_model_at_end=True, use_cpu=True, report_to="none",
-        disable_tqdm=True, learning_rate=1e-2,
+        disable_tqdm=True, learning_rate=1e-2, data_seed=7,
     )  # fmt: skip
     trainer = GRPOTrainer(
         tiny_model(), lambda completion_ids, **_: [float(ids[0] % 7) for ids in completion_ids], args,
         train_dataset=sft_rows.select(range(8)), eval_dataset=sft_rows.select(range(4)), processing_class=tokenizer,
     )  # fmt: skip
     assert (args.metric_for_best_model, args.greater_is_better) == ("reward", True)
+    assert trainer.roller.prompts.seed == 7
     trainer.train()
     assert trainer.state.best_metric == max(x["eval_reward"] for x in trainer.state.log_history if "eval_reward" in x)
     found = trainer.predict(sft_rows.select(range(3)))
@@ -193,6 +194,7 @@ def test_predictions_are_of_each_row(sft, sft_rows):
     close(torch.tensor(found.predictions["perplexity"]), torch.tensor(each).exp())
     assert found.metrics["test_loss"] == pytest.approx(trainer.evaluate(rows)["eval_loss"])
     assert set(trainer.evaluate({"a": rows, "b": rows.select([0])})) >= {"eval_a_loss", "eval_b_perplexity"}
+    assert trainer.evaluate(list(rows))["eval_loss"] == pytest.approx(found.metrics["test_loss"])
     trainer.args.prediction_loss_only = True
     assert trainer.predict(rows).predictions is None
 
