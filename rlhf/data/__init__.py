@@ -2,8 +2,9 @@
 
 from rlhf.data.batching import Batch, Collator
 from rlhf.data.chat import answer_end_ids, answer_ends, encode, encode_prompt, encode_reply
+from rlhf.data.columns import RowFormat
 from rlhf.data.encoding import Reading
-from rlhf.data.formats import Dialogue, RowFormat
+from rlhf.data.formats import Dialogue
 from rlhf.data.mixing import Mixture, load_datasets, shuffled
 from rlhf.data.packing import Packed, best_fit_decreasing
 from rlhf.data.reading import load_data

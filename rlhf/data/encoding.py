@@ -8,12 +8,14 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import chat, formats
 from rlhf.data.batching import IGNORE
-from rlhf.data.formats import Dialogue, RowFormat
+from rlhf.data.columns import RowFormat
+from rlhf.data.formats import Dialogue
 from rlhf.data.messages import ASSISTANT, kind
 from rlhf.data.prompts import roles_of
 from rlhf.data.typed import Written
 
 Row = dict[str, Any]
+TOO_LONG = "with too long a prompt"  # why a row is dropped
 COUNTS = ("_answers", "_scored", "_notes")  # of each row: of its answers, and what was left out
 TOKENISED = ("input_ids", "labels", "completion_mask", "assistant_masks", "attention_mask", "completion_ids")
 
@@ -212,7 +214,7 @@ def check_vocabulary(encoded: Row, vocab_size: int) -> None:
 
 def _reason_to_drop(encoded: Row, too_long: bool) -> str:
     if too_long:
-        return "with too long a prompt"
+        return TOO_LONG
     if "input_ids" in encoded:
         return "" if any(label != IGNORE for label in encoded["labels"][1:]) else "without a scored token"
     if any(all(label == IGNORE for label in labels) for labels in encoded["labels"]):

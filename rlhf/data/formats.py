@@ -1,28 +1,32 @@
-"""The columns that people have, brought to one form: a dialogue, a prompt with its completions."""
+"""Rows as people have them, brought to one form: a dialogue, a prompt with its completions."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf.data.columns import (
+    ANSWERS,
+    BESIDE,
+    CHOSEN,
+    CONTEXTS,
+    CONVERSATIONS,
+    MEDIA,
+    PROMPTS,
+    REJECTED,
+    SYSTEMS,
+    TOOLS,
+    TURN_COLUMNS,
+    Row,
+    RowFormat,
+    columns_of_prompt,
+    pair_columns,
+    present,
+    prompt_columns,
+    under_our_names,
+)
 from rlhf.data.messages import ASSISTANT, Message, Turns, as_messages, from_json, kind, read_tools, without_nulls
 from rlhf.data.prompts import common_prompt, last_answer, split_prompt
-
-Row = Mapping[str, Any]
-
-_CONVERSATION = ("messages", "conversations", "conversation", "dialog")
-_PROMPT = ("prompt", "query", "question", "instruction", "problem", "input")
-_INPUT = ("input", "context")  # what an instruction or a question is about
-_ANSWER = ("completion", "response", "answer", "output", "solution", "target", "answers")
-_CHOSEN = ("chosen", "chosen_messages", "chosen_response", "preferred")
-_REJECTED = ("rejected", "rejected_messages", "rejected_response", "dispreferred")
-_TOOLS = ("tools", "functions")
-_SYSTEM = ("system", "system_prompt")
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-_BESIDE = (*_SYSTEM, *_TOOLS, "chat_template_kwargs")
-_TURNS = {*_PROMPT, "response"} - {"prompt"}  # columns of this name are turns, not text that is joined as it is
-_PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-_SFT_IDS = ("input_ids", "labels", "completion_mask", "assistant_masks", "attention_mask")
 
 
 @dataclass(frozen=True)
@@ -39,155 +43,6 @@ class Dialogue:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class RowFormat:
-    """How rows are read.
-
-    Args:
-        columns: from a column's name to the name that it is read as (``{"question": "prompt"}``).
-        roles: from a role's name to the one that the template knows (``{"agent": "assistant"}``).
-        template_kwargs: what the chat template gets for every row; a row's ``chat_template_kwargs`` go before it.
-        text_field: the column of plain text.
-        template: the chat template. Without one, questions and answers are plain text.
-        exact: columns whose values are as they were written: their nulls are the user's, not Arrow's.
-    """
-
-    columns: Mapping[str, str] = field(default_factory=dict)
-    roles: Mapping[str, str] = field(default_factory=dict)
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    text_field: str = "text"
-    template: str = ""
-    exact: frozenset[str] = frozenset()
-
-
-# What a file's columns are read as
-
-
-def renamed(columns: Sequence[str], form: RowFormat) -> list[str]:
-    """The columns under the names that they are read as.
-
-    Raises:
-        ValueError: a column that is to be renamed is not there.
-    """
-    missing = [name for name in form.columns if name not in columns]
-    if missing:
-        raise ValueError(f"--columns: no column {missing[0]!r}; found {', '.join(columns)}")
-    return list(_under_our_names({name: name for name in columns}, form))
-
-
-def sft_columns(names: Sequence[str], text_field: str = "text") -> tuple[str, ...]:
-    """The columns, under our names, that supervised fine-tuning reads. The first of them names the form.
-
-    Raises:
-        ValueError: none of the known forms.
-    """
-    label = _present(names, ("label",))
-    if "input_ids" in names or {"prompt_ids", "completion_ids"} <= set(names):
-        return ("input_ids", *_present(names, (*_SFT_IDS[1:], "prompt_ids", "completion_ids")))
-    chosen, rejected = _present(names, _CHOSEN), _present(names, _REJECTED)
-    conversation = _present(names, _CONVERSATION)
-    if "messages" in conversation or (conversation and not (chosen and rejected)):
-        return (conversation[0], *label, *_present(names, _BESIDE))
-    if "completion" in names:
-        return ("completion", *label, *_prompt_columns(names))
-    if chosen:
-        return (chosen[0], *rejected[:1], *_prompt_columns(names))
-    prompt, answer = _prompt_columns(names), _present(names, _ANSWER)
-    if text_field in names:
-        return (text_field,)
-    if answer and set(prompt) & set(_PROMPT):
-        return (answer[0], *label, *prompt)
-    raise ValueError(
-        f"no column to train on: found {', '.join(names)}; expected {text_field!r}, 'messages', 'conversations', "
-        "'prompt' + 'completion', 'instruction' + 'output', or 'prompt' + 'chosen'; "
-        "--columns question=prompt,answer=completion says what yours are"
-    )
-
-
-def sft_column(columns: Sequence[str], form: RowFormat) -> str:
-    """What rows are learned from: ids, a conversation, an answer, ``chosen`` or text; the first that is there.
-
-    Raises:
-        ValueError: none of them.
-    """
-    return sft_columns(renamed(columns, form), form.text_field)[0]
-
-
-def pair_columns(names: Sequence[str]) -> tuple[str, ...]:
-    """The columns, under our names, that pairs are read from.
-
-    Raises:
-        ValueError: there are no pairs.
-    """
-    if set(_PAIR_IDS) <= set(names):
-        return _PAIR_IDS
-    found = [_present(names, known)[:1] for known in (_CHOSEN, _REJECTED)]
-    missing = [known[0] for known, own in zip((_CHOSEN, _REJECTED), found, strict=True) if not own]
-    if missing:
-        raise ValueError(
-            f"no column {' and '.join(map(repr, missing))}: found {', '.join(names)}; "
-            "preference data needs 'chosen' and 'rejected', and a 'prompt' unless both begin with it; "
-            "--columns theirs=chosen says what yours are"
-        )
-    return (*found[0], *found[1], *_prompt_columns(names))
-
-
-def check_preference_columns(columns: Sequence[str], form: RowFormat | None = None) -> None:
-    """Raise where rows hold no pairs, nor answers with a ``label`` that can be paired."""
-    names = renamed(columns, form or RowFormat())
-    if "label" in names and not _present(names, _CHOSEN):
-        sft_columns(names)
-        return
-    pair_columns(names)
-
-
-def prompt_columns(names: Sequence[str]) -> tuple[str, ...]:
-    """The columns, under our names, that a prompt alone is read from.
-
-    Raises:
-        ValueError: there is no prompt.
-    """
-    if _present(names, _CHOSEN) and _present(names, _REJECTED):
-        return pair_columns(names)
-    prompt = _prompt_columns(names)
-    if not set(prompt) & {*_PROMPT, *_CONVERSATION}:
-        if chosen := _present(names, _CHOSEN):
-            return (chosen[0], *prompt)
-        raise ValueError(f"no column 'prompt' (nor 'messages'): found {', '.join(names)}; --columns theirs=prompt")
-    return prompt
-
-
-def check_prompt_columns(columns: Sequence[str], form: RowFormat) -> None:
-    """Raise where rows hold nothing to answer."""
-    prompt_columns(renamed(columns, form))
-
-
-def check_unpaired_columns(columns: Sequence[str], form: RowFormat) -> bool:
-    """Whether rows are pairs, to be taken apart; raises where rows are neither marked nor pairs."""
-    names = renamed(columns, form)
-    pairs = "chosen" in names or "chosen_ids" in names
-    if not pairs and "label" not in names:
-        raise ValueError(
-            f"no column 'label': found {', '.join(columns)}; KTO needs 'prompt', 'completion' and 'label' (true or "
-            "false), or pairs"
-        )
-    return pairs
-
-
-def _present(names: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name for name in known if name in names)
-
-
-def _prompt_columns(names: Sequence[str]) -> tuple[str, ...]:
-    """What :func:`_prompt` reads: the prompt's column, then what stands beside it."""
-    found = _present(names, _PROMPT)[:1]
-    if found and found[0] not in ("prompt", "input"):
-        found += _present(names, (*_INPUT, "history"))
-    elif not found:
-        found = _present(names, _CONVERSATION)[:1]
-    return found + _present(names, _BESIDE)
-
-
 # Rows
 
 
@@ -197,17 +52,11 @@ def canonical(row: Row, form: RowFormat) -> dict[str, Any]:
     Raises:
         ValueError: it holds images or the like.
     """
-    row = _under_our_names(row, form)
-    for name in _MEDIA:
+    row = under_our_names(row, form)
+    for name in MEDIA:
         if row.get(name) and not isinstance(row[name], str):  # a path or an address may be a note
             raise ValueError(f"{name!r} is not empty: only text is supported; leave such rows out")
     return row
-
-
-def _under_our_names(row: Row, form: RowFormat) -> dict[str, Any]:
-    """A column that is renamed replaces one that has its new name."""
-    taken = {ours: row[theirs] for theirs, ours in form.columns.items() if theirs in row}
-    return {name: value for name, value in row.items() if name not in form.columns} | taken
 
 
 def sft_dialogue(row: Row, column: str, form: RowFormat) -> Dialogue:
@@ -218,9 +67,9 @@ def sft_dialogue(row: Row, column: str, form: RowFormat) -> Dialogue:
     Raises:
         ValueError: what is wrong, without file and row.
     """
-    if column in _CONVERSATION:
+    if column in CONVERSATIONS:
         return _dialogue(row, [], [_conversation(row, column, form)], form)
-    if column in _CHOSEN and _present(list(row), _REJECTED):
+    if column in CHOSEN and present(list(row), REJECTED):
         prompt, chosen, _ = _pair(row, form)
         return _dialogue(row, prompt, [chosen], form)
     prompt, completion = _prompt_and_completion(row, column, form)
@@ -246,10 +95,10 @@ def unpaired_dialogue(row: Row, form: RowFormat) -> Dialogue:
         ValueError: what is wrong, without file and row.
     """
     names = [name for name in row if row[name] is not None]
-    column = next(iter(_present(names, _ANSWER) or _present(names, _CONVERSATION)), None)
+    column = next(iter(present(names, ANSWERS) or present(names, CONVERSATIONS)), None)
     if column is None:
         raise ValueError(f"no 'completion' (nor 'messages'): found {', '.join(row)}")
-    if column in _CONVERSATION:
+    if column in CONVERSATIONS:
         prompt, completion = last_answer(_conversation(row, column, form))
         return _dialogue(row, prompt, [completion], form)
     return sft_dialogue(row, column, form)
@@ -262,12 +111,12 @@ def prompt_dialogue(row: Row, form: RowFormat) -> Dialogue:
         ValueError: what is wrong, without file and row.
     """
     column = prompt_columns(list(row))[0]
-    answers = [name for name in ("completion", "response", *_CHOSEN) if row.get(name) is not None]
-    if column in _CHOSEN and _present(list(row), _REJECTED):
+    answers = [name for name in ("completion", "response", *CHOSEN) if row.get(name) is not None]
+    if column in CHOSEN and present(list(row), REJECTED):
         prompt: Turns = _pair(row, form)[0]
     elif answers:
         prompt = _prompt_and_completion(row, answers[0], form)[0]
-    elif column in _CONVERSATION:
+    elif column in CONVERSATIONS:
         turns = _conversation(row, column, form)
         prompt = turns if turns[-1]["role"] != ASSISTANT else last_answer(turns)[0]
         if not prompt:
@@ -308,7 +157,7 @@ def has_labels(rows: Any, form: RowFormat) -> bool:
     """Whether ``label`` says of the first rows whether their answers are good."""
     return any(
         is_labelled_bad(row) or row.get("label") in (True, "true", "True")
-        for row in (_under_our_names(rows[i], form) for i in range(min(len(rows), 100)))
+        for row in (under_our_names(rows[i], form) for i in range(min(len(rows), 100)))
     )
 
 
@@ -317,18 +166,18 @@ def has_labels(rows: Any, form: RowFormat) -> bool:
 
 def _prompt(row: Row, answer: str, form: RowFormat) -> Turns | None:
     """The prompt beside the column ``answer``; None where there is none."""
-    names = _prompt_columns([name for name in row if name != answer])
-    if not names or names[0] in _BESIDE:
+    names = columns_of_prompt([name for name in row if name != answer])
+    if not names or names[0] in BESIDE:
         return None
     column = names[0]
-    if column in _CONVERSATION:
+    if column in CONVERSATIONS:
         return _conversation(row, column, form)
     text = _turns(row, column, form)
     if not isinstance(text, str):
         return _with_system(text, row)
-    more = [row[name].strip() for name in names[1:] if name in _INPUT and isinstance(row[name], str)]
+    more = [row[name].strip() for name in names[1:] if name in CONTEXTS and isinstance(row[name], str)]
     text = "\n\n".join([text, *filter(None, more)])
-    turns = column in _TURNS or answer in _TURNS
+    turns = column in TURN_COLUMNS or answer in TURN_COLUMNS
     system = _system(row)
     if form.template and (turns or system or _tools(row, form)):
         past = [turn for exchange in row.get("history") or [] for turn in _exchange(exchange)]
@@ -404,12 +253,12 @@ def _dialogue(row: Row, prompt: Turns, completions: list[Turns], form: RowFormat
 
 
 def _tools(row: Row, form: RowFormat) -> list[Any] | None:
-    column = next(iter(_present(list(row), _TOOLS)), None)
+    column = next(iter(present(list(row), TOOLS)), None)
     return None if column is None else read_tools(row[column], column, column in form.exact)
 
 
 def _system(row: Row) -> str:
-    column = next((name for name in _SYSTEM if row.get(name) is not None), None)
+    column = next((name for name in SYSTEMS if row.get(name) is not None), None)
     said = "" if column is None else row[column]
     if not isinstance(said, str):
         raise ValueError(f"{column!r} is {kind(said)}, expected text")
@@ -448,7 +297,7 @@ def _turns(row: Row, column: str, form: RowFormat) -> Turns:
     if isinstance(value, str):
         found = from_json(value) if value.lstrip()[:1] == "[" else None
         if not (isinstance(found, list) and found and all(_is_message(turn) for turn in found)):
-            if column not in _PROMPT and not value.strip():
+            if column not in PROMPTS and not value.strip():
                 raise ValueError(f"{column!r} is empty")
             return value
         value, exact = found, True

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data import formats, tokenizing
+from rlhf.data import columns, tokenizing
 from rlhf.data.alignment import Piece, Spans, _without_space, align, first_tokens, join, token_pieces
 from rlhf.data.batching import IGNORE, Batch, Collator
 from rlhf.data.encoding import Reading, Row, cut, encode_sft
@@ -94,7 +94,7 @@ def tokenize_paired(
     if tokenizer_difference(student, teacher) is None:
         raise ValueError("student and teacher have the same tokenizer: leave --align out, and all their tokens compare")
     with prefixed(name_of(dataset)):
-        column = formats.sft_column(dataset.column_names, readings[0].form)
+        column = columns.sft_column(dataset.column_names, readings[0].form)
         if column == "input_ids":
             raise ValueError("rows of 'input_ids' are in one tokenizer already, and --align needs their text")
     tokenizers = (student, teacher)

@@ -14,8 +14,9 @@ from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data import chat, formats
+from rlhf.data import chat, columns, formats
 from rlhf.data.batching import IGNORE
+from rlhf.data.columns import RowFormat
 from rlhf.data.encoding import (
     COUNTS,
     Reading,
@@ -27,7 +28,6 @@ from rlhf.data.encoding import (
     encode_sft,
     encode_unpaired,
 )
-from rlhf.data.formats import RowFormat
 from rlhf.data.streams import columns_of, tokenised_stream
 from rlhf.data.vocabulary import tokenizer_rules
 
@@ -59,8 +59,8 @@ def tokenize_sft(
     reading = (reading or Reading()).for_tokenizer(tokenizer, text_field, dataset)
     name = name_of(dataset)
     with prefixed(name):
-        names = formats.renamed(column_names(dataset), reading.form)
-        read = formats.sft_columns(names, text_field)
+        names = columns.renamed(column_names(dataset), reading.form)
+        read = columns.sft_columns(names, text_field)
     column = read[0]
     if "rejected" in read:
         logger.info("%s: preference rows; their chosen answers are scored", name)
@@ -97,16 +97,16 @@ def tokenize_preferences(
     """
     reading = (reading or Reading()).for_tokenizer(tokenizer, rows=dataset)
     with prefixed(name_of(dataset)):
-        names = formats.renamed(column_names(dataset), reading.form)
+        names = columns.renamed(column_names(dataset), reading.form)
         if "label" in names and "chosen" not in names and isinstance(dataset, Dataset):
             dataset = pairs_of_labelled(dataset, reading.form)
             reading = replace(reading, form=replace(reading.form, columns={}))
         else:
-            formats.pair_columns(names)
-    names = formats.renamed(column_names(dataset), reading.form)
+            columns.pair_columns(names)
+    names = columns.renamed(column_names(dataset), reading.form)
     margin = margin and "margin" in names
     ready = "chosen_ids" in names
-    _tell_unread(name_of(dataset), names, (*formats.pair_columns(names), *(["margin"] if margin else [])))
+    _tell_unread(name_of(dataset), names, (*columns.pair_columns(names), *(["margin"] if margin else [])))
     encode = partial(encode_pair, tokenizer=tokenizer, ready=ready, margin=margin, form=reading.form)
     blank: Row = {"prompt_ids": [0], "chosen_ids": [0], "rejected_ids": [0], "labels": [[IGNORE], [IGNORE]]}
     blank |= {"margin": 0.0} if margin else {}
@@ -134,9 +134,9 @@ def tokenize_unpaired(
     """
     reading = (reading or Reading()).for_tokenizer(tokenizer, rows=dataset)
     with prefixed(name_of(dataset)):
-        pairs = formats.check_unpaired_columns(column_names(dataset), reading.form)
-        names = formats.renamed(column_names(dataset), reading.form)
-        read = formats.pair_columns(names) if pairs else (*formats.sft_columns(names), "label")
+        pairs = columns.check_unpaired_columns(column_names(dataset), reading.form)
+        names = columns.renamed(column_names(dataset), reading.form)
+        read = columns.pair_columns(names) if pairs else (*columns.sft_columns(names), "label")
     _tell_unread(name_of(dataset), names, read)
     encode = partial(encode_unpaired, tokenizer=tokenizer, pairs=pairs, form=reading.form)
     blank = {"prompt_ids": [0], "completions": [[0]], "labels": [[IGNORE]], "desirable": False}
@@ -166,7 +166,7 @@ def tokenize_prompts(
     if len(dataset) == 0:
         raise ValueError(f"{name}: no rows")
     with prefixed(name):
-        formats.check_prompt_columns(dataset.column_names, reading.form)
+        columns.check_prompt_columns(dataset.column_names, reading.form)
     options = (max_prompt_length, vocab_size, drop_long_prompts, reading)
     key = (_VERSION, dataset._fingerprint, "prompt", identity(tokenizer), name, options)
     mapped = dataset.map(

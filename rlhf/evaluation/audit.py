@@ -9,17 +9,14 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Dialogue, Reading, encode_prompt
 from rlhf.data.batching import IGNORE, sequences
-from rlhf.data.encoding import Row, cut, encode_pair, encode_sft, encode_unpaired
+from rlhf.data.columns import pair_columns, prompt_columns, renamed, sft_columns
+from rlhf.data.encoding import TOO_LONG, Row, cut, encode_pair, encode_sft, encode_unpaired
 from rlhf.data.formats import (
     canonical,
     has_labels,
     is_labelled_bad,
-    pair_columns,
     pair_dialogue,
-    prompt_columns,
     prompt_dialogue,
-    renamed,
-    sft_columns,
     sft_dialogue,
     unpaired_dialogue,
 )
@@ -31,7 +28,6 @@ TASKS = {
     "kto": ("kto",),
     "prompts": ("grpo", "rloo", "ppo", "online-dpo", "best-of-n"),
 }
-_UNREADABLE = "that cannot be read"
 _WINDOW = 8  # tokens before one, from which its text is told
 
 
@@ -299,7 +295,9 @@ def facts(found: Audit) -> list[tuple[str, str]]:
     lines = [("rows", f"{found.rows:,}")]
     if found.command not in TASKS["prompts"]:
         lines.append(("trained on", f"{found.trained:,}"))
-    lines += [(f"dropped {reason}", _rows(numbers)) for reason, numbers in found.dropped.items()]
+    for reason, numbers in found.dropped.items():
+        remedy = "; training stops there without --drop_long_prompts" if reason == TOO_LONG else ""
+        lines.append((f"dropped {reason}", _rows(numbers) + remedy))
     if found.errors:
         lines.append(("cannot be read", _rows([number for number, _ in found.errors])))
     if found.answers:

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from rlhf.data import Batch, Collator, chat, formats
+from rlhf.data.columns import RowFormat
 from rlhf.models.adapters import adapter_config, base_of, merged
 from rlhf.models.loading import HUB, base_kwargs, hub_kwargs, load_model
 from rlhf.models.places import loading, resolve
@@ -78,7 +79,7 @@ class RewardModel(Wrapper):
         rows = []
         for prompt, completion in zip(prompts, completions, strict=True):
             row = {"prompt": prompt, "completion": completion}
-            found = chat.encode(tokenizer, formats.sft_dialogue(row, "completion", formats.RowFormat()))
+            found = chat.encode(tokenizer, formats.sft_dialogue(row, "completion", RowFormat()))
             ids = found.prompt_ids + found.completions[0][0]
             rows.append({"input_ids": ids, "labels": ids})
         parts = (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Batch, tokenize_preferences
-from rlhf.data.formats import check_preference_columns
+from rlhf.data.columns import check_preference_columns
 from rlhf.logprobs import Predictions, Targets
 from rlhf.losses import PREFERENCE_LOSSES, arguments_of, dpo_loss
 from rlhf.trainers.base import BaseConfig, Measures

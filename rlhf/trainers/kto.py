@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
 from rlhf.data import Batch, add_mismatched, tokenize_unpaired
-from rlhf.data.formats import check_unpaired_columns
+from rlhf.data.columns import check_unpaired_columns
 from rlhf.losses import kto_loss
 from rlhf.trainers.base import BaseConfig, Measures
 from rlhf.trainers.referenced import ReferencedConfig, ReferencedTrainer

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rlhf.data.formats import check_prompt_columns
+from rlhf.data.columns import check_prompt_columns
 from rlhf.losses import PREFERENCE_LOSSES, AdaptiveKLController, arguments_of, dpo_loss
 from rlhf.rollouts import Sampling
 from rlhf.trainers.base import BaseConfig

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Batch, sample, tokenize_preferences
-from rlhf.data.formats import check_preference_columns
+from rlhf.data.columns import check_preference_columns
 from rlhf.evaluation import calibration_bins, calibration_error
 from rlhf.losses import reward_loss
 from rlhf.models import RewardModel, add_scalar_head, load_reward_model, vocabulary_size

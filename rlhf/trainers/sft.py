@@ -9,7 +9,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data import Batch, formats, tokenize_sft
+from rlhf.data import Batch, tokenize_sft
+from rlhf.data.columns import sft_column
 from rlhf.logprobs import Scores
 from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures
 
@@ -28,7 +29,7 @@ class TextConfig(BaseConfig):
     dataset_text_field: str = field(default="text", metadata={"help": "Column of plain text."})
 
     def check_columns(self, columns: list[str]) -> None:
-        formats.sft_column(columns, replace(self.reading().form, text_field=self.dataset_text_field))
+        sft_column(columns, replace(self.reading().form, text_field=self.dataset_text_field))
 
 
 @dataclass
@@ -212,7 +213,7 @@ def scores_whole_rows(names: list[str], args: SFTConfig) -> bool:
     """
     if args.completion_only_loss is None and args.assistant_only_loss is None:
         return False
-    column = formats.sft_column(names, replace(args.reading().form, text_field=args.dataset_text_field))
+    column = sft_column(names, replace(args.reading().form, text_field=args.dataset_text_field))
     plain = column == args.dataset_text_field
     conversation = column.startswith(("messages", "conversation", "dialog", "chat"))
     if args.completion_only_loss and (plain or conversation):
