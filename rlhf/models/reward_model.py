@@ -137,7 +137,8 @@ def add_scalar_head(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _check_architecture(config: Any) -> None:
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+    own_code = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not own_code:
         raise ValueError(
             f"transformers has no sequence-classification class for {config.model_type}, so no reward model of it; "
             "transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING lists what has one"
