@@ -10,6 +10,7 @@ from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,20 @@ def keep_base(model: Any, home: Path, kept: set[Path], state: dict[str, Tensor] 
             base, weights = dequantised(base, weights)
         base.save_pretrained(folder, state_dict=weights)
         logger.info("%s: the weights that the adapter sits on; no other checkpoint holds them", folder)
+
+
+def name_lengths(model: Any, folder: Path) -> None:
+    """Give the lengths that DoRA learns their whole names in what was saved in ``folder``.
+
+    PEFT leaves out ``.weight`` and reads both; transformers' loader passes over the shorter name without a word.
+    """
+    for name, config in getattr(model, "peft_config", {}).items():
+        file = folder / ("" if name == "default" else name) / "adapter_model.safetensors"
+        if getattr(config, "use_dora", False) and file.exists():
+            weights = load_file(file)
+            short = [key for key in weights if key.endswith("lora_magnitude_vector")]
+            weights |= {f"{key}.weight": weights.pop(key) for key in short}
+            save_file(weights, file, {"format": "pt"})
 
 
 def holds(name: str, weights: dict[str, Tensor]) -> bool:

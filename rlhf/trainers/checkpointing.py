@@ -14,7 +14,7 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from rlhf.models import configured_dropout
-from rlhf.models.adapter_base import keep_base
+from rlhf.models.adapter_base import keep_base, name_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ class Checkpointing(Trainer):
             # A run and all its checkpoints share what their adapters sit on.
             keep_base(inner, run if run in folder.resolve().parents else folder, self.bases, state_dict)
             super()._save(output_dir, state_dict)
+            name_lengths(inner, folder)
         if beside:
             save_file(beside, folder / self.beside)
 
