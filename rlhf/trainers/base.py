@@ -302,7 +302,8 @@ class BaseTrainer(Evaluating):
         return {n: math.exp(min(mean, 700.0)) if n in self.exponentials else mean for n, mean in means.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._sums:
+        # The last line, with `train_loss`, has the steps since the line before it.
+        if ("loss" in logs or "train_loss" in logs) and self._sums:
             # A reward function may log what another process's does not.
             names = sorted({name for own in gather_object([list(self._sums)]) for name in own})
             none = torch.zeros_like(next(iter(self._sums.values())))

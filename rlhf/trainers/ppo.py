@@ -389,7 +389,7 @@ class PPOTrainer(Answering):
         return self.report.derive(super().values(sums))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
+        if "loss" in logs or "train_loss" in logs:
             logs |= self.report.maxima()
         super().log(logs, start_time)
         if "loss" in logs:
