@@ -130,9 +130,9 @@ def _wants_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
 
     def shown(message: Message) -> bool:
         try:
-            texts, _ = render_jinja_template([[message]], chat_template=template, **special)
+            rendered: Any = render_jinja_template([[message]], chat_template=template, **special)
         except (TemplateError, TypeError, KeyError, AttributeError, ValueError):
             return False
-        return PROBE in texts[0]
+        return PROBE in rendered[0][0]  # texts and spans, typed as text
 
     return not shown(question) and shown(_in_parts(question))
