@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -232,6 +233,16 @@ def _name_targets(model: nn.Module, config: Any) -> None:
     config.target_modules = targets
 
 
+@torch.no_grad()
+def _is_linear(layer: Any) -> bool:
+    """Whether a layer that inherits from a linear one does what that does (Falcon's does, routers do not)."""
+    if not isinstance(layer, nn.Linear) or layer.weight.is_meta:
+        return False
+    x = torch.ones(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
+    got, want = layer(x), nn.functional.linear(x, layer.weight, layer.bias)
+    return isinstance(got, Tensor) and got.shape == want.shape and torch.allclose(got, want, rtol=1e-2, atol=1e-3)
+
+
 def linear_layers(model: Any) -> set[str]:
     """Names of the linear layers that an adapter takes by default, as short as they can be.
 
@@ -246,7 +257,7 @@ def linear_layers(model: Any) -> set[str]:
     modules = dict(model.named_modules())
 
     def fits(name: str, layer: nn.Module) -> bool:
-        own_kind = type(layer).__module__.startswith("transformers.models.")
+        own_kind = type(layer).__module__.startswith("transformers.models.") and not _is_linear(layer)
         parent = modules[name.rpartition(".")[0]]
         scans = hasattr(parent, "A_log") and hasattr(parent, "D")
         last = name.rpartition(".")[2]

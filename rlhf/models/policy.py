@@ -29,7 +29,7 @@ from rlhf.logprobs import (
 from rlhf.logprobs.aligned import HELD
 from rlhf.models.attention import NAME
 from rlhf.models.linear import speed_up_linear
-from rlhf.models.positions import inputs_of, own_positions, sees_ahead
+from rlhf.models.positions import inputs_of, own_positions, reads_padding, sees_ahead
 from rlhf.models.remake import fewer_activations, slim
 from rlhf.models.routing import Balancing
 
@@ -118,6 +118,11 @@ class Policy(Wrapper):
             if sees_ahead(self.without_adapter):
                 logger.warning(
                     "%s sees the tokens that it is to predict: no causal model, or is_decoder is off in its config",
+                    type(self.without_adapter).__name__,
+                )
+            elif reads_padding(self.without_adapter):
+                logger.warning(
+                    "%s reads padding: only texts of one length go together, pass --per_device_train_batch_size 1",
                     type(self.without_adapter).__name__,
                 )
 

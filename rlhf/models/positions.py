@@ -50,6 +50,18 @@ def sees_ahead(model: Any) -> bool:
         return False
 
 
+def reads_padding(model: Any) -> bool:
+    """Whether padding on the right, masked, changes the hidden states of the tokens before it."""
+    if not _in_memory(model):
+        return False
+    try:
+        ids = _few_tokens(model)
+        mask = (torch.arange(ids.size(1), device=ids.device) < 3)[None].long()
+        return not _alike(_hidden(model, ids, attention_mask=mask)[:, :3], _hidden(model, ids[:, :3]))
+    except Exception:  # whatever an unknown model raises, it is found where it is trained
+        return False
+
+
 def _takes_positions(model: Any) -> bool:
     try:
         ids = _few_tokens(model)
@@ -70,7 +82,8 @@ def _few_tokens(model: Any) -> Tensor:
 
 @torch.no_grad()
 def _hidden(model: Any, ids: Tensor, **given: Tensor) -> Tensor:
-    return model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **given)[0]
+    given.setdefault("attention_mask", torch.ones_like(ids))
+    return model.base_model(input_ids=ids, use_cache=False, **given)[0]
 
 
 def _alike(got: Tensor, want: Tensor) -> bool:

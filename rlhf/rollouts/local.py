@@ -58,6 +58,7 @@ class LocalEngine:
         self.end_ids = end_ids(self.base, tokenizer)
         self.version = 0
         self._checked = False
+        self._keeps = True  # model.generate may keep what it has read
         self._problem: str | None = None
 
     def generate(
@@ -83,6 +84,7 @@ class LocalEngine:
                 self._problem = self._check(device)
                 self._checked = True
                 if self._problem:
+                    self._keeps = self._continues(device)
                     name = type(self.base).__name__
                     logger.warning("%s: sampling by model.generate, because %s (exact, slower)", name, self._problem)
             numbers = index or range(len(prompts))
@@ -222,28 +224,48 @@ class LocalEngine:
         Prompts of one length go together: recurrent and convolutional layers would read padding.
         """
         pad = self.end_ids[0]
-        config = GenerationConfig(max_new_tokens=draft.sampling.max_tokens, do_sample=False, pad_token_id=pad)
+        config = GenerationConfig(
+            max_new_tokens=draft.sampling.max_tokens, do_sample=False, pad_token_id=pad, use_cache=self._keeps
+        )
         usual, self.base.generation_config = self.base.generation_config, GenerationConfig()  # no defaults of its own
         try:
-            start = first_position(self.base) if own_positions(self.base) else None
             for length in sorted({len(ids) for ids in prompts}):
                 group = [index for index, ids in enumerate(prompts) if len(ids) == length]
                 rows = torch.tensor([index * draft.n + sample for index in group for sample in range(draft.n)])
                 ids = torch.tensor([prompts[index] for index in group], device=device).repeat_interleave(draft.n, 0)
                 draft.step = 0
-                places = {}
-                if start is not None:
-                    places["position_ids"] = (torch.arange(length, device=device)[None] + start).expand_as(ids)
                 self.model.generate(  # type: ignore[operator]
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
                     generation_config=config,
-                    **places,
+                    **_places(self.base, ids),
                     logits_processor=LogitsProcessorList([_Choose(draft, rows.to(draft.device))]),
                     stopping_criteria=StoppingCriteriaList([_Ended(draft, rows.to(draft.device))]),
                 )
         finally:
             self.base.generation_config = usual
+
+    def _continues(self, device: torch.device) -> bool:
+        """Whether ``model.generate`` goes on from what it keeps as the model's own forward does (RWKV forgets it)."""
+        size = self.base.config.get_text_config().vocab_size
+        ids = torch.tensor([[5, 3, 4, 6], [2, 7, 5, 3]], device=device) % size
+        config = GenerationConfig(
+            max_new_tokens=3, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+        )
+        usual, self.base.generation_config = self.base.generation_config, GenerationConfig()
+        try:
+            found = self.model.generate(  # type: ignore[operator]
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, **_places(self.base, ids)
+            )
+            got = torch.stack(found.logits, 1).float()
+            want = self.model(input_ids=found.sequences[:, :-1], use_cache=False).logits[:, 3:].float()
+        except Exception as error:  # whatever an unknown model raises, it can read all anew
+            logger.debug("%s: generate fails with what it keeps (%s)", type(self.base).__name__, error)
+            return False
+        finally:
+            self.base.generation_config = usual
+        half = self.autocast is not None or next(self.base.parameters()).dtype in (torch.float16, torch.bfloat16)
+        return bool((got - want).abs().max() <= (5e-2 if half else 1e-3) * want.abs().max())
 
     def _check(self, device: torch.device) -> str | None:
         """Why the fast way is closed, if it is: it must give the logits of the model's own forward."""
@@ -295,6 +317,14 @@ def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if not ends:
         raise ValueError("no token ends a completion: set tokenizer.eos_token or model.generation_config.eos_token_id")
     return ends
+
+
+def _places(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """The positions of ``ids`` [R, T], where they do not begin at 0, for ``model.generate``."""
+    start = first_position(model) if own_positions(model) else None
+    return (
+        {} if start is None else {"position_ids": (torch.arange(ids.size(1), device=ids.device) + start).expand_as(ids)}
+    )
 
 
 class _Choose(LogitsProcessor):

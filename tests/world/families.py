@@ -81,6 +81,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": dict(layer_types=["linear_attention", "indexed_attention"]),
     "recurrent_gemma": dict(block_types=("recurrent", "attention")),
     "reformer": dict(is_decoder=True, axial_pos_embds_dim=(16, 16), axial_pos_shape=(8, 16)),
+    "rembert": dict(input_embedding_size=32, output_embedding_size=32),
     "roc_bert": dict(pronunciation_vocab_size=50, shape_vocab_size=50, pronunciation_embed_dim=8, shape_embed_dim=8),
     "xmod": dict(default_language="en_XX"),
     "zamba": dict(
@@ -169,6 +170,17 @@ APART = {
     "xlnet": "permutes its text",
     "xlm": "reads both ways",
     "reformer": "takes one length",
+    "cohere_compass_text": "no small configuration yet",
+    "dots3_note": "no small configuration yet",
+    "dots3_note_text": "no small configuration yet",
+}
+# Where transformers or PEFT cannot do something, or this project not yet.
+UNABLE = {
+    "cpmant": "reads padding; a warning says so",
+    "emu3": "its text part is saved as no causal LM",
+    "laguna": "PEFT looks for the adapter of its shared experts under another name",
+    "mllama": "its text part is saved as no causal LM",
+    "roc_bert": "changes the output of a layer with an adapter in place",
 }
 FAMILIES = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in APART]
 RATE, BETA = 0.1, 0.5

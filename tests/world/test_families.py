@@ -1,20 +1,20 @@
 """Families of models whose configs or positions are not Llama's train as a plain loop trains them.
 
 huggingface/transformers#36683, axolotl-ai-cloud/axolotl#2874, volcengine/verl#1013: configs in parts (Gemma 3).
-huggingface/transformers#46773: recurrent layers read padding.
+huggingface/transformers#46773: recurrent layers read padding. RWKV's generate forgets what it has read.
 """
 
 import logging
 
 import pytest
 import torch
-from world.families import FAMILIES, Found, examine, tiny_family
+from world.families import FAMILIES, UNABLE, Found, examine, tiny_family
 
 from rlhf.data import Collator
 from rlhf.models import Policy
 from rlhf.models.positions import first_position, inputs_of, own_positions
 
-SOME = ["roberta", "bart", "openai-gpt", "gemma3"]
+SOME = ["roberta", "bart", "openai-gpt", "gemma3", "rwkv"]
 
 
 def check(found: Found) -> None:
@@ -29,7 +29,7 @@ def test_runs_are_those_of_a_plain_loop(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in SOME])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in {*SOME, *UNABLE}])
 def test_every_family(family):
     check(examine(family))
 
