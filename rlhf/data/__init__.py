@@ -8,7 +8,7 @@ from rlhf.data.formats import Dialogue
 from rlhf.data.mixing import Mixture, load_datasets, shuffled
 from rlhf.data.packing import Packed, best_fit_decreasing
 from rlhf.data.reading import load_data
-from rlhf.data.streams import held, sample
+from rlhf.data.streams import Endless, held, sample
 from rlhf.data.teacher_file import TeacherFile, create_teacher_file, open_teacher_file
 from rlhf.data.tokenizing import (
     is_tokenised,
@@ -24,6 +24,7 @@ __all__ = [
     "Batch",
     "Collator",
     "Dialogue",
+    "Endless",
     "Mixture",
     "Packed",
     "Reading",

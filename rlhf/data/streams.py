@@ -1,10 +1,11 @@
 """Rows that are read while training goes on, and that nobody keeps."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from torch.utils.data import IterableDataset as TorchIterableDataset
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,25 @@ class _Told:
             if str(count).strip("0") == "1":
                 logger.warning("%s, row %d: %s (%d so far)", self.name, index + 1, what, count)
         return not row["_drop"]
+
+
+class Endless(TorchIterableDataset[Row]):
+    """A stream that begins again at its end, in another order where it is shuffled.
+
+    A type of its own: accelerate gives processes shards of a stream of ``datasets``, and so other rows than one process
+    reads; of any other, each process takes its rows of each batch.
+    """
+
+    def __init__(self, rows: IterableDataset) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Row]:
+        epoch, seen = 0, -1
+        while seen:
+            self.rows.set_epoch(epoch)
+            epoch, seen = epoch + 1, 0
+            for seen, row in enumerate(self.rows, start=1):  # noqa: B007  # counted
+                yield row
 
 
 def sample(rows: Any) -> Any:

@@ -12,6 +12,7 @@ from rlhf.logprobs.divergence import Predictions
 from rlhf.logprobs.head import backbone_of, read_head, verified_settings
 from rlhf.logprobs.score import LocalLoss, Scores, score
 from rlhf.logprobs.targets import Targets
+from rlhf.logprobs.versions import kept_logits
 
 
 def model_scores(
@@ -137,5 +138,5 @@ def own_logits(
     mask[kept] = True
     # Of router logits the model would make a loss, under a mask that is not its own.
     inputs = inputs | {"output_router_logits": False} if "output_router_logits" in inputs else inputs
-    logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=mask.view(shape)).logits
+    logits = kept_logits(model, inputs, mask.view(shape))
     return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, row

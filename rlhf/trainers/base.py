@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput, set_seed, validate_quantization_for_training
 
-from rlhf.data import Batch, Collator, Mixture, Packed, answer_ends, held, is_tokenised, sample
+from rlhf.data import Batch, Collator, Endless, Mixture, Packed, answer_ends, held, is_tokenised, sample
 from rlhf.data.packing import largest_token, longest_sequences, num_tokens
 from rlhf.models import (
     Policy,
@@ -194,14 +194,14 @@ class BaseTrainer(Evaluating):
             )
         return self.tokenize(dataset, tokenizer, args, vocab_size)
 
-    def _endless(self, stream: IterableDataset, args: Any) -> IterableDataset:
+    def _endless(self, stream: IterableDataset, args: Any) -> Any:
         """A tokenised stream over and over; how long to train says ``max_steps``."""
         if args.max_steps <= 0:
             raise ValueError("a stream does not say how many rows it has: pass --max_steps")
         if self.capacity(args) is not None:
             raise ValueError("--packing and --tokens_per_batch plan batches of all rows: they need rows, not a stream")
         args.accelerator_config.dispatch_batches = False  # each process reads, and keeps what is its own
-        return stream.repeat(None)
+        return Endless(stream)
 
     def _layout(self) -> str:
         args = self.args

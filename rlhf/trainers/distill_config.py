@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 from rlhf.logprobs import Divergence
 from rlhf.logprobs.topk import Estimate
+from rlhf.logprobs.versions import activation_checkpointing
 from rlhf.losses import DIVERGENCES
 from rlhf.rollouts import Sampling
 from rlhf.trainers.aligned import check_options
@@ -183,7 +184,7 @@ class DistillConfig(GenerationArguments, TextConfig):
             )
         if self.reverse_kl_reward:
             raise ValueError("reverse_kl_reward is the whole loss: leave hidden_state_weight and attention_weight out")
-        checkpointing: Any = self.activation_checkpointing_kwargs or {}
+        checkpointing = activation_checkpointing(self)[1]
         if inside.attention and checkpointing.get("use_reentrant"):
             raise ValueError("attention_weight has no gradient through checkpoints with use_reentrant: turn it off")
         if inside.attention and not self.disable_dropout:

@@ -174,7 +174,7 @@ class PPOTrainer(Answering):
         self.tokenize(Dataset.from_list(list(dataset.take(1))), tokenizer, args, vocab_size)  # checks one row
         return dataset
 
-    def _endless(self, stream: IterableDataset, args: Any) -> IterableDataset:
+    def _endless(self, stream: IterableDataset, args: Any) -> Any:
         return stream  # who hands out the prompts begins it again
 
     def _sync_reference(self) -> None:

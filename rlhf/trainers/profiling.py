@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from rlhf.logprobs.head import backbone_of
+from rlhf.logprobs.versions import activation_checkpointing
 from rlhf.models import Policy
 from rlhf.models.policy import Teacher
 from rlhf.trainers.activations import Activations
@@ -116,7 +117,7 @@ class Profiler(TrainerCallback):
             if trainer.args.verbose:
                 print(activations.describe_batch(inputs))
             if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # gathered weights would be counted
-                print(activations.describe(trainer.args.activation_checkpointing))
+                print(activations.describe(activation_checkpointing(trainer.args)[0]))
             return loss
 
         return watched
