@@ -68,6 +68,8 @@ class RolloutReport:
         self._learned_tokens = sum(map(len, kept)) * self.args.num_iterations
         if self.args.beta > 0:
             add("beta", beta, 1)
+        if self.args.entropy_coef:
+            add("entropy_coef", self.args.entropy_coef, 1)
         if "old_logps" in kept[0].tokens:
             old, sampler = (torch.cat([s.tokens[name] for s in kept]) for name in ("old_logps", "sampler_logps"))
             add("entropy", -old.sum(), len(old))

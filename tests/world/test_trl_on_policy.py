@@ -321,9 +321,14 @@ def test_distillation_takes_trls_names(tmp_path):
 
 
 def test_the_last_line_has_the_steps_since_the_line_before(tmp_path, tokenizer, rows):
-    args = config(tmp_path, max_steps=3, logging_steps=2)
+    args = config(tmp_path, max_steps=3, logging_steps=2, entropy_coef=0.1)
     trainer = GRPOTrainer(tiny_model(), length, args, rows, processing_class=tokenizer)
     trainer.train()
     last = trainer.state.log_history[-1]
-    assert "train_loss" in last and last["reward"] > 0 and "rewards/length/mean" in last
+    assert (
+        "train_loss" in last
+        and last["entropy_coef"] == pytest.approx(0.1)
+        and last["reward"] > 0
+        and "rewards/length/mean" in last
+    )
     assert last["num_tokens"] > trainer.state.log_history[-2]["num_tokens"]
