@@ -139,4 +139,6 @@ def own_logits(
     # Of router logits the model would make a loss, under a mask that is not its own.
     inputs = inputs | {"output_router_logits": False} if "output_router_logits" in inputs else inputs
     logits = kept_logits(model, inputs, mask.view(shape))
+    if logits.dim() == 3:  # it keeps all (ProphetNet)
+        logits = logits.flatten(0, 1)[kept]
     return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, row
