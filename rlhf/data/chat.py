@@ -192,7 +192,7 @@ def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str, ended: bool) -> Tok
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and ids[:2] == [bos, bos] and not text.startswith(str(tokenizer.bos_token) * 2):
         ids, offsets = ids[1:], offsets and offsets[1:]
-    written = eos is not None and text.endswith(str(tokenizer.eos_token))
+    written = eos is not None and text.rstrip().endswith(str(tokenizer.eos_token))
     added = eos is not None and len(ids) > 0 and ids[-1] == eos and (not written or ids[-2:] == [eos, eos])
     if added:
         ids, offsets = ids[:-1], offsets and offsets[:-1]
