@@ -137,7 +137,8 @@ def answer_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def answer_ends(rows: Any, tokenizer: PreTrainedTokenizerBase, look_at: int = 64) -> list[int]:
     """Ids of special tokens that end answers in the first ``look_at`` tokenised rows; of prompts alone, of the template
     where they are conversations."""
-    first = list(rows.take(look_at)) if hasattr(rows, "take") else [rows[i] for i in range(min(len(rows), look_at))]
+    sized = hasattr(rows, "__len__")
+    first = [rows[i] for i in range(min(len(rows), look_at))] if sized else list(rows.take(look_at))
     if first and not _scored_ids(first[0]):
         return [] if isinstance(first[0].get("prompt"), str) else answer_end_ids(tokenizer)
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
