@@ -135,4 +135,5 @@ def _wants_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
             return False
         return PROBE in rendered[0][0]  # texts and spans, typed as text
 
-    return not shown(question) and shown(_in_parts(question))
+    # A template for parts asks for their type; one that only fails on text has a fault that must be told.
+    return "type" in template and not shown(question) and shown(_in_parts(question))
