@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset, disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 
+from rlhf.data.streams import held
+
 BUFFER = 1000  # rows of a stream that are shuffled among each other
 
 
@@ -67,7 +69,7 @@ def in_memory(rows: Any) -> Any:
     """A stream as the rows that it has, and mappings of them; evaluation reads them all."""
     if isinstance(rows, dict):
         return {name: in_memory(part) for name, part in rows.items()}
-    return Dataset.from_list(list(rows)) if isinstance(rows, IterableDataset) else rows
+    return held(rows)
 
 
 @contextmanager
