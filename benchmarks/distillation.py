@@ -102,7 +102,7 @@ STEPS = ("ours, live", "TRL, live", "ours, cached", "ours, SFT")
 def student_and_rows(args: argparse.Namespace) -> tuple[Any, Any, list[dict[str, Any]]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rlhf.models.student import copy_layers, spread_layers
+    from rlhf.distillation.student import copy_layers, spread_layers
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     teacher = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")

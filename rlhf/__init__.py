@@ -5,15 +5,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlhf.cli.script_helpers import (
+        ModelConfig,
+        ScriptArguments,
+        TrlParser,
+        get_dataset,
+        get_peft_config,
+        get_quantization_config,
+    )
+    from rlhf.distillation import DistillConfig, DistillTrainer
+    from rlhf.distillation import DistillConfig as DistillationConfig
+    from rlhf.distillation import DistillTrainer as DistillationTrainer
+    from rlhf.online import (
+        BestOfNConfig,
+        BestOfNTrainer,
+        GRPOConfig,
+        GRPOTrainer,
+        OnlineDPOConfig,
+        OnlineDPOTrainer,
+        PPOConfig,
+        PPOTrainer,
+        RLOOConfig,
+        RLOOTrainer,
+    )
     from rlhf.trainers import (
-        DistillConfig,
-        DistillTrainer,
         DPOConfig,
         DPOTrainer,
         KTOConfig,
         KTOTrainer,
-        PPOConfig,
-        PPOTrainer,
         RewardConfig,
         RewardTrainer,
         SFTConfig,
@@ -55,21 +74,25 @@ __all__ = [
     "get_peft_config",
     "get_quantization_config",
 ]
-# Names that TRL gives to the same things.
+# Where each public name is defined. Names that TRL gives to the same things are listed with ours.
+_MODULES = {
+    "rlhf.trainers": ("DPO", "KTO", "Reward", "SFT"),
+    "rlhf.online": ("BestOfN", "GRPO", "OnlineDPO", "PPO", "RLOO"),
+    "rlhf.distillation": ("Distill",),
+}
+_DEFINED_IN = {
+    f"{name}{kind}": room for room, names in _MODULES.items() for name in names for kind in ("Config", "Trainer")
+}
 _ALIASES = {"DistillationConfig": "DistillConfig", "DistillationTrainer": "DistillTrainer"}
-_FOR_SCRIPTS = (
-    "ModelConfig",
-    "ScriptArguments",
-    "TrlParser",
-    "get_dataset",
-    "get_peft_config",
-    "get_quantization_config",
-)
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, so that `rlhf.losses` needs torch alone and `rlhf --help` answers at once.
-    if name in __all__:
-        module = "rlhf.cli.script_helpers" if name in _FOR_SCRIPTS else "rlhf.trainers"
-        return getattr(import_module(module), _ALIASES.get(name, name))
-    raise AttributeError(f"module 'rlhf' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'rlhf' has no attribute {name!r}")
+    defined = _ALIASES.get(name, name)
+    return getattr(import_module(_DEFINED_IN.get(defined, "rlhf.cli.script_helpers")), defined)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,7 +1,7 @@
 """``rlhf best-of-n``."""
 
 from rlhf.cli.ppo import run_as
-from rlhf.trainers import BestOfNTrainer
+from rlhf.online import BestOfNTrainer
 
 
 def run(argv: list[str]) -> None:

@@ -8,8 +8,8 @@ from transformers import PreTrainedModel, set_seed
 
 from rlhf.cli.arguments import DataArguments, ModelArguments, parse
 from rlhf.cli.training import train
+from rlhf.distillation import DistillConfig, DistillTrainer
 from rlhf.models import add_adapter_beside
-from rlhf.trainers import DistillConfig, DistillTrainer
 
 TEACHER = "teacher"  # name of its adapter
 

@@ -10,9 +10,10 @@ from rlhf.cli.arguments import LoadArguments, parse
 from rlhf.cli.row_arguments import RowArguments
 from rlhf.cli.training import _require, quiet_logging
 from rlhf.data import load_data, tokenizer_difference
+from rlhf.distillation import DistillConfig, DistillTrainer
 from rlhf.evaluation import complete, model_size, model_speed, prompts_of, show_completions, show_metrics
 from rlhf.models import Policy, load_model, load_tokenizer
-from rlhf.trainers import DistillConfig, DistillTrainer, DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from rlhf.trainers import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 
 @dataclass

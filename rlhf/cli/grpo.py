@@ -1,7 +1,7 @@
 """``rlhf grpo``."""
 
 from rlhf.cli.ppo import run_as
-from rlhf.trainers import GRPOTrainer
+from rlhf.online import GRPOTrainer
 
 
 def run(argv: list[str]) -> None:

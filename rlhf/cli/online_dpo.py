@@ -1,7 +1,7 @@
 """``rlhf online-dpo``."""
 
 from rlhf.cli.ppo import run_as
-from rlhf.trainers import OnlineDPOTrainer
+from rlhf.online import OnlineDPOTrainer
 
 
 def run(argv: list[str]) -> None:

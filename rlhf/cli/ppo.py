@@ -7,8 +7,8 @@ from typing import Any
 from rlhf.cli.arguments import DataArguments, ModelArguments, parse
 from rlhf.cli.dpo import ReferenceArguments
 from rlhf.cli.training import train
+from rlhf.online import PPOTrainer
 from rlhf.rewards.loading import load_object
-from rlhf.trainers import PPOTrainer
 
 
 @dataclass

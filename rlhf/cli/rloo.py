@@ -1,7 +1,7 @@
 """``rlhf rloo``."""
 
 from rlhf.cli.ppo import run_as
-from rlhf.trainers import RLOOTrainer
+from rlhf.online import RLOOTrainer
 
 
 def run(argv: list[str]) -> None:

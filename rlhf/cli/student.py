@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from rlhf.cli.training import quiet_logging
+from rlhf.distillation.student import copy_layers, fresh_student, layer_list, load_config, spread_layers
 from rlhf.evaluation import show_metrics
 from rlhf.models import load_model, load_tokenizer
-from rlhf.models.student import copy_layers, fresh_student, layer_list, load_config, spread_layers
 
 
 class _Parser(argparse.ArgumentParser):

@@ -13,13 +13,23 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.cli.arguments import LoadArguments, parse
 from rlhf.cli.row_arguments import RowArguments
 from rlhf.cli.training import _require, quiet_logging
-from rlhf.data import TeacherFile, create_teacher_file, load_data, tokenize_prompts, tokenize_sft
+from rlhf.data import load_data, tokenize_prompts, tokenize_sft
 from rlhf.data.packing import hash_of_tokens
-from rlhf.data.teacher_file import HEADER, Key, check_key, data_key, read_key, tokenizer_key, write_key
+from rlhf.distillation.collect import keep_top_k, sample_completions
+from rlhf.distillation.teacher_file import (
+    HEADER,
+    Key,
+    TeacherFile,
+    check_key,
+    create_teacher_file,
+    data_key,
+    read_key,
+    tokenizer_key,
+    write_key,
+)
 from rlhf.models import load_model, load_tokenizer, vocabulary_size
 from rlhf.rollouts import Sampling
-from rlhf.trainers.reference import reference_fingerprint
-from rlhf.trainers.teacher import keep_top_k, sample_completions
+from rlhf.trainers.reference_logps import reference_fingerprint
 
 
 @dataclass

@@ -9,7 +9,6 @@ from rlhf.data.mixing import Mixture, load_datasets, shuffled
 from rlhf.data.packing import Packed, best_fit_decreasing
 from rlhf.data.reading import load_data
 from rlhf.data.streams import Endless, held, sample
-from rlhf.data.teacher_file import TeacherFile, create_teacher_file, open_teacher_file
 from rlhf.data.tokenizing import (
     is_tokenised,
     tokenize_preferences,
@@ -29,12 +28,10 @@ __all__ = [
     "Packed",
     "Reading",
     "RowFormat",
-    "TeacherFile",
     "answer_end_ids",
     "add_mismatched",
     "answer_ends",
     "best_fit_decreasing",
-    "create_teacher_file",
     "encode",
     "encode_prompt",
     "encode_reply",
@@ -42,7 +39,6 @@ __all__ = [
     "held",
     "load_data",
     "load_datasets",
-    "open_teacher_file",
     "sample",
     "shuffled",
     "tokenize_preferences",

@@ -2,16 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf.logprobs import Targets, TopK
-
-if TYPE_CHECKING:
-    from rlhf.data.paired import Paired  # which need this file
-    from rlhf.data.teacher_file import TeacherFile
 
 IGNORE = -100
 TEACHER_ROW = "teacher_row"  # column: which row of the teacher's file a row is
@@ -60,7 +56,7 @@ class Batch:
     mismatched: "Batch | None" = None
     teacher: TopK | None = None
     teacher_logps: Tensor | None = None
-    paired: "Paired | None" = None
+    paired: Any = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         names = (
@@ -143,7 +139,7 @@ class Collator:
     pad_token_id: int = 0
     padding_side: Literal["left", "right"] = "right"
     layout: Layout = "rows"
-    teacher: "TeacherFile | None" = None
+    teacher: Any = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> Batch:
         examples = [example for row in rows for example in row.get("examples", [row])]

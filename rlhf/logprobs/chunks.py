@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from rlhf.kernels.matmul import add_product, product, takes
 from rlhf.logprobs.head import Head
-from rlhf.logprobs.products import add_product, product, takes
 
 Mode = Literal["auto", "unit", "save", "recompute"]
 IN_CACHE = 2**17  # logits that a CPU goes over several times

@@ -8,7 +8,7 @@ A temperature divides both sides' logits, and gradients fall as 1 / T²; ``scale
 against that. ValueError: shapes differ, a temperature <= 0, or an option out of range.
 
 Where the two have different tokenizers: :func:`uld_loss` compares what needs no vocabulary, and :func:`span_loss` the
-probabilities of the same stretches of text (:mod:`rlhf.data.alignment` finds them).
+probabilities of the same stretches of text (:mod:`rlhf.distillation.alignment` finds them).
 """
 
 import math

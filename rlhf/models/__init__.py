@@ -9,7 +9,6 @@ from rlhf.models.policy import Policy
 from rlhf.models.randomness import add_embedding_noise, configured_dropout, disable_dropout
 from rlhf.models.reward_model import RewardModel, add_scalar_head, load_reward_model
 from rlhf.models.routing import Balancing, Routing, balancing_of, routing
-from rlhf.models.student import copy_layers, fresh_student, matched_layers, spread_layers
 from rlhf.models.vocabulary import vocabulary_size
 
 __all__ = [
@@ -26,16 +25,12 @@ __all__ = [
     "balancing_of",
     "choose_layout",
     "configured_dropout",
-    "copy_layers",
     "disable_dropout",
-    "fresh_student",
     "load_model",
     "load_reward_model",
     "load_tokenizer",
-    "matched_layers",
     "mend_generation_config",
     "routing",
-    "spread_layers",
     "use_segments",
     "vocabulary_size",
 ]

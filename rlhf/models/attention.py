@@ -13,8 +13,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf.data.batching import Batch, Collator, Layout, Segments
+from rlhf.kernels.recompute import can_be_remade
 from rlhf.models.positions import inputs_of
-from rlhf.models.remake import can_be_remade
 
 logger = logging.getLogger(__name__)
 

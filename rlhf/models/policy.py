@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers.integrations import is_fsdp_enabled
 
 from rlhf.data import Batch
+from rlhf.kernels.linear import speed_up_linear
+from rlhf.kernels.recompute import fewer_activations, slim
 from rlhf.logprobs import (
     Comparison,
     Divergence,
@@ -28,9 +30,7 @@ from rlhf.logprobs import (
 )
 from rlhf.logprobs.aligned import HELD
 from rlhf.models.attention import NAME
-from rlhf.models.linear import speed_up_linear
 from rlhf.models.positions import inputs_of, own_positions, reads_padding, sees_ahead
-from rlhf.models.remake import fewer_activations, slim
 from rlhf.models.routing import Balancing
 
 logger = logging.getLogger(__name__)

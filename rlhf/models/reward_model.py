@@ -16,12 +16,12 @@ from transformers import (
 
 from rlhf.data import Batch, Collator, chat, formats
 from rlhf.data.columns import RowFormat
+from rlhf.kernels.recompute import fewer_activations
 from rlhf.models.adapters import adapter_config, base_of, merged
 from rlhf.models.loading import HUB, base_kwargs, hub_kwargs, load_model
 from rlhf.models.places import loading, resolve
 from rlhf.models.policy import Wrapper
 from rlhf.models.positions import inputs_of
-from rlhf.models.remake import fewer_activations
 
 
 class RewardModel(Wrapper):

@@ -16,9 +16,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from rlhf.data.chat import encode
 from rlhf.data.formats import Dialogue, Turns
+from rlhf.kernels.linear import speed_up_linear
 from rlhf.models import load_tokenizer
 from rlhf.models.adapters import adapter_config, base_of, merged
-from rlhf.models.linear import speed_up_linear
 
 logger = logging.getLogger(__name__)
 

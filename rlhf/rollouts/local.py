@@ -17,8 +17,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from rlhf.kernels.linear import speed_up_linear
 from rlhf.models.attention import unfit
-from rlhf.models.linear import speed_up_linear
 from rlhf.models.positions import first_position, own_positions
 from rlhf.rollouts.cache import NAME, Cache
 from rlhf.rollouts.draft import Draft

@@ -11,9 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.data import Batch
+from rlhf.kernels.recompute import watchers
 from rlhf.logprobs import Plan
 from rlhf.models.policy import Wrapper
-from rlhf.models.remake import watchers
 
 MIB = 2**20
 

@@ -14,7 +14,7 @@ from rlhf.data import Batch, Packed
 from rlhf.models import Policy, load_model
 from rlhf.models.adapter_off import adapter_off_is_start
 from rlhf.trainers.base import BaseConfig, BaseTrainer
-from rlhf.trainers.reference import add_ref_logps, reference_fingerprint
+from rlhf.trainers.reference_logps import add_ref_logps, reference_fingerprint
 from rlhf.trainers.switching import as_config
 
 

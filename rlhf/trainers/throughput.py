@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from rlhf.logprobs.products import product
+from rlhf.kernels.matmul import product
 
 _aten = torch.ops.aten
 # Torch's formulas, and what they lack: the head adds up its weight's gradient in place; attention on a CPU.

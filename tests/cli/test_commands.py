@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import rlhf
+from rlhf import DistillConfig, DistillTrainer, SFTConfig
 from rlhf.cli.arguments import DataArguments, ModelArguments, parse
 from rlhf.cli.main import COMMANDS, main
 from rlhf.data import load_data
-from rlhf.trainers import DistillConfig, DistillTrainer, SFTConfig
 
 FILES = {"sft": "sft.jsonl", "distill": "sft.jsonl", "dpo": "preferences.jsonl", "reward": "preferences.jsonl"}
 

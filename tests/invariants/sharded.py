@@ -10,9 +10,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from rlhf.data import Collator
+from rlhf.distillation.matching import MatchingPolicy, Weights
 from rlhf.logprobs import Divergence
 from rlhf.models import Policy, RewardModel, add_scalar_head
-from rlhf.trainers.matching import MatchingPolicy, Weights
 
 
 def main() -> None:

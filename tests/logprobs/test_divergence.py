@@ -254,8 +254,8 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "mkldnn::_linear_pointwis
 @pytest.mark.parametrize("case", ["kl_divergence", "generalized_jsd"])
 @pytest.mark.parametrize(("mode", "products"), [("learns", 4), ("frozen head", 3), ("no gradient", 2)])
 def test_the_profiler_counts_the_products_of_the_heads(mode, products, case, onednn, monkeypatch):
-    monkeypatch.setattr("rlhf.logprobs.products.onednn_is_faster", lambda: onednn)
-    monkeypatch.setattr("rlhf.logprobs.products.SMALL", 1)
+    monkeypatch.setattr("rlhf.kernels.matmul.onednn_is_faster", lambda: onednn)
+    monkeypatch.setattr("rlhf.kernels.matmul.SMALL", 1)
     student, teacher, token = problem(torch.float32, rows=64, vocabulary=50)
     if mode == "frozen head":
         student = frozen(student)

@@ -165,8 +165,8 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "mkldnn::_linear_pointwis
 @pytest.mark.parametrize("onednn", [False, True])
 @pytest.mark.parametrize(("mode", "products"), [*COUNTED, ("save frozen", 2), ("recompute frozen", 3)])
 def test_the_profiler_counts_the_products_of_the_head(mode, products, onednn, monkeypatch):
-    monkeypatch.setattr("rlhf.logprobs.products.onednn_is_faster", lambda: onednn)
-    monkeypatch.setattr("rlhf.logprobs.products.SMALL", 1)
+    monkeypatch.setattr("rlhf.kernels.matmul.onednn_is_faster", lambda: onednn)
+    monkeypatch.setattr("rlhf.kernels.matmul.SMALL", 1)
     hidden, head, targets = problem(rows=64)
     vocabulary = head.weight.size(0)
     if "frozen" in mode:

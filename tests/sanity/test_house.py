@@ -10,10 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf.cli.arguments import DataArguments, ModelArguments, parse
-from rlhf.cli.dpo import ReferenceArguments
-from rlhf.cli.ppo import ExperienceArguments
-from rlhf.trainers import (
+from rlhf import (
     BestOfNConfig,
     DistillConfig,
     DPOConfig,
@@ -25,11 +22,14 @@ from rlhf.trainers import (
     RLOOConfig,
     SFTConfig,
 )
+from rlhf.cli.arguments import DataArguments, ModelArguments, parse
+from rlhf.cli.dpo import ReferenceArguments
+from rlhf.cli.ppo import ExperienceArguments
 
 ROOT = Path(__file__).parents[2]
 FLOORS = {
-    "losses": 1, "logprobs": 2, "data": 3, "models": 3, "rollouts": 4, "rewards": 4, "evaluation": 4, "trainers": 5,
-    "cli": 6,
+    "losses": 1, "kernels": 1, "logprobs": 2, "data": 3, "models": 4, "rollouts": 5, "rewards": 5, "evaluation": 6,
+    "trainers": 7, "online": 8, "distillation": 8, "cli": 9,
 }  # fmt: skip
 PUBLIC = ["rlhf", *(f"rlhf.{room}" for room in FLOORS if room != "cli")]
 FILES = sorted((ROOT / "rlhf").rglob("*.py"))

@@ -6,10 +6,10 @@ import pytest
 from conftest import sentences, tiny_model, write_rows
 from datasets import Dataset
 
+from rlhf import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from rlhf.cli.arguments import DataArguments, parse
 from rlhf.cli.main import main
 from rlhf.data import Mixture, load_datasets
-from rlhf.trainers import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 
 def texts(count, prefix, length=4):

@@ -6,9 +6,7 @@ import pytest
 from conftest import close, sentences, tiny_model, write_rows
 from datasets import IterableDataset
 
-from rlhf.cli.main import main
-from rlhf.data import Mixture, load_data
-from rlhf.trainers import (
+from rlhf import (
     DPOConfig,
     DPOTrainer,
     KTOConfig,
@@ -18,6 +16,8 @@ from rlhf.trainers import (
     SFTConfig,
     SFTTrainer,
 )
+from rlhf.cli.main import main
+from rlhf.data import Mixture, load_data
 
 KINDS = {
     "sft": (SFTTrainer, SFTConfig),

@@ -18,12 +18,12 @@ from transformers import (
 
 from rlhf import DistillConfig, GRPOConfig, GRPOTrainer, RLOOConfig
 from rlhf.losses import group_advantages
+from rlhf.online.objective import make_objective
+from rlhf.online.prompts import Prompts, in_memory
+from rlhf.online.samples import Sample, add_advantages, keep_high_entropy
 from rlhf.rewards import ModelReward, reward_functions
 from rlhf.rollouts import Sampling
 from rlhf.rollouts.sampling import draw
-from rlhf.trainers.experience import Sample, add_advantages, keep_high_entropy
-from rlhf.trainers.objective import make_objective
-from rlhf.trainers.prompts import Prompts, in_memory
 from tests.conftest import tiny_model
 
 

@@ -1,0 +1,18 @@
+"""On-policy training: PPO and its family."""
+
+from rlhf.online.config import BestOfNConfig, GRPOConfig, OnlineDPOConfig, PPOConfig, RLOOConfig
+from rlhf.online.online_dpo import OnlineDPOTrainer
+from rlhf.online.trainer import BestOfNTrainer, GRPOTrainer, PPOTrainer, RLOOTrainer
+
+__all__ = [
+    "BestOfNConfig",
+    "BestOfNTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "OnlineDPOConfig",
+    "OnlineDPOTrainer",
+    "PPOConfig",
+    "PPOTrainer",
+    "RLOOConfig",
+    "RLOOTrainer",
+]

@@ -1,0 +1,145 @@
+"""On-policy training whose completions come from a server: who wakes, who gets which weights, and what is weighed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import close, sentences, tiny_model
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "rollouts"))
+from fake_server import FakeServer
+
+from rlhf import GRPOConfig, GRPOTrainer
+from rlhf.cli.main import main
+from rlhf.rollouts import ServerError
+from rlhf.rollouts.weights import plain_weights
+
+
+def vowels(completions, **_):
+    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
+
+
+@pytest.fixture
+def server(tokenizer):
+    one = FakeServer(tiny_model(seed=1), tokenizer, weights="vllm")  # not the policy, until it is sent
+    yield one
+    one.shutdown()
+
+
+def beginning(server, folder, model, data):
+    """Of a run through the command."""
+    options = dict(
+        model_name_or_path=model, dataset_name=data, output_dir=folder / "run", reward_funcs="think_format",
+        per_device_train_batch_size=8, max_steps=1, report_to="none", max_length=64, max_completion_length=6,
+        rollout_server_url=server.url, rollout_server_model="tiny", rollout_weights_dir=folder / "weights",
+    )  # fmt: skip
+    return main(["grpo", "--use_cpu", *(f"--{key}={value}" for key, value in options.items())])
+
+
+def trainer(server, tokenizer, folder, peft_config=None, model=None, **changes):
+    args = GRPOConfig(
+        str(folder), per_device_train_batch_size=8, num_generations=4, max_steps=3, learning_rate=1e-2, logging_steps=1,
+        report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", max_length=64, max_completion_length=6,
+        rollout_server_url=server.url, rollout_server_model="tiny", rollout_weights_dir=str(folder / "weights"),
+        **changes,
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": text} for text in sentences(1, 12)])
+    return GRPOTrainer(
+        tiny_model() if model is None else model, vowels, args, train_dataset=rows, eval_dataset=rows.select(range(3)),
+        processing_class=tokenizer, peft_config=peft_config,
+    )  # fmt: skip
+
+
+def test_the_server_samples_from_the_policy_as_it_is(server, tokenizer, tmp_path):
+    one = trainer(server, tokenizer, tmp_path, eval_on_start=True, eval_strategy="steps", eval_steps=1)
+    one.train()
+    log = [entry for entry in one.state.log_history if "loss" in entry]
+    assert all(abs(entry["sampler_kl"]) < 1e-5 for entry in log)  # measured by the step itself: there is no other pass
+    one.evaluate()  # after the last step
+    state = one.policy.model.state_dict()
+    for name, weight in server.model.state_dict().items():
+        close(weight, state[name])
+    loads = server.posts.count("/collective_rpc")
+    assert loads == 4  # the weights of steps 0 to 3, once each, whoever asks
+    assert server.asleep
+
+
+def test_lora_reaches_the_server_and_leaves_the_base_as_it_was(server, tokenizer, tmp_path):
+    start = {name: weight.clone() for name, weight in tiny_model().state_dict().items()}
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "down_proj", "embed_tokens"], modules_to_save=["lm_head"])
+    one = trainer(server, tokenizer, tmp_path, adapter)
+    one.train()
+    one.evaluate()
+    base = one.policy.model.get_base_model()
+    q = base.model.layers[0].self_attn.q_proj
+    assert torch.equal(q.base_layer.weight, start["model.layers.0.self_attn.q_proj.weight"])
+    merged = one.policy.model.merge_and_unload().state_dict()
+    served = server.model.state_dict()
+    assert not torch.equal(merged["lm_head.weight"], start["lm_head.weight"])
+    for name, weight in merged.items():
+        close(served[name], weight)
+
+
+def test_what_cannot_be_merged_is_refused():
+    from peft import get_peft_model
+
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(ValueError, match="only plain LoRA"):
+        plain_weights(model, model.state_dict())
+
+
+def test_tokens_are_weighed_where_the_server_is_not_the_trainer(server, tokenizer, tmp_path, monkeypatch):
+    one = trainer(server, tokenizer, tmp_path)
+    assert one.importance_cap == 2.0
+    monkeypatch.setattr(one.roller.sampler, "_send_weights", lambda policy: None)  # it goes on with weights of its own
+    seen = []
+    from rlhf.online import trainer as ppo
+
+    inner = ppo.truncated_importance_weights
+    monkeypatch.setattr(ppo, "truncated_importance_weights", lambda *args: seen.append(inner(*args)) or seen[-1])
+    one.train()
+    assert seen and all(float(w.max()) <= 2.0 for w in seen) and any(float(w.min()) < 0.9 for w in seen)
+    assert one.state.log_history[0]["sampler_kl"] > 0.01
+
+
+def test_a_server_of_another_model_is_found_before_it_samples(tokenizer, tmp_path, model_folder, data_files, capsys):
+    other = FakeServer(tiny_model(vocab_size=400), tokenizer, weights="vllm")
+    assert beginning(other, tmp_path, model_folder, data_files / "sft.jsonl") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlhf grpo: ")]
+    assert f"{other.url}/collective_rpc answered 500" in line and "size mismatch" in line
+    assert "it must serve the model that is trained" in line and not other.bodies
+    other.engine.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    other.engine.tokenizer.add_tokens(["naïve"])
+    with pytest.raises(ValueError, match=r"has another tokenizer than the policy: 'It'… is .*; it must"):
+        trainer(other, tokenizer, tmp_path)
+    other.shutdown()
+
+
+def test_a_server_that_goes_on_with_another_vocabulary(tokenizer, tmp_path):
+    other = FakeServer(tiny_model(vocab_size=400), tokenizer, weights="vllm")
+    other.load = lambda folder: None  # and says that all went well
+    with pytest.raises(ServerError, match=r"sampled token 3\d\d, and the policy has 330: it must serve the model"):
+        trainer(other, tokenizer, tmp_path).train()
+    other.shutdown()
+
+
+@pytest.mark.parametrize("weights", [None, "sglang"])
+def test_servers_that_say_little(weights, tokenizer, tmp_path, model_folder, data_files, capsys):
+    """No tokenizer is told of; without a way to load weights, one line says so."""
+    other = FakeServer(tiny_model(seed=1), tokenizer, weights=weights)
+    assert beginning(other, tmp_path, model_folder, data_files / "sft.jsonl") == (2 if weights is None else 0)
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlhf grpo: ")]
+    assert len(told) == (weights is None) and all("offers no way to load weights" in line for line in told)
+    other.shutdown()
+
+
+def test_answers_that_nothing_ends_are_refused(server, tokenizer, tmp_path):
+    endless = tiny_model()
+    endless.generation_config.eos_token_id = None
+    silent = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(ValueError, match="no token ends a completion"):
+        trainer(server, silent, tmp_path, model=endless)
