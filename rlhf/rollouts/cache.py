@@ -11,140 +11,180 @@ from transformers.masking_utils import sdpa_mask
 from rlhf.data.batching import Segments, Span
 from rlhf.models.attention import segment_attention
 
-NAME = "rlhf_decoding"
+DECODING_ATTENTION = "rlhf_decoding"  # its name in transformers' registry
+KeysValues = tuple[Tensor, Tensor]
 
 
 class Cache:
-    """What the layers keep: each prompt once, for all its rows, and the own tokens of each row; nothing is copied.
+    """The keys and values of each layer: those of a prompt once for all its rows, those of a completion by row.
 
-    Prompts end in the same column (padded on the left), and so own tokens of one step share a column too. Rows of a
-    prompt lie side by side in a grid of ``[prompts, places]``; a group that loses rows leaves places empty.
+    Prompts are padded on the left. They end in the same column, so the completion tokens of one step share a column.
+    For the products with a prompt, its rows lie side by side in a grid of [prompts, rows of each]; where a prompt has
+    fewer rows than others, cells of the grid are empty.
 
     Args:
         lengths: int64 [P], tokens of each prompt.
-        n: rows of each prompt: row ``i * n + j`` is its sample j.
-        width: own tokens that a row can keep; reserved at the first of them.
+        num_samples: rows of each prompt. Row ``i * num_samples + j`` is sample j of prompt i.
+        max_new_tokens: completion tokens that a row can keep. Their memory is reserved at the first of them.
     """
 
-    def __init__(self, lengths: Tensor, n: int, width: int) -> None:
+    def __init__(self, lengths: Tensor, num_samples: int, max_new_tokens: int) -> None:
         self.lengths = lengths
         self.longest = int(lengths.max())
-        self.width = width
-        self.segments: Segments | None = None  # of the prompts that are being read
-        self.read = 0  # prompts that have been
-        self.step = 0  # own tokens before the one that is being written
-        self.prompts: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # [P, kv_heads, longest, D]
-        self.own: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # [R, kv_heads, width, D]
-        self.owner = torch.arange(len(lengths), device=lengths.device).repeat_interleave(n)  # [R]
-        self._place()
+        self.max_new_tokens = max_new_tokens
+        self.segments: Segments | None = None  # of the prompts in the current prefill; None while decoding
+        self.prompts_read = 0
+        self.step = 0  # completion tokens before the one that is being written
+        self.prompt_cache: dict[nn.Module, KeysValues] = {}  # [P, kv_heads, longest, D]
+        self.completion_cache: dict[nn.Module, KeysValues] = {}  # [R, kv_heads, max_new_tokens, D]
+        prompts = torch.arange(len(lengths), device=lengths.device)
+        self.prompt_of_row = prompts.repeat_interleave(num_samples)  # [R]
+        self._lay_out_grid()
 
-    def start(self, prompts: int) -> Segments:
-        """The next ``prompts`` prompts are read, laid out in one flat row."""
-        lengths = self.lengths[self.read : self.read + prompts].tolist()
+    # Prefill
+
+    def begin_prefill(self, count: int) -> Segments:
+        """Start to read the next ``count`` prompts, laid out in one flat row."""
+        lengths = self.lengths[self.prompts_read : self.prompts_read + count].tolist()
         self.segments = Segments(tuple(Span(length) for length in lengths))
         return self.segments
 
-    def finish(self) -> None:
+    def end_prefill(self) -> None:
+        """All layers have read these prompts."""
         assert self.segments is not None
-        self.read += len(self.segments.spans)
+        self.prompts_read += len(self.segments.spans)
         self.segments = None
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows (int64, rising) only, and with the prompts that they need."""
-        prompts, self.owner = self.owner[rows].unique(return_inverse=True)
-        if len(prompts) < len(self.lengths):
-            self.lengths = self.lengths[prompts]
-            for module, pair in self.prompts.items():
-                key, value = (t.index_select(0, prompts) for t in pair)
-                self.prompts[module] = key, value
-        used = self.step
-        for module, pair in self.own.items():
-            key, value = (t.new_empty(len(rows), *t.shape[1:]) for t in pair)
-            for new, old in zip((key, value), pair, strict=True):
-                new[:, :, :used] = old[:, :, :used].index_select(0, rows)
-            self.own[module] = key, value
-        self._place()
-
-    def _place(self) -> None:
-        counts = torch.bincount(self.owner, minlength=len(self.lengths))
-        self.places = int(counts.max())
-        first = counts.cumsum(0) - counts
-        self.cells = self.owner * self.places + torch.arange(len(self.owner), device=first.device) - first[self.owner]
-        self.full = len(self.owner) == len(self.lengths) * self.places
-        hidden = torch.arange(self.longest, device=first.device) < self.longest - self.lengths[:, None]
-        self.hidden = hidden[:, None, None] if bool(hidden.any()) else None  # padding: [P, 1, 1, longest]
-
-    def store(self, module: nn.Module, key: Tensor, value: Tensor) -> None:
+    def store_prompts(self, layer: nn.Module, keys: Tensor, values: Tensor) -> None:
         """Keep the keys and values [1, kv_heads, T, D] of the prompts that are being read."""
         assert self.segments is not None
-        if module not in self.prompts:
-            shape = (len(self.lengths), key.size(1), self.longest)
-            # Padding is zero: it is masked, and what is masked must still be finite.
-            self.prompts[module] = key.new_zeros(*shape, key.size(3)), value.new_zeros(*shape, value.size(3))
+        if layer not in self.prompt_cache:
+            shape = (len(self.lengths), keys.size(1), self.longest)
+            # Padding is masked, but a masked value is still multiplied by 0 and so must be finite.
+            self.prompt_cache[layer] = keys.new_zeros(*shape, keys.size(3)), values.new_zeros(*shape, values.size(3))
         lengths = [span.length for span in self.segments.spans]
-        for kept, new in zip(self.prompts[module], (key, value), strict=True):
-            for index, piece in enumerate(new[0].split(lengths, dim=1), start=self.read):
-                kept[index, :, self.longest - piece.size(1) :] = piece
+        for cached, new in zip(self.prompt_cache[layer], (keys, values), strict=True):
+            for prompt, piece in enumerate(new[0].split(lengths, dim=1), start=self.prompts_read):
+                padding = self.longest - piece.size(1)
+                cached[prompt, :, padding:] = piece
 
-    def append(self, module: nn.Module, key: Tensor, value: Tensor) -> None:
+    # Decoding
+
+    def append(self, layer: nn.Module, keys: Tensor, values: Tensor) -> None:
         """Keep the keys and values [R, kv_heads, 1, D] of this step's tokens."""
-        if module not in self.own:
-            rows, heads = key.shape[:2]
-            own = (key.new_empty(rows, heads, self.width, t.size(3)) for t in (key, value))
-            self.own[module] = tuple(own)  # type: ignore[assignment]
-        for kept, new in zip(self.own[module], (key, value), strict=True):
-            kept[:, :, self.step] = new[:, :, 0]
+        if layer not in self.completion_cache:
+            shape = (*keys.shape[:2], self.max_new_tokens)
+            # Empty will do: columns are written before they are read.
+            reserved = keys.new_empty(*shape, keys.size(3)), keys.new_empty(*shape, values.size(3))
+            self.completion_cache[layer] = reserved
+        for cached, new in zip(self.completion_cache[layer], (keys, values), strict=True):
+            cached[:, :, self.step] = new[:, :, 0]
 
-    def attend(self, module: nn.Module, query: Tensor, scaling: float, window: int | None) -> Tensor:
-        """Softmax attention of one token a row over its prompt and its own tokens: [R, heads, 1, D] to the same."""
-        keys, values = self.prompts[module]
-        own_keys, own_values = self.own[module]
-        rows, heads, kv = query.size(0), query.size(1), keys.size(1)
-        shape = (rows, kv, heads // kv, query.size(3))
-        query = query.view(shape)
-        now = self.longest + self.step  # this token's column; a window counts columns back from it
-        start = 0 if window is None else max(0, now + 1 - window)
-        first, own = min(start, self.longest), max(0, start - self.longest)
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drop all but these rows (int64, rising), and the prompts that no row needs any more."""
+        prompts, self.prompt_of_row = self.prompt_of_row[rows].unique(return_inverse=True)
+        if len(prompts) < len(self.lengths):
+            self.lengths = self.lengths[prompts]
+            for layer, (keys, values) in self.prompt_cache.items():
+                self.prompt_cache[layer] = keys.index_select(0, prompts), values.index_select(0, prompts)
+        for layer, (keys, values) in self.completion_cache.items():
+            self.completion_cache[layer] = self._copy_rows(keys, rows), self._copy_rows(values, rows)
+        self._lay_out_grid()
 
-        on_own = _product(query, own_keys[:, :, own : self.step + 1].transpose(2, 3))
-        on_prompt = _product(self._to_grid(query), keys[:, :, first:].transpose(2, 3))
-        if self.hidden is not None:
-            on_prompt.masked_fill_(self.hidden[..., first:], -torch.inf)
-        scores = torch.cat((self._to_rows(on_prompt), on_own), dim=-1).mul_(scaling)
+    def _copy_rows(self, cached: Tensor, rows: Tensor) -> Tensor:
+        """Some rows of a completion cache; only the columns that were written are copied."""
+        copied = cached.new_empty(len(rows), *cached.shape[1:])
+        copied[:, :, : self.step] = cached[:, :, : self.step].index_select(0, rows)
+        return copied
+
+    def _lay_out_grid(self) -> None:
+        """Find each row's cell in the grid, and the padding of each prompt."""
+        device = self.lengths.device
+        rows_of_prompt = torch.bincount(self.prompt_of_row, minlength=len(self.lengths))
+        self.grid_width = int(rows_of_prompt.max())
+        first_row = rows_of_prompt.cumsum(0) - rows_of_prompt
+        all_rows = torch.arange(len(self.prompt_of_row), device=device)
+        column = all_rows - first_row[self.prompt_of_row]
+        self.cell_of_row = self.prompt_of_row * self.grid_width + column
+        self.grid_is_full = len(self.prompt_of_row) == len(self.lengths) * self.grid_width
+
+        columns = torch.arange(self.longest, device=device)
+        is_padding = columns < self.longest - self.lengths[:, None]
+        # None where no prompt is padded saves a pass over the scores.
+        self.padding = is_padding[:, None, None] if bool(is_padding.any()) else None  # [P, 1, 1, longest]
+
+    def attend(self, layer: nn.Module, query: Tensor, scaling: float, window: int | None) -> Tensor:
+        """Softmax attention of one token of each row over its prompt and its completion so far.
+
+        Args:
+            layer: whose keys and values to read.
+            query: [R, heads, 1, D].
+            scaling: factor of the products of queries and keys.
+            window: columns that a token sees, itself included; None for all.
+        Returns:
+            [R, heads, 1, D].
+        """
+        keys, values = self.prompt_cache[layer]
+        completion_keys, completion_values = self.completion_cache[layer]
+        rows, heads = query.shape[:2]
+        kv_heads = keys.size(1)
+        # Query heads that share a key head are rows of one product: [R, kv_heads, heads / kv_heads, D].
+        query = query.view(rows, kv_heads, heads // kv_heads, query.size(3))
+
+        # A window counts columns back from this token's; the first of them may lie in the prompt or after it.
+        column = self.longest + self.step
+        window_start = 0 if window is None else max(0, column + 1 - window)
+        prompt_start = min(window_start, self.longest)
+        completion_start = max(0, window_start - self.longest)
+        completion_end = self.step + 1
+        completion_keys = completion_keys[:, :, completion_start:completion_end]
+        completion_values = completion_values[:, :, completion_start:completion_end]
+
+        # The prompt's keys are read once for all its rows, which is why queries go through the grid.
+        completion_scores = _matmul_fp32(query, completion_keys.transpose(2, 3))
+        prompt_scores = _matmul_fp32(self._rows_to_grid(query), keys[:, :, prompt_start:].transpose(2, 3))
+        if self.padding is not None:
+            prompt_scores.masked_fill_(self.padding[..., prompt_start:], -torch.inf)
+
+        # One softmax over both parts.
+        scores = torch.cat((self._grid_to_rows(prompt_scores), completion_scores), dim=-1).mul_(scaling)
         weights = scores.softmax(-1).to(query.dtype)
-        on_prompt, on_own = weights.split((self.longest - first, self.step + 1 - own), dim=-1)
-        output = self._to_rows(_product(self._to_grid(on_prompt), values[:, :, first:]))
-        output = output + _product(on_own, own_values[:, :, own : self.step + 1])
+        prompt_length = self.longest - prompt_start
+        prompt_weights, completion_weights = weights.split((prompt_length, completion_end - completion_start), dim=-1)
+        from_prompt = _matmul_fp32(self._rows_to_grid(prompt_weights), values[:, :, prompt_start:])
+        output = self._grid_to_rows(from_prompt) + _matmul_fp32(completion_weights, completion_values)
         return output.to(query.dtype).reshape(rows, heads, 1, -1)
 
-    def _to_grid(self, t: Tensor) -> Tensor:
-        """[R, kv, g, X] by rows to [P, kv, places * g, X] by prompts."""
+    def _rows_to_grid(self, tensor: Tensor) -> Tensor:
+        """[R, kv_heads, G, X] by row to [P, kv_heads, grid_width * G, X] by prompt."""
         prompts = len(self.lengths)
-        if not self.full:
-            grid = t.new_zeros(prompts * self.places, *t.shape[1:])
-            t = grid.index_copy_(0, self.cells, t)
-        if self.places == 1:
-            return t
-        kv, g, x = t.shape[1:]
-        return t.view(prompts, self.places, kv, g, x).transpose(1, 2).reshape(prompts, kv, self.places * g, x)
+        if not self.grid_is_full:
+            grid = tensor.new_zeros(prompts * self.grid_width, *tensor.shape[1:])
+            tensor = grid.index_copy_(0, self.cell_of_row, tensor)
+        if self.grid_width == 1:
+            return tensor
+        kv_heads, group, size = tensor.shape[1:]
+        grid = tensor.view(prompts, self.grid_width, kv_heads, group, size)
+        return grid.transpose(1, 2).reshape(prompts, kv_heads, self.grid_width * group, size)
 
-    def _to_rows(self, t: Tensor) -> Tensor:
-        """The other way."""
-        prompts, kv, g, x = t.shape
-        if self.places > 1:
-            g //= self.places
-            t = t.view(prompts, kv, self.places, g, x).transpose(1, 2).reshape(prompts * self.places, kv, g, x)
-        return t if self.full else t.index_select(0, self.cells)
+    def _grid_to_rows(self, tensor: Tensor) -> Tensor:
+        """The inverse of :meth:`_rows_to_grid`."""
+        if self.grid_width > 1:
+            prompts, kv_heads, group, size = tensor.shape
+            group //= self.grid_width
+            grid = tensor.view(prompts, kv_heads, self.grid_width, group, size)
+            tensor = grid.transpose(1, 2).reshape(prompts * self.grid_width, kv_heads, group, size)
+        return tensor if self.grid_is_full else tensor.index_select(0, self.cell_of_row)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in float32 whatever the operands, as fused attention has it: [.., m, k] and [.., k, n]."""
-    if a.dtype in (torch.float32, torch.float64):
-        return torch.matmul(a, b)
-    if not a.is_cuda:
-        return torch.matmul(a.float(), b.float())
-    out = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
-    return out.view(*a.shape[:2], *out.shape[1:])
+def _matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` with a float32 result for half-precision operands, as fused attention has it."""
+    if left.dtype in (torch.float32, torch.float64):
+        return torch.matmul(left, right)
+    if not left.is_cuda:
+        return torch.matmul(left.float(), right.float())
+    product = torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out_dtype=torch.float32)
+    return product.view(*left.shape[:2], *product.shape[1:])
 
 
 def decoding_attention(
@@ -162,27 +202,37 @@ def decoding_attention(
     """The attention function that transformers calls in each layer while an engine decodes.
 
     Args:
-        query: [1, heads, T, D] for prompts laid out flat, [R, heads, 1, D] for one token a row; key, value alike.
-        cache: where keys and values go; without one, transformers' own SDPA answers.
+        module: the attention layer.
+        query: [1, heads, T, D] for prompts laid out flat, [R, heads, 1, D] for one token of each row.
+        key: the same with kv_heads.
+        value: the same with kv_heads.
+        attention_mask: for transformers' own function, when there is no cache.
+        dropout: for transformers' own function.
+        scaling: factor of the products; by default 1 / sqrt(D).
+        sliding_window: columns that a token sees; None for all.
+        cache: where keys and values are kept. Without one, transformers' own SDPA runs.
+        kwargs: further arguments of the layer.
     Returns:
-        [1, T, heads, D] or [R, 1, heads, D]
+        [1, T, heads, D] or [R, 1, heads, D]; and None for the attention weights.
+    Raises:
+        NotImplementedError: the layer passes an argument that changes attention in a way not known here.
     """
     if cache is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, sliding_window=sliding_window, **kwargs
         )
     if cache.segments is not None:
-        cache.store(module, key, value)
+        cache.store_prompts(module, key, value)
         return segment_attention(
             module, query, key, value, None, 0.0, scaling, sliding_window, cache.segments, **kwargs
         )
     for name in ("s_aux", "softcap", "position_bias"):  # sinks, soft-capping, ALiBi and relatives
         if kwargs.get(name) is not None:
-            raise NotImplementedError(f"the cache knows no {name}")
+            raise NotImplementedError(f"the decoding cache does not support {name}")
     cache.append(module, key, value)
     scale = query.size(-1) ** -0.5 if scaling is None else scaling
     return cache.attend(module, query, scale, sliding_window).transpose(1, 2), None
 
 
-AttentionInterface.register(NAME, decoding_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(DECODING_ATTENTION, decoding_attention)
+AttentionMaskInterface.register(DECODING_ATTENTION, sdpa_mask)

@@ -20,14 +20,17 @@ from transformers import (
 from rlhf.kernels.linear import speed_up_linear
 from rlhf.models.attention import unfit
 from rlhf.models.positions import first_position, own_positions
-from rlhf.rollouts.cache import NAME, Cache
-from rlhf.rollouts.draft import Draft
+from rlhf.rollouts.cache import DECODING_ATTENTION, Cache
+from rlhf.rollouts.decoding import DecodingState
 from rlhf.rollouts.engine import Completion, Sampling, check_request
 
 logger = logging.getLogger(__name__)
 
-READ = 8192  # tokens of prompts in one forward
-EVERY = 8  # steps between questions to an accelerator: which rows have ended?
+PREFILL_TOKENS = 8192  # most tokens of prompts in one forward
+STOP_CHECK_INTERVAL = 8  # steps on an accelerator between two copies of which rows have ended
+COMPACT_BELOW = 7 / 8  # share of rows that still run, below which dropping the others costs less than it saves
+# Logits of the decoding path against those of the model's own forward, relative to the largest.
+TOLERANCE, HALF_TOLERANCE = 1e-4, 5e-2
 
 
 class LocalEngine:
@@ -36,17 +39,18 @@ class LocalEngine:
     A prompt is read once for all its samples, without padding. Keys and values are written in place, those of a shared
     prompt exist once, and rows that have ended are dropped. A model whose attention cannot be replaced (recurrent
     layers, soft-capped attention, …) goes through ``model.generate`` with the same sampler: the same completions, more
-    slowly. It is said once, after a check against the model's own forward.
+    slowly. This is decided once, by a comparison with the model's own forward, and logged.
 
-    The model is put into evaluation mode for the time of a call, and given back as it was.
+    The model is in evaluation mode during a call, and in its former mode afterwards.
 
     Args:
         model: a transformers causal LM, or PEFT around one (its active adapter counts). The inner model, not the
             wrapper of DDP or FSDP.
-        tokenizer: spells stop strings. Its EOS token and those of ``model.generation_config`` end a completion.
+        tokenizer: decodes tokens to find stop strings. Its EOS token and those of ``model.generation_config`` end a
+            completion.
         autocast: run the model under autocast in this dtype, as training does; None runs it as it is.
     Raises:
-        ValueError: neither names an EOS token.
+        ValueError: neither the tokenizer nor the model has an EOS token.
     """
 
     def __init__(
@@ -57,9 +61,11 @@ class LocalEngine:
         speed_up_linear(model)
         self.end_ids = end_ids(self.base, tokenizer)
         self.version = 0
-        self._checked = False
-        self._keeps = True  # model.generate may keep what it has read
-        self._problem: str | None = None
+        self._is_checked = False
+        self._fallback_reason: str | None = None  # why `model.generate` is used, once checked
+        self._generate_uses_cache = True
+
+    # The protocol
 
     def generate(
         self,
@@ -72,48 +78,43 @@ class LocalEngine:
         """See :class:`RolloutEngine`.
 
         Raises:
+            ValueError: a prompt that does not fit the model.
             FloatingPointError: the model's logits are not finite.
         """
         check_request(prompt_ids, n, seed)
-        self._check_fit(prompt_ids, sampling)
+        self._check_prompts(prompt_ids, sampling)
         if not prompt_ids:
             return []
         prompts = [list(ids) for ids in prompt_ids]
-        with self._serving() as device:
-            if not self._checked:
-                self._problem = self._check(device)
-                self._checked = True
-                if self._problem:
-                    self._keeps = self._continues(device)
-                    name = type(self.base).__name__
-                    logger.warning("%s: sampling by model.generate, because %s (exact, slower)", name, self._problem)
-            numbers = index or range(len(prompts))
-            draft = Draft(numbers, n, sampling, seed, self.end_ids, self.tokenizer, device, prompts)
-            if self._problem:
-                self._generate(prompts, draft, device)
+        prompt_numbers = index or range(len(prompts))
+        with self._inference() as device:
+            if not self._is_checked:
+                self._choose_path(device)
+            state = DecodingState(prompt_numbers, n, sampling, seed, self.end_ids, self.tokenizer, device, prompts)
+            if self._fallback_reason is not None:
+                self._decode_by_generate(prompts, state, device)
             else:
-                with self._our_attention():
-                    self._decode(prompts, draft, device)
-            return draft.completions(self.version)
+                with self._decoding_attention():
+                    self._decode(prompts, state, device)
+            return state.completions(self.version)
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See :class:`RolloutEngine`. Where the model is the one that is trained, ``weights`` is empty."""
-        own = self.model.state_dict()
+        model_weights = self.model.state_dict()
         with torch.no_grad():
             for name, tensor in weights:
-                if name not in own:
-                    near = difflib.get_close_matches(name, own, 1)
-                    hint = f"; did you mean {near[0]!r}?" if near else ""
+                if name not in model_weights:
+                    similar = difflib.get_close_matches(name, model_weights, 1)
+                    hint = f"; did you mean {similar[0]!r}?" if similar else ""
                     raise ValueError(f"update_weights: the engine's model has no weight {name!r}{hint}")
-                if own[name].shape != tensor.shape:
-                    raise ValueError(
-                        f"update_weights: {name!r} is {tuple(tensor.shape)}, the engine's is {tuple(own[name].shape)}"
-                    )
-                own[name].copy_(tensor)
+                expected = tuple(model_weights[name].shape)
+                if expected != tuple(tensor.shape):
+                    raise ValueError(f"update_weights: {name!r} is {tuple(tensor.shape)}, the engine's is {expected}")
+                model_weights[name].copy_(tensor)
         self.version = version
 
     def sleep(self) -> None:
-        """Nothing is kept between calls; the memory of the last one goes back to the device."""
+        """Return the memory of the last call to the device; nothing else is kept between calls."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -121,226 +122,277 @@ class LocalEngine:
         """Nothing to undo."""
 
     def close(self) -> None:
-        """Nothing to let go of: the model belongs to the caller."""
+        """Nothing to release: the model belongs to the caller."""
+
+    # The model's modes
 
     @contextmanager
-    def _serving(self) -> Iterator[torch.device]:
-        """Evaluation mode and no gradients; and everything as it was afterwards."""
+    def _inference(self) -> Iterator[torch.device]:
+        """Evaluation mode and no gradients; the model is as before afterwards."""
         device = next(self.base.parameters()).device
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
+        # A mixture of experts would compute its load-balancing loss for each token.
         text_config = self.base.config.get_text_config()
-        routers = getattr(text_config, "output_router_logits", False)
-        if routers:  # a loss of them would be made for each token
+        router_logits = getattr(text_config, "output_router_logits", False)
+        if router_logits:
             text_config.output_router_logits = False
+        autocast = torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
         try:
-            with (
-                torch.inference_mode(),
-                torch.autocast(device.type, self.autocast, enabled=self.autocast is not None),
-            ):
+            with torch.inference_mode(), autocast:
                 yield device
         finally:
             for module in training:
                 module.training = True
-            if routers:
-                text_config.output_router_logits = routers
+            if router_logits:
+                text_config.output_router_logits = router_logits
 
     @contextmanager
-    def _our_attention(self) -> Iterator[None]:
+    def _decoding_attention(self) -> Iterator[None]:
         usual = self.base.config._attn_implementation
-        self.base.set_attn_implementation(NAME)
+        self.base.set_attn_implementation(DECODING_ATTENTION)
         try:
             yield
         finally:
             self.base.set_attn_implementation(usual)
 
-    def _check_fit(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        config = self.base.config.get_text_config()
-        context, vocab = getattr(config, "max_position_embeddings", None), config.vocab_size
+    @contextmanager
+    def _empty_generation_config(self) -> Iterator[None]:
+        """Without the model's own defaults, which ``model.generate`` would mix into ours."""
+        usual, self.base.generation_config = self.base.generation_config, GenerationConfig()
+        try:
+            yield
+        finally:
+            self.base.generation_config = usual
+
+    @property
+    def _vocab_size(self) -> int:
+        return int(self.base.config.get_text_config().vocab_size)
+
+    def _check_prompts(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        context = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
         for index, ids in enumerate(prompt_ids):
             if context is not None and len(ids) + sampling.max_tokens > context:
                 raise ValueError(
                     f"prompt {index} has {len(ids)} tokens; with max_tokens = {sampling.max_tokens} that is more than "
                     f"the model's context of {context}: shorten or filter prompts, or lower max_tokens"
                 )
-            if not 0 <= min(ids) <= max(ids) < vocab:
-                raise ValueError(f"prompt {index} has ids outside the model's vocabulary of {vocab}")
+            if not 0 <= min(ids) <= max(ids) < self._vocab_size:
+                raise ValueError(f"prompt {index} has ids outside the model's vocabulary of {self._vocab_size}")
 
-    def _decode(self, prompts: list[list[int]], draft: Draft, device: torch.device) -> None:
-        """The fast way: our attention and our cache."""
-        sampling = draft.sampling
+    # Decoding with our attention and our cache
+
+    def _decode(self, prompts: list[list[int]], state: DecodingState, device: torch.device) -> None:
+        max_tokens = state.sampling.max_tokens
         lengths = torch.tensor([len(ids) for ids in prompts], device=device)
-        cache = Cache(lengths, draft.n, max(1, sampling.max_tokens - 1))
-        rows = torch.arange(len(prompts) * draft.n, device=device)
-        positions = lengths.repeat_interleave(draft.n)
-        logits = self._read(prompts, cache, device).repeat_interleave(draft.n, 0)
+        # The last token is drawn, but never read.
+        cache = Cache(lengths, state.num_samples, max(1, max_tokens - 1))
+        rows = torch.arange(len(prompts) * state.num_samples, device=device)
+        positions = lengths.repeat_interleave(state.num_samples)
+        logits = self._prefill(prompts, cache, device).repeat_interleave(state.num_samples, 0)
         while True:
-            token = draft.take(logits, rows.to(draft.device)).to(device)
-            if draft.step == sampling.max_tokens:
+            token = state.draw_next(logits, rows.to(state.device)).to(device)
+            if state.step == max_tokens:
                 return
-            if not token.is_cuda or draft.step % EVERY == 0:
-                live = (~draft.stopped[rows.to(draft.device)]).nonzero().squeeze(1).to(device)
-                if not len(live):
+            # Reading on an accelerator which rows have ended waits for it; finished rows run on until then.
+            if not token.is_cuda or state.step % STOP_CHECK_INTERVAL == 0:
+                running = (~state.stopped[rows.to(state.device)]).nonzero().squeeze(1).to(device)
+                if not len(running):
                     return
-                if len(live) <= 7 / 8 * len(rows):  # else the copying costs more than the rows
-                    cache.keep(live)
-                    rows, positions, token = rows[live], positions[live], token[live]
+                if len(running) <= COMPACT_BELOW * len(rows):
+                    cache.keep_rows(running)
+                    rows, positions, token = rows[running], positions[running], token[running]
             logits = self._forward(token[:, None], positions[:, None], cache).squeeze(1)
             positions = positions + 1
             cache.step += 1
 
-    def _read(self, prompts: list[list[int]], cache: Cache, device: torch.device) -> Tensor:
-        """Read the prompts into the cache; the logits after each, [P, V]."""
+    def _prefill(self, prompts: list[list[int]], cache: Cache, device: torch.device) -> Tensor:
+        """Read the prompts into the cache, as many at once as :data:`PREFILL_TOKENS` allows.
+
+        Returns:
+            The logits after each prompt, [P, V].
+        """
         logits = []
         start = 0
         while start < len(prompts):
-            stop, count = start + 1, len(prompts[start])
-            while stop < len(prompts) and count + len(prompts[stop]) <= READ:
-                count += len(prompts[stop])
+            stop = start + 1
+            num_tokens = len(prompts[start])
+            while stop < len(prompts) and num_tokens + len(prompts[stop]) <= PREFILL_TOKENS:
+                num_tokens += len(prompts[stop])
                 stop += 1
             part = prompts[start:stop]
-            cache.start(len(part))
-            ids = torch.tensor([i for one in part for i in one], device=device)[None]
-            positions = torch.cat([torch.arange(len(one)) for one in part]).to(device)[None]
-            last = torch.tensor([len(one) for one in part], device=device).cumsum(0) - 1
-            logits.append(self._forward(ids, positions, cache, last)[0])
-            cache.finish()
+            cache.begin_prefill(len(part))
+            ids = torch.tensor([token for prompt in part for token in prompt], device=device)
+            positions = torch.cat([torch.arange(len(prompt)) for prompt in part]).to(device)
+            last_tokens = torch.tensor([len(prompt) for prompt in part], device=device).cumsum(0) - 1
+            logits.append(self._forward(ids[None], positions[None], cache, last_tokens)[0])
+            cache.end_prefill()
             start = stop
         return torch.cat(logits)
 
-    def _forward(self, ids: Tensor, positions: Tensor, cache: Cache, keep: Tensor | int = 1) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor, cache: Cache, logits_to_keep: Tensor | int = 1) -> Tensor:
         return self.model(
             input_ids=ids,
             position_ids=positions,
-            attention_mask=ids.new_zeros(1, 1, 1, 1),  # passed on as it is, so that no mask is built
+            # A mask of four dimensions is passed on as it is, so transformers builds none.
+            attention_mask=ids.new_zeros(1, 1, 1, 1),
             use_cache=False,
-            logits_to_keep=keep,
+            logits_to_keep=logits_to_keep,
             cache=cache,
         ).logits
 
-    def _generate(self, prompts: list[list[int]], draft: Draft, device: torch.device) -> None:
-        """The exact fallback: transformers runs the model, we choose the tokens.
+    # Decoding by model.generate
 
-        Prompts of one length go together: recurrent and convolutional layers would read padding.
-        """
-        pad = self.end_ids[0]
+    def _decode_by_generate(self, prompts: list[list[int]], state: DecodingState, device: torch.device) -> None:
+        """The exact fallback: transformers runs the model, we choose the tokens."""
         config = GenerationConfig(
-            max_new_tokens=draft.sampling.max_tokens, do_sample=False, pad_token_id=pad, use_cache=self._keeps
+            max_new_tokens=state.sampling.max_tokens,
+            do_sample=False,
+            pad_token_id=self.end_ids[0],
+            use_cache=self._generate_uses_cache,
         )
-        usual, self.base.generation_config = self.base.generation_config, GenerationConfig()  # no defaults of its own
-        try:
+        samples = torch.arange(state.num_samples)
+        with self._empty_generation_config():
+            # Only prompts of one length go together: recurrent and convolutional layers would read padding.
             for length in sorted({len(ids) for ids in prompts}):
-                group = [index for index, ids in enumerate(prompts) if len(ids) == length]
-                rows = torch.tensor([index * draft.n + sample for index in group for sample in range(draft.n)])
-                ids = torch.tensor([prompts[index] for index in group], device=device).repeat_interleave(draft.n, 0)
-                draft.step = 0
+                group = [number for number, ids in enumerate(prompts) if len(ids) == length]
+                first_rows = torch.tensor(group) * state.num_samples
+                rows = (first_rows[:, None] + samples).flatten().to(state.device)
+                ids = torch.tensor([prompts[number] for number in group], device=device)
+                ids = ids.repeat_interleave(state.num_samples, 0)
+                state.step = 0
                 self.model.generate(  # type: ignore[operator]
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
                     generation_config=config,
-                    **_places(self.base, ids),
-                    logits_processor=LogitsProcessorList([_Choose(draft, rows.to(draft.device))]),
-                    stopping_criteria=StoppingCriteriaList([_Ended(draft, rows.to(draft.device))]),
+                    **_position_ids(self.base, ids),
+                    logits_processor=LogitsProcessorList([_ForceDrawnToken(state, rows)]),
+                    stopping_criteria=StoppingCriteriaList([_RowsHaveStopped(state, rows)]),
                 )
-        finally:
-            self.base.generation_config = usual
 
-    def _continues(self, device: torch.device) -> bool:
-        """Whether ``model.generate`` goes on from what it keeps as the model's own forward does (RWKV forgets it)."""
-        size = self.base.config.get_text_config().vocab_size
-        ids = torch.tensor([[5, 3, 4, 6], [2, 7, 5, 3]], device=device) % size
+    # Which of the two
+
+    def _choose_path(self, device: torch.device) -> None:
+        self._fallback_reason = self._unsupported_reason(device)
+        self._is_checked = True
+        if self._fallback_reason is not None:
+            self._generate_uses_cache = self._generate_cache_is_exact(device)
+            name = type(self.base).__name__
+            logger.warning("%s: sampling by model.generate, because %s (exact, slower)", name, self._fallback_reason)
+
+    def _unsupported_reason(self, device: torch.device) -> str | None:
+        """Why our attention cannot be used, if so: it must give the logits of the model's own forward."""
+        if reason := unfit(self.base):
+            return reason
+        # Two prompts of different lengths with two completions each, so that padding and the grid are tried.
+        prompts = self._in_vocabulary([[5, 3, 4, 6], [2]])
+        completions = self._in_vocabulary([[3, 4, 2], [5, 6, 3], [7, 2, 4], [6, 5, 5]])
+        sequences = [
+            torch.tensor([prompts[row // 2] + completion], device=device) for row, completion in enumerate(completions)
+        ]
+        try:
+            expected = [self.model(input_ids=ids, use_cache=False).logits[0] for ids in sequences]
+            with self._decoding_attention():
+                difference = self._largest_difference(prompts, sequences, expected, device)
+        except Exception as error:  # whatever an unknown model raises, its own generate can be used
+            first_line = next(iter(str(error).splitlines()), "")
+            return f"its attention cannot be replaced ({type(error).__name__}: {first_line})"
+        is_half = self.autocast is not None or expected[0].dtype not in (torch.float32, torch.float64)
+        scale = max(float(logits.abs().max()) for logits in expected)
+        if difference <= (HALF_TOLERANCE if is_half else TOLERANCE) * scale:
+            return None
+        return f"its logits differ by {difference:.2g}"
+
+    def _in_vocabulary(self, rows: list[list[int]]) -> list[list[int]]:
+        return [[token % self._vocab_size for token in ids] for ids in rows]
+
+    def _largest_difference(
+        self, prompts: list[list[int]], sequences: list[Tensor], expected: list[Tensor], device: torch.device
+    ) -> float:
+        """Largest difference of logits from ``expected`` [T, V] when two prompts are decoded, and one loses a row."""
+        lengths = torch.tensor([len(ids) for ids in prompts], device=device)
+        cache = Cache(lengths, 2, 2)
+        found = list(zip((0, 2), lengths - 1, self._prefill(prompts, cache, device), strict=True))
+        rows = torch.arange(len(sequences), device=device)
+        for step in range(2):
+            if step == 1:
+                remaining = torch.tensor([0, 2, 3], device=device)
+                cache.keep_rows(remaining)
+                rows = rows[remaining]
+            positions = lengths[rows // 2] + step
+            ids = torch.stack([sequences[row][0, position] for row, position in zip(rows, positions, strict=True)])
+            logits = self._forward(ids[:, None], positions[:, None], cache)[:, 0]
+            found += zip(rows, positions, logits, strict=True)
+            cache.step += 1
+        return max(float((logits - expected[row][position]).abs().max()) for row, position, logits in found)
+
+    def _generate_cache_is_exact(self, device: torch.device) -> bool:
+        """Whether ``model.generate`` with its cache gives the logits of the model's own forward (not so for RWKV)."""
+        ids = torch.tensor(self._in_vocabulary([[5, 3, 4, 6], [2, 7, 5, 3]]), device=device)
         config = GenerationConfig(
             max_new_tokens=3, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
         )
-        usual, self.base.generation_config = self.base.generation_config, GenerationConfig()
         try:
-            found = self.model.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, **_places(self.base, ids)
-            )
-            got = torch.stack(found.logits, 1).float()
-            want = self.model(input_ids=found.sequences[:, :-1], use_cache=False).logits[:, 3:].float()
-        except Exception as error:  # whatever an unknown model raises, it can read all anew
-            logger.debug("%s: generate fails with what it keeps (%s)", type(self.base).__name__, error)
+            with self._empty_generation_config():
+                output = self.model.generate(  # type: ignore[operator]
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    generation_config=config,
+                    **_position_ids(self.base, ids),
+                )
+                logits = torch.stack(output.logits, 1).float()
+                expected = self.model(input_ids=output.sequences[:, :-1], use_cache=False).logits[:, 3:].float()
+        except Exception as error:  # whatever an unknown model raises, it can read the whole sequence at each step
+            logger.debug("%s: generate fails with its cache (%s)", type(self.base).__name__, error)
             return False
-        finally:
-            self.base.generation_config = usual
-        half = self.autocast is not None or next(self.base.parameters()).dtype in (torch.float16, torch.bfloat16)
-        return bool((got - want).abs().max() <= (5e-2 if half else 1e-3) * want.abs().max())
-
-    def _check(self, device: torch.device) -> str | None:
-        """Why the fast way is closed, if it is: it must give the logits of the model's own forward."""
-        if reason := unfit(self.base):
-            return reason
-        size = self.base.config.get_text_config().vocab_size
-        prompts, tokens = (
-            [[i % size for i in ids] for ids in rows]
-            for rows in ([[5, 3, 4, 6], [2]], [[3, 4, 2], [5, 6, 3], [7, 2, 4], [6, 5, 5]])
-        )
-        whole = [torch.tensor([prompts[row // 2] + own], device=device) for row, own in enumerate(tokens)]
-        try:
-            want = [self.model(input_ids=ids, use_cache=False).logits[0] for ids in whole]
-            with self._our_attention():
-                apart = self._apart(prompts, whole, want, device)
-        except Exception as error:  # whatever an unknown model raises, its own generate is the answer
-            first = next(iter(str(error).splitlines()), "")
-            return f"its attention cannot be replaced ({type(error).__name__}: {first})"
-        half = self.autocast is not None or want[0].dtype not in (torch.float32, torch.float64)
-        scale = max(float(logits.abs().max()) for logits in want)
-        return None if apart <= (5e-2 if half else 1e-4) * scale else f"its logits differ by {apart:.2g}"
-
-    def _apart(self, prompts: list[list[int]], whole: list[Tensor], want: list[Tensor], device: torch.device) -> float:
-        """How far decoding two groups of two, one of which loses a row, is from ``want``."""
-        lengths = torch.tensor([len(ids) for ids in prompts], device=device)
-        cache = Cache(lengths, 2, 2)
-        got = list(zip((0, 2), lengths - 1, self._read(prompts, cache, device), strict=True))
-        rows = torch.arange(len(whole), device=device)
-        for step in range(2):
-            if step == 1:
-                cache.keep(kept := torch.tensor([0, 2, 3], device=device))
-                rows = rows[kept]
-            places = lengths[rows // 2] + step
-            ids = torch.stack([whole[row][0, place] for row, place in zip(rows, places, strict=True)])
-            got += zip(rows, places, self._forward(ids[:, None], places[:, None], cache)[:, 0], strict=True)
-            cache.step += 1
-        return max(float((logits - want[row][place]).abs().max()) for row, place, logits in got)
+        half_types = (torch.float16, torch.bfloat16)
+        is_half = self.autocast is not None or next(self.base.parameters()).dtype in half_types
+        # A longer path through the model than above, so a wider tolerance in float32.
+        return bool((logits - expected).abs().max() <= (HALF_TOLERANCE if is_half else 1e-3) * expected.abs().max())
 
 
 def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokenizer's EOS and those that the model's generation config adds (a chat model's end of turn).
 
+    Args:
+        model: with a ``generation_config``, or without one.
+        tokenizer: with an ``eos_token_id``, or None there.
+    Returns:
+        Ids without repetition, the tokenizer's first.
     Raises:
-        ValueError: neither names one.
+        ValueError: neither has one.
     """
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    found = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
-    ends = list(dict.fromkeys(i for i in found if i is not None))
-    if not ends:
+    of_model = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    candidates = [tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])]
+    ids = list(dict.fromkeys(token for token in candidates if token is not None))
+    if not ids:
         raise ValueError("no token ends a completion: set tokenizer.eos_token or model.generation_config.eos_token_id")
-    return ends
+    return ids
 
 
-def _places(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """The positions of ``ids`` [R, T], where they do not begin at 0, for ``model.generate``."""
+def _position_ids(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """An argument for ``model.generate`` where positions of ``ids`` [R, T] do not begin at 0."""
     start = first_position(model) if own_positions(model) else None
-    return (
-        {} if start is None else {"position_ids": (torch.arange(ids.size(1), device=ids.device) + start).expand_as(ids)}
-    )
+    if start is None:
+        return {}
+    positions = torch.arange(ids.size(1), device=ids.device) + start
+    return {"position_ids": positions.expand_as(ids)}
 
 
-class _Choose(LogitsProcessor):
-    """All probability to the token that the draft draws for ``rows`` of it."""
+class _ForceDrawnToken(LogitsProcessor):
+    """Leave only the token that the state draws for its ``rows``."""
 
-    def __init__(self, draft: Draft, rows: Tensor) -> None:
-        self.draft, self.rows = draft, rows
+    def __init__(self, state: DecodingState, rows: Tensor) -> None:
+        self.state, self.rows = state, rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        token = self.draft.take(scores, self.rows).to(scores.device)
+        token = self.state.draw_next(scores, self.rows).to(scores.device)
         return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
 
 
-class _Ended(StoppingCriteria):
-    def __init__(self, draft: Draft, rows: Tensor) -> None:
-        self.draft, self.rows = draft, rows
+class _RowsHaveStopped(StoppingCriteria):
+    def __init__(self, state: DecodingState, rows: Tensor) -> None:
+        self.state, self.rows = state, rows
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return self.draft.stopped[self.rows].to(input_ids.device)
+        return self.state.stopped[self.rows].to(input_ids.device)

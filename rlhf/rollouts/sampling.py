@@ -1,101 +1,143 @@
-"""From logits to a token: temperature, truncation, and one uniform number a token."""
+"""From logits to a token: temperature, truncation, and one uniform number for each token."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rlhf.rollouts.engine import Sampling
 
-BLOCK = 256  # the vocabulary is searched in two steps: which block, then which token of it
-FIRST = 512  # candidates for top-p; all are sorted only where these do not reach it
+BLOCK = 256  # the vocabulary is searched in two steps: first the block, then the token in it
+FIRST_CANDIDATES = 512  # top-p sorts this many tokens first, and all of them only if these do not reach it
+FLOAT64_MARGIN = 2**-50  # below the rounding of a float64 sum
 
 
 def uniforms(seed: int, prompt: int, sample: int, count: int) -> np.ndarray:
-    """[count] float64 in [0, 1): all the randomness of one completion, whatever else is sampled beside it."""
+    """All random numbers of one completion; they do not depend on the rest of the batch.
+
+    Args:
+        seed: at least 0.
+        prompt: number of the prompt in the request.
+        sample: number of the completion of that prompt.
+        count: how many, one for each token.
+    Returns:
+        [count] float64 in [0, 1).
+    """
     return np.random.default_rng((seed, prompt, sample)).random(count)
 
 
 def draw(
-    logits: Tensor, u: Tensor, sampling: Sampling, banned: Sequence[int] = (), seen: Tensor | None = None
+    logits: Tensor, uniform: Tensor, sampling: Sampling, *, banned: Tensor | None = None, seen: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A token for each row and its log-prob, without a word to the host (top-p alone asks it, on the CPU).
+    """Draw one token for each row, without a copy to the host (except for top-p on a CPU, where it is free).
 
     Args:
-        logits: [R, V]. u: float64 [R] in [0, 1).
-        banned: tokens of probability 0 (end tokens, before ``min_tokens``).
-        seen: bool [R, V], the tokens that the repetition penalty is for.
+        logits: [R, V].
+        uniform: float64 [R] in [0, 1), the random number of each row.
+        sampling: temperature, truncation and penalty.
+        banned: int64 [B], tokens of probability 0 (end tokens before ``min_tokens``).
+        seen: bool [R, V], the tokens that the repetition penalty applies to.
     Returns:
-        int64 [R] and float32 [R], nats, of the distribution that was drawn from.
+        The tokens, int64 [R], and their log-probs under the distribution drawn from, float32 [R], nats.
     """
-    z = logits.float()
+    logits = logits.float()
     if seen is not None and sampling.repetition_penalty != 1:
-        penalty = sampling.repetition_penalty
-        z = torch.where(seen, torch.where(z > 0, z / penalty, z * penalty), z)
-    if banned:
-        z = z.index_fill(1, torch.tensor(banned, device=z.device), -torch.inf)
+        logits = _penalise(logits, seen, sampling.repetition_penalty)
+    if banned is not None:
+        logits = logits.index_fill(1, banned, -torch.inf)
     if sampling.temperature == 0:
-        token = z.argmax(-1)
-        return token, z.gather(1, token[:, None]).squeeze(1) - z.logsumexp(-1)
+        token = logits.argmax(-1, keepdim=True)
+        logp = logits.gather(1, token).squeeze(1) - logits.logsumexp(-1)
+        return token.squeeze(1), logp
     if sampling.temperature != 1:
-        z = z / sampling.temperature
-    if sampling.min_p and sampling.top_p == 1 and not sampling.top_k:
-        z = _without_unlikely(z, sampling.min_p)
-    elif sampling.truncates:
-        kept, tokens = _truncate(z, sampling)
-        choice, logp = _inverse_cdf(_without_unlikely(kept, sampling.min_p), u)
+        logits = logits / sampling.temperature
+
+    only_min_p = sampling.top_p == 1 and not sampling.top_k
+    if sampling.truncates and not only_min_p:
+        candidates, tokens = _truncate(logits, sampling)
+        candidates = _apply_min_p(candidates, sampling.min_p)
+        choice, logp = _inverse_cdf(candidates, uniform)
         return tokens.gather(1, choice[:, None]).squeeze(1), logp
-    return _inverse_cdf(z, u)
+    return _inverse_cdf(_apply_min_p(logits, sampling.min_p), uniform)
 
 
-def _without_unlikely(z: Tensor, min_p: float) -> Tensor:
-    """-inf where a token has less than ``min_p`` of the likeliest one's probability."""
-    return z.masked_fill(z < z.amax(-1, keepdim=True) + math.log(min_p), -torch.inf) if min_p else z
+def _penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make tokens that were seen less likely: positive logits are divided, negative ones multiplied."""
+    penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, penalised, logits)
 
 
-def _truncate(z: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Candidates in falling order, [R, C], -inf where top-p cuts them; and their tokens. Top-k comes first."""
-    vocab = z.size(1)
-    size = min(sampling.top_k or vocab, vocab)
-    if not sampling.top_k and not z.is_cuda:  # a full sort is slow on a CPU, and asking the host is free
-        size = min(FIRST, vocab)
-    kept, tokens = z.topk(size)
+def _apply_min_p(logits: Tensor, min_p: float) -> Tensor:
+    """-inf for tokens with less than ``min_p`` of the likeliest token's probability."""
+    if not min_p:
+        return logits
+    threshold = logits.amax(-1, keepdim=True) + math.log(min_p)
+    return logits.masked_fill(logits < threshold, -torch.inf)
+
+
+def _truncate(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Apply top-k, then top-p.
+
+    Returns:
+        Logits of the candidates in falling order, [R, C], -inf outside top-p; and their tokens, [R, C].
+    """
+    vocab_size = logits.size(1)
+    size = min(sampling.top_k or vocab_size, vocab_size)
+    sorts_a_part = not sampling.top_k and not logits.is_cuda
+    if sorts_a_part:  # on a CPU a full sort is slow, and reading a result back is free
+        size = min(FIRST_CANDIDATES, vocab_size)
+    candidates, tokens = logits.topk(size)
     if sampling.top_p == 1:
-        return kept, tokens
-    total = (kept if sampling.top_k else z).logsumexp(-1, keepdim=True)
-    p = (kept - total).exp()
-    reached = p.cumsum(-1, dtype=torch.float64)
-    if size < vocab and not sampling.top_k and bool((reached[:, -1] < sampling.top_p).any()):
-        kept, tokens = z.sort(-1, descending=True)
-        p = (kept - total).exp()
-        reached = p.cumsum(-1, dtype=torch.float64)
-    # A token stays if those before it fall short; the first always stays.
-    return kept.masked_fill(reached - p >= sampling.top_p, -torch.inf), tokens
+        return candidates, tokens
+
+    # After top-k, probabilities are those among the candidates.
+    log_total = (candidates if sampling.top_k else logits).logsumexp(-1, keepdim=True)
+    probs = (candidates - log_total).exp()
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    if sorts_a_part and size < vocab_size and bool((cumulative[:, -1] < sampling.top_p).any()):
+        candidates, tokens = logits.sort(-1, descending=True)
+        probs = (candidates - log_total).exp()
+        cumulative = probs.cumsum(-1, dtype=torch.float64)
+    # A token stays if those before it do not reach top_p; so the first always stays.
+    before = cumulative - probs
+    return candidates.masked_fill(before >= sampling.top_p, -torch.inf), tokens
 
 
-def _inverse_cdf(z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The token in whose share of [0, 1) ``u`` lies, and its log-prob; a token of probability 0 is never it."""
-    rows, size = z.shape
-    top = z.amax(-1, keepdim=True)
-    weights = (z - top).exp_()
+def _inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Invert the distribution function: the token whose interval of [0, 1) holds ``uniform``, and its log-prob.
+
+    A token of probability 0 has an empty interval and is never drawn.
+    """
+    rows, size = logits.shape
+    uniform = uniform[:, None]
+    largest = logits.amax(-1, keepdim=True)
+    weights = (logits - largest).exp_()
     if size % BLOCK:
-        weights = torch.nn.functional.pad(weights, (0, -size % BLOCK))
+        weights = functional.pad(weights, (0, -size % BLOCK))
+
+    # Sums of blocks in float64 are cheap and exact enough; a float64 cumulative sum over the vocabulary is neither.
     blocks = weights.view(rows, -1, BLOCK)
-    sums = blocks.sum(-1).double()
-    ends = sums.cumsum(-1)
-    total = ends[:, -1:]
-    block = _search(ends, u[:, None])
-    # Where u lies in its block, as a share: the block's float32 sum need not be the sum of its tokens to the last bit.
-    share = ((u[:, None] * total - ends.gather(1, block)) / sums.gather(1, block) + 1).clamp_(min=0)
-    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)
-    token = (block * BLOCK + _search(inside, share)).clamp_(max=size - 1)
-    logp = z.gather(1, token) - top - total.log()
+    block_sums = blocks.sum(-1).double()
+    block_ends = block_sums.cumsum(-1)
+    total = block_ends[:, -1:]
+    block = _first_above(block_ends, uniform)
+
+    # The position inside the block is a share of it, because the block's float32 sum may differ from the sum of its
+    # tokens in the last bit.
+    past_block_end = uniform * total - block_ends.gather(1, block)
+    share = (past_block_end / block_sums.gather(1, block) + 1).clamp_(min=0)
+    chosen_block = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1)
+    token_ends = chosen_block.double().cumsum(-1)
+    token = (block * BLOCK + _first_above(token_ends, share)).clamp_(max=size - 1)
+    logp = logits.gather(1, token) - largest - total.log()
     return token.squeeze(1), logp.squeeze(1).float()
 
 
-def _search(ends: Tensor, share: Tensor) -> Tensor:
-    """Index of the first entry of ``ends`` [R, C] that lies above ``share`` [R, 1] of the last: [R, 1]."""
-    share = share.clamp(max=1 - 2**-50)  # or rounding could reach the last, and entries that add nothing behind it
-    return torch.searchsorted(ends, share * ends[:, -1:], right=True).clamp_(max=ends.size(1) - 1)
+def _first_above(ends: Tensor, share: Tensor) -> Tensor:
+    """Index of the first of ``ends`` [R, C] that lies above ``share`` [R, 1] of the last one: [R, 1]."""
+    # With a share of 1 rounding could reach the last entry, and with it entries of weight 0 at the end.
+    share = share.clamp(max=1 - FLOAT64_MARGIN)
+    index = torch.searchsorted(ends, share * ends[:, -1:], right=True)
+    return index.clamp_(max=ends.size(1) - 1)

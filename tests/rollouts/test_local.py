@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from rlhf.rollouts import LocalEngine, Sampling
-from rlhf.rollouts.draft import Draft
-from rlhf.rollouts.sampling import FIRST, draw, uniforms
+from rlhf.rollouts.decoding import DecodingState
+from rlhf.rollouts.sampling import FIRST_CANDIDATES, draw, uniforms
 
 PROMPTS = [[5, 6, 7], [9], [40, 50, 60, 70, 80, 90, 100, 110, 120], [9, 9]]
 FALL_BACK = {"gemma2"}  # its attention is soft-capped
@@ -37,7 +37,7 @@ def test_greedy_is_transformers_generate(name, n, tokenizer):
     model = tiny_model(name)
     engine = LocalEngine(model, tokenizer)
     groups = engine.generate(PROMPTS, n, Sampling(temperature=0, max_tokens=16), 0)
-    assert bool(engine._problem) == (name in FALL_BACK)
+    assert bool(engine._fallback_reason) == (name in FALL_BACK)
     for prompt, group in zip(PROMPTS, groups, strict=True):
         want = generate(model, prompt, max_new_tokens=16)
         assert [one.ids for one in group] == [want] * n
@@ -50,7 +50,7 @@ def test_greedy_with_a_sliding_window(name, window, tokenizer):
     model = tiny_model(name, sliding_window=window, **changes)
     engine = LocalEngine(model, tokenizer)
     groups = engine.generate(PROMPTS, 2, Sampling(temperature=0, max_tokens=12), 0)
-    assert not engine._problem
+    assert not engine._fallback_reason
     for prompt, group in zip(PROMPTS, groups, strict=True):
         ids = list(prompt)
         for _ in group[0].ids:  # no cache at all
@@ -89,7 +89,7 @@ def test_the_fallback_draws_the_same_completions(tokenizer):
     engine = LocalEngine(tiny_model(), tokenizer)
     sampling = Sampling(max_tokens=15, temperature=1.3, top_k=50, top_p=0.9, min_tokens=4)
     ours = engine.generate(PROMPTS, 3, sampling, 2)
-    engine._problem = "asked for"
+    engine._fallback_reason = "asked for"
     theirs = engine.generate(PROMPTS, 3, sampling, 2)
     assert [[one.ids for one in g] for g in ours] == [[one.ids for one in g] for g in theirs]
     close([x for g in ours for one in g for x in one.logps], [x for g in theirs for one in g for x in one.logps])
@@ -168,17 +168,17 @@ def test_a_draw_is_the_inverse_of_the_cumulative_sum(options, vocab):
 
 
 def test_top_p_sorts_all_where_the_first_do_not_reach_it():
-    logits = torch.randn(4, 4 * FIRST, generator=torch.Generator().manual_seed(0)) / 100
+    logits = torch.randn(4, 4 * FIRST_CANDIDATES, generator=torch.Generator().manual_seed(0)) / 100
     token, _ = draw(logits, torch.full((4,), 0.999999, dtype=torch.float64), Sampling(top_p=0.9))
     ranks = (logits > logits.gather(1, token[:, None])).sum(1)
-    assert bool((ranks > 3 * FIRST).all())
+    assert bool((ranks > 3 * FIRST_CANDIDATES).all())
 
 
 def test_tokens_of_probability_zero_are_never_drawn():
     logits = torch.full((1000, 700), -torch.inf)
     logits[:, [3, 300, 699]] = 0.0
     u = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
-    token, logp = draw(logits, u, Sampling(), banned=[300])
+    token, logp = draw(logits, u, Sampling(), banned=torch.tensor([300]))
     assert set(token.tolist()) == {3, 699}
     close(logp, torch.full((1000,), 0.5).log())
 
@@ -202,12 +202,12 @@ def test_min_tokens_is_transformers(tokenizer):
 def test_stop_strings_count_from_min_tokens_on(count, tokenizer):
     ids = tokenizer("the cat the dog says the é the end")["input_ids"][:12]
     sampling = Sampling(temperature=0, max_tokens=12, min_tokens=count, stop=("never", "the"))
-    draft = Draft([0], 1, sampling, 0, [0], tokenizer, torch.device("cpu"))
+    state = DecodingState([0], 1, sampling, 0, [0], tokenizer, torch.device("cpu"))
     for token in ids:
-        draft.take(torch.nn.functional.one_hot(torch.tensor([token]), 330) * 9.0, torch.tensor([0]))
+        state.draw_next(torch.nn.functional.one_hot(torch.tensor([token]), 330) * 9.0, torch.tensor([0]))
     said = [tokenizer.decode(ids[:k]).count("the") for k in range(13)]
     ends = [k for k in range(count + 1, 13) if said[k] > said[k - 1]]
-    ((one,),) = draft.completions(0)
+    ((one,),) = state.completions(0)
     assert (one.ids, one.finish_reason) == ((ids[: ends[0]], "stop") if ends else (ids, "length"))
 
 
@@ -250,7 +250,7 @@ def test_an_adapter_counts(tokenizer):
     adapted = get_peft_model(model, config)
     engine = LocalEngine(adapted, tokenizer)
     groups = engine.generate(PROMPTS, 2, sampling, 0)
-    assert not engine._problem and groups != plain
+    assert not engine._fallback_reason and groups != plain
     assert [g[0].ids for g in groups] == [generate(adapted, prompt, max_new_tokens=8) for prompt in PROMPTS]
     with adapted.disable_adapter():
         assert [g[0].ids for g in engine.generate(PROMPTS, 2, sampling, 0)] == [g[0].ids for g in plain]
@@ -262,7 +262,7 @@ def test_half_precision(kind, tokenizer):
     model = model.bfloat16() if kind == "weights" else model
     engine = LocalEngine(model, tokenizer, autocast=torch.bfloat16 if kind == "autocast" else None)
     groups = engine.generate(PROMPTS, 2, Sampling(max_tokens=8), 0)
-    assert not engine._problem
+    assert not engine._fallback_reason
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
         for prompt, group in zip(PROMPTS, groups, strict=True):
             for one in group:
@@ -275,7 +275,7 @@ def test_many_prompts_are_read_in_parts(monkeypatch, tokenizer):
     engine = LocalEngine(tiny_model(), tokenizer)
     sampling = Sampling(max_tokens=6)
     want = engine.generate(PROMPTS, 2, sampling, 0)
-    monkeypatch.setattr("rlhf.rollouts.local.READ", 4)
+    monkeypatch.setattr("rlhf.rollouts.local.PREFILL_TOKENS", 4)
     assert [[o.ids for o in g] for g in engine.generate(PROMPTS, 2, sampling, 0)] == [[o.ids for o in g] for g in want]
 
 

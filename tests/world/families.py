@@ -233,7 +233,7 @@ def examine(family: str) -> Found:
         prompts = [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]]
         engine = LocalEngine(copy.deepcopy(model), tokenizer)
         groups = engine.generate(prompts, 2, Sampling(max_tokens=6), 0)
-        ways["sampler"] = "generate" if engine._problem else "ours"
+        ways["sampler"] = "generate" if engine._fallback_reason else "ours"
         with torch.no_grad():
             return max(
                 float((_logps(model, prompt + one.ids, len(prompt)) - torch.tensor(one.logps)).abs().max())

@@ -131,7 +131,7 @@ def test_tokens_are_drawn_as_transformers_would(options):
     want = LogitsProcessorList(warpers)(ids, logits.clone()).log_softmax(-1)
     seen = torch.zeros(3, 12, dtype=torch.bool).scatter_(1, ids, True)
     for u in torch.linspace(0, 0.999, 41, dtype=torch.float64):
-        token, logp = draw(logits, u.expand(3), sampling, (), seen)
+        token, logp = draw(logits, u.expand(3), sampling, seen=seen)
         torch.testing.assert_close(logp, want.gather(1, token[:, None])[:, 0])
 
 
