@@ -9,9 +9,10 @@ import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from inspect import Parameter, Signature
-from typing import Any, NamedTuple
+from typing import Any
 
 from rlhf.data.formats import Turns
+from rlhf.rewards.numbers import stated_number
 
 RewardFunction = Callable[..., Any]  # (prompts, completions, **columns) -> list[float | None], or a coroutine of it
 
@@ -25,8 +26,8 @@ def completion_text(completion: Turns) -> str:
     """
     if isinstance(completion, str):
         return completion
-    turns = [turn for turn in completion if turn.get("role", "assistant") == "assistant"]
-    content = turns[-1].get("content") if turns else None
+    answers = [turn for turn in completion if turn.get("role", "assistant") == "assistant"]
+    content = answers[-1].get("content") if answers else None
     if isinstance(content, list):  # blocks of text and images
         return "".join(str(block.get("text", "")) for block in content)
     return content or ""
@@ -50,12 +51,14 @@ def exact_match(column: str = "answer", *, pattern: str | None = None, ignore_ca
 
     def equal(text: str, answer: Any) -> float:
         if regex is not None:
-            found = list(regex.finditer(text))
-            if not found:
+            occurrences = list(regex.finditer(text))
+            if not occurrences:
                 return 0.0
-            text = found[-1].group(1 if regex.groups else 0) or ""
-        got, want = text.strip(), str(answer).strip()
-        return float(got.casefold() == want.casefold() if ignore_case else got == want)
+            text = occurrences[-1].group(1 if regex.groups else 0) or ""
+        stated, expected = text.strip(), str(answer).strip()
+        if ignore_case:
+            stated, expected = stated.casefold(), expected.casefold()
+        return float(stated == expected)
 
     return _on_answers("exact_match", column, equal)
 
@@ -69,7 +72,7 @@ def numeric_answer(column: str = "answer", *, tolerance: float = 0.0) -> RewardF
 
     Args:
         column: the column with the answer, text or number; a row where it holds no number gets None.
-        tolerance: largest difference, relative to the answer; 0 compares exactly, as fractions.
+        tolerance: largest difference, relative to the answer, in [0, 1); 0 compares exactly, as fractions.
     Example:
         >>> numeric_answer()(["6 times 7 is 42."], answer=["Six sevens.\n#### 42"])
         [1.0]
@@ -78,17 +81,18 @@ def numeric_answer(column: str = "answer", *, tolerance: float = 0.0) -> RewardF
         raise ValueError(f"tolerance must be in [0, 1), got {tolerance}")
 
     def equal(text: str, answer: Any) -> float | None:
-        want, got = _answer_number(str(answer)), _answer_number(text)
-        if want is None:
+        expected, stated = stated_number(str(answer)), stated_number(text)
+        if expected is None:
             return None
-        if got is None:
+        if stated is None:
             return 0.0
-        figures = [got.value]
-        if got.percent and not want.percent:
-            figures.append(got.value / 100)
-        elif want.percent and not got.percent:
-            figures.append(got.value * 100)
-        return float(any(abs(figure - want.value) <= Fraction(tolerance) * abs(want.value) for figure in figures))
+        readings = [stated.value]
+        if stated.percent and not expected.percent:
+            readings.append(stated.value / 100)
+        elif expected.percent and not stated.percent:
+            readings.append(stated.value * 100)
+        allowed = Fraction(tolerance) * abs(expected.value)
+        return float(any(abs(reading - expected.value) <= allowed for reading in readings))
 
     return _on_answers("numeric_answer", column, equal)
 
@@ -96,7 +100,8 @@ def numeric_answer(column: str = "answer", *, tolerance: float = 0.0) -> RewardF
 def math_answer(column: str = "solution") -> RewardFunction:
     """1 where math-verify finds the completion's answer equal to the solution, else 0; None for an unreadable solution.
 
-    math-verify's own time limits are off (they would end a :class:`~rlhf.rewards.RewardSet`'s): its limit holds.
+    math-verify's own time limits are off: they would cancel the alarm of a :class:`~rlhf.rewards.RewardSet`, whose
+    limit holds instead.
 
     Args:
         column: the column with the solution, in LaTeX or plain.
@@ -120,8 +125,10 @@ def math_answer(column: str = "solution") -> RewardFunction:
 
 
 def matches(pattern: str) -> RewardFunction:
-    r"""1 where the regular expression is found in the completion, else 0; ``.`` spans lines, ``\A`` and ``\Z`` anchor.
+    r"""1 where the regular expression is found in the completion, else 0.
 
+    Args:
+        pattern: a regular expression; ``.`` spans lines, ``\A`` and ``\Z`` anchor it.
     Raises:
         ValueError: ``pattern`` is no regular expression.
     Example:
@@ -149,6 +156,8 @@ def length_reward(target: int) -> RewardFunction:
 
     ``-min(1, |length - target| / target)``
 
+    Args:
+        target: the wanted length in tokens, at least 1.
     Example:
         >>> length_reward(10)(completion_ids=[[1] * 10, [1] * 5, [1] * 30])
         [0.0, -0.5, -1.0]
@@ -161,9 +170,11 @@ def length_reward(target: int) -> RewardFunction:
 
 
 def repetition_penalty(ngram_size: int = 3, max_penalty: float = -1.0) -> RewardFunction:
-    """``max_penalty`` times the fraction of the completion's token n-grams that repeat an earlier one; in
-    [max_penalty, 0], and 0 for fewer than ``ngram_size`` tokens.
+    """``max_penalty`` times the fraction of the completion's token n-grams that repeat an earlier one.
 
+    Args:
+        ngram_size: tokens in an n-gram, at least 1; a shorter completion gets 0.
+        max_penalty: the least reward, at most 0.
     Example:
         >>> repetition_penalty(ngram_size=2)(completion_ids=[[1, 2, 3, 4], [5, 5, 5, 5, 5]])
         [0.0, -0.75]
@@ -176,7 +187,8 @@ def repetition_penalty(ngram_size: int = 3, max_penalty: float = -1.0) -> Reward
         raise ValueError(f"max_penalty must not be positive, got {max_penalty}")
 
     def penalty(ids: Sequence[int]) -> float:
-        ngrams = [tuple(ids[i : i + ngram_size]) for i in range(len(ids) - ngram_size + 1)]
+        starts = range(len(ids) - ngram_size + 1)
+        ngrams = [tuple(ids[start : start + ngram_size]) for start in starts]
         repeated = len(ngrams) - len(set(ngrams))
         return max_penalty * repeated / len(ngrams) if repeated else 0.0
 
@@ -184,8 +196,11 @@ def repetition_penalty(ngram_size: int = 3, max_penalty: float = -1.0) -> Reward
 
 
 def soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) -> RewardFunction:
-    """0 up to ``max_completion_len - soft_punish_cache`` tokens, then down in a line to -1 at ``max_completion_len``.
+    """0 up to a length, then falling linearly to -1.
 
+    Args:
+        max_completion_len: tokens from which on the reward is -1.
+        soft_punish_cache: tokens before that over which the reward falls from 0.
     Example:
         >>> soft_overlong_punishment(max_completion_len=100, soft_punish_cache=20)(completion_ids=[[1] * 90])
         [-0.5]
@@ -196,13 +211,15 @@ def soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) ->
         raise ValueError(
             f"soft_punish_cache must be in [0, max_completion_len = {max_completion_len}], got {soft_punish_cache}"
         )
-    start = max_completion_len - soft_punish_cache
+    free_length = max_completion_len - soft_punish_cache
 
     def punishment(ids: Sequence[int]) -> float:
-        over = len(ids) - start
-        if over <= 0:
+        excess = len(ids) - free_length
+        if excess <= 0:
             return 0.0
-        return -over / soft_punish_cache if len(ids) <= max_completion_len else -1.0
+        if len(ids) > max_completion_len:
+            return -1.0
+        return -excess / soft_punish_cache
 
     return _on_ids("soft_overlong_punishment", punishment)
 
@@ -248,41 +265,3 @@ def _compile(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern, re.DOTALL)
     except re.error as error:
         raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
-
-
-# Numbers in text
-
-_FRACTION = re.compile(r"(?P<whole>\d)?\s*\\[dt]?frac\s*\{\s*(?P<top>-?\d+)\s*\}\s*\{\s*(?P<bottom>\d+)\s*\}")
-_NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)\]}%])[-−+])?(?:\\?[$€£])?(?<![A-Za-z\d_])(?<!\d\.)"  # neither the 2 of H2O nor the 3 of 1.2.3
-    r"(?:(?:(?P<whole>\d+) )?(?P<top>\d+)\s?/\s?(?P<bottom>\d+)(?!\d*[.,]\d)"
-    r"|(?P<decimal>(?:\d{1,3}(?:(?:,|\{,\})\d{3})++(?!\d)|\d++)(?:\.\d++)?+|(?<!\.)\.\d++)"
-    r"(?P<power>[eE][-+]?\d{1,3}(?!\d))?(?![eE][-+]?\d))"  # 1e9999 is no number that anyone should compute
-    r"(?P<percent>\s?\\?%)?"
-)
-_LONGEST = 400  # digits: Python refuses to read a number of thousands
-
-
-class _Number(NamedTuple):
-    value: Fraction
-    percent: bool
-
-
-def _answer_number(text: str) -> _Number | None:
-    tail = re.split(r"####|\\boxed\s*\{", text)[-1]
-    marked = len(tail) < len(text)
-    tail = _FRACTION.sub(lambda m: f"{m['whole'] + ' ' if m['whole'] else ''}{m['top']}/{m['bottom']}", tail)
-    found = list(_NUMBER.finditer(tail))
-    return _read_number(found[0 if marked else -1]) if found else None
-
-
-def _read_number(found: re.Match[str]) -> _Number | None:
-    if len(found.group()) > _LONGEST:
-        return None
-    if found["bottom"]:
-        if int(found["bottom"]) == 0:
-            return None
-        value = Fraction(int(found["top"]), int(found["bottom"])) + int(found["whole"] or 0)
-    else:
-        value = Fraction(re.sub(r"[,{}]", "", found["decimal"]) + (found["power"] or ""))
-    return _Number(-value if found["sign"] in ("-", "−") else value, found["percent"] is not None)

@@ -1,7 +1,6 @@
 """A reward model from a folder or the hub, with its own tokenizer and chat template."""
 
 import logging
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +36,8 @@ class ModelReward:
             that ends the answer, as :class:`rlhf.RewardTrainer` does; ``"template"``: all that the chat template
             writes (for plain text, the text and EOS), tokenised as one, as TRL and most published models do.
         batch_size: sequences in one forward pass.
-        mean, std: the reward is (score - mean) / std; :meth:`calibrate` measures them.
+        mean: subtracted from the score, so that a KL weight means the same under every reward model; by default 0.
+        std: > 0, the score less ``mean`` is divided by it.
         dtype: "auto" for the checkpoint's, or "float32", "bfloat16", …
         device: the accelerator, if there is one.
     Raises:
@@ -63,102 +63,99 @@ class ModelReward:
             raise ValueError(f"std must be positive, got {std}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        given = None if isinstance(path, str) else path
-        path = path if isinstance(path, str) else str(path.config._name_or_path)  # type: ignore[union-attr]
-        self.path, self.rendering, self.batch_size, self.mean, self.std = path, rendering, batch_size, mean, std
-        self.__name__ = Path(path).name or type(given).__name__
-        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(path)
-        place = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        folder = Path(path).expanduser()
-        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):  # else ranks other than 0 get no weights
-            self.model = given if given is not None else _load(str(folder) if folder.is_dir() else path, dtype)
-        self.model.to(place).eval().requires_grad_(False)
+        model = None if isinstance(path, str) else path
+        self.path = path if isinstance(path, str) else str(path.config._name_or_path)  # type: ignore[union-attr]
+        self.rendering = rendering
+        self.batch_size = batch_size
+        self.mean = mean
+        self.std = std
+        self.__name__ = Path(self.path).name or type(model).__name__
+        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(self.path)
+        self.model = _load(self.path, dtype) if model is None else model
+        self.model.to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        self.model.eval().requires_grad_(False)
         speed_up_linear(self.model)
-        config: Any = self.model.config
-        self._limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-        config.get_text_config().pad_token_id = None  # HF's own forward then reads the last token of a row
-        self._batched = self._reads_last_token()
+        config: Any = self.model.config.get_text_config()  # type: ignore[operator,union-attr]
+        self._max_tokens = getattr(config, "max_position_embeddings", None)
+        config.pad_token_id = None  # the model's own forward then scores the last token of a row
+        self._is_batched = self._scores_last_token()
 
     def check(self, row: Mapping[str, Any]) -> None:
         """Render a row's prompt with a short answer.
 
+        Args:
+            row: one row of the data, by column.
         Raises:
             ValueError: conversations, and the tokenizer has no chat template.
         """
         prompt = row.get("prompt", "")
-        self._ids(prompt, "a" if isinstance(prompt, str) else [{"role": "assistant", "content": "a"}])
-
-    def calibrate(self, prompts: Sequence[Turns], completions: Sequence[Turns]) -> tuple[float, float]:
-        """Set ``mean`` and ``std`` to those of the model's scores for samples of the reference policy.
-
-        Rewards then have mean 0 and standard deviation 1 where training begins, so that a KL weight means the same
-        under every reward model. Returns them, to be written into a config.
-
-        Source: arXiv 1909.08593 §2.1; arXiv 2009.01325 (mean only).
-        """
-        scores = self._scores(prompts, completions)
-        mean, std = statistics.fmean(scores), statistics.pstdev(scores)
-        if not std > 1e-6 * abs(mean):  # rounding apart
-            raise ValueError(f"{self.path}: all {len(scores)} reference samples have the same score, {mean:g}")
-        self.mean, self.std = mean, std
-        logger.info("%s: mean %.6g, std %.6g on %d reference samples", self.path, mean, std, len(scores))
-        return mean, std
+        answer: Turns = "a" if isinstance(prompt, str) else [{"role": "assistant", "content": "a"}]
+        self._encode(prompt, answer)
 
     def __call__(self, prompts: Sequence[Turns], completions: Sequence[Turns], **columns: Any) -> list[float]:
-        """One reward for each completion.
+        """Score each completion.
 
+        Args:
+            prompts: texts, or lists of messages.
+            completions: the same.
+            **columns: not read.
+        Returns:
+            One reward for each completion.
         Raises:
             ValueError: a sample is longer than the model takes.
         """
-        return [(score - self.mean) / self.std for score in self._scores(prompts, completions)]
-
-    def _scores(self, prompts: Sequence[Turns], completions: Sequence[Turns]) -> list[float]:
-        rows = [self._ids(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        rows = [self._encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         for number, ids in enumerate(rows, start=1):
-            if self._limit is not None and len(ids) > self._limit:
+            if self._max_tokens is not None and len(ids) > self._max_tokens:
                 raise ValueError(
-                    f"sample {number} has {len(ids)} tokens for the reward model {self.path}, which takes {self._limit}"
+                    f"sample {number} has {len(ids)} tokens for the reward model {self.path}, "
+                    f"which takes {self._max_tokens}"
                 )
-        scores = [0.0] * len(rows)
+        rewards = [0.0] * len(rows)
         with torch.no_grad():
             for indices in self._batches(rows):
-                values = self._forward([rows[i] for i in indices]).tolist()
-                for index, value in zip(indices, values, strict=True):
-                    scores[index] = value
-        return scores
+                scores = self._forward([rows[index] for index in indices]).tolist()
+                for index, score in zip(indices, scores, strict=True):
+                    rewards[index] = (score - self.mean) / self.std
+        return rewards
 
     def _batches(self, rows: list[list[int]]) -> Iterator[list[int]]:
-        """Indices of rows of about one length."""
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        size = self.batch_size if self._batched else 1
-        return (order[first : first + size] for first in range(0, len(order), size))
+        """Indices of rows of similar length, so that batches need little padding."""
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        size = self.batch_size if self._is_batched else 1
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
 
     def _forward(self, rows: list[list[int]]) -> Tensor:
         """Scores [B], float32."""
         model: Any = self.model
         ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(model.device)
-        if not self._batched:
+        if not self._is_batched:
             return model(input_ids=ids).logits[:, 0].float()
         lengths = torch.tensor([len(row) for row in rows], device=model.device)
-        mask = (torch.arange(ids.size(1), device=model.device) < lengths[:, None]).long()
+        positions = torch.arange(ids.size(1), device=model.device)
+        mask = (positions < lengths[:, None]).long()
         hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-        return model.score(hidden[torch.arange(len(rows)), lengths - 1])[:, 0].float()
+        last_hidden = hidden[torch.arange(len(rows)), lengths - 1]
+        return model.score(last_hidden)[:, 0].float()
 
-    def _reads_last_token(self) -> bool:
-        """Whether the score is the head's of the last hidden state, so that we may pool ourselves, in batches."""
+    def _scores_last_token(self) -> bool:
+        """Whether the score is the head's of the last hidden state, so that batches can be pooled here."""
         if not isinstance(getattr(self.model, "score", None), nn.Module):
             return False
-        row = self._ids("a", "a")
+        row = self._encode("a", "a")
         with torch.no_grad():
-            self._batched = True
-            ours = self._forward([row])
-            self._batched = False
-            same = torch.allclose(ours, self._forward([row]), rtol=1e-3, atol=1e-3)
-        if not same:
+            self._is_batched = True
+            pooled_here = self._forward([row])
+            self._is_batched = False
+            by_model = self._forward([row])
+        agrees = torch.allclose(pooled_here, by_model, rtol=1e-3, atol=1e-3)
+        if not agrees:
             logger.warning("%s: more than a head on the last token; scoring one sample at a time", self.path)
-        return same
+        return agrees
 
-    def _ids(self, prompt: Turns, completion: Turns) -> list[int]:
+    def _encode(self, prompt: Turns, completion: Turns) -> list[int]:
+        """Token ids of prompt and completion, rendered as in the model's training."""
         tokenizer: Any = self.tokenizer
         if not isinstance(prompt, str) and not tokenizer.chat_template:
             raise ValueError(
@@ -166,33 +163,46 @@ class ModelReward:
                 "put a chat_template.jinja into its folder"
             )
         if self.rendering == "answer":
-            found = encode(tokenizer, Dialogue(prompt, (completion,)))
-            return found.prompt_ids + found.completions[0][0]
+            row = encode(tokenizer, Dialogue(prompt, (completion,)))
+            return row.prompt_ids + row.completions[0][0]
         if isinstance(prompt, str):
-            text, end = prompt + str(completion), tokenizer.eos_token or ""
-            return tokenizer(text if text.endswith(end) else text + end)["input_ids"]
+            text = prompt + str(completion)
+            eos_token = tokenizer.eos_token or ""
+            return tokenizer(text if text.endswith(eos_token) else text + eos_token)["input_ids"]
         text = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _load(name: str, dtype: str) -> nn.Module:
+def _load(path: str, dtype: str) -> nn.Module:
+    """The reward model in a folder or on the hub, or the merged one of an adapter.
+
+    Raises:
+        ValueError: it is no reward model, or cannot be read.
+    """
     if is_deepspeed_zero3_enabled():
-        raise ValueError(f"{name}: no reward model in the process under ZeRO-3; serve it over HTTP, or use FSDP2")
+        raise ValueError(f"{path}: no reward model in the process under ZeRO-3; serve it over HTTP, or use FSDP2")
+    folder = Path(path).expanduser()
+    name = str(folder) if folder.is_dir() else path
     try:
-        if (adapter := adapter_config(name)) is not None:
-            return _load_adapter(name, adapter, dtype)
-        config = AutoConfig.from_pretrained(name)
-        kinds = config.architectures or []
-        if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
-            raise ValueError(f"it is a {', '.join(kinds) or config.model_type}, not a …ForSequenceClassification")
-        if config.num_labels != 1:
-            raise ValueError(f"its head has {config.num_labels} labels, expected 1")
-        model, report = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, output_loading_info=True)
-        if report["missing_keys"]:
-            raise ValueError(f"weights are missing: {', '.join(sorted(report['missing_keys'])[:3])}")
+        # Without this, FSDP's loading gives ranks other than 0 no weights.
+        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+            adapter = adapter_config(name)
+            return _load_classifier(name, dtype) if adapter is None else _load_adapter(name, adapter, dtype)
     except (OSError, ValueError, RuntimeError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{name}: cannot be loaded as a reward model ({first})") from error
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{name}: cannot be loaded as a reward model ({first_line})") from error
+
+
+def _load_classifier(name: str, dtype: str) -> nn.Module:
+    config = AutoConfig.from_pretrained(name)
+    architectures = config.architectures or []
+    if not any(architecture.endswith("ForSequenceClassification") for architecture in architectures):
+        raise ValueError(f"it is a {', '.join(architectures) or config.model_type}, not a …ForSequenceClassification")
+    if config.num_labels != 1:
+        raise ValueError(f"its head has {config.num_labels} labels, expected 1")
+    model, report = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(f"weights are missing: {', '.join(sorted(report['missing_keys'])[:3])}")
     return model
 
 

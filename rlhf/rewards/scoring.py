@@ -1,15 +1,10 @@
 """Several reward functions on a batch of completions: one total for each, or a report of what went wrong."""
 
-import inspect
 import logging
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
-from inspect import Parameter
-from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -17,35 +12,45 @@ from torch import Tensor
 
 from rlhf.data.formats import Turns
 from rlhf.rewards.calling import TimedOut, call, finish, is_async, start
+from rlhf.rewards.contract import (
+    SUPPLIED,
+    ContractError,
+    Value,
+    describe_error,
+    parameters_of,
+    read_values,
+    shorten,
+    unique_names,
+)
 from rlhf.rewards.functions import RewardFunction, completion_text
 from rlhf.rewards.loading import load_reward
 
 logger = logging.getLogger(__name__)
 
-_GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-Value = float | None | Exception  # of one function for one sample
+# Columns that TRL passes under other names (`prompts`, `completions`), so that they are no columns of the data here.
+_RENAMED = ("prompt", "completion", "completion_ids")
 
 
 class RewardError(ValueError):
     """A reward function failed; names the function, the sample and the reason."""
 
 
-class _Fault(Exception):
-    """Ours, not raised by the function."""
-
-
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """What a :class:`RewardSet` says about B completions.
+    """The result of a :class:`RewardSet` for B completions and F functions.
 
-    ``rewards`` [B] float32: weighted sums, NaN where not usable. ``each`` [B, F] float32: the functions' own values,
-    NaN where one does not apply or failed. ``usable`` [B] bool: False for a sample to leave out of baselines and
-    losses. ``failed``: the number of samples that each function failed on. ``metrics`` and ``extra``: what functions
-    logged through TRL's ``log_metric`` (means) and ``log_extra`` (columns of B).
+    Attributes:
+        rewards: [B] float32, weighted sums; NaN where not usable.
+        reward_components: [B, F] float32, each function's own value; NaN where it does not apply or failed.
+        usable: [B] bool, False for a sample to leave out of baselines and losses.
+        names: [F], the functions' names.
+        failed: by function, the number of samples that it failed on.
+        metrics: means of what functions logged through TRL's ``log_metric``.
+        extra: columns of B values that functions logged through TRL's ``log_extra``.
     """
 
     rewards: Tensor
-    each: Tensor
+    reward_components: Tensor
     usable: Tensor
     names: list[str]
     failed: dict[str, int] = field(default_factory=dict)
@@ -58,8 +63,7 @@ class RewardSet:
 
     A function is called with TRL's keywords (``prompts``, ``completions``, ``completion_ids``, the columns of the
     data, ``trainer_state``, ``log_extra``, ``log_metric``), or with those it names if it has no ``**``. None from it
-    means "not applicable": the sum runs over the others. A sample for which no function with a weight applies is not
-    usable.
+    means "not applicable": the sum runs over the others. A sample is usable if a function with a weight applies to it.
 
     A function fails on a sample if it raises, gives no answer in time, or returns NaN, an infinity, no number, or the
     wrong number of values. A batch that fails is scored again one sample at a time to find those at fault, each with
@@ -94,32 +98,35 @@ class RewardSet:
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout must be positive or None, got {timeout}")
         self.weights = _checked_weights(weights, len(functions))
-        self.functions = [load_reward(f) if isinstance(f, str) else f for f in functions]
-        self.names = _names(self.functions)
+        self.functions = [load_reward(spec) if isinstance(spec, str) else spec for spec in functions]
+        self.names = unique_names(self.functions)
         self.on_error = on_error
         self.timeout = timeout
-        self._parameters = [_parameters(f, name) for f, name in zip(self.functions, self.names, strict=True)]
+        named = zip(self.functions, self.names, strict=True)
+        self._parameters = [parameters_of(function, name) for function, name in named]
 
     def check(self, row: Mapping[str, Any]) -> None:
-        """Find out before the first rollout what would fail after it, from one row of the data.
+        """Find out before the first rollout what would fail after it.
 
+        Args:
+            row: one row of the data, by column.
         Raises:
-            ValueError: a function needs a column that is not there, or says itself that it cannot work.
+            ValueError: a function needs a column that is not there, or its own ``check`` refuses the row.
             OSError: a server that does not answer.
         """
         columns = [name for name in row if name not in _RENAMED]
         for name in columns:
-            if name in _GIVEN:
+            if name in SUPPLIED:
                 raise ValueError(
                     f"the data has a column {name!r}, a name under which reward functions get something else: "
                     f"rename the column (--columns {name}=data_{name})"
                 )
+        available = {*columns, *SUPPLIED}
         for function, name, parameters in zip(self.functions, self.names, self._parameters, strict=True):
-            for needed in parameters.required:
-                if needed not in columns and needed not in _GIVEN:
-                    raise ValueError(
-                        f"reward {name!r} needs {needed!r}, which is no column of the data: {', '.join(columns) or '–'}"
-                    )
+            for required in parameters.required:
+                if required not in available:
+                    listed = ", ".join(columns) or "–"
+                    raise ValueError(f"reward {name!r} needs {required!r}, which is no column of the data: {listed}")
             if hasattr(function, "check"):
                 function.check(row)
 
@@ -134,113 +141,142 @@ class RewardSet:
         """Score B completions.
 
         Args:
-            prompts, completions: B texts, or B lists of messages.
+            prompts: B texts, or B lists of messages.
+            completions: the same.
             completion_ids: B lists of token ids.
-            trainer_state: handed on.
-            columns: the columns of the data, B values each.
+            trainer_state: handed on to the functions.
+            **columns: the columns of the data, B values each.
+        Returns:
+            Totals, the functions' own values, and which samples are usable.
         Raises:
             RewardError: a function failed, under ``on_error="stop"``.
             ValueError: columns of other lengths.
         """
-        batch = _Batch(prompts, completions, {k: v for k, v in columns.items() if k not in _RENAMED}, trainer_state)
+        columns = {name: column for name, column in columns.items() if name not in _RENAMED}
         if completion_ids is not None:
-            batch.columns["completion_ids"] = completion_ids
+            columns["completion_ids"] = completion_ids
+        batch = _Batch(prompts, completions, columns, trainer_state)
         batch.check()
-        metrics: dict[str, list[float]] = {}
-        extra: dict[str, list[Any]] = {}
-        sinks = dict(
-            log_metric=lambda name, value: metrics.setdefault(name, []).append(float(value)),
-            log_extra=lambda name, values: extra.__setitem__(name, list(values)),
-        )
-        values = self._score(batch, sinks) if len(batch) else [[] for _ in self.functions]
+        log = _Log()
+        values = self._score(batch, log.callbacks()) if len(batch) else [[] for _ in self.functions]
         for name, column in zip(self.names, values, strict=True):
             self._report(name, column, batch)
-        return self._total(values, batch, {k: math.fsum(v) / len(v) for k, v in metrics.items()}, extra)
+        return self._total(values, batch, log)
 
-    def _score(self, batch: "_Batch", sinks: dict[str, Any]) -> list[list[Value]]:
+    def _score(self, batch: "_Batch", callbacks: dict[str, Any]) -> list[list[Value]]:
         """The values of each function; the async ones work while the others do."""
-        arguments = [parameters.pick(batch.arguments() | sinks) for parameters in self._parameters]
-        started: dict[int, Future[Any]] = {
-            i: start(function, arguments[i], self.timeout)
-            for i, function in enumerate(self.functions)
-            if is_async(function)
-        }
-        values = []
-        for i, function in enumerate(self.functions):
+        offered = batch.arguments() | callbacks
+        arguments = [parameters.select(offered) for parameters in self._parameters]
+        # All async functions are started before any other is called, so that they wait for their servers meanwhile.
+        running: dict[int, Future[Any]] = {}
+        for index, function in enumerate(self.functions):
+            if is_async(function):
+                running[index] = start(function, arguments[index], self.timeout)
+        values: list[list[Value]] = []
+        for index, function in enumerate(self.functions):
             try:
-                if i in started:
-                    answer = finish(started[i], self.timeout)
+                if index in running:
+                    answer = finish(running[index], self.timeout)
                 else:
-                    answer = call(function, arguments[i], self.timeout)
-                values.append(_read(answer, len(batch)))
-            except OSError as error:
+                    answer = call(function, arguments[index], self.timeout)
+                values.append(read_values(answer, len(batch)))
+            except OSError as error:  # a server or a file: no sample is to blame, and asking again would not help
                 values.append([error] * len(batch))
             except Exception as error:
-                values.append(self._one_by_one(i, batch, error))
+                values.append(self._score_one_by_one(index, batch, error))
         return values
 
-    def _one_by_one(self, i: int, batch: "_Batch", error: Exception) -> list[Value]:
-        """Who is at fault for an error of the whole batch; if no sample alone is, all are."""
+    def _score_one_by_one(self, index: int, batch: "_Batch", error: Exception) -> list[Value]:
+        """Find the samples at fault for an error of the whole batch; if none fails alone, all count as failed."""
         if len(batch) == 1:
             return [error]
-        share = None if self.timeout is None else max(1.0, self.timeout / len(batch))
-        unlogged = dict.fromkeys(("log_metric", "log_extra"), lambda name, value: None)
+        timeout = None if self.timeout is None else max(1.0, self.timeout / len(batch))
+        # The first call may have logged already: what this one logs would count twice.
+        silent = dict.fromkeys(("log_metric", "log_extra"), lambda name, value: None)
         values: list[Value] = []
         for row in range(len(batch)):
             try:
-                arguments = self._parameters[i].pick(batch.row(row).arguments() | unlogged)
-                values += _read(call(self.functions[i], arguments, share), 1)
-            except Exception as own:
-                values.append(own)
+                arguments = self._parameters[index].select(batch.row(row).arguments() | silent)
+                values += read_values(call(self.functions[index], arguments, timeout), 1)
+            except Exception as row_error:
+                values.append(row_error)
             if self.on_error == "stop" and isinstance(values[-1], Exception):
                 return values + [None] * (len(batch) - len(values))
         if any(isinstance(value, Exception) for value in values):
             return values
         hint = "; raise timeout" if isinstance(error, TimedOut) else ""
-        whole = _Fault(f"{_said(error)}, for {len(batch)} samples at once but for none of them alone{hint}")
-        whole.__cause__ = error
-        return [whole] * len(batch)
+        joint_error = ContractError(
+            f"{describe_error(error)}, for {len(batch)} samples at once but for none of them alone{hint}"
+        )
+        joint_error.__cause__ = error
+        return [joint_error] * len(batch)
 
     def _report(self, name: str, values: list[Value], batch: "_Batch") -> None:
-        faults = [(row, value) for row, value in enumerate(values) if isinstance(value, Exception)]
-        if not faults:
+        """Stop at a failed sample, or warn of the failed samples."""
+        failures = [(row, value) for row, value in enumerate(values) if isinstance(value, Exception)]
+        if not failures:
             return
-        row, error = faults[0]
+        row, error = failures[0]
         if self.on_error == "stop":
-            raise RewardError(f"reward {name!r} failed on {batch.show(row)}: {_said(error)}") from error
+            raise RewardError(f"reward {name!r} failed on {batch.show(row)}: {describe_error(error)}") from error
         logger.warning(
             "reward %r failed on %d of %d samples, which are left out; the first: %s: %s",
-            name, len(faults), len(batch), batch.show(row), _said(error),
+            name, len(failures), len(batch), batch.show(row), describe_error(error),
         )  # fmt: skip
 
-    def _total(
-        self, values: list[list[Value]], batch: "_Batch", metrics: dict[str, float], extra: dict[str, list[Any]]
-    ) -> Scored:
+    def _total(self, values: list[list[Value]], batch: "_Batch", log: "_Log") -> Scored:
+        """Weighted sums of the functions' values, [F][B], over the functions that apply."""
+        shape = len(self.functions), len(batch)
         numbers = [[value if isinstance(value, float) else math.nan for value in column] for column in values]
-        each = torch.tensor(numbers, dtype=torch.float64).view(len(self.functions), len(batch)).T
-        failed = torch.tensor([[isinstance(v, Exception) for v in column] for column in values], dtype=torch.bool)
-        failed = failed.view(len(self.functions), len(batch))
+        failures = [[isinstance(value, Exception) for value in column] for column in values]
+        components = torch.tensor(numbers, dtype=torch.float64).view(shape).T
+        failed = torch.tensor(failures, dtype=torch.bool).view(shape)
         weights = torch.tensor(self.weights, dtype=torch.float64)
-        applies = (~each.isnan() & (weights != 0)).any(dim=1)  # a sum of nothing is not zero
+        applies = (~components.isnan() & (weights != 0)).any(dim=1)  # a sum of nothing is not zero
         broken = failed.any(dim=0)
-        idle = (~applies & ~broken).nonzero().flatten().tolist()
-        if idle:
+        not_scored = (~applies & ~broken).nonzero().flatten().tolist()
+        if not_scored:
             logger.warning(
                 "no reward applies to %d of %d samples, which are left out; the first: %s",
-                len(idle), len(batch), batch.show(idle[0]),
+                len(not_scored), len(batch), batch.show(not_scored[0]),
             )  # fmt: skip
         usable = applies & ~broken
-        rewards = (each * weights).nansum(dim=1).masked_fill(~usable, math.nan)
-        counts = dict(zip(self.names, failed.sum(dim=1).tolist(), strict=True))
-        return Scored(rewards.float(), each.float(), usable, self.names, counts, metrics, extra)
+        rewards = (components * weights).nansum(dim=1).masked_fill(~usable, math.nan)
+        return Scored(
+            rewards=rewards.float(),
+            reward_components=components.float(),
+            usable=usable,
+            names=self.names,
+            failed=dict(zip(self.names, failed.sum(dim=1).tolist(), strict=True)),
+            metrics=log.means(),
+            extra=log.extra,
+        )
 
 
-# TRL hands these on under other names.
-_RENAMED = ("prompt", "completion", "completion_ids")
+class _Log:
+    """What functions log of a batch through TRL's ``log_metric`` and ``log_extra``."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, list[float]] = {}
+        self.extra: dict[str, list[Any]] = {}
+
+    def callbacks(self) -> dict[str, Any]:
+        return {"log_metric": self._log_metric, "log_extra": self._log_extra}
+
+    def _log_metric(self, name: str, value: float) -> None:
+        self.metrics.setdefault(name, []).append(float(value))
+
+    def _log_extra(self, name: str, values: Sequence[Any]) -> None:
+        self.extra[name] = list(values)
+
+    def means(self) -> dict[str, float]:
+        return {name: math.fsum(values) / len(values) for name, values in self.metrics.items()}
 
 
 @dataclass
 class _Batch:
+    """B samples with the columns of the data."""
+
     prompts: Sequence[Turns]
     completions: Sequence[Turns]
     columns: dict[str, Sequence[Any]]
@@ -255,62 +291,25 @@ class _Batch:
                 raise ValueError(f"{len(self)} prompts, but {len(column)} values in {name!r}")
 
     def arguments(self) -> dict[str, Any]:
-        own = dict(prompts=self.prompts, completions=self.completions, trainer_state=self.trainer_state)
-        return {**self.columns, **own}
+        return {
+            **self.columns,
+            "prompts": self.prompts,
+            "completions": self.completions,
+            "trainer_state": self.trainer_state,
+        }
 
     def row(self, index: int) -> "_Batch":
+        """A batch of one sample."""
         one = slice(index, index + 1)
         columns = {name: column[one] for name, column in self.columns.items()}
         return _Batch(self.prompts[one], self.completions[one], columns, self.trainer_state)
 
     def show(self, row: int) -> str:
-        prompt = self.prompts[row]
-        last = prompt if isinstance(prompt, str) else str(prompt[-1].get("content")) if prompt else ""
-        answer = completion_text(self.completions[row])
-        return f"sample {row + 1} of {len(self)} (prompt {_short(last)!r}, completion {_short(answer)!r})"
-
-
-@dataclass(frozen=True)
-class _Parameters:
-    named: tuple[str, ...]
-    required: tuple[str, ...]
-    anything: bool  # it has **
-
-    def pick(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        return arguments if self.anything else {k: v for k, v in arguments.items() if k in self.named}
-
-
-def _parameters(function: RewardFunction, name: str) -> _Parameters:
-    if not callable(function):
-        raise ValueError(f"a reward is a function, a name or a path; got {function!r}")
-    found = inspect.signature(function).parameters.values()
-    required = [p for p in found if p.default is Parameter.empty and p.kind not in _VARIADIC]
-    by_position = next((p.name for p in required if p.kind is Parameter.POSITIONAL_ONLY), None)
-    if by_position is not None:
-        raise ValueError(f"reward {name!r} takes {by_position!r} by position only; rewards are called with keywords")
-    named = tuple(p.name for p in found if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY))
-    anything = any(p.kind is Parameter.VAR_KEYWORD for p in found)
-    if not anything and not {"completions", "completion_ids"} & set(named):
-        raise ValueError(
-            f"reward {name!r} takes {', '.join(named) or 'nothing'}, so it would see no completion: expected "
-            f"`def {name}(completions, **columns)` (call a factory to get its function: {name}(…))"
-        )
-    return _Parameters(named, tuple(p.name for p in required), anything)
-
-
-_VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-
-
-def _names(functions: Sequence[Any]) -> list[str]:
-    """A name for each; of two with the same name, the second gets a number."""
-    names: list[str] = []
-    seen: Counter[str] = Counter()
-    for function in functions:
-        inner = function.func if isinstance(function, partial) else function
-        name = getattr(inner, "__name__", type(inner).__name__)
-        seen[name] += 1
-        names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
-    return names
+        """A sample as a message tells it: its number, and the ends of its prompt and completion."""
+        prompt, completion = self.prompts[row], completion_text(self.completions[row])
+        if not isinstance(prompt, str):
+            prompt = str(prompt[-1].get("content")) if prompt else ""
+        return f"sample {row + 1} of {len(self)} (prompt {shorten(prompt)!r}, completion {shorten(completion)!r})"
 
 
 def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -321,36 +320,3 @@ def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]
     if not all(math.isfinite(weight) for weight in weights) or not any(weights):
         raise ValueError(f"weights must be finite and not all 0, got {list(weights)}")
     return [float(weight) for weight in weights]
-
-
-def _read(answer: Any, count: int) -> list[Value]:
-    """One value for each sample; an exception in the place of one that is no finite number."""
-    if hasattr(answer, "tolist"):  # a tensor, an array
-        answer = answer.tolist()
-    if not isinstance(answer, Sequence) or isinstance(answer, str):
-        raise _Fault(f"it returned a {type(answer).__name__}, expected a list of {count} numbers")
-    if len(answer) != count:
-        raise _Fault(f"it returned {len(answer)} values, expected {count}")
-    return [_read_value(value) for value in answer]
-
-
-def _read_value(value: Any) -> Value:
-    if value is None:
-        return None
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if not isinstance(value, Real):
-        return _Fault(f"it returned {_short(repr(value))}, a {type(value).__name__}, expected a number")
-    if not math.isfinite(value):
-        return _Fault(f"it returned {float(value)}, expected a finite number (None where it does not apply)")
-    return float(value)
-
-
-def _said(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, TimedOut | _Fault) else f"{type(error).__name__}: {text}"
-
-
-def _short(text: str, length: int = 100) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= length else text[: length - 1] + "…"

@@ -18,9 +18,17 @@ get_soft_overlong_punishment = soft_overlong_punishment
 
 
 def accuracy_reward(completions: Sequence[Turns], solution: Sequence[Any], **columns: Any) -> list[float | None]:
-    """:func:`~rlhf.rewards.math_answer` against the column ``solution``."""
-    found: list[float | None] = math_answer()(completions, solution=solution)
-    return found
+    """:func:`~rlhf.rewards.math_answer` against the column ``solution``.
+
+    Args:
+        completions: texts, or lists of messages.
+        solution: the solution of each, in LaTeX or plain.
+        **columns: not read.
+    Returns:
+        1 or 0 for each completion, None for an unreadable solution.
+    """
+    rewards: list[float | None] = math_answer()(completions, solution=solution)
+    return rewards
 
 
 def reasoning_accuracy_reward(
@@ -29,22 +37,37 @@ def reasoning_accuracy_reward(
     reasoning_delimiters: Sequence[str] = ("</think>",),
     **columns: Any,
 ) -> list[float | None]:
-    """:func:`accuracy_reward` of what follows the reasoning; 0 where the reasoning does not end.
+    """:func:`accuracy_reward` of the answer after the reasoning; 0 where the reasoning does not end.
 
     Args:
+        completions: texts, or lists of messages.
+        solution: the solution of each, in LaTeX or plain.
         reasoning_delimiters: texts that end the reasoning; the last of them in a completion counts.
+        **columns: not read.
+    Returns:
+        1 or 0 for each completion, None for an unreadable solution.
     Example:
         >>> reasoning_accuracy_reward(["<think> I think it is $2$."], ["$2$"])
         [0.0]
     """
-    texts = [completion_text(completion) for completion in completions]
-    ends = [max((t.rfind(d) + len(d) for d in reasoning_delimiters if d in t), default=None) for t in texts]
-    answers = ["" if end is None else text[end:] for text, end in zip(texts, ends, strict=True)]
+    answers = [_after_reasoning(completion_text(completion), reasoning_delimiters) for completion in completions]
     return accuracy_reward(answers, solution)
 
 
+def _after_reasoning(text: str, delimiters: Sequence[str]) -> str:
+    """The text after the last delimiter; empty where there is none."""
+    ends = [text.rfind(delimiter) + len(delimiter) for delimiter in delimiters if delimiter in text]
+    return text[max(ends) :] if ends else ""
+
+
 def reasoning_accuracy(reasoning_delimiters: Sequence[str] = ("</think>",)) -> RewardFunction:
-    """:func:`reasoning_accuracy_reward` with these delimiters."""
+    """:func:`reasoning_accuracy_reward` as a factory, for ``--reward_funcs``.
+
+    Args:
+        reasoning_delimiters: texts that end the reasoning.
+    Returns:
+        A reward function of ``completions`` and ``solution``.
+    """
 
     def reward(completions: Sequence[Turns], solution: Sequence[Any], **columns: Any) -> list[float | None]:
         return reasoning_accuracy_reward(completions, solution, reasoning_delimiters)
@@ -54,6 +77,13 @@ def reasoning_accuracy(reasoning_delimiters: Sequence[str] = ("</think>",)) -> R
 
 
 def think_format_reward(completions: Sequence[Turns], **columns: Any) -> list[float]:
-    """:func:`~rlhf.rewards.think_format`."""
-    found: list[float] = think_format()(completions)
-    return found
+    """:func:`~rlhf.rewards.think_format`.
+
+    Args:
+        completions: texts, or lists of messages.
+        **columns: not read.
+    Returns:
+        1 or 0 for each completion.
+    """
+    rewards: list[float] = think_format()(completions)
+    return rewards

@@ -65,16 +65,20 @@ def test_the_sum_runs_over_what_applies(data, size, count):
     torch.testing.assert_close(scored.rewards, torch.tensor(want), equal_nan=True, rtol=1e-5, atol=1e-5)
     assert scored.usable.tolist() == [not math.isnan(total) for total in want]
     each = torch.tensor([[NAN if v is None else v for v in row] for row in rows])
-    torch.testing.assert_close(scored.each, each, equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(scored.reward_components, each, equal_nan=True, rtol=0, atol=0)
 
 
 def test_shapes_names_and_an_empty_batch():
     rewards = RewardSet([length, length, numeric_answer()], [1, 0, 2])
     assert rewards.names == ["length", "length_2", "numeric_answer"]
     scored = rewards([], [], answer=[])
-    assert scored.rewards.shape == scored.usable.shape == (0,) and scored.each.shape == (0, 3)
+    assert scored.rewards.shape == scored.usable.shape == (0,) and scored.reward_components.shape == (0, 3)
     scored = rewards(PROMPTS, COMPLETIONS, answer=[None] * 4)
-    assert scored.each.shape == (4, 3) and scored.rewards.dtype == torch.float32 and scored.usable.dtype == torch.bool
+    assert (
+        scored.reward_components.shape == (4, 3)
+        and scored.rewards.dtype == torch.float32
+        and scored.usable.dtype == torch.bool
+    )
     close(scored.rewards, [1, 2, 3, 4])
 
 
@@ -108,7 +112,7 @@ def test_a_function_written_for_trl_works_unchanged():
     rewards = RewardSet(functions)
     rewards.check({name: values[0] for name, values in columns.items()})
     scored = rewards(prompts, completions, [[1, 2], [1, 2, 3]], trainer_state="state", **columns)
-    close(scored.each, [[1, 3, 1, 0, 0], [0, 16, 2, 1, -0.5]])
+    close(scored.reward_components, [[1, 3, 1, 0, 0], [0, 16, 2, 1, -0.5]])
     assert scored.extra == {"content": ["yes", "<think>a</think>"]} and scored.metrics == {"mean_length": 2.5}
 
 
@@ -127,7 +131,7 @@ def test_async_functions_work_at_the_same_time():
     began = time.monotonic()
     scored = RewardSet([Asynchronous(), asynchronous, length, asynchronous])(PROMPTS, COMPLETIONS)
     assert time.monotonic() - began < 0.4
-    close(scored.each[0], [1, 2, 1, 2])
+    close(scored.reward_components[0], [1, 2, 1, 2])
 
 
 def test_async_functions_keep_their_loop():
@@ -185,7 +189,7 @@ def test_drop_leaves_out_what_failed_and_says_so(fault, caplog):
     act, said = FAULTS[fault]
     scored = RewardSet([length, good_but(ccc=act)], [1.0, 0.5], on_error="drop", timeout=0.5)(PROMPTS, COMPLETIONS)
     assert scored.usable.tolist() == [True, True, False, True] and scored.failed == {"length": 0, "picky": 1}
-    assert scored.rewards[2].isnan() and scored.each[2, 1].isnan()
+    assert scored.rewards[2].isnan() and scored.reward_components[2, 1].isnan()
     close(scored.rewards[scored.usable], [1.5, 2.5, 4.5])
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
