@@ -177,7 +177,8 @@ class Roller:
                 self.trainer.state,
                 **columns,
             )
-            for sample, reward, each in zip(samples, scored.rewards.tolist(), scored.each.tolist(), strict=True):
+            components = scored.reward_components.tolist()
+            for sample, reward, each in zip(samples, scored.rewards.tolist(), components, strict=True):
                 sample.reward = reward + sample.each.get("environment", 0.0)
                 sample.each |= dict(zip(scored.names, each, strict=True))
             if told:
