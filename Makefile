@@ -1,7 +1,7 @@
 PY ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-oldest check bench
+.PHONY: setup demo test test-oldest check wheel bench
 setup: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PY) -m venv .venv
@@ -28,6 +28,14 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/pydoclint -q rlhf
+# The package as users get it: alone in an empty environment, asked for its help and its configs.
+wheel:
+	rm -rf dist .venv-wheel
+	$(PY) -m venv .venv-wheel
+	.venv-wheel/bin/pip wheel -q --no-deps -w dist .
+	.venv-wheel/bin/pip install -q -c constraints.txt dist/*.whl
+	HF_HUB_OFFLINE=1 .venv-wheel/bin/python tests/sanity/installed.py
 bench: setup  # MODEL=folder [DATA=folder of rows] adds whole steps of training, half an hour on 2 cores
 	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/head.py

@@ -7,6 +7,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import yaml
+
 import rlhf
 
 ROOT = Path(__file__).parents[2]
@@ -59,3 +61,20 @@ def test_the_wheel_holds_types_configs_and_one_version():
     assert re.fullmatch(r"\d+\.\d+\.\d+", rlhf.__version__)
     (script,) = PROJECT["project"]["scripts"].values()
     assert importlib.metadata.EntryPoint("rlhf", script, "console_scripts").load()
+
+
+def test_the_changelog_begins_with_what_is_unreleased_and_then_this_version():
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[:2] == ["Unreleased", rlhf.__version__]
+
+
+def test_hosted_checks_are_the_commands_of_the_makefile():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    commands = {step["run"] for job in jobs.values() for step in job["steps"] if "run" in step}
+    assert commands == {"make check", "make test", "make test-oldest", "make wheel"}
+    assert {command.removeprefix("make ") for command in commands} <= targets
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    recipe = (ROOT / "Makefile").read_text().replace("$(BIN)", ".venv/bin")
+    for hook in local["hooks"]:  # what runs before a commit is part of `make check`
+        assert " ".join(hook["entry"].split()[:2]).removesuffix(" -q") in recipe

@@ -1,0 +1,46 @@
+"""What a user gets from the wheel: run by `make wheel` with the Python of an environment that holds nothing else.
+
+The package must come from the wheel, carry its types and its configs, answer `--help`, and each shipped config must be
+read to its end: a data file that does not exist is what each command complains of.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import rlhf
+
+PACKAGE = Path(rlhf.__file__).parent
+COMMAND = Path(sys.executable).parent / "rlhf"
+MISSING = "no-such-file.jsonl"
+
+
+def run(*arguments: str, folder: str) -> subprocess.CompletedProcess[str]:
+    """Run the installed command in an empty folder, where no checkout can lend it a file."""
+    return subprocess.run([str(COMMAND), *arguments], cwd=folder, capture_output=True, text=True)
+
+
+def main() -> None:
+    """Raise `AssertionError` for the first thing that is missing."""
+    assert "site-packages" in PACKAGE.parts, f"{PACKAGE} is a checkout, not an installed wheel"
+    assert (PACKAGE / "py.typed").exists()
+    configs = sorted((PACKAGE / "configs").glob("*.yaml"))
+    assert configs and list((PACKAGE / "configs/accelerate").glob("*.yaml"))
+    with tempfile.TemporaryDirectory() as folder:
+        version = run("--version", folder=folder)
+        assert version.stdout.strip() == rlhf.__version__, version
+        assert run("--help", folder=folder).returncode == 0
+        for config in configs:
+            command = config.stem.replace("_", "-")
+            shown = run(command, "--help", folder=folder)
+            assert shown.returncode == 0 and "--learning_rate" in shown.stdout, shown
+            # The relative name is what the documentation writes; the package finds its own copy of it.
+            data = ("--dataset_name", MISSING, "--output_dir", "out")
+            started = run(command, "--config", f"configs/{config.name}", *data, folder=folder)
+            assert started.returncode == 2 and MISSING in started.stderr, started
+            print(f"rlhf {command}: help and configs/{config.name}")
+
+
+if __name__ == "__main__":
+    main()
