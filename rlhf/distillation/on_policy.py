@@ -95,7 +95,9 @@ class OwnAnswers:
                 "tokens_per_second/rollout": (tokens, seconds),
             }
         to = self.trainer.args.device
-        self.trainer._add({n: (torch.tensor(a, device=to), torch.tensor(b, device=to)) for n, (a, b) in found.items()})
+        self.trainer.add_metrics(
+            {n: (torch.tensor(a, device=to), torch.tensor(b, device=to)) for n, (a, b) in found.items()}
+        )
 
 
 def _answered(prompt: list[int], answer: Completion, known: int | None) -> Row | None:

@@ -67,9 +67,9 @@ class DistillTrainer(TextTrainer):
     """
 
     wrapper = MatchingPolicy
-    beside = "projections.safetensors"
+    extra_state_file = "projections.safetensors"
     config_class: ClassVar[type[BaseConfig]] = DistillConfig
-    exponentials: ClassVar[frozenset[str]] = frozenset({"perplexity", "teacher_perplexity"})
+    exp_metrics: ClassVar[frozenset[str]] = frozenset({"perplexity", "teacher_perplexity"})
 
     def __init__(
         self,

@@ -39,7 +39,7 @@ class Answering(BaseTrainer):
             for name, part in rows.items():
                 found |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return found
-        metrics = self._told_of(self.roller.answer(self.policy, self._ready(rows)), metric_key_prefix)
+        metrics = self._told_of(self.roller.answer(self.policy, self._tokenised_rows(rows)), metric_key_prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self._trained_since:
@@ -50,7 +50,7 @@ class Answering(BaseTrainer):
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         """As many answers to each prompt: ``predictions`` has ``completions`` and the ``reward`` of each, in order."""
-        rows = self._ready(in_memory(test_dataset))
+        rows = self._tokenised_rows(in_memory(test_dataset))
         samples = self.roller.answer(self.policy, rows)
         metrics = self._told_of(samples, metric_key_prefix)
         everyone = sorted(gather_object(samples), key=lambda sample: sample.group)
@@ -63,9 +63,9 @@ class Answering(BaseTrainer):
         names = list(sums)
         table = torch.stack([torch.stack([total.sum(), count.sum()]) for total, count in sums.values()])
         pairs = self.accelerator.reduce(table.to(self.args.device)).tolist()
-        values = self.values({name: (total, count) for name, (total, count) in zip(names, pairs, strict=True)})
+        values = self.reduce_metrics({name: (total, count) for name, (total, count) in zip(names, pairs, strict=True)})
         return {f"{prefix}_{name}": value for name, value in values.items()}
 
-    def _metrics_of(self, key: str, rows: Dataset) -> list[str]:
+    def _metric_names(self, key: str, rows: Dataset) -> list[str]:
         """Unknown before rewards were asked."""
         return []

@@ -18,7 +18,7 @@ from rlhf.online.objective import Objective
 from rlhf.online.samples import Minibatch, Sample, varied_groups
 from rlhf.rewards import completion_text
 from rlhf.rewards.scoring import Scored
-from rlhf.trainers.base import wide
+from rlhf.trainers.base import sum_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class RolloutReport:
         device = self.args.device
 
         def column(values: list[float]) -> tuple[Tensor, Tensor]:
-            vector = torch.tensor(values, device=device, dtype=wide(device))
+            vector = torch.tensor(values, device=device, dtype=sum_dtype(device))
             return vector.nan_to_num(0.0), (~vector.isnan()).to(vector)
 
         rewards = [sample.reward for sample in samples]
@@ -112,7 +112,7 @@ class RolloutReport:
         if self.args.on_reward_error == "drop":
             found |= {f"rewards/{name}/failed": (n, len(scored.rewards)) for name, n in scored.failed.items()}
         for name, (total, count) in found.items():
-            self.trainer._add({name: (torch.tensor(total, device=device), torch.tensor(count, device=device))})
+            self.trainer.add_metrics({name: (torch.tensor(total, device=device), torch.tensor(count, device=device))})
 
     def _reward_names(self) -> list[str]:
         """The same on every process, whether it has samples or not."""

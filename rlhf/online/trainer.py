@@ -121,7 +121,7 @@ class PPOTrainer(Answering):
             check_tokenizers(self.processing_class, args.value_model)
         self.policy: Policy = self.model
         start = str(self.policy.config._name_or_path)
-        if self.policy.value_head is not None and self._load_beside(Path(start)):
+        if self.policy.value_head is not None and self._load_extra_weights(Path(start)):
             logger.info("%s: going on with the value head that was saved beside the model", start)
         if self.policy.critic is not None:
             self.share_layout(self.policy.critic.model)
@@ -168,13 +168,13 @@ class PPOTrainer(Answering):
         reference.temperature = self.policy.temperature
         return reference
 
-    def _prepare(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int) -> Any:
+    def _prepare_rows(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int) -> Any:
         if not isinstance(dataset, IterableDataset):
-            return super()._prepare(dataset, tokenizer, args, vocab_size)
+            return super()._prepare_rows(dataset, tokenizer, args, vocab_size)
         self.tokenize(Dataset.from_list(list(dataset.take(1))), tokenizer, args, vocab_size)  # checks one row
         return dataset
 
-    def _endless(self, stream: IterableDataset, args: Any) -> Any:
+    def _repeat_stream(self, stream: IterableDataset, args: Any) -> Any:
         return stream  # who hands out the prompts begins it again
 
     def _sync_reference(self) -> None:
@@ -244,7 +244,7 @@ class PPOTrainer(Answering):
             weights=self._reward_weights() if args.multi_objective_aggregation == "normalize_then_sum" else None,
             device=args.device,
         )
-        self._add(self.report.of_rollout(samples, kept, rolled, trained, self.beta))
+        self.add_metrics(self.report.of_rollout(samples, kept, rolled, trained, self.beta))
         if self.controller is not None:
             kl = torch.stack([x.sum() for x in kl_penalties(kept)]).to(args.device)
             total = self.accelerator.reduce(torch.stack([kl.sum(), kl.new_tensor(float(len(kl)))]))
@@ -311,7 +311,7 @@ class PPOTrainer(Answering):
         cap = self.args.importance_sampling_cap
         return 2.0 if cap is None and not self.roller.sampler.is_here else cap
 
-    def own_state(self) -> dict[str, Any]:
+    def resume_state(self) -> dict[str, Any]:
         rest = self._minibatches if self._steps else []
         kl_coef = None if self.controller is None else self.controller.value
         place: dict[str, Any] = dict(
@@ -321,7 +321,7 @@ class PPOTrainer(Answering):
             place["ref_model"] = self.ref_policy.model.state_dict()
         return place | dict(minibatches=rest, processes=self.args.world_size, report=self.report.state())
 
-    def load_own_state(self, state: dict[str, Any]) -> None:
+    def load_resume_state(self, state: dict[str, Any]) -> None:
         if state["processes"] != self.args.world_size:
             raise ValueError(
                 f"the checkpoint was saved by {state['processes']} processes, these are {self.args.world_size}: its "
@@ -337,7 +337,7 @@ class PPOTrainer(Answering):
 
     # The loss
 
-    def text_of(self, inputs: Any) -> Batch:
+    def policy_batch(self, inputs: Any) -> Batch:
         return inputs.batch
 
     def count(self, batch: Any) -> int:
@@ -385,8 +385,8 @@ class PPOTrainer(Answering):
 
     # What is shown
 
-    def values(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
-        return self.report.derive(super().values(sums))
+    def reduce_metrics(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
+        return self.report.derive(super().reduce_metrics(sums))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs or "train_loss" in logs:

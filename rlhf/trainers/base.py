@@ -110,16 +110,16 @@ class BaseTrainer(Evaluating):
         mend_generation_config(model)
         vocab_size = room(model, processing_class)
         with args.main_process_first(desc="tokenising"):
-            train_dataset = self._prepare(train_dataset, processing_class, args, vocab_size)
+            train_dataset = self._prepare_rows(train_dataset, processing_class, args, vocab_size)
             if isinstance(eval_dataset, dict):
                 eval_dataset = {
-                    k: held(self._prepare(v, processing_class, args, vocab_size)) for k, v in eval_dataset.items()
+                    k: held(self._prepare_rows(v, processing_class, args, vocab_size)) for k, v in eval_dataset.items()
                 }
             else:
-                eval_dataset = held(self._prepare(eval_dataset, processing_class, args, vocab_size))
+                eval_dataset = held(self._prepare_rows(eval_dataset, processing_class, args, vocab_size))
         known = sample(train_dataset)
         if isinstance(train_dataset, IterableDataset):
-            train_dataset = self._endless(train_dataset, args)
+            train_dataset = self._repeat_stream(train_dataset, args)
         check_positions(model, known, eval_dataset)
         set_seed(args.seed)  # transformers does so after this, and new rows and LoRA's A are drawn here
         if args.add_tokens or uses_more(train_dataset, processing_class, vocabulary_size(model)):
@@ -180,12 +180,12 @@ class BaseTrainer(Evaluating):
     @abstractmethod
     def measure(self, model: nn.Module, batch: Batch) -> Measures: ...
 
-    def _prepare(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int) -> Any:
+    def _prepare_rows(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int) -> Any:
         if dataset is None:
             return None
         if isinstance(dataset, Mixture):
             seed = args.seed if args.data_seed is None else args.data_seed
-            return dataset.tokenised(lambda rows: self._prepare(rows, tokenizer, args, vocab_size), seed)
+            return dataset.tokenised(lambda rows: self._prepare_rows(rows, tokenizer, args, vocab_size), seed)
         if not isinstance(dataset, Dataset | IterableDataset):
             raise ValueError(f"expected a Dataset or an IterableDataset of `datasets`, got {type(dataset).__name__}")
         if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
@@ -194,7 +194,7 @@ class BaseTrainer(Evaluating):
             )
         return self.tokenize(dataset, tokenizer, args, vocab_size)
 
-    def _endless(self, stream: IterableDataset, args: Any) -> Any:
+    def _repeat_stream(self, stream: IterableDataset, args: Any) -> Any:
         """A tokenised stream over and over; how long to train says ``max_steps``."""
         if args.max_steps <= 0:
             raise ValueError("a stream does not say how many rows it has: pass --max_steps")
@@ -252,8 +252,8 @@ class BaseTrainer(Evaluating):
         # Written on the device: a copy to it would wait for all that is under way there.
         count = torch.full((), sum(self.count(batch) for batch in batch_samples), device=device)
         if self.balancer is not None:
-            self._add({"aux_loss": (count * 0, torch.ones_like(count) / self.accelerator.num_processes)})
-            batches = [self.text_of(inputs).to(self.args.device) for inputs in batch_samples]
+            self.add_metrics({"aux_loss": (count * 0, torch.ones_like(count) / self.accelerator.num_processes)})
+            batches = [self.policy_batch(inputs).to(self.args.device) for inputs in batch_samples]
             self.balancer.look_ahead(self.model_wrapped, batches)
         return self.accelerator.reduce(count)
 
@@ -262,7 +262,7 @@ class BaseTrainer(Evaluating):
         """Whether a load-balancing loss of routers is added."""
         return self.balancer is not None
 
-    def text_of(self, inputs: Any) -> Batch:
+    def policy_batch(self, inputs: Any) -> Batch:
         """What the policy reads of a batch of the training data."""
         return inputs
 
@@ -270,8 +270,8 @@ class BaseTrainer(Evaluating):
         """This batch's share of the load-balancing loss of the step, weighted."""
         if self.balancer is None or measures.router_logits is None:
             return 0.0
-        share = self.balancer.share(measures.router_logits, self.text_of(inputs))
-        self._add({"aux_loss": (share, torch.zeros_like(share))})
+        share = self.balancer.share(measures.router_logits, self.policy_batch(inputs))
+        self.add_metrics({"aux_loss": (share, torch.zeros_like(share))})
         return self.balancer.balancing.coef * share
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:  # type: ignore[override]
@@ -287,19 +287,19 @@ class BaseTrainer(Evaluating):
         loss = total / torch.clamp(count, min=1) + self._balancing_loss(measures, inputs)
         loss = loss * self.accelerator.num_processes
         tokens = inputs.num_tokens()
-        self._add({**measures.metrics, "num_tokens": (tokens, torch.zeros_like(tokens))})
+        self.add_metrics({**measures.metrics, "num_tokens": (tokens, torch.zeros_like(tokens))})
         return (loss, measures) if return_outputs else loss
 
-    def _add(self, metrics: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def add_metrics(self, metrics: dict[str, tuple[Tensor, Tensor]]) -> None:
         for name, (total, count) in metrics.items():
-            kind = wide(total.device)
+            kind = sum_dtype(total.device)
             both = torch.stack([total.detach().sum().to(kind), count.sum().to(kind)])
             self._sums[name] = self._sums[name] + both if name in self._sums else both
 
-    def values(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
+    def reduce_metrics(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
         """What is reported, from the sum and the count of each metric."""
         means = {name: total / count if count else math.nan for name, (total, count) in sums.items()}
-        return {n: math.exp(min(mean, 700.0)) if n in self.exponentials else mean for n, mean in means.items()}
+        return {n: math.exp(min(mean, 700.0)) if n in self.exp_metrics else mean for n, mean in means.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # The last line, with `train_loss`, has the steps since the line before it.
@@ -312,7 +312,7 @@ class BaseTrainer(Evaluating):
             own = dict(zip(names, sums, strict=True))
             # Kept in the trainer's state, so that a resumed run goes on counting.
             self.state.num_input_tokens_seen += int(own.pop("num_tokens")[0])
-            logs |= self.values(own)
+            logs |= self.reduce_metrics(own)
             logs["num_tokens"] = self.state.num_input_tokens_seen
         super().log(logs, start_time)
 
@@ -353,7 +353,7 @@ def uses_more(rows: Any, tokenizer: Any, vocabulary: int) -> bool:
     return not isinstance(rows, Dataset) or max([largest_token(rows), *ends]) >= vocabulary
 
 
-def wide(device: torch.device) -> torch.dtype:
+def sum_dtype(device: torch.device) -> torch.dtype:
     """Of sums: float64, as a mean square less a squared mean, and counts of millions, leave float32 nothing."""
     return torch.float32 if device.type == "mps" else torch.float64
 

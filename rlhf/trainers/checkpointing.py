@@ -18,13 +18,13 @@ from rlhf.models.adapter_base import keep_base, name_lengths
 
 logger = logging.getLogger(__name__)
 
-OWN_STATE = "trainer_state_{}.pt"  # of each process
+RESUME_STATE = "trainer_state_{}.pt"  # of each process
 
 
 class Checkpointing(Trainer):
     """A ``transformers.Trainer`` whose model is a wrapper (:class:`rlhf.models.policy.Wrapper`)."""
 
-    beside: ClassVar[str] = "value_head.safetensors"  # what the wrapper learns besides the model
+    extra_state_file: ClassVar[str] = "value_head.safetensors"  # what the wrapper learns besides the model
     model: Any  # the wrapper, or what accelerate made of it
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -59,53 +59,53 @@ class Checkpointing(Trainer):
             super()._save(output_dir, state_dict)
             name_lengths(inner, folder)
         if beside:
-            save_file(beside, folder / self.beside)
+            save_file(beside, folder / self.extra_state_file)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_beside(Path(resume_from_checkpoint))
+        self._load_extra_weights(Path(resume_from_checkpoint))
         with self._inner_model() as inner:
             super()._load_from_checkpoint(resume_from_checkpoint, inner)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_best_model()
-        self._load_beside(Path(str(self.state.best_model_checkpoint)))
+        self._load_extra_weights(Path(str(self.state.best_model_checkpoint)))
         with self._inner_model():
             super()._load_best_model()
 
-    def _load_beside(self, folder: Path) -> bool:
+    def _load_extra_weights(self, folder: Path) -> bool:
         """What the wrapper learned besides the model, from a folder that has it."""
-        file = folder / self.beside
+        file = folder / self.extra_state_file
         if file.exists():
             self.accelerator.unwrap_model(self.model).load_state_dict(load_file(file), strict=False)
         return file.exists()
 
     # State of a trainer's own, kept with the optimizer's in each checkpoint
 
-    def own_state(self) -> dict[str, Any] | None:
+    def resume_state(self) -> dict[str, Any] | None:
         """What a resumed run must know besides weights, optimizer and the number of steps; of this process."""
         return None
 
-    def load_own_state(self, state: dict[str, Any]) -> None: ...
+    def load_resume_state(self, state: dict[str, Any]) -> None: ...
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        if (state := self.own_state()) is not None:
-            torch.save(state, Path(output_dir) / OWN_STATE.format(self.args.process_index))
+        if (state := self.resume_state()) is not None:
+            torch.save(state, Path(output_dir) / RESUME_STATE.format(self.args.process_index))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self.own_state() is None:
+        if checkpoint is None or self.resume_state() is None:
             return
-        file = Path(checkpoint) / OWN_STATE.format(self.args.process_index)
+        file = Path(checkpoint) / RESUME_STATE.format(self.args.process_index)
         if not file.exists():
             raise FileNotFoundError(
                 f"{checkpoint}: no {file.name}; it was saved by fewer processes, or by another trainer: resume with as "
                 "many processes as before"
             )
-        self.load_own_state(torch.load(file, weights_only=False))
+        self.load_resume_state(torch.load(file, weights_only=False))
 
 
 def checkpoint_to_resume(given: str | bool | None, output_dir: str) -> str | None:

@@ -148,7 +148,7 @@ class DPOTrainer(ReferencedTrainer):
 
     config_class: ClassVar[type[BaseConfig]] = DPOConfig
     balances: ClassVar[bool] = True
-    exponentials: ClassVar[frozenset[str]] = frozenset({"perplexity/chosen"})
+    exp_metrics: ClassVar[frozenset[str]] = frozenset({"perplexity/chosen"})
 
     ref_tokens: ClassVar[tuple[str, ...]] = ("prompt_ids", "chosen_ids", "rejected_ids", "labels")
     ref_columns: ClassVar[tuple[str, ...]] = ("ref_chosen_logps", "ref_rejected_logps")

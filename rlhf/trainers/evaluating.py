@@ -29,26 +29,26 @@ class Measures(NamedTuple):
 class Evaluating(Checkpointing):
     """A ``transformers.Trainer`` whose evaluation adds up :class:`Measures`."""
 
-    exponentials: ClassVar[frozenset[str]] = frozenset()  # metrics reported as exp(sum / count)
+    exp_metrics: ClassVar[frozenset[str]] = frozenset()  # metrics reported as exp(sum / count)
     has_logits: ClassVar[bool] = True  # whether compute_metrics can be given those of evaluation rows
 
     @abstractmethod
     def measure(self, model: nn.Module, batch: Any) -> Measures: ...
 
     @abstractmethod
-    def values(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]: ...
+    def reduce_metrics(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]: ...
 
     @abstractmethod
     def predictions(self, model: Any, batch: Batch) -> tuple[Any, Tensor]: ...
 
     @abstractmethod
-    def _prepare(self, dataset: Any, tokenizer: Any, args: Any, vocab_size: int) -> Any: ...
+    def _prepare_rows(self, dataset: Any, tokenizer: Any, args: Any, vocab_size: int) -> Any: ...
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """As ``transformers.Trainer``; rows may be as they are in a file too."""
-        return super().evaluate(self._ready(eval_dataset), ignore_keys, metric_key_prefix)
+        return super().evaluate(self._tokenised_rows(eval_dataset), ignore_keys, metric_key_prefix)
 
     def predict(
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
@@ -59,12 +59,12 @@ class Evaluating(Checkpointing):
         they are in a file. ``metrics`` are those of :meth:`evaluate`. ``predictions`` is None with
         ``prediction_loss_only``.
         """
-        return super().predict(self._ready(test_dataset), ignore_keys, metric_key_prefix)
+        return super().predict(self._tokenised_rows(test_dataset), ignore_keys, metric_key_prefix)
 
-    def _ready(self, dataset: Any) -> Any:
+    def _tokenised_rows(self, dataset: Any) -> Any:
         """Rows as ``tokenize`` makes them, one set or several."""
         if isinstance(dataset, dict):
-            return {name: self._ready(rows) for name, rows in dataset.items()}
+            return {name: self._tokenised_rows(rows) for name, rows in dataset.items()}
         if isinstance(dataset, list):
             dataset = Dataset.from_list(dataset)
         if not isinstance(dataset, Dataset | IterableDataset | Mixture):
@@ -72,7 +72,7 @@ class Evaluating(Checkpointing):
         if not isinstance(dataset, Mixture) and is_tokenised(dataset):
             return held(dataset)
         model = self.accelerator.unwrap_model(self.model)
-        return held(self._prepare(dataset, self.processing_class, self.args, vocabulary_size(model)))
+        return held(self._prepare_rows(dataset, self.processing_class, self.args, vocabulary_size(model)))
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None  # the order moves no figure
@@ -106,7 +106,7 @@ class Evaluating(Checkpointing):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         whole = torch.cat(tables) if tables else torch.zeros(0, 0, dtype=torch.float64)
         pairs = whole.sum(0).view(-1, 2).tolist()
-        values = self.values(dict(zip(names, pairs, strict=True)))
+        values = self.reduce_metrics(dict(zip(names, pairs, strict=True)))
         if self.compute_metrics is not None:
             values |= self.compute_metrics(predictions.result())
         metrics = {f"{metric_key_prefix}_{name.removeprefix(f'{metric_key_prefix}_')}": x for name, x in values.items()}
@@ -122,11 +122,11 @@ class Evaluating(Checkpointing):
         if not all(isinstance(rows, Dataset) for rows in parts.values()):
             return
         with torch.random.fork_rng(devices=[]):  # a data loader draws a seed
-            found = [name for key, rows in parts.items() for name in self._metrics_of(key, rows)]
+            found = [name for key, rows in parts.items() for name in self._metric_names(key, rows)]
         if found:
             check_metric(wanted, found)
 
-    def _metrics_of(self, key: str, rows: Dataset) -> list[str]:
+    def _metric_names(self, key: str, rows: Dataset) -> list[str]:
         """Names of what the evaluation of these rows gives; none where they are not known before."""
         prefix = f"eval_{key}" if key else "eval"
         loader = self.get_eval_dataloader(rows.select(range(1)))
@@ -141,7 +141,7 @@ class Evaluating(Checkpointing):
         sums, counts = whole[:, 0::2], whole[:, 1::2]
         means = (sums / counts).unbind(1)  # nan where nothing counts
         found = {name: mean for name, mean in zip(names, means, strict=True) if name in values}
-        return {name: (mean.exp() if name in self.exponentials else mean).numpy() for name, mean in found.items()}
+        return {name: (mean.exp() if name in self.exp_metrics else mean).numpy() for name, mean in found.items()}
 
 
 def check_metric(wanted: str | None, found: list[str]) -> None:

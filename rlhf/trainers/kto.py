@@ -172,8 +172,8 @@ class KTOTrainer(ReferencedTrainer):
             metrics[f"logps/{name}"] = (logps.detach() * among, among * one)
         return Measures(losses, one, metrics, router_logits=scores.router_logits)
 
-    def values(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
-        values = super().values(sums)
+    def reduce_metrics(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
+        values = super().reduce_metrics(sums)
         if "rewards/chosen" in values:
             values["rewards/margins"] = values["rewards/chosen"] - values["rewards/rejected"]
         return {

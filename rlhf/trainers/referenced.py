@@ -121,14 +121,14 @@ class ReferencedTrainer(BaseTrainer):
             SyncReference(self.ref_policy, self.args.ref_model_mixup_alpha, self.args.ref_model_sync_steps)
         )
 
-    def own_state(self) -> dict[str, Any] | None:
-        state = super().own_state()
+    def resume_state(self) -> dict[str, Any] | None:
+        state = super().resume_state()
         if not self.args.sync_ref_model or self.ref_policy is None:
             return state
         return {**(state or {}), "ref_model": self.ref_policy.model.state_dict()}
 
-    def load_own_state(self, state: dict[str, Any]) -> None:
-        super().load_own_state(state)
+    def load_resume_state(self, state: dict[str, Any]) -> None:
+        super().load_resume_state(state)
         if self.ref_policy is not None and "ref_model" in state:
             self.ref_policy.model.load_state_dict(state["ref_model"])
 
@@ -177,9 +177,9 @@ class ReferencedTrainer(BaseTrainer):
         reference.to(home)
         return rows
 
-    def _ready(self, dataset: Any) -> Any:
+    def _tokenised_rows(self, dataset: Any) -> Any:
         """Rows for an evaluation, with the reference's sums where no copy of it is kept."""
-        rows = super()._ready(dataset)
+        rows = super()._tokenised_rows(dataset)
         if isinstance(rows, dict) or self.stored_as is None or not isinstance(rows, Dataset):
             return rows
         if set(self.ref_columns) <= set(rows.column_names):

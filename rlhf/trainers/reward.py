@@ -173,9 +173,9 @@ class RewardTrainer(BaseTrainer):
         rewards = model(batch).view(-1, 2)
         return rewards, torch.zeros_like(rewards[:, 0], dtype=torch.int64)
 
-    def values(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
+    def reduce_metrics(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
         bins = [pair for name, pair in sums.items() if name.startswith("bin/")]
-        values = super().values({name: pair for name, pair in sums.items() if not name.startswith("bin/")})
+        values = super().reduce_metrics({name: pair for name, pair in sums.items() if not name.startswith("bin/")})
         variance = values.pop("squared_reward") - values["mean_reward"] ** 2
         values["std_reward"] = math.sqrt(max(variance, 0.0))
         if bins:

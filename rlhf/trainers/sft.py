@@ -81,7 +81,7 @@ class TextTrainer(BaseTrainer):
     """A trainer on the scored tokens of text, conversations, or prompts with completions."""
 
     config_class: ClassVar[type[BaseConfig]] = TextConfig
-    exponentials: ClassVar[frozenset[str]] = frozenset({"perplexity"})
+    exp_metrics: ClassVar[frozenset[str]] = frozenset({"perplexity"})
 
     def tokenize(
         self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int
