@@ -1,4 +1,4 @@
-"""Formulas in the docs are formulas where they are shown: Markdown cuts some before TeX sees them."""
+"""The pages are whole: formulas reach TeX as they are meant, and links lead to files that exist."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
+DOCS = [*(ROOT / page for page in PAGES), *sorted((ROOT / "docs").rglob("*.md"))]
 COMMANDS = {
     "Big", "Delta", "Vert", "alpha", "bar", "beta", "cdot", "cos", "cosh", "delta", "ell", "epsilon", "exp",
     "frac", "gamma", "ge", "hat", "in", "int", "lVert", "lambda", "le", "left", "log", "mathbb", "mathrm", "max",
@@ -51,3 +52,39 @@ def test_a_broken_one_is_seen():
     page = "| $\\mathrm{KL}(p\\,\\\\vert \\,q)$ |\n| $a|b$ | $\\frac{1}{2$ |\n\n$x^2$ and `$HOME$`\n"
     assert [fault(*found) for found in formulas(page)] == ["a line break", "a cell ends at |", "braces", None]
     assert sum(1 for _ in formulas((ROOT / "docs/losses.md").read_text())) > 80
+
+
+def links(text):
+    """Of a page: (text, target) of each link, code blocks left out."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.findall(r"\[([^\[\]]*)\]\(([^)\s]+)\)", text)
+
+
+def heading_anchors(page):
+    """The anchors that a Markdown viewer makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken(page, target):
+    """Why a link of a page leads nowhere; None when it leads somewhere."""
+    if re.match(r"https?://|mailto:", target):
+        return None
+    path, _, anchor = target.partition("#")
+    file = (page.parent / path).resolve() if path else page
+    if not file.exists():
+        return f"{target}: no such file"
+    if anchor and file.suffix == ".md" and anchor not in heading_anchors(file):
+        return f"{target}: no such heading"
+    return None
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    assert [why for _, target in links(page.read_text()) if (why := broken(page, target))] == []
+
+
+def test_a_link_to_nowhere_is_seen():
+    page = ROOT / "README.md"
+    assert broken(page, "docs/nothing.md") and broken(page, "docs/data.md#nothing")
+    assert broken(page, "docs/data.md") is None and len(links(page.read_text())) > 15
