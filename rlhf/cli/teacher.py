@@ -43,7 +43,6 @@ class TeacherArguments(RowArguments):
     k: int = field(
         default=32, metadata={"help": "Likeliest tokens kept of each scored token; 0 samples whole answers instead."}
     )
-    samples: int = field(default=0, metadata={"help": "Tokens sampled at each scored token, besides."})
     temperature: float = field(default=1.0, metadata={"help": "Divides the teacher's logits; training uses the same."})
     top_p: float = field(default=1.0, metadata={"help": "Of whole answers (k 0): the likeliest tokens of this mass."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer (k 0)."})
@@ -53,7 +52,7 @@ class TeacherArguments(RowArguments):
     tokens_per_batch: int = field(default=4096, metadata={"help": "Tokens of a forward pass."})
 
     def __post_init__(self) -> None:
-        for name, least in (("k", 0), ("samples", 0), ("max_new_tokens", 1), ("tokens_per_batch", 1), ("seed", 0)):
+        for name, least in (("k", 0), ("max_new_tokens", 1), ("tokens_per_batch", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 < self.temperature < float("inf"):
@@ -77,7 +76,7 @@ def run(argv: list[str]) -> None:
     model = load_model(model_args.model_name_or_path, **model_args.load_kwargs(model_args.trust_remote_code))
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     vocabulary = vocabulary_size(model)
-    key = {"teacher": reference_fingerprint(model, "no"), **tokenizer_key(tokenizer), "k": args.k, "seed": args.seed}
+    key = {"teacher": reference_fingerprint(model, "no"), **tokenizer_key(tokenizer), "k": args.k}
     key["temperature"] = args.temperature
     about = {"about": {"model": model_args.model_name_or_path, "dataset": args.dataset_name}}
     if args.k == 0:
@@ -89,7 +88,7 @@ def run(argv: list[str]) -> None:
     )  # fmt: skip
     if args.k > vocabulary:
         raise ValueError(f"--k {args.k} is more than the teacher's vocabulary of {vocabulary}")
-    key |= {"samples": args.samples, "vocabulary": vocabulary}
+    key |= {"vocabulary": vocabulary}
     if _goes_on(folder, {**key, **data_key(rows)}, args.overwrite):
         file = TeacherFile(folder, writable=True)
     else:
@@ -115,7 +114,7 @@ def _answers(
         rows, tokenizer, max_prompt_length=args.max_length - args.max_new_tokens, vocab_size=vocabulary,
         drop_long_prompts=args.drop_long_prompts, reading=args.reading(),
     )  # fmt: skip
-    key |= {"top_p": args.top_p, "max_new_tokens": args.max_new_tokens}
+    key |= {"top_p": args.top_p, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
     key |= {"data": hash_of_tokens(rows, ("prompt_ids",)), "rows": len(rows)}
     if not _goes_on(folder, key, args.overwrite):
         folder.mkdir(parents=True, exist_ok=True)

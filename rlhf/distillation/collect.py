@@ -8,7 +8,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -31,8 +30,8 @@ PROMPTS = 16  # answered at a time
 def keep_top_k(model: Any, rows: Dataset, file: TeacherFile, *, tokens_per_batch: int, layout: str = "auto") -> None:
     """Write into ``file`` what it does not hold yet: one forward pass over ``rows``.
 
-    Batches are planned over all rows, whatever is there already, and a row's samples are drawn from a stream of its
-    own: an interrupted pass that goes on gives the same bytes as one that was not.
+    Batches are planned over all rows, whatever is there already: an interrupted pass that goes on gives the same bytes
+    as one that was not.
 
     Args:
         model: the teacher, a causal LM; its dropout is switched off.
@@ -57,15 +56,11 @@ def keep_top_k(model: Any, rows: Dataset, file: TeacherFile, *, tokens_per_batch
             if not todo:
                 continue
             batch = collate([rows[row] for row in planned]).to(device)
-            uniforms = None
-            if key["samples"]:
-                uniforms = torch.from_numpy(np.concatenate([_uniforms(file, row) for row in planned])).to(device)
             kept = model_top_k(
                 model,
                 batch.targets,
                 key["k"],
                 temperature=key["temperature"],
-                uniforms=uniforms,
                 **inputs_of(model, batch),
             )
             file.write(planned, kept)
@@ -83,11 +78,6 @@ def batches(lengths: np.ndarray, capacity: int) -> Iterator[list[int]]:
         batch.append(row)
     if batch:
         yield batch
-
-
-def _uniforms(file: TeacherFile, row: int) -> np.ndarray:
-    tokens = int(file.offsets[row + 1] - file.offsets[row])
-    return np.random.default_rng([file.key["seed"], row]).random((tokens, file.key["samples"]))
 
 
 def sample_completions(

@@ -4,10 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from rlhf.distillation.cross_tokenizer import check_options
-from rlhf.distillation.matching import DISTANCES, Weights
+from rlhf.distillation.matching import DISTANCES, MatchingWeights
 from rlhf.logprobs import Divergence
 from rlhf.logprobs.topk import Estimate
-from rlhf.logprobs.versions import activation_checkpointing
 from rlhf.losses import DIVERGENCES
 from rlhf.rollouts import Sampling
 from rlhf.rollouts.arguments import GenerationArguments, old_name
@@ -73,9 +72,6 @@ class DistillConfig(GenerationArguments, TextConfig):
     hidden_state_distance: str = field(
         default="squared", metadata={"help": "Mean square of the difference, or 1 - cosine.", "choices": [*DISTANCES]}
     )
-    attention_weight: float = field(
-        default=0.0, metadata={"help": "Weight of KL(teacher, student) of attention; both with eager attention."}
-    )
     disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout; the teacher never has any."})
     # A teacher elsewhere
     teacher_server_url: str | None = field(default=None, metadata={"help": "The teacher is there (vLLM), not here."})
@@ -103,6 +99,10 @@ class DistillConfig(GenerationArguments, TextConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._take_over_names()
+        if self.teacher_estimate not in get_args(Estimate):
+            raise ValueError(
+                f"teacher_estimate must be {' or '.join(get_args(Estimate))}, got {self.teacher_estimate!r}"
+            )
         if self.teacher_file is not None and self.teacher_model_name_or_path is not None:
             raise ValueError("teacher_file stands for a teacher: leave teacher_model_name_or_path out, or the file")
         if self.teacher_server_url is not None:
@@ -136,8 +136,6 @@ class DistillConfig(GenerationArguments, TextConfig):
             raise ValueError(f"a server reports log-probs at temperature 1 alone, not {self.temperature}")
         if self.teacher_top_k < 1:
             raise ValueError(f"teacher_top_k must be at least 1, got {self.teacher_top_k}")
-        if self.teacher_estimate == "sample":
-            raise ValueError("a server gives no samples of the teacher's: teacher_estimate tail or truncate")
 
     def _check_on_policy(self) -> None:
         if not 0 <= self.lmbda <= 1:
@@ -174,25 +172,19 @@ class DistillConfig(GenerationArguments, TextConfig):
         return Sampling(**self.generation_options() | own)
 
     def _check_matching(self) -> None:
-        inside = self.matching()
-        if not (inside.hidden_states or inside.attention):
+        if not self.matching().hidden_states:
             return
         if self.teacher_file is not None or self.teacher_server_url is not None:
             raise ValueError(
-                "teacher_file and teacher_server_url hold neither hidden states nor attention: leave "
-                "hidden_state_weight and attention_weight out, or name the teacher (--teacher_model_name_or_path)"
+                "teacher_file and teacher_server_url hold no hidden states: leave hidden_state_weight out, or name the "
+                "teacher (--teacher_model_name_or_path)"
             )
         if self.reverse_kl_reward:
-            raise ValueError("reverse_kl_reward is the whole loss: leave hidden_state_weight and attention_weight out")
-        checkpointing = activation_checkpointing(self)[1]
-        if inside.attention and checkpointing.get("use_reentrant"):
-            raise ValueError("attention_weight has no gradient through checkpoints with use_reentrant: turn it off")
-        if inside.attention and not self.disable_dropout:
-            raise ValueError("attention_weight compares attention without dropout: leave disable_dropout on")
+            raise ValueError("reverse_kl_reward is the whole loss: leave hidden_state_weight out")
 
-    def matching(self) -> Weights:
+    def matching(self) -> MatchingWeights:
         """The terms beside the divergence; raises for what is out of range."""
-        return Weights(self.hidden_state_weight, self.attention_weight, self.hidden_state_distance)
+        return MatchingWeights(self.hidden_state_weight, self.hidden_state_distance)
 
     def loss(self) -> Divergence:
         """The loss of a token; raises for what does not fit together."""

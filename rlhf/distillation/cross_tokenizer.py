@@ -32,9 +32,10 @@ def check_options(args: "DistillConfig") -> None:
             raise ValueError(f"align {args.align} needs the teacher itself, not {name}: teacher_model_name_or_path")
     if args.lmbda:
         raise ValueError(f"align {args.align} reads the text of rows, and lmbda would give ids: leave one of them out")
-    for name in ("hidden_state_weight", "attention_weight"):
-        if getattr(args, name):
-            raise ValueError(f"{name} compares token by token, and align {args.align} has no such pairs: leave it out")
+    if args.hidden_state_weight:
+        raise ValueError(
+            f"hidden_state_weight compares token by token, and align {args.align} has no such pairs: leave it out"
+        )
     names = ("divergence", "beta", "alpha", "reverse", "scale_by_temperature", "teacher_estimate")
     defaults = {field.name: field.default for field in fields(args)}
     if given := [name for name in names if getattr(args, name) != defaults[name]]:

@@ -1,15 +1,16 @@
 """What a teacher said of a data set, kept on disk: memory-mapped, written row by row, and sure of what it belongs to.
 
 A folder with ``teacher.json``, the key of everything that determines the rest, and flat arrays over all scored tokens,
-row after row: ``ids.npy`` [N, k], ``logps.npy`` [N, k + 1] (the last column is the log of the mass of all other tokens)
-and, where samples were drawn, ``samples.npy`` [N, m]. ``offsets.npy`` [rows + 1] says where each row's tokens begin,
-``done.npy`` [rows] which rows are there. With k = 32 and a vocabulary of at most 65,536 a token takes 130 bytes.
+row after row: ``ids.npy`` [N, k] and ``logps.npy`` [N, k + 1] (the last column is the log of the mass of all other
+tokens). ``offsets.npy`` [rows + 1] says where each row's tokens begin, ``done.npy`` [rows] which rows are there.
+With k = 32 and a vocabulary of at most 65,536 a token takes 130 bytes.
 
 Log-probs are float16. Rounding moves a log-prob by at most 1/2048 of itself, and likely tokens have small ones; read
 back, the k + 1 outcomes are normalised again. `docs/teacher-cache.md` says what that costs.
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from rlhf.data.batching import IGNORE, TEACHER_ROW
 from rlhf.data.packing import hash_of_tokens
 from rlhf.data.vocabulary import tokenizer_rules
 from rlhf.logprobs import TopK
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it when what is stored, or how it is computed, changes
 HEADER = "teacher.json"
@@ -81,14 +84,15 @@ class TeacherFile:
         self.key = read_key(self.folder)
         if self.key["k"] == 0:
             raise ValueError(f"{folder}: holds completions, not log-probs (--k 0): train on them with `rlhf sft`")
-        k, m, rows, tokens = (self.key[name] for name in ("k", "samples", "rows", "tokens"))
+        k, rows, tokens = (self.key[name] for name in ("k", "rows", "tokens"))
         mode: Literal["r", "r+"] = "r+" if writable else "r"
         narrow = _narrow(self.key["vocabulary"])
         self.offsets = self._open("offsets", (rows + 1,), np.dtype(np.int64), mode)
         self.done = self._open("done", (rows,), np.dtype(np.uint8), mode)
         self.ids = self._open("ids", (tokens, k), narrow, mode)
         self.logps = self._open("logps", (tokens, k + 1), np.dtype(self.key["dtype"]), mode)
-        self.samples = self._open("samples", (tokens, m), narrow, mode) if m else None
+        if self.key.get("samples"):
+            logger.warning("%s: samples.npy is no longer read: delete it", folder)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TeacherFile, (self.folder,)  # for a worker that is spawned: not the arrays, but where they are
@@ -126,9 +130,7 @@ class TeacherFile:
         places = self._places(rows)
         self.ids[places] = kept.ids.cpu().numpy()
         self.logps[places] = torch.cat([kept.logps, kept.rest[:, None]], 1).cpu().numpy()
-        if self.samples is not None and kept.samples is not None:
-            self.samples[places] = kept.samples.cpu().numpy()
-        for array in (self.ids, self.logps, self.samples):
+        for array in (self.ids, self.logps):
             if isinstance(array, np.memmap):
                 array.flush()
         self.done[list(rows)] = 1  # after what it speaks of
@@ -142,8 +144,7 @@ class TeacherFile:
         places = self._places(rows)
         logps = torch.from_numpy(self.logps[places].astype(np.float32)).log_softmax(-1)
         ids = torch.from_numpy(self.ids[places].astype(np.int64))
-        samples = None if self.samples is None else torch.from_numpy(self.samples[places].astype(np.int64))
-        return TopK(ids, logps[:, :-1].contiguous(), logps[:, -1].contiguous(), samples)
+        return TopK(ids, logps[:, :-1].contiguous(), logps[:, -1].contiguous())
 
     def _places(self, rows: Iterable[int]) -> np.ndarray:
         return np.concatenate([np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows])
@@ -184,7 +185,7 @@ def write_key(folder: Path, key: Key) -> None:
 
 
 def create_teacher_file(folder: str | Path, rows: Dataset, key: Key) -> TeacherFile:
-    """An empty folder for tokenised rows; ``key`` names teacher, tokenizer, template, k, samples, vocabulary, …"""
+    """An empty folder for tokenised rows; ``key`` names teacher, tokenizer, template, k, vocabulary, …"""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     key = {**key, **data_key(rows), "dtype": "float16"}
@@ -194,8 +195,6 @@ def create_teacher_file(folder: str | Path, rows: Dataset, key: Key) -> TeacherF
     open_memmap(folder / "done.npy", mode="w+", dtype=np.uint8, shape=(len(rows),))
     open_memmap(folder / "ids.npy", mode="w+", dtype=narrow, shape=(tokens, key["k"]))
     open_memmap(folder / "logps.npy", mode="w+", dtype=np.float16, shape=(tokens, key["k"] + 1))
-    if key["samples"]:
-        open_memmap(folder / "samples.npy", mode="w+", dtype=narrow, shape=(tokens, key["samples"]))
     write_key(folder, key)  # last: what has a header is whole
     return TeacherFile(folder, writable=True)
 

@@ -55,7 +55,7 @@ class DistillTrainer(TextTrainer):
         (share of tokens for which both find the same token likeliest); ``perplexity`` and ``teacher_perplexity`` of
         the same tokens; ``num_tokens``, ``grad_norm``, ``learning_rate``. All but the last three in evaluation too.
         From a file or a server: ``divergence``, as it is estimated, and ``perplexity``. With a weight of its own
-        ``hidden_state_loss`` and ``attention_loss``, before the weight, per token. With ``args.align``: ``uld`` or
+        ``hidden_state_loss``, before the weight, per token. With ``args.align``: ``uld`` or
         ``span``, its mean over pairs of tokens or spans; ``aligned``, the share of scored tokens in one; both
         perplexities, the teacher's of its own tokens (of those in a pair). With
         ``args.lmbda``: ``own_answers``, the share of rows; ``completions/mean_length``, ``completions/clipped_ratio``,
@@ -144,7 +144,7 @@ class DistillTrainer(TextTrainer):
 
     def _match(self, teacher: Policy) -> None:
         """Compare what is inside the student with what is inside ``teacher``, if the configuration says so."""
-        if not (self.args.hidden_state_weight or self.args.attention_weight):
+        if not self.args.hidden_state_weight:
             return
         self.model.match(teacher.without_adapter, self.args.matching(), self.args.seed)
         if len(self.model.projections) and self.optimizer is not None:
@@ -164,8 +164,6 @@ class DistillTrainer(TextTrainer):
                 f"{folder}: kept at temperature {kept}, and training is at {self.args.temperature}: pass --temperature "
                 f"{kept}, or write the folder again (the mass of the rest is known at no other)"
             )
-        if self.args.teacher_estimate == "sample" and file.samples is None:
-            raise ValueError(f"{folder}: holds no samples of the teacher: write it again with rlhf teacher --samples 8")
         if isinstance(rows, Packed):
             rows.rows = marked
         else:
@@ -267,10 +265,9 @@ class DistillTrainer(TextTrainer):
         if batch.teacher_logps is not None:
             metrics["teacher_perplexity"] = -targets.sum(batch.teacher_logps)
         loss = targets.sum(self.divergence.loss(beside.divergence, logps))
-        if beside.matched is not None:
-            matched = {name: targets.sum(values) for name, values in beside.matched.items()}
-            metrics |= matched
-            loss = loss + self.args.matching().sum(matched)
+        if beside.hidden_states is not None:
+            metrics["hidden_state_loss"] = targets.sum(beside.hidden_states)
+            loss = loss + self.args.hidden_state_weight * metrics["hidden_state_loss"]
         return Measures(loss, tokens, {name: (value, tokens) for name, value in metrics.items()}, scores.loss)
 
     def _rewarded(self, model: nn.Module, batch: Batch) -> Measures:

@@ -35,14 +35,15 @@ class Comparison(NamedTuple):
 
     ``divergence`` is the one asked for, at its temperature; ``kl`` is KL(teacher, student) at temperature 1, whatever
     was asked for; ``logps`` are the teacher's, of the token; ``agrees``: both find the same token likeliest. These
-    three are None where only a part of the teacher's predictions was kept. ``matched``: further losses, by name.
+    three are None where only a part of the teacher's predictions was kept. ``hidden_states`` is the distance of
+    matched layers, where it was asked for.
     """
 
     divergence: Tensor
     kl: Tensor | None = None
     logps: Tensor | None = None
     agrees: Tensor | None = None
-    matched: dict[str, Tensor] | None = None
+    hidden_states: Tensor | None = None
 
 
 class Scores(NamedTuple):

@@ -20,10 +20,10 @@ from rlhf.logprobs.bridge import own_logits, without_adapter
 from rlhf.logprobs.chunks import Step, Walk, learning, plan, sum_over_chunks
 from rlhf.logprobs.head import Head, backbone_of, read_head, verified_settings
 from rlhf.logprobs.targets import Targets
-from rlhf.losses import sampled_distillation_loss, top_k_jsd
+from rlhf.losses import top_k_jsd
 from rlhf.losses._top_k import between, outcomes
 
-Estimate = Literal["tail", "truncate", "sample"]
+Estimate = Literal["tail", "truncate"]
 
 
 class TopK(NamedTuple):
@@ -33,13 +33,11 @@ class TopK(NamedTuple):
         ids: int64 [N, k], its likeliest tokens, the likeliest first.
         logps: [N, k], their log-probs over the whole vocabulary, nats.
         rest: [N], log of the mass of all other tokens; without meaning at k = V.
-        samples: int64 [N, m], tokens drawn from it with replacement; None where none were.
     """
 
     ids: Tensor
     logps: Tensor
     rest: Tensor
-    samples: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TopK":
         return self._each(lambda x: x.to(device, non_blocking=non_blocking))
@@ -48,8 +46,7 @@ class TopK(NamedTuple):
         return self._each(lambda x: x[chunk])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "TopK":
-        samples = None if self.samples is None else change(self.samples)
-        return TopK(change(self.ids), change(self.logps), change(self.rest), samples)
+        return TopK(change(self.ids), change(self.logps), change(self.rest))
 
 
 class TopKScores(NamedTuple):
@@ -95,15 +92,15 @@ def top_k_divergence(
             at. The hard labels are scored at temperature 1.
         teacher: of the same N tokens, in the order of ``targets``.
         estimate: ``"tail"`` over k + 1 outcomes, the last of them "any other token"; ``"truncate"`` over the k,
-            renormalised on both sides; ``"sample"`` the cross-entropy on the teacher's samples.
-        beta: 0 is the forward KL(p, q), 1 the reverse KL(q, p), between them the generalised JSD; 0 for samples.
+            renormalised on both sides.
+        beta: 0 is the forward KL(p, q), 1 the reverse KL(q, p), between them the generalised JSD.
         soft, hard: weights s and h. Against the fall of gradients with the temperature, s takes a factor T².
         chunk_size: rows of logits at a time, as in :func:`rlhf.logprobs.score`.
     Returns:
         The sum with its gradient, the divergence before its weight, and the log-probs of the targets.
     Raises:
-        ValueError: sizes do not fit, an id lies outside the student's vocabulary (checked on CPU), beta outside [0, 1],
-            or samples asked for that are not there or with a beta other than 0.
+        ValueError: sizes do not fit, an id lies outside the student's vocabulary (checked on CPU), or beta outside
+            [0, 1].
 
     Source: arXiv 2503.16870 for the sparse estimates; the gradient above is our own.
     """
@@ -144,11 +141,8 @@ def model_top_k_divergence(
     logits, row = own_logits(model, targets, temperature, inputs)
     _check(targets, teacher, terms, logits.size(1))
     z = logits[row]
-    if terms.estimate == "sample":
-        divergence = sampled_distillation_loss(z, teacher.samples, reduction="none")
-    else:
-        kept = (teacher.logps.to(z.dtype), teacher.ids, beta, 1.0, teacher.rest.to(z.dtype))
-        divergence = top_k_jsd(z, *kept, tail=estimate == "tail", reduction="none")
+    kept = (teacher.logps.to(z.dtype), teacher.ids, beta, 1.0, teacher.rest.to(z.dtype))
+    divergence = top_k_jsd(z, *kept, tail=estimate == "tail", reduction="none")
     logps = (z * temperature).log_softmax(-1).gather(1, targets.token[:, None]).squeeze(1)
     return TopKScores((soft * divergence - hard * logps).sum(), divergence.detach(), logps.detach())
 
@@ -156,14 +150,11 @@ def model_top_k_divergence(
 def _check(targets: Targets, teacher: TopK, terms: _Terms, vocabulary: int) -> None:
     if not 0 <= terms.beta <= 1:
         raise ValueError(f"beta must be in [0, 1], got {terms.beta}")
-    if terms.estimate not in ("tail", "truncate", "sample"):
-        raise ValueError(f'estimate must be "tail", "truncate" or "sample", got {terms.estimate!r}')
-    if terms.estimate == "sample" and (teacher.samples is None or terms.beta != 0):
-        why = "the teacher's samples were not kept" if teacher.samples is None else f"got beta {terms.beta}"
-        raise ValueError(f'estimate "sample" is of the forward KL (beta 0), from samples of the teacher: {why}')
-    ids = teacher.samples if terms.estimate == "sample" else teacher.ids
-    if ids is None or len(ids) != len(targets) or not ids.size(1):
-        seen = None if ids is None else tuple(ids.shape)
+    if terms.estimate not in ("tail", "truncate"):
+        raise ValueError(f'estimate must be "tail" or "truncate", got {terms.estimate!r}')
+    ids = teacher.ids
+    if len(ids) != len(targets) or not ids.size(1):
+        seen = tuple(ids.shape)
         raise ValueError(f"{len(targets)} tokens are scored, but the teacher's ids are {seen}: expected a row for each")
     if ids.device.type == "cpu" and len(ids):
         for what, found in (("teacher id", ids), ("target token", targets.token)):
@@ -196,8 +187,7 @@ def _chunk(
     y = token[:, None]
     hot = dense if temperature == 1 else (dense * temperature).log_softmax(1)  # the hard labels' distribution
     logps = hot.gather(1, y).squeeze(1)
-    ids = teacher.ids if terms.estimate != "sample" else teacher.samples
-    assert ids is not None
+    ids = teacher.ids
     own = dense.gather(1, ids)
     q = torch.exp(dense, out=dense)
     rest = None
@@ -225,8 +215,6 @@ def _slopes(
     own: Tensor, rest: Tensor | None, teacher: TopK, terms: _Terms, vocabulary: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Divergence [c]; ``soft`` times its slopes in the log-probs of the ids [c, n] and in that of the rest [c]."""
-    if terms.estimate == "sample":
-        return -own.mean(1), torch.full_like(own, -terms.soft / own.size(1)), None
     p, p_rest = teacher.logps.to(own.dtype), teacher.rest.to(own.dtype)
     with torch.enable_grad():
         own = own.detach().requires_grad_()
@@ -245,7 +233,6 @@ def top_k(
     targets: Targets,
     k: int,
     *,
-    uniforms: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> TopK:
     """What is to be kept of a teacher: its ``k`` likeliest tokens at each target, and the mass of the others.
@@ -254,7 +241,6 @@ def top_k(
         hidden, head, targets, chunk_size: the teacher's, as in :func:`rlhf.logprobs.score`; one product, no gradient.
             The head's temperature divides its logits.
         k: in [1, V].
-        uniforms: float64 [N, m] in [0, 1); each draws one sample, by the inverse of the distribution function.
     Raises:
         ValueError: k outside its range.
     """
@@ -264,9 +250,9 @@ def top_k(
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
         walk = Walk(rows, head, _size(rows, head, chunk_size))
         for chunk in walk.chunks():
-            parts.append(_keep(walk.log_probs(chunk)[0], k, None if uniforms is None else uniforms[chunk]))
-    ids, logps, rest, samples = zip(*parts, strict=True)
-    return TopK(torch.cat(ids), torch.cat(logps), torch.cat(rest), None if uniforms is None else torch.cat(samples))
+            parts.append(_keep(walk.log_probs(chunk)[0], k))
+    ids, logps, rest = zip(*parts, strict=True)
+    return TopK(torch.cat(ids), torch.cat(logps), torch.cat(rest))
 
 
 def model_top_k(
@@ -275,7 +261,6 @@ def model_top_k(
     k: int,
     *,
     temperature: float = 1.0,
-    uniforms: Tensor | None = None,
     **inputs: Any,
 ) -> TopK:
     """:func:`top_k` of a causal LM, whatever its head; ``inputs`` are what its forward takes."""
@@ -284,10 +269,10 @@ def model_top_k(
     with torch.no_grad():
         if settings is not None:
             hidden = backbone_of(model)(**inputs, use_cache=False)[0]
-            return top_k(hidden, read_head(model, settings, temperature), targets, k, uniforms=uniforms)
+            return top_k(hidden, read_head(model, settings, temperature), targets, k)
         logits, row = own_logits(model, targets, temperature, inputs)
         _check_k(k, logits.size(1))
-        return _keep(logits.log_softmax(-1)[row], k, uniforms)
+        return _keep(logits.log_softmax(-1)[row], k)
 
 
 def _check_k(k: int, vocabulary: int) -> None:
@@ -295,14 +280,9 @@ def _check_k(k: int, vocabulary: int) -> None:
         raise ValueError(f"k must be in [1, {vocabulary}], the teacher's vocabulary; got {k}")
 
 
-def _keep(dense: Tensor, k: int, uniforms: Tensor | None) -> TopK:
+def _keep(dense: Tensor, k: int) -> TopK:
     """Of log-probs [c, V], which are written over."""
     logps, ids = dense.topk(k, dim=1)
     p = dense.exp_()
-    samples = None
-    if uniforms is not None:
-        reached = p.cumsum(1, dtype=torch.float64)
-        drawn = uniforms.to(p.device) * reached[:, -1:]  # which rounding leaves beside 1
-        samples = torch.searchsorted(reached, drawn, right=True).clamp_(max=p.size(1) - 1)
     rest = p.scatter_(1, ids, 0.0).sum(1).clamp_(min=torch.finfo(p.dtype).tiny)
-    return TopK(ids, logps, rest.log(), samples)
+    return TopK(ids, logps, rest.log())

@@ -404,7 +404,10 @@ def test_answers_with_more_around_them(student, teacher, want):
         (dict(align="uld", teacher_server_url="http://x", teacher_server_model="x"), "itself, not teacher_server_url"),
         (dict(align="uld", hidden_state_weight=1.0), "hidden_state_weight compares token by token"),
         (dict(align="spans", lmbda=0.5), "align spans reads the text of rows, and lmbda would give ids"),
-        (dict(align="uld", beta=0.5, teacher_estimate="sample"), "a loss of its own: leave beta, teacher_estimate out"),
+        (
+            dict(align="uld", beta=0.5, teacher_estimate="truncate"),
+            "a loss of its own: leave beta, teacher_estimate out",
+        ),
         (dict(align="spans", divergence="kl_divergence", reverse=True), "of its own: leave divergence, reverse out"),
         (dict(align="spans", temperature=0.0), "temperature must be"),
         (dict(align="uld", crossentropy_weight=-1.0), "crossentropy_weight must be at least 0"),

@@ -1,4 +1,4 @@
-"""Hidden states and attention beside a teacher's: row by row from what transformers gives, and what is refused."""
+"""Hidden states compared with a teacher's: row by row from what transformers gives, and what is refused."""
 
 import copy
 
@@ -15,29 +15,26 @@ from rlhf.distillation import copy_layers
 
 RATE = 0.1
 SGD = dict(optim="sgd", learning_rate=RATE, lr_scheduler_type="constant", max_grad_norm=0.0)
-HIDDEN, ATTENTION = dict(hidden_state_weight=0.7), dict(attention_weight=0.7)
+HIDDEN = dict(hidden_state_weight=0.7)
 
 
-def model(name="llama", seed=0, eager=False, **changes):
-    found = tiny_model(name, seed=seed, **changes).double()
-    if eager:
-        found.set_attn_implementation("eager")
-    return found
+def model(name="llama", seed=0, **changes):
+    return tiny_model(name, seed=seed, **changes).double()
 
 
-def narrow(eager=False):
-    return model("llama", hidden_size=16, num_attention_heads=2, num_key_value_heads=1, eager=eager)
+def narrow():
+    return model("llama", hidden_size=16, num_attention_heads=2, num_key_value_heads=1)
 
 
-def deep(seed=1, eager=False):
-    return model("qwen2", seed=seed, num_hidden_layers=3, eager=eager)
+def deep(seed=1):
+    return model("qwen2", seed=seed, num_hidden_layers=3)
 
 
-def pair(kind, eager=False):
+def pair(kind):
     """A student of two layers and a teacher of three."""
     if kind == "gpt2":
-        return model("gpt2", eager=eager), model("gpt2", seed=1, n_layer=3, eager=eager)
-    return narrow(eager) if kind == "narrow" else model(eager=eager), deep(eager=eager)
+        return model("gpt2"), model("gpt2", seed=1, n_layer=3)
+    return narrow() if kind == "narrow" else model(), deep()
 
 
 def lora():
@@ -101,21 +98,6 @@ def naive_hidden(student, teacher, pairs, rows, distance="squared", maps=None):
     return torch.stack(values).mean()
 
 
-def naive_attention(student, teacher, pairs, rows, means):
-    """KL over the keys that a query sees; heads one by one, or their means."""
-    values = []
-    for row in rows:
-        ids = torch.tensor([row["input_ids"]])
-        ours, theirs = (m.eval()(ids, output_attentions=True).attentions for m in (student, teacher))
-        for place in places(row):
-            for i, j in enumerate(pairs):
-                b, a = ours[i][0, :, place, : place + 1], theirs[j][0, :, place, : place + 1].detach()
-                if means:
-                    a, b = a.sum(0, keepdim=True) / len(a), b.sum(0, keepdim=True) / len(b)
-                values.append((a * (a.log() - b.log())).sum() / len(a))
-    return torch.stack(values).mean()
-
-
 def check_step(trainer, student, maps, name, value, of_eval):
     """One step of gradient descent from ``student`` and ``maps`` along 0.7 * ``value``, and what is logged of it."""
     # The norms of Llamas are computed in float32, whatever the model is in.
@@ -160,18 +142,6 @@ def test_hidden_states_by_the_plain_formula(distill, layout, distance, kind):
     check_step(trainer, own, maps, "hidden_state_loss", value, some)
 
 
-@pytest.mark.parametrize("kind", ["as many heads", "narrow", "gpt2"])
-def test_attention_by_the_plain_formula(distill, kind):
-    student, teacher = pair(kind, eager=True)
-    own, taught, means = copy.deepcopy(student), copy.deepcopy(teacher), kind == "narrow"  # two heads and four
-    trainer = distill(student, taught, **ATTENTION, **ONE_STEP)
-    assert len(trainer.model.projections) == 0
-    with torch.no_grad():
-        some = naive_attention(own, teacher, [0, 2], trainer.eval_dataset, means)
-    value = naive_attention(own, teacher, [0, 2], trainer.train_dataset, means)
-    check_step(trainer, own, [], "attention_loss", value, some)
-
-
 def agree(one, other):
     dtype = next(one.model.parameters()).dtype
     for entry, other_entry in zip(logs(one), logs(other), strict=True):
@@ -185,33 +155,27 @@ def agree(one, other):
         close(p, theirs[name], dtype)
 
 
-def both(distill, eager, **changes):
-    student, teacher, terms = narrow(eager), deep(eager=eager), HIDDEN
-    if eager:  # its mask in float64 is -inf for its softmax in float32, and NaN for padding on the left
-        student, teacher, terms = student.float(), teacher.float(), HIDDEN | ATTENTION
-    trainer = distill(student, teacher, **{**SGD, **terms, **changes})
+def both(distill, **changes):
+    trainer = distill(narrow(), deep(), **{**SGD, **HIDDEN, **changes})
     trainer.train()
     return trainer
 
 
-@pytest.mark.parametrize("eager", [True, False])
-def test_no_split_or_layout_changes_a_number(distill, eager):
-    whole = both(distill, eager, per_device_train_batch_size=8)
+def test_no_split_or_layout_changes_a_number(distill):
+    whole = both(distill, per_device_train_batch_size=8)
     assert logs(whole)[-1]["hidden_state_loss"] < logs(whole)[0]["hidden_state_loss"]
-    agree(whole, both(distill, eager, per_device_train_batch_size=1, gradient_accumulation_steps=8))
-    agree(whole, both(distill, eager, collator=Collator(0, padding_side="left")))
-    if not eager:
-        agree(whole, both(distill, eager, layout="rows"))
-    everything = both(distill, eager, per_device_train_batch_size=48)
-    agree(everything, both(distill, eager, tokens_per_batch=100, gradient_accumulation_steps=48))
+    agree(whole, both(distill, per_device_train_batch_size=1, gradient_accumulation_steps=8))
+    agree(whole, both(distill, collator=Collator(0, padding_side="left")))
+    agree(whole, both(distill, layout="rows"))
+    everything = both(distill, per_device_train_batch_size=48)
+    agree(everything, both(distill, tokens_per_batch=100, gradient_accumulation_steps=48))
 
 
-@pytest.mark.parametrize("eager", [True, False])
-def test_activation_checkpointing(distill, eager):
-    agree(both(distill, eager), both(distill, eager, activation_checkpointing=True))
-    if not eager:  # the older way: the layers' outputs are outside of what is computed again
-        again = dict(activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True})
-        agree(both(distill, eager), both(distill, eager, **again))
+def test_activation_checkpointing(distill):
+    agree(both(distill), both(distill, activation_checkpointing=True))
+    # the older way: the layers' outputs are outside of what is computed again
+    again = dict(activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True})
+    agree(both(distill), both(distill, **again))
 
 
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(distill):
@@ -224,12 +188,10 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(distill):
     assert all(torch.equal(p, before[name]) for name, p in weights(trainer).items())
 
 
-@pytest.mark.parametrize("eager", [True, False])
-def test_the_trunk_is_the_teacher_that_a_copy_is(distill, eager):
-    terms = HIDDEN | ATTENTION if eager else HIDDEN
+def test_the_trunk_is_the_teacher_that_a_copy_is(distill):
     own, copied = (
-        distill(model(eager=eager), teacher, peft_config=lora(), crossentropy_weight=1.0, **SGD, **terms)
-        for teacher in (None, model(eager=eager))
+        distill(model(), teacher, peft_config=lora(), crossentropy_weight=1.0, **SGD, **HIDDEN)
+        for teacher in (None, model())
     )
     own.train(), copied.train()
     assert logs(own)[0]["hidden_state_loss"] == 0 and logs(own)[-1]["hidden_state_loss"] > 1e-6
@@ -282,19 +244,9 @@ def test_the_saved_model_has_no_projections(distill, tmp_path):
     ("options", "message"),
     [
         (dict(hidden_state_weight=-1.0), "hidden_state_weight must be at least 0, got -1.0"),
-        (dict(attention_weight=float("nan")), "attention_weight must be at least 0, got nan"),
+        (dict(hidden_state_weight=float("nan")), "hidden_state_weight must be at least 0, got nan"),
         (dict(hidden_state_distance="l1"), "hidden_state_distance must be one of squared, cosine; got 'l1'"),
-        (dict(hidden_state_weight=1.0, teacher_file="x"), "hold neither hidden states nor attention"),
-        (dict(attention_weight=1.0, teacher_file="x"), "hold neither hidden states nor attention"),
-        (dict(attention_weight=1.0, disable_dropout=False), "attention without dropout"),
-        (
-            dict(
-                attention_weight=1.0,
-                activation_checkpointing=True,
-                activation_checkpointing_kwargs={"use_reentrant": True},
-            ),
-            "no gradient through checkpoints with use_reentrant",
-        ),
+        (dict(hidden_state_weight=1.0, teacher_file="x"), "hold no hidden states"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_at_once(tmp_path, options, message):
@@ -303,10 +255,6 @@ def test_options_that_do_not_fit_are_refused_at_once(tmp_path, options, message)
 
 
 def test_what_cannot_be(distill):
-    with pytest.raises(ValueError, match="the student's is sdpa: load both with attn_implementation eager"):
-        distill(model(), deep(eager=True), **ATTENTION)
-    with pytest.raises(ValueError, match="the teacher's is sdpa: load both with attn_implementation eager"):
-        distill(model(eager=True), deep(), **ATTENTION)
     with pytest.raises(ValueError, match="layers must be between 1 and 2, as many as the teacher has; got 3"):
         distill(deep(), model(), **HIDDEN)
     student = narrow()

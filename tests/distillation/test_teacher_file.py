@@ -14,7 +14,7 @@ from rlhf.distillation import TeacherFile, create_teacher_file, open_teacher_fil
 from rlhf.distillation.teacher_file import data_key, scored_tokens, tokenizer_key
 from rlhf.logprobs import TopK
 
-K, M, V = 4, 2, 330
+K, V = 4, 330
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def rows(sft_rows, tokenizer):
 
 @pytest.fixture
 def key(tokenizer):
-    return {"teacher": "t", **tokenizer_key(tokenizer), "k": K, "samples": M, "seed": 0, "temperature": 1.0, "vocabulary": V}  # fmt: skip  # noqa: E501
+    return {"teacher": "t", **tokenizer_key(tokenizer), "k": K, "temperature": 1.0, "vocabulary": V}
 
 
 def said(rows, seed=0, vocabulary=V):
@@ -35,7 +35,7 @@ def said(rows, seed=0, vocabulary=V):
         dense = torch.randn(n, vocabulary, generator=g).mul(3).log_softmax(-1)
         top = dense.topk(K)
         rest = dense.scatter(1, top.indices, -torch.inf).logsumexp(-1)
-        found.append(TopK(top.indices, top.values, rest, torch.randint(vocabulary, (n, M), generator=g)))
+        found.append(TopK(top.indices, top.values, rest))
     return found
 
 
@@ -68,7 +68,6 @@ def test_a_batch_holds_what_was_said_of_its_targets(layout, written, rows, token
         batch = collate([marked[row] for row in chosen]).to("cpu")
         assert len(batch.teacher.ids) == len(batch.targets)
         assert torch.equal(batch.teacher.ids, torch.cat([want[row].ids for row in chosen]))
-        assert torch.equal(batch.teacher.samples, torch.cat([want[row].samples for row in chosen]))
         for got, name in ((batch.teacher.logps, "logps"), (batch.teacher.rest, "rest")):
             exact = torch.cat([getattr(want[row], name) for row in chosen])
             assert ((got - exact).abs() <= exact.abs() / 1000 + 1e-4).all()
@@ -82,12 +81,18 @@ def test_small_where_the_vocabulary_is(written, tmp_path, rows, key):
     tokens = int(scored_tokens(rows).sum())
     sizes = {path.name: path.stat().st_size - 128 for path in written.iterdir()}
     assert sizes["ids.npy"] == tokens * K * 2 and sizes["logps.npy"] == tokens * (K + 1) * 2
-    assert sizes["samples.npy"] == tokens * M * 2
-    wide = create_teacher_file(tmp_path / "wide", rows, {**key, "vocabulary": 70_000, "samples": 0})
-    assert wide.ids.dtype == np.uint32 and wide.samples is None
+    wide = create_teacher_file(tmp_path / "wide", rows, {**key, "vocabulary": 70_000})
+    assert wide.ids.dtype == np.uint32
     for row, kept in enumerate(said(rows, vocabulary=70_000)):
         wide.write([row], kept)
     assert torch.equal(wide.take([7, 1]).ids, torch.cat([said(rows, vocabulary=70_000)[row].ids for row in (7, 1)]))
+
+
+def test_samples_of_an_older_folder_are_not_read(written, rows, tokenizer, caplog):
+    header = json.loads((written / "teacher.json").read_text())
+    (written / "teacher.json").write_text(json.dumps({**header, "samples": 8, "seed": 0}))
+    open_teacher_file(written, rows, tokenizer)
+    assert "samples.npy is no longer read: delete it" in caplog.text
 
 
 def test_a_worker_opens_it_again(written):

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from rlhf.data import Collator
-from rlhf.distillation.matching import MatchingPolicy, Weights
+from rlhf.distillation.matching import MatchingPolicy, MatchingWeights
 from rlhf.logprobs import Divergence
 from rlhf.models import Policy, RewardModel, add_scalar_head
 
@@ -52,7 +52,7 @@ def main() -> None:
     teacher = Policy(tiny_model("qwen2", seed=1, num_hidden_layers=3)).requires_grad_(False)
     whole, sharded = (MatchingPolicy(tiny_model(hidden_size=16)) for _ in range(2))
     for model in (whole, sharded):
-        model.match(teacher.model, Weights(hidden_states=1.0), seed=0)
+        model.match(teacher.model, MatchingWeights(hidden_states=1.0), seed=0)
     for layer in sharded.model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
