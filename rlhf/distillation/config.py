@@ -82,9 +82,9 @@ class DistillConfig(GenerationArguments, TextConfig):
         default=0.0, metadata={"help": "Share of the rows that the student answers itself (GKD); 0 is offline."}
     )
     max_completion_length: int = field(default=256, metadata={"help": "Longest such answer in tokens."})
-    max_new_tokens: int | None = old_name("max_completion_length.")
-    seq_kd: bool | None = old_name("not offered: `rlhf teacher` writes the teacher's answers, which sft learns.")
-    teacher_model_revision: str | None = old_name("revision, in teacher_model_init_kwargs.")
+    max_new_tokens: int | None = old_name("max_completion_length")
+    seq_kd: bool | None = old_name("not offered: `rlhf teacher` writes the teacher's answers, which sft learns")
+    teacher_model_revision: str | None = old_name("revision, in teacher_model_init_kwargs")
     sampling_temperature: float = field(default=1.0, metadata={"help": "Of such answers."})
     reverse_kl_reward: bool = field(
         default=False,

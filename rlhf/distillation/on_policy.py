@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from rlhf.data.batching import IGNORE
 from rlhf.rollouts import Completion, RolloutEngine
-from rlhf.rollouts.policy_sampler import PolicySampler
+from rlhf.rollouts.policy_sampler import PolicySampler, make_engine
 
 Row = dict[str, Any]
 NUMBER, START = "row_number", "answer_start"  # columns: which row, and where the answer that is left out begins
@@ -60,12 +60,16 @@ class OwnAnswers:
     Args:
         trainer: the :class:`DistillTrainer`. engine: who samples; by default this process, or the configured server.
     Raises:
-        ValueError: as :class:`PolicySampler`.
+        ValueError: as :func:`make_engine`.
     """
 
     def __init__(self, trainer: Any, engine: RolloutEngine | None = None) -> None:
         self.trainer = trainer
-        self.sampler = PolicySampler(trainer, engine, reads_logps=False)
+        if engine is None:
+            engine = make_engine(
+                trainer.args, trainer.policy, trainer.processing_class, trainer.accelerator, reads_logps=False
+            )
+        self.sampler = PolicySampler(engine, trainer.accelerator)
 
     def __call__(self, micro: Sequence[Sequence[Row]]) -> list[list[Row]]:
         """The micro-batches of an optimizer step, answered by the student as it is before that step."""
@@ -76,7 +80,7 @@ class OwnAnswers:
         numbers = [row[NUMBER] for row in asked]
         seed = int(np.random.SeedSequence((args.seed, step)).generate_state(1)[0])
         began = time.perf_counter()
-        with self.sampler.awake(trainer.policy) as engine:
+        with self.sampler.synced_engine(trainer.policy, trainer.model_wrapped, step) as engine:
             groups = engine.generate(prompts, 1, args.sampling(), seed, numbers) if prompts else []
         self._report([answer for (answer,) in groups], sum(map(len, micro)), time.perf_counter() - began)
         known = trainer.divergence.vocab_size

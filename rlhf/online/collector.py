@@ -16,7 +16,7 @@ from rlhf.models import Policy, vocabulary_size
 from rlhf.online.prompts import Prompts
 from rlhf.online.samples import Sample, varied_groups
 from rlhf.rollouts import Environment, RolloutEngine, Sampling, play
-from rlhf.rollouts.policy_sampler import PolicySampler
+from rlhf.rollouts.policy_sampler import PolicySampler, make_engine
 
 
 class Roller:
@@ -42,7 +42,8 @@ class Roller:
         self.environment_factory = environment_factory
         self.rollouts = 0  # made so far
         self.equal_groups = (0, 0)  # of the last rollout, before dynamic sampling replaced them: how many of how many
-        self.sampler = PolicySampler(trainer, engine)
+        engine = engine or make_engine(trainer.args, trainer.policy, self.tokenizer, trainer.accelerator)
+        self.sampler = PolicySampler(engine, trainer.accelerator)
         args = self.args
         world = args.world_size
         step = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -68,7 +69,7 @@ class Roller:
         """This process's samples, scored, in the order of training; with rewards of greedy answers for ``remax``."""
         self.rollouts += 1
         numbered = list(enumerate(self.prompts.draw(self.prompts_in_rollout)))
-        with self.sampler.awake(policy):
+        with self.sampler.synced_engine(policy, self.trainer.model_wrapped, self.trainer.state.global_step):
             samples = self._sample(self._mine(numbered), self.args.sampling(), self.args.num_generations)
             if self.args.dynamic_sampling:
                 samples = self._until_varied(samples)
@@ -78,7 +79,7 @@ class Roller:
     def answer(self, policy: Policy, rows: Any) -> list[Sample]:
         """Answers to each of these rows, scored: this process's share."""
         mine = [(i, rows[i]) for i in range(self.args.process_index, len(rows), self.args.world_size)]
-        with self.sampler.awake(policy):
+        with self.sampler.synced_engine(policy, self.trainer.model_wrapped, self.trainer.state.global_step):
             count = self.args.num_generations_eval or 1
             return self._sample(mine, self.args.sampling(), count, 0, self.args.per_device_eval_batch_size)
 

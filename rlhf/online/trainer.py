@@ -309,7 +309,7 @@ class PPOTrainer(Answering):
     @property
     def importance_cap(self) -> float | None:
         cap = self.args.importance_sampling_cap
-        return 2.0 if cap is None and not self.roller.sampler.is_here else cap
+        return 2.0 if cap is None and not self.roller.sampler.is_local else cap
 
     def resume_state(self) -> dict[str, Any]:
         rest = self._minibatches if self._steps else []

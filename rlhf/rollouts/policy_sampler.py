@@ -1,93 +1,171 @@
-"""Who samples for a trainer: this process, or a server that is sent the weights first."""
+"""The engine that samples from a policy as it is now: in this process, or a server that is sent the weights first."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.models import Policy
-from rlhf.rollouts import LocalEngine, RolloutEngine, ServerEngine
-from rlhf.rollouts.local import end_ids
-from rlhf.rollouts.server import SAME
-from rlhf.rollouts.weights import plain_weights
-
-
-@dataclass
-class ServerArguments:
-    """Of a configuration: where to sample."""
-
-    rollout_server_url: str | None = field(default=None, metadata={"help": "Sample there (vLLM, SGLang), not here."})
-    rollout_server_model: str | None = field(default=None, metadata={"help": "Name that it serves the policy under."})
-    rollout_weights_dir: str | None = field(default=None, metadata={"help": "Folder that both see, for new weights."})
+from rlhf.rollouts.arguments import ServerArguments
+from rlhf.rollouts.engine import RolloutEngine
+from rlhf.rollouts.local import LocalEngine, end_ids
+from rlhf.rollouts.server import WRONG_MODEL_HINT, ServerEngine
 
 
 class PolicySampler:
-    """An engine that samples from a trainer's policy as it is now.
+    """Keeps an engine's weights those of the policy.
+
+    A local engine exists once in each process. A server is shared by all processes, so the first one alone pauses it,
+    resumes it and sends it weights.
 
     Args:
-        trainer: with ``policy``. engine: by default this process, or the server of the configuration.
-        reads_logps: whether the log-probs of what is sampled matter, so that a server's are checked.
-    Raises:
-        ValueError: weights are sharded and this process samples; no token ends a completion; a server's address
-            without the rest, or one with another tokenizer.
+        engine: from :func:`make_engine`, or another one.
+        accelerator: of the training run.
     """
 
-    def __init__(self, trainer: Any, engine: RolloutEngine | None = None, reads_logps: bool = True) -> None:
-        self.trainer, self.reads_logps = trainer, reads_logps
-        self._sent: int | None = None  # optimizer steps behind the weights that a server has
-        self._versions = 0
-        self.engine: RolloutEngine = engine or self._server() or self._local()
-        self.is_here = isinstance(self.engine, LocalEngine)
-
-    def _server(self) -> RolloutEngine | None:
-        args: ServerArguments = self.trainer.args
-        if args.rollout_server_url is None:
-            return None
-        if args.rollout_server_model is None or args.rollout_weights_dir is None:
-            raise ValueError("--rollout_server_url needs --rollout_server_model and --rollout_weights_dir")
-        policy, tokenizer = self.trainer.policy, self.trainer.processing_class
-        ends = end_ids(policy.without_adapter, tokenizer)  # the server ends an answer where the model does
-        engine = ServerEngine(
-            args.rollout_server_url, args.rollout_server_model, weights_dir=args.rollout_weights_dir,
-            vocab_size=policy.config.get_text_config().vocab_size, reads_logps=self.reads_logps, end_ids=ends,
-        )  # fmt: skip
-        if (difference := engine.tokenizer_difference(tokenizer)) is not None:
-            raise ValueError(f"{engine.url} has another tokenizer than the policy: {difference}; {SAME}")
-        return engine
-
-    def _local(self) -> RolloutEngine:
-        trainer, accelerator = self.trainer, self.trainer.accelerator
-        sharded = trainer.is_deepspeed_enabled and accelerator.state.deepspeed_plugin.zero_stage == 3
-        if trainer.is_fsdp_enabled or sharded:
-            raise ValueError(
-                "the weights are sharded, and sampling in this process needs them whole: use DDP or ZeRO-2, or a "
-                "server (--rollout_server_url)"
-            )
-        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-        return LocalEngine(trainer.policy.model, trainer.processing_class, autocast=autocast)
+    def __init__(self, engine: RolloutEngine, accelerator: Accelerator) -> None:
+        self.engine, self.accelerator = engine, accelerator
+        self.is_local = isinstance(engine, LocalEngine)
+        self._sent_at_step: int | None = None
+        self._version = 0
 
     @contextmanager
-    def awake(self, policy: Policy) -> Iterator[RolloutEngine]:
-        """The engine with the policy's weights; what all processes share, the first one asks."""
-        if self.is_here or self.trainer.is_world_process_zero():
+    def synced_engine(self, policy: Policy, trained_model: nn.Module, step: int) -> Iterator[RolloutEngine]:
+        """The engine with the policy's weights; it is paused afterwards.
+
+        Args:
+            policy: the policy itself.
+            trained_model: what accelerate made of it (DDP, FSDP, DeepSpeed), which can gather its weights.
+            step: optimizer steps so far. Weights are sent once for each.
+        """
+        is_responsible = self.is_local or self.accelerator.is_main_process
+        if is_responsible:
             self.engine.wake()
-        if not self.is_here and self._sent != self.trainer.state.global_step:
-            self._send_weights(policy)
-            self._sent = self.trainer.state.global_step
+        if not self.is_local and self._sent_at_step != step:
+            self._send_weights(policy, trained_model)
+            self._sent_at_step = step
         yield self.engine
-        self.trainer.accelerator.wait_for_everyone()  # nobody is sampling any more
-        if self.is_here or self.trainer.is_world_process_zero():
+        # A server must not be paused while another process still samples.
+        self.accelerator.wait_for_everyone()
+        if is_responsible:
             self.engine.sleep()
 
-    def _send_weights(self, policy: Policy) -> None:
-        """The policy's weights under the names of a checkpoint, an adapter merged into them."""
-        trainer = self.trainer
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        own = {key.removeprefix("model."): tensor for key, tensor in state.items() if key.startswith("model.")}
-        weights = plain_weights(policy.model, own)
-        self._versions += 1
-        if trainer.is_world_process_zero():
-            self.engine.update_weights(weights.items(), self._versions)
-        trainer.accelerator.wait_for_everyone()
+    def _send_weights(self, policy: Policy, trained_model: nn.Module) -> None:
+        """Send the policy's weights under the names of a checkpoint, an adapter merged into them."""
+        # All processes take part in gathering sharded weights.
+        state = self.accelerator.get_state_dict(trained_model)
+        model_state = {
+            name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")
+        }
+        weights = merged_weights(policy.model, model_state)
+        self._version += 1
+        if self.accelerator.is_main_process:
+            self.engine.update_weights(weights.items(), self._version)
+        self.accelerator.wait_for_everyone()
+
+
+def make_engine(
+    args: ServerArguments,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    *,
+    reads_logps: bool = True,
+) -> RolloutEngine:
+    """The engine that a configuration asks for: a server, or by default this process.
+
+    Args:
+        args: with the server's address, or without one.
+        policy: samples in this process; its tokens and end tokens are those that a server must know.
+        tokenizer: the policy's.
+        accelerator: of the training run.
+        reads_logps: whether the log-probs of samples are used, so that a server's are checked.
+    Returns:
+        A :class:`ServerEngine` or a :class:`LocalEngine`.
+    Raises:
+        ValueError: sharded weights in this process; no end token; a server's address without its other options, or a
+            server with another tokenizer.
+    """
+    if args.rollout_server_url is not None:
+        return _server_engine(args, policy, tokenizer, reads_logps)
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    is_sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None
+    is_sharded |= deepspeed is not None and deepspeed.zero_stage == 3
+    if is_sharded:
+        raise ValueError(
+            "the weights are sharded, and sampling in this process needs them whole: use DDP or ZeRO-2, or a "
+            "server (--rollout_server_url)"
+        )
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    return LocalEngine(policy.model, tokenizer, autocast=autocast)
+
+
+def _server_engine(
+    args: ServerArguments, policy: Policy, tokenizer: PreTrainedTokenizerBase, reads_logps: bool
+) -> ServerEngine:
+    assert args.rollout_server_url is not None
+    if args.rollout_server_model is None or args.rollout_weights_dir is None:
+        raise ValueError("--rollout_server_url needs --rollout_server_model and --rollout_weights_dir")
+    engine = ServerEngine(
+        args.rollout_server_url,
+        args.rollout_server_model,
+        weights_dir=args.rollout_weights_dir,
+        vocab_size=policy.config.get_text_config().vocab_size,
+        reads_logps=reads_logps,
+        # A completion must end where it ends in this process.
+        end_ids=end_ids(policy.without_adapter, tokenizer),
+    )
+    difference = engine.tokenizer_difference(tokenizer)
+    if difference is not None:
+        raise ValueError(f"{engine.url} has another tokenizer than the policy: {difference}; {WRONG_MODEL_HINT}")
+    return engine
+
+
+@torch.no_grad()
+def merged_weights(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names of an ordinary checkpoint, with a LoRA adapter added into new tensors.
+
+    The model's own weights are not touched: merging in place and taking the adapter out again would leave a rounding
+    error in the frozen weights each time.
+
+    Args:
+        model: a model, or PEFT around one.
+        state: its whole state, by the names of its parameters.
+    Returns:
+        Name to tensor.
+    Raises:
+        ValueError: the adapter is not a plain LoRA.
+    """
+    if not hasattr(model, "peft_config"):
+        return state
+    adapter: Any = model.active_adapter
+    weights = {
+        _checkpoint_name(name, adapter): tensor
+        for name, tensor in state.items()
+        if ".lora_" not in name and ".original_module." not in name
+    }
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, LoraLayer):
+            raise ValueError(f"{name}: only plain LoRA can be merged for another process, not {type(layer).__name__}")
+        if not isinstance(layer, LoraLayer) or adapter not in (*layer.lora_A, *layer.lora_embedding_A):
+            continue
+        if adapter in layer.lora_variant:
+            raise ValueError(f"{name}: only plain LoRA can be merged for another process, not DoRA and the like")
+        delta: Any = layer.get_delta_weight(adapter)  # type: ignore[attr-defined]
+        if hasattr(delta, "full_tensor"):  # sharded by FSDP2
+            delta = delta.full_tensor()
+        key = f"{_checkpoint_name(name, adapter)}.weight"
+        weights[key] = weights[key] + delta.to(weights[key])
+    return weights
+
+
+def _checkpoint_name(name: str, adapter: str) -> str:
+    """A parameter's name without what PEFT puts into it."""
+    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return name.replace(f".modules_to_save.{adapter}.", ".")

@@ -23,7 +23,7 @@ RAW = (
     "--logprobs-mode processed_logprobs, or use temperature 1 without top_p and top_k"
 )
 PROBE = "It costs 1,234.50 €: “naïve” café\n\tdef f(x):  return x"
-SAME = "it must serve the model that is trained"
+WRONG_MODEL_HINT = "it must serve the model that is trained"
 
 
 class ServerError(OSError):
@@ -141,7 +141,7 @@ class ServerEngine:
                 ("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}),
             )
         except ServerError as error:
-            raise ServerError(f"{error} (the policy's weights are in {folder}; {SAME})") from error
+            raise ServerError(f"{error} (the policy's weights are in {folder}; {WRONG_MODEL_HINT})") from error
         if reply is None:
             raise ServerError(
                 f"{self.url} offers no way to load weights: use SGLang (/update_weights_from_disk), or start vLLM with "
@@ -199,7 +199,9 @@ class ServerEngine:
         if ids is None:
             raise ServerError(f"{self.url} {IDS}")
         if self.vocab_size is not None and max(ids, default=0) >= self.vocab_size:
-            raise ServerError(f"{self.url} sampled token {max(ids)}, and the policy has {self.vocab_size}: {SAME}")
+            raise ServerError(
+                f"{self.url} sampled token {max(ids)}, and the policy has {self.vocab_size}: {WRONG_MODEL_HINT}"
+            )
         if sent is not None and sent != prompt:
             raise ServerError(f"{self.url} read other prompt ids than were sent: {len(sent)} for {len(prompt)}")
         logps = (choice.get("logprobs") or {}).get("token_logprobs") or []

@@ -16,7 +16,7 @@ from fake_server import FakeServer
 from rlhf import GRPOConfig, GRPOTrainer
 from rlhf.cli.main import main
 from rlhf.rollouts import ServerError
-from rlhf.rollouts.weights import plain_weights
+from rlhf.rollouts.policy_sampler import merged_weights
 
 
 def vowels(completions, **_):
@@ -89,13 +89,13 @@ def test_what_cannot_be_merged_is_refused():
 
     model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     with pytest.raises(ValueError, match="only plain LoRA"):
-        plain_weights(model, model.state_dict())
+        merged_weights(model, model.state_dict())
 
 
 def test_tokens_are_weighed_where_the_server_is_not_the_trainer(server, tokenizer, tmp_path, monkeypatch):
     one = trainer(server, tokenizer, tmp_path)
     assert one.importance_cap == 2.0
-    monkeypatch.setattr(one.roller.sampler, "_send_weights", lambda policy: None)  # it goes on with weights of its own
+    monkeypatch.setattr(one.roller.sampler, "_send_weights", lambda *models: None)  # it goes on with weights of its own
     seen = []
     from rlhf.online import trainer as ppo
 
