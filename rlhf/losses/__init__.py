@@ -4,6 +4,7 @@ One private file a family, re-exported here. Signature order: predictions, targe
 hyper-parameters, ``reduction``, ``weight``, ``mask``.
 """
 
+from rlhf.losses import _dpo  # noqa: F401  # first, so that lists of preference losses begin with DPO's
 from rlhf.losses._adapters import as_compute_loss
 from rlhf.losses._advantages import (
     AdaptiveKLController,
@@ -42,7 +43,7 @@ from rlhf.losses._divergences import (
     total_variation,
     uld_loss,
 )
-from rlhf.losses._dpo_regularised import length_desensitized_logps
+from rlhf.losses._dpo import length_desensitized_logps
 from rlhf.losses._explain import explain
 from rlhf.losses._language import (
     bits_per_byte,
@@ -71,7 +72,7 @@ from rlhf.losses._policy_sequences import (
     sapo_loss,
     vespo_loss,
 )
-from rlhf.losses._preference import PREFERENCE_LOSSES, arguments_of, dpo_loss
+from rlhf.losses._preference import PREFERENCE_LOSSES, Pair, dpo_loss, preference_loss
 from rlhf.losses._regression import (
     epsilon_insensitive_loss,
     huber_loss,
@@ -142,11 +143,13 @@ from rlhf.losses.modules import (
     UnlikelihoodLoss,
     ValueLoss,
 )
+from rlhf.losses.registry import arguments_of
 
 __all__ = [
     "DIVERGENCES",
     "POLICY_LOSSES",
     "PREFERENCE_LOSSES",
+    "Pair",
     "AdaptiveKLController",
     "ActorCriticLoss",
     "AlphaDivergence",
@@ -249,6 +252,7 @@ __all__ = [
     "plackett_luce_loss",
     "poly1_loss",
     "ppo_loss",
+    "preference_loss",
     "quantile_loss",
     "reinforce_loss",
     "reward_loss",

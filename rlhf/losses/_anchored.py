@@ -1,23 +1,23 @@
-r"""Preference losses that move each answer by itself against the reference, not only their margin.
+r"""Preference losses that move each answer by itself, not only the margin of a pair.
 
-The call is that of :mod:`rlhf.losses._preference`. :math:`\ell(h) = -\log\sigma(h)`.
+The first are anchored to the reference. The last need none: for them ``ref_chosen`` and ``ref_rejected`` are accepted
+and ignored. The call is that of :mod:`rlhf.losses._preference`. :math:`\ell(h) = -\log\sigma(h)`,
+:math:`\bar w = \log\pi(y_w)/|y_w|`, :math:`\bar l` likewise.
 """
 
 import math
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf.losses._checks import check_range, check_same_shape
-from rlhf.losses._pairs import ell, on_pairs, ratios, smoothed
-from rlhf.losses._reduction import reduce, reducible, upcast
+from rlhf.losses._preference import LENGTHS, POLICY_SUMS, Pair, logistic, preference_loss, smoothed
+from rlhf.losses._reduction import reducible
 
 
-@on_pairs
-def nca_pair_loss(
-    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float = 0.1
-) -> Tensor:
+@preference_loss("nca_pair")
+def nca_pair_loss(pair: Pair, beta: float = 0.1) -> Tensor:
     r"""NCA: noise-contrastive, keeps the chosen answer's likelihood from falling.
 
     .. math:: \ell(\beta s_w) + \tfrac12\ell(-\beta s_w) + \tfrac12\ell(-\beta s_l)
@@ -29,20 +29,14 @@ def nca_pair_loss(
 
     Source: arXiv 2402.05369 (K = 2).
     """
-    s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
-    return ell(beta * s_w) + 0.5 * ell(-beta * s_w) + 0.5 * ell(-beta * s_l)
+    chosen_ratio, rejected_ratio = pair.log_ratios()
+    data_term = logistic(beta * chosen_ratio)
+    noise_term = 0.5 * logistic(-beta * chosen_ratio) + 0.5 * logistic(-beta * rejected_ratio)
+    return data_term + noise_term
 
 
-@on_pairs
-def bco_pair_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float = 0.1,
-    *,
-    shift: float | Tensor = 0.0,
-) -> Tensor:
+@preference_loss("bco_pair")
+def bco_pair_loss(pair: Pair, beta: float = 0.1, *, shift: float | Tensor = 0.0) -> Tensor:
     r"""BCO: a classifier whose logit is the implicit reward, for chosen against rejected.
 
     .. math:: \ell(\beta s_w - \delta) + \ell(\delta - \beta s_l)
@@ -56,14 +50,14 @@ def bco_pair_loss(
 
     Source: arXiv 2404.04656.
     """
-    s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
-    return ell(beta * s_w - shift) + ell(shift - beta * s_l)
+    chosen_ratio, rejected_ratio = pair.log_ratios()
+    chosen_loss = logistic(beta * chosen_ratio - shift)
+    rejected_loss = logistic(shift - beta * rejected_ratio)
+    return chosen_loss + rejected_loss
 
 
-@on_pairs
-def sppo_hard_loss(
-    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float = 0.1
-) -> Tensor:
+@preference_loss("sppo_hard")
+def sppo_hard_loss(pair: Pair, beta: float = 0.1) -> Tensor:
     r"""SPPO with hard labels: each log-ratio is pulled to plus or minus ``1 / (2 beta)``.
 
     .. math:: (s_w - \tfrac{1}{2\beta})^2 + (s_l + \tfrac{1}{2\beta})^2
@@ -75,14 +69,13 @@ def sppo_hard_loss(
 
     Source: arXiv 2405.00675 (P = 1 and 0); ``beta`` is 1 / eta.
     """
-    s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
-    return (s_w - 0.5 / beta) ** 2 + (s_l + 0.5 / beta) ** 2
+    chosen_ratio, rejected_ratio = pair.log_ratios()
+    target = 0.5 / beta
+    return (chosen_ratio - target) ** 2 + (rejected_ratio + target) ** 2
 
 
-@on_pairs
-def apo_zero_loss(
-    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float = 0.1
-) -> Tensor:
+@preference_loss("apo_zero")
+def apo_zero_loss(pair: Pair, beta: float = 0.1) -> Tensor:
     r"""APO-zero: chosen answers up, rejected answers down, each against the reference.
 
     .. math:: 1 - \sigma(\beta s_w) + \sigma(\beta s_l)
@@ -96,14 +89,12 @@ def apo_zero_loss(
 
     Source: arXiv 2408.06266.
     """
-    s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
-    return torch.sigmoid(-beta * s_w) + torch.sigmoid(beta * s_l)
+    chosen_ratio, rejected_ratio = pair.log_ratios()
+    return torch.sigmoid(-beta * chosen_ratio) + torch.sigmoid(beta * rejected_ratio)
 
 
-@on_pairs
-def apo_down_loss(
-    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float = 0.1
-) -> Tensor:
+@preference_loss("apo_down")
+def apo_down_loss(pair: Pair, beta: float = 0.1) -> Tensor:
     r"""APO-down: both down, the rejected one more; for a model better than the chosen answers.
 
     .. math:: \sigma(\beta s_w) + 1 - \sigma(\beta\Delta)
@@ -115,14 +106,12 @@ def apo_down_loss(
 
     Source: arXiv 2408.06266.
     """
-    s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
-    return torch.sigmoid(beta * s_w) + torch.sigmoid(-beta * (s_w - s_l))
+    chosen_ratio, _ = pair.log_ratios()
+    return torch.sigmoid(beta * chosen_ratio) + torch.sigmoid(-beta * pair.margin())
 
 
-@on_pairs
-def cal_dpo_loss(
-    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float = 0.1
-) -> Tensor:
+@preference_loss("cal_dpo")
+def cal_dpo_loss(pair: Pair, beta: float = 0.1) -> Tensor:
     r"""Cal-DPO: DPO with the scale of the implicit rewards calibrated.
 
     .. math:: \ell(\Delta) + (s_w - \tfrac{1}{2\beta})^2 + (s_l + \tfrac{1}{2\beta})^2
@@ -134,20 +123,14 @@ def cal_dpo_loss(
 
     Source: arXiv 2412.14516.
     """
-    s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
-    return ell(s_w - s_l) + (s_w - 0.5 / beta) ** 2 + (s_l + 0.5 / beta) ** 2
+    chosen_ratio, rejected_ratio = pair.log_ratios()
+    target = 0.5 / beta
+    calibration = (chosen_ratio - target) ** 2 + (rejected_ratio + target) ** 2
+    return logistic(pair.margin()) + calibration
 
 
-@on_pairs
-def kto_pair_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float = 0.1,
-    *,
-    kl: float | Tensor = 0.0,
-) -> Tensor:
+@preference_loss("kto_pair")
+def kto_pair_loss(pair: Pair, beta: float = 0.1, *, kl: float | Tensor = 0.0) -> Tensor:
     r"""KTO on pairs: prospect theory's value of each answer against a reference point.
 
     .. math:: \tfrac12 [1 - \sigma(\beta(s_w - z))] + \tfrac12 [1 - \sigma(\beta(z - s_l))]
@@ -162,8 +145,10 @@ def kto_pair_loss(
 
     Source: arXiv 2402.01306 eq. 8, lambda = 1.
     """
-    s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
-    return 0.5 * torch.sigmoid(-beta * (s_w - kl)) + 0.5 * torch.sigmoid(-beta * (kl - s_l))
+    chosen_ratio, rejected_ratio = pair.log_ratios()
+    chosen_loss = torch.sigmoid(-beta * (chosen_ratio - kl))
+    rejected_loss = torch.sigmoid(-beta * (kl - rejected_ratio))
+    return 0.5 * chosen_loss + 0.5 * rejected_loss
 
 
 @reducible("policy_logps", "ref_logps")
@@ -201,24 +186,23 @@ def kto_loss(
     check_same_shape(policy_logps=policy_logps, ref_logps=ref_logps, labels=labels)
     if labels.dtype != torch.bool:
         raise ValueError(f"labels must be bool (True is desirable), got {labels.dtype}: pass labels > 0")
-    h = beta * (policy_logps - ref_logps - kl)
-    return torch.where(labels, desirable_weight * torch.sigmoid(-h), undesirable_weight * torch.sigmoid(h))
+    logits = beta * (policy_logps - ref_logps - kl)
+    desirable_loss = desirable_weight * torch.sigmoid(-logits)
+    undesirable_loss = undesirable_weight * torch.sigmoid(logits)
+    return torch.where(labels, desirable_loss, undesirable_loss)
 
 
-def _aot(better: Tensor, worse: Tensor, beta: float, label_smoothing: float, options: dict[str, Any]) -> Tensor:
-    reduction, mask = options.pop("reduction", "mean"), options.pop("mask", None)
-    if options:
-        raise TypeError(f"AOT takes no {next(iter(options))}: a quantile belongs to no single pair")
-    count = torch.ones_like(better, dtype=torch.bool) if mask is None else mask.bool()
-    gaps = better[count].sort().values - worse[count].sort().values
-    losses = torch.zeros_like(better).masked_scatter(count, smoothed(ell, beta * gaps, label_smoothing))
-    return reduce(losses, reduction, mask=mask)
+def _aot(better: Tensor, worse: Tensor, pair: Pair, beta: float, label_smoothing: float) -> Tensor:
+    """The loss of each quantile, [S], at the places that the mask leaves."""
+    visible = torch.ones_like(better, dtype=torch.bool) if pair.mask is None else pair.mask.bool()
+    # The i-th smallest of one sample against the i-th smallest of the other: no pair is compared with its own partner.
+    gaps = better[visible].sort().values - worse[visible].sort().values
+    losses = smoothed(logistic, beta * gaps, label_smoothing)
+    return torch.zeros_like(better).masked_scatter(visible, losses)
 
 
-def aot_loss(
-    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float = 0.1,
-    *, label_smoothing: float = 0.0, **options: Any,
-) -> Tensor:  # fmt: skip
+@preference_loss("aot", coupled=True)
+def aot_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.0) -> Tensor:
     r"""AOT: the policy's margins dominate the reference's in distribution, quantile by quantile, over the batch.
 
     .. math:: \ell(\beta[\mathrm{sort}(\pi_w - \pi_l)_i - \mathrm{sort}(ref_w - ref_l)_i])
@@ -226,7 +210,7 @@ def aot_loss(
     The batch that is passed is the sample: the loss depends on what is in it, so pass all the pairs of a step.
 
     Args:
-        label_smoothing: in [0, 0.5). options: ``reduction`` and ``mask``; there is no ``weight``.
+        label_smoothing: in [0, 0.5). There is no ``weight``: a quantile belongs to no single pair.
     Example:
         >>> z = torch.zeros(2)
         >>> aot_loss(z, z, z, z)
@@ -234,15 +218,13 @@ def aot_loss(
 
     Source: arXiv 2406.05882.
     """
-    ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
-    policy, ref = upcast(policy_chosen) - upcast(policy_rejected), upcast(ref_chosen) - upcast(ref_rejected)
-    return _aot(policy, ref, beta, label_smoothing, options)
+    policy_margin = pair.chosen - pair.rejected
+    ref_margin = pair["ref_chosen"] - pair["ref_rejected"]
+    return _aot(policy_margin, ref_margin, pair, beta, label_smoothing)
 
 
-def aot_unpaired_loss(
-    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float = 0.1,
-    *, label_smoothing: float = 0.0, **options: Any,
-) -> Tensor:  # fmt: skip
+@preference_loss("aot_unpaired", coupled=True)
+def aot_unpaired_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.0) -> Tensor:
     r"""AOT without pairs: the rewards of chosen answers dominate those of rejected ones, over the batch.
 
     .. math:: \ell(\beta[\mathrm{sort}(s_w)_i - \mathrm{sort}(s_l)_i])
@@ -256,5 +238,111 @@ def aot_unpaired_loss(
 
     Source: arXiv 2406.05882.
     """
-    s_w, s_l = ratios(upcast(policy_chosen), upcast(policy_rejected), upcast(ref_chosen), upcast(ref_rejected), beta)
-    return _aot(s_w, s_l, beta, label_smoothing, options)
+    chosen_ratio, rejected_ratio = pair.log_ratios()
+    return _aot(chosen_ratio, rejected_ratio, pair, beta, label_smoothing)
+
+
+@preference_loss("simpo", sums=POLICY_SUMS, needs=LENGTHS)
+def simpo_loss(pair: Pair, beta: float = 2.0, *, simpo_gamma: float = 0.5) -> Tensor:
+    r"""SimPO: the likelihood per token is the reward, and pairs must be apart by a margin.
+
+    .. math:: \ell(\beta(\bar w - \bar l) - \gamma)
+
+    Args:
+        simpo_gamma: >= 0, gamma; the paper finds gamma / beta of 0.3 to 0.5 good, and beta 2 to 10.
+    Example:
+        >>> z, n = torch.zeros(1), torch.tensor([4])
+        >>> simpo_loss(z - 4, z - 8, chosen_lengths=n, rejected_lengths=n, simpo_gamma=1.0)    # 2 * (-1 + 2) - 1
+        tensor(0.3133)
+
+    Source: arXiv 2405.14734 eq. 6.
+    """
+    check_range("simpo_gamma", simpo_gamma, 0.0, math.inf)
+    reward_margin = beta * (pair.chosen_per_token() - pair.rejected_per_token())
+    return logistic(reward_margin - simpo_gamma)
+
+
+@preference_loss("cpo", sums=POLICY_SUMS, optional=("chosen_lengths",))
+def cpo_loss(pair: Pair, beta: float = 0.1, *, cpo_alpha: float = 1.0) -> Tensor:
+    r"""CPO: DPO against a uniform reference, with the likelihood of the chosen answer beside it.
+
+    .. math:: \ell(\beta(\log\pi(y_w) - \log\pi(y_l))) - \alpha\log\pi(y_w)
+
+    Args:
+        chosen_lengths: given, the likelihood term is per token, as TRL's is; without them, the paper's sum.
+        cpo_alpha: >= 0, alpha.
+    Example:
+        >>> z = torch.zeros(1)
+        >>> cpo_loss(z - 3, z - 3)
+        tensor(3.6931)
+
+    Source: arXiv 2401.08417.
+    """
+    check_range("cpo_alpha", cpo_alpha, 0.0, math.inf)
+    preference = logistic(beta * (pair.chosen - pair.rejected))
+    log_likelihood = pair.chosen_per_token() if pair.has("chosen_lengths") else pair.chosen
+    return preference - cpo_alpha * log_likelihood
+
+
+@preference_loss("orpo", sums=POLICY_SUMS, needs=LENGTHS)
+def orpo_loss(pair: Pair, beta: float = 0.1) -> Tensor:
+    r"""ORPO: fine-tuning on the chosen answer with a preference in odds, in one stage.
+
+    .. math:: -\bar w + \beta\,\ell\!\left(\log\frac{p_w}{1-p_w} - \log\frac{p_l}{1-p_l}\right),\;
+              p_w = e^{\bar w},\; p_l = e^{\bar l}
+
+    Args:
+        beta: the paper's lambda.
+    Example:
+        >>> z, n = torch.zeros(1), torch.tensor([4])
+        >>> orpo_loss(z - 4, z - 4, chosen_lengths=n, rejected_lengths=n)    # 1 + 0.1 log 2
+        tensor(1.0693)
+
+    Source: arXiv 2403.07691 eq. 6 and 7. Differs from TRL, whose likelihood term covers the prompt as well.
+    """
+    chosen, rejected = pair.chosen_per_token(), pair.rejected_per_token()
+    log_odds_ratio = _log_odds(chosen) - _log_odds(rejected)
+    return -chosen + beta * logistic(log_odds_ratio)
+
+
+def _log_odds(logp: Tensor) -> Tensor:
+    """``log(p / (1 - p))``; the log-prob stops one rounding step short of 0, so that certainty stays finite."""
+    logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
+    return logp - torch.log(-torch.expm1(logp))
+
+
+@preference_loss("slic", sums=POLICY_SUMS)
+def slic_loss(pair: Pair, beta: float = 1.0, *, slic_lambda: float = 0.1) -> Tensor:
+    r"""SLiC-HF: a hinge on the difference of log-probs, with the likelihood of the chosen answer beside it.
+
+    .. math:: \max(0, \beta - \log\pi(y_w) + \log\pi(y_l)) - \lambda\log\pi(y_w)
+
+    Args:
+        beta: the margin, nats. slic_lambda: >= 0, lambda.
+    Example:
+        >>> z = torch.zeros(1)
+        >>> slic_loss(z - 3, z - 3)
+        tensor(1.3000)
+
+    Source: arXiv 2305.10425 eq. 1, with the chosen answer as the regularising target.
+    """
+    check_range("slic_lambda", slic_lambda, 0.0, math.inf)
+    hinge = F.relu(beta - pair.chosen + pair.rejected)
+    return hinge - slic_lambda * pair.chosen
+
+
+@preference_loss("sft", sums=("policy_chosen",), needs=("chosen_lengths",))
+def chosen_nll_loss(pair: Pair, beta: float = 0.1) -> Tensor:
+    r"""The chosen answer's negative log-likelihood per token: the fine-tuning part of a mixture.
+
+    .. math:: -\bar w
+
+    ``beta`` is not read. The mean is over pairs, so a short answer weighs as much as a long one.
+
+    Example:
+        >>> chosen_nll_loss(torch.tensor([-6.0]), chosen_lengths=torch.tensor([3]))
+        tensor(2.)
+
+    Source: MPO, arXiv 2411.10442. TRL divides by the tokens of the micro-batch instead.
+    """
+    return -pair.chosen_per_token()

@@ -5,25 +5,21 @@ is :math:`\beta\Delta`; :math:`\ell(h) = -\log\sigma(h)`.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.losses._checks import check_range
-from rlhf.losses._pairs import ell, on_pairs, per_token, ratios, smoothed
+from rlhf.losses._checks import check_range, check_same_shape
+from rlhf.losses._preference import LENGTHS, Pair, logistic, per_token, preference_loss, smoothed
+from rlhf.losses._reduction import upcast
+
+MAX_EXPONENT = 80.0  # float32's exp overflows at 88
 
 
-@on_pairs
-def dpo_sigmoid_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float = 0.1,
-    *,
-    label_smoothing: float = 0.0,
-) -> Tensor:
+@preference_loss("sigmoid")
+def dpo_sigmoid_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.0) -> Tensor:
     r"""DPO: favour the chosen completion over the rejected one, relative to a reference.
 
     .. math:: (1-\epsilon)\,\ell(\beta\Delta) + \epsilon\,\ell(-\beta\Delta)
@@ -39,20 +35,11 @@ def dpo_sigmoid_loss(
 
     Source: arXiv 2305.18290 eq. 7; cDPO note eq. 3. Differs from TRL, whose ``sigmoid`` ignores label smoothing.
     """
-    s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
-    return smoothed(ell, beta * (s_w - s_l), label_smoothing)
+    return smoothed(logistic, beta * pair.margin(), label_smoothing)
 
 
-@on_pairs
-def dpo_hinge_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float = 0.1,
-    *,
-    label_smoothing: float = 0.0,
-) -> Tensor:
+@preference_loss("hinge")
+def dpo_hinge_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.0) -> Tensor:
     r"""Hinge on the margin of the implicit rewards: no gradient once a pair is apart by ``1 / beta`` nats.
 
     .. math:: \max(0, 1 - \beta\Delta)
@@ -66,22 +53,11 @@ def dpo_hinge_loss(
 
     Source: SLiC-HF, arXiv 2305.10425; on log-ratios in RSO, arXiv 2309.06657.
     """
-    s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
-    return smoothed(lambda h: F.relu(1 - h), beta * (s_w - s_l), label_smoothing)
+    return smoothed(lambda logits: F.relu(1 - logits), beta * pair.margin(), label_smoothing)
 
 
-@on_pairs
-def ipo_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float = 0.1,
-    *,
-    chosen_lengths: Tensor | None = None,
-    rejected_lengths: Tensor | None = None,
-    label_smoothing: float = 0.0,
-) -> Tensor:
+@preference_loss("ipo", optional=LENGTHS)
+def ipo_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.0) -> Tensor:
     r"""IPO: pull the log-ratio margin to ``1 / (2 beta)`` instead of to infinity.
 
     .. math:: (\Delta - \tfrac{1}{2\beta})^2
@@ -99,25 +75,18 @@ def ipo_loss(
 
     Source: arXiv 2310.12036 eq. 17; ``beta`` is its tau.
     """
-    s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
-    if (chosen_lengths is None) != (rejected_lengths is None):
+    if pair.has("chosen_lengths") != pair.has("rejected_lengths"):
         raise ValueError("chosen_lengths and rejected_lengths go together: pass both or neither")
-    if chosen_lengths is not None and rejected_lengths is not None:
-        s_w, s_l = per_token(s_w, chosen_lengths), per_token(s_l, rejected_lengths)
-    return smoothed(lambda h: (h - 1 / (2 * beta)) ** 2, s_w - s_l, label_smoothing)
+    chosen_ratio, rejected_ratio = pair.log_ratios()
+    if pair.has(*LENGTHS):
+        chosen_ratio = per_token(chosen_ratio, pair["chosen_lengths"])
+        rejected_ratio = per_token(rejected_ratio, pair["rejected_lengths"])
+    target = 1 / (2 * beta)
+    return smoothed(lambda margin: (margin - target) ** 2, chosen_ratio - rejected_ratio, label_smoothing)
 
 
-@on_pairs
-def sigmoid_norm_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float = 0.1,
-    *,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-) -> Tensor:
+@preference_loss("sigmoid_norm", needs=LENGTHS)
+def sigmoid_norm_loss(pair: Pair, beta: float = 0.1) -> Tensor:
     r"""DPO on log-ratios per token: long answers weigh no more than short ones.
 
     .. math:: \ell(\beta(s_w/|y_w| - s_l/|y_l|))
@@ -129,20 +98,14 @@ def sigmoid_norm_loss(
 
     Source: Tulu 3, arXiv 2411.15124 (length-normalised DPO). TRL credits SimPO, which has no reference.
     """
-    s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
-    return ell(beta * (per_token(s_w, chosen_lengths) - per_token(s_l, rejected_lengths)))
+    chosen_ratio, rejected_ratio = pair.log_ratios()
+    chosen_mean = per_token(chosen_ratio, pair["chosen_lengths"])
+    rejected_mean = per_token(rejected_ratio, pair["rejected_lengths"])
+    return logistic(beta * (chosen_mean - rejected_mean))
 
 
-@on_pairs
-def robust_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float = 0.1,
-    *,
-    label_smoothing: float = 0.0,
-) -> Tensor:
+@preference_loss("robust")
+def robust_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.0) -> Tensor:
     r"""DPO that is unbiased when a known share of the pairs is flipped.
 
     .. math:: \frac{(1-\epsilon)\,\ell(\beta\Delta) - \epsilon\,\ell(-\beta\Delta)}{1-2\epsilon}
@@ -156,22 +119,15 @@ def robust_loss(
 
     Source: arXiv 2403.00409.
     """
-    s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)
-    h, eps = beta * (s_w - s_l), label_smoothing
-    return ((1 - eps) * ell(h) - eps * ell(-h)) / (1 - 2 * eps)
+    logits = beta * pair.margin()
+    # The expected loss under flips, solved for the loss without them: hence the minus, and the divisor.
+    difference = (1 - label_smoothing) * logistic(logits) - label_smoothing * logistic(-logits)
+    return difference / (1 - 2 * label_smoothing)
 
 
-@on_pairs
-def exo_pair_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float = 0.1,
-    *,
-    label_smoothing: float = 1e-3,
-) -> Tensor:
+@preference_loss("exo_pair")
+def exo_pair_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 1e-3) -> Tensor:
     r"""EXO: reverse KL from the policy's preference to the data's, instead of DPO's forward KL.
 
     .. math:: q\log\frac{q}{1-\epsilon} + (1-q)\log\frac{1-q}{\epsilon},\; q = \sigma(\beta\Delta)
@@ -185,23 +141,17 @@ def exo_pair_loss(
 
     Source: arXiv 2402.00856.
     """
-    s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
     check_range("label_smoothing", label_smoothing, 0.0, 0.5, open_low=True)
-    h = beta * (s_w - s_l)
-    q, p = torch.sigmoid(h), torch.sigmoid(-h)  # 1 - q would lose the digits of a small p
-    return q * (-ell(h) - math.log1p(-label_smoothing)) + p * (-ell(-h) - math.log(label_smoothing))
+    logits = beta * pair.margin()
+    prefers_chosen = torch.sigmoid(logits)
+    prefers_rejected = torch.sigmoid(-logits)  # 1 - prefers_chosen would lose the digits of a small probability
+    chosen_log_ratio = -logistic(logits) - math.log1p(-label_smoothing)
+    rejected_log_ratio = -logistic(-logits) - math.log(label_smoothing)
+    return prefers_chosen * chosen_log_ratio + prefers_rejected * rejected_log_ratio
 
 
-@on_pairs
-def discopop_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float = 0.1,
-    *,
-    discopop_tau: float = 0.05,
-) -> Tensor:
+@preference_loss("discopop")
+def discopop_loss(pair: Pair, beta: float = 0.1, *, discopop_tau: float = 0.05) -> Tensor:
     r"""DiscoPOP: a mixture of the logistic and the exponential loss, found by search.
 
     .. math:: (1-m)\,\ell(h) + m\,e^{-h},\; h = \beta\Delta,\; m = \sigma(h/\tau)
@@ -213,24 +163,18 @@ def discopop_loss(
         >>> discopop_loss(z, z, z, z)
         tensor(0.8466)
 
-    Source: arXiv 2406.08414. The factors of the exponential part are joined, so that it cannot overflow.
+    Source: arXiv 2406.08414.
     """
-    s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
     check_range("discopop_tau", discopop_tau, 0.0, math.inf, open_low=True)
-    h = beta * (s_w - s_l)
-    return torch.sigmoid(-h / discopop_tau) * ell(h) + torch.exp(-h - ell(h / discopop_tau))
+    logits = beta * pair.margin()
+    logistic_part = torch.sigmoid(-logits / discopop_tau) * logistic(logits)
+    # sigmoid(logits / tau) * exp(-logits), its factors joined: exp alone would overflow for a hopeless pair.
+    exponential_part = torch.exp(-logits - logistic(logits / discopop_tau))
+    return logistic_part + exponential_part
 
 
-@on_pairs
-def dpop_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float = 0.1,
-    *,
-    dpop_lambda: float = 50.0,
-) -> Tensor:
+@preference_loss("dpop")
+def dpop_loss(pair: Pair, beta: float = 0.1, *, dpop_lambda: float = 50.0) -> Tensor:
     r"""DPO-Positive: a penalty inside the sigmoid when the chosen answer becomes less likely than under the reference.
 
     .. math:: \ell(\beta(\Delta - \lambda\max(0, -s_w)))
@@ -244,21 +188,14 @@ def dpop_loss(
 
     Source: arXiv 2402.13228 eq. 3.
     """
-    s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
     check_range("dpop_lambda", dpop_lambda, 0.0, math.inf)
-    return ell(beta * (s_w - s_l - dpop_lambda * F.relu(-s_w)))
+    chosen_ratio, _ = pair.log_ratios()
+    penalty = F.relu(-chosen_ratio)
+    return logistic(beta * (pair.margin() - dpop_lambda * penalty))
 
 
-@on_pairs
-def odpo_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float = 0.1,
-    *,
-    margin: float | Tensor = 0.0,
-) -> Tensor:
+@preference_loss("odpo", optional=("margin",))
+def odpo_loss(pair: Pair, beta: float = 0.1) -> Tensor:
     r"""DPO with an offset: pairs must be apart by how much better the chosen answer is.
 
     .. math:: \ell(\beta\Delta - m)
@@ -272,21 +209,11 @@ def odpo_loss(
 
     Source: arXiv 2402.10571.
     """
-    s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
-    return ell(beta * (s_w - s_l) - margin)
+    return logistic(beta * pair.margin() - pair.get("margin", 0.0))
 
 
-@on_pairs
-def rpo_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float = 0.1,
-    *,
-    chosen_lengths: Tensor,
-    rpo_alpha: float = 1.0,
-) -> Tensor:
+@preference_loss("rpo", needs=("chosen_lengths",))
+def rpo_loss(pair: Pair, beta: float = 0.1, *, rpo_alpha: float = 1.0) -> Tensor:
     r"""DPO with the likelihood of the chosen answer beside it.
 
     .. math:: \ell(\beta\Delta) - \alpha \log\pi(y_w)/|y_w|
@@ -300,6 +227,138 @@ def rpo_loss(
 
     Source: arXiv 2404.19733 eq. 1.
     """
-    s_w, s_l = ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
     check_range("rpo_alpha", rpo_alpha, 0.0, math.inf)
-    return ell(beta * (s_w - s_l)) - rpo_alpha * per_token(policy_chosen, chosen_lengths)
+    preference = logistic(beta * pair.margin())
+    return preference - rpo_alpha * pair.chosen_per_token()
+
+
+def length_desensitized_logps(
+    logps: Tensor, sequence: Tensor, public_lengths: Tensor, ld_alpha: float = 0.5
+) -> Tensor:  # fmt: skip
+    r"""Sums of log-probs in which what an answer has beyond its partner's length weighs less (LD-DPO).
+
+    .. math:: \sum_{t \le n} \log\pi(y_t) + \alpha\sum_{t > n} \log\pi(y_t),\; n = \min(|y_w|, |y_l|)
+
+    Args:
+        logps: [N], nats, of the scored tokens, each sequence's in order and together (as ``Targets`` has them).
+        sequence: int64 [N] in [0, S), rising. public_lengths: [S], n, the same for both answers of a pair.
+        ld_alpha: alpha, in [0, 1]; 1 is the plain sum, 0 leaves the rest out.
+    Returns:
+        [S], at least float32; use it for policy and reference in any preference loss.
+    Raises:
+        ValueError: shapes differ, or alpha out of range.
+    Example:
+        >>> ids = torch.tensor([0, 0, 0, 1])
+        >>> length_desensitized_logps(torch.tensor([-1.0, -2.0, -4.0, -3.0]), ids, torch.tensor([1, 1]))
+        tensor([-4., -3.])
+
+    Source: arXiv 2409.06411.
+    """
+    check_range("ld_alpha", ld_alpha, 0.0, math.nextafter(1.0, 2.0))
+    check_same_shape(logps=logps, sequence=sequence)
+    logps = upcast(logps)
+    num_sequences = len(public_lengths)
+    lengths = torch.bincount(sequence, minlength=num_sequences)
+    # Tokens of a sequence lie together, so a position is the distance from where its sequence starts.
+    starts = lengths.cumsum(0) - lengths
+    position = torch.arange(len(logps), device=logps.device) - starts[sequence]
+    weighted = torch.where(position < public_lengths[sequence], logps, ld_alpha * logps)
+    return logps.new_zeros(num_sequences).index_add(0, sequence, weighted)
+
+
+@preference_loss(
+    "tdpo",
+    needs=(
+        "chosen_kl",
+        "rejected_kl",
+    ),
+)
+def tdpo_loss(pair: Pair, beta: float = 0.1, *, tdpo_alpha: float = 0.5) -> Tensor:
+    r"""Token-level DPO: the sequences' forward KL to the reference is held even.
+
+    .. math:: \ell(\beta\Delta - \alpha\beta(K_l - \mathrm{sg}\,K_w)),\;
+              K = \sum_t \mathrm{KL}(\pi_{ref}(\cdot|y_{<t})\,\|\,\pi(\cdot|y_{<t}))
+
+    Args:
+        chosen_kl, rejected_kl: [S], K of each answer, nats; rejected_kl carries gradient.
+        tdpo_alpha: >= 0, alpha; 0 is DPO.
+    Example:
+        >>> z = torch.zeros(1)
+        >>> tdpo_loss(z, z, z, z, chosen_kl=z, rejected_kl=z + 2, tdpo_alpha=0.5)
+        tensor(0.7444)
+
+    Source: arXiv 2404.11999 (TDPO2).
+    """
+    check_range("tdpo_alpha", tdpo_alpha, 0.0, math.inf)
+    # The chosen completion's KL is a constant: with its gradient (TDPO1) the policy would be pulled off it as well.
+    kl_gap = pair["rejected_kl"] - pair["chosen_kl"].detach()
+    return logistic(beta * (pair.margin() - tdpo_alpha * kl_gap))
+
+
+@preference_loss("beta_dpo")
+def beta_dpo_loss(
+    pair: Pair,
+    beta: float = 0.1,
+    *,
+    beta_dpo_alpha: float = 0.6,
+    threshold: float = 0.0,
+    batch_margin: float | Tensor | None = None,
+) -> Tensor:
+    r"""Beta-DPO: beta follows the quality of the batch's pairs.
+
+    .. math:: \ell(\beta'\Delta),\; \beta' = \beta\,[1 + \alpha(\bar M - M_0)],\; M = \beta\Delta
+
+    Args:
+        beta_dpo_alpha: >= 0, alpha. threshold: M_0; the paper keeps a running mean of M there.
+        batch_margin: M-bar, the mean of M over what counts on all ranks, a number; by default the mean of the batch
+            that is passed. (What a mask hides counts there as a margin of 0, so give it with a mask.)
+    Example:
+        >>> z = torch.zeros(1)
+        >>> beta_dpo_loss(z + 10, z, z, z, beta_dpo_alpha=0.5)    # beta 0.15
+        tensor(0.2014)
+
+    Source: arXiv 2407.08639.
+    """
+    check_range("beta_dpo_alpha", beta_dpo_alpha, 0.0, math.inf)
+    margin = pair.margin()
+    if batch_margin is None:
+        batch_margin = beta * margin.detach().mean()
+    scale = torch.as_tensor(1 + beta_dpo_alpha * (batch_margin - threshold), dtype=margin.dtype, device=margin.device)
+    # A batch of very bad pairs would turn the loss around: beta stays positive.
+    return logistic(beta * scale.clamp(min=1e-3) * margin)
+
+
+@preference_loss("f_dpo")
+def f_dpo_loss(
+    pair: Pair, beta: float = 0.1, *, f_divergence_type: str = "reverse_kl", f_alpha_divergence_coef: float = 0.5
+) -> Tensor:
+    r"""DPO under another divergence than reverse KL from the reference.
+
+    .. math:: \ell(\beta(g(s_w) - g(s_l)))
+
+    with g(s) = s for ``"reverse_kl"`` (DPO), :math:`-e^{-s}` for ``"forward_kl"``, :math:`\log\sigma(s)` for
+    ``"js"`` and :math:`(1 - e^{-\alpha s})/\alpha` for ``"alpha"`` (alpha → 0 is reverse, alpha = 1 forward KL).
+
+    Args:
+        f_divergence_type: one of the four. f_alpha_divergence_coef: alpha, > 0.
+    Example:
+        >>> z = torch.zeros(1)
+        >>> f_dpo_loss(z + 1, z, z, z, beta=1.0, f_divergence_type="js")
+        tensor(0.5211)
+
+    Source: arXiv 2309.16240 table 1. Differs from TRL 1.16, whose alpha divergence is that of 1 - alpha. Exponents
+    stop at 80, so that a hopeless pair stays finite.
+    """
+    check_range("f_alpha_divergence_coef", f_alpha_divergence_coef, 0.0, math.inf, open_low=True)
+    alpha = f_alpha_divergence_coef
+    scores: dict[str, Callable[[Tensor], Tensor]] = {
+        "reverse_kl": lambda log_ratio: log_ratio,
+        "forward_kl": lambda log_ratio: -torch.exp((-log_ratio).clamp(max=MAX_EXPONENT)),
+        "js": F.logsigmoid,
+        "alpha": lambda log_ratio: -torch.expm1((-alpha * log_ratio).clamp(max=MAX_EXPONENT)) / alpha,
+    }
+    if f_divergence_type not in scores:
+        raise ValueError(f"f_divergence_type must be one of {', '.join(scores)}, got {f_divergence_type!r}")
+    score = scores[f_divergence_type]
+    chosen_ratio, rejected_ratio = pair.log_ratios()
+    return logistic(beta * (score(chosen_ratio) - score(rejected_ratio)))

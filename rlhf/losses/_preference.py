@@ -1,59 +1,256 @@
 r"""Preference losses on summed log-probabilities of pairs, found by name in :data:`PREFERENCE_LOSSES`.
 
-Every member is called as ``loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=..., **own)``:
+Every member is called as ``loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=..., **options)``:
 
 * ``policy_chosen``, ``policy_rejected``: [S], nats, summed over completion tokens; carry gradient;
 * ``ref_chosen``, ``ref_rejected``: [S], the same under the reference; constant. None where a loss reads none;
-* ``beta``: > 0; unless the loss says otherwise, larger stays nearer the reference;
+* ``beta``: > 0; unless the docstring differs, larger stays nearer the reference;
 * ``chosen_lengths``, ``rejected_lengths``: [S], completion tokens, where a loss names them;
 * ``reduction``, ``weight``, ``mask``: as everywhere; weight and mask are [S], mask True counts.
 
 It returns a scalar, or [S] for ``reduction="none"``; at least float32; 0 if nothing counts; and raises ValueError where
-shapes differ or a hyper-parameter is out of range. A docstring says only what is different. Notation:
+shapes differ or a hyper-parameter is out of range. A docstring holds only what is different. Notation:
 :math:`s_w = \log\frac{\pi(y_w)}{\pi_{ref}(y_w)}`, :math:`s_l` likewise, :math:`\Delta = s_w - s_l`,
-:math:`\ell(h) = -\log\sigma(h)`. To add a loss: one function, one entry in the dict, one formula in the tests.
+:math:`\ell(h) = -\log\sigma(h)`. To add a loss: one decorated function, one formula in the tests.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
-from functools import wraps
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import update_wrapper, wraps
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.losses import _anchored, _dpo, _dpo_regularised, _reference_free
-from rlhf.losses._checks import check_same_shape
+from rlhf.losses._checks import check_floating, check_range, check_same_shape, check_sum
+from rlhf.losses._reduction import SHARED_OPTIONS, Reduction, hide, reduce
+from rlhf.losses.registry import Registry, arguments_of
 
-PREFERENCE_LOSSES: dict[str, Callable[..., Tensor]] = {
-    "sigmoid": _dpo.dpo_sigmoid_loss,
-    "hinge": _dpo.dpo_hinge_loss,
-    "ipo": _dpo.ipo_loss,
-    "sigmoid_norm": _dpo.sigmoid_norm_loss,
-    "robust": _dpo.robust_loss,
-    "exo_pair": _dpo.exo_pair_loss,
-    "discopop": _dpo.discopop_loss,
-    "dpop": _dpo.dpop_loss,
-    "odpo": _dpo.odpo_loss,
-    "rpo": _dpo.rpo_loss,
-    "tdpo": _dpo_regularised.tdpo_loss,
-    "beta_dpo": _dpo_regularised.beta_dpo_loss,
-    "f_dpo": _dpo_regularised.f_dpo_loss,
-    "nca_pair": _anchored.nca_pair_loss,
-    "bco_pair": _anchored.bco_pair_loss,
-    "sppo_hard": _anchored.sppo_hard_loss,
-    "apo_zero": _anchored.apo_zero_loss,
-    "apo_down": _anchored.apo_down_loss,
-    "cal_dpo": _anchored.cal_dpo_loss,
-    "kto_pair": _anchored.kto_pair_loss,
-    "aot": _anchored.aot_loss,
-    "aot_unpaired": _anchored.aot_unpaired_loss,
-    "simpo": _reference_free.simpo_loss,
-    "cpo": _reference_free.cpo_loss,
-    "orpo": _reference_free.orpo_loss,
-    "slic": _reference_free.slic_loss,
-    "sft": _reference_free.chosen_nll_loss,
-}
+SUMS = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
+POLICY_SUMS = SUMS[:2]
+LENGTHS = ("chosen_lengths", "rejected_lengths")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Chosen and rejected completions, as a preference loss reads them.
+
+    Args:
+        columns: [S] each, by name: the four sums of log-probs, in nats, and what else the loss asked for, such as
+            ``chosen_lengths`` or ``margin``. At least float32, and 0 where the mask is False.
+        mask: [S] bool, True counts; None where all count.
+    """
+
+    columns: Mapping[str, Tensor | None]
+    mask: Tensor | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self.columns.get(name)
+        if value is None:
+            raise ValueError(f"this loss reads {name}, which was not given: name it where the loss is registered")
+        return value
+
+    def get(self, name: str, default: float) -> Tensor | float:
+        """A column that may be absent, or ``default``."""
+        value = self.columns.get(name)
+        return default if value is None else value
+
+    def has(self, *names: str) -> bool:
+        """Whether all of these columns were given."""
+        return all(self.columns.get(name) is not None for name in names)
+
+    @property
+    def chosen(self) -> Tensor:
+        """Summed log-probs of the chosen completions under the policy, [S]."""
+        return self["policy_chosen"]
+
+    @property
+    def rejected(self) -> Tensor:
+        """Summed log-probs of the rejected completions under the policy, [S]."""
+        return self["policy_rejected"]
+
+    def log_ratios(self) -> tuple[Tensor, Tensor]:
+        """Log-ratios of policy to reference, chosen and rejected: ``(s_w, s_l)``, [S] each."""
+        return self.chosen - self["ref_chosen"], self.rejected - self["ref_rejected"]
+
+    def margin(self) -> Tensor:
+        r"""How much more the policy than the reference prefers the chosen completion: :math:`\Delta`, [S]."""
+        chosen_ratio, rejected_ratio = self.log_ratios()
+        return chosen_ratio - rejected_ratio
+
+    def chosen_per_token(self) -> Tensor:
+        """Mean log-prob of a token of the chosen completion, [S]."""
+        return per_token(self.chosen, self["chosen_lengths"])
+
+    def rejected_per_token(self) -> Tensor:
+        """Mean log-prob of a token of the rejected completion, [S]."""
+        return per_token(self.rejected, self["rejected_lengths"])
+
+
+class PreferenceLoss:
+    """A loss of a :class:`Pair` in the form in which all of :data:`PREFERENCE_LOSSES` are called.
+
+    Args:
+        function: ``function(pair, beta, **hyper_parameters)`` gives the loss of each pair, [S].
+        sums: which of the four sums it reads; the others are accepted and ignored.
+        needs: further columns that must be given.
+        optional: further columns that may be given.
+        coupled: the loss of a pair depends on the other pairs of the batch; such a loss takes no ``weight``.
+    """
+
+    __name__: str
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        *,
+        sums: Sequence[str] = SUMS,
+        needs: Sequence[str] = (),
+        optional: Sequence[str] = (),
+        coupled: bool = False,
+    ) -> None:
+        update_wrapper(self, function)
+        self.function = function
+        self.sums, self.needs, self.optional, self.coupled = tuple(sums), tuple(needs), tuple(optional), coupled
+        beta, *hyper_parameters = list(inspect.signature(function).parameters.values())[1:]
+        self.default_beta = beta.default
+        self.hyper_parameters = tuple(parameter.name for parameter in hyper_parameters)
+        self.__signature__ = self._signature(beta, hyper_parameters)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What it reads besides the four sums."""
+        return self.needs + self.optional
+
+    def __call__(
+        self,
+        policy_chosen: Tensor,
+        policy_rejected: Tensor | None = None,
+        ref_chosen: Tensor | None = None,
+        ref_rejected: Tensor | None = None,
+        beta: float | None = None,
+        *,
+        reduction: Reduction = "mean",
+        weight: Tensor | None = None,
+        mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        beta = self.default_beta if beta is None else beta
+        check_range("beta", beta, 0.0, math.inf, open_low=True)
+        if self.coupled and weight is not None:
+            raise TypeError(f"{self.__name__} takes no weight: its values belong to no single pair")
+        further = {name: options.pop(name, None) for name in self.columns}
+        self._check_options(options)
+        given = dict(zip(SUMS, (policy_chosen, policy_rejected, ref_chosen, ref_rejected), strict=True))
+        sums = {name: given[name] for name in self.sums}
+        self._check_columns(sums, further)
+        columns = {name: _hidden(name, value, mask) for name, value in (sums | further).items()}
+        losses = self.function(Pair(columns, mask), beta, **options)
+        check_sum(self.__name__, reduction, losses.numel())
+        return reduce(losses, reduction, weight, mask)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        for name in options:
+            if name not in self.hyper_parameters:
+                taken = ", ".join((*self.hyper_parameters, *self.columns)) or "nothing besides beta"
+                raise TypeError(f"{self.__name__} takes no {name}; it takes {taken}")
+
+    def _check_columns(self, sums: Mapping[str, Tensor | None], further: Mapping[str, Any]) -> None:
+        for name, value in sums.items():
+            if value is None and name.startswith("ref_"):
+                raise ValueError("ref_chosen and ref_rejected are needed: this loss is relative to a reference")
+            if value is None:
+                raise TypeError(f"{self.__name__} needs {name}")
+            check_floating(name, value)
+        if missing := [name for name in self.needs if further[name] is None]:
+            raise TypeError(f"{self.__name__} needs {', '.join(missing)}")
+        check_same_shape(**sums)
+
+    def _signature(
+        self, beta: inspect.Parameter, hyper_parameters: list[inspect.Parameter]
+    ) -> inspect.Signature:  # fmt: skip
+        def parameter(name: str, kind: Any, required: bool) -> inspect.Parameter:
+            default = inspect.Parameter.empty if required else None
+            return inspect.Parameter(name, kind, default=default, annotation=Tensor if required else Tensor | None)
+
+        # What follows a parameter with a default must have one too, whether the loss reads it or not.
+        first_unread = next((index for index, name in enumerate(SUMS) if name not in self.sums), len(SUMS))
+        positional = [
+            parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, index < first_unread)
+            for index, name in enumerate(SUMS)
+        ]
+        keyword_only = [parameter(name, inspect.Parameter.KEYWORD_ONLY, name in self.needs) for name in self.columns]
+        shared = [option for option in SHARED_OPTIONS if not (self.coupled and option.name == "weight")]
+        parameters = [*positional, beta, *keyword_only, *hyper_parameters, *shared]
+        return inspect.Signature(parameters, return_annotation=Tensor)
+
+
+def _hidden(name: str, value: Any, mask: Tensor | None) -> Any:
+    """A column with 0 where the mask is False; numbers and integer columns as they are."""
+    return hide(name, value, mask) if torch.is_tensor(value) and value.is_floating_point() else value
+
+
+PREFERENCE_LOSSES: Registry[PreferenceLoss] = Registry("loss_type", PreferenceLoss)
+"""Preference losses by name. Filled by :func:`preference_loss`."""
+
+
+def preference_loss(
+    name: str,
+    *,
+    sums: Sequence[str] = SUMS,
+    needs: Sequence[str] = (),
+    optional: Sequence[str] = (),
+    coupled: bool = False,
+) -> Callable[[Callable[..., Tensor]], PreferenceLoss]:
+    """Register a function of a :class:`Pair` as a preference loss.
+
+    Args:
+        name: its key in :data:`PREFERENCE_LOSSES`, and what ``--loss_type`` takes.
+        sums: which of the four sums of log-probs it reads; the policy's two for a loss without a reference.
+        needs: further columns [S] that it reads, such as ``margin``: a trainer passes them on from the data.
+        optional: columns that it reads where they are given.
+        coupled: the loss of a pair depends on the other pairs of the batch; such a loss takes no ``weight``.
+    Returns:
+        A decorator of ``loss(pair, beta=..., *, hyper_parameters)``, which returns the loss of each pair, [S].
+    Example:
+        >>> @preference_loss("squared", needs=("margin",))
+        ... def squared_loss(pair, beta=0.1, *, power=2):
+        ...     return (beta * pair.margin() - pair["margin"]) ** power
+        >>> zeros = torch.zeros(1)
+        >>> squared_loss(zeros + 10, zeros, zeros, zeros, margin=zeros + 3)
+        tensor(4.)
+        >>> del PREFERENCE_LOSSES["squared"]
+    """
+
+    def register(function: Callable[..., Tensor]) -> PreferenceLoss:
+        loss = PreferenceLoss(function, sums=sums, needs=needs, optional=optional, coupled=coupled)
+        PREFERENCE_LOSSES[name] = loss
+        return loss
+
+    return register
+
+
+def logistic(logits: Tensor) -> Tensor:
+    """The logistic loss, ``-log sigmoid(logits)``."""
+    return -F.logsigmoid(logits)
+
+
+def per_token(logps: Tensor, lengths: Tensor) -> Tensor:
+    """Sums [S] divided by numbers of tokens [S]; an empty completion counts as one token."""
+    check_same_shape(logps=logps, lengths=lengths)
+    return logps / lengths.clamp(min=1)
+
+
+def smoothed(loss: Callable[[Tensor], Tensor], logits: Tensor, label_smoothing: float) -> Tensor:
+    """Expected loss when each pair is flipped with probability ``label_smoothing`` (cDPO note, eq. 3)."""
+    check_range("label_smoothing", label_smoothing, 0.0, 0.5)
+    if label_smoothing == 0:
+        return loss(logits)
+    return (1 - label_smoothing) * loss(logits) + label_smoothing * loss(-logits)
+
 
 _INDEX_FORM = ("policy_logps", "ref_logps", "yw_idx", "yl_idx")
 
@@ -63,14 +260,17 @@ def _accepts_indices(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @wraps(loss)
     def call(*args: Any, **kwargs: Any) -> Tensor:
-        named = dict(zip(_INDEX_FORM, args, strict=False)) | {k: kwargs[k] for k in _INDEX_FORM if k in kwargs}
+        by_position = dict(zip(_INDEX_FORM, args, strict=False))
+        by_name = {name: kwargs[name] for name in _INDEX_FORM if name in kwargs}
+        named = by_position | by_name
         chosen, rejected = named.get("yw_idx"), named.get("yl_idx")
+        # Only indices are integers: in the paired form this place holds the reference's log-probs.
         if len(named) < 4 or not torch.is_tensor(chosen) or chosen.is_floating_point():
             return loss(*args, **kwargs)
         policy, ref = named["policy_logps"], named["ref_logps"]
         check_same_shape(policy_logps=policy, ref_logps=ref)
-        own = {k: v for k, v in kwargs.items() if k not in _INDEX_FORM}
-        return loss(policy[chosen], policy[rejected], ref[chosen], ref[rejected], *args[4:], **own)
+        options = {name: value for name, value in kwargs.items() if name not in _INDEX_FORM}
+        return loss(policy[chosen], policy[rejected], ref[chosen], ref[rejected], *args[4:], **options)
 
     return call
 
@@ -83,23 +283,26 @@ def dpo_loss(
     ref_rejected: Tensor,
     beta: float = 0.1,
     *,
-    loss_type: str | Sequence[str] = "sigmoid",
+    loss_type: str | Callable[..., Tensor] | Sequence[str | Callable[..., Tensor]] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
-    **own: Any,
+    **options: Any,
 ) -> Tensor:
     """The preference loss named ``loss_type``, or a weighted sum of several, in either of the forms that people know.
 
     * pairs: ``dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1)``, each [S];
     * indices, as the DPO paper prints it: ``dpo_loss(policy_logps, ref_logps, yw_idx, yl_idx, beta=0.1)``, where
-      ``policy_logps`` and ``ref_logps`` are [B] and the integer ``yw_idx[i]``, ``yl_idx[i]`` say which rows are the
+      ``policy_logps`` and ``ref_logps`` are [B], and the integers ``yw_idx[i]``, ``yl_idx[i]`` are the rows of the
       chosen and the rejected completion of pair i. (The paper's snippet also returns the rewards; they are
       ``beta * (policy_logps - ref_logps)``.)
 
     Args:
-        policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta: as for every preference loss.
-        loss_type: a key of :data:`PREFERENCE_LOSSES`, or several: MPO is ``["sigmoid", "bco_pair", "sft"]``.
+        policy_chosen, policy_rejected: [S], nats, summed over completion tokens; carry gradient.
+        ref_chosen, ref_rejected: [S], the same under the reference; constant.
+        beta: > 0; larger stays nearer the reference.
+        loss_type: a key of :data:`PREFERENCE_LOSSES`, a callable, or ``file.py:name``; or several: MPO is
+            ``["sigmoid", "bco_pair", "sft"]``.
         loss_weights: one weight for each of several, default 1; MPO's are ``[0.8, 0.2, 1.0]``.
-        own: what the losses take: ``label_smoothing``, ``chosen_lengths``, ``reduction``, ``weight``, ``mask``, …
+        options: what the losses take: ``label_smoothing``, ``chosen_lengths``, ``reduction``, ``weight``, ``mask``, …
             Of several losses each is passed what it names.
     Returns:
         Scalar, or [S] for ``reduction="none"``.
@@ -113,25 +316,25 @@ def dpo_loss(
 
     Source: arXiv 2305.18290, eq. 7 and appendix B; mixtures: MPO, arXiv 2411.10442.
     """
-    several = [loss_type] if isinstance(loss_type, str) else list(loss_type)
-    weights = [1.0] * len(several) if loss_weights is None else list(loss_weights)
-    if len(weights) != len(several) or not several:
-        raise ValueError(f"loss_weights must have one entry for each of {several}, got {weights}")
-    for name in several:
-        if name not in PREFERENCE_LOSSES:
-            raise ValueError(f"loss_type must be one of {', '.join(PREFERENCE_LOSSES)}, got {name!r}")
-    pairs = (policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
-    if len(several) == 1:
-        return weights[0] * PREFERENCE_LOSSES[several[0]](*pairs, **own)
-    takes = {name: arguments_of(PREFERENCE_LOSSES[name], own) for name in several}
-    if stray := set(own) - {key for taken in takes.values() for key in taken}:
-        raise TypeError(f"none of {', '.join(several)} takes {', '.join(sorted(stray))}")
-    parts = [w * PREFERENCE_LOSSES[name](*pairs, **takes[name]) for name, w in zip(several, weights, strict=True)]
+    given = [loss_type] if isinstance(loss_type, str) or callable(loss_type) else list(loss_type)
+    names = [PREFERENCE_LOSSES.name_of(loss) for loss in given]
+    weights = [1.0] * len(names) if loss_weights is None else list(loss_weights)
+    if len(weights) != len(names) or not names:
+        raise ValueError(f"loss_weights must have one entry for each of {names}, got {weights}")
+    losses = [PREFERENCE_LOSSES.find(name) for name in names]
+    sums = (policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
+    if len(losses) == 1:
+        return weights[0] * losses[0](*sums, **options)
+    taken = [arguments_of(loss, options) for loss in losses]
+    if unknown := sorted(set(options).difference(*taken)):
+        raise TypeError(f"none of {', '.join(names)} takes {', '.join(unknown)}; {_what_they_take(names)}")
+    parts = [w * loss(*sums, **own) for w, loss, own in zip(weights, losses, taken, strict=True)]
     return torch.stack(parts).sum(0)
 
 
-def arguments_of(loss: Callable[..., Tensor], offered: dict[str, Any]) -> dict[str, Any]:
-    """Those of the offered arguments that the loss names (or that AOT's ``**options`` takes)."""
-    named = inspect.signature(loss).parameters
-    extra = {"reduction", "mask"} if "options" in named else set()
-    return {name: value for name, value in offered.items() if name in named or name in extra}
+def _what_they_take(names: Sequence[str]) -> str:
+    losses = {name: PREFERENCE_LOSSES.find(name) for name in names}
+    return "; ".join(
+        f"{name} takes {', '.join((*loss.hyper_parameters, *loss.columns)) or 'nothing besides beta'}"
+        for name, loss in losses.items()
+    )

@@ -62,7 +62,7 @@ def _option(name: str, default: Any, annotation: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-_SHARED = [
+SHARED_OPTIONS = [
     _option("reduction", "mean", Reduction),
     _option("weight", None, Tensor | None),
     _option("mask", None, Tensor | None),
@@ -101,13 +101,13 @@ def reducible(*inputs: str, labels: str | None = None) -> Callable[[Callable[...
                 mask = _take_labels(given, inputs[0], labels, mask)
             for name in inputs:
                 if given.get(name) is not None:
-                    given[name] = _prepared(name, given[name], hidden)
+                    given[name] = hide(name, given[name], hidden)
             values = loss(**given)
             check_sum(loss.__name__, reduction, (values[0] if isinstance(values, tuple) else values).numel())
             values, counts = values if isinstance(values, tuple) else (values, None)
             return reduce(values, reduction, weight, mask, counts)
 
-        added = _SHARED if labels is None else [_option("ignore_index", -100, int), *_SHARED]
+        added = SHARED_OPTIONS if labels is None else [_option("ignore_index", -100, int), *SHARED_OPTIONS]
         call.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
         return call
 
@@ -120,7 +120,7 @@ def _take_labels(given: dict[str, Any], scores: str, name: str, mask: Tensor | N
     if logits is None or labels is None:
         return mask
     if labels.shape == logits.shape:  # soft targets
-        given[name] = _prepared(name, labels, mask)
+        given[name] = hide(name, labels, mask)
         return mask
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
@@ -135,7 +135,7 @@ def _take_labels(given: dict[str, Any], scores: str, name: str, mask: Tensor | N
     return mask
 
 
-def _prepared(name: str, value: Tensor, mask: Tensor | None) -> Tensor:
+def hide(name: str, value: Tensor, mask: Tensor | None) -> Tensor:
     check_floating(name, value)
     value = upcast(value)
     if mask is None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf.losses._checks import check_range, check_same_shape
-from rlhf.losses._pairs import ell, smoothed
+from rlhf.losses._preference import logistic, smoothed
 from rlhf.losses._reduction import reducible
 
 
@@ -41,7 +41,7 @@ def reward_loss(
     """
     check_range("center_rewards_coefficient", center_rewards_coefficient, 0.0, math.inf)
     check_same_shape(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
-    losses = smoothed(ell, chosen_rewards - rejected_rewards - margin, label_smoothing)
+    losses = smoothed(logistic, chosen_rewards - rejected_rewards - margin, label_smoothing)
     return losses + center_rewards_coefficient * (chosen_rewards + rejected_rewards) ** 2
 
 

@@ -17,14 +17,14 @@ FAMILIES = {
     "_top_k": "Divergences",
     "_rewards": "Reward models and rankings",
     "_dpo": "Preferences",
-    "_dpo_regularised": "Preferences",
     "_anchored": "Preferences",
-    "_reference_free": "Preferences",
     "_preference": "Preferences",
     "_policy": "Policy gradients",
     "_policy_sequences": "Policy gradients",
     "_advantages": "Advantages and control",
 }
+# Public names beside the losses: what a loss of one's own is made with.
+EXTENSION_POINTS = ("Pair", "preference_loss")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def entries() -> list[Entry]:
     for name in losses.__all__:
         thing = getattr(losses, name)
         room = getattr(thing, "__module__", "").rpartition(".")[2]
-        if callable(thing) and room in FAMILIES and name != "arguments_of":
+        if callable(thing) and room in FAMILIES and name not in EXTENSION_POINTS:
             found.append(Entry(FAMILIES[room], name, thing))
     found += [Entry("Preferences", name, loss) for name, loss in losses.PREFERENCE_LOSSES.items()]
     order = list(dict.fromkeys(FAMILIES.values()))

@@ -2,18 +2,15 @@
 
 import ast
 import difflib
-import importlib
-import importlib.util
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.losses.registry import load_object, split_place
 from rlhf.rewards import functions, trl_names
 from rlhf.rewards.endpoint import HttpReward
 from rlhf.rewards.functions import RewardFunction
@@ -61,7 +58,7 @@ def load_reward(spec: str, tokenizer: PreTrainedTokenizerBase | None = None) -> 
     name, positional, options = _parse(spec)
     if name in BUILTINS:
         return _build(spec, BUILTINS[name], positional or [], options or {})
-    place = _place(name)[0]
+    place = split_place(name)[0]
     if place.endswith(".py") or (place and "/" not in name):
         found = load_object(name, f"reward {spec!r}")
         return found if positional is None else _build(spec, found, positional, options or {})
@@ -99,22 +96,6 @@ def reward_functions(given: Any, tokenizers: Any = None) -> list[RewardFunction]
     return found
 
 
-def load_object(name: str, what: str) -> Any:
-    """What ``path/to/file.py:name``, ``package.module:name`` or ``package.module.name`` is; ``what`` begins errors.
-
-    Raises:
-        ValueError: it cannot be imported, or there is nothing of that name. FileNotFoundError: no such file.
-    """
-    place, attribute = _place(name)
-    module = _import_file(what, place) if place.endswith(".py") else _import(what, place)
-    return _attribute(what, module, attribute)
-
-
-def _place(name: str) -> tuple[str, str]:
-    place, _, attribute = name.rpartition(":") if ":" in name else name.rpartition(".")
-    return place, attribute
-
-
 def _parse(spec: str) -> tuple[str, list[Any] | None, dict[str, Any] | None]:
     """``name(1, key=2)`` taken apart; no lists of options where there are no brackets."""
     found = re.fullmatch(r"\s*([^()\s]+)\s*\((.*)\)\s*", spec, re.DOTALL)
@@ -135,36 +116,3 @@ def _build(spec: str, factory: Callable[..., Any], positional: list[Any], option
         return factory(*positional, **options)
     except TypeError as error:
         raise ValueError(f"reward {spec!r}: {error}; write the options as name(key=value)") from error
-
-
-def _import(what: str, module: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name and (module == error.name or module.startswith(error.name + ".")):
-            raise ValueError(f"{what}: no module {error.name!r}; for a file write file.py:function") from error
-        raise ValueError(f"{what}: importing {module} fails ({error})") from error
-    except Exception as error:
-        raise ValueError(f"{what}: importing {module} fails ({type(error).__name__}: {error})") from error
-
-
-def _import_file(what: str, file: str) -> ModuleType:
-    path = Path(file).expanduser().resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"{what}: {file}: no such file")
-    found = importlib.util.spec_from_file_location(f"_reward_{path.stem}", path)
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module  # data classes in the file look themselves up
-    try:
-        found.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"{what}: running {file} fails ({type(error).__name__}: {error})") from error
-    return module
-
-
-def _attribute(what: str, module: ModuleType, name: str) -> Any:
-    if not hasattr(module, name):
-        near = difflib.get_close_matches(name, dir(module), n=1)
-        raise ValueError(f"{what}: no {name!r} in {module.__file__}{f'; did you mean {near[0]}?' if near else ''}")
-    return getattr(module, name)

@@ -7,7 +7,7 @@ import pytest
 from rlhf import losses
 from rlhf.cli.losses import markdown
 from rlhf.cli.main import main
-from rlhf.losses.catalogue import advise, entries, find
+from rlhf.losses.catalogue import EXTENSION_POINTS, advise, entries, find
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,6 +19,7 @@ def test_every_public_function_and_every_preference_loss_is_in_it():
         "PREFERENCE_LOSSES",
         "POLICY_LOSSES",
         "arguments_of",
+        *EXTENSION_POINTS,
         "as_compute_loss",
         "checks",
         "explain",

@@ -273,7 +273,7 @@ def test_plackett_luce_is_the_product_of_choices():
     [
         (dict(beta=0.0), "beta must be in"),
         (dict(label_smoothing=0.5), "label_smoothing must be in"),
-        (dict(loss_type="dpo"), "loss_type must be one of sigmoid"),
+        (dict(loss_type="dpo"), "loss_type 'dpo' is unknown: one of sigmoid"),
         (dict(loss_type="f_dpo", f_divergence_type="kl"), "f_divergence_type must be one of reverse_kl"),
         (dict(loss_weights=[1.0, 2.0]), "loss_weights must have one entry"),
         (dict(mask=torch.ones(2, dtype=torch.bool)), r"mask \(2,\)"),
@@ -304,7 +304,7 @@ def test_nan_is_found_on_request():
 def test_signatures_say_what_is_taken(name):
     names = list(inspect.signature(PREFERENCE_LOSSES[name]).parameters)
     assert names[:5] == ["policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected", "beta"]
-    assert names[-1] == "options" if name in SORTED else names[-3:] == ["reduction", "weight", "mask"]
+    assert names[-2:] == ["reduction", "mask"] if name in SORTED else names[-3:] == ["reduction", "weight", "mask"]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
