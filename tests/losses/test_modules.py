@@ -9,6 +9,7 @@ from torch import nn
 
 from rlhf import losses
 from rlhf.losses import modules
+from rlhf.losses.catalogue import EXTENSION_POINTS
 
 P, Y = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([0.0, 1.0, 1.0])
 Z, C = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3, 1])
@@ -37,6 +38,7 @@ def test_a_module_is_its_function(module, want):
 def test_every_loss_function_has_a_module():
     wrapped = {m.function.__name__ for m in vars(modules).values() if isinstance(m, type) and hasattr(m, "function")}
     by_name = {f.__name__ for f in losses.POLICY_LOSSES.values()} | {"dpo_loss", "top_k_kl", "as_compute_loss"}
+    by_name |= {*EXTENSION_POINTS}
     functions = {
         n for n in losses.__all__ if n.endswith(("_loss", "_divergence", "_kl", "_jsd", "_entropy", "_shannon"))
     }
