@@ -1,7 +1,8 @@
 """Data: reading files, chat templates, tokenising, batches."""
 
-from rlhf.data.batching import Batch, Collator
+from rlhf.data.batch import Batch
 from rlhf.data.chat import answer_end_ids, answer_ends, encode, encode_prompt, encode_reply
+from rlhf.data.collate import Collator
 from rlhf.data.columns import RowFormat
 from rlhf.data.encoding import Reading
 from rlhf.data.formats import Dialogue

@@ -7,7 +7,7 @@ from datasets import Json
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import chat, formats
-from rlhf.data.batching import IGNORE
+from rlhf.data.batch import IGNORE
 from rlhf.data.columns import RowFormat
 from rlhf.data.formats import Dialogue
 from rlhf.data.messages import ASSISTANT, kind

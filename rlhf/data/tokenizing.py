@@ -15,7 +15,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import chat, columns, formats
-from rlhf.data.batching import IGNORE
+from rlhf.data.batch import IGNORE
 from rlhf.data.columns import RowFormat
 from rlhf.data.encoding import (
     COUNTS,

@@ -1,7 +1,8 @@
 """Distillation from a teacher with another tokenizer: of the same text, what can be compared."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Batch, Collator
-from rlhf.distillation.paired_rows import Align, PairedCollator, tokenize_paired
+from rlhf.distillation.paired_rows import Align, Paired, collate_paired, tokenize_paired
 from rlhf.losses import span_logps, span_loss
 from rlhf.models import load_model, load_tokenizer, vocabulary_size
 from rlhf.models.policy import Teacher
@@ -99,16 +100,17 @@ class OtherTokenizer:
         if not isinstance(collator, Collator):
             raise ValueError(f"align {self.align} needs a rlhf.data.Collator, got {type(collator).__name__}")
         pad = next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
-        options = {field.name: getattr(collator, field.name) for field in fields(Collator)}
-        trainer.data_collator = PairedCollator(**options, teacher_pad_token_id=pad)  # type: ignore[assignment]
+        extras = {"paired": partial(collate_paired, pad_token_id=pad)}
+        trainer.data_collator = replace(collator, extras=extras)  # type: ignore[assignment]
         trainer.share_layout(policy.model)
         return lambda student: nullcontext(policy)
 
 
 def measure_aligned(trainer: "DistillTrainer", model: nn.Module, batch: Batch) -> Measures:
     """The loss in place of a divergence: of each pair of tokens, or each span, at the student's first token of it."""
-    paired, targets, weights, teacher = batch.paired, batch.targets, trainer.divergence, trainer.teacher
-    assert paired is not None and teacher is not None
+    targets, weights, teacher = batch.targets, trainer.divergence, trainer.teacher
+    paired: Any = batch.extras["paired"]
+    assert teacher is not None
     tokens, pairs = targets.counts(), targets.sum((paired.partner >= 0).long())
     if trainer.args.align == "uld":
         scores = model(batch, divergence=weights, teacher=teacher)
@@ -118,7 +120,7 @@ def measure_aligned(trainer: "DistillTrainer", model: nn.Module, batch: Batch) -
         with torch.no_grad(), teacher(trainer.policy) as taught_by:
             their_logps = taught_by(paired.batch).logps
         logps = model(batch).logps
-        found = _of_spans(logps, their_logps, batch, weights.temperature)
+        found = _of_spans(logps, their_logps, paired, weights.temperature)
         total = weights.loss(found, logps).sum()
         found, logps = found.detach(), logps.detach()
         theirs = paired.batch.targets
@@ -132,11 +134,10 @@ def measure_aligned(trainer: "DistillTrainer", model: nn.Module, batch: Batch) -
     return Measures(targets.sum(weights.loss(found, logps)), tokens, metrics, total)
 
 
-def _of_spans(logps: Tensor, their_logps: Tensor, batch: Batch, temperature: float) -> Tensor:
+def _of_spans(logps: Tensor, their_logps: Tensor, paired: Paired, temperature: float) -> Tensor:
     """Each span's loss at the student's token that begins it, 0 elsewhere: [N]."""
-    assert batch.paired is not None
-    spans, total = batch.paired.spans, batch.paired.spans.total
+    spans, total = paired.spans, paired.spans.total
     ours, theirs = span_logps(logps, spans.student, total), span_logps(their_logps, spans.teacher, total)
     values = span_loss(ours, theirs.to(ours.dtype), temperature, reduction="none")
-    place = torch.where(batch.paired.partner >= 0, spans.student, total)  # past the last: a 0
+    place = torch.where(paired.partner >= 0, spans.student, total)  # past the last: a 0
     return torch.cat([values, values.new_zeros(1)])[place]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from rlhf.data.batching import IGNORE
+from rlhf.data.batch import IGNORE
 from rlhf.rollouts import Completion, RolloutEngine
 from rlhf.rollouts.policy_sampler import PolicySampler, make_engine
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import columns, tokenizing
-from rlhf.data.batching import IGNORE, Batch, Collator
+from rlhf.data.batch import IGNORE, Batch
+from rlhf.data.collate import Collator
 from rlhf.data.encoding import Reading, Row, cut, encode_sft
 from rlhf.data.tokenizing import identity, map_rows, name_of, prefixed
 from rlhf.data.vocabulary import tokenizer_difference
@@ -43,22 +44,19 @@ class Paired:
         return Paired(self.batch.to(device, non_blocking), Spans(student, teacher, self.spans.total), partner)
 
 
-@dataclass(frozen=True)
-class PairedCollator(Collator):
-    """A :class:`Collator` for rows of :func:`tokenize_paired`; the teacher's batch is laid out as the student's is."""
+def collate_paired(examples: list[Row], collate: Collator, pad_token_id: int) -> Paired:
+    """The entry ``"paired"`` of a batch's extras, from rows of :func:`tokenize_paired`.
 
-    teacher_pad_token_id: int = 0
-
-    def __call__(self, rows: list[Row]) -> Batch:
-        batch = super().__call__(rows)
-        examples = [example for row in rows for example in row.get("examples", [row])]
-        theirs = Collator(self.teacher_pad_token_id, self.padding_side, self.layout)(
-            [{"input_ids": example["teacher_ids"], "labels": example["teacher_labels"]} for example in examples]
-        )
-        spans = join([_spans(example[_OURS], example[_THEIRS]) for example in examples])
-        partner = torch.full_like(spans.student, -1)
-        partner[first_tokens(spans.student, spans.total)] = first_tokens(spans.teacher, spans.total)
-        return replace(batch, paired=Paired(theirs, spans, partner))
+    Args:
+        collate: of the student's batch; the teacher's is laid out in the same way.
+        pad_token_id: the teacher's.
+    """
+    rows = [{"input_ids": example["teacher_ids"], "labels": example["teacher_labels"]} for example in examples]
+    theirs = replace(collate, pad_token_id=pad_token_id, extras={})(rows)
+    spans = join([_spans(example[_OURS], example[_THEIRS]) for example in examples])
+    partner = torch.full_like(spans.student, -1)
+    partner[first_tokens(spans.student, spans.total)] = first_tokens(spans.teacher, spans.total)
+    return Paired(theirs, spans, partner)
 
 
 def tokenize_paired(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.batching import IGNORE
+from rlhf.data.batch import IGNORE
 from rlhf.logprobs import TopK
 from rlhf.rollouts import ServerEngine
 

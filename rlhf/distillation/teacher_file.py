@@ -23,7 +23,8 @@ from datasets import Dataset
 from numpy.lib.format import open_memmap
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.batching import IGNORE, TEACHER_ROW
+from rlhf.data.batch import IGNORE, Row
+from rlhf.data.collate import Collator
 from rlhf.data.packing import hash_of_tokens
 from rlhf.data.vocabulary import tokenizer_rules
 from rlhf.logprobs import TopK
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it when what is stored, or how it is computed, changes
 HEADER = "teacher.json"
+TEACHER_ROW = "teacher_row"  # column: the number of a row in the folder
 
 Key = dict[str, Any]
 
@@ -146,6 +148,12 @@ class TeacherFile:
         ids = torch.from_numpy(self.ids[places].astype(np.int64))
         return TopK(ids, logps[:, :-1].contiguous(), logps[:, -1].contiguous())
 
+    def of_examples(self, examples: list[Row], collate: Collator) -> TopK | None:
+        """The entry ``"teacher"`` of a batch's extras; None where the examples are none of the folder's rows."""
+        if TEACHER_ROW not in examples[0]:
+            return None
+        return self.take([example[TEACHER_ROW] for example in examples])
+
     def _places(self, rows: Iterable[int]) -> np.ndarray:
         return np.concatenate([np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows])
 
@@ -206,7 +214,8 @@ def open_teacher_file(
 
     Returns:
         The rows with a column that says which of the folder's rows each is, and the folder. With
-        ``Collator(..., teacher=file)`` batches of these rows, in any order and selection, hold ``batch.teacher``.
+        ``Collator(..., extras={"teacher": file.of_examples})`` batches of these rows, in any order and selection, hold
+        ``batch.extras["teacher"]``.
     Raises:
         FileNotFoundError: no such folder.
         ValueError: it was kept for another tokenizer, template or data set (which part is said), is not finished, or

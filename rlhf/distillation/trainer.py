@@ -168,7 +168,7 @@ class DistillTrainer(TextTrainer):
             rows.rows = marked
         else:
             self.train_dataset = marked
-        self.data_collator = replace(self.data_collator, teacher=file)  # type: ignore[type-var]
+        self.data_collator = replace(self.data_collator, extras={"teacher": file.of_examples})  # type: ignore[type-var]
 
     def _separate(self, model: str | nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> Teacher:
         """A frozen teacher, checked to speak of the same tokens."""
@@ -235,7 +235,7 @@ class DistillTrainer(TextTrainer):
         if self.server is None:
             return batch
         kept, logps = self.server.take([example for row in rows for example in row.get("examples", [row])])
-        return replace(batch, teacher=kept, teacher_logps=logps)
+        return replace(batch, per_token={"teacher_logps": logps}, extras={"teacher": kept})
 
     def tokenize(
         self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int
@@ -247,7 +247,7 @@ class DistillTrainer(TextTrainer):
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
         if self.other is not None:
             return measure_aligned(self, model, batch)
-        if batch.teacher is None and self.teacher is None:  # other rows than those that a file is of
+        if "teacher" not in batch.extras and self.teacher is None:  # other rows than those that a file is of
             return super().measure(model, batch)
         if self.args.reverse_kl_reward and torch.is_grad_enabled():
             return self._rewarded(model, batch)
@@ -262,8 +262,8 @@ class DistillTrainer(TextTrainer):
             metrics["kl"] = targets.sum(beside.kl)
             metrics["agreement"] = targets.sum(beside.agrees.to(nll.dtype))
             metrics["teacher_perplexity"] = -targets.sum(beside.logps)
-        if batch.teacher_logps is not None:
-            metrics["teacher_perplexity"] = -targets.sum(batch.teacher_logps)
+        if "teacher_logps" in batch.per_token:
+            metrics["teacher_perplexity"] = -targets.sum(batch.per_token["teacher_logps"])
         loss = targets.sum(self.divergence.loss(beside.divergence, logps))
         if beside.hidden_states is not None:
             metrics["hidden_state_loss"] = targets.sum(beside.hidden_states)
@@ -271,7 +271,7 @@ class DistillTrainer(TextTrainer):
         return Measures(loss, tokens, {name: (value, tokens) for name, value in metrics.items()}, scores.loss)
 
     def _rewarded(self, model: nn.Module, batch: Batch) -> Measures:
-        targets, taught = batch.targets, batch.teacher_logps
+        targets, taught = batch.targets, batch.per_token.get("teacher_logps")
         if taught is None:
             assert self.teacher is not None
             with torch.no_grad(), self.teacher(self.policy) as teacher:

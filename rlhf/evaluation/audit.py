@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Dialogue, Reading, encode_prompt
-from rlhf.data.batching import IGNORE, sequences
+from rlhf.data.batch import IGNORE, sequences
 from rlhf.data.columns import pair_columns, prompt_columns, renamed, sft_columns
 from rlhf.data.encoding import TOO_LONG, Row, cut, encode_pair, encode_sft, encode_unpaired
 from rlhf.data.formats import (

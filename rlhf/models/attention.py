@@ -12,7 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rlhf.data.batching import Batch, Collator, Layout, Segments
+from rlhf.data.batch import Batch, Layout, Segments
+from rlhf.data.collate import Collator
 from rlhf.kernels.recompute import can_be_remade
 from rlhf.models.positions import inputs_of
 
@@ -54,7 +55,7 @@ def segment_attention(
             raise NotImplementedError(f"segments know no {name}")
     if attention_mask is not None and attention_mask.numel():
         raise NotImplementedError("segments know no mask that the model makes")
-    segments.plans.setdefault("windows", set()).add(sliding_window)
+    segments.attention_cache.setdefault("windows", set()).add(sliding_window)
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout and query.size(-1) <= 256:
         return _varlen(query, key, value, segments, scaling, sliding_window), None
     lengths = [span.length for span in segments.spans]
@@ -91,9 +92,9 @@ def _varlen(
 ) -> Tensor:  # fmt: skip
     """All spans in one call of torch's variable-length attention, each with the keys of ``[prefix, span]``."""
     name = ("varlen", query.device)
-    if name not in segments.plans:
-        segments.plans[name] = _plan(segments, query.device)
-    index, starts_q, starts_k, longest_q, longest_k = segments.plans[name]
+    if name not in segments.attention_cache:
+        segments.attention_cache[name] = _plan(segments, query.device)
+    index, starts_q, starts_k, longest_q, longest_k = segments.attention_cache[name]
     # Bottom-right alignment: the last query of a span sees all its keys.
     output = varlen_attn(
         query[0].transpose(0, 1),
@@ -129,15 +130,15 @@ def _plan(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, Ten
 def _mask(segments: Segments, length: int, prefix: int, window: int | None, like: Tensor) -> Tensor:
     """0 where a span's token sees a key of ``[prefix, span]``, else -inf."""
     key = (length, prefix, window, like.dtype, like.device)
-    if key not in segments.plans:
+    if key not in segments.attention_cache:
         position = torch.arange(prefix, prefix + length, device=like.device)[:, None]
         other = torch.arange(prefix + length, device=like.device)
         hidden = other > position
         if window is not None:
             hidden |= other <= position - window
         mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
-        segments.plans[key] = mask.masked_fill_(hidden, -torch.inf)
-    return segments.plans[key]
+        segments.attention_cache[key] = mask.masked_fill_(hidden, -torch.inf)
+    return segments.attention_cache[key]
 
 
 AttentionInterface.register(NAME, segment_attention)
@@ -194,7 +195,7 @@ def use_segments(model: nn.Module) -> str | None:
         tolerance = 1e-4 if want.dtype in (torch.float32, torch.float64) else 5e-2
         if not torch.allclose(got, want, rtol=0, atol=tolerance * float(want.abs().max())):
             reason = f"its hidden states differ from those of padded rows by {float((got - want).abs().max()):.2g}"
-        elif _has_window(model) and not any(batch.segments.plans["windows"]):  # longer than the examples
+        elif _has_window(model) and not any(batch.segments.attention_cache["windows"]):  # longer than the examples
             reason = "its sliding window is in its mask alone"
     except Exception as error:  # whatever an unknown model raises, padded rows are the answer
         reason = f"it fails on them ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"

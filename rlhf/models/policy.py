@@ -138,10 +138,11 @@ class Policy(Wrapper):
         """With a ``divergence``, scores beside the ``teacher`` (:func:`compare`), or what the batch holds of one."""
         self._check_layout(batch)
         with fewer_activations():
-            if divergence is not None and batch.teacher is not None:
-                return self._beside_kept(batch, batch.teacher, divergence)
+            kept: Any = batch.extras.get("teacher")
+            if divergence is not None and kept is not None:
+                return self._beside_kept(batch, kept, divergence)
             if divergence is not None and teacher is not None:
-                paired = batch.paired
+                paired: Any = batch.extras.get("paired")
                 with torch.no_grad(), teacher(self) as taught:
                     theirs = taught.predictions(batch if paired is None else paired.batch)
                 if paired is not None:
@@ -177,7 +178,7 @@ class Policy(Wrapper):
         if teacher is not None:
             with teacher(self) as taught:
                 theirs = taught.without_adapter.get_output_embeddings().weight.size(0)
-            vocabulary = 2 * vocabulary if batch.paired is None else HELD * (vocabulary + theirs)
+            vocabulary = 2 * vocabulary if "paired" not in batch.extras else HELD * (vocabulary + theirs)
         return plan(
             len(batch.targets),
             vocabulary,

@@ -15,7 +15,7 @@ from rlhf.logprobs import Scores
 from rlhf.losses import kl_estimate
 from rlhf.online.diagnosis import diagnose
 from rlhf.online.objective import Objective
-from rlhf.online.samples import Minibatch, Sample, varied_groups
+from rlhf.online.samples import RolloutBatch, Sample, varied_groups
 from rlhf.rewards import completion_text
 from rlhf.rewards.scoring import Scored
 from rlhf.trainers.base import sum_dtype
@@ -121,7 +121,7 @@ class RolloutReport:
 
     def of_step(
         self,
-        batch: Minibatch,
+        batch: RolloutBatch,
         scores: Scores,
         before: Tensor,
         weight: Tensor,
@@ -129,7 +129,7 @@ class RolloutReport:
         critic: Tensor,
         objective: Objective,
     ) -> Sums:
-        mask = batch.learned.float()
+        mask = batch.per_token["in_loss"].float()
         logps = scores.logps.detach()
         log_ratio = logps - before
         ratio, count = log_ratio.clamp(-20, 20).exp(), mask.sum()
@@ -141,18 +141,18 @@ class RolloutReport:
         }
         if objective.clip is not None:
             low, high = objective.clip
-            advantages = batch.tokens["advantages"]
+            advantages = batch.per_token["advantages"]
             below, above = (ratio < 1 - low) & (advantages < 0), (ratio > 1 + high) & (advantages > 0)
             sums["clip_ratio/low"] = ((below * mask).sum(), count)
             sums["clip_ratio/high"] = ((above * mask).sum(), count)
-        if "returns" in batch.tokens:
+        if "returns" in batch.per_token:
             sums["value_loss"] = (critic.detach(), divisor)
-        if "old_logps" not in batch.tokens:
+        if "old_logps" not in batch.per_token:
             sums["entropy"] = ((-logps * mask).sum(), count)
-            sums["sampler_kl"] = ((kl_estimate(batch.tokens["sampler_logps"], logps, "k3") * mask).sum(), count)
-            if "ref_logps" in batch.tokens:
-                sums["kl"] = ((logps - batch.tokens["ref_logps"]).sum(), count.new_tensor(float(len(batch.lengths))))
-        elif batch.first:
+            sums["sampler_kl"] = ((kl_estimate(batch.per_token["sampler_logps"], logps, "k3") * mask).sum(), count)
+            if "ref_logps" in batch.per_token:
+                sums["kl"] = ((logps - batch.per_token["ref_logps"]).sum(), count.new_tensor(float(len(batch.lengths))))
+        elif batch.is_first_step:
             self._keep_largest("ratio/first_deviation", ((ratio - 1).abs() * mask).max())
         self._keep_largest("ratio/max", (ratio * mask).max())
         kl = torch.stack(sums["approx_kl"])

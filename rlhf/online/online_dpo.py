@@ -28,10 +28,10 @@ class OnlineDPOTrainer(PPOTrainer):
         return sum(_both(batch.lengths))
 
     def measure(self, model: nn.Module, batch: Any) -> Measures:
-        targets = batch.batch.targets
-        logps = model(batch.batch).logps
+        targets = batch.targets
+        logps = model(batch).logps
         chosen, rejected = targets.sum(logps).view(-1, 2).unbind(1)
-        ref_logps = batch.tokens["ref_logps"]
+        ref_logps = batch.per_token["ref_logps"]
         ref_chosen, ref_rejected = targets.sum(ref_logps).view(-1, 2).unbind(1)
         lengths = targets.counts().view(-1, 2).unbind(1)
         losses = self.args.pair_loss(

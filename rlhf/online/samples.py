@@ -1,7 +1,7 @@
 """What on-policy training learns from: completions with their rewards, and from those to advantages."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf.data import Batch
-from rlhf.data.batching import IGNORE
+from rlhf.data.batch import IGNORE
 from rlhf.data.formats import Turns
 from rlhf.losses import gae, group_advantages, rloo_advantages, whiten
 
@@ -56,28 +56,22 @@ class Sample:
 
 
 @dataclass(frozen=True, eq=False)
-class Minibatch:
-    """Samples as a policy reads them, with their per-token vectors [N] in the order of ``batch.targets``.
+class RolloutBatch(Batch):
+    """Samples in the layout of the policy.
 
-    ``learned`` [N] is True where a token counts; ``lengths`` [S] are the tokens that count in each sequence.
+    ``per_token`` has their token vectors, and ``in_loss``: True for a token that counts.
+
+    Args:
+        lengths: tokens that count in each of the S sequences; numbers of the host, so that reading them waits for
+            nothing.
+        is_first_step: the policy is still the one that sampled.
     """
 
-    batch: Batch
-    tokens: dict[str, Tensor]
-    learned: Tensor
-    lengths: tuple[int, ...]
-    first: bool  # of the first step after a rollout: the policy is still the one that sampled
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Minibatch":
-        moved = {name: vector.to(device, non_blocking=non_blocking) for name, vector in self.tokens.items()}
-        learned = self.learned.to(device, non_blocking=non_blocking)
-        return replace(self, batch=self.batch.to(device, non_blocking), tokens=moved, learned=learned)
-
-    def num_tokens(self) -> Tensor:
-        return self.batch.num_tokens()
+    lengths: tuple[int, ...] = ()
+    is_first_step: bool = False
 
 
-def minibatch(samples: list[Sample], collate: Any, first: bool = False) -> Minibatch:
+def collate_samples(samples: list[Sample], collate: Any, is_first_step: bool = False) -> RolloutBatch:
     """Lay out samples; neighbours of one group share their prompt."""
     rows: list[dict[str, Any]] = []
     for index, sample in enumerate(samples):
@@ -87,10 +81,11 @@ def minibatch(samples: list[Sample], collate: Any, first: bool = False) -> Minib
         rows[-1]["completions"].append(sample.ids)
         rows[-1]["labels"].append(sample.labels)
     names = set.intersection(*(set(sample.tokens) for sample in samples))
-    tokens = {name: torch.cat([sample.tokens[name] for sample in samples]) for name in sorted(names)}
-    learned = torch.cat([torch.full((len(sample),), sample.learned) for sample in samples])
+    per_token = {name: torch.cat([sample.tokens[name] for sample in samples]) for name in sorted(names)}
+    per_token["in_loss"] = torch.cat([torch.full((len(sample),), sample.learned) for sample in samples])
     lengths = tuple(len(sample) * sample.learned for sample in samples)
-    return Minibatch(collate(rows), tokens, learned, lengths, first)
+    batch: Batch = collate(rows)
+    return RolloutBatch(**vars(batch) | {"per_token": per_token}, lengths=lengths, is_first_step=is_first_step)
 
 
 def kl_penalties(samples: list[Sample]) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data import Batch, tokenize_prompts
+from rlhf.data import tokenize_prompts
 from rlhf.losses import truncated_importance_weights, value_loss
 from rlhf.models import ActorCritic, Policy, load_model
 from rlhf.models.adapter_off import adapter_off_is_start
@@ -27,13 +27,13 @@ from rlhf.online.metrics import RolloutReport
 from rlhf.online.objective import Objective
 from rlhf.online.prompts import in_memory
 from rlhf.online.samples import (
-    Minibatch,
+    RolloutBatch,
     Sample,
     add_advantages,
+    collate_samples,
     keep_high_entropy,
     keep_of_groups,
     kl_penalties,
-    minibatch,
 )
 from rlhf.online.trl_names import refuse_others
 from rlhf.rewards import RewardSet, reward_functions
@@ -206,14 +206,14 @@ class PPOTrainer(Answering):
         places = range(steps * args.gradient_accumulation_steps)
         return DataLoader(places, batch_size=1, collate_fn=lambda _: self._next())  # type: ignore[arg-type]
 
-    def _next(self) -> Minibatch:
+    def _next(self) -> RolloutBatch:
         """The next micro-batch, made when it is asked for: by then the policy is the one that it needs."""
         if not self._micro:
             self._fresh, strayed = False, self.report.strayed(self.args.early_stop_kl)
             if strayed or not self._steps:
                 self._collect()
             self._micro = list(self._minibatches[self._steps.pop(0)])
-        return minibatch(self._micro.pop(0), self.data_collator, self._fresh)
+        return collate_samples(self._micro.pop(0), self.data_collator, self._fresh)
 
     def _collect(self) -> None:
         args = self.args
@@ -277,7 +277,7 @@ class PPOTrainer(Answering):
         training = model.training
         model.eval()
         for samples in (micro for step in self._minibatches for micro in step):
-            batch = minibatch(samples, self.data_collator).to(args.device).batch
+            batch = collate_samples(samples, self.data_collator).to(args.device)
             lengths = [len(sample) for sample in samples]
             found: dict[str, Tensor] = {}
             with torch.no_grad(), self.accelerator.autocast():
@@ -337,9 +337,6 @@ class PPOTrainer(Answering):
 
     # The loss
 
-    def policy_batch(self, inputs: Any) -> Batch:
-        return inputs.batch
-
     def count(self, batch: Any) -> int:
         return self._objective().count(batch.lengths)
 
@@ -347,8 +344,8 @@ class PPOTrainer(Answering):
         return self.args.objective(self.beta)
 
     def measure(self, model: nn.Module, batch: Any) -> Measures:
-        objective, targets, tokens = self._objective(), batch.batch.targets, batch.tokens
-        weight = objective.token_weights(batch.lengths, targets.sequence) * batch.learned
+        objective, targets, tokens = self._objective(), batch.targets, batch.per_token
+        weight = objective.token_weights(batch.lengths, targets.sequence) * tokens["in_loss"]
         advantages = tokens["advantages"]
         correction, old = torch.ones_like(advantages), tokens.get("old_logps")
         if self.importance_cap is not None and old is not None:
@@ -358,16 +355,16 @@ class PPOTrainer(Answering):
         ref = tokens.get("ref_logps", torch.zeros_like(advantages))
         entropy = self.args.entropy_coef > 0
         if objective.is_coupled:
-            scores = model(batch.batch, entropy=entropy)
+            scores = model(batch, entropy=entropy)
             before = scores.logps.detach() if old is None else old
             total = objective.coupled(
                 scores, advantages, weight, correction, before, ref, targets.sequence, batch.lengths
             )
         elif old is None:  # one step a rollout: the policy before it is this one
-            scores = model(batch.batch, _local(objective, True), entropy, (advantages, weight, correction, ref))
+            scores = model(batch, _local(objective, True), entropy, (advantages, weight, correction, ref))
             total, before = scores.loss, scores.logps.detach()
         else:
-            scores = model(batch.batch, _local(objective, False), entropy, (advantages, weight, correction, old, ref))
+            scores = model(batch, _local(objective, False), entropy, (advantages, weight, correction, old, ref))
             total, before = scores.loss, old
         critic = torch.zeros((), device=weight.device)
         if scores.values is not None and "returns" in tokens:

@@ -8,7 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rlhf.data.batching import Segments, Span
+from rlhf.data.batch import Segments, Span
 from rlhf.models.attention import segment_attention
 
 DECODING_ATTENTION = "rlhf_decoding"  # its name in transformers' registry

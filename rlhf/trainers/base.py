@@ -253,7 +253,7 @@ class BaseTrainer(Evaluating):
         count = torch.full((), sum(self.count(batch) for batch in batch_samples), device=device)
         if self.balancer is not None:
             self.add_metrics({"aux_loss": (count * 0, torch.ones_like(count) / self.accelerator.num_processes)})
-            batches = [self.policy_batch(inputs).to(self.args.device) for inputs in batch_samples]
+            batches = [inputs.to(self.args.device) for inputs in batch_samples]
             self.balancer.look_ahead(self.model_wrapped, batches)
         return self.accelerator.reduce(count)
 
@@ -262,15 +262,11 @@ class BaseTrainer(Evaluating):
         """Whether a load-balancing loss of routers is added."""
         return self.balancer is not None
 
-    def policy_batch(self, inputs: Any) -> Batch:
-        """What the policy reads of a batch of the training data."""
-        return inputs
-
     def _balancing_loss(self, measures: Measures, inputs: Any) -> Tensor | float:
         """This batch's share of the load-balancing loss of the step, weighted."""
         if self.balancer is None or measures.router_logits is None:
             return 0.0
-        share = self.balancer.share(measures.router_logits, self.policy_batch(inputs))
+        share = self.balancer.share(measures.router_logits, inputs)
         self.add_metrics({"aux_loss": (share, torch.zeros_like(share))})
         return self.balancer.balancing.coef * share
 

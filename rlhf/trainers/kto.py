@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
-from rlhf.data import Batch, add_mismatched, tokenize_unpaired
+from rlhf.data import Batch, Collator, add_mismatched, tokenize_unpaired
 from rlhf.data.columns import check_unpaired_columns
 from rlhf.losses import kto_loss
 from rlhf.trainers.base import BaseConfig, Measures
@@ -91,6 +91,8 @@ class KTOTrainer(ReferencedTrainer):
     ) -> None:
         self._kl = torch.zeros(())
         super().__init__(model, ref_model, args, **kwargs)
+        if isinstance(self.data_collator, Collator):
+            self.data_collator = replace(self.data_collator, extras={"mismatched": mismatched_batch})
         if isinstance(self.train_dataset, Dataset):
             warn_of_unbalanced_labels(self.train_dataset["desirable"], self.args)
 
@@ -135,11 +137,12 @@ class KTOTrainer(ReferencedTrainer):
 
     def _mismatched_kl(self, model: nn.Module, batch: Batch) -> Tensor:
         """How much more likely than the reference the policy finds answers to other prompts, in nats: [S]."""
-        if batch.mismatched is None:
+        mismatched: Any = batch.extras.get("mismatched")
+        if mismatched is None:
             return torch.zeros(batch.targets.num_sequences, device=batch.input_ids.device)
         with torch.no_grad(), self.accelerator.autocast():
-            logps = batch.mismatched.targets.sum(model(batch.mismatched).logps)
-        return logps - self.ref_sums(model, batch.mismatched)
+            logps = mismatched.targets.sum(model(mismatched).logps)
+        return logps - self.ref_sums(model, mismatched)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As for every trainer; the KL of the whole data set comes first."""
@@ -149,7 +152,7 @@ class KTOTrainer(ReferencedTrainer):
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
-        args, desirable = self.args, batch.desirable
+        args, desirable = self.args, batch.per_sequence.get("desirable")
         if desirable is None:
             raise ValueError("these rows have no 'label': pass them to the trainer as prompt, completion and label")
         scores, ref_logps = model(batch), self.ref_sums(model, batch)
@@ -181,6 +184,23 @@ class KTOTrainer(ReferencedTrainer):
             for name, value in values.items()
             if not name.startswith(("rewards/", "logps/")) or value == value
         }
+
+
+def mismatched_batch(examples: list[dict[str, Any]], collate: Collator) -> Batch | None:
+    """The same prompts with the answers to other prompts, where the rows have them."""
+    if "mismatched" not in examples[0]:
+        return None
+    rows = []
+    for example in examples:
+        row = {
+            "prompt_ids": example["prompt_ids"],
+            "completions": example["mismatched"],
+            "labels": example["mismatched_labels"],
+        }
+        if "ref_mismatched_logps" in example:
+            row["ref_logps"] = example["ref_mismatched_logps"]
+        rows.append(row)
+    return replace(collate, extras={})(rows)
 
 
 def warn_of_unbalanced_labels(labels: list[bool], args: KTOConfig) -> None:

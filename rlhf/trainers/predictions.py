@@ -8,7 +8,7 @@ from transformers import EvalPrediction
 from transformers.trainer_pt_utils import EvalLoopContainer
 
 from rlhf.data import Batch
-from rlhf.data.batching import IGNORE
+from rlhf.data.batch import IGNORE
 from rlhf.models.positions import inputs_of
 
 

@@ -208,8 +208,8 @@ class ReferencedTrainer(BaseTrainer):
 
     def ref_sums(self, model: nn.Module, batch: Batch) -> Tensor:
         """Sums of log-probabilities under the reference, [S]: as stored, or asked of it now."""
-        if batch.ref_logps is not None:
-            return batch.ref_logps
+        if "ref_logps" in batch.per_sequence:
+            return batch.per_sequence["ref_logps"]
         if self.ref_policy is None and not self.has_adapter:
             raise ValueError("these rows have no reference log-probs; train with --precompute_ref_log_probs false")
         return self.ask_reference(self.ref_policy or model, batch)

@@ -144,10 +144,11 @@ class RewardTrainer(BaseTrainer):
 
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
         chosen, rejected = model(batch).view(-1, 2).unbind(1)
+        margin = batch.per_sequence.get("margin")
         losses = reward_loss(
             chosen,
             rejected,
-            0.0 if batch.margin is None else batch.margin,
+            0.0 if margin is None else margin.view(-1, 2)[:, 0],
             center_rewards_coefficient=self.args.center_rewards_coefficient or 0.0,
             reduction="none",
         )

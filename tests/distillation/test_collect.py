@@ -47,7 +47,8 @@ def test_the_values_are_those_of_a_whole_softmax(teach, model_folder, data_files
     rows = tokenised(data_files / "sft.jsonl", tokenizer)
     marked, file = open_teacher_file(folder, rows, tokenizer)
     model = load_model(str(model_folder)).eval()
-    batch = Collator(teacher=file)([marked[row] for row in (3, 0, 17)])
+    batch = Collator(extras={"teacher": file.of_examples})([marked[row] for row in (3, 0, 17)])
+    teacher = batch.extras["teacher"]
     logps, ids, rest = [], [], []
     for row in (3, 0, 17):  # one at a time, by the plain formula in float64
         tokens, labels = (torch.tensor(rows[row][name]) for name in ("input_ids", "labels"))
@@ -59,9 +60,9 @@ def test_the_values_are_those_of_a_whole_softmax(teach, model_folder, data_files
                 ids.append(best.indices[:5])
                 rest.append(best.values[5:].sum().log())
     want = torch.stack(logps)
-    assert ((batch.teacher.logps - want).abs() < want.abs() / 1000 + 1e-4).all()
-    assert (batch.teacher.ids == torch.stack(ids)).float().mean() > 0.99
-    assert ((batch.teacher.rest - torch.stack(rest)).abs() < torch.stack(rest).abs() / 1000 + 1e-4).all()
+    assert ((teacher.logps - want).abs() < want.abs() / 1000 + 1e-4).all()
+    assert (teacher.ids == torch.stack(ids)).float().mean() > 0.99
+    assert ((teacher.rest - torch.stack(rest)).abs() < torch.stack(rest).abs() / 1000 + 1e-4).all()
     assert file.key["about"]["model"] == str(model_folder)
 
 
@@ -71,10 +72,10 @@ def test_a_student_that_is_the_teacher_learns_nothing_from_the_file(teach, model
     model, other = load_model(str(model_folder)), tiny_model(seed=7)
     for one in (model, other):
         assert choose_layout(one, layout) == layout
-    batch = Collator(layout=layout, teacher=file)(list(rows))
+    batch = Collator(layout=layout, extras={"teacher": file.of_examples})(list(rows))
     norms = []
     for one in (model, other):
-        scores = model_top_k_divergence(one, batch.targets, batch.teacher, **batch.inputs())
+        scores = model_top_k_divergence(one, batch.targets, batch.extras["teacher"], **batch.inputs())
         scores.loss.backward()
         norms.append(sum(float(p.grad.norm()) for p in one.parameters()))
         assert (scores.divergence.abs().max() < 1e-5) == (one is model)

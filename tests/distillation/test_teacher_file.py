@@ -63,18 +63,19 @@ def test_scored_tokens_are_those_of_the_targets():
 def test_a_batch_holds_what_was_said_of_its_targets(layout, written, rows, tokenizer):
     marked, file = open_teacher_file(written, rows, tokenizer)
     want = said(rows)
-    collate = Collator(layout=layout, teacher=file)
+    collate = Collator(layout=layout, extras={"teacher": file.of_examples})
     for chosen in ([0], [5, 2, 40], list(range(48))):
         batch = collate([marked[row] for row in chosen]).to("cpu")
-        assert len(batch.teacher.ids) == len(batch.targets)
-        assert torch.equal(batch.teacher.ids, torch.cat([want[row].ids for row in chosen]))
-        for got, name in ((batch.teacher.logps, "logps"), (batch.teacher.rest, "rest")):
+        teacher = batch.extras["teacher"]
+        assert len(teacher.ids) == len(batch.targets)
+        assert torch.equal(teacher.ids, torch.cat([want[row].ids for row in chosen]))
+        for got, name in ((teacher.logps, "logps"), (teacher.rest, "rest")):
             exact = torch.cat([getattr(want[row], name) for row in chosen])
             assert ((got - exact).abs() <= exact.abs() / 1000 + 1e-4).all()
-        close(batch.teacher.logps.exp().sum(1) + batch.teacher.rest.exp(), torch.ones(len(batch.targets)))
+        close(teacher.logps.exp().sum(1) + teacher.rest.exp(), torch.ones(len(batch.targets)))
     packed = collate([{"examples": [marked[3], marked[1]]}])
-    assert torch.equal(packed.teacher.ids, torch.cat([want[3].ids, want[1].ids]))
-    assert collate([rows[0]]).teacher is None  # rows of another data set, in evaluation
+    assert torch.equal(packed.extras["teacher"].ids, torch.cat([want[3].ids, want[1].ids]))
+    assert "teacher" not in collate([rows[0]]).extras  # rows of another data set, in evaluation
 
 
 def test_small_where_the_vocabulary_is(written, tmp_path, rows, key):

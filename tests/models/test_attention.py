@@ -10,7 +10,7 @@ from conftest import ARCHITECTURES, close, tiny_model
 from peft import LoraConfig, get_peft_model
 
 from rlhf.data import Batch, Collator
-from rlhf.data.batching import Segments, Span
+from rlhf.data.batch import Segments, Span
 from rlhf.logprobs import Targets
 from rlhf.models import Policy, attention, choose_layout, use_segments
 from rlhf.models.attention import NAME, segment_attention

@@ -31,7 +31,7 @@ from rlhf.losses import POLICY_LOSSES
 from rlhf.models import add_scalar_head
 from rlhf.online.diagnosis import diagnose
 from rlhf.online.objective import LOSSES, make_objective
-from rlhf.online.samples import Sample, add_advantages, keep_of_groups, minibatch
+from rlhf.online.samples import Sample, add_advantages, collate_samples, keep_of_groups
 from rlhf.rollouts import LocalEngine, Reply, Sampling, play
 
 FAMILY = {
@@ -276,13 +276,13 @@ def test_best_and_worst_of_a_group():
 def test_a_prompt_is_laid_out_once_for_neighbours(tokenizer):
     from rlhf.data import Collator
 
-    batch = minibatch([sample(group=0), sample(group=0, ids=(8,)), sample(group=1)], Collator(layout="segments"))
-    assert batch.batch.input_ids.tolist() == [[3, 4, 5, 6, 7, 8, 3, 4, 5, 6, 7]]
-    assert batch.batch.targets.source.tolist() == [1, 2, 3, 1, 7, 8, 9]
+    batch = collate_samples([sample(group=0), sample(group=0, ids=(8,)), sample(group=1)], Collator(layout="segments"))
+    assert batch.input_ids.tolist() == [[3, 4, 5, 6, 7, 8, 3, 4, 5, 6, 7]]
+    assert batch.targets.source.tolist() == [1, 2, 3, 1, 7, 8, 9]
     other = sample(group=0)
     other.prompt_ids = [4]  # an environment may begin each of a group in its own way
-    batch = minibatch([sample(group=0), other], Collator(layout="segments"))
-    assert batch.batch.input_ids.tolist() == [[3, 4, 5, 6, 7, 4, 5, 6, 7]]
+    batch = collate_samples([sample(group=0), other], Collator(layout="segments"))
+    assert batch.input_ids.tolist() == [[3, 4, 5, 6, 7, 4, 5, 6, 7]]
 
 
 # Whole runs
@@ -591,7 +591,7 @@ def test_values_are_those_of_the_state_before_each_token(tokenizer):
     for layout in ("rows", "segments"):
         if layout == "segments":
             assert use_segments(model) is None
-        close(policy(minibatch(two, Collator(layout=layout)).batch).values.detach(), torch.cat(want).detach())
+        close(policy(collate_samples(two, Collator(layout=layout))).values.detach(), torch.cat(want).detach())
 
 
 def test_returns_are_those_before_whitening():

@@ -1,0 +1,157 @@
+"""What a model reads: rows of token ids, the targets that are scored, and every number that travels with them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from rlhf.logprobs import Targets
+
+IGNORE = -100
+Layout = Literal["segments", "rows"]
+Row = dict[str, Any]
+
+
+class Movable(Protocol):
+    """What can travel with a :class:`Batch`: a tensor, another batch, or any object with such a method."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Any: ...
+
+
+class Span(NamedTuple):
+    """``length`` tokens of a flat row: each sees those before it in its span, and ``prefix`` tokens of another.
+
+    ``parent`` is the index of the span whose first ``prefix`` tokens they are (a branch sees the prompt that its
+    group's first span begins with).
+    """
+
+    length: int
+    parent: int = -1
+    prefix: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """The spans of a flat row, in order and without gaps.
+
+    ``attention_cache`` holds what an attention function derives from them (masks, cumulative lengths): the first layer
+    fills it, all other layers reuse it.
+    """
+
+    spans: tuple[Span, ...]
+    attention_cache: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The input of a policy, with N scored tokens in S sequences.
+
+    Args:
+        input_ids: int64 [B, T] in padded rows; [1, T] in segments, where nothing is padded.
+        attention_mask: int64, as ``input_ids``: 1 for a token, 0 for padding.
+        position_ids: int64, as ``input_ids``: from 0 in each sequence.
+        targets: the scored tokens.
+        segments: the spans of a flat row; None for padded rows.
+        per_token: tensors [N, ...] in the order of ``targets``, by name, such as ``old_logps`` and ``advantages``.
+        per_sequence: tensors [S, ...], by name, such as ``ref_logps`` (sums under the reference), ``margin`` (of a
+            pair, at both of its sequences) and ``desirable``.
+        extras: whatever else a loss needs, by name: objects that can move to a device.
+    Raises:
+        ValueError: a tensor of ``per_token`` or ``per_sequence`` has another length.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    targets: Targets
+    segments: Segments | None = None
+    per_token: Mapping[str, Tensor] = field(default_factory=dict)
+    per_sequence: Mapping[str, Tensor] = field(default_factory=dict)
+    extras: Mapping[str, Movable] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_lengths("per_token", self.per_token, len(self.targets), "scored tokens")
+        _check_lengths("per_sequence", self.per_sequence, self.targets.num_sequences, "sequences")
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same batch with all its tensors on ``device``."""
+
+        def moved(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: value.to(device, non_blocking=non_blocking) for name, value in values.items()}
+
+        inputs = {name: getattr(self, name) for name in ("input_ids", "attention_mask", "position_ids")}
+        return replace(
+            self,
+            **moved(inputs),
+            targets=self.targets.to(device, non_blocking),
+            per_token=moved(self.per_token),
+            per_sequence=moved(self.per_sequence),
+            extras=moved(self.extras),
+        )
+
+    def num_tokens(self) -> Tensor:
+        """Tokens of all sequences, each with its prompt: the same number in any layout."""
+        if self.segments is None:
+            return self.attention_mask.sum()
+        count = sum(span.length + span.prefix for span in self.segments.spans)
+        # Filled on the device: copying a number from the host would wait for the device.
+        return self.input_ids.new_full((), count)
+
+    def last(self) -> Tensor:
+        """Row of the flattened hidden states that holds the last token of each sequence: int64 [S].
+
+        Read off positions, never off ids: right where the padding is a token that occurs in the text.
+        """
+        if self.segments is None:
+            rows, width = self.attention_mask.shape
+            padding_on_the_right = self.attention_mask.flip(1).argmax(1)
+            ends = torch.arange(1, rows + 1, device=padding_on_the_right.device) * width
+            return ends - 1 - padding_on_the_right
+        ends = torch.tensor([span.length for span in self.segments.spans]).cumsum(0) - 1
+        return ends.to(self.input_ids.device)
+
+    def inputs(self) -> dict[str, Any]:
+        """The arguments of a causal LM's forward."""
+        inputs: dict[str, Any] = {"input_ids": self.input_ids, "position_ids": self.position_ids}
+        if self.segments is None:
+            return inputs | {"attention_mask": self.attention_mask}
+        # A mask of four dimensions is passed on as it is: without it, transformers would build one of T x T. As it is
+        # empty, an attention that would use it (the model's own, without segments) fails instead of seeing all.
+        return inputs | {"attention_mask": self.attention_mask.new_zeros(1, 1, 0, 0), "segments": self.segments}
+
+
+def _check_lengths(name: str, columns: Mapping[str, Tensor], expected: int, counted: str) -> None:
+    for column, tensor in columns.items():
+        if len(tensor) != expected:
+            raise ValueError(f"{name}[{column!r}] has {len(tensor)} values, the batch has {expected} {counted}")
+
+
+class Sequence(NamedTuple):
+    """One sequence of an example: ``ids`` follow the first ``prefix`` ids of the example's first sequence."""
+
+    ids: list[int]
+    labels: list[int]
+    prefix: int = 0
+
+
+def sequences(row: Row) -> list[Sequence]:
+    """The sequences of a tokenised row.
+
+    Args:
+        row: ``input_ids`` and ``labels`` of one sequence; or ``prompt_ids`` with ``chosen_ids`` and ``rejected_ids``,
+            or with a group of ``completions`` (and their ``labels``, where not all of their tokens are scored).
+    Returns:
+        One sequence; or chosen, then rejected; or the group in its order. The first one holds the prompt.
+    """
+    if "prompt_ids" not in row:
+        return [Sequence(row["input_ids"], row["labels"])]
+    prompt = row["prompt_ids"]
+    completions: list[list[int]] = (
+        row["completions"] if "completions" in row else [row["chosen_ids"], row["rejected_ids"]]
+    )
+    first, *others = zip(completions, row.get("labels", completions), strict=True)
+    first_ids, first_labels = first
+    whole = Sequence(prompt + first_ids, [IGNORE] * len(prompt) + first_labels)
+    return [whole, *(Sequence(ids, labels, len(prompt)) for ids, labels in others)]
