@@ -210,7 +210,7 @@ class DistillTrainer(TextTrainer):
     def _waits(self) -> bool:
         return self.answers is not None or self.server is not None
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         collate = self.data_collator
         if self._waits:
             self.data_collator = list  # type: ignore[assignment]

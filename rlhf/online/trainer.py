@@ -196,7 +196,7 @@ class PPOTrainer(Answering):
 
     # Experience
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         args, rows = self.args, self.train_dataset
         if isinstance(rows, IterableDataset):  # it has no length, and transformers asks for max_steps
             steps = args.max_steps
