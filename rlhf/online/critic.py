@@ -3,7 +3,7 @@
 from typing import Any
 
 from rlhf.models import RewardModel, disable_dropout, load_reward_model, load_tokenizer
-from rlhf.trainers.base import warn_of_lost_updates
+from rlhf.trainers.preparation import warn_of_lost_updates
 
 
 def load_critic(args: Any) -> RewardModel:

@@ -18,7 +18,7 @@ from rlhf.online.objective import Objective
 from rlhf.online.samples import RolloutBatch, Sample, varied_groups
 from rlhf.rewards import completion_text
 from rlhf.rewards.scoring import Scored
-from rlhf.trainers.base import sum_dtype
+from rlhf.trainers.metric_sums import sum_dtype
 
 logger = logging.getLogger(__name__)
 

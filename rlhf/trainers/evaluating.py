@@ -8,12 +8,16 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
+from transformers import EvalPrediction
+from transformers.trainer_pt_utils import EvalLoopContainer
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from rlhf.data import Batch, Mixture, held, is_tokenised
+from rlhf.data.batch import IGNORE
 from rlhf.models import vocabulary_size
+from rlhf.models.positions import inputs_of
 from rlhf.trainers.checkpointing import Checkpointing
-from rlhf.trainers.predictions import Predictions, inner
+from rlhf.trainers.metric_sums import Metrics
 
 
 class Measures(NamedTuple):
@@ -21,7 +25,7 @@ class Measures(NamedTuple):
 
     loss: Tensor  # [S], summed over what counts; carries the gradient, unless `total` does
     counts: Tensor  # [S], what the loss is divided by
-    metrics: dict[str, tuple[Tensor, Tensor]]  # name to ([S] sums, [S] counts)
+    metrics: Metrics  # by name, [S] sums and [S] counts
     total: Tensor | None = None  # scalar sum of `loss`, with the gradient
     router_logits: tuple[Tensor, ...] | None = None  # to be balanced
 
@@ -29,7 +33,7 @@ class Measures(NamedTuple):
 class Evaluating(Checkpointing):
     """A ``transformers.Trainer`` whose evaluation adds up :class:`Measures`."""
 
-    exp_metrics: ClassVar[frozenset[str]] = frozenset()  # metrics reported as exp(sum / count)
+    exp_metrics: ClassVar[frozenset[str]] = frozenset()  # reported as exp(sum / count), such as a perplexity
     has_logits: ClassVar[bool] = True  # whether compute_metrics can be given those of evaluation rows
 
     @abstractmethod
@@ -39,30 +43,37 @@ class Evaluating(Checkpointing):
     def reduce_metrics(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]: ...
 
     @abstractmethod
-    def predictions(self, model: Any, batch: Batch) -> tuple[Any, Tensor]: ...
+    def _prepare_rows(self, rows: Any, tokenizer: Any, args: Any, vocab_size: int) -> Any: ...
 
-    @abstractmethod
-    def _prepare_rows(self, dataset: Any, tokenizer: Any, args: Any, vocab_size: int) -> Any: ...
+    def predictions(self, model: Any, batch: Batch) -> tuple[Any, Tensor]:
+        """Predictions and labels of a batch, for ``compute_metrics``."""
+        return logits_and_labels(model, batch)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """As ``transformers.Trainer``; rows may be as they are in a file too."""
+        """As ``transformers.Trainer``; rows may also be untokenised, as they are in a file."""
         return super().evaluate(self._tokenised_rows(eval_dataset), ignore_keys, metric_key_prefix)
 
     def predict(
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
-        """What is measured of each row: ``predictions`` is a dictionary of float64 arrays, [rows].
+        """Measure each row by itself.
 
-        A metric of a row is its own mean: ``loss`` of fine-tuning is the mean over the row's tokens. Rows may be as
-        they are in a file. ``metrics`` are those of :meth:`evaluate`. ``predictions`` is None with
-        ``prediction_loss_only``.
+        A metric of a row is its own mean: ``loss`` of fine-tuning is the mean over the row's tokens.
+
+        Args:
+            test_dataset: rows, tokenised or as they are in a file.
+            ignore_keys: not read.
+            metric_key_prefix: before the names of the metrics.
+        Returns:
+            ``predictions`` is a dictionary of float64 arrays, [rows]; None with ``prediction_loss_only``. ``metrics``
+            are those of :meth:`evaluate`.
         """
         return super().predict(self._tokenised_rows(test_dataset), ignore_keys, metric_key_prefix)
 
     def _tokenised_rows(self, dataset: Any) -> Any:
-        """Rows as ``tokenize`` makes them, one set or several."""
+        """Rows as ``tokenize`` makes them, of one data set or several."""
         if isinstance(dataset, dict):
             return {name: self._tokenised_rows(rows) for name, rows in dataset.items()}
         if isinstance(dataset, list):
@@ -75,7 +86,8 @@ class Evaluating(Checkpointing):
         return held(self._prepare_rows(dataset, self.processing_class, self.args, vocabulary_size(model)))
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None  # the order moves no figure
+        # transformers' own may sort by length; predictions are in the order of the rows.
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def evaluation_loop(
         self,
@@ -86,48 +98,75 @@ class Evaluating(Checkpointing):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Sums and counts over the data set."""
-        model = self.model
-        if not self.accelerator._models and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            model = self.model = self.model_wrapped = self.accelerator.prepare(model)
+        model = self._prepared_model()
         model.eval()
         names: list[str] = []
-        tables: list[Tensor] = []
-        predictions = Predictions(self.accelerator, self.preprocess_logits_for_metrics)
+        tables: list[Tensor] = []  # [rows, 2 * metrics]: the sum and the count of each metric side by side
+        predictions = GatheredPredictions(self.accelerator, self.preprocess_logits_for_metrics)
         for batch in dataloader:
             with torch.no_grad(), self.accelerator.autocast():
                 measures = self.measure(model, batch)
                 if self.compute_metrics is not None:
-                    predictions.add(*self.predictions(inner(model), batch))
-            columns = {"loss": (measures.loss, measures.counts), **measures.metrics}
-            names = list(columns)
-            table = torch.stack([column.float() for pair in columns.values() for column in pair], dim=1)
-            # Ranks are evened out by repeating rows; this drops the repeated ones.
-            tables.append(self.accelerator.gather_for_metrics(table).double().cpu())
+                    predictions.add(*self.predictions(without_ddp(model), batch))
+            metrics = {"loss": (measures.loss, measures.counts), **measures.metrics}
+            names = list(metrics)
+            columns = [column.float() for sum_and_count in metrics.values() for column in sum_and_count]
+            # Ranks are evened out by repeating rows; gather_for_metrics drops the repeated ones.
+            table = self.accelerator.gather_for_metrics(torch.stack(columns, dim=1))
+            tables.append(table.double().cpu())
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        whole = torch.cat(tables) if tables else torch.zeros(0, 0, dtype=torch.float64)
-        pairs = whole.sum(0).view(-1, 2).tolist()
-        values = self.reduce_metrics(dict(zip(names, pairs, strict=True)))
+        table = torch.cat(tables) if tables else torch.zeros(0, 0, dtype=torch.float64)
+        sums = dict(zip(names, table.sum(0).view(-1, 2).tolist(), strict=True))
+        values = self.reduce_metrics(sums)
         if self.compute_metrics is not None:
             values |= self.compute_metrics(predictions.result())
-        metrics = {f"{metric_key_prefix}_{name.removeprefix(f'{metric_key_prefix}_')}": x for name, x in values.items()}
-        each = None if prediction_loss_only or self.args.prediction_loss_only else self._each(names, whole, values)
-        return EvalLoopOutput(predictions=each, label_ids=None, metrics=metrics, num_samples=len(whole))  # type: ignore[arg-type]
+        row_values = None
+        if not (prediction_loss_only or self.args.prediction_loss_only):
+            row_values = self._row_values(names, table, reported=set(values))
+        return EvalLoopOutput(
+            predictions=row_values,  # type: ignore[arg-type]
+            label_ids=None,
+            metrics=with_prefix(values, metric_key_prefix),
+            num_samples=len(table),
+        )
+
+    def _prepared_model(self) -> Any:
+        """The model, sharded if the run shards it; ``Trainer`` does so only when it trains."""
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if is_sharded and not self.accelerator._models:
+            self.model = self.model_wrapped = self.accelerator.prepare(self.model)
+        return self.model
+
+    def _row_values(self, names: list[str], table: Tensor, reported: set[str]) -> dict[str, np.ndarray]:
+        """The mean of each row, for the metrics that are reported."""
+        sums, counts = table[:, 0::2], table[:, 1::2]
+        means = (sums / counts).unbind(1)  # NaN where nothing counts
+        values = {}
+        for name, mean in zip(names, means, strict=True):
+            if name in reported:
+                values[name] = (mean.exp() if name in self.exp_metrics else mean).numpy()
+        return values
+
+    # The metric that chooses the best checkpoint
 
     def _check_best_metric(self) -> None:
         """Find before training that evaluation does not give the metric that chooses the best checkpoint."""
-        wanted, sets = self.args.metric_for_best_model, self.eval_dataset
-        if wanted is None or self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.eval_strategy == "no":
+        metric, eval_sets = self.args.metric_for_best_model, self.eval_dataset
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if metric is None or is_sharded or self.args.eval_strategy == "no":
             return
-        parts = sets if isinstance(sets, dict) else {"": sets}
+        parts = eval_sets if isinstance(eval_sets, dict) else {"": eval_sets}
         if not all(isinstance(rows, Dataset) for rows in parts.values()):
             return
-        with torch.random.fork_rng(devices=[]):  # a data loader draws a seed
-            found = [name for key, rows in parts.items() for name in self._metric_names(key, rows)]
-        if found:
-            check_metric(wanted, found)
+        names = []
+        with torch.random.fork_rng(devices=[]):  # a data loader draws a seed, which training would miss
+            for key, rows in parts.items():
+                names += self._metric_names(key, rows)
+        if names:
+            check_metric(metric, names)
 
     def _metric_names(self, key: str, rows: Dataset) -> list[str]:
-        """Names of what the evaluation of these rows gives; none where they are not known before."""
+        """Names of the metrics that the evaluation of these rows gives; none where they are not known before."""
         prefix = f"eval_{key}" if key else "eval"
         loader = self.get_eval_dataloader(rows.select(range(1)))
         return list(self.evaluation_loop(loader, "Names", True, metric_key_prefix=prefix).metrics or {})
@@ -136,16 +175,77 @@ class Evaluating(Checkpointing):
         check_metric(self.args.metric_for_best_model, list(metrics))
         return super()._determine_best_metric(metrics, trial)
 
-    def _each(self, names: list[str], whole: Tensor, values: dict[str, float]) -> dict[str, np.ndarray]:
-        """The mean of each row, of what is reported."""
-        sums, counts = whole[:, 0::2], whole[:, 1::2]
-        means = (sums / counts).unbind(1)  # nan where nothing counts
-        found = {name: mean for name, mean in zip(names, means, strict=True) if name in values}
-        return {name: (mean.exp() if name in self.exp_metrics else mean).numpy() for name, mean in found.items()}
+
+def check_metric(metric: str | None, names: list[str]) -> None:
+    """Check that evaluation gives the metric that chooses the best checkpoint.
+
+    Args:
+        metric: its name, with or without ``eval_``; None for no such metric.
+        names: of what evaluation gives, with ``eval_``.
+    Raises:
+        ValueError: the metric is none of them.
+    """
+    if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in names:
+        listed = ", ".join(sorted(name.removeprefix("eval_") for name in names))
+        raise ValueError(f"--metric_for_best_model {metric}: evaluation gives {listed}")
 
 
-def check_metric(wanted: str | None, found: list[str]) -> None:
-    """Raise where the metric that chooses the best checkpoint is none of those that evaluation gives."""
-    if wanted is not None and f"eval_{wanted.removeprefix('eval_')}" not in found:
-        names = ", ".join(sorted(name.removeprefix("eval_") for name in found))
-        raise ValueError(f"--metric_for_best_model {wanted}: evaluation gives {names}")
+def with_prefix(values: dict[str, float], prefix: str) -> dict[str, float]:
+    """The values under names that begin with ``prefix`` and an underscore, once."""
+    start = f"{prefix}_"
+    return {start + name.removeprefix(start): value for name, value in values.items()}
+
+
+def without_ddp(model: nn.Module) -> Any:
+    """The wrapper, where DDP is around it."""
+    return getattr(model, "module", model)
+
+
+# Logits, for those who bring a ``compute_metrics`` of their own
+
+
+def logits_and_labels(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The logits and labels that transformers' ``Trainer`` gives to metrics.
+
+    Args:
+        model: the wrapper around a causal LM.
+        batch: padded rows.
+    Returns:
+        Logits [B, T, V], and labels [B, T], −100 where nothing counts.
+    Raises:
+        ValueError: a batch without rows.
+    """
+    if batch.segments is not None:
+        raise ValueError("compute_metrics reads padded rows: pass layout='rows'")
+    labels = torch.full_like(batch.input_ids, IGNORE)
+    # A target is predicted at `source`, one position before the token itself.
+    row, position = batch.targets.source // labels.size(1), batch.targets.source % labels.size(1)
+    labels[row, position + 1] = batch.targets.token
+    inputs = inputs_of(model.without_adapter, batch)
+    return model.without_adapter(**inputs, use_cache=False).logits, labels
+
+
+class GatheredPredictions:
+    """Predictions and labels of all batches and ranks, for ``compute_metrics``.
+
+    Args:
+        accelerator: of the run.
+        preprocess: ``preprocess_logits_for_metrics`` of transformers; it may shrink predictions before they are kept.
+    """
+
+    def __init__(self, accelerator: Any, preprocess: Any = None) -> None:
+        self.accelerator, self.preprocess = accelerator, preprocess
+        self._predictions = EvalLoopContainer(do_nested_concat=True, padding_index=IGNORE)
+        self._labels = EvalLoopContainer(do_nested_concat=True, padding_index=IGNORE)
+
+    def add(self, predictions: Any, labels: Tensor) -> None:
+        """Gather those of a batch from all ranks, and keep them off the device."""
+        if self.preprocess is not None:
+            predictions = self.preprocess(predictions, labels)
+        for container, values in ((self._predictions, predictions), (self._labels, labels)):
+            padded = self.accelerator.pad_across_processes(values, dim=1, pad_index=IGNORE)
+            container.add(self.accelerator.gather_for_metrics(padded))
+            container.to_cpu_and_numpy()
+
+    def result(self) -> EvalPrediction:
+        return EvalPrediction(predictions=self._predictions.get_arrays(), label_ids=self._labels.get_arrays())

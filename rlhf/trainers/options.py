@@ -1,13 +1,15 @@
-"""What becomes of each option that ``transformers.TrainingArguments`` brings: it acts, is refused, or is handed on.
+"""What becomes of each option and argument that ``transformers`` brings: it acts, is refused, or is handed on.
 
 An option that would be ignored is refused by name, with what to do instead.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
+from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 REFUSED: dict[str, str] = {
@@ -28,6 +30,13 @@ REFUSED: dict[str, str] = {
     "do_predict": "nothing is predicted after training; use rlhf eval",
 }
 """Options that would be ignored, and what to do instead."""
+
+REFUSED_ARGUMENTS: dict[str, str] = {
+    "compute_loss_func": "the loss is never made from logits here; override measure(), or use rlhf.losses in a Trainer "
+    "of your own",
+    "model_init": "pass the model itself; for a search over hyper-parameters make a trainer for each trial",
+}
+"""Arguments of ``transformers.Trainer`` that would be ignored, and what to do instead."""
 
 ACTS: dict[str, str] = {
     "output_dir": "a folder with another run is not overwritten",
@@ -135,6 +144,45 @@ def check_packages(args: Any) -> None:
     require(packages[-1] if packages else None, f"--optim {optimizer}")
     if args.deepspeed:
         require("deepspeed", "--deepspeed")
+
+
+def refuse_arguments(**arguments: Any) -> None:
+    """Refuse arguments of a trainer that cannot act.
+
+    Args:
+        **arguments: by name; None where it was not passed.
+    Raises:
+        ValueError: names the argument and what to do.
+    """
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"{name} is not supported: {REFUSED_ARGUMENTS[name]}")
+
+
+def as_config(args: Any, config_class: type) -> Any:
+    """Turn plain ``TrainingArguments`` into a trainer's configuration.
+
+    Args:
+        args: a configuration; plain arguments, of which what differs from the default is taken over; or None.
+        config_class: the type that the trainer needs.
+    Returns:
+        A ``config_class``.
+    """
+    if args is None:
+        return config_class(output_dir="runs")
+    if isinstance(args, config_class) or not isinstance(args, TrainingArguments):
+        return args
+    defaults = TrainingArguments(output_dir=args.output_dir)
+    changed = {}
+    known = {option.name for option in fields(config_class) if option.init}
+    for option in fields(args):
+        # Theirs is true by default and false here, so that it always looks changed.
+        if not option.init or option.name not in known or option.name == "remove_unused_columns":
+            continue
+        value = getattr(args, option.name)
+        if value != getattr(defaults, option.name):
+            changed[option.name] = value
+    return config_class(**{"output_dir": args.output_dir, **changed})
 
 
 def require(package: str | None, option: str) -> None:

@@ -14,8 +14,8 @@ from rlhf.data import Batch, Packed
 from rlhf.models import Policy, load_model
 from rlhf.models.adapter_off import adapter_off_is_start
 from rlhf.trainers.base import BaseConfig, BaseTrainer
+from rlhf.trainers.options import as_config
 from rlhf.trainers.reference_logps import add_ref_logps, reference_fingerprint
-from rlhf.trainers.switching import as_config
 
 
 @dataclass
@@ -70,7 +70,7 @@ class ReferencedTrainer(BaseTrainer):
         args: ReferencedConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        args = as_config(args if args is not None else self.config_class(output_dir="runs"), self.config_class)
+        args = as_config(args, self.config_class)
         if ref_model is not None and ref_model is model:
             raise ValueError("ref_model is the model that is trained: leave it out, and a copy of it is the reference")
         streams = has_streams(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))

@@ -21,7 +21,7 @@ from rlhf.losses import reward_loss
 from rlhf.models import RewardModel, add_scalar_head, load_reward_model, vocabulary_size
 from rlhf.models.reward_model import spare_pad_token
 from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures
-from rlhf.trainers.switching import as_config
+from rlhf.trainers.options import as_config
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class RewardTrainer(BaseTrainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        args = as_config(args if args is not None else RewardConfig(output_dir="runs"), RewardConfig)
+        args = as_config(args, RewardConfig)
         if isinstance(model, str):
             quantized = {name: kwargs.pop(name) for name in ("quantization_config",) if kwargs.get(name) is not None}
             model = load_reward_model(model, **args.model_kwargs() | quantized)

@@ -20,7 +20,6 @@ EXCEPTIONS = dict.fromkeys(
         "rlhf/online/trainer.py:PPOTrainer",
         "rlhf/online/trainer.py:__init__",
         "rlhf/rollouts/environment.py:play",
-        "rlhf/trainers/base.py:__init__",
     ),
     "to be split",
 )
