@@ -72,7 +72,7 @@ from rlhf.losses._policy_sequences import (
     sapo_loss,
     vespo_loss,
 )
-from rlhf.losses._preference import PREFERENCE_LOSSES, Pair, dpo_loss, preference_loss
+from rlhf.losses._preference import PREFERENCE_LOSSES, Pair, PreferenceLoss, dpo_loss, preference_loss
 from rlhf.losses._regression import (
     epsilon_insensitive_loss,
     huber_loss,
@@ -185,6 +185,7 @@ __all__ = [
     "PPOLoss",
     "PlackettLuceLoss",
     "Poly1Loss",
+    "PreferenceLoss",
     "QuantileLoss",
     "RewardLoss",
     "SampledDistillationLoss",

@@ -24,7 +24,7 @@ FAMILIES = {
     "_advantages": "Advantages and control",
 }
 # Public names beside the losses: what a loss of one's own is made with.
-EXTENSION_POINTS = ("Pair", "preference_loss")
+EXTENSION_POINTS = ("Pair", "PreferenceLoss", "preference_loss")
 
 
 @dataclass(frozen=True)

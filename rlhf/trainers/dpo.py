@@ -12,11 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data import Batch, tokenize_preferences
 from rlhf.data.columns import check_preference_columns
 from rlhf.logprobs import Predictions, Targets
-from rlhf.losses import PREFERENCE_LOSSES, arguments_of, dpo_loss
+from rlhf.losses import PREFERENCE_LOSSES, PreferenceLoss, arguments_of, dpo_loss
 from rlhf.trainers.base import BaseConfig, Measures
 from rlhf.trainers.referenced import ReferencedConfig, ReferencedTrainer
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+COLUMNS = ("margin",)  # what a row of pairs can have for a loss to read
+LENGTHS = ("chosen_lengths", "rejected_lengths")
 OF_A_MARGIN = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
 REFUSED = {
     "rpo_alpha": "pass loss_type sigmoid sft and loss_weights 1.0 ALPHA, which is the same loss",
@@ -31,13 +33,18 @@ class DPOConfig(ReferencedConfig):
 
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": f"One of {', '.join(PREFERENCE_LOSSES)}; or several, whose weighted sum is taken."},
+        metadata={
+            "help": f"One of {', '.join(PREFERENCE_LOSSES)}, or file.py:name; or several, whose weighted sum is taken."
+        },
     )
     loss_weights: list[float] | None = field(default=None, metadata={"help": "One weight for each loss_type."})
     loss_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'What a loss takes besides, such as {"simpo_gamma": 1.0}.'}
     )
-    label_smoothing: float = field(default=0.0, metadata={"help": "Chance that a pair is labelled the wrong way."})
+    label_smoothing: float | None = field(
+        default=None,
+        metadata={"help": "Chance that a pair is labelled the wrong way; by default the loss's own, mostly 0."},
+    )
     discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of the discopop loss."})
     f_divergence_type: str = field(
         default="reverse_kl",
@@ -68,8 +75,9 @@ class DPOConfig(ReferencedConfig):
         for name, instead in REFUSED.items():
             if getattr(self, name):
                 raise ValueError(f"{name} is not supported: {instead}")
-        if isinstance(self.loss_type, str):
-            self.loss_type = [self.loss_type]
+        given: Any = self.loss_type
+        several = given if isinstance(given, list | tuple) else [given]
+        self.loss_type = [PREFERENCE_LOSSES.name_of(loss) for loss in several]
         if self.f_divergence_type not in F_DIVERGENCES:
             raise ValueError(
                 f"f_divergence_type must be one of {', '.join(F_DIVERGENCES)}, got {self.f_divergence_type!r}"
@@ -80,30 +88,65 @@ class DPOConfig(ReferencedConfig):
             )
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
             raise ValueError(f"ld_alpha must be in [0, 1], got {self.ld_alpha}")
-        if self.use_weighting and (sorting := {"aot", "aot_unpaired"} & set(self.loss_type)):
-            raise ValueError(f"use_weighting weighs pairs, loss_type {min(sorting)} sorts them: leave one of both out")
-        one = torch.ones(1)  # the loss itself checks its hyper-parameters, now rather than at the first step
+        self._check_loss()
+
+    def _check_loss(self) -> None:
+        losses = dict(zip(self.loss_type, self.losses(), strict=True))
+        coupled = [name for name, loss in losses.items() if loss.coupled]
+        if self.use_weighting and coupled:
+            raise ValueError(f"use_weighting weighs pairs, loss_type {coupled[0]} sorts them: leave one of both out")
+        if self.label_smoothing and not any("label_smoothing" in loss.hyper_parameters for loss in losses.values()):
+            raise ValueError(f"loss_type {' '.join(losses)} takes no label_smoothing: leave it out")
+        for name, loss in losses.items():
+            for column in loss.needs:
+                if column not in (*LENGTHS, *COLUMNS, *self.hyper_parameters()):
+                    raise ValueError(f"loss_type {name} needs {column}, which rows of pairs do not have")
+        # The loss itself checks its hyper-parameters: here, rather than at the first step.
+        one = torch.ones(1)
         try:
-            self.loss(one, one, one, one, chosen_lengths=one, rejected_lengths=one)
+            self.loss(one, one, one, one, **dict.fromkeys((*LENGTHS, *COLUMNS), one))
         except TypeError as error:
-            raise ValueError(f"loss_type {' '.join(self.loss_type)}: {error}") from error
+            raise ValueError(f"loss_type {' '.join(losses)}: {error}") from error
+
+    def losses(self) -> list[PreferenceLoss]:
+        """The losses that ``loss_type`` names."""
+        return [PREFERENCE_LOSSES.find(name) for name in self.loss_type]
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """What ``loss_kwargs`` sets."""
+        return self.loss_kwargs if isinstance(self.loss_kwargs, dict) else {}
+
+    def reads_margin(self) -> bool:
+        """Whether a loss reads the column ``margin`` of the rows."""
+        return "margin" not in self.hyper_parameters() and any("margin" in loss.columns for loss in self.losses())
 
     def check_columns(self, columns: list[str]) -> None:
         check_preference_columns(columns, self.reading().form)
 
-    def loss(self, *logps: Tensor, **lengths: Tensor) -> Tensor:
-        """Loss of each pair, from the four sums of log-probabilities; [S]."""
-        offered = {"label_smoothing": self.label_smoothing, "discopop_tau": self.discopop_tau, **lengths}
-        losses = [PREFERENCE_LOSSES[name] for name in self.loss_type if name in PREFERENCE_LOSSES]
-        taken = {name: value for loss in losses for name, value in arguments_of(loss, offered).items()}
-        own = self.loss_kwargs if isinstance(self.loss_kwargs, dict) else {}
+    def loss(self, *sums: Tensor, **columns: Tensor) -> Tensor:
+        """The loss of each pair, [S].
+
+        Args:
+            sums: of log-probs, [S] each, in nats: chosen and rejected under the policy, then under the reference.
+            columns: [S] each, what else a pair has; a loss is passed those that it reads.
+        """
+        offered = {"discopop_tau": self.discopop_tau, **columns}
+        if self.label_smoothing is not None:
+            offered["label_smoothing"] = self.label_smoothing
+        taken: dict[str, Any] = {}
+        for loss in self.losses():
+            taken |= arguments_of(loss, offered)
         if self.f_divergence_type != "reverse_kl":
-            chosen, rejected, ref_chosen, ref_rejected = logps
-            ratios = (chosen - ref_chosen, rejected - ref_rejected)
-            scores = [f_scores(r, self.f_divergence_type, self.f_alpha_divergence_coef) for r in ratios]
-            logps = (*scores, torch.zeros_like(ref_chosen), torch.zeros_like(ref_rejected))
+            # A loss of a margin reads log-ratios alone: scores of f take their place, against a reference of 0.
+            chosen, rejected, ref_chosen, ref_rejected = sums
+            chosen_score, rejected_score = (
+                f_scores(log_ratio, self.f_divergence_type, self.f_alpha_divergence_coef)
+                for log_ratio in (chosen - ref_chosen, rejected - ref_rejected)
+            )
+            sums = (chosen_score, rejected_score, torch.zeros_like(ref_chosen), torch.zeros_like(ref_rejected))
+        options = taken | self.hyper_parameters()
         return dpo_loss(
-            *logps, self.beta, loss_type=self.loss_type, loss_weights=self.loss_weights, reduction="none", **taken | own
+            *sums, self.beta, loss_type=self.loss_type, loss_weights=self.loss_weights, reduction="none", **options
         )
 
 
@@ -135,7 +178,7 @@ class DPOTrainer(ReferencedTrainer):
         model: a model, a PEFT model, or a name or folder to load one from.
         ref_model: another reference, as a model or by name.
         args: the configuration.
-        train_dataset, eval_dataset: rows of ``prompt``, ``chosen``, ``rejected``.
+        train_dataset, eval_dataset: rows of ``prompt``, ``chosen``, ``rejected``, and ``margin`` for ``odpo``.
         kwargs: ``processing_class``, ``peft_config``, ``callbacks``, … as in :class:`SFTTrainer`.
     Logs:
         ``loss`` (log 2 at the start, for ``sigmoid``), ``rewards/chosen`` and ``rewards/rejected``
@@ -169,7 +212,7 @@ class DPOTrainer(ReferencedTrainer):
     def tokenize(
         self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int
     ) -> Dataset:  # fmt: skip
-        return tokenize_preferences(
+        rows = tokenize_preferences(
             dataset,
             tokenizer,
             max_length=args.max_length,
@@ -177,7 +220,14 @@ class DPOTrainer(ReferencedTrainer):
             drop_long_prompts=args.drop_long_prompts,
             num_proc=args.dataset_num_proc,
             reading=args.reading(),
+            margin=args.reads_margin(),
         )
+        if args.reads_margin() and "margin" not in (rows.column_names or []):
+            raise ValueError(
+                f"loss_type {' '.join(args.loss_type)} reads the column margin, which the rows do not have: add it, or "
+                "give one number to all pairs, --loss_kwargs '{\"margin\": 1.0}'"
+            )
+        return rows
 
     def count(self, batch: Batch) -> int:
         return batch.targets.num_sequences // 2
@@ -198,9 +248,10 @@ class DPOTrainer(ReferencedTrainer):
         logps = scores.logps
         chosen, rejected = self.sums(batch, logps).view(-1, 2).unbind(1)
         chosen_lengths, rejected_lengths = targets.counts().view(-1, 2).unbind(1)
-        losses = args.loss(
-            chosen, rejected, ref_chosen, ref_rejected, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths
-        )
+        columns = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
+        if batch.margin is not None:
+            columns["margin"] = batch.margin
+        losses = args.loss(chosen, rejected, ref_chosen, ref_rejected, **columns)
         if args.use_weighting:
             losses = losses * self._pair_weights(model, batch, logps.detach())
         rewards_chosen = args.beta * (chosen - ref_chosen).detach()
