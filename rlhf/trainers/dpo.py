@@ -17,7 +17,7 @@ from rlhf.trainers.base import BaseConfig, Measures
 from rlhf.trainers.referenced import ReferencedConfig, ReferencedTrainer
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-COLUMNS = ("margin",)  # what a row of pairs can have for a loss to read
+COLUMNS = ("margin",)  # of the rows, for losses that read them
 LENGTHS = ("chosen_lengths", "rejected_lengths")
 OF_A_MARGIN = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
 REFUSED = {
@@ -249,8 +249,8 @@ class DPOTrainer(ReferencedTrainer):
         chosen, rejected = self.sums(batch, logps).view(-1, 2).unbind(1)
         chosen_lengths, rejected_lengths = targets.counts().view(-1, 2).unbind(1)
         columns = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
-        if batch.margin is not None:
-            columns["margin"] = batch.margin
+        if "margin" in batch.per_sequence:  # the same at both sequences of a pair
+            columns["margin"] = batch.per_sequence["margin"].view(-1, 2)[:, 0]
         losses = args.loss(chosen, rejected, ref_chosen, ref_rejected, **columns)
         if args.use_weighting:
             losses = losses * self._pair_weights(model, batch, logps.detach())
