@@ -39,7 +39,7 @@ from rlhf.online.trl_names import refuse_others
 from rlhf.rewards import RewardSet, reward_functions
 from rlhf.rollouts import Environment, RolloutEngine
 from rlhf.trainers.base import BaseConfig, Measures
-from rlhf.trainers.referenced import SyncReference
+from rlhf.trainers.reference_sync import SyncReference
 
 logger = logging.getLogger(__name__)
 

@@ -196,14 +196,7 @@ class DPOTrainer(ReferencedTrainer):
     ref_tokens: ClassVar[tuple[str, ...]] = ("prompt_ids", "chosen_ids", "rejected_ids", "labels")
     ref_columns: ClassVar[tuple[str, ...]] = ("ref_chosen_logps", "ref_rejected_logps")
 
-    def __init__(
-        self,
-        model: str | nn.Module,
-        ref_model: str | nn.Module | None = None,
-        args: DPOConfig | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(model, ref_model, args, **kwargs)
+    def set_up(self) -> None:
         if self.args.use_weighting and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 "use_weighting reads the head once more, which is sharded under FSDP and DeepSpeed: leave it out"

@@ -82,23 +82,17 @@ class KTOTrainer(ReferencedTrainer):
     config_class: ClassVar[type[BaseConfig]] = KTOConfig
     balances: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        model: str | nn.Module,
-        ref_model: str | nn.Module | None = None,
-        args: KTOConfig | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self._kl = torch.zeros(())
-        super().__init__(model, ref_model, args, **kwargs)
+    ref_tokens: ClassVar[tuple[str, ...]] = (
+        "prompt_ids", "completions", "labels", "mismatched", "mismatched_labels",
+    )  # fmt: skip
+
+    _kl: Tensor | float = 0.0  # z: of the optimizer step, or of the evaluation, that is under way
+
+    def set_up(self) -> None:
         if isinstance(self.data_collator, Collator):
             self.data_collator = replace(self.data_collator, extras={"mismatched": mismatched_batch})
         if isinstance(self.train_dataset, Dataset):
             warn_of_unbalanced_labels(self.train_dataset["desirable"], self.args)
-
-    ref_tokens: ClassVar[tuple[str, ...]] = (
-        "prompt_ids", "completions", "labels", "mismatched", "mismatched_labels",
-    )  # fmt: skip
 
     @property
     def ref_columns(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -170,9 +164,10 @@ class KTOTrainer(ReferencedTrainer):
         rewards = args.beta * (logps - ref_logps).detach()
         one = torch.ones_like(rewards)
         metrics = {"kl": (self._kl * one, one)}
-        for name, among in (("chosen", desirable), ("rejected", ~desirable)):
-            metrics[f"rewards/{name}"] = (rewards * among, among * one)
-            metrics[f"logps/{name}"] = (logps.detach() * among, among * one)
+        for name, is_counted in (("chosen", desirable), ("rejected", ~desirable)):
+            counts = is_counted * one
+            metrics[f"rewards/{name}"] = (rewards * counts, counts)
+            metrics[f"logps/{name}"] = (logps.detach() * counts, counts)
         return Measures(losses, one, metrics, router_logits=scores.router_logits)
 
     def reduce_metrics(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:

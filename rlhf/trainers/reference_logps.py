@@ -34,63 +34,73 @@ def add_ref_logps(
     name: str,
     quiet: bool = False,
 ) -> Dataset:
-    """``rows`` with a further column for each completion: the reference's log-probs, in nats, summed over it.
+    """Give each row the reference's log-probs of its completions.
 
     They are read from a file in the Hugging Face cache whose name is a hash of all that determines them: the
-    reference and the tokens. What it does not hold yet is computed, the ranks sharing the work, and written batch by
-    batch: an interrupted pass goes on where it stopped.
+    reference and the tokens. What the file does not hold yet is computed, the ranks sharing the work, and written
+    batch by batch, so that an interrupted pass continues where it stopped.
 
     Args:
         rows: tokenised rows of a prompt and its completions.
-        tokens: the columns that determine what is scored. columns: one for the sum of each completion of a row.
-        fingerprint: what stands for the reference.
+        tokens: the columns that determine the log-probs.
+        columns: the new columns, one for the sum of each completion of a row.
+        fingerprint: a hash of the reference.
         score: from rows to their sums, [completions * rows], those of a row together, in the order of ``columns``.
-        batch_size: rows that each rank scores at a time. name: of the data set, for the progress bar.
+        accelerator: of the run.
+        batch_size: rows that each rank scores at a time.
+        name: of the data set, for messages and the progress bar.
+        quiet: whether to leave out the progress bar.
+    Returns:
+        The rows with the new columns: sums over the tokens of a completion, in nats.
     Raises:
         ValueError: the reference gives NaN for a row.
     """
     shape = len(rows), len(columns)
-    values, file = np.empty(0), None
+    sums, file = np.empty(0), None
+    # One process reads and writes the file; the others get its content, also where they share no disk.
     if accelerator.is_main_process:
         folder = Path(datasets.config.HF_CACHE_HOME) / "rlhf" / "ref_logps"
         file = _open(folder / f"{fingerprint}-{hash_of_tokens(rows, tokens)}.npy", shape)
-        values = np.array(file)
-    values = broadcast_object_list([values])[0]
-    todo = np.flatnonzero(np.isnan(values).any(1))
-    if len(todo):
-        logger.info("%s: reference log-probs of %d rows are stored, %d to come", name, len(rows) - len(todo), len(todo))
+        sums = np.array(file)
+    sums = broadcast_object_list([sums])[0]
+    missing = np.flatnonzero(np.isnan(sums).any(1))
+    if len(missing):
+        stored = len(rows) - len(missing)
+        logger.info("%s: reference log-probs of %d rows are stored, %d to come", name, stored, len(missing))
     else:
         logger.info("%s: the reference's log-probs are stored already", name)
     # Longest first: neighbours need little padding, and memory runs out at once or never.
-    todo = todo[np.argsort(-num_tokens(rows)[todo], kind="stable")]
-    step = batch_size * accelerator.num_processes
+    missing = missing[np.argsort(-num_tokens(rows)[missing], kind="stable")]
+    chunk_size = batch_size * accelerator.num_processes
     hidden = quiet or not accelerator.is_main_process
-    with datasets.utils.tqdm(total=len(todo), desc=f"reference on {name}", unit="row", disable=hidden) as bar:
-        for start in range(0, len(todo), step):
-            chunk = todo[start : start + step]
-            # Every rank has as many rows: the last ones are filled up by repeating.
-            own = np.resize(chunk, -(-len(chunk) // accelerator.num_processes) * accelerator.num_processes)
-            own = own.reshape(accelerator.num_processes, -1)[accelerator.process_index]
-            found = (
-                accelerator.gather(score([rows[int(i)] for i in own]).view(-1, len(columns)))[: len(chunk)]
-                .float()
-                .cpu()
-                .numpy()
-            )
-            if np.isnan(found).any():
-                row = chunk[np.isnan(found).any(1)][0]
+    with datasets.utils.tqdm(total=len(missing), desc=f"reference on {name}", unit="row", disable=hidden) as bar:
+        for start in range(0, len(missing), chunk_size):
+            chunk = missing[start : start + chunk_size]
+            shard = [rows[int(index)] for index in _shard(chunk, accelerator)]
+            gathered = accelerator.gather(score(shard).view(-1, len(columns)))
+            chunk_sums = gathered[: len(chunk)].float().cpu().numpy()
+            is_nan = np.isnan(chunk_sums).any(1)
+            if is_nan.any():
+                row = chunk[is_nan][0]
                 raise ValueError(f"{name}, row {row}: the reference's log-probs are NaN; check its weights and --dtype")
-            values[chunk] = found
+            sums[chunk] = chunk_sums
             if file is not None:
-                file[chunk] = found
+                file[chunk] = chunk_sums
             bar.update(len(chunk))
     for index, column in enumerate(columns):
-        rows = rows.add_column(column, values[:, index])
+        rows = rows.add_column(column, sums[:, index])
     return rows
 
 
+def _shard(indices: np.ndarray, accelerator: Accelerator) -> np.ndarray:
+    """This rank's part of a chunk. Every rank gets as many rows: the last ones are filled up by repeating."""
+    per_rank = -(-len(indices) // accelerator.num_processes)
+    filled = np.resize(indices, per_rank * accelerator.num_processes)
+    return filled.reshape(accelerator.num_processes, per_rank)[accelerator.process_index]
+
+
 def _open(path: Path, shape: tuple[int, int]) -> np.memmap:
-    """The file, float32 [rows, completions], NaN where a row is not computed yet."""
+    """The file of sums, float32 [rows, completions]; NaN where a row is not computed yet."""
     try:
         file = np.lib.format.open_memmap(path, mode="r+")
         if file.shape == shape and file.dtype == np.float32:
@@ -106,11 +116,16 @@ def _open(path: Path, shape: tuple[int, int]) -> np.memmap:
 
 
 def reference_fingerprint(model: Any, precision: str, adapter_off: bool = False) -> str:
-    """A hash of weights, configuration, precision of the arithmetic, and versions.
+    """Hash a reference: its weights, its configuration, the precision of the arithmetic, and versions.
 
-    With ``adapter_off`` it is the one that the model has without its adapter.
+    Args:
+        model: a transformers model, or a PEFT model around one.
+        precision: mixed precision of accelerate: ``no``, ``bf16``, …
+        adapter_off: hash the model as it is without its adapter; the hash is that of the plain model.
     """
-    config = {key: value for key, value in model.config.to_dict().items() if key[0] != "_" and key != "use_cache"}
+    settings = model.config.to_dict().items()
+    # Private entries and use_cache do not change a log-prob.
+    config = {key: value for key, value in settings if not key.startswith("_") and key != "use_cache"}
     digest = xxhash.xxh3_128()
     about = [FORMAT, transformers.__version__, precision, config]
     digest.update(json.dumps(about, sort_keys=True, default=str).encode())
@@ -121,13 +136,14 @@ def reference_fingerprint(model: Any, precision: str, adapter_off: bool = False)
 
 
 def _weights(model: Any, adapter_off: bool) -> Iterator[tuple[str, Tensor]]:
-    """By name; with the adapter off, those that stay, under the names that they have without one."""
+    """Weights by name; with the adapter off, those that remain, under the names of the plain model."""
     if not (adapter_off and hasattr(model, "peft_config")):
         yield from model.named_parameters()
         return
-    added = (model.base_model.prefix, "modules_to_save.")
+    of_adapter = (model.base_model.prefix, "modules_to_save.")
     for name, weight in model.named_parameters():
-        if not any(part in name for part in added):
-            for part in ("base_model.model.", "base_layer.", "original_module."):
-                name = name.replace(part, "", 1)
-            yield name, weight
+        if any(part in name for part in of_adapter):
+            continue
+        for part in ("base_model.model.", "base_layer.", "original_module."):
+            name = name.replace(part, "", 1)
+        yield name, weight

@@ -1,21 +1,22 @@
-"""What preference training holds against a policy: a frozen reference, in memory, under the adapter, or on disk."""
+"""Trainers that compare the policy with a frozen reference: in memory, under the adapter, or stored on disk."""
 
 import copy
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from rlhf.data import Batch, Packed
 from rlhf.models import Policy, load_model
 from rlhf.models.adapter_off import adapter_off_is_start
 from rlhf.trainers.base import BaseConfig, BaseTrainer
 from rlhf.trainers.options import as_config
+from rlhf.trainers.preparation import sets_of
 from rlhf.trainers.reference_logps import add_ref_logps, reference_fingerprint
+from rlhf.trainers.reference_sync import SyncReference
 
 
 @dataclass
@@ -73,53 +74,52 @@ class ReferencedTrainer(BaseTrainer):
         args = as_config(args, self.config_class)
         if ref_model is not None and ref_model is model:
             raise ValueError("ref_model is the model that is trained: leave it out, and a copy of it is the reference")
-        streams = has_streams(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
-        if args.precompute_ref_log_probs and streams:
+        has_stream = has_streams(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+        if args.precompute_ref_log_probs and has_stream:
             raise ValueError(
                 "precompute_ref_log_probs is not supported with IterableDataset: a stream has no place to keep "
                 "the reference's log-probs; load the rows whole, or leave the option off"
             )
         super().__init__(model, args, **kwargs)
-        self.ref_policy: Policy | None = None
-        self.other_reference = ref_model is not None
-        self.given: Policy | None = None  # a reference that the caller holds anyway
-        # Whether the model with its adapter off is the reference; else it is a copy of the model as it is now.
-        own = self.model.has_adapter and ref_model is None
-        self.has_adapter = own and adapter_off_is_start(self.model.model)
-        precompute = self.args.precompute_ref_log_probs
+        self.set_up()
+        precompute = args.precompute_ref_log_probs
         if precompute is None:
-            precompute = not streams and not self.args.sync_ref_model and self._reads_rows_again()
+            precompute = not has_stream and not args.sync_ref_model and self._reads_rows_again()
+        self.ref_policy: Policy | None = None
+        self.callers_reference: Policy | None = None  # in memory anyway, so that it can be asked at any time
+        self.has_ref_model = ref_model is not None
+        # Whether the model with its adapter off is the reference; else it is a copy of the model as it is now.
+        is_own_adapter = self.model.has_adapter and not self.has_ref_model
+        self.adapter_off_is_reference = is_own_adapter and adapter_off_is_start(self.model.model)
         if ref_model is not None:
-            loaded = load_model(ref_model, **self.args.model_kwargs()) if isinstance(ref_model, str) else ref_model
+            loaded = load_model(ref_model, **args.model_kwargs()) if isinstance(ref_model, str) else ref_model
             self.ref_policy = self.freeze(loaded)
             self.share_layout(self.ref_policy.model)
-            self.given = self.ref_policy if isinstance(ref_model, nn.Module) else None
-        elif not self.has_adapter and not precompute:
+            self.callers_reference = None if isinstance(ref_model, str) else self.ref_policy
+        elif not self.adapter_off_is_reference and not precompute:
             self.ref_policy = self.freeze(copy.deepcopy(self.model.model))
-        self.stored_as: str | None = None  # the name under which the reference's sums are kept, where they are
-        if self.args.sync_ref_model:
-            self._sync_reference()
+        self.stored_key: str | None = None  # names the file that stores the reference's sums, if there is one
+        if args.sync_ref_model:
+            is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            steps = args.ref_model_sync_steps
+            self.add_callback(SyncReference(self.ref_policy, args.ref_model_mixup_alpha, steps, is_sharded))
         if precompute:
             self._precompute()
 
+    def set_up(self) -> None:
+        """Checks and settings of a subclass, once the model, the rows and the devices are known."""
+
     def _reads_rows_again(self) -> bool:
-        """Whether training reads a row a second time, so that knowing its reference saves work."""
+        """Whether training reads a row a second time, so that storing its reference saves work."""
         args = self.args
         if self.train_dataset is None:
             return False
-        if args.max_steps > 0:
-            batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            return args.max_steps * batch > len(self.train_dataset)  # type: ignore[arg-type]
-        return args.num_train_epochs > 1
+        if args.max_steps <= 0:
+            return args.num_train_epochs > 1
+        rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return args.max_steps * rows_per_step > len(self.train_dataset)  # type: ignore[arg-type]
 
-    def _sync_reference(self) -> None:
-        if self.ref_policy is None:
-            raise ValueError("sync_ref_model moves a copy of the weights: it needs a full model, not an adapter")
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("sync_ref_model cannot read sharded weights: leave it off under FSDP and DeepSpeed")
-        self.add_callback(
-            SyncReference(self.ref_policy, self.args.ref_model_mixup_alpha, self.args.ref_model_sync_steps)
-        )
+    # A reference that moves is part of a checkpoint
 
     def resume_state(self) -> dict[str, Any] | None:
         state = super().resume_state()
@@ -132,17 +132,24 @@ class ReferencedTrainer(BaseTrainer):
         if self.ref_policy is not None and "ref_model" in state:
             self.ref_policy.model.load_state_dict(state["ref_model"])
 
+    # Sums that are computed once and stored
+
     def reference_row(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row whose sequences are those of :attr:`ref_columns`."""
         return row
 
+    def reference_key(self) -> str:
+        """What else determines the stored sums of the reference."""
+        return ""
+
     def _precompute(self) -> None:
-        """Give every row the reference's sums; nothing is left to ask it then, and no copy is kept."""
+        """Give every row the reference's sums; it is not asked any more then, and no copy stays in memory."""
         if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise ValueError("ZeRO-3 shards the weights before they could be asked: --precompute_ref_log_probs false")
         reference = self.ref_policy or self.model
-        fingerprint = reference_fingerprint(reference.model, self.accelerator.mixed_precision, self.has_adapter)
-        self.stored_as = fingerprint + self.reference_key()
+        precision = self.accelerator.mixed_precision
+        fingerprint = reference_fingerprint(reference.model, precision, self.adapter_off_is_reference)
+        self.stored_key = fingerprint + self.reference_key()
         self.train_dataset = self._with_ref_logps(self.train_dataset, "training rows")
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {name: self._with_ref_logps(rows, name) for name, rows in self.eval_dataset.items()}
@@ -155,8 +162,8 @@ class ReferencedTrainer(BaseTrainer):
             rows.rows = self._with_ref_logps(rows.rows, name)
         if rows is None or isinstance(rows, Packed):
             return rows
-        reference = self.ref_policy or self.given or self.accelerator.unwrap_model(self.model)
-        home = next(reference.parameters()).device
+        reference = self.ref_policy or self.callers_reference or self.accelerator.unwrap_model(self.model)
+        device_before = next(reference.parameters()).device
         reference.to(self.args.device).eval()
 
         def score(rows: list[dict[str, Any]]) -> Tensor:
@@ -167,80 +174,74 @@ class ReferencedTrainer(BaseTrainer):
             rows,
             [column for column in self.ref_tokens if column in rows.column_names],
             self.ref_columns,
-            str(self.stored_as),
+            str(self.stored_key),
             score,
             self.accelerator,
             self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size,
             name,
             self.args.disable_tqdm,
         )
-        reference.to(home)
+        reference.to(device_before)
         return rows
 
     def _tokenised_rows(self, dataset: Any) -> Any:
         """Rows for an evaluation, with the reference's sums where no copy of it is kept."""
         rows = super()._tokenised_rows(dataset)
-        if isinstance(rows, dict) or self.stored_as is None or not isinstance(rows, Dataset):
+        if isinstance(rows, dict) or self.stored_key is None or not isinstance(rows, Dataset):
             return rows
         if set(self.ref_columns) <= set(rows.column_names):
             return rows
-        gone = self.given is None and (self.other_reference or self.state.global_step > 0)
-        if gone and not self.has_adapter:
+        # The policy of step 0 is the reference still, unless another model is.
+        has_changed = self.has_ref_model or self.state.global_step > 0
+        if has_changed and self.callers_reference is None and not self.adapter_off_is_reference:
             raise ValueError(
                 "Cannot compute reference log-probs for a dataset passed to evaluate(): the reference is not in memory "
                 "any more; pass the rows as eval_dataset, or train with --precompute_ref_log_probs false"
             )
         return self._with_ref_logps(rows, "evaluation rows")
 
-    def sums(self, batch: Batch, logps: Tensor) -> Tensor:
-        """What an answer's log-probability is, [S], from those of its tokens, [N]."""
-        return batch.targets.sum(logps)
-
-    def reference_key(self) -> str:
-        """What else determines the stored sums of the reference."""
-        return ""
+    # The reference's log-probs of a batch
 
     @property
     def ref_model(self) -> Any:
         """The reference's transformers model, where there is one besides the policy's own."""
-        reference = self.ref_policy or self.given
+        reference = self.ref_policy or self.callers_reference
         return None if reference is None else reference.model
 
+    def sums(self, batch: Batch, logps: Tensor) -> Tensor:
+        """The log-probability of each answer, [S], from those of its tokens, [N]."""
+        return batch.targets.sum(logps)
+
     def ref_sums(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Sums of log-probabilities under the reference, [S]: as stored, or asked of it now."""
-        if "ref_logps" in batch.per_sequence:
-            return batch.per_sequence["ref_logps"]
-        if self.ref_policy is None and not self.has_adapter:
+        """Sums of log-probabilities under the reference, [S]: as stored, or computed now.
+
+        Args:
+            model: the trained policy, as accelerate wrapped it.
+            batch: sequences to score.
+        Raises:
+            ValueError: nothing is stored, and the reference is not in memory.
+        """
+        stored = batch.per_sequence.get("ref_logps")
+        if stored is not None:
+            return stored
+        if self.ref_policy is None and not self.adapter_off_is_reference:
             raise ValueError("these rows have no reference log-probs; train with --precompute_ref_log_probs false")
         return self.ask_reference(self.ref_policy or model, batch)
 
     def ask_reference(self, reference: nn.Module, batch: Batch) -> Tensor:
-        """Its sums of log-probabilities, [S]; the trained model answers for it with the adapter off."""
-        adapter_off = self.ref_policy is None and self.has_adapter
-        off = self.accelerator.unwrap_model(reference).adapter_off() if adapter_off else nullcontext()
-        with torch.no_grad(), self.accelerator.autocast(), off:
+        """Sums of log-probabilities, [S], without gradient.
+
+        Args:
+            reference: a frozen policy, or the trained one, whose adapter is switched off meanwhile.
+            batch: sequences to score.
+        """
+        without_adapter: AbstractContextManager[Any] = nullcontext()
+        if self.ref_policy is None and self.adapter_off_is_reference:
+            without_adapter = self.accelerator.unwrap_model(reference).adapter_off()
+        with torch.no_grad(), self.accelerator.autocast(), without_adapter:
             return self.sums(batch, reference(batch).logps)
 
 
 def has_streams(*datasets: Any) -> bool:
     """Whether one of these data sets, or of those in a dictionary, is read row by row."""
-    several = [rows for given in datasets for rows in (given.values() if isinstance(given, dict) else [given])]
-    return any(isinstance(rows, IterableDataset) for rows in several)
-
-
-class SyncReference(TrainerCallback):
-    """Every ``steps`` steps the reference becomes ``alpha`` of the policy and ``1 - alpha`` of itself (TR-DPO).
-
-    Source: Gorbatovski et al., arXiv 2404.09656.
-    """
-
-    def __init__(self, reference: Policy, alpha: float, steps: int) -> None:
-        self.reference, self.alpha, self.steps = reference, alpha, steps
-
-    @torch.no_grad()
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step % self.steps:
-            return
-        policy = getattr(model, "module", model).model  # under DDP; a value head has no part in it
-        for ref, weight in zip(self.reference.model.parameters(), policy.parameters(), strict=True):
-            ref.lerp_(weight.to(ref), self.alpha)
+    return any(isinstance(rows, IterableDataset) for rows in sets_of(*datasets))
