@@ -124,7 +124,9 @@ def test_an_interrupted_pass_goes_on(dpo, monkeypatch, forwards):
     assert forwards == [16] * 6
     want = dpo(precompute_ref_log_probs=False)
     batch = want.data_collator(list(want.train_dataset))
-    close(trainer.data_collator(list(trainer.train_dataset)).ref_logps, want.ref_sums(want.model, batch))
+    close(
+        trainer.data_collator(list(trainer.train_dataset)).per_sequence["ref_logps"], want.ref_sums(want.model, batch)
+    )
 
 
 def test_a_broken_file_is_computed_again_aloud(dpo, cache, caplog):
