@@ -18,13 +18,13 @@ def bce_with_logits_loss(logits: Tensor, targets: Tensor, pos_weight: float | Te
     .. math:: -w\,y\log\sigma(z) - (1-y)\log(1-\sigma(z))
 
     Args:
-        logits: any shape, any real number (no sigmoid before). targets: same shape, probabilities in [0, 1].
+        logits: any shape, any real number: no sigmoid before.
+        targets: same shape, probabilities in [0, 1].
         pos_weight: > 0; weight of the positives, about negatives / positives; broadcasts.
-        reduction, weight, mask: as everywhere; mask True counts.
     Returns:
         Scalar, or the shape of the input for ``"none"``; nats, at least float32; 0 if nothing counts.
     Raises:
-        ValueError: shapes differ, targets are no floats in [0, 1].
+        ValueError: shapes differ, or targets are not floats in [0, 1].
     Example:
         >>> bce_with_logits_loss(torch.tensor([0.0, 1000.0]), torch.tensor([1.0, 1.0]), reduction="none")
         tensor([0.6931, 0.0000])
@@ -46,10 +46,11 @@ def bce_loss(probabilities: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         probabilities: any shape, in [0, 1]; each logarithm is bounded at -100, so that 0 and 1 stay finite.
-        targets: same shape, in [0, 1].
-        reduction, weight, mask: as everywhere.
-    Returns, Raises:
-        As in :func:`bce_with_logits_loss`; ValueError for values outside [0, 1] (are they logits?).
+        targets: same shape, probabilities in [0, 1].
+    Returns:
+        Scalar, or the shape of the input for ``"none"``; nats, at least float32; 0 if nothing counts.
+    Raises:
+        ValueError: shapes differ, or values outside [0, 1] (are they logits?).
     Example:
         >>> bce_loss(torch.tensor([0.5]), torch.tensor([1.0]))
         tensor(0.6931)
@@ -71,12 +72,11 @@ def cross_entropy_loss(
     .. math:: -\sum_c w_c\, q_c \log \mathrm{softmax}(z)_c,\; q = (1-\epsilon)\,y + \epsilon/C
 
     Args:
-        logits: [..., C], the classes last (no softmax before).
-        targets: [...] integer indices, ``ignore_index`` not scored; or [..., C] probabilities.
-        class_weights: [C], the weight of each class; with indices the mean divides by the summed weight of the
-            targets, as torch's does.
+        logits: [..., C], the classes last: no softmax before.
+        targets: [...] integer indices, of which ``ignore_index`` is not scored; or [..., C] probabilities.
+        class_weights: [C], the weight of each class; with indices the mean divides by the summed weight of the targets,
+            as torch's does.
         label_smoothing: share of the target that is spread over all classes, in [0, 1).
-        ignore_index, reduction, weight, mask: as everywhere; weight and mask are [...].
     Returns:
         Scalar, or [...] for ``"none"``; nats, at least float32; 0 if nothing counts.
     Raises:
@@ -101,16 +101,19 @@ def cross_entropy_loss(
 
 
 def label_smoothing_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.1, **options: Any) -> Tensor:
-    r"""Cross-entropy against targets of which ``smoothing`` is spread over all classes.
+    r"""Cross-entropy against targets with a share ``smoothing`` spread over all classes.
 
     .. math:: -(1-\epsilon)\log p_y - \tfrac{\epsilon}{C}\sum_c\log p_c
 
     Args:
-        logits, targets: as in :func:`cross_entropy_loss`.
+        logits: [..., C], the classes last: no softmax before.
+        targets: [...] integer indices or [..., C] probabilities, as in :func:`cross_entropy_loss`.
         smoothing: in [0, 1); 0.1 is usual, and more than 0.2 rarely helps.
-        options: the others of :func:`cross_entropy_loss`.
-    Returns, Raises:
-        As in :func:`cross_entropy_loss`.
+        options: the other options of :func:`cross_entropy_loss`.
+    Returns:
+        Scalar, or [...] for ``"none"``; nats, at least float32; 0 if nothing counts.
+    Raises:
+        ValueError: as in :func:`cross_entropy_loss`.
     Example:
         >>> label_smoothing_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([0]), smoothing=0.2)
         tensor(0.3269)
@@ -128,11 +131,11 @@ def categorical_cross_entropy(probabilities: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         probabilities: [..., C], in [0, 1]; the logarithm is bounded below at that of the dtype's smallest normal.
-        targets: [..., C], in [0, 1]. reduction, weight, mask: as everywhere; weight and mask are [...].
+        targets: [..., C], in [0, 1].
     Returns:
         Scalar, or [...] for ``"none"``; nats, at least float32; 0 if nothing counts.
     Raises:
-        ValueError: shapes differ, or values lie outside [0, 1] (are they logits?).
+        ValueError: shapes differ, or values outside [0, 1] (are they logits?).
     Example:
         >>> categorical_cross_entropy(torch.tensor([[0.25, 0.75]]), torch.tensor([[0.0, 1.0]]))
         tensor(0.2877)
@@ -150,15 +153,18 @@ def categorical_cross_entropy(probabilities: Tensor, targets: Tensor) -> Tensor:
 def nll_loss(
     log_probs: Tensor, targets: Tensor, *, class_weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    r"""Negative log-likelihood, for those who have log-probabilities already.
+    r"""Negative log-likelihood from log-probabilities.
 
     .. math:: -w_y \log p_y
 
     Args:
-        log_probs: [..., C], each <= 0. targets: [...] integer indices, ``ignore_index`` not scored.
-        class_weights, ignore_index, reduction, weight, mask: as in :func:`cross_entropy_loss`.
-    Returns, Raises:
-        As in :func:`cross_entropy_loss`; ValueError for soft targets.
+        log_probs: [..., C], each <= 0.
+        targets: [...] integer indices; ``ignore_index`` is not scored.
+        class_weights: [C], the weight of each class, as in :func:`cross_entropy_loss`.
+    Returns:
+        Scalar, or [...] for ``"none"``; nats, at least float32; 0 if nothing counts.
+    Raises:
+        ValueError: shapes do not fit, indices outside [0, C), or soft targets.
     Example:
         >>> nll_loss(torch.tensor([[0.25, 0.75]]).log(), torch.tensor([1]))
         tensor(0.2877)
@@ -176,17 +182,19 @@ def nll_loss(
 
 @reducible("logits", "targets")
 def focal_loss(logits: Tensor, targets: Tensor, alpha: float | None = 0.25, gamma: float = 2.0) -> Tensor:
-    r"""Binary cross-entropy that fades where the model is right already, for rare positives.
+    r"""Binary cross-entropy with less weight on examples that the model already classifies well, for rare positives.
 
     .. math:: -\alpha_t (1 - p_t)^\gamma \log p_t,\; p_t = \sigma(z) \text{ for } y=1,\; 1-\sigma(z) \text{ for } y=0
 
     Args:
-        logits: any shape (no sigmoid before). targets: same shape, in [0, 1].
-        alpha: weight of the positives, in [0, 1] (1 - alpha is that of the negatives); None for none.
-        gamma: >= 0; how fast easy examples fade; 0 with ``alpha=None`` is :func:`bce_with_logits_loss`.
-        reduction, weight, mask: as everywhere.
-    Returns, Raises:
-        As in :func:`bce_with_logits_loss`; ValueError for alpha or gamma out of range.
+        logits: any shape, any real number: no sigmoid before.
+        targets: same shape, probabilities in [0, 1].
+        alpha: weight of the positives, in [0, 1]; negatives have 1 - alpha. None for no weights.
+        gamma: >= 0; how fast the loss of easy examples falls; 0 with ``alpha=None`` is :func:`bce_with_logits_loss`.
+    Returns:
+        Scalar, or the shape of the input for ``"none"``; nats, at least float32; 0 if nothing counts.
+    Raises:
+        ValueError: shapes differ, targets outside [0, 1], or alpha or gamma out of range.
     Example:
         >>> focal_loss(torch.tensor([0.0]), torch.tensor([1.0]))    # 0.25 * 0.5 ** 2 * log 2
         tensor(0.0433)
@@ -210,18 +218,20 @@ def focal_loss(logits: Tensor, targets: Tensor, alpha: float | None = 0.25, gamm
 def multiclass_focal_loss(
     logits: Tensor, targets: Tensor, gamma: float = 2.0, *, class_weights: Tensor | None = None
 ) -> Tensor:
-    r"""Cross-entropy over C classes that fades where the model is right already.
+    r"""Cross-entropy over C classes with less weight on examples that the model already classifies well.
 
     .. math:: -w_y (1 - p_y)^\gamma \log p_y
 
     Args:
-        logits: [..., C]. targets: [...] integer indices, ``ignore_index`` not scored.
+        logits: [..., C], the classes last: no softmax before.
+        targets: [...] integer indices; ``ignore_index`` is not scored.
         gamma: >= 0; 0 is :func:`cross_entropy_loss`.
         class_weights: [C], the alpha of each class. The mean divides by the number of scored elements, as in the
             paper's form (cross-entropy divides by the summed weights).
-        ignore_index, reduction, weight, mask: as in :func:`cross_entropy_loss`.
-    Returns, Raises:
-        As in :func:`cross_entropy_loss`; ValueError for soft targets or ``gamma < 0``.
+    Returns:
+        Scalar, or [...] for ``"none"``; nats, at least float32; 0 if nothing counts.
+    Raises:
+        ValueError: shapes do not fit, indices outside [0, C), soft targets, or ``gamma < 0``.
     Example:
         >>> multiclass_focal_loss(torch.zeros(1, 2), torch.tensor([0]))    # 0.5 ** 2 * log 2
         tensor(0.1733)
@@ -241,14 +251,14 @@ def multiclass_focal_loss(
 
 @reducible("scores", "targets")
 def hinge_loss(scores: Tensor, targets: Tensor, *, squared: bool = False) -> Tensor:
-    r"""Margin loss of linear classifiers: nothing is learned from what is right by a margin of 1.
+    r"""Margin loss of linear classifiers: examples that are right by a margin of 1 have no gradient.
 
     .. math:: \max(0, 1 - y s)
 
     Args:
-        scores: any shape, any real number. targets: same shape, -1 or +1 (not 0 and 1).
+        scores: any shape, any real number.
+        targets: same shape, -1 or +1 (not 0 and 1).
         squared: square each loss, which makes it smooth.
-        reduction, weight, mask: as everywhere.
     Returns:
         Scalar, or the shape of the input for ``"none"``; at least float32; 0 if nothing counts.
     Raises:
@@ -269,8 +279,13 @@ def modified_huber_loss(scores: Tensor, targets: Tensor) -> Tensor:
 
     .. math:: \max(0, 1 - ys)^2 \text{ if } ys \ge -1, \text{ else } -4ys
 
-    Arguments, returns and errors as in :func:`hinge_loss`.
-
+    Args:
+        scores: any shape, any real number.
+        targets: same shape, -1 or +1 (not 0 and 1).
+    Returns:
+        Scalar, or the shape of the input for ``"none"``; at least float32; 0 if nothing counts.
+    Raises:
+        ValueError: shapes differ, or a target is neither -1 nor +1.
     Example:
         >>> modified_huber_loss(torch.tensor([0.5, -3.0]), torch.tensor([1.0, 1.0]), reduction="none")
         tensor([ 0.2500, 12.0000])
@@ -288,11 +303,13 @@ def poly1_loss(logits: Tensor, targets: Tensor, epsilon: float = 1.0) -> Tensor:
     .. math:: -\log p_y + \epsilon (1 - p_y)
 
     Args:
-        logits: [..., C]. targets: [...] integer indices, ``ignore_index`` not scored.
+        logits: [..., C], the classes last: no softmax before.
+        targets: [...] integer indices; ``ignore_index`` is not scored.
         epsilon: >= -1; 0 is :func:`cross_entropy_loss`.
-        ignore_index, reduction, weight, mask: as in :func:`cross_entropy_loss`.
-    Returns, Raises:
-        As in :func:`cross_entropy_loss`; ValueError for soft targets or ``epsilon < -1``.
+    Returns:
+        Scalar, or [...] for ``"none"``; nats, at least float32; 0 if nothing counts.
+    Raises:
+        ValueError: shapes do not fit, indices outside [0, C), soft targets, or ``epsilon < -1``.
     Example:
         >>> poly1_loss(torch.zeros(1, 2), torch.tensor([0]))
         tensor(1.1931)
@@ -313,7 +330,9 @@ def class_weights(counts: Tensor, scheme: str = "balanced", *, beta: float = 0.9
     scaled to sum to C.
 
     Args:
-        counts: [C], how often each class occurs, > 0. beta: in [0, 1), of the effective number.
+        counts: [C], how often each class occurs, > 0.
+        scheme: ``"inverse"``, ``"balanced"`` or ``"effective"``, as above.
+        beta: in [0, 1), of the effective number.
     Returns:
         [C] float32 (float64 for float64 counts).
     Raises:

@@ -1,6 +1,6 @@
-"""Causal language models with dense logits in hand: ``[batch, seq, vocab]`` against ``[batch, seq]`` labels.
+"""Losses of causal language models on dense logits: ``[batch, seq, vocab]`` against ``[batch, seq]`` labels.
 
-Our trainers never build these logits (``rlhf.logprobs.score``); these are for people who already have them.
+The trainers never build such logits (``rlhf.logprobs.score``). These functions are for loops that already have them.
 """
 
 import math
@@ -17,7 +17,8 @@ def shift(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Pair each position's logits with the *next* label.
 
     Args:
-        logits: [..., T, V]. labels: [..., T], aligned with ``input_ids`` as in Hugging Face.
+        logits: [..., T, V].
+        labels: [..., T] class indices, aligned with ``input_ids``.
     Returns:
         ``logits[..., :-1, :]`` and ``labels[..., 1:]``.
     Example:
@@ -34,12 +35,13 @@ def token_logps(logits: Tensor, labels: Tensor, ignore_index: int = -100, *, shi
 
     Args:
         logits: [..., T, V].
-        labels: [..., T] class indices aligned with ``input_ids``; ``ignore_index`` is not scored.
-        shift: pair position t with label t + 1, as Hugging Face models do; False when the labels are shifted already.
+        labels: [..., T] class indices, aligned with ``input_ids``.
+        ignore_index: label that is not scored.
+        shift: pair position t with label t + 1, as Hugging Face models do; False if the labels are already shifted.
     Returns:
-        [..., T - 1] ([..., T] with ``shift=False``), at least fp32; 0 where the label is ignored.
+        [..., T - 1] ([..., T] without shift), nats, at least float32; 0 where the label is ignored.
     Raises:
-        ValueError: shapes do not fit, labels are no indices or lie outside the vocabulary.
+        ValueError: shapes do not fit, labels are not integers or lie outside the vocabulary.
     Example:
         >>> token_logps(torch.zeros(1, 3, 4), torch.tensor([[0, 2, -100]]))    # uniform over 4: -log 4
         tensor([[-1.3863, -0.0000]])
@@ -52,8 +54,16 @@ def sequence_logps(
 ) -> Tensor:
     """Sum (or, with ``average``, mean) of :func:`token_logps` over the scored tokens of each sequence.
 
+    Args:
+        logits: [..., T, V].
+        labels: [..., T] class indices, aligned with ``input_ids``.
+        ignore_index: label that is not scored.
+        average: the mean over the scored tokens instead of the sum.
+        shift: pair position t with label t + 1, as Hugging Face models do; False if the labels are already shifted.
     Returns:
-        [...] nats, at least fp32; 0 for a sequence without a scored token.
+        [...] nats, at least float32; 0 for a sequence without a scored token.
+    Raises:
+        ValueError: shapes do not fit, labels are not integers or lie outside the vocabulary.
     Example:
         >>> sequence_logps(torch.zeros(1, 3, 4), torch.tensor([[0, 2, 1]]))    # -2 log 4
         tensor([-2.7726])
@@ -84,19 +94,23 @@ def causal_lm_loss(
               S = \{t : y_{t+1} \ne ignore\}
 
     Args:
-        logits: [..., T, V]. labels: [..., T] aligned with ``input_ids``.
+        logits: [..., T, V].
+        labels: [..., T] class indices, aligned with ``input_ids``.
         ignore_index: label that is not scored.
         label_smoothing: share of the target that is spread over the vocabulary, in [0, 1).
-        z_loss: >= 0, zeta; 1e-4 keeps the logits' normaliser near 1, which half precision likes.
-        num_items: divide the (weighted) sum by this instead of the scored tokens here: those of the whole optimizer
-            step, as ``transformers.Trainer`` counts them, so that accumulation does not change the loss.
-        reduction: ``"mean"`` divides by the scored tokens (by their summed weight when ``weight`` is given).
-        weight, mask: shape of ``labels``, aligned with them (shifted together); mask True counts.
-        shift: False when the labels are shifted already.
+        z_loss: >= 0, zeta; 1e-4 keeps the normaliser of the logits near 1, which helps in half precision.
+        num_items: divide the (weighted) sum by this instead of the number of scored tokens here: the scored tokens of
+            the whole optimizer step, as ``transformers.Trainer`` counts them, so that accumulation does not change the
+            loss.
+        reduction: ``"mean"`` divides by the number of scored tokens, or by their summed weight; ``"sum"`` or
+            ``"none"``.
+        weight: shape of ``labels`` and shifted with them, >= 0.
+        mask: shape of ``labels`` and shifted with them, bool; True counts.
+        shift: pair position t with label t + 1, as Hugging Face models do; False if the labels are already shifted.
     Returns:
-        Scalar, or [..., T - 1] for ``"none"`` ([..., T] without shift); at least fp32. 0 when nothing is scored.
+        Scalar, or [..., T - 1] for ``"none"`` ([..., T] without shift); at least float32; 0 if nothing is scored.
     Raises:
-        ValueError: shapes do not fit, labels are no indices or lie outside the vocabulary, options out of range.
+        ValueError: shapes do not fit, labels are not integers or lie outside the vocabulary, or options out of range.
     Example:
         >>> causal_lm_loss(torch.zeros(1, 3, 4), torch.tensor([[0, 2, 1]]))
         tensor(1.3863)
@@ -122,12 +136,26 @@ def dft_loss(
     mask: Tensor | None = None,
     shift: bool = True,
 ) -> Tensor:
-    r"""Dynamic fine-tuning: cross-entropy in which unlikely tokens do not shout.
+    r"""Dynamic fine-tuning: cross-entropy weighted by the token's probability; unlikely tokens have less influence.
 
     .. math:: -\mathrm{sg}(p_t) \log p_t
 
-    Arguments, returns and errors as in :func:`causal_lm_loss`.
-
+    Args:
+        logits: [..., T, V].
+        labels: [..., T] class indices, aligned with ``input_ids``.
+        ignore_index: label that is not scored.
+        num_items: divide the (weighted) sum by this instead of the number of scored tokens here: the scored tokens of
+            the whole optimizer step, as ``transformers.Trainer`` counts them, so that accumulation does not change the
+            loss.
+        reduction: ``"mean"`` divides by the number of scored tokens, or by their summed weight; ``"sum"`` or
+            ``"none"``.
+        weight: shape of ``labels`` and shifted with them, >= 0.
+        mask: shape of ``labels`` and shifted with them, bool; True counts.
+        shift: pair position t with label t + 1, as Hugging Face models do; False if the labels are already shifted.
+    Returns:
+        Scalar, or [..., T - 1] for ``"none"`` ([..., T] without shift); at least float32; 0 if nothing is scored.
+    Raises:
+        ValueError: shapes do not fit, labels are not integers or lie outside the vocabulary.
     Example:
         >>> dft_loss(torch.zeros(1, 2, 4), torch.tensor([[0, 2]]))    # log(4) / 4
         tensor(0.3466)
@@ -149,15 +177,26 @@ def unlikelihood_loss(
     mask: Tensor | None = None,
     shift: bool = True,
 ) -> Tensor:
-    r"""Push tokens down: repetitions, or an answer that must not be given.
+    r"""Lower the probability of given tokens: repetitions, or an answer that must not be given.
 
     .. math:: -\log(1 - p(y_{t+1} \mid y_{\le t}))
 
     Args:
-        labels: [..., T], the tokens that should *not* follow; ``ignore_index`` where none.
-        The others: as in :func:`causal_lm_loss`.
-    Returns, Raises:
-        As in :func:`causal_lm_loss`.
+        logits: [..., T, V].
+        labels: [..., T], tokens that should *not* follow; ``ignore_index`` where there is none.
+        ignore_index: label that is not scored.
+        num_items: divide the (weighted) sum by this instead of the number of scored tokens here: the scored tokens of
+            the whole optimizer step, as ``transformers.Trainer`` counts them, so that accumulation does not change the
+            loss.
+        reduction: ``"mean"`` divides by the number of scored tokens, or by their summed weight; ``"sum"`` or
+            ``"none"``.
+        weight: shape of ``labels`` and shifted with them, >= 0.
+        mask: shape of ``labels`` and shifted with them, bool; True counts.
+        shift: pair position t with label t + 1, as Hugging Face models do; False if the labels are already shifted.
+    Returns:
+        Scalar, or [..., T - 1] for ``"none"`` ([..., T] without shift); at least float32; 0 if nothing is scored.
+    Raises:
+        ValueError: shapes do not fit, labels are not integers or lie outside the vocabulary.
     Example:
         >>> unlikelihood_loss(torch.zeros(1, 2, 4), torch.tensor([[0, 2]]))    # -log(3 / 4)
         tensor(0.2877)
@@ -180,6 +219,15 @@ def perplexity(logits: Tensor, labels: Tensor, ignore_index: int = -100, *, shif
     Over several batches, sum NLL and counts first (``causal_lm_loss(..., reduction="sum")``): a mean of batch
     perplexities depends on the batch size.
 
+    Args:
+        logits: [..., T, V].
+        labels: [..., T] class indices, aligned with ``input_ids``.
+        ignore_index: label that is not scored.
+        shift: pair position t with label t + 1, as Hugging Face models do; False if the labels are already shifted.
+    Returns:
+        Scalar, at least 1; 1 if nothing is scored.
+    Raises:
+        ValueError: shapes do not fit, labels are not integers or lie outside the vocabulary.
     Example:
         >>> perplexity(torch.zeros(1, 3, 4), torch.tensor([[0, 2, 1]]))
         tensor(4.)
@@ -190,11 +238,18 @@ def perplexity(logits: Tensor, labels: Tensor, ignore_index: int = -100, *, shif
 def bits_per_byte(
     logits: Tensor, labels: Tensor, num_bytes: int | Tensor, ignore_index: int = -100, *, shift: bool = True
 ) -> Tensor:
-    """Total NLL in bits for each byte of the text: comparable between tokenizers, as perplexity is not.
+    """Total NLL in bits for each byte of the text. Unlike perplexity, it can be compared between tokenizers.
 
     Args:
-        num_bytes: UTF-8 bytes of the text that the scored labels spell.
-        The others: as in :func:`causal_lm_loss`.
+        logits: [..., T, V].
+        labels: [..., T] class indices, aligned with ``input_ids``.
+        num_bytes: > 0, UTF-8 bytes of the text of the scored labels.
+        ignore_index: label that is not scored.
+        shift: pair position t with label t + 1, as Hugging Face models do; False if the labels are already shifted.
+    Returns:
+        Scalar, bits for each byte.
+    Raises:
+        ValueError: shapes do not fit, labels are not integers or lie outside the vocabulary.
     Example:
         >>> bits_per_byte(torch.zeros(1, 3, 4), torch.tensor([[0, 2, 1]]), num_bytes=8)    # 2 tokens of 2 bits
         tensor(0.5000)

@@ -23,10 +23,13 @@ def hidden_state_loss(
     .. math:: \tfrac{1}{D}\lVert W s - t\rVert^2, \text{ or } 1 - \cos(W s, t)
 
     Args:
-        student_hidden: [..., C]. teacher_hidden: [..., D]; constant.
-        projection: W, [D, C] as ``nn.Linear(C, D).weight``; trained with the student, thrown away after. Without it C
-            and D are equal. ``HiddenStateLoss(projection=nn.Parameter(...))`` holds one.
-        distance: ``"squared"``, the mean over D, or ``"cosine"``, which lets the lengths be.
+        student_hidden: [..., C]; carries the gradient.
+        teacher_hidden: [..., D]; constant.
+        projection: W, [D, C] as ``nn.Linear(C, D).weight``; trained with the student and dropped afterwards. Without
+            it, C and D are equal. ``HiddenStateLoss(projection=nn.Parameter(...))`` holds one.
+        distance: ``"squared"``, the mean over D, or ``"cosine"``, which ignores lengths.
+    Returns:
+        Scalar, or [...] for ``"none"``; at least float32; 0 if nothing counts.
     Raises:
         ValueError: shapes do not fit, or an unknown distance.
     Example:
@@ -64,10 +67,14 @@ def attention_loss(
     .. math:: \sum_k a_k\log\frac{a_k}{b_k}, \text{ or } \sum_k (a_k - b_k)^2, \text{ teacher } a, \text{ student } b
 
     Args:
-        student_attention, teacher_attention: [..., K], rows of probabilities over K keys, as ``output_attentions``
-            gives them; the teacher's constant. Where the numbers of heads differ, take the mean over heads of both.
-        distance: both forms are sums over the row, which padding (zeros on both sides) does not change.
-        mask: [...]: a row (of a query) counts, not a key.
+        student_attention: [..., K], rows of probabilities over K keys, as ``output_attentions`` returns them; carries
+            the gradient.
+        teacher_attention: the same of the teacher; constant. If the numbers of heads differ, take the mean over heads
+            of both.
+        distance: ``"kl"`` or ``"squared"``. Both are sums over the row, which padding (zeros on both sides) does not
+            change.
+    Returns:
+        Scalar, or [...] (one for each query) for ``"none"``; at least float32; 0 if nothing counts.
     Raises:
         ValueError: shapes differ, no probabilities, or an unknown distance.
     Example:

@@ -1,6 +1,7 @@
 """What every loss shares: the precision rule, what a mask hides, and the one reducer."""
 
 import inspect
+import re
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, Literal
@@ -69,6 +70,35 @@ SHARED_OPTIONS = [
 ]
 
 
+SHARED_HELP = {
+    "ignore_index": "label that is not scored.",
+    "reduction": '``"mean"`` over the elements that count, ``"sum"`` or ``"none"``.',
+    "weight": "shape of the losses, >= 0; a mean divides by the sum of the weights that count.",
+    "mask": "shape of the losses, bool; True counts. A masked element may be NaN.",
+}
+
+
+def document_options(docstring: str, options: list[str]) -> str:
+    """Add a line for each option that a decorator gives to a function.
+
+    Args:
+        docstring: of the function, which describes its own parameters.
+        options: names in :data:`SHARED_HELP`; the ones that the docstring describes are left out.
+    Returns:
+        The docstring, with the lines at the end of its ``Args``; unchanged if it has none.
+    """
+    docstring = inspect.cleandoc(docstring)
+    section = re.search(r"^Args:\n((?:[ ].*\n|\n)*)", docstring, re.MULTILINE)
+    if section is None:
+        return docstring
+    lines = [
+        f"    {name}: {SHARED_HELP[name]}\n"
+        for name in options
+        if not re.search(rf"^    {name}:", section[1], re.MULTILINE)
+    ]
+    return docstring[: section.end()] + "".join(lines) + docstring[section.end() :]
+
+
 def reducible(*inputs: str, labels: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Tensor]]:
     """Give a function of per-element losses the arguments ``reduction``, ``weight`` and ``mask``.
 
@@ -78,6 +108,8 @@ def reducible(*inputs: str, labels: str | None = None) -> Callable[[Callable[...
             that what it hides reaches neither the loss nor, by way of 0 * NaN, a gradient. An argument may be None.
         labels: its argument of class indices into the last dimension of the first input. They are checked, the
             argument ``ignore_index`` is added, and what is ignored is masked. (Soft targets pass as an input does.)
+    Returns:
+        A decorator.
     """
 
     def decorate(loss: Callable[..., Any]) -> Callable[..., Tensor]:
@@ -109,6 +141,7 @@ def reducible(*inputs: str, labels: str | None = None) -> Callable[[Callable[...
 
         added = SHARED_OPTIONS if labels is None else [_option("ignore_index", -100, int), *SHARED_OPTIONS]
         call.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        call.__doc__ = document_options(loss.__doc__ or "", [option.name for option in added])
         return call
 
     return decorate

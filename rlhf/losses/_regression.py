@@ -22,14 +22,13 @@ def _residual(predictions: Tensor, targets: Tensor) -> Tensor:
 
 @reducible("predictions", "targets")
 def mse_loss(predictions: Tensor, targets: Tensor) -> Tensor:
-    r"""Squared error: the mean is estimated, and outliers pull hard.
+    r"""Squared error: estimates the mean, and outliers have a large influence.
 
     .. math:: r^2
 
     Args:
-        predictions: any shape, carries gradient. targets: same shape.
-        reduction: ``"mean"`` (over what counts), ``"sum"`` or ``"none"``.
-        weight: same shape, non-negative. mask: same shape, True counts.
+        predictions: any shape, floating point; carries the gradient.
+        targets: same shape, floating point.
     Returns:
         Scalar, or the shape of the input for ``"none"``; at least float32; in squared units; 0 if nothing counts.
     Raises:
@@ -46,12 +45,18 @@ def mse_loss(predictions: Tensor, targets: Tensor) -> Tensor:
 
 @reducible("predictions", "targets")
 def mae_loss(predictions: Tensor, targets: Tensor) -> Tensor:
-    r"""Absolute error: the median is estimated; the gradient is ±1 however near the target.
+    r"""Absolute error: estimates the median; the gradient is ±1 at any distance from the target.
 
     .. math:: |r|
 
-    Arguments, returns and errors as in :func:`mse_loss`; in the units of the target.
-
+    Args:
+        predictions: any shape, floating point; carries the gradient.
+        targets: same shape, floating point.
+    Returns:
+        Scalar, or the shape of the input for ``"none"``; at least float32; in the units of the target; 0 if nothing
+        counts.
+    Raises:
+        ValueError: shapes differ, or an input is not floating point.
     Example:
         >>> mae_loss(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
         tensor(1.)
@@ -64,17 +69,20 @@ def mae_loss(predictions: Tensor, targets: Tensor) -> Tensor:
 
 @reducible("predictions", "targets")
 def huber_loss(predictions: Tensor, targets: Tensor, delta: float = 1.0) -> Tensor:
-    r"""Squared error near the target and absolute error beyond ``delta``: outliers pull with bounded force.
+    r"""Squared error near the target and absolute error beyond ``delta``: outliers have a bounded gradient.
 
     .. math:: \tfrac12 r^2 \text{ if } |r| \le \delta, \text{ else } \delta\,(|r| - \tfrac12\delta)
 
     ``huber_loss(delta=d) = d * smooth_l1_loss(beta=d)``.
 
     Args:
-        predictions, targets, reduction, weight, mask: as in :func:`mse_loss`.
+        predictions: any shape, floating point; carries the gradient.
+        targets: same shape, floating point.
         delta: > 0, in the units of the target; about the size of an ordinary residual.
-    Returns, Raises:
-        As in :func:`mse_loss`; ValueError for ``delta <= 0``.
+    Returns:
+        Scalar, or the shape of the input for ``"none"``; at least float32; in squared units; 0 if nothing counts.
+    Raises:
+        ValueError: shapes differ, or an input is not floating point, or ``delta <= 0``.
     Example:
         >>> huber_loss(torch.tensor([0.5, 3.0]), torch.zeros(2), reduction="none")
         tensor([0.1250, 2.5000])
@@ -88,17 +96,21 @@ def huber_loss(predictions: Tensor, targets: Tensor, delta: float = 1.0) -> Tens
 
 @reducible("predictions", "targets")
 def smooth_l1_loss(predictions: Tensor, targets: Tensor, beta: float = 1.0) -> Tensor:
-    r"""Huber's loss divided by its threshold: the slope far away is 1 whatever ``beta``.
+    r"""Huber's loss divided by its threshold: the slope far from the target is 1 for any ``beta``.
 
     .. math:: \tfrac12 r^2/\beta \text{ if } |r| < \beta, \text{ else } |r| - \tfrac12\beta
 
     ``smooth_l1_loss(beta=b) = huber_loss(delta=b) / b``; ``beta = 0`` is :func:`mae_loss`.
 
     Args:
-        predictions, targets, reduction, weight, mask: as in :func:`mse_loss`.
-        beta: >= 0, in the units of the target.
-    Returns, Raises:
-        As in :func:`mse_loss`; ValueError for ``beta < 0``.
+        predictions: any shape, floating point; carries the gradient.
+        targets: same shape, floating point.
+        beta: >= 0, in the units of the target; residuals below it are squared.
+    Returns:
+        Scalar, or the shape of the input for ``"none"``; at least float32; in the units of the target; 0 if nothing
+        counts.
+    Raises:
+        ValueError: shapes differ, or an input is not floating point, or ``beta < 0``.
     Example:
         >>> smooth_l1_loss(torch.tensor([0.5, 3.0]), torch.zeros(2), beta=2.0, reduction="none")
         tensor([0.0625, 2.0000])
@@ -112,12 +124,18 @@ def smooth_l1_loss(predictions: Tensor, targets: Tensor, beta: float = 1.0) -> T
 
 @reducible("predictions", "targets")
 def log_cosh_loss(predictions: Tensor, targets: Tensor) -> Tensor:
-    r"""Like Huber's with delta 1, smooth in every derivative.
+    r"""Like Huber's loss with delta 1, with all derivatives smooth.
 
     .. math:: \log\cosh r = |r| + \log(1 + e^{-2|r|}) - \log 2
 
-    Arguments, returns and errors as in :func:`mse_loss`.
-
+    Args:
+        predictions: any shape, floating point; carries the gradient.
+        targets: same shape, floating point.
+    Returns:
+        Scalar, or the shape of the input for ``"none"``; at least float32; in the units of the target; 0 if nothing
+        counts.
+    Raises:
+        ValueError: shapes differ, or an input is not floating point.
     Example:
         >>> log_cosh_loss(torch.tensor([0.0, 1000.0]), torch.zeros(2), reduction="none")
         tensor([  0.0000, 999.3068])
@@ -130,15 +148,19 @@ def log_cosh_loss(predictions: Tensor, targets: Tensor) -> Tensor:
 
 @reducible("predictions", "targets")
 def quantile_loss(predictions: Tensor, targets: Tensor, quantile: float = 0.5) -> Tensor:
-    r"""Pinball loss: the ``quantile`` of the target is estimated.
+    r"""Pinball loss: estimates the ``quantile`` of the target.
 
     .. math:: \max(q\,e, (q-1)\,e),\; e = y - \hat y
 
     Args:
-        predictions, targets, reduction, weight, mask: as in :func:`mse_loss`.
-        quantile: in (0, 1); 0.9 punishes predictions that are too low nine times as much. 0.5 is half of MAE.
-    Returns, Raises:
-        As in :func:`mse_loss`; ValueError for a quantile outside (0, 1).
+        predictions: any shape, floating point; carries the gradient.
+        targets: same shape, floating point.
+        quantile: in (0, 1). 0.9 punishes predictions that are too low nine times as much; 0.5 is half of MAE.
+    Returns:
+        Scalar, or the shape of the input for ``"none"``; at least float32; in the units of the target; 0 if nothing
+        counts.
+    Raises:
+        ValueError: shapes differ, or an input is not floating point, or a quantile outside (0, 1).
     Example:
         >>> quantile_loss(torch.zeros(2), torch.tensor([1.0, -1.0]), quantile=0.75, reduction="none")
         tensor([0.7500, 0.2500])
@@ -152,15 +174,19 @@ def quantile_loss(predictions: Tensor, targets: Tensor, quantile: float = 0.5) -
 
 @reducible("predictions", "targets")
 def epsilon_insensitive_loss(predictions: Tensor, targets: Tensor, epsilon: float = 0.1) -> Tensor:
-    r"""Absolute error beyond a tube: what is within ``epsilon`` costs nothing.
+    r"""Absolute error beyond a tube: residuals within ``epsilon`` cost nothing.
 
     .. math:: \max(0, |r| - \epsilon)
 
     Args:
-        predictions, targets, reduction, weight, mask: as in :func:`mse_loss`.
+        predictions: any shape, floating point; carries the gradient.
+        targets: same shape, floating point.
         epsilon: >= 0, in the units of the target.
-    Returns, Raises:
-        As in :func:`mse_loss`; ValueError for ``epsilon < 0``.
+    Returns:
+        Scalar, or the shape of the input for ``"none"``; at least float32; in the units of the target; 0 if nothing
+        counts.
+    Raises:
+        ValueError: shapes differ, or an input is not floating point, or ``epsilon < 0``.
     Example:
         >>> epsilon_insensitive_loss(torch.tensor([0.05, 1.0]), torch.zeros(2), reduction="none")
         tensor([0.0000, 0.9000])

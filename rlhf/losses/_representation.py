@@ -32,14 +32,17 @@ def info_nce_loss(
     .. math:: -\log\frac{e^{q_i \cdot k_i/\tau}}{\sum_j e^{q_i \cdot k_j/\tau} + \sum_m e^{q_i \cdot n_m/\tau}}
 
     Args:
-        queries: [N, D]. keys: [N, D], row i belongs to query i.
+        queries: [N, D]; carries the gradient.
+        keys: [N, D]; row i belongs to query i.
         negatives: [M, D], further keys that belong to no query (not used in the direction from keys to queries).
         temperature: > 0, tau; a tensor may be learned (CLIP learns ``log_scale`` and passes ``(-log_scale).exp()``).
         symmetric: average with the loss from keys to queries; False for one side.
         normalize: scale embeddings to length 1 first.
         gather: under ``torch.distributed``, take the keys (and queries) of all ranks as candidates, with gradient. The
             loss is that of this rank's rows: averaging gradients over ranks gives that of the whole batch.
-        reduction, weight, mask: as everywhere, [N]; a pair that is masked is no candidate either.
+        reduction: ``"mean"`` over the elements that count, ``"sum"`` or ``"none"``.
+        weight: [N], >= 0.
+        mask: [N] bool, True counts. A masked pair is not a candidate either.
     Returns:
         Scalar, or [N] for ``"none"``; nats, at least float32; log N for N equal pairs; 0 if nothing counts.
     Raises:
@@ -100,9 +103,13 @@ def supervised_contrastive_loss(
     .. math:: -\frac{1}{|P_i|}\sum_{p\in P_i}\log\frac{e^{z_i\cdot z_p/\tau}}{\sum_{a\ne i}e^{z_i\cdot z_a/\tau}}
 
     Args:
-        embeddings: [N, D]. labels: [N] integers.
-        temperature: > 0. normalize: scale embeddings to length 1 first.
-        reduction, weight, mask: as everywhere, [N]. An example without another of its class does not count.
+        embeddings: [N, D]; carries the gradient.
+        labels: [N] integers, the class of each example.
+        temperature: > 0, tau.
+        normalize: scale embeddings to length 1 first.
+        reduction: ``"mean"`` over the elements that count, ``"sum"`` or ``"none"``.
+        weight: [N], >= 0.
+        mask: [N] bool, True counts. An example without another of its class does not count.
     Returns:
         Scalar, or [N] for ``"none"``; nats, at least float32; 0 if nothing counts.
     Raises:
@@ -142,10 +149,14 @@ def triplet_loss(
     .. math:: \max(0, d(a, p) - d(a, n) + m)
 
     Args:
-        anchors, positives, negatives: [..., D].
+        anchors: [..., D]; carries the gradient.
+        positives: [..., D], what should be near.
+        negatives: [..., D], what should be far.
         margin: >= 0, in units of the distance.
         distance: ``"euclidean"``, ``"squared"`` (its square) or ``"cosine"`` (1 - cosine, in [0, 2]).
-        reduction, weight, mask: as everywhere, [...].
+        reduction: ``"mean"`` over the elements that count, ``"sum"`` or ``"none"``.
+        weight: [...], >= 0.
+        mask: [...] bool, True counts.
     Returns:
         Scalar, or [...] for ``"none"``; at least float32; 0 if nothing counts.
     Raises:
@@ -174,14 +185,16 @@ def batch_triplet_loss(
     r"""Triplets found within a batch.
 
     Args:
-        embeddings: [N, D]. labels: [N] integers.
+        embeddings: [N, D]; carries the gradient.
+        labels: [N] integers, the class of each example.
+        margin: >= 0, in units of the distance.
         mining: ``"all"`` valid triplets · ``"hard"``: for each anchor its farthest positive and nearest negative ·
-            ``"semi-hard"``: for each anchor and positive the nearest negative that is farther than the positive, or
-            the farthest negative where none is.
-        margin, distance: as in :func:`triplet_loss`.
+            ``"semi-hard"``: for each anchor and positive the nearest negative that is farther than the positive, or the
+            farthest negative if there is none.
+        distance: as in :func:`triplet_loss`.
         reduction: ``"mean"`` (over the triplets found) or ``"sum"``.
     Returns:
-        Scalar, at least float32; 0, differentiable, where the batch holds no triplet.
+        Scalar, at least float32; 0, differentiable, if the batch holds no triplet.
     Raises:
         ValueError: shapes do not fit, an unknown mining or distance.
     Example:
@@ -230,15 +243,19 @@ def siglip_loss(
     weight: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    r"""SigLIP: every pair is a yes or a no, without a softmax over the batch.
+    r"""SigLIP: a binary classification of every pair, without a softmax over the batch.
 
     .. math:: \sum_j -\log\sigma(z_{ij}(s\,q_i\cdot k_j + b)),\; z_{ii} = 1,\; z_{ij} = -1
 
     Args:
-        queries, keys: [N, D], row i of one belongs to row i of the other.
-        scale, bias: s and b; numbers, or learned tensors (the paper starts at exp(log 10) and -10).
+        queries: [N, D]; carries the gradient.
+        keys: [N, D]; row i belongs to query i.
+        scale: s, a number or a learned tensor; the paper starts at 10.
+        bias: b, a number or a learned tensor; the paper starts at -10.
         normalize: scale embeddings to length 1 first.
-        reduction, weight, mask: as everywhere, [N]; a pair that is masked is no candidate either.
+        reduction: ``"mean"`` over the elements that count, ``"sum"`` or ``"none"``.
+        weight: [N], >= 0.
+        mask: [N] bool, True counts. A masked pair is not a candidate either.
     Returns:
         Scalar, or [N] for ``"none"``; nats, at least float32; 0 if nothing counts.
     Raises:
@@ -260,14 +277,15 @@ def siglip_loss(
 
 @reducible("first", "second")
 def cosine_embedding_loss(first: Tensor, second: Tensor, targets: Tensor, margin: float = 0.0) -> Tensor:
-    r"""Pairs that match point the same way; others are apart by an angle.
+    r"""Pairs that match have the same direction; other pairs differ by an angle.
 
     .. math:: 1 - \cos(a, b) \text{ if } y = 1, \text{ else } \max(0, \cos(a, b) - m)
 
     Args:
-        first, second: [..., D]. targets: [...], +1 for a match, -1 for none.
+        first: [..., D]; carries the gradient.
+        second: [..., D]; carries the gradient.
+        targets: [...], +1 for a match, -1 for none.
         margin: m, in [-1, 1].
-        reduction, weight, mask: as everywhere, [...].
     Returns:
         Scalar, or [...] for ``"none"``; at least float32; 0 if nothing counts.
     Raises:

@@ -19,16 +19,16 @@ def reward_loss(
     center_rewards_coefficient: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    r"""Bradley–Terry: the chosen answer's reward is the larger one.
+    r"""Bradley–Terry: makes the reward of the chosen answer the larger one.
 
     .. math:: \ell(r_w - r_l - m) + c\,(r_w + r_l)^2
 
     Args:
-        chosen_rewards, rejected_rewards: [S], scores of a reward model; carry gradient.
+        chosen_rewards: [S], scores of a reward model; carry the gradient.
+        rejected_rewards: [S], the same for the rejected answers.
         margin: [S] or a number, how far apart they should be.
         center_rewards_coefficient: >= 0, c; 0.01 keeps rewards around 0, which Bradley–Terry leaves open.
         label_smoothing: chance that a pair is flipped, in [0, 0.5).
-        reduction, weight, mask: as everywhere, [S].
     Returns:
         Scalar, or [S] for ``"none"``; at least float32; log 2 for equal rewards (c = 0); 0 if nothing counts.
     Raises:
@@ -53,7 +53,6 @@ def plackett_luce_loss(scores: Tensor) -> Tensor:
 
     Args:
         scores: [..., k], ordered from the best answer to the worst: rewards, or ``beta * (logps - ref_logps)``.
-        reduction, weight, mask: as everywhere; weight and mask are [...], one entry a ranking.
     Returns:
         Scalar, or [...] for ``"none"``; at least float32; log k! for equal scores; k = 2 is :func:`reward_loss`.
     Raises:
