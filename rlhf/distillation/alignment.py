@@ -1,31 +1,34 @@
-"""The same text in two tokenizers: stretches that begin and end with a token on both sides.
+"""Alignment of two tokenizations of one text: the smallest spans that begin and end with a token on both sides.
 
     student    the | cat | s | at | <|im_end|>
     teacher    the |  ca | ts  | at | </s>
     span        0  |   1 . . . | 2 |  3
 
-Token by token two tokenizers cannot be compared; the probability of a stretch of text that both can cut out can. Text
-is compared as bytes, so that a character whose bytes are several tokens has its place inside a span like any other.
+The tokens of two tokenizers cannot be compared one by one, but the probabilities that two models give to the same
+stretch of text can. Text is compared as bytes, because one character may be several tokens.
 """
 
 import json
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-Piece = bytes | None  # what a token says; None for one that says nothing, like an EOS
+Piece = bytes | None  # the bytes of a token; None for a special token, which stands for no text
 
 
 class Spans(NamedTuple):
-    """Which span each token is in.
+    """The span of each token, on both sides.
 
-    ``student`` and ``teacher`` are int64 [Ns] and [Nt], never falling within a sequence, with -1 for a token without a
-    counterpart; every span in [0, total) has a token on both sides.
+    Attributes:
+        student: int64 [Ns], never falling within a sequence; -1 for a token without a counterpart.
+        teacher: int64 [Nt], the same for the teacher's tokens.
+        total: number of spans; each span in [0, total) has a token on both sides.
     """
 
     student: Tensor
@@ -34,121 +37,233 @@ class Spans(NamedTuple):
 
 
 def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[Piece]:
-    """The bytes that each token stands for; None for a special token (EOS, BOS, padding, a mark of the chat template).
+    """Look up the bytes of each token. ``decode`` cannot do this for a token that is part of a character.
 
-    Joined, they are the text, also where a token is part of a character, which ``decode`` cannot show.
-
+    Args:
+        tokenizer: byte-level BPE, or SentencePiece with byte fallback.
+        ids: token ids.
+    Returns:
+        The bytes of each token, which joined are the text; None for a special token (EOS, BOS, padding, a mark of the
+        chat template).
     Raises:
-        ValueError: neither byte-level BPE nor SentencePiece's pieces with byte fallback; or an unknown id.
+        ValueError: a tokenizer of another kind, or an id outside its vocabulary.
     """
-    added = tokenizer.added_tokens_decoder
-    special = {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
+    added_tokens = tokenizer.added_tokens_decoder
+    special_ids = {*tokenizer.all_special_ids, *(index for index, token in added_tokens.items() if token.special)}
     to_bytes = _from_byte_level if _is_byte_level(tokenizer) else _from_sentence_piece
     pieces: list[Piece] = []
     for index, token in zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True):
         if token is None:
             raise ValueError(f"token {index} is not in the vocabulary of the tokenizer, which has {len(tokenizer)}")
-        if index in special:
+        if index in special_ids:
             pieces.append(None)
-        else:  # an added token is written as it is
-            pieces.append(added[index].content.encode() if index in added else to_bytes(token))
+        elif index in added_tokens:
+            # An added token is stored as plain text, without the encoding of the other tokens.
+            pieces.append(added_tokens[index].content.encode())
+        else:
+            pieces.append(to_bytes(token))
     return pieces
 
 
 def align(student: Sequence[Piece], teacher: Sequence[Piece]) -> Spans:
-    """The smallest spans whose ends are ends of tokens on both sides.
+    """Find the smallest spans whose ends are ends of tokens on both sides.
 
-    Special tokens at the same place of the text are a span of their own (an EOS and the other's EOS, whatever they are
-    called); one that only one side has is in no span. A space before the whole text that only one side has (which
-    SentencePiece puts there) belongs to no text.
+    Special tokens at the same place of the text form a span of their own: an EOS is aligned with the other tokenizer's
+    EOS, whatever the two are called. A special token that only one side has is in no span. A space before the whole
+    text that only one side has, as SentencePiece adds it, is ignored.
 
     Args:
-        student, teacher: from :func:`token_pieces`, of the same text.
+        student: pieces from :func:`token_pieces`.
+        teacher: pieces of the same text in the other tokenizer.
+    Returns:
+        The span of each token.
     Raises:
-        ValueError: the texts differ; says where.
+        ValueError: the texts differ; the message shows where.
     Example:
         >>> align([b"the", b" c", b"ats", None], [b"the ", b"cat", b"s", None])
         Spans(student=tensor([0, 0, 0, 1]), teacher=tensor([0, 0, 0, 1]), total=2)
         >>> align([b"the", b" ca", b"t"], [None, b"the", b" ", b"cat"])
         Spans(student=tensor([0, 1, 1]), teacher=tensor([-1,  0,  1,  1]), total=2)
     """
-    sides = _same_text(list(student), list(teacher))
-    common = sorted(_ends(sides[0]) & _ends(sides[1]))
-    keys = [_keys(side, common) for side in sides]
-    number = {key: i for i, key in enumerate(sorted(set(keys[0]) & set(keys[1])))}
-    first, second = (torch.tensor([number.get(key, -1) for key in side], dtype=torch.int64) for side in keys)
-    return Spans(first, second, len(number))
+    student, teacher = _same_text(student, teacher)
+    common_ends = sorted(_token_ends(student) & _token_ends(teacher))
+    student_keys = _span_keys(student, common_ends)
+    teacher_keys = _span_keys(teacher, common_ends)
+    # Keys are ordered as the text is, so numbering the sorted ones numbers the spans from left to right.
+    shared_keys = sorted(set(student_keys) & set(teacher_keys))
+    number_of = {key: number for number, key in enumerate(shared_keys)}
+    student_spans, teacher_spans = (
+        torch.tensor([number_of.get(key, -1) for key in keys], dtype=torch.int64)
+        for keys in (student_keys, teacher_keys)
+    )
+    return Spans(student_spans, teacher_spans, len(shared_keys))
 
 
-def join(spans: Sequence[Spans]) -> Spans:
-    """Those of several sequences one after the other, with spans numbered through: a batch, flat."""
-    sides: tuple[list[Tensor], list[Tensor]] = ([], [])
-    total = 0
-    for one in spans:
-        for side, span in zip(sides, (one.student, one.teacher), strict=True):
-            side.append(torch.where(span < 0, span, span + total))
-        total += one.total
+def align_answer(student: Sequence[Piece], teacher: Sequence[Piece]) -> Spans:
+    r"""Align two renderings of one answer, where one template may write more around the answer than the other.
+
+    White space and an empty thought are examples. A token of which any part is on one side alone is in no span.
+
+    Args:
+        student: pieces of the answer from :func:`token_pieces`.
+        teacher: pieces of the answer in the other tokenizer and template.
+    Returns:
+        The span of each token.
+    Raises:
+        ValueError: neither text contains the other, apart from white space around it; the message shows where.
+    Example:
+        >>> align_answer([b"\n", b"the", b" cat", None], [b"the ", b"cat", b" ", None])
+        Spans(student=tensor([-1,  0,  0, -1]), teacher=tensor([ 0,  0, -1, -1]), total=1)
+    """
+    try:
+        return align(student, teacher)
+    except ValueError:
+        sides = [_without_leading_space(pieces) for pieces in (student, teacher)]
+        texts = [_text_of(pieces) for pieces in sides]
+        core = min((text.strip() for text in texts), key=len)
+        if any(core not in text for text in texts):
+            raise
+    bounds = [_token_bounds(pieces, text.rfind(core)) for pieces, text in zip(sides, texts, strict=True)]
+    # Where a token reaches over an end of the core, the compared stretch shrinks to the next boundary of both sides.
+    student_ends, teacher_ends = (
+        {end for token in tokens for end in token if 0 <= end <= len(core)} for tokens in bounds
+    )
+    common_ends = student_ends & teacher_ends or {0}
+    first, last = min(common_ends), max(common_ends)
+    inside = [
+        [index for index, (start, end) in enumerate(tokens) if first <= start and end <= last] for tokens in bounds
+    ]
+    compared = [[pieces[index] for index in indices] for pieces, indices in zip(sides, inside, strict=True)]
+    spans = align(*compared)
+    student_spans, teacher_spans = (torch.full((len(pieces),), -1) for pieces in sides)
+    student_spans[inside[0]] = spans.student
+    teacher_spans[inside[1]] = spans.teacher
+    return Spans(student_spans, teacher_spans, spans.total)
+
+
+def align_by_position(student_length: int, teacher_length: int) -> Spans:
+    """Align token i of one answer with token i of the other, as far as the shorter one goes.
+
+    Args:
+        student_length: tokens of the student's answer.
+        teacher_length: tokens of the teacher's answer.
+    Returns:
+        One span for each such pair of tokens.
+    """
+    total = min(student_length, teacher_length)
+    positions = torch.arange(max(student_length, teacher_length))
+    spans = torch.where(positions < total, positions, -1)
+    return Spans(spans[:student_length], spans[:teacher_length], total)
+
+
+def concatenate(sequences: Sequence[Spans]) -> Spans:
+    """Join the spans of several sequences into those of a flat batch, numbered through.
+
+    Args:
+        sequences: spans of each sequence, in the order of the batch.
+    Returns:
+        Spans over all tokens of the batch.
+    """
     empty = torch.empty(0, dtype=torch.int64)
-    return Spans(torch.cat([empty, *sides[0]]), torch.cat([empty, *sides[1]]), total)
+    student_parts, teacher_parts = [empty], [empty]
+    total = 0
+    for spans in sequences:
+        student_parts.append(_shifted(spans.student, total))
+        teacher_parts.append(_shifted(spans.teacher, total))
+        total += spans.total
+    return Spans(torch.cat(student_parts), torch.cat(teacher_parts), total)
 
 
-def first_tokens(span: Tensor, total: int) -> Tensor:
-    """Where each span begins, [total]: there both models have read the same text, and their distributions compare."""
-    places = torch.arange(len(span), device=span.device)
-    found = torch.full((total + 1,), len(span), device=span.device)
-    return found.scatter_reduce(0, torch.where(span < 0, total, span), places, "amin")[:total]
+def first_tokens(spans: Tensor, total: int) -> Tensor:
+    """Find the token at which each span begins: there both models have read the same text.
+
+    Args:
+        spans: int64 [N], one side of :class:`Spans`.
+        total: number of spans.
+    Returns:
+        int64 [total], indices into ``spans``.
+    """
+    positions = torch.arange(len(spans), device=spans.device)
+    # Tokens without a span are written to one more entry, which is dropped.
+    slots = torch.where(spans < 0, total, spans)
+    first = torch.full((total + 1,), len(spans), device=spans.device)
+    return first.scatter_reduce(0, slots, positions, "amin")[:total]
 
 
-def _same_text(student: list[Piece], teacher: list[Piece]) -> tuple[list[Piece], list[Piece]]:
-    """Both sides, less a first space that only one of them has."""
-    ours, theirs = (b"".join(piece or b"" for piece in side) for side in (student, teacher))
-    if ours == b" " + theirs:
-        student, ours = _without_space(student), theirs
-    elif theirs == b" " + ours:
-        teacher, theirs = _without_space(teacher), ours
-    if ours != theirs:
-        place = next(
-            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(map(len, (ours, theirs)))
-        )
-        here, there = (text[max(place - 10, 0) : place + 20].decode(errors="replace") for text in (ours, theirs))
-        raise ValueError(
-            f"the two tokenizers do not have the same text: they differ at byte {place} ({here!r} for the student, "
-            f"{there!r} for the teacher)"
-        )
+def _shifted(spans: Tensor, offset: int) -> Tensor:
+    return torch.where(spans < 0, spans, spans + offset)
+
+
+def _text_of(pieces: Sequence[Piece]) -> bytes:
+    return b"".join(piece or b"" for piece in pieces)
+
+
+def _same_text(student: Sequence[Piece], teacher: Sequence[Piece]) -> tuple[Sequence[Piece], Sequence[Piece]]:
+    """Both sides without a leading space that only one of them has; raises where their texts differ."""
+    student_text, teacher_text = _text_of(student), _text_of(teacher)
+    if student_text == b" " + teacher_text:
+        return _without_leading_space(student), teacher
+    if teacher_text == b" " + student_text:
+        return student, _without_leading_space(teacher)
+    if student_text != teacher_text:
+        raise ValueError(_difference(student_text, teacher_text))
     return student, teacher
 
 
-def _without_space(pieces: list[Piece]) -> list[Piece]:
-    first = next(i for i, piece in enumerate(pieces) if piece)
-    return [*pieces[:first], (pieces[first] or b"")[1:], *pieces[first + 1 :]]
+def _difference(student_text: bytes, teacher_text: bytes) -> str:
+    """The message that shows where two texts differ, with a little of what is around."""
+    different = (
+        place for place, (ours, theirs) in enumerate(zip(student_text, teacher_text, strict=False)) if ours != theirs
+    )
+    place = next(different, min(len(student_text), len(teacher_text)))
+    here, there = (
+        text[max(place - 10, 0) : place + 20].decode(errors="replace") for text in (student_text, teacher_text)
+    )
+    return (
+        f"the two tokenizers do not have the same text: they differ at byte {place} ({here!r} for the student, "
+        f"{there!r} for the teacher)"
+    )
 
 
-def _ends(pieces: list[Piece]) -> set[int]:
-    ends, end = set(), 0
+def _without_leading_space(pieces: Sequence[Piece]) -> list[Piece]:
+    pieces = list(pieces)
+    first = next((index for index, piece in enumerate(pieces) if piece), None)
+    if first is None:
+        return pieces
+    return [*pieces[:first], (pieces[first] or b"").removeprefix(b" "), *pieces[first + 1 :]]
+
+
+def _token_bounds(pieces: Sequence[Piece], offset: int) -> list[tuple[int, int]]:
+    """Start and end of each piece, in bytes from ``offset``."""
+    ends = [-offset]
     for piece in pieces:
-        end += len(piece or b"")
-        ends.add(end)
-    return ends - {0}
+        ends.append(ends[-1] + len(piece or b""))
+    return list(pairwise(ends))
 
 
-def _keys(pieces: list[Piece], common: list[int]) -> list[tuple[int, bool]]:
-    """For each token where its span ends, and whether it is one of special tokens, which comes after the text there."""
-    keys, end = [], 0
-    for piece in pieces:
-        end += len(piece or b"")
+def _token_ends(pieces: Sequence[Piece]) -> set[int]:
+    return {end for _, end in _token_bounds(pieces, 0)} - {0}
+
+
+def _span_keys(pieces: Sequence[Piece], common_ends: list[int]) -> list[tuple[int, bool]]:
+    """For each token the end of its span in bytes, and whether it is special: special tokens come after their text."""
+    keys = []
+    for piece, (_, end) in zip(pieces, _token_bounds(pieces, 0), strict=True):
         if piece is None:
             keys.append((end, True))
             continue
-        place = bisect_left(common, end)  # a piece that lost its only byte, the first space, goes with what follows
-        keys.append((common[place] if place < len(common) else end, False))
+        # The span ends at the next boundary of both sides. An empty piece, which lost the leading space, joins the
+        # text that follows it.
+        index = bisect_left(common_ends, end)
+        keys.append((common_ends[index] if index < len(common_ends) else end, False))
     return keys
 
 
 def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Raises for what is neither byte-level nor SentencePiece."""
-    # The decoder alone: to write out the whole tokenizer takes a tenth of a second.
+    """Whether tokens are written in GPT-2's alphabet of bytes; False for SentencePiece, an error for other kinds."""
+    # The decoder alone is read: to serialise the whole tokenizer takes a tenth of a second.
     decoder = tokenizer.backend_tokenizer.decoder if tokenizer.is_fast else None
-    kinds = set() if decoder is None else _kinds(json.loads(decoder.__getstate__()))
+    kinds = set() if decoder is None else _decoder_kinds(json.loads(decoder.__getstate__()))
     if "ByteLevel" in kinds:
         return True
     if kinds & {"ByteFallback", "Metaspace"}:
@@ -159,23 +274,28 @@ def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
     )
 
 
-def _kinds(decoder: dict[str, Any]) -> set[str]:
-    return {decoder["type"]}.union(*(_kinds(one) for one in decoder.get("decoders", [])))
+def _decoder_kinds(decoder: dict[str, Any]) -> set[str]:
+    """Types of a decoder and of all decoders within it."""
+    inner = (_decoder_kinds(part) for part in decoder.get("decoders", []))
+    return {decoder["type"]}.union(*inner)
 
 
 @lru_cache(1)
-def _byte_of() -> dict[str, int]:
-    """GPT-2's alphabet: a printable character for each byte, itself where it is one already."""
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: a printable character for each byte, which is the byte's own where that is printable."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 def _from_byte_level(token: str) -> bytes:
-    return bytes(_byte_of()[character] for character in token)
+    byte_of = _byte_of_character()
+    return bytes(byte_of[character] for character in token)
 
 
 def _from_sentence_piece(token: str) -> bytes:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+    is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+    if is_byte:
         return bytes([int(token[3:5], 16)])
     return token.replace("▁", " ").encode()

@@ -1,16 +1,20 @@
 """Arguments of distillation."""
 
-from dataclasses import dataclass, field
-from typing import Any, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
 
-from rlhf.distillation.cross_tokenizer import check_options
 from rlhf.distillation.matching import DISTANCES, MatchingWeights
 from rlhf.logprobs import Divergence
 from rlhf.logprobs.topk import Estimate
 from rlhf.losses import DIVERGENCES
 from rlhf.rollouts import Sampling
-from rlhf.rollouts.arguments import GenerationArguments, old_name
+from rlhf.rollouts.arguments import GenerationArguments, old_name, option
 from rlhf.trainers.sft import TextConfig
+
+Align = Literal["uld", "spans"]
+
+# Options of a divergence, which a teacher with another tokenizer does not have.
+_OF_A_DIVERGENCE = ("divergence", "beta", "alpha", "reverse", "scale_by_temperature", "teacher_estimate")
 
 
 @dataclass
@@ -18,78 +22,61 @@ class DistillConfig(GenerationArguments, TextConfig):
     """Arguments of :class:`DistillTrainer`.
 
     Names and defaults are those of TRL's ``GKDConfig`` where it has the same thing, so that a ``beta`` means what it
-    means there; the two weights are those of its ``GOLDConfig`` without the prefix. ``temperature`` is the loss's (that
-    of ``GKDConfig`` is of sampling alone, and its loss is at 1).
+    means there. The two weights are those of its ``GOLDConfig`` without the prefix. ``temperature`` is the loss's; that
+    of ``GKDConfig`` is of sampling alone, and its loss is at 1.
     """
 
-    teacher_model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "The teacher. With an adapter (--use_peft) and none, the model without the adapter."},
+    # The teacher
+    teacher_model_name_or_path: str | None = option(
+        None, "The teacher. With an adapter (--use_peft) and none, the model without the adapter."
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'Passed to from_pretrained for the teacher, such as {"dtype": "bfloat16"}.'}
     )
-    teacher_file: str | None = field(
-        default=None,
-        metadata={"help": "Folder that `rlhf teacher` wrote for these rows, in place of a teacher in memory."},
+    teacher_file: str | None = option(
+        None, "Folder that `rlhf teacher` wrote for these rows, in place of a teacher in memory."
     )
-    teacher_estimate: str = field(
-        default="tail",
-        metadata={
-            "help": "Of the divergence, from that folder: docs/teacher-cache.md.",
-            "choices": [*get_args(Estimate)],
-        },
+    teacher_estimate: str = option(
+        "tail", "Of the divergence, from that folder: docs/teacher-cache.md.", [*get_args(Estimate)]
     )
-    divergence: str = field(
-        default="generalized_jsd",
-        metadata={"help": "Between teacher and student; `rlhf losses NAME` explains it.", "choices": [*DIVERGENCES]},
+    teacher_server_url: str | None = option(None, "The teacher is on this server (vLLM), not in memory.")
+    teacher_server_model: str | None = option(None, "Name that it is served under.")
+    teacher_top_k: int = option(16, "Likeliest tokens that the server is asked for.")
+    align: str | None = option(
+        None,
+        "A teacher with another tokenizer: compare sorted probabilities (uld), or spans of the same text.",
+        [*get_args(Align)],
     )
-    temperature: float = field(default=1.0, metadata={"help": "Divides the logits of both sides in the divergence."})
-    scale_by_temperature: bool = field(
-        default=False, metadata={"help": "Multiply it by the temperature squared, so that gradients keep their size."}
+
+    # The loss
+    divergence: str = option(
+        "generalized_jsd", "Between teacher and student; `rlhf losses NAME` explains it.", [*DIVERGENCES]
     )
-    beta: float | None = field(
-        default=None, metadata={"help": "Of generalized_jsd (0.5): 0 is KL(teacher, student), 1 KL(student, teacher)."}
+    temperature: float = option(1.0, "Divides the logits of both sides in the divergence.")
+    scale_by_temperature: bool = option(
+        False, "Multiply it by the temperature squared, so that gradients keep their size."
     )
-    alpha: float | None = field(default=None, metadata={"help": "Of skew_kl (0.1) and alpha_divergence (0.5)."})
-    reverse: bool = field(
-        default=False, metadata={"help": "Of kl_divergence and skew_kl: the student's first, which seeks modes."}
+    beta: float | None = option(None, "Of generalized_jsd (0.5): 0 is KL(teacher, student), 1 KL(student, teacher).")
+    alpha: float | None = option(None, "Of skew_kl (0.1) and alpha_divergence (0.5).")
+    reverse: bool = option(False, "Of kl_divergence and skew_kl: the student's first, which seeks modes.")
+    distillation_weight: float = option(1.0, "Weight of the divergence.")
+    crossentropy_weight: float = option(0.0, "Weight of the tokens themselves, the hard labels, at temperature 1.")
+    hidden_state_weight: float = option(
+        0.0, "Weight of the distance between the layers' outputs, student's and teacher's."
     )
-    distillation_weight: float = field(default=1.0, metadata={"help": "Weight of the divergence."})
-    crossentropy_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the tokens themselves, the hard labels, at temperature 1."}
+    hidden_state_distance: str = option("squared", "Mean square of the difference, or 1 - cosine.", [*DISTANCES])
+    disable_dropout: bool = option(True, "Train without dropout; the teacher never has any.")
+
+    # The student's own answers
+    lmbda: float = option(0.0, "Share of the rows that the student answers itself (GKD); 0 is offline.")
+    max_completion_length: int = option(256, "Longest such answer in tokens.")
+    sampling_temperature: float = option(1.0, "Of such answers.")
+    reverse_kl_reward: bool = option(
+        False, "Reward own answers by -KL(student, teacher) of each token, in place of the divergence."
     )
-    align: str | None = field(
-        default=None,
-        metadata={
-            "help": "A teacher with another tokenizer: compare sorted probabilities (uld), or spans of the same text.",
-            "choices": ["uld", "spans"],
-        },
-    )
-    hidden_state_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the distance between the layers' outputs, student's and teacher's."}
-    )
-    hidden_state_distance: str = field(
-        default="squared", metadata={"help": "Mean square of the difference, or 1 - cosine.", "choices": [*DISTANCES]}
-    )
-    disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout; the teacher never has any."})
-    # A teacher elsewhere
-    teacher_server_url: str | None = field(default=None, metadata={"help": "The teacher is there (vLLM), not here."})
-    teacher_server_model: str | None = field(default=None, metadata={"help": "Name that it is served under."})
-    teacher_top_k: int = field(default=16, metadata={"help": "Likeliest tokens that the server is asked for."})
-    # On-policy
-    lmbda: float = field(
-        default=0.0, metadata={"help": "Share of the rows that the student answers itself (GKD); 0 is offline."}
-    )
-    max_completion_length: int = field(default=256, metadata={"help": "Longest such answer in tokens."})
     max_new_tokens: int | None = old_name("max_completion_length")
     seq_kd: bool | None = old_name("not offered: `rlhf teacher` writes the teacher's answers, which sft learns")
     teacher_model_revision: str | None = old_name("revision, in teacher_model_init_kwargs")
-    sampling_temperature: float = field(default=1.0, metadata={"help": "Of such answers."})
-    reverse_kl_reward: bool = field(
-        default=False,
-        metadata={"help": "Reward own answers by -KL(student, teacher) of each token, in place of the divergence."},
-    )
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012  # not a field
         *TextConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs", "generation_kwargs",
@@ -107,21 +94,69 @@ class DistillConfig(GenerationArguments, TextConfig):
             raise ValueError("teacher_file stands for a teacher: leave teacher_model_name_or_path out, or the file")
         if self.teacher_server_url is not None:
             self._check_server()
-        if self.teacher_file is not None or (self.teacher_server_url is not None and not self.reverse_kl_reward):
+        # The reward form needs no divergence, so a server serves it for any.
+        needs_estimate = self.teacher_server_url is not None and not self.reverse_kl_reward
+        if self.teacher_file is not None or needs_estimate:
             self.loss().of_top_k()
         self.loss()
         self._check_on_policy()
         self._check_matching()
-        check_options(self)
+        if self.align is not None:
+            self._check_align(self.align)
+
+    def loss(self) -> Divergence:
+        """The loss of a token.
+
+        Returns:
+            The divergence with its options and weights.
+        Raises:
+            ValueError: options that do not belong to the divergence, or are out of range.
+        """
+        values = {"beta": self.beta, "alpha": self.alpha}
+        options: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+        # Passed where they are set, so that a divergence without such an option refuses it.
+        for name in ("reverse", "scale_by_temperature"):
+            if getattr(self, name):
+                options[name] = True
+        return Divergence(
+            self.divergence,
+            self.temperature,
+            options,
+            self.distillation_weight,
+            self.crossentropy_weight,
+            estimate=self.teacher_estimate,
+        )
+
+    def matching(self) -> MatchingWeights:
+        """The comparison of hidden states.
+
+        Returns:
+            Its weight and distance.
+        Raises:
+            ValueError: one of them is out of range.
+        """
+        return MatchingWeights(self.hidden_state_weight, self.hidden_state_distance)
+
+    def sampling(self) -> Sampling:
+        """How the student's own answers are sampled.
+
+        Returns:
+            Length, temperature and what reshapes the distribution.
+        Raises:
+            ValueError: an option is out of range.
+        """
+        lengths = {"temperature": self.sampling_temperature, "max_tokens": self.max_completion_length}
+        return Sampling(**self.generation_options() | lengths)
 
     def _take_over_names(self) -> None:
+        """Replace TRL's names by those here, in place."""
         if self.seq_kd:
             raise ValueError("seq_kd is not offered: let `rlhf teacher` write the answers, and learn them with sft")
         if self.max_new_tokens is not None:
             self.max_completion_length, self.max_new_tokens = self.max_new_tokens, None
         if self.teacher_model_revision is not None:
-            own = self.teacher_model_init_kwargs if isinstance(self.teacher_model_init_kwargs, dict) else {}
-            self.teacher_model_init_kwargs = {"revision": self.teacher_model_revision, **own}
+            given = self.teacher_model_init_kwargs if isinstance(self.teacher_model_init_kwargs, dict) else {}
+            self.teacher_model_init_kwargs = {"revision": self.teacher_model_revision, **given}
             self.teacher_model_revision = None
         self.take_over_generation()
         if not self.lmbda and (self.generation_kwargs or self.sampling().reshapes):
@@ -141,14 +176,7 @@ class DistillConfig(GenerationArguments, TextConfig):
         if not 0 <= self.lmbda <= 1:
             raise ValueError(f"lmbda is a share of the rows, in [0, 1]; got {self.lmbda}")
         if self.reverse_kl_reward:
-            if self.lmbda != 1:
-                raise ValueError("reverse_kl_reward is for the student's own answers alone: set lmbda to 1")
-            if self.temperature != 1 or self.sampling_temperature != 1:
-                raise ValueError(
-                    "reverse_kl_reward needs temperature and sampling_temperature 1: it rewards what is drawn"
-                )
-            if self.sampling().reshapes:
-                raise ValueError("reverse_kl_reward rewards what is drawn: no top_p, top_k, min_p, repetition_penalty")
+            self._check_reward()
         if not self.lmbda:
             return
         if self.teacher_file is not None:
@@ -166,10 +194,14 @@ class DistillConfig(GenerationArguments, TextConfig):
             )
         self.sampling()
 
-    def sampling(self) -> Sampling:
-        """Of the student's own answers."""
-        own = dict(temperature=self.sampling_temperature, max_tokens=self.max_completion_length)
-        return Sampling(**self.generation_options() | own)
+    def _check_reward(self) -> None:
+        """The reward is a sample of the reverse KL, so answers must be drawn from the student as it is."""
+        if self.lmbda != 1:
+            raise ValueError("reverse_kl_reward is for the student's own answers alone: set lmbda to 1")
+        if self.temperature != 1 or self.sampling_temperature != 1:
+            raise ValueError("reverse_kl_reward needs temperature and sampling_temperature 1: it rewards what is drawn")
+        if self.sampling().reshapes:
+            raise ValueError("reverse_kl_reward rewards what is drawn: no top_p, top_k, min_p, repetition_penalty")
 
     def _check_matching(self) -> None:
         if not self.matching().hidden_states:
@@ -182,20 +214,20 @@ class DistillConfig(GenerationArguments, TextConfig):
         if self.reverse_kl_reward:
             raise ValueError("reverse_kl_reward is the whole loss: leave hidden_state_weight out")
 
-    def matching(self) -> MatchingWeights:
-        """The terms beside the divergence; raises for what is out of range."""
-        return MatchingWeights(self.hidden_state_weight, self.hidden_state_distance)
-
-    def loss(self) -> Divergence:
-        """The loss of a token; raises for what does not fit together."""
-        options = dict(beta=self.beta, alpha=self.alpha)
-        switches = dict(reverse=self.reverse, scale_by_temperature=self.scale_by_temperature)
-        return Divergence(
-            self.divergence,
-            self.temperature,
-            {name: value for name, value in options.items() if value is not None}
-            | {name: value for name, value in switches.items() if value},
-            self.distillation_weight,
-            self.crossentropy_weight,
-            estimate=self.teacher_estimate,
-        )
+    def _check_align(self, align: str) -> None:
+        """What does not go with a teacher that has another tokenizer."""
+        if align not in get_args(Align):
+            raise ValueError(f"align must be one of {', '.join(get_args(Align))}; got {align!r}")
+        for name in ("teacher_file", "teacher_server_url"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"align {align} needs the teacher itself, not {name}: teacher_model_name_or_path")
+        if self.lmbda:
+            raise ValueError(f"align {align} reads the text of rows, and lmbda would give ids: leave one of them out")
+        if self.hidden_state_weight:
+            raise ValueError(
+                f"hidden_state_weight compares token by token, and align {align} has no such pairs: leave it out"
+            )
+        defaults = {one.name: one.default for one in fields(self)}
+        given = [name for name in _OF_A_DIVERGENCE if getattr(self, name) != defaults[name]]
+        if given:
+            raise ValueError(f"align {align} has a loss of its own: leave {', '.join(given)} out")

@@ -1,9 +1,8 @@
-"""Distillation from a teacher with another tokenizer: of the same text, what can be compared."""
+"""A teacher with another tokenizer: of the same text, what can be compared."""
 
-from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -11,41 +10,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Batch, Collator
-from rlhf.distillation.paired_rows import Align, Paired, collate_paired, tokenize_paired
+from rlhf.distillation.aligned_rows import Alignment, collate_alignment, tokenize_aligned
+from rlhf.distillation.config import Align, DistillConfig
+from rlhf.distillation.teachers import LiveTeacher, known_tokenizer, load_if_named
 from rlhf.losses import span_logps, span_loss
-from rlhf.models import load_model, load_tokenizer, vocabulary_size
-from rlhf.models.policy import Teacher
+from rlhf.models import vocabulary_size
 from rlhf.trainers.base import Measures
 
-if TYPE_CHECKING:
-    from rlhf.distillation.config import DistillConfig
-    from rlhf.distillation.trainer import DistillTrainer  # which need this file
+METRIC_OF = {"uld": "uld", "spans": "span"}  # name of the mean over pairs of tokens, or over spans
 
 
-def check_options(args: "DistillConfig") -> None:
-    """Raise for what makes no sense beside ``align``."""
-    if args.align is None:
-        return
-    if args.align not in get_args(Align):
-        raise ValueError(f"align must be one of {', '.join(get_args(Align))}; got {args.align!r}")
-    for name in ("teacher_file", "teacher_server_url"):
-        if getattr(args, name) is not None:
-            raise ValueError(f"align {args.align} needs the teacher itself, not {name}: teacher_model_name_or_path")
-    if args.lmbda:
-        raise ValueError(f"align {args.align} reads the text of rows, and lmbda would give ids: leave one of them out")
-    if args.hidden_state_weight:
-        raise ValueError(
-            f"hidden_state_weight compares token by token, and align {args.align} has no such pairs: leave it out"
-        )
-    names = ("divergence", "beta", "alpha", "reverse", "scale_by_temperature", "teacher_estimate")
-    defaults = {field.name: field.default for field in fields(args)}
-    if given := [name for name in names if getattr(args, name) != defaults[name]]:
-        raise ValueError(f"align {args.align} has a loss of its own: leave {', '.join(given)} out")
+@dataclass(frozen=True)
+class CrossTokenizer:
+    """A teacher's model and tokenizer before training, which read the rows of the data set.
 
-
-@dataclass
-class OtherTokenizer:
-    """A teacher and its tokenizer. ``align``: how its tokens meet the student's."""
+    Args:
+        model: the teacher.
+        tokenizer: the teacher's.
+        align: how its tokens are aligned with the student's.
+    """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
@@ -53,91 +36,131 @@ class OtherTokenizer:
 
     @classmethod
     def load(
-        cls, args: "DistillConfig", model: str | nn.Module | None, tokenizer: PreTrainedTokenizerBase | None
-    ) -> "OtherTokenizer | None":
-        """What ``args`` ask for; None where that is a teacher with the student's tokenizer.
+        cls, args: DistillConfig, model: str | nn.Module | None, tokenizer: PreTrainedTokenizerBase | None
+    ) -> "CrossTokenizer":
+        """Load the teacher of a configuration that has ``align``.
 
+        Args:
+            args: the configuration.
+            model: the teacher, or its name or folder.
+            tokenizer: the teacher's; by default that of the name or folder.
+        Returns:
+            The teacher with its tokenizer.
         Raises:
-            ValueError: no teacher of its own, or one whose tokenizer is not known.
+            ValueError: no model, or one whose tokenizer is not known.
         """
-        if args.align is None:
-            return None
         if model is None:
             raise ValueError(
                 f"align {args.align}: the student's own trunk has its tokenizer; pass --teacher_model_name_or_path, or "
                 "leave align out"
             )
-        name = model if isinstance(model, str) else str(getattr(model.config, "_name_or_path", ""))
-        if tokenizer is None and not name:
+        tokenizer = known_tokenizer(model, tokenizer)
+        if tokenizer is None:
             raise ValueError(f"align {args.align} needs the teacher's tokenizer: pass teacher_processing_class")
-        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(name)
-        if isinstance(model, str):
-            own = args.teacher_model_init_kwargs
-            model = load_model(model, **(own if isinstance(own, dict) else {}))
+        model = load_if_named(model, args.teacher_model_init_kwargs)
         return cls(model, tokenizer, args.align)  # type: ignore[arg-type]  # checked with the options
 
-    def tokenize(
-        self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int
-    ) -> Dataset:  # fmt: skip
-        theirs = vocabulary_size(self.model)
-        return tokenize_paired(
+    def tokenize(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int) -> Dataset:
+        """Tokenise rows for both models; ``tokenizer`` and ``vocab_size`` are the student's."""
+        return tokenize_aligned(
             dataset,
             tokenizer,
             self.tokenizer,
             self.align,
             max_length=args.max_length,
-            vocab_sizes=(vocab_size, theirs),
+            vocab_sizes=(vocab_size, vocabulary_size(self.model)),
             text_field=args.dataset_text_field,
             drop_long_prompts=args.drop_long_prompts,
             num_proc=args.dataset_num_proc,
             reading=args.reading(),
         )
 
-    def join(self, trainer: "DistillTrainer") -> Teacher:
-        """Freeze the teacher, and let the trainer's batches hold its side too."""
-        policy = trainer.freeze(self.model)
-        collator: Any = trainer.data_collator
+    @property
+    def pad_token_id(self) -> int:
+        """A token to pad with; any would do, as padding is never read."""
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((index for index in candidates if index is not None), 0)
+
+
+@dataclass
+class CrossTokenizerTeacher(LiveTeacher):
+    """A teacher with another tokenizer, whose tokens are aligned with the student's.
+
+    Args:
+        align: ``"uld"`` compares sorted probabilities, ``"spans"`` the probabilities of spans of text.
+        pad_token_id: the teacher's.
+    """
+
+    align: Align
+    pad_token_id: int
+
+    def collator(self, collator: Any) -> Any:
         if not isinstance(collator, Collator):
             raise ValueError(f"align {self.align} needs a rlhf.data.Collator, got {type(collator).__name__}")
-        pad = next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
-        extras = {"paired": partial(collate_paired, pad_token_id=pad)}
-        trainer.data_collator = replace(collator, extras=extras)  # type: ignore[assignment]
-        trainer.share_layout(policy.model)
-        return lambda student: nullcontext(policy)
+        collate = partial(collate_alignment, pad_token_id=self.pad_token_id)
+        return replace(collator, extras={**collator.extras, "alignment": collate})
 
+    def measure(self, model: nn.Module, batch: Batch) -> Measures:
+        """Sums and counts as of any teacher. A span has its loss at the student's token that begins it."""
+        alignment: Any = batch.extras["alignment"]
+        return (
+            self._measure_sorted(model, batch, alignment)
+            if self.align == "uld"
+            else self._measure_spans(model, batch, alignment)
+        )
 
-def measure_aligned(trainer: "DistillTrainer", model: nn.Module, batch: Batch) -> Measures:
-    """The loss in place of a divergence: of each pair of tokens, or each span, at the student's first token of it."""
-    targets, weights, teacher = batch.targets, trainer.divergence, trainer.teacher
-    paired: Any = batch.extras["paired"]
-    assert teacher is not None
-    tokens, pairs = targets.counts(), targets.sum((paired.partner >= 0).long())
-    if trainer.args.align == "uld":
-        scores = model(batch, divergence=weights, teacher=teacher)
-        found, logps, total = scores.teacher.divergence, scores.logps, scores.loss
-        taught, taught_tokens = targets.sum(scores.teacher.logps), pairs
-    else:
-        with torch.no_grad(), teacher(trainer.policy) as taught_by:
-            their_logps = taught_by(paired.batch).logps
+    def _measure_sorted(self, model: nn.Module, batch: Batch, alignment: Alignment) -> Measures:
+        """Sorted probabilities, compared in the student's forward pass."""
+        scores = model(batch, **self.objective(batch))
+        # Only tokens with a partner are compared, so the teacher's perplexity is of these alone.
+        teacher_nll = -batch.targets.sum(scores.teacher.logps)
+        compared = batch.targets.sum((alignment.partner >= 0).long())
+        measures = self._measures(scores.teacher.divergence, scores.logps, batch, alignment, (teacher_nll, compared))
+        return measures._replace(total=scores.loss)
+
+    def _measure_spans(self, model: nn.Module, batch: Batch, alignment: Alignment) -> Measures:
+        """Spans of text, compared by the log-probs of their tokens: no logits of the teacher are needed."""
+        with torch.no_grad():
+            teacher_logps = self.policy(alignment.batch).logps
         logps = model(batch).logps
-        found = _of_spans(logps, their_logps, paired, weights.temperature)
-        total = weights.loss(found, logps).sum()
-        found, logps = found.detach(), logps.detach()
-        theirs = paired.batch.targets
-        taught, taught_tokens = theirs.sum(their_logps), theirs.counts()
-    metrics = {
-        {"uld": "uld", "spans": "span"}[trainer.args.align]: (targets.sum(found), pairs),
-        "aligned": (targets.sum((paired.spans.student >= 0).long()), tokens),
-        "perplexity": (-targets.sum(logps), tokens),
-        "teacher_perplexity": (-taught, taught_tokens),
-    }
-    return Measures(targets.sum(weights.loss(found, logps)), tokens, metrics, total)
+        distances = span_distances(logps, teacher_logps, alignment, self.divergence.temperature)
+        total = self.divergence.loss(distances, logps).sum()
+        teacher_targets = alignment.batch.targets
+        teacher_nll = -teacher_targets.sum(teacher_logps), teacher_targets.counts()
+        measures = self._measures(distances.detach(), logps.detach(), batch, alignment, teacher_nll)
+        return measures._replace(total=total)
+
+    def _measures(
+        self, distances: Tensor, logps: Tensor, batch: Batch, alignment: Alignment, teacher_nll: tuple[Tensor, Tensor]
+    ) -> Measures:
+        """Sums and counts of the distances [N] and of the student's log-probs [N], without a gradient."""
+        targets, tokens = batch.targets, batch.targets.counts()
+        pairs = targets.sum((alignment.partner >= 0).long())
+        in_span = targets.sum((alignment.spans.student >= 0).long())
+        metrics = {
+            METRIC_OF[self.align]: (targets.sum(distances), pairs),
+            "aligned": (in_span, tokens),
+            "perplexity": (-targets.sum(logps), tokens),
+            "teacher_perplexity": teacher_nll,
+        }
+        return Measures(targets.sum(self.divergence.loss(distances, logps)), tokens, metrics)
 
 
-def _of_spans(logps: Tensor, their_logps: Tensor, paired: Paired, temperature: float) -> Tensor:
-    """Each span's loss at the student's token that begins it, 0 elsewhere: [N]."""
-    spans, total = paired.spans, paired.spans.total
-    ours, theirs = span_logps(logps, spans.student, total), span_logps(their_logps, spans.teacher, total)
-    values = span_loss(ours, theirs.to(ours.dtype), temperature, reduction="none")
-    place = torch.where(paired.partner >= 0, spans.student, total)  # past the last: a 0
-    return torch.cat([values, values.new_zeros(1)])[place]
+def span_distances(logps: Tensor, teacher_logps: Tensor, alignment: Alignment, temperature: float) -> Tensor:
+    """The loss of each span at the student's token that begins it, 0 at all other tokens.
+
+    Args:
+        logps: [N], of the student's scored tokens; carries the gradient.
+        teacher_logps: [M], of the teacher's.
+        alignment: of the N and M tokens.
+        temperature: divides the log-probs of spans.
+    Returns:
+        [N].
+    """
+    spans, total = alignment.spans, alignment.spans.total
+    student_spans = span_logps(logps, spans.student, total)
+    teacher_spans = span_logps(teacher_logps, spans.teacher, total)
+    losses = span_loss(student_spans, teacher_spans.to(student_spans.dtype), temperature, reduction="none")
+    # Tokens that begin no span read one more entry, which is 0.
+    slot = torch.where(alignment.partner >= 0, spans.student, total)
+    return torch.cat([losses, losses.new_zeros(1)])[slot]

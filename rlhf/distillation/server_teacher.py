@@ -1,54 +1,100 @@
-"""A teacher on a completion server: what it says of given tokens, in place of a teacher in memory."""
+"""A teacher on a completion server, which reports log-probs of the tokens it is sent."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.data import Batch
 from rlhf.data.batch import IGNORE
+from rlhf.distillation.teachers import Row, TeacherSource
 from rlhf.logprobs import TopK
+from rlhf.models import Policy
 from rlhf.rollouts import ServerEngine
 
 
-class ServerTeacher:
-    """A teacher behind vLLM's completion endpoint, asked for the log-probs of a prompt.
+@dataclass
+class ServerTeacher(TeacherSource):
+    """A teacher behind vLLM's completion endpoint; the student is compared with its likeliest tokens.
 
     Args:
-        url: of the server. model: the name it serves the teacher under.
-        k: likeliest tokens that it is asked for at each place (vLLM allows 20 unless started with --max-logprobs).
-        tokenizer: the student's, which must be the teacher's as well.
-    Raises:
-        ConnectionError: no server answers.
-        ValueError: it does not serve ``model``, or tokenises otherwise.
+        engine: connected to a server, see :func:`connect`.
+        k: likeliest tokens to ask for at each position (vLLM allows 20 unless started with --max-logprobs).
     """
 
-    def __init__(self, url: str, model: str, k: int, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.engine, self.k = ServerEngine(url, model), k
-        if (difference := self.engine.tokenizer_difference(tokenizer)) is not None:
-            raise ValueError(f"the teacher on {url} has another tokenizer than the student: {difference}")
+    engine: ServerEngine
+    k: int
 
-    def take(self, rows: Sequence[dict[str, Any]]) -> tuple[TopK, Tensor]:
-        """What the teacher says of the scored tokens of ``rows``, one row after another.
+    collates_late: ClassVar[bool] = True
+
+    def objective(self, batch: Batch) -> dict[str, Any]:
+        return {"divergence": self.divergence}
+
+    def covers(self, batch: Batch) -> bool:
+        return "teacher" in batch.extras
+
+    def complete(self, batch: Batch, rows: Sequence[Row]) -> Batch:
+        examples = [example for row in rows for example in row.get("examples", [row])]
+        top_k, token_logps = self.read(examples)
+        return replace(
+            batch,
+            per_token={**batch.per_token, "teacher_logps": token_logps},
+            extras={**batch.extras, "teacher": top_k},
+        )
+
+    def token_logps(self, student: Policy, batch: Batch) -> Tensor:
+        return batch.per_token["teacher_logps"]
+
+    def read(self, rows: Sequence[Row]) -> tuple[TopK, Tensor]:
+        """Ask the server about the scored tokens of rows.
 
         Args:
-            rows: tokenised, ``input_ids`` and ``labels``.
+            rows: tokenised, with ``input_ids`` and ``labels``.
         Returns:
-            Its k likeliest tokens [N, k] with the mass of the rest, and the log-probs of the tokens themselves [N].
+            The k likeliest tokens at each scored position, [N, k], with the mass of the rest; and the log-probs of the
+            scored tokens themselves, [N], row after row.
         Raises:
             ServerError: the server does not report log-probs of a prompt.
         """
-        ids, top, own = [], [], []
-        for row, places in zip(rows, self.engine.read([row["input_ids"] for row in rows], self.k), strict=True):
-            for token, label, found in zip(row["input_ids"][1:], row["labels"][1:], places[1:], strict=True):
+        top_ids: list[list[int]] = []
+        top_logps: list[list[float]] = []
+        token_logps: list[float] = []
+        reports = self.engine.read([row["input_ids"] for row in rows], self.k)
+        for row, report in zip(rows, reports, strict=True):
+            # Nothing predicts the first token of a row, so it is never scored.
+            for token, label, logp_of in zip(row["input_ids"][1:], row["labels"][1:], report[1:], strict=True):
                 if label == IGNORE:
                     continue
-                best = sorted(found, key=found.__getitem__, reverse=True)[: self.k]
-                ids.append(best)
-                top.append([found[v] for v in best])
-                own.append(found[token])
-        logps = torch.tensor(top)
-        # In float64: of a sure teacher the rest is a small difference of numbers near 1.
-        rest = torch.log1p(-logps.double().exp().sum(1).clamp(max=1 - 1e-9)).float()
-        return TopK(torch.tensor(ids), logps, rest), torch.tensor(own)
+                # The server adds the token at hand to the k likeliest, which makes k or k + 1 entries.
+                likeliest = sorted(logp_of, key=logp_of.__getitem__, reverse=True)[: self.k]
+                top_ids.append(likeliest)
+                top_logps.append([logp_of[candidate] for candidate in likeliest])
+                token_logps.append(logp_of[token])
+        logps = torch.tensor(top_logps)
+        # In float64: for a confident teacher the rest is a small difference of numbers near 1.
+        mass = logps.double().exp().sum(1).clamp(max=1 - 1e-9)
+        rest = torch.log1p(-mass).float()
+        return TopK(torch.tensor(top_ids), logps, rest), torch.tensor(token_logps)
+
+
+def connect(url: str, model: str, tokenizer: PreTrainedTokenizerBase) -> ServerEngine:
+    """Connect to the server of a teacher.
+
+    Args:
+        url: of the server.
+        model: the name that the teacher is served under.
+        tokenizer: the student's, which the teacher must have too.
+    Returns:
+        The engine that asks the server.
+    Raises:
+        ConnectionError: no server answers.
+        ValueError: it does not serve ``model``, or its tokenizer is another.
+    """
+    engine = ServerEngine(url, model)
+    difference = engine.tokenizer_difference(tokenizer)
+    if difference is not None:
+        raise ValueError(f"the teacher on {url} has another tokenizer than the student: {difference}")
+    return engine

@@ -142,12 +142,12 @@ class Policy(Wrapper):
             if divergence is not None and kept is not None:
                 return self._beside_kept(batch, kept, divergence)
             if divergence is not None and teacher is not None:
-                paired: Any = batch.extras.get("paired")
+                alignment: Any = batch.extras.get("alignment")
                 with torch.no_grad(), teacher(self) as taught:
-                    theirs = taught.predictions(batch if paired is None else paired.batch)
-                if paired is not None:
-                    tokens = batch.targets.token, paired.batch.targets.token
-                    return compare_sorted(self.predictions(batch), theirs, *tokens, paired.partner, divergence)
+                    theirs = taught.predictions(batch if alignment is None else alignment.batch)
+                if alignment is not None:
+                    tokens = batch.targets.token, alignment.batch.targets.token
+                    return compare_sorted(self.predictions(batch), theirs, *tokens, alignment.partner, divergence)
                 return compare(self.predictions(batch), theirs, batch.targets.token, divergence)
             return model_scores(
                 self.model,
@@ -178,7 +178,7 @@ class Policy(Wrapper):
         if teacher is not None:
             with teacher(self) as taught:
                 theirs = taught.without_adapter.get_output_embeddings().weight.size(0)
-            vocabulary = 2 * vocabulary if "paired" not in batch.extras else HELD * (vocabulary + theirs)
+            vocabulary = 2 * vocabulary if "alignment" not in batch.extras else HELD * (vocabulary + theirs)
         return plan(
             len(batch.targets),
             vocabulary,

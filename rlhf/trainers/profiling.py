@@ -162,8 +162,9 @@ class Profiler(TrainerCallback):
         ):
             if hasattr(owner, name):
                 self._shadow(owner, name, partial(self._timed, phase))
-        if getattr(trainer, "teacher", None) is not None:
-            self._shadow(trainer, "teacher", self._timed_teacher)
+        teacher = getattr(trainer, "teacher", None)
+        if hasattr(teacher, "policy_of"):
+            self._shadow(teacher, "policy_of", self._timed_teacher)
         self._shadow(trainer, "training_step", self._counted)
         policy = trainer.accelerator.unwrap_model(trainer.model)
         backbone = backbone_of(policy.model.get_base_model() if policy.has_adapter else policy.model)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.distillation.alignment import align, first_tokens, join, token_pieces
+from rlhf.distillation.alignment import align, concatenate, first_tokens, token_pieces
 from rlhf.losses import span_logps
 
 TEXTS = ["the naïve café — déjà vu, “quoted” 日本語のテキスト 🙂🙃 ok", "x = [1, 2];\n\treturn  x  +  1\n"]
@@ -165,9 +165,9 @@ def test_different_texts_are_refused():
 
 def test_a_batch_is_numbered_through():
     first, second = align([b"a", None], [b"a"]), align([b"ab", b"c"], [None, b"a", b"b", b"c"])
-    both = join([first, second])
+    both = concatenate([first, second])
     assert both.student.tolist() == [0, -1, 1, 2] and both.teacher.tolist() == [0, -1, 1, 1, 2] and both.total == 3
-    assert join([]).total == 0 and join([]).student.dtype == torch.int64
+    assert concatenate([]).total == 0 and concatenate([]).student.dtype == torch.int64
 
 
 def test_log_probabilities_of_spans_and_where_they_begin():

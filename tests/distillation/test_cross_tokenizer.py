@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from rlhf import DistillConfig, DistillTrainer
 from rlhf.cli.arguments import parse
 from rlhf.data import Collator
-from rlhf.distillation.paired_rows import align_answer
+from rlhf.distillation.alignment import align_answer
 from rlhf.logprobs import Divergence, Predictions, compare_sorted
 from rlhf.logprobs.head import Head
 from rlhf.losses import uld_loss

@@ -13,8 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "rollouts"))
 from fake_server import FakeServer
 
 from rlhf import DistillConfig, DistillTrainer
-from rlhf.distillation.on_policy import _answered, with_prompts
-from rlhf.distillation.trainer import _reverse_kl
+from rlhf.distillation.on_policy import answered_row, mark_prompts, reverse_kl_loss
 from rlhf.logprobs import Scores
 from rlhf.rollouts import Completion, LocalEngine, ServerError
 
@@ -51,7 +50,7 @@ def distill(tmp_path, tokenizer, sft_rows):
             teacher_processing_class=tokenizer,
         )
         if record:
-            trainer.answers.sampler.engine = Recorder(trainer.answers.sampler.engine)
+            trainer.rollouts.sampler.engine = Recorder(trainer.rollouts.sampler.engine)
         return trainer
 
     return make
@@ -81,7 +80,7 @@ def test_the_loss_is_that_of_the_students_own_answers(distill, layout):
     options = dict(lmbda=1.0, per_device_train_batch_size=4, gradient_accumulation_steps=3, max_steps=1, layout=layout)
     exact = distill(teacher=teacher, record=True, divergence="kl_divergence", reverse=True, **options)
     exact.train()
-    given = exact.answers.sampler.engine.given
+    given = exact.rollouts.sampler.engine.given
     assert len(given) == 12 and all(1 <= len(ids) <= 6 for _, ids in given)
     forward, reverse, sampled = naive(tiny_model(), teacher, given)
     close(logs(exact)[0]["loss"], reverse)
@@ -91,19 +90,19 @@ def test_the_loss_is_that_of_the_students_own_answers(distill, layout):
     assert logs(exact)[0]["own_answers"] == 1
     rewarded = distill(teacher=teacher, record=True, reverse_kl_reward=True, **options)
     rewarded.train()
-    assert rewarded.answers.sampler.engine.given == given  # the same answers, from the same seed
+    assert rewarded.rollouts.sampler.engine.given == given  # the same answers, from the same seed
     close(logs(rewarded)[0]["loss"], sampled)
     close(logs(rewarded)[0]["reverse_kl"], sampled)
 
 
-def test_the_reward_has_the_gradient_of_the_reverse_kl():
+def test_the_reward_has_the_gradient_of_thereverse_kl_loss():
     """Over all tokens that can be drawn, each as often as it is drawn."""
     torch.manual_seed(0)
     z, p = torch.randn(7, dtype=torch.float64, requires_grad=True), torch.randn(7, dtype=torch.float64).log_softmax(0)
     q = z.log_softmax(0)
     kl = (q.exp() * (q - p)).sum()
     (want,) = torch.autograd.grad(kl, z, retain_graph=True)
-    losses = _reverse_kl(Scores(q), p)
+    losses = reverse_kl_loss(Scores(q), p)
     (got,) = torch.autograd.grad((losses * q.detach().exp()).sum(), z)
     close((losses * q.exp()).sum(), kl, torch.float64)
     close(got, want, torch.float64)
@@ -118,8 +117,8 @@ def test_a_share_of_the_rows_whatever_the_batches(distill):
         layout="rows", adam_epsilon=1e-5,
     )  # fmt: skip
     whole.train(), parts.train()
-    given = whole.answers.sampler.engine.given
-    assert 6 <= len(given) <= 18 and given == parts.answers.sampler.engine.given
+    given = whole.rollouts.sampler.engine.given
+    assert 6 <= len(given) <= 18 and given == parts.rollouts.sampler.engine.given
     for one, other in zip(logs(whole), logs(parts), strict=True):
         for name in ("loss", "kl", "own_answers", "completions/mean_length", "num_tokens"):
             close(one[name], other[name])
@@ -130,7 +129,7 @@ def test_lambda_0_is_offline(distill):
     offline, own = distill(teacher=teacher), distill(teacher=teacher, lmbda=1e-9)
     offline.train(), own.train()
     assert [entry["loss"] for entry in logs(offline)] == [entry["loss"] for entry in logs(own)]
-    assert offline.answers is None and own.answers is not None
+    assert offline.rollouts is None and own.rollouts is not None
 
 
 def test_resumed_is_uninterrupted(distill, tmp_path):
@@ -163,7 +162,7 @@ def test_the_answers_are_those_of_the_student_as_it_is(distill, tokenizer):
         def generate(self, *request):
             seen.append([group[0].ids for group in LocalEngine(trainer.policy.model, tokenizer).generate(*request)])
 
-    recorder = trainer.answers.sampler.engine
+    recorder = trainer.rollouts.sampler.engine
     own = recorder.generate
 
     def generate(prompts, n, sampling, seed, index=None):
@@ -182,12 +181,12 @@ def test_the_prompt_is_what_comes_before_the_last_answer():
             {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, -100, 8, -100]},  # two turns, and the template's newline
         ]
     )
-    assert with_prompts(rows, 10, False)["answer_start"] == [2, 3]
+    assert mark_prompts(rows, 10, False)["answer_start"] == [2, 3]
     with pytest.raises(ValueError, match=r"row 2: its prompt has 3 tokens, .* leaves 2: raise max_length, or"):
-        with_prompts(rows, 2, False)
-    assert with_prompts(rows, 2, True)["row_number"] == [0]
+        mark_prompts(rows, 2, False)
+    assert mark_prompts(rows, 2, True)["row_number"] == [0]
     with pytest.raises(ValueError, match="no prompt has at most the 1 tokens"):
-        with_prompts(rows, 1, True)
+        mark_prompts(rows, 1, True)
 
 
 def test_text_has_no_prompt(distill):
@@ -197,9 +196,9 @@ def test_text_has_no_prompt(distill):
 
 def test_an_answer_ends_before_a_token_that_no_teacher_knows():
     answer = Completion([5, 6, 331, 7], [0.0] * 4, "length", 0)
-    assert _answered([1, 2], answer, None)["input_ids"] == [1, 2, 5, 6, 331, 7]
-    assert _answered([1, 2], answer, 330) == {"input_ids": [1, 2, 5, 6], "labels": [-100, -100, 5, 6]}
-    assert _answered([1, 2], answer, 5) is None
+    assert answered_row([1, 2], answer, None)["input_ids"] == [1, 2, 5, 6, 331, 7]
+    assert answered_row([1, 2], answer, 330) == {"input_ids": [1, 2, 5, 6], "labels": [-100, -100, 5, 6]}
+    assert answered_row([1, 2], answer, 5) is None
 
 
 def test_padded_heads_are_sampled_from(distill, tokenizer):
