@@ -1,5 +1,6 @@
 """The pages are whole: formulas reach TeX as they are meant, and links lead to files that exist."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -79,12 +80,37 @@ def broken(page, target):
     return None
 
 
+def defined_names(file):
+    """Functions, classes and methods (`Class.method`) of a source file."""
+    names = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{item.name}" for item in node.body if isinstance(item, ast.FunctionDef)}
+    return names
+
+
+def undefined(page, text, target):
+    """Why a link such as [`Class.method`](file.py) names something that its file does not define; else None."""
+    if not (target.endswith(".py") and text.startswith("`")):
+        return None
+    name = text.strip("`")
+    is_file = "/" in name or name.endswith(".py")
+    return None if is_file or name in defined_names(page.parent / target) else f"{target} does not define {name}"
+
+
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    assert [why for _, target in links(page.read_text()) if (why := broken(page, target))] == []
+    faults = []
+    for text, target in links(page.read_text()):
+        faults.append(broken(page, target) or undefined(page, text, target))
+    assert [fault for fault in faults if fault] == []
 
 
 def test_a_link_to_nowhere_is_seen():
     page = ROOT / "README.md"
     assert broken(page, "docs/nothing.md") and broken(page, "docs/data.md#nothing")
+    assert undefined(page, "`BaseTrainer.nothing`", "rlhf/trainers/base.py")
+    assert undefined(page, "`BaseTrainer.measure`", "rlhf/trainers/base.py") is None
     assert broken(page, "docs/data.md") is None and len(links(page.read_text())) > 15
