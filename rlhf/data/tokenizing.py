@@ -34,7 +34,7 @@ from rlhf.data.vocabulary import tokenizer_rules
 logger = logging.getLogger(__name__)
 
 UNLIMITED = 1 << 40  # where max_length is None
-_VERSION = 4  # part of the cache key: raise it when the meaning of a tokenised row changes
+TOKENISER_VERSION = 4  # part of the cache key: raise it when the meaning of a tokenised row changes
 _REPORT = ("_cut", "_drop", "_bad", "_row", *COUNTS)
 
 
@@ -168,7 +168,7 @@ def tokenize_prompts(
     with prefixed(name):
         columns.check_prompt_columns(dataset.column_names, reading.form)
     options = (max_prompt_length, vocab_size, drop_long_prompts, reading)
-    key = (_VERSION, dataset._fingerprint, "prompt", identity(tokenizer), name, options)
+    key = (TOKENISER_VERSION, dataset._fingerprint, "prompt", identity(tokenizer), name, options)
     mapped = dataset.map(
         partial(
             _encode_prompt, tokenizer=tokenizer, name=name, longest=max_prompt_length, vocab_size=vocab_size,
@@ -296,7 +296,7 @@ def _tokenize(
         blank=None if reading.bad_rows is None else blank,
     )  # fmt: skip
     key = (
-        _VERSION,
+        TOKENISER_VERSION,
         getattr(dataset, "_fingerprint", ""),
         what,
         identity(tokenizer),

@@ -14,7 +14,7 @@ from rlhf.data import columns
 from rlhf.data.batch import IGNORE, Batch
 from rlhf.data.collate import Collator
 from rlhf.data.encoding import Reading, Row, cut, encode_sft
-from rlhf.data.tokenizing import identity, map_rows, name_of, prefixed
+from rlhf.data.tokenizing import TOKENISER_VERSION, identity, map_rows, name_of, prefixed
 from rlhf.data.vocabulary import tokenizer_difference
 from rlhf.distillation.alignment import Spans, align_answer, align_by_position, concatenate, first_tokens, token_pieces
 from rlhf.distillation.config import Align
@@ -128,8 +128,9 @@ def tokenize_aligned(
     )
     process = partial(_process, column=column, sides=sides, align=align, name=name)
     identities = [identity(tokenizer) for tokenizer in tokenizers]
+    versions = (_VERSION, TOKENISER_VERSION)
     options = (max_length, vocab_sizes, drop_long_prompts)
-    key = ("aligned", _VERSION, dataset._fingerprint, column, align, identities, name, options, readings[0])
+    key = ("aligned", versions, dataset._fingerprint, column, align, identities, name, options, readings[0])
     return map_rows(dataset, process, key, max_length, num_proc, readings[0])
 
 
