@@ -1,6 +1,7 @@
 """Trainers: thin subclasses of ``transformers.Trainer``."""
 
-from rlhf.trainers.dpo import DPOConfig, DPOTrainer
+from rlhf.trainers.dpo import DPOTrainer
+from rlhf.trainers.dpo_config import DPOConfig
 from rlhf.trainers.kto import KTOConfig, KTOTrainer
 from rlhf.trainers.reward import RewardConfig, RewardTrainer
 from rlhf.trainers.sft import SFTConfig, SFTTrainer

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -104,6 +104,7 @@ class BaseConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_dictionaries()
+        self._check_choices()
         self._set_defaults()
         check_packages(self)
         super().__post_init__()
@@ -117,8 +118,6 @@ class BaseConfig(TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         accelerator: Any = self.accelerator_config
         accelerator.non_blocking |= self.dataloader_pin_memory  # a copy that waits, waits for all that is under way
-        if self.layout not in ("auto", "segments", "rows"):
-            raise ValueError(f"layout must be auto, segments or rows, got {self.layout!r}")
         if self.tokens_per_batch is not None:
             if self.tokens_per_batch < 1:
                 raise ValueError(f"tokens_per_batch must be at least 1, got {self.tokens_per_batch}")
@@ -165,6 +164,14 @@ class BaseConfig(TrainingArguments):
             if not isinstance(found, dict):
                 raise ValueError(f'--{name} {value}: expected a JSON object, such as {{"name": 1}}')
 
+    def _check_choices(self) -> None:
+        """Options that have a list of values, as the command line checks them."""
+        for option in fields(self):
+            choices = option.metadata.get("choices")
+            value = getattr(self, option.name)
+            if choices and value is not None and value not in choices:
+                raise ValueError(f"{option.name} must be one of {', '.join(choices)}, got {value!r}")
+
     def check_columns(self, columns: list[str]) -> None:
         """Raise where rows with these columns hold nothing to train on; before a model is loaded."""
 
@@ -173,6 +180,15 @@ class BaseConfig(TrainingArguments):
         if self.max_length is None:
             raise ValueError("max_length is None: sampling needs a longest sequence, pass a number")
         return self.max_length
+
+    def tokenize_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of the functions in ``rlhf.data`` that tokenise, but for the size of the vocabulary."""
+        return {
+            "max_length": self.max_length,
+            "drop_long_prompts": self.drop_long_prompts,
+            "num_proc": self.dataset_num_proc,
+            "reading": self.reading(),
+        }
 
     def model_kwargs(self) -> dict[str, Any]:
         """What ``from_pretrained`` gets; weights are trained in float32 unless another dtype is given."""

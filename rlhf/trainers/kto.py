@@ -39,8 +39,6 @@ class KTOConfig(ReferencedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loss_type not in LOSS_TYPES:
-            raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}")
         for name in ("desirable_weight", "undesirable_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number from 0 on, got {getattr(self, name)}")
@@ -105,19 +103,11 @@ class KTOTrainer(ReferencedTrainer):
             completions, labels = completions + row["mismatched"], labels + row["mismatched_labels"]
         return {"prompt_ids": row["prompt_ids"], "completions": completions, "labels": labels}
 
-    def tokenize(
-        self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int
-    ) -> Dataset:  # fmt: skip
-        rows = tokenize_unpaired(
-            dataset,
-            tokenizer,
-            max_length=args.max_length,
-            vocab_size=vocab_size,
-            drop_long_prompts=args.drop_long_prompts,
-            num_proc=args.dataset_num_proc,
-            reading=args.reading(),
-        )
-        return add_mismatched(rows, args.max_length, args.dataset_num_proc) if args.loss_type == "kto" else rows
+    def tokenize(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int) -> Dataset:
+        rows = tokenize_unpaired(dataset, tokenizer, vocab_size=vocab_size, **args.tokenize_kwargs())
+        if args.loss_type != "kto":
+            return rows
+        return add_mismatched(rows, args.max_length, args.dataset_num_proc)
 
     def count(self, batch: Batch) -> int:
         return batch.targets.num_sequences
@@ -141,8 +131,8 @@ class KTOTrainer(ReferencedTrainer):
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As for every trainer; the KL of the whole data set comes first."""
         self.model.eval()
-        found = [self.accelerator.gather_for_metrics(self._mismatched_kl(self.model, batch)) for batch in dataloader]
-        self._kl = torch.cat(found).mean().clamp(min=0)
+        parts = [self.accelerator.gather_for_metrics(self._mismatched_kl(self.model, batch)) for batch in dataloader]
+        self._kl = torch.cat(parts).mean().clamp(min=0)
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
@@ -174,11 +164,9 @@ class KTOTrainer(ReferencedTrainer):
         values = super().reduce_metrics(sums)
         if "rewards/chosen" in values:
             values["rewards/margins"] = values["rewards/chosen"] - values["rewards/rejected"]
-        return {
-            name: value
-            for name, value in values.items()
-            if not name.startswith(("rewards/", "logps/")) or value == value
-        }
+        # Answers of one kind may be missing since the last line: what is known of none of them is not reported.
+        missing = [name for name, value in values.items() if name.startswith(("rewards/", "logps/")) and value != value]
+        return {name: value for name, value in values.items() if name not in missing}
 
 
 def mismatched_batch(examples: list[dict[str, Any]], collate: Collator) -> Batch | None:
@@ -199,19 +187,25 @@ def mismatched_batch(examples: list[dict[str, Any]], collate: Collator) -> Batch
 
 
 def warn_of_unbalanced_labels(labels: list[bool], args: KTOConfig) -> None:
-    """Say which weights the paper advises, where there are more answers of one kind than its bounds allow (eq. 8)."""
+    """Warn where answers of one kind weigh more than the paper's bounds allow (eq. 8), with weights that would fit.
+
+    Args:
+        labels: of the training rows, true for a good answer.
+        args: its weights of good and bad answers.
+    """
     good = sum(labels)
     bad = len(labels) - good
     if not good or not bad:
-        logger.warning(
-            "all %d rows have the label %s: KTO needs good and bad answers", len(labels), "true" if good else "false"
-        )
+        label = "true" if good else "false"
+        logger.warning("all %d rows have the label %s: KTO needs good and bad answers", len(labels), label)
         return
     ratio = args.desirable_weight * good / max(args.undesirable_weight * bad, 1e-12)
-    if not 1 <= round(ratio, 2) <= 1.34:
-        logger.warning(
-            "%d good and %d bad answers: pass --desirable_weight %.2f (up to %.2f), or --undesirable_weight %.2f "
-            "(down to %.2f), so that the good ones weigh 1 to 4/3 times as much",
-            good, bad, args.undesirable_weight * bad / good, args.undesirable_weight * bad / good * 4 / 3,
-            args.desirable_weight * good / bad, args.desirable_weight * good / bad * 3 / 4,
-        )  # fmt: skip
+    if 1 <= round(ratio, 2) <= 1.34:  # from 1 to 4/3
+        return
+    desirable_weight = args.undesirable_weight * bad / good
+    undesirable_weight = args.desirable_weight * good / bad
+    logger.warning(
+        "%d good and %d bad answers: pass --desirable_weight %.2f (up to %.2f), or --undesirable_weight %.2f "
+        "(down to %.2f), so that the good ones weigh 1 to 4/3 times as much",
+        good, bad, desirable_weight, desirable_weight * 4 / 3, undesirable_weight, undesirable_weight * 3 / 4,
+    )  # fmt: skip

@@ -21,6 +21,7 @@ from rlhf.losses import reward_loss
 from rlhf.models import RewardModel, add_scalar_head, load_reward_model, vocabulary_size
 from rlhf.models.reward_model import spare_pad_token
 from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures
+from rlhf.trainers.metric_sums import Metrics
 from rlhf.trainers.options import as_config
 
 logger = logging.getLogger(__name__)
@@ -67,8 +68,8 @@ class RewardTrainer(BaseTrainer):
         ``loss`` (log 2 at the start, under a new head), ``accuracy`` (share of pairs whose chosen answer has the larger
         reward; a tie counts one half), ``margin`` (reward of the chosen answer minus that of the rejected one),
         ``mean_reward`` and ``std_reward`` (over all answers), ``rewards/chosen``, ``rewards/rejected``,
-        ``brier_score`` (mean of (1 - sigmoid(margin)) squared; 1/4 says nothing); in evaluation also
-        ``eval_calibration_error`` (:func:`rlhf.evaluation.calibration_error`), over the whole data set.
+        ``brier_score`` (mean of (1 - sigmoid(margin)) squared; 0.25 is the score of random guessing); in evaluation
+        also ``eval_calibration_error`` (:func:`rlhf.evaluation.calibration_error`), over the whole data set.
     Raises:
         ValueError: bad data, named by data set and row, before any step; or a model that cannot be a reward model.
 
@@ -87,47 +88,34 @@ class RewardTrainer(BaseTrainer):
     ) -> None:
         args = as_config(args, RewardConfig)
         if isinstance(model, str):
-            quantized = {name: kwargs.pop(name) for name in ("quantization_config",) if kwargs.get(name) is not None}
-            model = load_reward_model(model, **args.model_kwargs() | quantized)
+            quantization = kwargs.pop("quantization_config", None)
+            options = {} if quantization is None else {"quantization_config": quantization}
+            model = load_reward_model(model, **args.model_kwargs() | options)
         if isinstance(model, RewardModel):
             model = model.model
         elif not hasattr(model, "get_base_model") and model.get_output_embeddings() is not None:
-            model = add_scalar_head(model)
+            model = add_scalar_head(model)  # a causal LM; an adapter brings the head of its own base
         if peft_config is not None:
             peft_config.task_type = "SEQ_CLS"  # the head is trained and saved with the adapter
-        self._ends: set[int] = set()
+        self._end_tokens: set[int] = set()
         super().__init__(model, args, peft_config=peft_config, **kwargs)
         if self.train_dataset is not None:
             self._choose_pad_token()
 
-    def tokenize(
-        self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int
-    ) -> Dataset:  # fmt: skip
-        if {"chosen_ids", "rejected_ids"} <= set(
-            dataset.column_names or []
-        ) and "prompt_ids" not in dataset.column_names:
-            dataset = dataset.map(lambda row: {"prompt_ids": []})  # whole sequences, each with its prompt
-        rows = tokenize_preferences(
-            dataset,
-            tokenizer,
-            max_length=args.max_length,
-            vocab_size=vocab_size,
-            drop_long_prompts=args.drop_long_prompts,
-            num_proc=args.dataset_num_proc,
-            reading=args.reading(),
-            margin=True,
-        )
-        table = sample(rows).with_format("arrow")[:]
-        for answers in (table["chosen_ids"], table["rejected_ids"]):
-            ends = pc.list_value_length(answers).to_numpy().cumsum() - 1
-            self._ends |= set(np.unique(pc.list_flatten(answers).to_numpy()[ends]).tolist())
+    def tokenize(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int) -> Dataset:
+        columns = set(dataset.column_names or [])
+        if {"chosen_ids", "rejected_ids"} <= columns and "prompt_ids" not in columns:
+            # Whole sequences, each with its prompt: nothing is shared.
+            dataset = dataset.map(lambda row: {"prompt_ids": []})
+        rows = tokenize_preferences(dataset, tokenizer, vocab_size=vocab_size, margin=True, **args.tokenize_kwargs())
+        self._end_tokens |= last_tokens(sample(rows))
         return rows
 
     def _choose_pad_token(self) -> None:
-        """Save what lets transformers' own pooling find the last token."""
+        """Save a pad token that ends no answer: transformers' own pooling reads the last token that is not the pad."""
         config, vocab_size = self.model.config, vocabulary_size(self.model)
         tokenizer: Any = copy.deepcopy(self.processing_class)
-        pad = spare_pad_token(tokenizer, self._ends, vocab_size)
+        pad = spare_pad_token(tokenizer, self._end_tokens, vocab_size)
         if pad is None:
             logger.warning(
                 "no special token of the tokenizer is free to pad with: AutoModelForSequenceClassification will score "
@@ -152,22 +140,27 @@ class RewardTrainer(BaseTrainer):
             center_rewards_coefficient=self.args.center_rewards_coefficient or 0.0,
             reduction="none",
         )
-        chosen, rejected = chosen.detach(), rejected.detach()
+        return Measures(losses, torch.ones_like(losses), self._pair_metrics(model, chosen.detach(), rejected.detach()))
+
+    def _pair_metrics(self, model: nn.Module, chosen: Tensor, rejected: Tensor) -> Metrics:
+        """Sums and counts of pairs, from the rewards of their answers, [S]."""
         margins = chosen - rejected
-        one = torch.ones_like(margins)
+        pairs = torch.ones_like(margins)
         metrics = {
-            "accuracy": ((margins > 0) + 0.5 * (margins == 0), one),
-            "margin": (margins, one),
-            "mean_reward": (chosen + rejected, 2 * one),
-            "squared_reward": (chosen**2 + rejected**2, 2 * one),
-            "rewards/chosen": (chosen, one),
-            "rewards/rejected": (rejected, one),
-            "brier_score": (torch.sigmoid(-margins) ** 2, one),
+            "accuracy": ((margins > 0) + 0.5 * (margins == 0), pairs),
+            "margin": (margins, pairs),
+            "mean_reward": (chosen + rejected, 2 * pairs),
+            "squared_reward": (chosen**2 + rejected**2, 2 * pairs),
+            "rewards/chosen": (chosen, pairs),
+            "rewards/rejected": (rejected, pairs),
+            "brier_score": (torch.sigmoid(-margins) ** 2, pairs),
         }
         if not model.training:
-            columns = zip(*(bins.unbind(1) for bins in calibration_bins(margins)), strict=True)
-            metrics |= {f"bin/{index}": pair for index, pair in enumerate(columns)}
-        return Measures(losses, one, metrics)
+            # The error of calibration is no mean over pairs: the gap and the count of each bin are added up instead.
+            gaps, counts = calibration_bins(margins)
+            for index, gap_and_count in enumerate(zip(gaps.unbind(1), counts.unbind(1), strict=True)):
+                metrics[f"bin/{index}"] = gap_and_count
+        return metrics
 
     def predictions(self, model: Any, batch: Batch) -> tuple[Any, Tensor]:
         """Rewards of the chosen and the rejected answers [pairs, 2]; the label is 0, where the better one should be."""
@@ -175,11 +168,21 @@ class RewardTrainer(BaseTrainer):
         return rewards, torch.zeros_like(rewards[:, 0], dtype=torch.int64)
 
     def reduce_metrics(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
-        bins = [pair for name, pair in sums.items() if name.startswith("bin/")]
-        values = super().reduce_metrics({name: pair for name, pair in sums.items() if not name.startswith("bin/")})
+        bins = [sums[name] for name in sums if name.startswith("bin/")]
+        values = super().reduce_metrics({name: sums[name] for name in sums if not name.startswith("bin/")})
         variance = values.pop("squared_reward") - values["mean_reward"] ** 2
-        values["std_reward"] = math.sqrt(max(variance, 0.0))
+        values["std_reward"] = math.sqrt(max(variance, 0.0))  # rounding may leave less than nothing
         if bins:
             gaps, counts = zip(*bins, strict=True)
             values["calibration_error"] = calibration_error(list(gaps), list(counts))
         return values
+
+
+def last_tokens(rows: Dataset) -> set[int]:
+    """The ids that end an answer in tokenised rows of pairs."""
+    table = rows.with_format("arrow")[:]
+    tokens: set[int] = set()
+    for answers in (table["chosen_ids"], table["rejected_ids"]):
+        last_positions = pc.list_value_length(answers).to_numpy().cumsum() - 1
+        tokens |= set(np.unique(pc.list_flatten(answers).to_numpy()[last_positions]).tolist())
+    return tokens

@@ -1,6 +1,5 @@
 """Supervised fine-tuning: the mean negative log-likelihood of the tokens that count."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -29,7 +28,14 @@ class TextConfig(BaseConfig):
     dataset_text_field: str = field(default="text", metadata={"help": "Column of plain text."})
 
     def check_columns(self, columns: list[str]) -> None:
-        sft_column(columns, replace(self.reading().form, text_field=self.dataset_text_field))
+        self.scored_column(columns)
+
+    def scored_column(self, columns: list[str]) -> str:
+        """The column that rows with these columns are read from."""
+        return sft_column(columns, replace(self.reading().form, text_field=self.dataset_text_field))
+
+    def tokenize_kwargs(self) -> dict[str, Any]:
+        return super().tokenize_kwargs() | {"text_field": self.dataset_text_field}
 
 
 @dataclass
@@ -67,12 +73,9 @@ class SFTConfig(TextConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("loss_type", LOSS_TYPES), ("packing_strategy", PACKING_STRATEGIES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        other = [key for key in self.dataset_kwargs or () if key != "skip_prepare_dataset"]
-        if other:
-            raise ValueError(f"dataset_kwargs: {other[0]!r} has no effect here; only 'skip_prepare_dataset' is known")
+        for key in self.dataset_kwargs or ():
+            if key != "skip_prepare_dataset":
+                raise ValueError(f"dataset_kwargs: {key!r} has no effect here; only 'skip_prepare_dataset' is known")
         if self.packing and self.max_length is None:
             raise ValueError("packing fills rows of max_length tokens: pass a number for max_length")
 
@@ -83,19 +86,8 @@ class TextTrainer(BaseTrainer):
     config_class: ClassVar[type[BaseConfig]] = TextConfig
     exp_metrics: ClassVar[frozenset[str]] = frozenset({"perplexity"})
 
-    def tokenize(
-        self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int
-    ) -> Dataset:  # fmt: skip
-        return tokenize_sft(
-            dataset,
-            tokenizer,
-            max_length=args.max_length,
-            vocab_size=vocab_size,
-            text_field=args.dataset_text_field,
-            drop_long_prompts=args.drop_long_prompts,
-            num_proc=args.dataset_num_proc,
-            reading=args.reading(),
-        )
+    def tokenize(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int) -> Dataset:
+        return tokenize_sft(dataset, tokenizer, vocab_size=vocab_size, **args.tokenize_kwargs())
 
     @staticmethod
     def capacity(args: Any) -> int | None:
@@ -145,21 +137,20 @@ class SFTTrainer(TextTrainer):
         self._formatting_func = formatting_func
         super().__init__(model, args, *positional, **kwargs)
 
-    def tokenize(
-        self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int
-    ) -> Dataset:  # fmt: skip
+    def tokenize(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int) -> Dataset:
         if self._formatting_func is not None:
             dataset = as_text(dataset, self._formatting_func, args.dataset_text_field)
-        whole = scores_whole_rows(names_of(dataset), args)
+        scores_all = scores_whole_rows(names_of(dataset), args)
         if args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)
-        stream = args.packing and args.packing_strategy == "wrapped"
-        own = copy.copy(args)
-        own.max_length = None if stream else args.max_length
-        rows = super().tokenize(dataset, tokenizer, own, vocab_size)
-        if whole:
+        options = args.tokenize_kwargs()
+        is_wrapped = args.packing and args.packing_strategy == "wrapped"
+        if is_wrapped:
+            options["max_length"] = None  # examples are joined first, and the stream of tokens is cut
+        rows = tokenize_sft(dataset, tokenizer, vocab_size=vocab_size, **options)
+        if scores_all:
             rows = rows.map(lambda row: {"labels": row["input_ids"]})
-        return wrapped(rows, args.max_length) if stream else rows
+        return wrapped(rows, args.max_length) if is_wrapped else rows
 
     @staticmethod
     def capacity(args: Any) -> int | None:
@@ -170,9 +161,9 @@ class SFTTrainer(TextTrainer):
             return super().measure(model, batch)
         scores = model(batch, _dft)
         logps, tokens = scores.logps.detach(), batch.targets.counts()
-        sums = {"perplexity": (-batch.targets.sum(logps), tokens)}
+        metrics = {"perplexity": (-batch.targets.sum(logps), tokens)}
         losses = -batch.targets.sum(logps * logps.exp())
-        return Measures(losses, tokens, sums, scores.loss, scores.router_logits)
+        return Measures(losses, tokens, metrics, scores.loss, scores.router_logits)
 
 
 def _nll(scores: Scores) -> Tensor:
@@ -185,10 +176,16 @@ def _dft(scores: Scores) -> Tensor:
 
 
 def as_text(dataset: Any, formatting_func: Callable[[dict[str, Any]], str], text_field: str) -> Any:
-    """Rows of the text that ``formatting_func`` makes of each.
+    """Turn each row into text.
 
+    Args:
+        dataset: rows, or a stream of them.
+        formatting_func: from a row to its text.
+        text_field: the column to put the text into; the others are dropped.
+    Returns:
+        Rows with the one column ``text_field``.
     Raises:
-        ValueError: it gives something else than text.
+        ValueError: ``formatting_func`` gives something else than text.
     """
 
     def text_of(row: dict[str, Any]) -> dict[str, str]:
@@ -197,7 +194,8 @@ def as_text(dataset: Any, formatting_func: Callable[[dict[str, Any]], str], text
             raise ValueError(f"formatting_func must give the text of one row, got a {type(text).__name__}")
         return {text_field: text}
 
-    return dataset.map(text_of, remove_columns=[name for name in names_of(dataset) if name != text_field])
+    other_columns = [name for name in names_of(dataset) if name != text_field]
+    return dataset.map(text_of, remove_columns=other_columns)
 
 
 def names_of(dataset: Any) -> list[str]:
@@ -205,34 +203,47 @@ def names_of(dataset: Any) -> list[str]:
     return list(dataset.column_names or next(iter(dataset), {}))
 
 
-def scores_whole_rows(names: list[str], args: SFTConfig) -> bool:
+def scores_whole_rows(columns: list[str], args: SFTConfig) -> bool:
     """Whether all tokens of a row are scored, for rows in which by default some are not.
 
+    Args:
+        columns: of the rows.
+        args: its ``completion_only_loss`` and ``assistant_only_loss`` decide.
     Raises:
         ValueError: an option that asks for rows of another kind.
     """
     if args.completion_only_loss is None and args.assistant_only_loss is None:
         return False
-    column = sft_column(names, replace(args.reading().form, text_field=args.dataset_text_field))
-    plain = column == args.dataset_text_field
-    conversation = column.startswith(("messages", "conversation", "dialog", "chat"))
-    if args.completion_only_loss and (plain or conversation):
+    column = args.scored_column(columns)
+    is_text = column == args.dataset_text_field
+    is_conversation = column.startswith(("messages", "conversation", "dialog", "chat"))
+    if args.completion_only_loss and (is_text or is_conversation):
         raise ValueError(f"completion_only_loss needs rows with a 'prompt' and a 'completion', these have {column!r}")
-    if args.assistant_only_loss and plain:
+    if args.assistant_only_loss and is_text:
         raise ValueError(f"assistant_only_loss needs conversations, these rows have plain text in {column!r}")
-    wanted = args.assistant_only_loss if conversation else args.completion_only_loss
-    return wanted is False and not plain and column != "input_ids"
+    if is_text or column == "input_ids":
+        return False  # a plain text is scored whole anyway, and ids bring labels of their own
+    scores_answers_only = args.assistant_only_loss if is_conversation else args.completion_only_loss
+    return scores_answers_only is False
 
 
 def wrapped(rows: Any, length: int) -> Any:
-    """Tokenised rows, strung together and cut every ``length`` tokens; the rest of 1000 rows is a shorter one.
+    """Join tokenised rows into streams, and cut these every ``length`` tokens.
 
     An example sees what comes before it in its row: its start may be cut off, and it is not alone.
+
+    Args:
+        rows: tokenised rows, or a stream of them.
+        length: tokens of a new row; the last one of each 1000 old rows is shorter.
+    Returns:
+        Rows of ``input_ids`` and ``labels``.
     """
 
     def cut(block: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
-        streams = {name: [token for row in block[name] for token in row] for name in ("input_ids", "labels")}
-        starts = range(0, len(streams["input_ids"]), length)
-        return {name: [stream[i : i + length] for i in starts] for name, stream in streams.items()}
+        pieces = {}
+        for name in ("input_ids", "labels"):
+            stream = [token for row in block[name] for token in row]
+            pieces[name] = [stream[start : start + length] for start in range(0, len(stream), length)]
+        return pieces
 
     return rows.map(cut, batched=True, batch_size=1000, remove_columns=rows.column_names)

@@ -1,0 +1,164 @@
+"""The options of direct preference optimisation, and the loss that they make."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf.data.columns import check_preference_columns
+from rlhf.losses import PREFERENCE_LOSSES, PreferenceLoss, arguments_of, dpo_loss
+from rlhf.trainers.referenced import ReferencedConfig
+
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+COLUMNS = ("margin",)  # of the rows, for losses that read them
+LENGTHS = ("chosen_lengths", "rejected_lengths")
+OF_A_MARGIN = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
+REFUSED = {
+    "rpo_alpha": "pass loss_type sigmoid sft and loss_weights 1.0 ALPHA, which is the same loss",
+    "max_prompt_length": "max_length cuts answers and never a prompt; drop_long_prompts leaves out rows without room",
+    "reference_free": "loss_type simpo, cpo or orpo needs no reference",
+}
+
+
+@dataclass
+class DPOConfig(ReferencedConfig):
+    """Arguments of :class:`DPOTrainer`; names and defaults are TRL's where TRL has the same thing."""
+
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={
+            "help": f"One of {', '.join(PREFERENCE_LOSSES)}, or file.py:name; or several, whose weighted sum is taken."
+        },
+    )
+    loss_weights: list[float] | None = field(default=None, metadata={"help": "One weight for each loss_type."})
+    loss_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'What a loss takes besides, such as {"simpo_gamma": 1.0}.'}
+    )
+    label_smoothing: float | None = field(
+        default=None,
+        metadata={"help": "Chance that a pair is labelled the wrong way; by default the loss's own, mostly 0."},
+    )
+    discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of the discopop loss."})
+    f_divergence_type: str = field(
+        default="reverse_kl",
+        metadata={
+            "help": "The divergence from the reference that is bounded, for losses of a margin.",
+            "choices": list(F_DIVERGENCES),
+        },
+    )
+    f_alpha_divergence_coef: float = field(
+        default=0.5, metadata={"help": "Alpha of alpha_divergence; 1 is reverse_kl."}
+    )
+    ld_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Weight, in [0, 1], of tokens beyond the length of the shorter answer (LD-DPO)."},
+    )
+    use_weighting: bool = field(
+        default=False, metadata={"help": "Weigh each pair by how likely its answers are for the policy (WPO)."}
+    )
+    # TRL's, that are gone there too
+    rpo_alpha: float | None = field(default=None, metadata={"help": "Refused: use loss_type sigmoid sft."})
+    max_prompt_length: int | None = field(default=None, metadata={"help": "Refused: use max_length."})
+    reference_free: bool | None = field(default=None, metadata={"help": "Refused: use loss_type simpo or cpo."})
+
+    _VALID_DICT_FIELDS = [*ReferencedConfig._VALID_DICT_FIELDS, "loss_kwargs"]  # noqa: RUF012  # not a field
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, instead in REFUSED.items():
+            if getattr(self, name):
+                raise ValueError(f"{name} is not supported: {instead}")
+        loss_type: Any = self.loss_type  # one loss, or a list of several
+        losses = loss_type if isinstance(loss_type, list | tuple) else [loss_type]
+        self.loss_type = [PREFERENCE_LOSSES.name_of(loss) for loss in losses]
+        own_divergence = set(self.loss_type) - set(OF_A_MARGIN)
+        if self.f_divergence_type != "reverse_kl" and own_divergence:
+            raise ValueError(
+                f"f_divergence_type is for {', '.join(OF_A_MARGIN)}; loss_type {min(own_divergence)} has one of its own"
+            )
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise ValueError(f"ld_alpha must be in [0, 1], got {self.ld_alpha}")
+        self._check_loss()
+
+    def _check_loss(self) -> None:
+        losses = dict(zip(self.loss_type, self.losses(), strict=True))
+        coupled = [name for name, loss in losses.items() if loss.coupled]
+        if self.use_weighting and coupled:
+            raise ValueError(f"use_weighting weighs pairs, loss_type {coupled[0]} sorts them: leave one of both out")
+        if self.label_smoothing and not any("label_smoothing" in loss.hyper_parameters for loss in losses.values()):
+            raise ValueError(f"loss_type {' '.join(losses)} takes no label_smoothing: leave it out")
+        for name, loss in losses.items():
+            for column in loss.needs:
+                if column not in (*LENGTHS, *COLUMNS, *self.hyper_parameters()):
+                    raise ValueError(f"loss_type {name} needs {column}, which rows of pairs do not have")
+        # The loss itself checks its hyper-parameters: here, rather than at the first step.
+        one = torch.ones(1)
+        try:
+            self.loss(one, one, one, one, **dict.fromkeys((*LENGTHS, *COLUMNS), one))
+        except TypeError as error:
+            raise ValueError(f"loss_type {' '.join(losses)}: {error}") from error
+
+    def losses(self) -> list[PreferenceLoss]:
+        """The losses that ``loss_type`` names."""
+        return [PREFERENCE_LOSSES.find(name) for name in self.loss_type]
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """What ``loss_kwargs`` sets."""
+        return self.loss_kwargs if isinstance(self.loss_kwargs, dict) else {}
+
+    def reads_margin(self) -> bool:
+        """Whether a loss reads the column ``margin`` of the rows."""
+        return "margin" not in self.hyper_parameters() and any("margin" in loss.columns for loss in self.losses())
+
+    def check_columns(self, columns: list[str]) -> None:
+        check_preference_columns(columns, self.reading().form)
+
+    def loss(self, *sums: Tensor, **columns: Tensor) -> Tensor:
+        """The loss of each pair, [S].
+
+        Args:
+            sums: of log-probs, [S] each, in nats: chosen and rejected under the policy, then under the reference.
+            columns: [S] each, what else a pair has; a loss is passed those that it reads.
+        """
+        offered = {"discopop_tau": self.discopop_tau, **columns}
+        if self.label_smoothing is not None:
+            offered["label_smoothing"] = self.label_smoothing
+        options: dict[str, Any] = {}
+        for loss in self.losses():
+            options |= arguments_of(loss, offered)
+        if self.f_divergence_type != "reverse_kl":
+            # A loss of a margin reads log-ratios alone: scores of f take their place, against a reference of 0.
+            chosen, rejected, ref_chosen, ref_rejected = sums
+            chosen_score, rejected_score = (
+                f_scores(log_ratio, self.f_divergence_type, self.f_alpha_divergence_coef)
+                for log_ratio in (chosen - ref_chosen, rejected - ref_rejected)
+            )
+            sums = (chosen_score, rejected_score, torch.zeros_like(ref_chosen), torch.zeros_like(ref_rejected))
+        options |= self.hyper_parameters()
+        return dpo_loss(
+            *sums, self.beta, loss_type=self.loss_type, loss_weights=self.loss_weights, reduction="none", **options
+        )
+
+
+def f_scores(log_ratios: Tensor, name: str, alpha: float) -> Tensor:
+    """Replace log-ratios to the reference by the scores of another f-divergence.
+
+    Args:
+        log_ratios: [S], log-probability under the policy less that under the reference, nats.
+        name: of :data:`F_DIVERGENCES`.
+        alpha: of ``alpha_divergence``, as TRL has it.
+    Returns:
+        [S], f'(u) of the probability ratio u, up to a constant.
+
+    Source: arXiv 2309.16240, table 1.
+    """
+    # Exponents stop at 80, so that a hopeless pair stays finite.
+    if name == "forward_kl":
+        return -torch.exp((-log_ratios).clamp(max=80))
+    if name == "js_divergence":
+        return F.logsigmoid(log_ratios)
+    if name == "alpha_divergence" and abs(alpha - 1) > 1e-6:
+        return torch.expm1(((alpha - 1) * log_ratios).clamp(max=80)) / (alpha - 1)
+    return log_ratios
