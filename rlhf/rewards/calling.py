@@ -29,13 +29,19 @@ def is_async(function: RewardFunction) -> bool:
 
 
 def call(function: RewardFunction, arguments: dict[str, Any], timeout: float | None) -> Any:
-    """The function's answer, sync or async.
+    """Call a reward function, sync or async, under a time limit.
 
     In the main thread an alarm interrupts the function wherever Python runs, also inside a regular expression that
     backtracks for ever: that holds the interpreter's lock, so no other thread could give up waiting for it. In
     another thread (or without ``SIGALRM``) the function runs in a thread of its own, which is abandoned when the time
     is up: it goes on until it ends by itself. Neither ends a call into C that never returns to Python.
 
+    Args:
+        function: the reward function.
+        arguments: its keyword arguments.
+        timeout: seconds; None for no limit.
+    Returns:
+        What the function returns.
     Raises:
         TimedOut: no answer within ``timeout`` seconds; and whatever the function raises.
     """

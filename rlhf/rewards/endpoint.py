@@ -38,8 +38,10 @@ class HttpReward:
         self._client = httpx2.Client(timeout=timeout)
 
     def check(self, row: Mapping[str, Any]) -> None:
-        """Ask for the rewards of no completions.
+        """Ask for the rewards of no completions, to see that a reward server answers.
 
+        Args:
+            row: a row of the data, which is not sent.
         Raises:
             ConnectionError: the server does not answer.
             ValueError: it answers, and not as a reward server does.
@@ -63,8 +65,18 @@ class HttpReward:
         log_metric: Any = None,
         **columns: Sequence[Any],
     ) -> list[float | None]:
-        """One reward for each completion.
+        """Ask the server for the reward of each completion.
 
+        Args:
+            prompts: texts, or lists of messages.
+            completions: texts, or lists of messages, one for each prompt.
+            completion_ids: not sent.
+            trainer_state: not sent.
+            log_extra: not used.
+            log_metric: not used.
+            columns: of the data; sent under their names.
+        Returns:
+            One reward for each completion; None where it does not apply.
         Raises:
             ConnectionError: the server does not answer, or cannot, after all tries.
             ValueError: it refuses the request, or its answer is not as agreed.

@@ -20,6 +20,10 @@ RewardFunction = Callable[..., Any]  # (prompts, completions, **columns) -> list
 def completion_text(completion: Turns) -> str:
     """The text of a completion: itself, or the content of its last assistant message.
 
+    Args:
+        completion: text, or a list of messages.
+    Returns:
+        The text; empty if there is no assistant message.
     Example:
         >>> completion_text([{"role": "assistant", "content": "42"}])
         '42'
@@ -41,6 +45,8 @@ def exact_match(column: str = "answer", *, pattern: str | None = None, ignore_ca
         pattern: compare the last match of this regular expression (its first group, if it has one) instead of the
             whole completion; ``.`` spans lines. No match, no reward.
         ignore_case: compare without regard to case.
+    Returns:
+        A reward function.
     Raises:
         ValueError: ``pattern`` is no regular expression.
     Example:
@@ -73,6 +79,8 @@ def numeric_answer(column: str = "answer", *, tolerance: float = 0.0) -> RewardF
     Args:
         column: the column with the answer, text or number; a row where it holds no number gets None.
         tolerance: largest difference, relative to the answer, in [0, 1); 0 compares exactly, as fractions.
+    Returns:
+        A reward function.
     Example:
         >>> numeric_answer()(["6 times 7 is 42."], answer=["Six sevens.\n#### 42"])
         [1.0]
@@ -105,13 +113,17 @@ def math_answer(column: str = "solution") -> RewardFunction:
 
     Args:
         column: the column with the solution, in LaTeX or plain.
+    Returns:
+        A reward function.
     Raises:
         ValueError: math-verify is not installed.
     """
     try:
         from math_verify import parse, verify
     except ImportError:
-        raise ValueError("math_answer needs math-verify: pip install 'rlhf[math]', or use numeric_answer") from None
+        raise ValueError(
+            "math_answer needs math-verify: pip install 'rlhf-exact[math]', or use numeric_answer"
+        ) from None
     for name in ("math_verify.parser", "math_verify.grader"):  # they warn of each call without a limit
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -129,6 +141,8 @@ def matches(pattern: str) -> RewardFunction:
 
     Args:
         pattern: a regular expression; ``.`` spans lines, ``\A`` and ``\Z`` anchor it.
+    Returns:
+        A reward function.
     Raises:
         ValueError: ``pattern`` is no regular expression.
     Example:
@@ -142,6 +156,8 @@ def matches(pattern: str) -> RewardFunction:
 def think_format() -> RewardFunction:
     """1 where the completion begins with its only ``<think>`` and closes it, else 0; TRL's ``think_format_reward``.
 
+    Returns:
+        A reward function.
     Example:
         >>> think_format()(["<think>six sevens</think> 42", "42"])
         [1.0, 0.0]
@@ -158,6 +174,8 @@ def length_reward(target: int) -> RewardFunction:
 
     Args:
         target: the wanted length in tokens, at least 1.
+    Returns:
+        A reward function.
     Example:
         >>> length_reward(10)(completion_ids=[[1] * 10, [1] * 5, [1] * 30])
         [0.0, -0.5, -1.0]
@@ -175,6 +193,8 @@ def repetition_penalty(ngram_size: int = 3, max_penalty: float = -1.0) -> Reward
     Args:
         ngram_size: tokens in an n-gram, at least 1; a shorter completion gets 0.
         max_penalty: the least reward, at most 0.
+    Returns:
+        A reward function.
     Example:
         >>> repetition_penalty(ngram_size=2)(completion_ids=[[1, 2, 3, 4], [5, 5, 5, 5, 5]])
         [0.0, -0.75]
@@ -201,6 +221,8 @@ def soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) ->
     Args:
         max_completion_len: tokens from which on the reward is -1.
         soft_punish_cache: tokens before that over which the reward falls from 0.
+    Returns:
+        A reward function.
     Example:
         >>> soft_overlong_punishment(max_completion_len=100, soft_punish_cache=20)(completion_ids=[[1] * 90])
         [-0.5]

@@ -45,8 +45,11 @@ def load_reward(spec: str, tokenizer: PreTrainedTokenizerBase | None = None) -> 
     * a folder with a reward model, or its name on the hub (:class:`ModelReward`)
     * ``https://…`` (:class:`HttpReward`)
 
-    ``tokenizer`` is a reward model's, where it does not lie beside the model.
-
+    Args:
+        spec: the name, one of the forms above.
+        tokenizer: of a reward model whose folder has none.
+    Returns:
+        The reward function.
     Raises:
         ValueError: there is no such reward, its file cannot be imported, or its options do not fit.
         FileNotFoundError: no such file or folder.
@@ -72,10 +75,13 @@ def load_reward(spec: str, tokenizer: PreTrainedTokenizerBase | None = None) -> 
 
 
 def reward_functions(given: Any, tokenizers: Any = None) -> list[RewardFunction]:
-    """What a trainer is given as rewards, as a list of functions: one or several functions, names, reward models.
+    """The rewards that a trainer is given, as a list of functions.
 
     Args:
-        tokenizers: one for each reward, None where it is no model; a single one for a single reward.
+        given: a function, a name or a reward model, or a list of them.
+        tokenizers: one for each reward, None for a reward that is not a model; a single one for a single reward.
+    Returns:
+        One function for each reward.
     Raises:
         ValueError: another number of tokenizers than of rewards; what :func:`load_reward` raises.
     """

@@ -118,7 +118,7 @@ def test_any_text_can_be_scored(text):
 
 def test_math_answer_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(ValueError, match=r"math_answer needs math-verify: pip install 'rlhf\[math\]'"):
+    with pytest.raises(ValueError, match=r"math_answer needs math-verify: pip install 'rlhf-exact\[math\]'"):
         math_answer()
 
 
