@@ -161,7 +161,7 @@ def trainer_of(side: str, args: argparse.Namespace, folder: str) -> Any:
 def run(side: str, args: argparse.Namespace) -> dict[str, Any]:
     """One side, in this process."""
     if side != "TRL, live":
-        import rlhf  # noqa: F401  # first, as in a script of ours: it asks torch for large pages
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as our commands do: large pages, before torch's first tensor
     from transformers import TrainerCallback
     from transformers.utils import logging as transformers_logging
 

@@ -21,6 +21,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from rlhf.kernels import optimize
 from rlhf.models import load_model, load_tokenizer
 from rlhf.rollouts import LocalEngine, Sampling
 
@@ -84,7 +85,9 @@ def main() -> None:
     if torch.cuda.is_available():
         model = model.to("cuda", torch.bfloat16)
     tokenizer = load_tokenizer(args.model)
-    engine = LocalEngine(copy.deepcopy(model), tokenizer)
+    ours = copy.deepcopy(model)
+    optimize(ours)
+    engine = LocalEngine(ours, tokenizer)
     results: dict[str, dict[str, float]] = {}
     for name in args.case:
         case = CASES[name]

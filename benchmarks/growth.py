@@ -8,6 +8,7 @@ memory grew beyond weights and gradients. Writes a table and a plot to --output.
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -23,13 +24,15 @@ def one(model: str, count: int, length: int) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    import rlhf  # noqa: F401  # first: it asks torch for large pages
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as our commands do: large pages, before torch's first tensor
     from rlhf.data import Collator
+    from rlhf.kernels import optimize
     from rlhf.models import Policy, choose_layout
 
     torch.set_num_threads(2)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
     layout = choose_layout(loaded, "auto")
+    optimize(loaded)
     policy = Policy(loaded)
     g = torch.Generator().manual_seed(0)
 

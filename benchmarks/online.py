@@ -65,7 +65,7 @@ def hashed(completion_ids: list[list[int]], **_: Any) -> list[float]:
 def run(side: str, case: Case, model: str, data: str, steps: int, tokens: int) -> dict[str, Any]:
     """One side of one case, in this process."""
     if side == "ours":
-        import rlhf  # noqa: F401  # first: it asks torch for large pages
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as our commands do: large pages, before torch's first tensor
     import logging
     import tempfile
 

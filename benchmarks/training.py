@@ -187,7 +187,7 @@ def plain(case: Case, model: Any, tokenizer: Any, rows: list[dict[str, Any]], st
 def run(side: str, case: Case, model: str, data: str | None, steps: int) -> dict[str, Any]:
     """One side of one case, in this process."""
     if side == "ours":
-        import rlhf  # noqa: F401  # first, as in a script of ours: it asks torch for large pages
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as our commands do: large pages, before torch's first tensor
     import tempfile
 
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback

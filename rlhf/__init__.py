@@ -1,6 +1,5 @@
 """Fine-tune language models on text and on preferences: exact, fast, small, kind."""
 
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +37,6 @@ if TYPE_CHECKING:
         SFTConfig,
         SFTTrainer,
     )
-
-# Large tensors in pages of 2 MiB: on a CPU a tenth of a training step goes into page faults otherwise. torch reads it
-# at its first tensor, so it has an effect where this package is imported early.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
 __all__ = [

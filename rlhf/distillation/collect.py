@@ -15,7 +15,7 @@ from rlhf.data import Collator, Reading
 from rlhf.data.formats import prompt_dialogue
 from rlhf.data.packing import num_tokens
 from rlhf.distillation.teacher_file import TeacherFile, read_key, write_key
-from rlhf.kernels.linear import speed_up_linear
+from rlhf.kernels import optimize
 from rlhf.logprobs import model_top_k
 from rlhf.models import choose_layout, disable_dropout
 from rlhf.models.positions import inputs_of
@@ -44,7 +44,7 @@ def keep_top_k(model: Any, rows: Dataset, file: TeacherFile, *, tokens_per_batch
     device = next(model.parameters()).device
     model.eval()
     disable_dropout(model)
-    speed_up_linear(model)
+    optimize(model)
     collate = Collator(layout=choose_layout(model, layout))
     missing = set(file.missing().tolist())
     logger.info(
@@ -98,6 +98,7 @@ def sample_completions(
     kept, start = _answered(path)
     path.write_bytes(b"".join(kept))
     model.eval()
+    optimize(model)
     engine = LocalEngine(model, tokenizer)
     written = len(kept)
     with path.open("ab") as out, datasets.utils.tqdm(total=len(rows), initial=start, desc="teacher", unit="row") as bar:

@@ -1,6 +1,6 @@
 """Linear layers: products by the faster library, and PEFT's LoRA in fewer passes over memory.
 
-Under LoRA the low-rank product is added inside the frozen one's output, forward and backward.
+The low-rank product of LoRA is added inside the output of the frozen layer, forward and backward.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import Linear as LoraLayer
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -27,12 +26,17 @@ class Linear(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        dy = grad.flatten(0, -2)
-        dx = product(dy, weight).view_as(x) if ctx.needs_input_grad[0] else None
-        d_weight = product(dy.T, x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
-        return dx, d_weight, dy.sum(0) if ctx.needs_input_grad[2] else None
+        grad_rows = grad_output.flatten(0, -2)
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = product(grad_rows, weight).view_as(x)
+        if ctx.needs_input_grad[1]:
+            grad_weight = product(grad_rows.T, x.flatten(0, -2))
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_rows.sum(0)
+        return grad_x, grad_weight, grad_bias
 
 
 class LoraLinear(Function):
@@ -42,68 +46,93 @@ class LoraLinear(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        low = linear(x.flatten(0, -2), a)
-        y = linear(x, weight, bias)
-        y.view(-1, y.size(-1)).addmm_(low, b.T, alpha=scale)
-        ctx.save_for_backward(x, low, weight, a, b)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
+    ) -> Tensor:
+        low_rank = linear(x.flatten(0, -2), lora_a)  # [tokens, r]
+        output = linear(x, weight, bias)
+        # In place: a second matrix of the output's size would cost another pass over memory.
+        output.view(-1, output.size(-1)).addmm_(low_rank, lora_b.T, alpha=scale)
+        ctx.save_for_backward(x, low_rank, weight, lora_a, lora_b)
         ctx.scale = scale
-        return y
+        return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, weight, a, b = ctx.saved_tensors
-        dy = grad.flatten(0, -2)
-        d_low = product(dy, b).mul_(ctx.scale)
-        dx = None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, low_rank, weight, lora_a, lora_b = ctx.saved_tensors
+        grad_rows = grad_output.flatten(0, -2)
+        grad_low_rank = product(grad_rows, lora_b).mul_(ctx.scale)
+        grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            dx = product(dy, weight).addmm_(d_low, a).view_as(x)
-        d_a = product(d_low.T, x.flatten(0, -2)) if ctx.needs_input_grad[3] else None
-        d_b = product(dy.T, low).mul_(ctx.scale) if ctx.needs_input_grad[4] else None
-        return dx, None, None, d_a, d_b, None
+            grad_x = product(grad_rows, weight).addmm_(grad_low_rank, lora_a).view_as(x)
+        if ctx.needs_input_grad[3]:
+            grad_a = product(grad_low_rank.T, x.flatten(0, -2))
+        if ctx.needs_input_grad[4]:
+            grad_b = product(grad_rows.T, low_rank).mul_(ctx.scale)
+        # The frozen weight, its bias and the scale get no gradient.
+        return grad_x, None, None, grad_a, grad_b, None
 
 
 def speed_up_linear(model: nn.Module) -> None:
-    """Let the linear layers of ``model`` and the plain LoRA layers around them compute so; the figures stay the same.
+    """Replace the forward of linear layers, and of plain LoRA layers around them; results are the same up to rounding.
 
-    Only layers of exactly torch's and PEFT's own classes: not quantised, sharded or otherwise special ones.
+    Only layers of exactly torch's and PEFT's own classes are replaced: a quantised, sharded or otherwise special layer
+    may compute something else.
+
+    Args:
+        model: its modules are changed in place.
     """
-    forwards: dict[type, Callable[..., Tensor]] = {LoraLayer: _lora}
+    # Here, because the head's log-probs need this room's products, and no PEFT.
+    from peft.tuners.lora import Linear as LoraLayer
+
+    forwards: dict[type, Callable[..., Tensor]] = {LoraLayer: _lora_forward}
     if onednn_is_faster():
-        forwards[nn.Linear] = _linear
+        forwards[nn.Linear] = _linear_forward
     for module in model.modules():
-        if type(module) in forwards and not any(p.is_meta or hasattr(p, "ds_id") for p in module.parameters()):
-            module.forward = MethodType(forwards[type(module)], module)
+        forward = forwards.get(type(module))
+        if forward is not None and weights_are_here(module):
+            module.forward = MethodType(forward, module)
 
 
-def _linear(self: Any, x: Tensor) -> Tensor:
+def weights_are_here(module: nn.Module) -> bool:
+    """Whether this process holds the weights: not on the meta device, and not sharded by ZeRO-3 (``ds_id``)."""
+    return not any(weight.is_meta or hasattr(weight, "ds_id") for weight in module.parameters())
+
+
+def _linear_forward(self: Any, x: Tensor) -> Tensor:
+    # Where oneDNN does not compute, torch's own layer is as fast; the compiler and autocast know only that one.
     if torch.compiler.is_compiling() or not takes(x, self.weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, self.weight, self.bias)
     return Linear.apply(x, self.weight, self.bias)
 
 
-def _lora(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    names = self.active_adapters
-    if args or kwargs or len(names) != 1 or not _is_plain(self, names[0], x):
-        return LoraLayer.forward(self, x, *args, **kwargs)
-    base, a, b = self.base_layer, self.lora_A[names[0]], self.lora_B[names[0]]
-    return LoraLinear.apply(x, base.weight, base.bias, a.weight, b.weight, self.scaling[names[0]])
+def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    adapters = self.active_adapters
+    if args or kwargs or len(adapters) != 1 or not _is_plain_lora(self, adapters[0], x):
+        return type(self).forward(self, x, *args, **kwargs)
+    (adapter,) = adapters
+    base = self.base_layer
+    lora_a, lora_b = self.lora_A[adapter], self.lora_B[adapter]
+    return LoraLinear.apply(x, base.weight, base.bias, lora_a.weight, lora_b.weight, self.scaling[adapter])
 
 
-def _is_plain(layer: Any, name: str, x: Tensor) -> bool:
-    """Whether one adapter acts, and its layer is what the formula says: no dropout, variant, cast, shard or hook."""
-    if layer.disable_adapters or layer.merged or name not in layer.lora_A or name in layer.lora_variant:
+def _is_plain_lora(layer: Any, adapter: str, x: Tensor) -> bool:
+    """Whether the layer computes just the formula of :class:`LoraLinear`, so that PEFT's own forward is not needed."""
+    if layer.disable_adapters or layer.merged:
         return False
-    base, dropout = layer.base_layer, layer.lora_dropout[name]
-    parts = (base, layer.lora_A[name], layer.lora_B[name])
-    if any(type(part) is not nn.Linear or part._forward_hooks or part._forward_pre_hooks for part in parts):
+    if adapter not in layer.lora_A or adapter in layer.lora_variant:  # a variant, such as DoRA, has another formula
         return False
-    return (
-        not any(p.requires_grad for p in base.parameters())
-        and all(part.weight.dtype == x.dtype for part in parts)
-        and parts[1].bias is None
-        and parts[2].bias is None
-        and not (layer.training and getattr(dropout, "p", 0.0) > 0)
-        and not torch.is_autocast_enabled(x.device.type)
-    )
+    base, lora_a, lora_b = layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter]
+    for part in (base, lora_a, lora_b):
+        # A hook would not be called, as no part is called here.
+        if type(part) is not nn.Linear or part._forward_hooks or part._forward_pre_hooks:
+            return False
+        if part.weight.dtype != x.dtype:
+            return False
+    if any(weight.requires_grad for weight in base.parameters()):
+        return False
+    if lora_a.bias is not None or lora_b.bias is not None:
+        return False
+    drops = layer.training and getattr(layer.lora_dropout[adapter], "p", 0.0) > 0
+    return not drops and not torch.is_autocast_enabled(x.device.type)

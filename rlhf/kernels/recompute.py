@@ -1,7 +1,7 @@
-"""Keep fewer activations: what a cheap function gave is made again in the backward pass, from inputs kept anyway.
+"""Save fewer activations: cheap outputs are recomputed in the backward pass, from inputs that are saved anyway.
 
-A layer of a Llama-like model keeps about 20 floats for each hidden one until the backward pass; half of them are norms
-and gated activations of the other half. Making those again costs a pass over memory and no product of matrices.
+A layer of a Llama-like model saves about 20 floats for each hidden one until the backward pass. Half of them are norms
+and gated activations of the other half. Recomputing those costs a pass over memory and no product of matrices.
 """
 
 import logging
@@ -17,52 +17,55 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 
+from rlhf.kernels.linear import weights_are_here
+
 logger = logging.getLogger(__name__)
 
 
 class Recipe(NamedTuple):
-    """What stands for a tensor in the autograd graph: how to make it, and its shape there."""
+    """What the autograd graph saves in place of a tensor: how to recompute it, and its shape there."""
 
-    make: Callable[[], Tensor]
+    recompute: Callable[[], Tensor]
     shape: torch.Size
 
 
-def can_be_remade(tensor: Tensor, make: Callable[[], Tensor]) -> Tensor:
-    """Mark ``tensor``, so that :func:`fewer_activations` keeps ``make`` in its place.
+def mark_recomputable(tensor: Tensor, recompute: Callable[[], Tensor]) -> Tensor:
+    """Mark a tensor, so that :func:`fewer_activations` saves ``recompute`` in its place.
 
     Args:
-        make: gives its values again, from tensors that the graph keeps anyway.
+        tensor: an output in the autograd graph.
+        recompute: returns its values again, from tensors that the graph saves anyway.
+
+    Returns:
+        The same tensor.
     """
-    tensor._remake = make  # type: ignore[attr-defined]
+    tensor._recompute = recompute  # type: ignore[attr-defined]
     return tensor
-
-
-watchers: list[Callable[[Tensor], None]] = []  # told of each tensor that is kept; autograd asks the innermost hook only
 
 
 @contextmanager
 def fewer_activations() -> Iterator[None]:
-    """In here, autograd keeps none of the tensors that can be made again."""
+    """A context in which autograd saves no tensor that was marked as recomputable."""
 
     def pack(tensor: Tensor) -> Tensor | Recipe:
-        whole = tensor if tensor._base is None else tensor._base
-        make = getattr(whole, "_remake", None)
-        same = tensor.numel() == whole.numel() and tensor.is_contiguous() and whole.is_contiguous()
-        if make is not None and same:
-            return Recipe(make, tensor.shape)
-        for watcher in watchers:
-            watcher(tensor)
-        return tensor
+        # A view is saved where its base was marked: `view` and `flatten` lie between a norm and a linear layer.
+        base = tensor if tensor._base is None else tensor._base
+        recompute = getattr(base, "_recompute", None)
+        if recompute is None:
+            return tensor
+        # A part, or other strides, could not be had from the recomputed values by a plain view.
+        is_plain_view = tensor.numel() == base.numel() and tensor.is_contiguous() and base.is_contiguous()
+        return Recipe(recompute, tensor.shape) if is_plain_view else tensor
 
-    def unpack(kept: Tensor | Recipe) -> Tensor:
-        return kept if isinstance(kept, Tensor) else kept.make().view(kept.shape)
+    def unpack(saved: Tensor | Recipe) -> Tensor:
+        return saved if isinstance(saved, Tensor) else saved.recompute().view(saved.shape)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
 
 
 class SwiGLU(Function):
-    """``silu(gate) * up``; keeps only its inputs. Source: arXiv 2002.05202."""
+    """``silu(gate) * up``; saves only its inputs. Source: arXiv 2002.05202."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -71,93 +74,108 @@ class SwiGLU(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        d_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return d_gate, F.silu(gate).mul_(grad)
+        grad_gate = torch.ops.aten.silu_backward(grad_output * up, gate)
+        grad_up = F.silu(gate).mul_(grad_output)
+        return grad_gate, grad_up
 
 
 class RMSNorm(Function):
-    """``weight * x / rms(x)`` along the last dimension; keeps its inputs and 1 / rms. Source: arXiv 1910.07467."""
+    """``weight * x / rms(x)`` along the last dimension; saves its inputs and 1 / rms. Source: arXiv 1910.07467."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1))
-        scale = mean_square.add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        ctx.mark_non_differentiable(scale)
-        return (x * scale).mul_(weight), scale
+        inverse_rms = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse_rms)
+        ctx.mark_non_differentiable(inverse_rms)
+        return (x * inverse_rms).mul_(weight), inverse_rms
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        x, weight, scale = ctx.saved_tensors
-        normed, d_normed = x * scale, grad * weight
-        d_weight = (grad * normed).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        mean = (d_normed * normed).mean(-1, keepdim=True)
-        return d_normed.sub_(normed.mul_(mean)).mul_(scale), d_weight, None
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, inverse_rms = ctx.saved_tensors
+        normed = x * inverse_rms
+        grad_normed = grad_output * weight
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad_output * normed).flatten(0, -2).sum(0)
+        # The rms depends on x too: the part of the gradient along x drops out.
+        along_x = (grad_normed * normed).mean(-1, keepdim=True)
+        grad_x = grad_normed.sub_(normed.mul_(along_x)).mul_(inverse_rms)
+        return grad_x, grad_weight, None
 
 
-def _mlp(self: Any, x: Tensor) -> Tensor:
+def enable_recompute(model: nn.Module) -> None:
+    """Replace the forward of RMS norms and gated MLPs, so that their outputs need not be saved for the backward pass.
+
+    A module is recognised by its name and parts. One of each class is compared with its own forward first.
+
+    Args:
+        model: its modules are changed in place. It saves less only inside :func:`fewer_activations`.
+    """
+    agrees: dict[type, bool] = {}
+    for module in model.modules():
+        if _is_rms_norm(module):
+            forward = _norm_forward
+        elif _is_swiglu(module):
+            forward = _mlp_forward
+        else:
+            continue
+        if not weights_are_here(module):
+            continue
+        if not any(weight.is_floating_point() for weight in module.parameters()):
+            continue  # quantised: there is no dtype in which to compare
+        kind = type(module)
+        if kind not in agrees:
+            agrees[kind] = _computes_the_same(module, forward)
+            if not agrees[kind]:
+                logger.warning("%s computes something else than its parts suggest; left as it is", kind.__name__)
+        if agrees[kind]:
+            module.forward = MethodType(forward, module)
+
+
+def _mlp_forward(self: Any, x: Tensor) -> Tensor:
     gate, up = self.gate_proj(x), self.up_proj(x)
-    kept_gate, kept_up = gate.detach(), up.detach()
-    gated = can_be_remade(SwiGLU.apply(gate, up), lambda: F.silu(kept_gate).mul_(kept_up))
+    saved_gate, saved_up = gate.detach(), up.detach()
+    gated = mark_recomputable(SwiGLU.apply(gate, up), lambda: F.silu(saved_gate).mul_(saved_up))
     return self.down_proj(gated)
 
 
-def _norm(self: Any, x: Tensor) -> Tensor:
+def _norm_forward(self: Any, x: Tensor) -> Tensor:
     if x.dtype != self.weight.dtype:  # mixed precision: with the model's own casts
         return type(self).forward(self, x)
-    normed, scale = RMSNorm.apply(x, self.weight, self.variance_epsilon)
-    kept, weight = x.detach(), self.weight.detach()
-    return can_be_remade(normed, lambda: (kept * scale).mul_(weight))
-
-
-def slim(model: nn.Module) -> None:
-    """Let the norms and gated MLPs of ``model`` keep less; the figures stay the same.
-
-    A module is taken by its name and parts, and one of each class is checked against its own forward first.
-    """
-    fits: dict[tuple[type, str], bool] = {}
-    for module in model.modules():
-        forward = _norm if _is_rms_norm(module) else _mlp if _is_swiglu(module) else None
-        if forward is None or any(p.is_meta or hasattr(p, "ds_id") for p in module.parameters()):
-            continue
-        if not any(p.is_floating_point() for p in module.parameters()):
-            continue  # quantised: there is no dtype to check it in
-        kind = (type(module), forward.__name__)
-        if kind not in fits:
-            fits[kind] = _agrees(module, forward)
-            if not fits[kind]:
-                logger.warning("%s computes something else than its parts say; left as it is", kind[0].__name__)
-        if fits[kind]:
-            module.forward = MethodType(forward, module)
+    normed, inverse_rms = RMSNorm.apply(x, self.weight, self.variance_epsilon)
+    saved_x, weight = x.detach(), self.weight.detach()
+    return mark_recomputable(normed, lambda: (saved_x * inverse_rms).mul_(weight))
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    named = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
-    return named and isinstance(weight, nn.Parameter) and weight.dim() == 1
+    has_name = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+    return has_name and isinstance(weight, nn.Parameter) and weight.dim() == 1
 
 
 def _is_swiglu(module: nn.Module) -> bool:
     parts = {name for name, _ in module.named_children()}
-    return parts == {"gate_proj", "up_proj", "down_proj", "act_fn"} and isinstance(
-        module.act_fn, (nn.SiLU, SiLUActivation)
-    )
+    if parts != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        return False
+    return isinstance(module.act_fn, (nn.SiLU, SiLUActivation))
 
 
 @torch.no_grad()
-def _agrees(module: nn.Module, forward: Callable[[Any, Tensor], Tensor]) -> bool:
-    first: Tensor = next(p for p in module.parameters() if p.is_floating_point())
-    width = first.size(0) if forward is _norm else int(module.gate_proj.in_features)  # type: ignore[arg-type,union-attr]
+def _computes_the_same(module: nn.Module, forward: Callable[[Any, Tensor], Tensor]) -> bool:
+    """Whether ``forward`` gives what the module's own forward gives, for random inputs."""
+    weight: Tensor = next(weight for weight in module.parameters() if weight.is_floating_point())
+    width = weight.size(0) if forward is _norm_forward else int(module.gate_proj.in_features)  # type: ignore[arg-type,union-attr]
     generator = torch.Generator().manual_seed(0)  # the run's random numbers stay as they are
-    x = torch.randn(3, width, generator=generator).to(first)
+    x = torch.randn(3, width, generator=generator).to(weight)
     training = module.training
     module.eval()
     try:
-        want, got = module(x), forward(module, x)
+        expected, result = module(x), forward(module, x)
     finally:
         module.train(training)
-    tolerance = 1e-5 if want.dtype in (torch.float32, torch.float64) else 2e-2
-    return torch.allclose(got, want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
+    tolerance = 1e-5 if expected.dtype in (torch.float32, torch.float64) else 2e-2
+    return torch.allclose(result, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))

@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from rlhf.data.batch import Batch, Layout, Segments
 from rlhf.data.collate import Collator
-from rlhf.kernels.recompute import can_be_remade
+from rlhf.kernels.recompute import mark_recomputable
 from rlhf.models.positions import inputs_of
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def segment_attention(
     if len(outputs) == 1:
         return outputs[0], None
     kept = [output.detach() for output in outputs]
-    return can_be_remade(torch.cat(outputs, dim=1), lambda: torch.cat(kept, dim=1)), None
+    return mark_recomputable(torch.cat(outputs, dim=1), lambda: torch.cat(kept, dim=1)), None
 
 
 def _varlen(

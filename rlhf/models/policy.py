@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from transformers.integrations import is_fsdp_enabled
 
 from rlhf.data import Batch
-from rlhf.kernels.linear import speed_up_linear
-from rlhf.kernels.recompute import fewer_activations, slim
+from rlhf.kernels.recompute import fewer_activations
 from rlhf.logprobs import (
     Comparison,
     Divergence,
     LocalLoss,
-    Plan,
     Predictions,
     Scores,
     TopK,
@@ -25,10 +23,8 @@ from rlhf.logprobs import (
     model_predictions,
     model_scores,
     model_top_k_divergence,
-    plan,
     verified_settings,
 )
-from rlhf.logprobs.aligned import HELD
 from rlhf.models.attention import NAME
 from rlhf.models.positions import inputs_of, own_positions, reads_padding, sees_ahead
 from rlhf.models.routing import Balancing
@@ -54,8 +50,6 @@ class Wrapper(nn.Module):
                     module.register_buffer(name, buffer.detach(), name not in module._non_persistent_buffers_set)
         with still(model):  # before anything shards the weights
             own_positions(model)
-        slim(model)
-        speed_up_linear(model)
 
     @property
     def has_adapter(self) -> bool:
@@ -84,10 +78,6 @@ class Wrapper(nn.Module):
             return super().get_submodule(target)
         except AttributeError:
             return self.model.get_submodule(target)
-
-    def head_plan(self, *args: Any, **kwargs: Any) -> Plan | None:
-        """How ``forward``, called the same way, goes about the head; None where the model runs its own."""
-        return None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -159,35 +149,6 @@ class Policy(Wrapper):
                 value_head=self.value_head,
                 **self._inputs(batch),
             )
-
-    def head_plan(
-        self,
-        batch: Batch,
-        local_loss: LocalLoss | None = None,
-        entropy: bool = False,
-        per_token: tuple[Tensor, ...] = (),
-        divergence: Divergence | None = None,
-        teacher: Teacher | None = None,
-    ) -> Plan | None:
-        model = self.without_adapter
-        settings = verified_settings(model)
-        if settings is None:
-            return None
-        head = list(model.get_output_embeddings().parameters())
-        vocabulary = min(settings.vocab_size or head[0].size(0), head[0].size(0))
-        if teacher is not None:
-            with teacher(self) as taught:
-                theirs = taught.without_adapter.get_output_embeddings().weight.size(0)
-            vocabulary = 2 * vocabulary if "alignment" not in batch.extras else HELD * (vocabulary + theirs)
-        return plan(
-            len(batch.targets),
-            vocabulary,
-            batch.input_ids.device,
-            learns=torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()),
-            head_learns=any(p.requires_grad for p in head),
-            local=local_loss is not None or divergence is not None,
-            entropy=entropy,
-        )
 
     def _beside_kept(self, batch: Batch, kept: TopK, divergence: Divergence) -> Scores:
         options = divergence.of_top_k()

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rlhf.kernels import optimize
 from rlhf.models import RewardModel, disable_dropout, load_reward_model, load_tokenizer
 from rlhf.trainers.preparation import warn_of_lost_updates
 
@@ -10,6 +11,8 @@ def load_critic(args: Any) -> RewardModel:
     critic = load_reward_model(args.value_model, **args.model_kwargs())
     warn_of_lost_updates(critic, args)
     disable_dropout(critic)
+    if args.optimize_model:
+        optimize(critic)
     return critic
 
 

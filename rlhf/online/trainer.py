@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import tokenize_prompts
+from rlhf.kernels import optimize
 from rlhf.losses import truncated_importance_weights, value_loss
 from rlhf.models import ActorCritic, Policy, load_model
 from rlhf.models.adapter_off import adapter_off_is_start
@@ -36,7 +37,7 @@ from rlhf.online.samples import (
     kl_penalties,
 )
 from rlhf.online.trl_names import refuse_others
-from rlhf.rewards import RewardSet, reward_functions
+from rlhf.rewards import ModelReward, RewardSet, reward_functions
 from rlhf.rollouts import Environment, RolloutEngine
 from rlhf.trainers.base import BaseConfig, Measures
 from rlhf.trainers.reference_sync import SyncReference
@@ -102,6 +103,9 @@ class PPOTrainer(Answering):
         self.rewards = None
         if reward_funcs is not None:
             functions = reward_functions(reward_funcs, reward_processing_classes)
+            if args.optimize_model:
+                for reward_model in (f.model for f in functions if isinstance(f, ModelReward)):
+                    optimize(reward_model)
             self.reward_processing_classes = [getattr(function, "tokenizer", None) for function in functions]
             self.rewards = RewardSet(
                 functions, args.reward_weights, on_error=args.on_reward_error, timeout=args.reward_timeout  # type: ignore[arg-type]
@@ -219,7 +223,8 @@ class PPOTrainer(Answering):
         args = self.args
         began = time.perf_counter()
         trained = began - self._trained_since if self._trained_since else 0.0
-        samples, baselines = self.roller.rollout(self.policy, self.beta)
+        with self.label("rollout"):
+            samples, baselines = self.roller.rollout(self.policy, self.beta)
         rolled = time.perf_counter() - began
         if args.mask_truncated_completions:
             for sample in samples:

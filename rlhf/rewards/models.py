@@ -15,7 +15,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from rlhf.data.chat import encode
 from rlhf.data.formats import Dialogue, Turns
-from rlhf.kernels.linear import speed_up_linear
 from rlhf.models import load_tokenizer
 from rlhf.models.adapters import adapter_config, base_of, merged
 
@@ -74,7 +73,6 @@ class ModelReward:
         self.model = _load(self.path, dtype) if model is None else model
         self.model.to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         self.model.eval().requires_grad_(False)
-        speed_up_linear(self.model)
         config: Any = self.model.config.get_text_config()  # type: ignore[operator,union-attr]
         self._max_tokens = getattr(config, "max_position_embeddings", None)
         config.pad_token_id = None  # the model's own forward then scores the last token of a row

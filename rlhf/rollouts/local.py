@@ -17,7 +17,6 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from rlhf.kernels.linear import speed_up_linear
 from rlhf.models.attention import unfit
 from rlhf.models.positions import first_position, own_positions
 from rlhf.rollouts.cache import DECODING_ATTENTION, Cache
@@ -58,7 +57,6 @@ class LocalEngine:
     ) -> None:
         self.model, self.tokenizer, self.autocast = model, tokenizer, autocast
         self.base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-        speed_up_linear(model)
         self.end_ids = end_ids(self.base, tokenizer)
         self.version = 0
         self._is_checked = False

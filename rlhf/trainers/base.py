@@ -47,13 +47,14 @@ from rlhf.trainers.preparation import (
     prepare_model,
     repeat_stream,
     unchanged_use_cache,
+    wrapped,
 )
-from rlhf.trainers.profiling import Profiler
+from rlhf.trainers.profiling import ProfiledTrainer, Profiler
 
 logger = logging.getLogger(__name__)
 
 
-class BaseTrainer(Evaluating):
+class BaseTrainer(Evaluating, ProfiledTrainer):
     """A ``transformers.Trainer`` around a :class:`Policy`, or another :class:`Wrapper`.
 
     A subclass defines :meth:`tokenize`, :meth:`count` and :meth:`measure`.
@@ -105,7 +106,7 @@ class BaseTrainer(Evaluating):
         pad_token = padding_token(processing_class)
         with unchanged_use_cache(model):
             super().__init__(
-                model=self.wrapper(model),
+                model=wrapped(model, self.wrapper, args),
                 args=args,
                 data_collator=data_collator or Collator(pad_token),
                 train_dataset=train_dataset,
@@ -123,8 +124,9 @@ class BaseTrainer(Evaluating):
             self.data_collator = Collator(pad_token, layout="segments")  # type: ignore[assignment]
         self._metric_sums = MetricSums()
         self.balancer = balancer(self.model, args.router_aux_loss_coef, self.accelerator, self.balances)
-        if (args.profile or args.verbose) and args.process_index == 0:
-            self.add_callback(Profiler(self))
+        if args.profile and args.process_index == 0:
+            self.profiler = Profiler(args)
+            self.add_callback(self.profiler)
 
     def _prepare_data(
         self, train_dataset: Any, eval_dataset: Any, model: Any, tokenizer: PreTrainedTokenizerBase, args: BaseConfig
@@ -313,7 +315,7 @@ class BaseTrainer(Evaluating):
         if self.is_fsdp_enabled:
             logger.warning("the frozen reference is not sharded: each rank holds a whole copy; LoRA needs none")
         disable_dropout(model)
-        return Policy(model.requires_grad_(False).eval().to(self.args.device))
+        return wrapped(model.requires_grad_(False).eval().to(self.args.device), Policy, self.args)
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         """Nothing: columns that nobody reads were left out when rows were tokenised."""

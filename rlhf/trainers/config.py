@@ -80,7 +80,10 @@ class BaseConfig(TrainingArguments):
     profile: int = field(
         default=0, metadata={"help": "Time this many steps after the first two, print where their time went."}
     )
-    verbose: bool = field(default=False, metadata={"help": "Say what the first batch holds and takes."})
+    optimize_model: bool = field(
+        default=True,
+        metadata={"help": "Replace norms, MLPs and linear layers by faster ones with the same results (rlhf.kernels)."},
+    )
     # TRL's, for what is always so here
     padding_free: bool = field(default=False, metadata={"help": "TRL's; batches without padding are the default."})
     truncation_mode: str = field(default="keep_start", metadata={"help": "TRL's; rows are cut at their end."})

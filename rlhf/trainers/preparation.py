@@ -14,6 +14,7 @@ from transformers.trainer_utils import set_seed, validate_quantization_for_train
 
 from rlhf.data import Endless, is_tokenised
 from rlhf.data.packing import largest_token, longest_sequences
+from rlhf.kernels import optimize
 from rlhf.models import add_adapter, disable_dropout, load_model, load_tokenizer, vocabulary_size
 from rlhf.models.adapters import learn_tokens
 from rlhf.models.positions import max_positions, trained_length
@@ -104,6 +105,19 @@ def prepare_model(
         validate_quantization_for_training(model)
         warn_of_lost_updates(model, args)
     return model
+
+
+def wrapped(model: nn.Module, wrapper: Callable[[Any], Any], args: BaseConfig) -> Any:
+    """A model in its wrapper, with faster modules unless ``optimize_model`` is off.
+
+    Args:
+        model: as it is trained or asked: with its adapter, and with rows for new tokens.
+        wrapper: makes the module that accelerate wraps, such as :class:`Policy`.
+        args: the configuration.
+    """
+    if args.optimize_model:
+        optimize(model)
+    return wrapper(model)
 
 
 def uses_new_tokens(rows: Any, tokenizer: Any, vocab_size: int) -> bool:

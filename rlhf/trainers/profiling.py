@@ -1,211 +1,192 @@
-"""Where a step's time goes (``profile=N``), and what the first batch takes (``verbose``): nothing when off."""
+"""Where the time of a step goes (``profile=N``): torch's profiler, with a label around each part of a step."""
 
 import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial, wraps
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import TrainerCallback
+from torch import nn
+from torch.nn.modules import module as global_hooks
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import Trainer, TrainerCallback
 
 from rlhf.logprobs.head import backbone_of
-from rlhf.logprobs.versions import activation_checkpointing
-from rlhf.models import Policy
-from rlhf.models.policy import Teacher
-from rlhf.trainers.activations import Activations
-from rlhf.trainers.throughput import FlopCounter, figures, table
+from rlhf.models.policy import Wrapper
 
-WARM_UP = 2  # steps that are not timed; the matrix products of the last are counted
-PHASES = ("data", "reference", "forward", "head", "head backward", "backward", "optimizer", "other")
-
-
-class Clock:
-    """Seconds in each phase; at any time one is running, or none."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.phase: str | None = None
-        self.seconds = dict.fromkeys(PHASES, 0.0)
-        self._since = 0.0
-
-    def switch(self, phase: str | None) -> str | None:
-        """Go over to ``phase`` once the device has done what it was given; returns the phase before."""
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        now = time.perf_counter()
-        if self.phase is not None:
-            self.seconds[self.phase] += now - self._since
-        before, self.phase, self._since = self.phase, phase, now
-        return before
-
-    @property
-    def divides(self) -> bool:
-        """Whether a step is running, outside the reference and what samples for it: these are one phase each."""
-        return self.phase not in (None, "reference", "data")
-
-    @contextmanager
-    def during(self, phase: str) -> Iterator[None]:
-        """A phase inside a step; "data" opens the step."""
-        if not self.divides and not (self.phase is None and phase == "data"):
-            yield
-            return
-        before = self.switch(phase) or "other"
-        try:
-            yield
-        finally:
-            self.switch(before)
+WARM_UP = 2  # steps that are not timed: memory is allocated and kernels are chosen in them
+# "head" is the head and the loss computed with it. "step" is all that has no other label.
+LABELS = ("data", "rollout", "reference", "forward", "head", "loss", "backward", "optimizer", "step")
+PREFIX = "rlhf."
 
 
 class Profiler(TrainerCallback):
-    """Looks at a trainer's first batch, times ``args.profile`` steps after the first two, and reports.
+    """Times ``args.profile`` steps after the first two, prints the share of each part, and writes two files.
 
-    Phases: waiting for the batches; the reference policy, or the teacher; the backbone; the head and a loss that is
-    taken with it (in the modes local and unit with their gradient); the backward pass down to the last hidden states,
-    and below them; clipping and the update; the rest. A model that runs its own head has it under "forward".
+    ``profile.json`` in ``output_dir`` has the seconds; ``trace.json`` has every operation, for a viewer such as
+    Perfetto. No number of the run changes. A label waits for the device where it begins and ends, so that what was
+    queued counts where it was queued; these steps are a little slower than others.
 
-    For as long as that takes, methods of the trainer are shadowed and its modules hooked. No number changes; but the
-    clock waits for the device at each change of phase, so these steps are a little slower than others.
+    Args:
+        args: a trainer's arguments: ``profile``, ``output_dir`` and ``device`` are read.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self.attached = ExitStack()
+    def __init__(self, args: Any) -> None:
+        self.args = args
+        self.steps_done = self.tokens = 0
+        self.profile: Any = None
+        self.step: ExitStack | None = None  # while a step is timed
+        self.hooks = ExitStack()
+        self.entered: list[tuple[nn.Module, ExitStack]] = []  # labels of modules whose forward is running
+
+    @contextmanager
+    def label(self, name: str) -> Iterator[None]:
+        """A part of a step. Parts may lie in one another: time counts for the innermost. "data" begins a step."""
+        if self.profile is not None and self.step is None and name == "data":
+            self.step = ExitStack()
+            self.step.enter_context(record_function(f"{PREFIX}step"))
+        if self.step is None:  # evaluation, or saving
+            yield
+            return
+        self._wait()
+        with record_function(PREFIX + name):
+            yield
+            self._wait()
+
+    def _wait(self) -> None:
+        if self.args.device.type != "cpu":
+            torch.accelerator.synchronize(self.args.device)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.attached.close()
-        self.done = self.tokens = self.flops = 0
-        self.flops_per_token = 0.0
-        self.clock = Clock(args.device)
-        self._shadow(self.trainer, "compute_loss", self._watched)
+        self.steps_done = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.done += 1
-        self.clock.switch(None)
-        if args.profile and self.done == WARM_UP - 1:
-            self._attach()
-        elif args.profile and self.done == WARM_UP:
-            self.flops_per_token = self.flops / max(self.tokens, 1)
-            self.clock, self.tokens = Clock(args.device), 0
-        elif args.profile and self.done == WARM_UP + args.profile:
+        self.steps_done += 1
+        if self.step is not None:
+            self.step.close()  # the label of the optimizer, and that of the step
+            self.step = None
+        if self.steps_done == WARM_UP:
+            self._start()
+        elif self.steps_done == WARM_UP + args.profile:
             self._report()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.step is not None:
+            self.step.enter_context(self.label("optimizer"))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.profile and self.done <= WARM_UP:
-            print(f"profile: training ended at step {self.done}, and the first {WARM_UP} are not timed")
-        elif args.profile and self.done < WARM_UP + args.profile:
+        if self.steps_done <= WARM_UP:
+            print(f"profile: training ended at step {self.steps_done}, and the first {WARM_UP} are not timed")
+        if self.profile is not None and self.steps_done > WARM_UP:
             self._report()
-        self.attached.close()
 
-    def _shadow(self, owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Let this object answer to ``name`` with a wrapped method, until ``attached`` closes."""
-        own = vars(owner).get(name)
-        setattr(owner, name, wrapper(getattr(owner, name)))
-        self.attached.callback(partial(delattr, owner, name) if own is None else partial(setattr, owner, name, own))
+    def _start(self) -> None:
+        activities = [ProfilerActivity.CPU]
+        if self.args.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self.tokens = 0
+        self.hooks.callback(global_hooks.register_module_forward_pre_hook(self._enter_module).remove)
+        self.hooks.callback(global_hooks.register_module_forward_hook(self._leave_module, always_call=True).remove)
+        self.profile = self.hooks.enter_context(profile(activities=activities))
 
-    def _watched(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
-        """The first call of ``compute_loss``: what it chose, and what it keeps for the backward pass."""
+    def _enter_module(self, module: nn.Module, inputs: Any) -> None:
+        if self.step is None:
+            return
+        learns = torch.is_grad_enabled()
+        if isinstance(module, Wrapper):
+            name = "head" if learns else "reference"  # a policy that is only asked: a reference, or a teacher
+            if learns:
+                self.tokens += inputs[0].input_ids.numel()
+        elif learns and self.entered and module is _backbone(self.entered[-1][0]):
+            name = "forward"
+        else:
+            return
+        stack = ExitStack()
+        stack.enter_context(self.label(name))
+        self.entered.append((module, stack))
 
-        def watched(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            self.attached.close()
-            trainer = self.trainer
-            with Activations(trainer.accelerator.unwrap_model(trainer.model)) as activations:
-                loss = compute_loss(model, inputs, *args, **kwargs)
-            if trainer.args.verbose:
-                print(activations.describe_batch(inputs))
-            if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # gathered weights would be counted
-                print(activations.describe(activation_checkpointing(trainer.args)[0]))
-            return loss
-
-        return watched
-
-    def _timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self.clock.during(phase):
-                return function(*args, **kwargs)
-
-        return timed
-
-    def _timed_teacher(self, teacher: Teacher) -> Teacher:
-        @contextmanager
-        def timed(student: Policy) -> Iterator[Policy]:
-            with self.clock.during("reference"), teacher(student) as policy:
-                yield policy
-
-        return timed
-
-    def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            if self.done >= WARM_UP:
-                return function(*args, **kwargs)
-            with FlopCounter() as counter:
-                result = function(*args, **kwargs)
-            self.flops += counter.total
-            return result
-
-        return counted
-
-    def _attach(self) -> None:
-        trainer = self.trainer
-        for owner, name, phase in (
-            (trainer, "get_batch_samples", "data"),
-            (trainer, "ask_reference", "reference"),
-            (trainer.accelerator, "backward", "head backward"),
-            (trainer, "_clip_grad_norm", "optimizer"),
-            (trainer, "_get_grad_norm", "optimizer"),
-            (trainer.optimizer, "step", "optimizer"),
-            (trainer.model_wrapped, "zero_grad", "optimizer"),
-        ):
-            if hasattr(owner, name):
-                self._shadow(owner, name, partial(self._timed, phase))
-        teacher = getattr(trainer, "teacher", None)
-        if hasattr(teacher, "policy_of"):
-            self._shadow(teacher, "policy_of", self._timed_teacher)
-        self._shadow(trainer, "training_step", self._counted)
-        policy = trainer.accelerator.unwrap_model(trainer.model)
-        backbone = backbone_of(policy.model.get_base_model() if policy.has_adapter else policy.model)
-        for hook in (
-            policy.register_forward_pre_hook(self._count_tokens),
-            backbone.register_forward_pre_hook(lambda *_: self._enter("forward")),
-            backbone.register_forward_hook(self._leave_backbone),
-            policy.register_forward_hook(lambda *_: self._enter("other")),
-        ):
-            self.attached.callback(hook.remove)
-
-    def _count_tokens(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.clock.divides:
-            self.tokens += args[0].input_ids.numel()
-
-    def _enter(self, phase: str) -> None:
-        if self.clock.divides:
-            self.clock.switch(phase)
-
-    def _leave_backbone(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._enter("head")
-        if self.clock.divides and output[0].requires_grad:
-            output[0].register_hook(self._gradient_arrives)
-
-    def _gradient_arrives(self, gradient: Tensor) -> None:
-        if self.clock.phase == "head backward":
-            self.clock.switch("backward")
+    def _leave_module(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self.entered and self.entered[-1][0] is module:
+            self.entered.pop()[1].close()
 
     def _report(self) -> None:
-        self.attached.close()
-        trainer, args = self.trainer, self.trainer.args
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else trainer.model.dtype
-        found = figures(
-            self.clock.seconds,
-            self.done - WARM_UP,
-            self.tokens,
-            self.tokens * self.flops_per_token,
-            args.device,
-            dtype,
-        )
-        path = Path(args.output_dir) / "profile.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        print(table(found))
+        self.hooks.close()
+        steps = self.steps_done - WARM_UP
+        seconds = seconds_of_labels(self.profile.events())
+        total = sum(seconds.values())
+        figures = {
+            "steps": steps,
+            "step_seconds": total / steps,
+            "seconds": {name: spent / steps for name, spent in seconds.items()},
+            "tokens": self.tokens / steps,
+            "tokens_per_second": self.tokens / total,
+            "device": self.args.device.type,
+        }
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "profile.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        self.profile.export_chrome_trace(str(folder / "trace.json"))
+        self.profile = None
+        print(table(figures))
+
+
+class ProfiledTrainer(Trainer):
+    """A ``transformers.Trainer`` whose parts of a step have labels, where a profiler is there."""
+
+    profiler: Profiler | None = None
+
+    def label(self, name: str) -> AbstractContextManager[Any]:
+        """The label of a part of a step; nothing without a profiler."""
+        return nullcontext() if self.profiler is None else self.profiler.label(name)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        with self.label("data"):
+            return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.label("backward"):  # less the loss, which has a label of its own
+            return super().training_step(*args, **kwargs)
+
+    def compute_loss_context_manager(self) -> Any:
+        stack = super().compute_loss_context_manager()
+        stack.enter_context(self.label("loss"))
+        return stack
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        with self.label("optimizer"):
+            return super()._clip_grad_norm(model)
+
+
+def seconds_of_labels(events: Iterable[Any]) -> dict[str, float]:
+    """Seconds under each label and under none inside it; together those of all steps."""
+    labelled = [event for event in events if event.name.startswith(PREFIX)]
+    # An outer label begins first; where two begin together, the longer one is outside.
+    labelled.sort(key=lambda event: (event.time_range.start, -event.time_range.end))
+    seconds = dict.fromkeys(LABELS, 0.0)
+    around: list[Any] = []
+    for event in labelled:
+        while around and around[-1].time_range.end <= event.time_range.start:
+            around.pop()
+        spent = event.time_range.elapsed_us() / 1e6
+        seconds[event.name.removeprefix(PREFIX)] += spent
+        if around:
+            seconds[around[-1].name.removeprefix(PREFIX)] -= spent
+        around.append(event)
+    return seconds
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures as lines of text."""
+    total = figures["step_seconds"]
+    lines = [f"profile of the mean of {figures['steps']} steps, {figures['tokens']:.0f} tokens each:"]
+    for name, spent in figures["seconds"].items():
+        if spent:
+            shown = "other" if name == "step" else name
+            lines.append(f"  {shown:<14}{1000 * spent:>10.1f} ms{100 * spent / total:>7.1f} %")
+    lines.append(f"  {'step':<14}{1000 * total:>10.1f} ms, {figures['tokens_per_second']:.0f} tokens/s")
+    return "\n".join(lines)
+
+
+def _backbone(wrapper: nn.Module) -> nn.Module | None:
+    return backbone_of(wrapper.without_adapter) if isinstance(wrapper, Wrapper) else None

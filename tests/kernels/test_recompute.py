@@ -8,7 +8,8 @@ from conftest import ARCHITECTURES, close, tiny_model
 from peft import LoraConfig, get_peft_model
 
 from rlhf.data import Collator
-from rlhf.kernels.recompute import RMSNorm, SwiGLU, can_be_remade, fewer_activations, slim
+from rlhf.kernels import optimize
+from rlhf.kernels.recompute import RMSNorm, SwiGLU, enable_recompute, fewer_activations, mark_recomputable
 from rlhf.models import Policy
 
 ROWS = [
@@ -46,6 +47,7 @@ def test_models_compute_the_same(name, peft):
     if peft:
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     plain = copy.deepcopy(model)
+    optimize(model)
     policy = Policy(model)
     batch = Collator()(ROWS)
     other = model.get_base_model() if peft else model
@@ -58,8 +60,10 @@ def test_models_compute_the_same(name, peft):
     for key, grad in theirs.items():
         close(ours[key], grad)
     if name in ("llama", "qwen2", "granite"):  # those it is for
-        slimmed = [type(m).__name__ for m in other.modules() if "forward" in vars(m) and type(m) is not torch.nn.Linear]
-        assert len(slimmed) == 2 * 2 + 1 + 2 + (2 * 7 if peft else 0)  # norms, MLPs, LoRA layers
+        replaced = [
+            type(m).__name__ for m in other.modules() if "forward" in vars(m) and type(m) is not torch.nn.Linear
+        ]
+        assert len(replaced) == 2 * 2 + 1 + 2 + (2 * 7 if peft else 0)  # norms, MLPs, LoRA layers
 
 
 def bytes_kept(forward):
@@ -81,7 +85,7 @@ def test_less_is_kept(monkeypatch):
     model = tiny_model(num_hidden_layers=1)
     ids = torch.arange(64)[None]
     before, _ = bytes_kept(lambda: model(input_ids=ids, use_cache=False))
-    slim(model)
+    enable_recompute(model)
     after = []
     inner = torch.autograd.graph.saved_tensors_hooks
 
@@ -107,7 +111,7 @@ def test_less_is_kept(monkeypatch):
 def test_a_view_with_other_strides_is_kept():
     x = torch.randn(3, 4, requires_grad=True)
     with fewer_activations():
-        y = can_be_remade(x * 2, lambda: torch.full((3, 4), torch.nan))
+        y = mark_recomputable(x * 2, lambda: torch.full((3, 4), torch.nan))
         z = y.t() @ torch.ones(3, 1)
         w = (y.t() * y.t()).sum() + z.sum()
     w.backward()
@@ -124,14 +128,14 @@ def test_what_only_looks_alike_is_left(caplog):
             return (1 + self.weight) * torch.nn.functional.rms_norm(x, (8,), eps=self.variance_epsilon)
 
     odd = OddRMSNorm()
-    slim(odd)
+    enable_recompute(odd)
     assert "forward" not in vars(odd) and "OddRMSNorm computes something else" in caplog.text
 
 
 def test_a_copy_uses_its_own_weights():
     """The frozen reference is a deep copy."""
     model = tiny_model()
-    slim(model)
+    enable_recompute(model)
     twin = copy.deepcopy(model)
     ids = torch.arange(1, 9)[None]
     want = model(input_ids=ids).logits
