@@ -13,7 +13,8 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf.cli.arguments import DataArguments, ModelArguments
 from rlhf.data import Mixture, load_datasets, shuffled
-from rlhf.data.tokenizing import name_of, prefixed
+from rlhf.data.errors import error_context
+from rlhf.data.streams import name_of
 from rlhf.models import load_model, load_tokenizer
 from rlhf.trainers.base import BaseConfig, BaseTrainer
 from rlhf.trainers.checkpointing import checkpoint_to_resume
@@ -114,7 +115,7 @@ def _check_columns(args: BaseConfig, rows: Dataset | IterableDataset | Mixture |
     """Refuse rows that hold nothing to train on, before weights are loaded."""
     for part in rows.parts if isinstance(rows, Mixture) else (rows,):
         if part is not None and part.column_names is not None:  # of a stream, unknown before its first row
-            with prefixed(name_of(part)):
+            with error_context(name_of(part)):
                 args.check_columns(list(part.column_names))
 
 

@@ -8,6 +8,7 @@ from rlhf.data.encoding import Reading
 from rlhf.data.formats import Dialogue
 from rlhf.data.mixing import Mixture, load_datasets, shuffled
 from rlhf.data.packing import Packed, best_fit_decreasing
+from rlhf.data.pairing import add_mismatched
 from rlhf.data.reading import load_data
 from rlhf.data.streams import Endless, held, sample
 from rlhf.data.tokenizing import (
@@ -17,7 +18,6 @@ from rlhf.data.tokenizing import (
     tokenize_sft,
     tokenize_unpaired,
 )
-from rlhf.data.unpaired import add_mismatched
 from rlhf.data.vocabulary import tokenizer_difference
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Which columns of a file are read, and as what."""
+"""Which columns of a data file are read, and as what."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,18 +6,22 @@ from typing import Any
 
 Row = Mapping[str, Any]
 
+# Names that are known for a column, the preferred one first.
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialog")
 PROMPTS = ("prompt", "query", "question", "instruction", "problem", "input")
-CONTEXTS = ("input", "context")  # what an instruction or a question is about
+CONTEXTS = ("input", "context")  # the text that an instruction or a question refers to
 ANSWERS = ("completion", "response", "answer", "output", "solution", "target", "answers")
 CHOSEN = ("chosen", "chosen_messages", "chosen_response", "preferred")
 REJECTED = ("rejected", "rejected_messages", "rejected_response", "dispreferred")
 TOOLS = ("tools", "functions")
 SYSTEMS = ("system", "system_prompt")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-BESIDE = (*SYSTEMS, *TOOLS, "chat_template_kwargs")
-TURN_COLUMNS = {*PROMPTS, "response"} - {"prompt"}  # columns of this name are turns, not text that is joined as it is
-_PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+TEMPLATE_OPTIONS = "chat_template_kwargs"
+ROW_OPTIONS = (*SYSTEMS, *TOOLS, TEMPLATE_OPTIONS)  # apply to the whole conversation of a row
+# Text in these columns is a turn of a conversation; in `prompt` and `completion` it is joined as it is.
+TURN_COLUMNS = {*PROMPTS, "response"} - {"prompt"}
+# Columns of rows that are tokenised already.
+PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _SFT_IDS = ("input_ids", "labels", "completion_mask", "assistant_masks", "attention_mask")
 
 
@@ -26,12 +30,12 @@ class RowFormat:
     """How rows are read.
 
     Args:
-        columns: from a column's name to the name that it is read as (``{"question": "prompt"}``).
-        roles: from a role's name to the one that the template knows (``{"agent": "assistant"}``).
-        template_kwargs: what the chat template gets for every row; a row's ``chat_template_kwargs`` go before it.
-        text_field: the column of plain text.
-        template: the chat template. Without one, questions and answers are plain text.
-        exact: columns whose values are as they were written: their nulls are the user's, not Arrow's.
+        columns: From a column's name to the name that it is read as (``{"question": "prompt"}``).
+        roles: From a role's name to the one that the template knows (``{"agent": "assistant"}``).
+        template_kwargs: Options of the chat template for every row; a row's ``chat_template_kwargs`` override them.
+        text_field: The column of plain text.
+        template: The chat template. Without one, questions and answers are plain text.
+        exact: Columns whose nulls were written by the user, not added by Arrow.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -42,43 +46,74 @@ class RowFormat:
     exact: frozenset[str] = frozenset()
 
 
-# What a file's columns are read as
+def renamed(columns: Sequence[str], row_format: RowFormat) -> list[str]:
+    """Rename columns as the user asked.
 
+    Args:
+        columns: Names in the file.
+        row_format: Gives the new names.
 
-def renamed(columns: Sequence[str], form: RowFormat) -> list[str]:
-    """The columns under the names that they are read as.
+    Returns:
+        The names under which the columns are read.
 
     Raises:
-        ValueError: a column that is to be renamed is not there.
+        ValueError: A column that is to be renamed is not there.
     """
-    missing = [name for name in form.columns if name not in columns]
+    missing = [name for name in row_format.columns if name not in columns]
     if missing:
         raise ValueError(f"--columns: no column {missing[0]!r}; found {', '.join(columns)}")
-    return list(under_our_names({name: name for name in columns}, form))
+    return list(rename_row({name: name for name in columns}, row_format))
+
+
+def rename_row(row: Row, row_format: RowFormat) -> dict[str, Any]:
+    """Give the values of a row their new names; a renamed column replaces one that has its new name already."""
+    new_values = {new_name: row[name] for name, new_name in row_format.columns.items() if name in row}
+    other_values = {name: value for name, value in row.items() if name not in row_format.columns}
+    return other_values | new_values
+
+
+def present(names: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """Those of the ``known`` columns that are among ``names``, in the order of ``known``."""
+    return tuple(name for name in known if name in names)
+
+
+# Each function below takes the renamed columns of a file and returns those that one kind of training reads.
 
 
 def sft_columns(names: Sequence[str], text_field: str = "text") -> tuple[str, ...]:
-    """The columns, under our names, that supervised fine-tuning reads. The first of them names the form.
+    """Choose the columns that supervised fine-tuning reads.
+
+    Args:
+        names: Columns after renaming.
+        text_field: The column of plain text.
+
+    Returns:
+        The columns; the first holds the text that is trained, and so decides how rows are read.
 
     Raises:
-        ValueError: none of the known forms.
+        ValueError: No known form of rows.
     """
-    label = present(names, ("label",))
     if "input_ids" in names or {"prompt_ids", "completion_ids"} <= set(names):
         return ("input_ids", *present(names, (*_SFT_IDS[1:], "prompt_ids", "completion_ids")))
-    chosen, rejected = present(names, CHOSEN), present(names, REJECTED)
+
+    label = present(names, ("label",))
+    chosen = present(names, CHOSEN)
+    rejected = present(names, REJECTED)
     conversation = present(names, CONVERSATIONS)
+    # `conversations` beside a pair of answers is their prompt; `messages` is always the text to train on.
     if "messages" in conversation or (conversation and not (chosen and rejected)):
-        return (conversation[0], *label, *present(names, BESIDE))
+        return (conversation[0], *label, *present(names, ROW_OPTIONS))
+
+    prompt = prompt_and_options(names)
     if "completion" in names:
-        return ("completion", *label, *columns_of_prompt(names))
+        return ("completion", *label, *prompt)
     if chosen:
-        return (chosen[0], *rejected[:1], *columns_of_prompt(names))
-    prompt, answer = columns_of_prompt(names), present(names, ANSWERS)
+        return (chosen[0], *rejected[:1], *prompt)
     if text_field in names:
         return (text_field,)
-    if answer and set(prompt) & set(PROMPTS):
-        return (answer[0], *label, *prompt)
+    answers = present(names, ANSWERS)
+    if answers and set(prompt) & set(PROMPTS):
+        return (answers[0], *label, *prompt)
     raise ValueError(
         f"no column to train on: found {', '.join(names)}; expected {text_field!r}, 'messages', 'conversations', "
         "'prompt' + 'completion', 'instruction' + 'output', or 'prompt' + 'chosen'; "
@@ -86,91 +121,93 @@ def sft_columns(names: Sequence[str], text_field: str = "text") -> tuple[str, ..
     )
 
 
-def sft_column(columns: Sequence[str], form: RowFormat) -> str:
-    """What rows are learned from: ids, a conversation, an answer, ``chosen`` or text; the first that is there.
-
-    Raises:
-        ValueError: none of them.
-    """
-    return sft_columns(renamed(columns, form), form.text_field)[0]
-
-
 def pair_columns(names: Sequence[str]) -> tuple[str, ...]:
-    """The columns, under our names, that pairs are read from.
+    """Choose the columns that preference training reads.
+
+    Args:
+        names: Columns after renaming.
+
+    Returns:
+        The columns: chosen, rejected, then those of the prompt; or the three columns of ids.
 
     Raises:
-        ValueError: there are no pairs.
+        ValueError: There are no pairs.
     """
-    if set(_PAIR_IDS) <= set(names):
-        return _PAIR_IDS
-    found = [present(names, known)[:1] for known in (CHOSEN, REJECTED)]
-    missing = [known[0] for known, own in zip((CHOSEN, REJECTED), found, strict=True) if not own]
+    if set(PAIR_IDS) <= set(names):
+        return PAIR_IDS
+    chosen = present(names, CHOSEN)
+    rejected = present(names, REJECTED)
+    missing = [repr(known[0]) for known, columns in ((CHOSEN, chosen), (REJECTED, rejected)) if not columns]
     if missing:
         raise ValueError(
-            f"no column {' and '.join(map(repr, missing))}: found {', '.join(names)}; "
+            f"no column {' and '.join(missing)}: found {', '.join(names)}; "
             "preference data needs 'chosen' and 'rejected', and a 'prompt' unless both begin with it; "
             "--columns theirs=chosen says what yours are"
         )
-    return (*found[0], *found[1], *columns_of_prompt(names))
+    return (chosen[0], rejected[0], *prompt_and_options(names))
 
 
-def check_preference_columns(columns: Sequence[str], form: RowFormat | None = None) -> None:
-    """Raise where rows hold no pairs, nor answers with a ``label`` that can be paired."""
-    names = renamed(columns, form or RowFormat())
+def prompt_columns(names: Sequence[str]) -> tuple[str, ...]:
+    """Choose the columns that a prompt without an answer is read from.
+
+    Args:
+        names: Columns after renaming.
+
+    Returns:
+        The columns; the first holds the prompt.
+
+    Raises:
+        ValueError: There is no prompt.
+    """
+    chosen = present(names, CHOSEN)
+    if chosen and present(names, REJECTED):
+        return pair_columns(names)
+    prompt = prompt_and_options(names)
+    if set(prompt) & {*PROMPTS, *CONVERSATIONS}:
+        return prompt
+    if chosen:
+        return (chosen[0], *prompt)
+    raise ValueError(f"no column 'prompt' (nor 'messages'): found {', '.join(names)}; --columns theirs=prompt")
+
+
+def prompt_and_options(names: Sequence[str]) -> tuple[str, ...]:
+    """The prompt's column, if there is one, then those that belong to it: context, history, system, tools."""
+    prompt = present(names, PROMPTS)[:1] or present(names, CONVERSATIONS)[:1]
+    options = present(names, ROW_OPTIONS)
+    if prompt and prompt[0] in PROMPTS and prompt[0] not in ("prompt", "input"):
+        return (*prompt, *present(names, (*CONTEXTS, "history")), *options)
+    return prompt + options
+
+
+# Checks before any work; they raise ValueError where a trainer cannot read the columns of a file.
+
+
+def sft_column(columns: Sequence[str], row_format: RowFormat) -> str:
+    """The column that supervised fine-tuning trains on: ids, a conversation, an answer, ``chosen`` or text."""
+    return sft_columns(renamed(columns, row_format), row_format.text_field)[0]
+
+
+def check_preference_columns(columns: Sequence[str], row_format: RowFormat | None = None) -> None:
+    """Raise where rows hold neither pairs, nor answers with a ``label`` that can be paired."""
+    names = renamed(columns, row_format or RowFormat())
     if "label" in names and not present(names, CHOSEN):
         sft_columns(names)
         return
     pair_columns(names)
 
 
-def prompt_columns(names: Sequence[str]) -> tuple[str, ...]:
-    """The columns, under our names, that a prompt alone is read from.
-
-    Raises:
-        ValueError: there is no prompt.
-    """
-    if present(names, CHOSEN) and present(names, REJECTED):
-        return pair_columns(names)
-    prompt = columns_of_prompt(names)
-    if not set(prompt) & {*PROMPTS, *CONVERSATIONS}:
-        if chosen := present(names, CHOSEN):
-            return (chosen[0], *prompt)
-        raise ValueError(f"no column 'prompt' (nor 'messages'): found {', '.join(names)}; --columns theirs=prompt")
-    return prompt
+def check_prompt_columns(columns: Sequence[str], row_format: RowFormat) -> None:
+    """Raise where rows hold no prompt."""
+    prompt_columns(renamed(columns, row_format))
 
 
-def check_prompt_columns(columns: Sequence[str], form: RowFormat) -> None:
-    """Raise where rows hold nothing to answer."""
-    prompt_columns(renamed(columns, form))
-
-
-def check_unpaired_columns(columns: Sequence[str], form: RowFormat) -> bool:
-    """Whether rows are pairs, to be taken apart; raises where rows are neither marked nor pairs."""
-    names = renamed(columns, form)
-    pairs = "chosen" in names or "chosen_ids" in names
-    if not pairs and "label" not in names:
+def check_unpaired_columns(columns: Sequence[str], row_format: RowFormat) -> bool:
+    """Whether rows are pairs, each of which becomes two rows; raises where rows are neither labelled nor pairs."""
+    names = renamed(columns, row_format)
+    are_pairs = "chosen" in names or "chosen_ids" in names
+    if not are_pairs and "label" not in names:
         raise ValueError(
             f"no column 'label': found {', '.join(columns)}; KTO needs 'prompt', 'completion' and 'label' (true or "
             "false), or pairs"
         )
-    return pairs
-
-
-def present(names: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name for name in known if name in names)
-
-
-def columns_of_prompt(names: Sequence[str]) -> tuple[str, ...]:
-    """What :func:`_prompt` reads: the prompt's column, then what stands beside it."""
-    found = present(names, PROMPTS)[:1]
-    if found and found[0] not in ("prompt", "input"):
-        found += present(names, (*CONTEXTS, "history"))
-    elif not found:
-        found = present(names, CONVERSATIONS)[:1]
-    return found + present(names, BESIDE)
-
-
-def under_our_names(row: Row, form: RowFormat) -> dict[str, Any]:
-    """A column that is renamed replaces one that has its new name."""
-    taken = {ours: row[theirs] for theirs, ours in form.columns.items() if theirs in row}
-    return {name: value for name, value in row.items() if name not in form.columns} | taken
+    return are_pairs

@@ -1,23 +1,43 @@
-"""One row of text to rows of token ids: read, encoded, checked and cut."""
+"""One row of a data file to tokenised rows: an encoder for each kind of training.
 
+An encoder knows which columns it reads, what a row says as a dialogue, and what it becomes as ids.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from datasets import Json
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data import chat, formats
 from rlhf.data.batch import IGNORE
-from rlhf.data.columns import RowFormat
-from rlhf.data.formats import Dialogue
-from rlhf.data.messages import ASSISTANT, kind
+from rlhf.data.chat import Encoded, encode, encode_prompt, split_turns
+from rlhf.data.columns import (
+    PAIR_IDS,
+    Row,
+    RowFormat,
+    check_unpaired_columns,
+    pair_columns,
+    prompt_columns,
+    sft_columns,
+)
+from rlhf.data.formats import (
+    Dialogue,
+    canonical,
+    is_labelled_bad,
+    label,
+    margin,
+    pair_dialogue,
+    prompt_dialogue,
+    sft_dialogue,
+    unpaired_dialogue,
+)
+from rlhf.data.messages import ASSISTANT, describe_type
 from rlhf.data.prompts import roles_of
-from rlhf.data.typed import Written
+from rlhf.data.tables import JsonText
+from rlhf.data.tokenised_rows import NOTHING_SCORED, TokenisedRow
 
-Row = dict[str, Any]
-TOO_LONG = "with too long a prompt"  # why a row is dropped
-COUNTS = ("_answers", "_scored", "_notes")  # of each row: of its answers, and what was left out
-TOKENISED = ("input_ids", "labels", "completion_mask", "assistant_masks", "attention_mask", "completion_ids")
+_MASKS = ("completion_mask", "assistant_masks", "attention_mask")
 
 
 @dataclass(frozen=True)
@@ -25,9 +45,9 @@ class Reading:
     """How a trainer reads rows, besides their length.
 
     Args:
-        form: names of columns and roles, options of the template.
-        split_turns: each answer of a conversation is a row of its own, behind what comes before it.
-        bad_rows: file that lists the rows that cannot be read, which are left out; None stops at the first.
+        form: Names of columns and roles, and options of the template.
+        split_turns: Whether each answer of a conversation is a row of its own, behind all that comes before it.
+        bad_rows: File that lists the rows that cannot be read; these are left out. None stops at the first.
     """
 
     form: RowFormat = field(default_factory=RowFormat)
@@ -37,188 +57,305 @@ class Reading:
     def for_tokenizer(
         self, tokenizer: PreTrainedTokenizerBase, text_field: str = "text", rows: Any = None
     ) -> "Reading":
-        """With the template of a tokenizer, and what the columns of ``rows`` are."""
+        """Add what a tokenizer and a data set decide.
+
+        Args:
+            tokenizer: Its chat template is added.
+            text_field: The column of plain text.
+            rows: The data set. Its columns of JSON hold no nulls of Arrow's.
+
+        Returns:
+            A new object.
+        """
         given = tokenizer.chat_template
         template = given if isinstance(given, str) else " ".join((given or {}).values())
         features = getattr(rows, "features", None) or {}
-        exact = frozenset(
-            self.form.columns.get(name, name) for name, of in features.items() if isinstance(of, Written | Json)
-        )
+        json_columns = [name for name, feature in features.items() if isinstance(feature, JsonText | Json)]
+        exact = frozenset(self.form.columns.get(name, name) for name in json_columns)
         return replace(self, form=replace(self.form, template=template, text_field=text_field, exact=exact))
 
 
-def encode_sft(row: Row, tokenizer: PreTrainedTokenizerBase, column: str, reading: Reading) -> list[Row]:
-    """The tokenised row, or one for each of its answers; with what is counted of it."""
-    row = formats.canonical(row, reading.form)
-    if column == "input_ids":
-        return [{**_ready_sft(row), "_answers": 0, "_scored": 0, "_notes": []}]
-    if column == reading.form.text_field and column != "completion":
-        text = row[column]
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{column!r} is {'empty' if isinstance(text, str) else kind(text)}, expected text")
-        found = [chat.encode(tokenizer, Dialogue("", (text,)))]
-    else:
-        if formats.is_labelled_bad(row):
-            return [dropped({"input_ids": [0], "labels": [IGNORE]}, "with label false")]
-        dialogue = formats.sft_dialogue(row, column, reading.form)
-        if (reason := _nothing_to_learn(dialogue)) is not None:
-            return [dropped({"input_ids": [0], "labels": [IGNORE]}, reason)]
-        dialogues = chat.split_turns(dialogue) if reading.split_turns else [dialogue]
-        found = [chat.encode(tokenizer, one, split=reading.split_turns) for one in dialogues]
-    rows = []
-    for encoded in found:
-        ((ids, scored),) = encoded.completions
-        labels = [token if s else IGNORE for token, s in zip(ids, scored, strict=True)]
-        whole: Row = {"input_ids": encoded.prompt_ids + ids, "labels": [IGNORE] * len(encoded.prompt_ids) + labels}
-        rows.append(whole | _counts(encoded))
-    return rows or [dropped({"input_ids": [0], "labels": [IGNORE]}, "without a scored token")]
+class RowEncoder(Protocol):
+    """How one kind of training reads rows."""
+
+    @property
+    def reading(self) -> Reading:
+        """Names of columns and roles, options of the template, and what happens to bad rows."""
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The columns that are read, after renaming."""
+
+    @property
+    def blank(self) -> dict[str, Any]:
+        """A row of the right columns, in the place of one that cannot be read."""
+
+    def dialogue(self, row: Row) -> Dialogue | None:
+        """What a canonical row says; None for ids and for plain text.
+
+        Raises:
+            ValueError: The row is malformed.
+        """
+
+    def encode(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> list[TokenisedRow]:
+        """The tokenised rows that a row of the file becomes.
+
+        Raises:
+            ValueError: The row cannot be read or rendered.
+        """
+
+
+@dataclass(frozen=True)
+class SftEncoder:
+    """Supervised fine-tuning: ``input_ids``, and ``labels`` that are −100 where nothing is learned.
+
+    Args:
+        reading: How rows are read.
+        read: The columns that are read; the first holds the text to train on.
+    """
+
+    reading: Reading
+    read: tuple[str, ...]
+
+    @classmethod
+    def for_columns(cls, names: Sequence[str], reading: Reading) -> "SftEncoder":
+        return cls(reading, sft_columns(names, reading.form.text_field))
+
+    @property
+    def column(self) -> str:
+        return self.read[0]
+
+    @property
+    def blank(self) -> dict[str, Any]:
+        return {"input_ids": [0], "labels": [IGNORE]}
+
+    @property
+    def _is_text(self) -> bool:
+        return self.column == self.reading.form.text_field and self.column != "completion"
+
+    def dialogue(self, row: Row) -> Dialogue | None:
+        if self.column == "input_ids" or self._is_text:
+            return None
+        return sft_dialogue(row, self.column, self.reading.form)
+
+    def encode(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> list[TokenisedRow]:
+        row = canonical(row, self.reading.form)
+        if self.column == "input_ids":
+            return [TokenisedRow(_ready_sft_columns(row))]
+        if self._is_text:
+            return [_sft_row(encode(tokenizer, Dialogue("", (self._text(row),))))]
+        if is_labelled_bad(row):
+            return [TokenisedRow(self.blank, dropped="with label false")]
+        dialogue = sft_dialogue(row, self.column, self.reading.form)
+        if reason := _nothing_to_learn(dialogue):
+            return [TokenisedRow(self.blank, dropped=reason)]
+        if not self.reading.split_turns:
+            return [_sft_row(encode(tokenizer, dialogue))]
+        rows = [_sft_row(encode(tokenizer, answer, split=True)) for answer in split_turns(dialogue)]
+        return rows or [TokenisedRow(self.blank, dropped=NOTHING_SCORED)]
+
+    def _text(self, row: Row) -> str:
+        text = row[self.column]
+        if not isinstance(text, str):
+            raise ValueError(f"{self.column!r} is {describe_type(text)}, expected text")
+        if not text.strip():
+            raise ValueError(f"{self.column!r} is empty, expected text")
+        return text
+
+
+@dataclass(frozen=True)
+class PairEncoder:
+    """Preference training: ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, and ``labels`` of both answers.
+
+    Args:
+        reading: How rows are read.
+        read: The columns that are read.
+        with_margin: Whether to keep the column ``margin``.
+    """
+
+    reading: Reading
+    read: tuple[str, ...]
+    with_margin: bool = False
+
+    @classmethod
+    def for_columns(cls, names: Sequence[str], reading: Reading, margin: bool = False) -> "PairEncoder":
+        with_margin = margin and "margin" in names
+        read = pair_columns(names)
+        return cls(reading, (*read, "margin") if with_margin else read, with_margin)
+
+    @property
+    def has_ids(self) -> bool:
+        return "chosen_ids" in self.read
+
+    @property
+    def blank(self) -> dict[str, Any]:
+        ids = {"prompt_ids": [0], "chosen_ids": [0], "rejected_ids": [0], "labels": [[IGNORE], [IGNORE]]}
+        return {**ids, "margin": 0.0} if self.with_margin else {**ids}
+
+    def dialogue(self, row: Row) -> Dialogue | None:
+        return None if self.has_ids else pair_dialogue(row, self.reading.form)
+
+    def encode(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> list[TokenisedRow]:
+        row = canonical(row, self.reading.form)
+        extra = {"margin": margin(row)} if self.with_margin else {}
+        if self.has_ids:
+            return [TokenisedRow({**_ready_pair_columns(row), **extra})]
+        encoded = encode(tokenizer, pair_dialogue(row, self.reading.form))
+        (chosen, _), (rejected, _) = encoded.completions
+        ids = {"prompt_ids": encoded.prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected}
+        return [_counted({**ids, "labels": _answer_labels(encoded), **extra}, encoded)]
+
+
+@dataclass(frozen=True)
+class UnpairedEncoder:
+    """KTO: ``prompt_ids``, ``completions`` (one), ``labels`` (of its tokens) and ``desirable``.
+
+    A pair becomes two rows.
+
+    Args:
+        reading: How rows are read.
+        read: The columns that are read.
+        pairs: Reads rows that are pairs; None for rows with a ``label``.
+    """
+
+    reading: Reading
+    read: tuple[str, ...]
+    pairs: PairEncoder | None = None
+
+    @classmethod
+    def for_columns(cls, names: Sequence[str], reading: Reading) -> "UnpairedEncoder":
+        if check_unpaired_columns(names, replace(reading.form, columns={})):
+            pairs = PairEncoder.for_columns(names, reading)
+            return cls(reading, pairs.read, pairs)
+        return cls(reading, (*sft_columns(names), "label"))
+
+    @property
+    def blank(self) -> dict[str, Any]:
+        return {"prompt_ids": [0], "completions": [[0]], "labels": [[IGNORE]], "desirable": False}
+
+    def dialogue(self, row: Row) -> Dialogue | None:
+        if self.pairs is not None:
+            return self.pairs.dialogue(row)
+        return None if "completion_ids" in row else unpaired_dialogue(row, self.reading.form)
+
+    def encode(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> list[TokenisedRow]:
+        if self.pairs is not None:
+            return [answer for pair in self.pairs.encode(row, tokenizer) for answer in self._split(pair)]
+        row = canonical(row, self.reading.form)
+        is_good = label(row)
+        if "completion_ids" in row:
+            ids = list(row["completion_ids"])
+            return [TokenisedRow(self._columns(list(row["prompt_ids"]), ids, ids, is_good))]
+        encoded = encode(tokenizer, unpaired_dialogue(row, self.reading.form))
+        ((ids, _),) = encoded.completions
+        (labels,) = _answer_labels(encoded)
+        return [_counted(self._columns(encoded.prompt_ids, ids, labels, is_good), encoded)]
+
+    def _split(self, pair: TokenisedRow) -> list[TokenisedRow]:
+        """The two rows of a pair, the chosen one first. Each has the counts of the whole pair."""
+        columns = pair.columns
+        chosen_labels, rejected_labels = columns["labels"]
+        chosen = self._columns(columns["prompt_ids"], columns["chosen_ids"], chosen_labels, True)
+        rejected = self._columns(columns["prompt_ids"], columns["rejected_ids"], rejected_labels, False)
+        return [replace(pair, columns=chosen), replace(pair, columns=rejected)]
+
+    def _columns(self, prompt: list[int], ids: list[int], labels: list[int], is_good: bool) -> dict[str, Any]:
+        return {"prompt_ids": prompt, "completions": [ids], "labels": [labels], "desirable": is_good}
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """On-policy training: ``prompt_ids`` alone.
+
+    Args:
+        reading: How rows are read.
+        read: The columns that are read.
+    """
+
+    reading: Reading
+    read: tuple[str, ...]
+
+    @classmethod
+    def for_columns(cls, names: Sequence[str], reading: Reading) -> "PromptEncoder":
+        return cls(reading, prompt_columns(names))
+
+    @property
+    def blank(self) -> dict[str, Any]:
+        return {"prompt_ids": [0]}
+
+    def dialogue(self, row: Row) -> Dialogue | None:
+        return prompt_dialogue(row, self.reading.form)
+
+    def encode(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> list[TokenisedRow]:
+        row = canonical(row, self.reading.form)
+        ids = encode_prompt(tokenizer, prompt_dialogue(row, self.reading.form))
+        if not ids:
+            raise ValueError("'prompt' is empty")
+        return [TokenisedRow({"prompt_ids": ids})]
+
+
+# Columns of a tokenised row
+
+
+def _counted(columns: dict[str, Any], encoded: Encoded) -> TokenisedRow:
+    return TokenisedRow(columns, encoded.answers, encoded.scored, encoded.notes)
+
+
+def _sft_row(encoded: Encoded) -> TokenisedRow:
+    ((ids, _),) = encoded.completions
+    (labels,) = _answer_labels(encoded)
+    prompt = encoded.prompt_ids
+    return _counted({"input_ids": prompt + ids, "labels": [IGNORE] * len(prompt) + labels}, encoded)
+
+
+def _answer_labels(encoded: Encoded) -> list[list[int]]:
+    """The labels of each completion: its ids, −100 for those that are not scored."""
+    return [
+        [token if is_scored else IGNORE for token, is_scored in zip(ids, scored, strict=True)]
+        for ids, scored in encoded.completions
+    ]
 
 
 def _nothing_to_learn(dialogue: Dialogue) -> str | None:
-    """Why a conversation has no answer to learn; None where it has one."""
+    """Why a conversation has no answer to learn; None if it has one."""
     (turns,) = dialogue.completions
-    answers = [] if isinstance(turns, str) else [turn for turn in turns if turn["role"] == ASSISTANT]
-    if isinstance(turns, str) or any(turn.get("weight", 1) for turn in answers):
+    if isinstance(turns, str):
+        return None
+    answers = [turn for turn in turns if turn["role"] == ASSISTANT]
+    if any(turn.get("weight", 1) for turn in answers):
         return None
     if answers:
         return "whose answers are all marked not to be learned"
     return f"without an assistant's turn (roles: {roles_of(turns)}; --roles theirs=assistant says which it is)"
 
 
-def _counts(encoded: chat.Encoded) -> Row:
-    return {"_answers": encoded.answers, "_scored": encoded.scored, "_notes": list(encoded.notes)}
+# Rows that are tokenised already
 
 
-def dropped(blank: Row, reason: str) -> Row:
-    return {**blank, "_drop": reason, "_answers": 0, "_scored": 0, "_notes": []}
-
-
-def _ready_sft(row: Row) -> Row:
-    """A tokenised row: ``labels``, or masks of what is learned."""
+def _ready_sft_columns(row: Row) -> dict[str, Any]:
+    """Ids and labels from ``labels``, from masks, or from a prompt and its completion."""
     if "input_ids" not in row:
         prompt, completion = list(row["prompt_ids"]), list(row["completion_ids"])
         return {"input_ids": prompt + completion, "labels": [IGNORE] * len(prompt) + completion}
     ids = list(row["input_ids"])
-    labels = list(row["labels"]) if row.get("labels") is not None else list(ids)
-    masks = [row[key] for key in ("completion_mask", "assistant_masks", "attention_mask") if row.get(key) is not None]
-    for name, own in (("labels", labels), *((key, row[key]) for key in TOKENISED[2:5] if row.get(key) is not None)):
-        if len(own) != len(ids):
-            raise ValueError(f"{name!r} has {len(own)} entries, 'input_ids' {len(ids)}")
-    labels = [label if all(mask[i] for mask in masks) else IGNORE for i, label in enumerate(labels)]
-    if (real := row.get("attention_mask")) is not None:  # padding is no text
-        ids, labels = ([x for x, r in zip(side, real, strict=True) if r] for side in (ids, labels))
+    labels = ids if row.get("labels") is None else list(row["labels"])
+    masks = {name: row[name] for name in _MASKS if row.get(name) is not None}
+    for name, values in {"labels": labels, **masks}.items():
+        if len(values) != len(ids):
+            raise ValueError(f"{name!r} has {len(values)} entries, 'input_ids' {len(ids)}")
+    for mask in masks.values():
+        labels = [token if is_scored else IGNORE for token, is_scored in zip(labels, mask, strict=True)]
+    if "attention_mask" in masks:  # remove padding: batches are padded anew
+        is_text = masks["attention_mask"]
+        ids = [token for token, keep in zip(ids, is_text, strict=True) if keep]
+        labels = [token for token, keep in zip(labels, is_text, strict=True) if keep]
     return {"input_ids": ids, "labels": labels}
 
 
-def encode_pair(row: Row, tokenizer: PreTrainedTokenizerBase, ready: bool, margin: bool, form: RowFormat) -> list[Row]:
-    row = formats.canonical(row, form)
-    own = {"margin": formats.margin(row)} if margin else {}
-    if ready:
-        encoded = {key: list(row[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")}
-        for key in ("chosen_ids", "rejected_ids"):
-            if not encoded[key]:
-                raise ValueError(f"{key!r} is empty")
-        labels = [encoded["chosen_ids"], encoded["rejected_ids"]]
-        return [{**encoded, "labels": labels, **own, "_answers": 0, "_scored": 0, "_notes": []}]
-    found = chat.encode(tokenizer, formats.pair_dialogue(row, form))
-    (chosen, _), (rejected, _) = found.completions
-    ids = {"prompt_ids": found.prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected}
-    return [{**ids, "labels": _labels(found), **own, **_counts(found)}]
-
-
-def encode_unpaired(row: Row, tokenizer: PreTrainedTokenizerBase, pairs: bool, form: RowFormat) -> list[Row]:
-    row = formats.canonical(row, form)
-    if pairs:
-        (pair,) = encode_pair(row, tokenizer, "chosen_ids" in row, False, form)
-        counts = {key: pair[key] for key in COUNTS}
-        both = zip((pair["chosen_ids"], pair["rejected_ids"]), pair["labels"], (True, False), strict=True)
-        return [
-            {"prompt_ids": pair["prompt_ids"], "completions": [ids], "labels": [labels], "desirable": good, **counts}
-            for ids, labels, good in both
-        ]
-    good = formats.label(row)
-    if "completion_ids" in row:
-        ids = list(row["completion_ids"])
-        ready = {"prompt_ids": list(row["prompt_ids"]), "completions": [ids], "labels": [ids], "desirable": good}
-        return [{**ready, "_answers": 0, "_scored": 0, "_notes": []}]
-    found = chat.encode(tokenizer, formats.unpaired_dialogue(row, form))
-    completions = [ids for ids, _ in found.completions]
-    own = {"prompt_ids": found.prompt_ids, "completions": completions, "labels": _labels(found), "desirable": good}
-    return [{**own, **_counts(found)}]
-
-
-def _labels(found: chat.Encoded) -> list[list[int]]:
-    return [[i if s else IGNORE for i, s in zip(ids, scored, strict=True)] for ids, scored in found.completions]
-
-
-# Length
-
-
-def cut(encoded: Row, max_length: int, vocab_size: int, drop: bool) -> Row:
-    """A row of ids, checked, without its end beyond ``max_length``; ``_cut`` says how many ids that took, ``_drop`` why
-    the row is to be left out, if it is."""
-    own = {key: value for key, value in encoded.items() if not _is_ids(value) or key.startswith("_")}
-    encoded = {key: value for key, value in encoded.items() if key not in own}
-    if own.get("_drop"):
-        return encoded | own | {"_cut": 0}
-    check_vocabulary(encoded, vocab_size)
-    prompt = _prompt_length(encoded)
-    too_long = prompt >= max_length
-    if too_long and not drop:
-        raise ValueError(
-            f"the prompt has {prompt} tokens and max_length is {max_length}: raise --max_length, or pass "
-            "--drop_long_prompts to leave such rows out"
-        )
-    before = _size(encoded)
-    # A prompt belongs to both answers: it is kept whole, and the answers share what is left of max_length.
-    room = max(max_length - prompt if "prompt_ids" in encoded else max_length, 0)
-    encoded = {key: ids if key == "prompt_ids" else _shorter(ids, room) for key, ids in encoded.items()}
-    return encoded | own | {"_cut": before - _size(encoded), "_drop": _reason_to_drop(encoded, too_long)}
-
-
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list)
-
-
-def _nested(value: list[Any]) -> bool:
-    return bool(value) and isinstance(value[0], list)
-
-
-def _shorter(ids: list[Any], room: int) -> list[Any]:
-    return [own[:room] for own in ids] if _nested(ids) else ids[:room]
-
-
-def _flat(value: list[Any]) -> list[int]:
-    return [i for own in value for i in own] if _nested(value) else value
-
-
-def _size(encoded: Row) -> int:
-    return sum(len(_flat(ids)) for key, ids in encoded.items() if key != "labels")
-
-
-def _prompt_length(encoded: Row) -> int:
-    if "prompt_ids" in encoded:
-        return len(encoded["prompt_ids"])
-    return next((i for i, label in enumerate(encoded["labels"]) if label != IGNORE), 0)
-
-
-def check_vocabulary(encoded: Row, vocab_size: int) -> None:
-    for key, ids in encoded.items():
-        wrong = next((i for i in _flat(ids) if not 0 <= i < vocab_size and not (key == "labels" and i == IGNORE)), None)
-        if wrong is not None:
-            raise ValueError(
-                f"token {wrong} in {key!r} is outside the model's vocabulary of {vocab_size}: "
-                "is this the model's own tokenizer? (--add_tokens enlarges the model for new tokens)"
-            )
-
-
-def _reason_to_drop(encoded: Row, too_long: bool) -> str:
-    if too_long:
-        return TOO_LONG
-    if "input_ids" in encoded:
-        return "" if any(label != IGNORE for label in encoded["labels"][1:]) else "without a scored token"
-    if any(all(label == IGNORE for label in labels) for labels in encoded["labels"]):
-        return "without a scored token"
-    if "chosen_ids" in encoded and encoded["chosen_ids"] == encoded["rejected_ids"]:
-        return "whose answers are the same once cut"
-    return ""
+def _ready_pair_columns(row: Row) -> dict[str, Any]:
+    ids = {name: list(row[name]) for name in PAIR_IDS}
+    answers = ("chosen_ids", "rejected_ids")
+    for name in answers:
+        if not ids[name]:
+            raise ValueError(f"{name!r} is empty")
+    return {**ids, "labels": [ids[name] for name in answers]}

@@ -1,4 +1,4 @@
-"""Rows as people have them, brought to one form: a dialogue, a prompt with its completions."""
+"""From a row of a data file, in any of the known forms, to a dialogue: a prompt with its completions."""
 
 import math
 from collections.abc import Mapping
@@ -7,307 +7,437 @@ from typing import Any
 
 from rlhf.data.columns import (
     ANSWERS,
-    BESIDE,
     CHOSEN,
     CONTEXTS,
     CONVERSATIONS,
     MEDIA,
     PROMPTS,
     REJECTED,
+    ROW_OPTIONS,
     SYSTEMS,
+    TEMPLATE_OPTIONS,
     TOOLS,
     TURN_COLUMNS,
     Row,
     RowFormat,
-    columns_of_prompt,
     pair_columns,
     present,
+    prompt_and_options,
     prompt_columns,
-    under_our_names,
+    rename_row,
 )
-from rlhf.data.messages import ASSISTANT, Message, Turns, as_messages, from_json, kind, read_tools, without_nulls
+from rlhf.data.messages import (
+    ASSISTANT,
+    Message,
+    Turns,
+    as_messages,
+    describe_type,
+    from_json,
+    read_tools,
+    without_nulls,
+)
 from rlhf.data.prompts import common_prompt, last_answer, split_prompt
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A row in the one form that rendering takes: a prompt and its completions, all text or all messages.
+    """A prompt and its completions, all text or all messages: what is rendered and tokenised.
 
-    ``completions`` are none for a prompt alone, one for fine-tuning, two for a pair. ``tools`` and ``template_kwargs``
-    go to the chat template. A message whose answer must not be learned has ``"weight": 0``.
+    Args:
+        prompt: Text or messages; may be empty.
+        completions: None for a prompt alone, one for fine-tuning, two for a pair. A message of the assistant that is
+            not trained has ``"weight": 0``.
+        tools: JSON schemas of tools, for the chat template.
+        template_kwargs: Further options of the chat template.
     """
 
     prompt: Turns
     completions: tuple[Turns, ...] = ()
-    tools: list[Any] | None = None  # JSON schemas
+    tools: list[Any] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-# Rows
+def canonical(row: Row, row_format: RowFormat) -> dict[str, Any]:
+    """Rename the columns of a row as ``row_format`` says.
 
+    Args:
+        row: A row as it is in the file.
+        row_format: How rows are read.
 
-def canonical(row: Row, form: RowFormat) -> dict[str, Any]:
-    """The row under the names that its columns are read as.
+    Returns:
+        A new row.
 
     Raises:
-        ValueError: it holds images or the like.
+        ValueError: The row holds images, video or audio.
     """
-    row = under_our_names(row, form)
+    row = rename_row(row, row_format)
     for name in MEDIA:
-        if row.get(name) and not isinstance(row[name], str):  # a path or an address may be a note
+        is_note = isinstance(row.get(name), str)  # such as a path or an address
+        if row.get(name) and not is_note:
             raise ValueError(f"{name!r} is not empty: only text is supported; leave such rows out")
     return row
 
 
-def sft_dialogue(row: Row, column: str, form: RowFormat) -> Dialogue:
-    """A conversation, all of whose answers are learned, or a prompt with its completion; ``column`` holds them.
+# A dialogue for each kind of training. Rows are canonical; errors name the column, and the caller adds file and row.
 
-    Of a preference row, the chosen answer.
+
+def sft_dialogue(row: Row, column: str, row_format: RowFormat) -> Dialogue:
+    """Read a row for supervised fine-tuning.
+
+    Args:
+        row: A canonical row.
+        column: The column that holds the text to train on.
+        row_format: How rows are read.
+
+    Returns:
+        A conversation of which all answers are trained, or a prompt with its completion; for a pair, its chosen one.
 
     Raises:
-        ValueError: what is wrong, without file and row.
+        ValueError: The row is malformed.
     """
+    reader = _RowReader(row, row_format)
     if column in CONVERSATIONS:
-        return _dialogue(row, [], [_conversation(row, column, form)], form)
+        return reader.dialogue([], [reader.conversation(column)])
     if column in CHOSEN and present(list(row), REJECTED):
-        prompt, chosen, _ = _pair(row, form)
-        return _dialogue(row, prompt, [chosen], form)
-    prompt, completion = _prompt_and_completion(row, column, form)
-    return _dialogue(row, prompt, [completion], form)
+        prompt, chosen, _ = reader.pair()
+        return reader.dialogue(prompt, [chosen])
+    prompt, completion = reader.prompt_and_completion(column)
+    return reader.dialogue(prompt, [completion])
 
 
-def pair_dialogue(row: Row, form: RowFormat) -> Dialogue:
-    """A prompt with its chosen and rejected completion; without a prompt, what both begin with is the prompt.
+def pair_dialogue(row: Row, row_format: RowFormat) -> Dialogue:
+    """Read a pair: a prompt with its chosen and its rejected completion.
+
+    Args:
+        row: A canonical row. Without a prompt, the text that both answers begin with is the prompt.
+        row_format: How rows are read.
+
+    Returns:
+        A dialogue with two completions.
 
     Raises:
-        ValueError: what is wrong, without file and row.
+        ValueError: The row is malformed, or its answers are identical.
     """
-    prompt, chosen, rejected = _pair(row, form)
+    reader = _RowReader(row, row_format)
+    prompt, chosen, rejected = reader.pair()
     if chosen == rejected:
         raise ValueError("'chosen' and 'rejected' are identical: a pair without a preference teaches nothing")
-    return _dialogue(row, prompt, [chosen, rejected], form)
+    return reader.dialogue(prompt, [chosen, rejected])
 
 
-def unpaired_dialogue(row: Row, form: RowFormat) -> Dialogue:
-    """A prompt with one completion, the last assistant's turns of a conversation where there is no prompt.
+def unpaired_dialogue(row: Row, row_format: RowFormat) -> Dialogue:
+    """Read a prompt with one completion.
+
+    Args:
+        row: A canonical row. In a conversation without a prompt, the completion is the assistant's last turns.
+        row_format: How rows are read.
+
+    Returns:
+        A dialogue with one completion.
 
     Raises:
-        ValueError: what is wrong, without file and row.
+        ValueError: The row is malformed.
     """
-    names = [name for name in row if row[name] is not None]
-    column = next(iter(present(names, ANSWERS) or present(names, CONVERSATIONS)), None)
-    if column is None:
+    filled = [name for name, value in row.items() if value is not None]
+    candidates = present(filled, ANSWERS) or present(filled, CONVERSATIONS)
+    if not candidates:
         raise ValueError(f"no 'completion' (nor 'messages'): found {', '.join(row)}")
-    if column in CONVERSATIONS:
-        prompt, completion = last_answer(_conversation(row, column, form))
-        return _dialogue(row, prompt, [completion], form)
-    return sft_dialogue(row, column, form)
+    column = candidates[0]
+    if column not in CONVERSATIONS:
+        return sft_dialogue(row, column, row_format)
+    reader = _RowReader(row, row_format)
+    prompt, completion = last_answer(reader.conversation(column))
+    return reader.dialogue(prompt, [completion])
 
 
-def prompt_dialogue(row: Row, form: RowFormat) -> Dialogue:
-    """What a policy is to answer: the prompt as it is trained, or a conversation up to its last answer.
+def prompt_dialogue(row: Row, row_format: RowFormat) -> Dialogue:
+    """Read a prompt that a policy is to answer, exactly as the prompt of a trained row.
+
+    Args:
+        row: A canonical row. Of a conversation, the prompt is all before its last answer.
+        row_format: How rows are read.
+
+    Returns:
+        A dialogue without completions.
 
     Raises:
-        ValueError: what is wrong, without file and row.
+        ValueError: The row is malformed, or has no prompt.
     """
+    reader = _RowReader(row, row_format)
     column = prompt_columns(list(row))[0]
     answers = [name for name in ("completion", "response", *CHOSEN) if row.get(name) is not None]
+    prompt: Turns
     if column in CHOSEN and present(list(row), REJECTED):
-        prompt: Turns = _pair(row, form)[0]
+        prompt, _, _ = reader.pair()
     elif answers:
-        prompt = _prompt_and_completion(row, answers[0], form)[0]
+        # An answer may repeat the prompt, or hold it: the split is that of training.
+        prompt, _ = reader.prompt_and_completion(answers[0])
     elif column in CONVERSATIONS:
-        turns = _conversation(row, column, form)
+        turns = reader.conversation(column)
         prompt = turns if turns[-1]["role"] != ASSISTANT else last_answer(turns)[0]
         if not prompt:
             raise ValueError(f"{column!r} begins with the assistant's answer: there is nothing to answer")
     else:
-        prompt = _prompt(row, "", form) or ""
-    return _dialogue(row, prompt, [], form)
+        prompt = reader.prompt(answer_column="") or ""
+    return reader.dialogue(prompt, [])
 
 
-def margin(row: Mapping[str, Any]) -> float:
-    """How far apart the rewards of a pair should be."""
+# Numbers and labels beside the text
+
+
+def margin(row: Row) -> float:
+    """How far apart the rewards of a pair should be.
+
+    Args:
+        row: A canonical row with a ``margin``.
+
+    Returns:
+        A finite number.
+
+    Raises:
+        ValueError: The value is no finite number.
+    """
     value = row["margin"]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        seen = value if isinstance(value, float) else kind(value)
-        raise ValueError(f"'margin' is {seen}, expected a finite number (leave the column out where there is none)")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        description = value if isinstance(value, float) else describe_type(value)
+        raise ValueError(
+            f"'margin' is {description}, expected a finite number (leave the column out where there is none)"
+        )
     return float(value)
 
 
-def label(row: Mapping[str, Any]) -> bool:
-    """Whether an unpaired answer is a good one."""
+def label(row: Row) -> bool:
+    """Whether an unpaired answer is a good one.
+
+    Args:
+        row: A canonical row with a ``label``: true or false, 1 or 0, or text of these.
+
+    Returns:
+        True for a good answer.
+
+    Raises:
+        ValueError: The value is none of these.
+    """
     value = row.get("label")
-    if isinstance(value, str) and value.strip().lower() in ("true", "false", "1", "0"):
-        return value.strip().lower() in ("true", "1")
-    if not isinstance(value, bool | int | float) or value not in (0, 1):
-        raise ValueError(
-            f"'label' is {value if isinstance(value, int | float) else kind(value)}, expected true or false"
-        )
-    return bool(value)
+    is_good = _parse_label(value)
+    if is_good is None:
+        description = value if isinstance(value, int | float) else describe_type(value)
+        raise ValueError(f"'label' is {description}, expected true or false")
+    return is_good
 
 
 def is_labelled_bad(row: Row) -> bool:
-    """Whether ``label`` says that an unpaired answer is a bad one; a label of another kind says nothing."""
+    """Whether ``label`` marks an answer as bad. A label of another kind, such as a class or a score, does not."""
     value = row.get("label")
-    return str(value).strip().lower() in ("false", "0") if isinstance(value, bool | int | str) else False
+    return not isinstance(value, float) and _parse_label(value) is False
 
 
-def has_labels(rows: Any, form: RowFormat) -> bool:
-    """Whether ``label`` says of the first rows whether their answers are good."""
-    return any(
-        is_labelled_bad(row) or row.get("label") in (True, "true", "True")
-        for row in (under_our_names(rows[i], form) for i in range(min(len(rows), 100)))
-    )
+def has_labels(rows: Any, row_format: RowFormat) -> bool:
+    """Whether ``label`` marks answers as good or bad in the first hundred rows.
 
+    Args:
+        rows: A ``Dataset``.
+        row_format: How rows are read.
 
-# Prompts
-
-
-def _prompt(row: Row, answer: str, form: RowFormat) -> Turns | None:
-    """The prompt beside the column ``answer``; None where there is none."""
-    names = columns_of_prompt([name for name in row if name != answer])
-    if not names or names[0] in BESIDE:
-        return None
-    column = names[0]
-    if column in CONVERSATIONS:
-        return _conversation(row, column, form)
-    text = _turns(row, column, form)
-    if not isinstance(text, str):
-        return _with_system(text, row)
-    more = [row[name].strip() for name in names[1:] if name in CONTEXTS and isinstance(row[name], str)]
-    text = "\n\n".join([text, *filter(None, more)])
-    turns = column in TURN_COLUMNS or answer in TURN_COLUMNS
-    system = _system(row)
-    if form.template and (turns or system or _tools(row, form)):
-        past = [turn for exchange in row.get("history") or [] for turn in _exchange(exchange)]
-        return _with_system([*past, {"role": "user", "content": text}], row)
-    if row.get("history"):
-        raise ValueError("'history' needs a chat template: pass --chat_template_path")
-    text = f"{system}\n\n{text}" if system else text
-    return f"{text}\n" if turns and not text.endswith("\n") else text
-
-
-def _exchange(pair: Any) -> list[Message]:
-    return [{"role": role, "content": str(text)} for role, text in zip(("user", ASSISTANT), pair, strict=True)]
-
-
-def _prompt_and_completion(row: Row, column: str, form: RowFormat) -> tuple[Turns, Turns]:
-    """A prompt and what follows it, both plain or both conversational; ``column`` names the completion.
-
-    Without a prompt, a conversation's last answer is the completion and the rest its prompt.
+    Returns:
+        True if one of them has such a label.
     """
-    prompt = _prompt(row, column, form)
-    completion = _answer(row, column, form)
-    if prompt is not None:
-        return split_prompt(prompt, completion)
-    return ("", completion) if isinstance(completion, str) else last_answer(completion)
+    first_rows = (rename_row(rows[index], row_format) for index in range(min(len(rows), 100)))
+    return any(is_labelled_bad(row) or row.get("label") in (True, "true", "True") for row in first_rows)
 
 
-def _answer(row: Row, column: str, form: RowFormat) -> Turns:
-    calls = from_json(row[column]) if column == "answers" and isinstance(row[column], str) else None
-    if form.template and isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls):
-        turn = {"role": "function_call", "content": row[column]}
-        return as_messages([turn], column, form.roles, form.template, exact=True)
-    return _turns(row, column, form)
-
-
-def _pair(row: Row, form: RowFormat) -> tuple[Turns, Turns, Turns]:
-    """The prompt, chosen and rejected."""
-    first, second = pair_columns(list(row))[:2]
-    chosen, rejected = _turns(row, first, form), _turns(row, second, form)
-    if type(chosen) is not type(rejected):
-        raise ValueError(f"{first!r} and {second!r} must both be text or both be messages")
-    prompt = _prompt(row, first, form)
-    if prompt is None or (not prompt and not isinstance(chosen, str)):
-        if chosen == rejected:
-            raise ValueError(f"{first!r} and {second!r} are identical: a pair without a preference teaches nothing")
-        prompt = common_prompt(chosen, rejected)
-        return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
-    (prompt, chosen), (other, rejected) = split_prompt(prompt, chosen), split_prompt(prompt, rejected)
-    if other != prompt:
-        raise ValueError(f"the conversations of {first!r} and {second!r} have different prompts")
-    while not isinstance(prompt, str) and min(len(chosen), len(rejected)) > 1 and chosen[0] == rejected[0]:
-        prompt, chosen, rejected = [*prompt, chosen[0]], chosen[1:], rejected[1:]  # type: ignore[list-item]
-    return prompt, chosen, rejected
-
-
-# Turns
-
-
-def _dialogue(row: Row, prompt: Turns, completions: list[Turns], form: RowFormat) -> Dialogue:
-    """With the row's tools and options of the template."""
-    tools = None if isinstance(prompt, str) else _tools(row, form)
-    if not isinstance(prompt, str) and prompt:
-        prompt = _with_system(prompt, row)
-    own = row.get("chat_template_kwargs")
-    own = from_json(own) if isinstance(own, str) and own.strip() else own
-    own = (
-        own
-        if "chat_template_kwargs" in form.exact or isinstance(row.get("chat_template_kwargs"), str)
-        else without_nulls(own)
-    )
-    if own and not isinstance(own, Mapping):
-        raise ValueError(f"'chat_template_kwargs' is {kind(own)}, expected an object")
-    return Dialogue(prompt, tuple(completions), tools, {**form.template_kwargs, **(own or {})})
-
-
-def _tools(row: Row, form: RowFormat) -> list[Any] | None:
-    column = next(iter(present(list(row), TOOLS)), None)
-    return None if column is None else read_tools(row[column], column, column in form.exact)
-
-
-def _system(row: Row) -> str:
-    column = next((name for name in SYSTEMS if row.get(name) is not None), None)
-    said = "" if column is None else row[column]
-    if not isinstance(said, str):
-        raise ValueError(f"{column!r} is {kind(said)}, expected text")
-    return said if said.strip() else ""
-
-
-def _with_system(turns: list[Message], row: Row) -> list[Message]:
-    """With the system turn of the row's own column in front.
-
-    Raises:
-        ValueError: the turns begin with another one.
-    """
-    system = _system(row)
-    if not system:
-        return turns
-    if turns and turns[0]["role"] in ("system", "developer"):
-        if str(turns[0]["content"]).strip() != system.strip():
-            raise ValueError("the column 'system' and the system turn differ: leave one of them out")
-        return turns
-    return [{"role": "system", "content": system}, *turns]
-
-
-def _conversation(row: Row, column: str, form: RowFormat) -> list[Message]:
-    turns = _turns(row, column, form)
-    if isinstance(turns, str):
-        raise ValueError(f"{column!r} is text, expected a list of messages")
-    return _with_system(turns, row)
-
-
-def _turns(row: Row, column: str, form: RowFormat) -> Turns:
-    """Text, or messages; a list of messages may be JSON text."""
-    value = row.get(column)
-    exact = column in form.exact
-    if value is None:
-        raise ValueError(f"has no {column!r}")
+def _parse_label(value: Any) -> bool | None:
     if isinstance(value, str):
-        found = from_json(value) if value.lstrip()[:1] == "[" else None
-        if not (isinstance(found, list) and found and all(_is_message(turn) for turn in found)):
-            if column not in PROMPTS and not value.strip():
-                raise ValueError(f"{column!r} is empty")
-            return value
-        value, exact = found, True
-    if _is_message(value):
-        value = [value]
-    if not isinstance(value, list):
-        raise ValueError(f"{column!r} is {kind(value)}, expected text or a list of messages")
-    if not value:
-        raise ValueError(f"{column!r} is empty")
-    return as_messages(value, column, form.roles, form.template, exact)
+        return {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
+    return None
+
+
+@dataclass(frozen=True)
+class _RowReader:
+    """The parts of one canonical row: its turns, prompt, answers, system turn and tools."""
+
+    row: Row
+    row_format: RowFormat
+
+    def dialogue(self, prompt: Turns, completions: list[Turns]) -> Dialogue:
+        """Add the row's system turn, tools and options of the template."""
+        tools = None
+        if not isinstance(prompt, str):
+            tools = self.tools()
+            prompt = self.with_system(prompt) if prompt else prompt
+        template_kwargs = {**self.row_format.template_kwargs, **self.template_options()}
+        return Dialogue(prompt, tuple(completions), tools, template_kwargs)
+
+    # Text and messages of one column
+
+    def turns(self, column: str) -> Turns:
+        """The text or the messages of a column; a list of messages may be JSON text."""
+        value = self.row.get(column)
+        exact = column in self.row_format.exact
+        if value is None:
+            raise ValueError(f"has no {column!r}")
+        if isinstance(value, str):
+            messages = _messages_from_json(value)
+            if messages is None:
+                if column not in PROMPTS and not value.strip():
+                    raise ValueError(f"{column!r} is empty")
+                return value
+            value, exact = messages, True
+        if _is_message(value):
+            value = [value]
+        if not isinstance(value, list):
+            raise ValueError(f"{column!r} is {describe_type(value)}, expected text or a list of messages")
+        if not value:
+            raise ValueError(f"{column!r} is empty")
+        return as_messages(value, column, self.row_format.roles, self.row_format.template, exact)
+
+    def conversation(self, column: str) -> list[Message]:
+        turns = self.turns(column)
+        if isinstance(turns, str):
+            raise ValueError(f"{column!r} is text, expected a list of messages")
+        return self.with_system(turns)
+
+    def answer(self, column: str) -> Turns:
+        """The completion in a column. In ``answers``, a list of objects is the assistant's calls."""
+        value = self.row[column]
+        calls = from_json(value) if column == "answers" and isinstance(value, str) else None
+        are_calls = isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)
+        if self.row_format.template and are_calls:
+            turn = {"role": "function_call", "content": value}
+            return as_messages([turn], column, self.row_format.roles, self.row_format.template, exact=True)
+        return self.turns(column)
+
+    # Prompt and answers
+
+    def prompt(self, answer_column: str) -> Turns | None:
+        """The prompt that belongs to the answer in ``answer_column``; None if the row has none."""
+        columns = prompt_and_options([name for name in self.row if name != answer_column])
+        if not columns or columns[0] in ROW_OPTIONS:
+            return None
+        column = columns[0]
+        if column in CONVERSATIONS:
+            return self.conversation(column)
+        turns = self.turns(column)
+        if not isinstance(turns, str):
+            return self.with_system(turns)
+
+        context_columns = [name for name in columns[1:] if name in CONTEXTS]
+        contexts = [self.row[name].strip() for name in context_columns if isinstance(self.row[name], str)]
+        text = "\n\n".join([turns, *filter(None, contexts)])
+        is_turn = column in TURN_COLUMNS or answer_column in TURN_COLUMNS
+        system = self.system()
+        if self.row_format.template and (is_turn or system or self.tools()):
+            return self.with_system([*self.history(), {"role": "user", "content": text}])
+        if self.row.get("history"):
+            raise ValueError("'history' needs a chat template: pass --chat_template_path")
+        if system:
+            text = f"{system}\n\n{text}"
+        # Without a template, a line break separates a question from its answer.
+        return f"{text}\n" if is_turn and not text.endswith("\n") else text
+
+    def history(self) -> list[Message]:
+        """Earlier exchanges, each a question and its answer."""
+        turns: list[Message] = []
+        for exchange in self.row.get("history") or []:
+            question, answer = exchange
+            turns.append({"role": "user", "content": str(question)})
+            turns.append({"role": ASSISTANT, "content": str(answer)})
+        return turns
+
+    def prompt_and_completion(self, column: str) -> tuple[Turns, Turns]:
+        """The prompt, and the completion in ``column``: both text or both messages.
+
+        Without a prompt, the last answer of a conversation is the completion, and all before it is the prompt.
+        """
+        prompt = self.prompt(column)
+        completion = self.answer(column)
+        if prompt is not None:
+            return split_prompt(prompt, completion)
+        if isinstance(completion, str):
+            return "", completion
+        return last_answer(completion)
+
+    def pair(self) -> tuple[Turns, Turns, Turns]:
+        """The prompt, the chosen and the rejected answer."""
+        chosen_column, rejected_column = pair_columns(list(self.row))[:2]
+        chosen = self.turns(chosen_column)
+        rejected = self.turns(rejected_column)
+        names = f"{chosen_column!r} and {rejected_column!r}"
+        if type(chosen) is not type(rejected):
+            raise ValueError(f"{names} must both be text or both be messages")
+
+        prompt = self.prompt(chosen_column)
+        if prompt is None or (not prompt and not isinstance(chosen, str)):
+            if chosen == rejected:
+                raise ValueError(f"{names} are identical: a pair without a preference teaches nothing")
+            prompt = common_prompt(chosen, rejected)
+            return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+
+        chosen_prompt, chosen = split_prompt(prompt, chosen)
+        rejected_prompt, rejected = split_prompt(prompt, rejected)
+        if chosen_prompt != rejected_prompt:
+            raise ValueError(f"the conversations of {names} have different prompts")
+        return _move_shared_turns(chosen_prompt, chosen, rejected)
+
+    # Options of the whole row
+
+    def system(self) -> str:
+        filled = [name for name in SYSTEMS if self.row.get(name) is not None]
+        if not filled:
+            return ""
+        text = self.row[filled[0]]
+        if not isinstance(text, str):
+            raise ValueError(f"{filled[0]!r} is {describe_type(text)}, expected text")
+        return text if text.strip() else ""
+
+    def with_system(self, turns: list[Message]) -> list[Message]:
+        """Put the system turn of the row's own column in front."""
+        system = self.system()
+        if not system:
+            return turns
+        if turns and turns[0]["role"] in ("system", "developer"):
+            if str(turns[0]["content"]).strip() != system.strip():
+                raise ValueError("the column 'system' and the system turn differ: leave one of them out")
+            return turns
+        return [{"role": "system", "content": system}, *turns]
+
+    def tools(self) -> list[Any] | None:
+        columns = present(list(self.row), TOOLS)
+        if not columns:
+            return None
+        return read_tools(self.row[columns[0]], columns[0], columns[0] in self.row_format.exact)
+
+    def template_options(self) -> Mapping[str, Any]:
+        options = self.row.get(TEMPLATE_OPTIONS)
+        if isinstance(options, str):
+            options = from_json(options) if options.strip() else None
+        elif TEMPLATE_OPTIONS not in self.row_format.exact:
+            options = without_nulls(options)
+        if options and not isinstance(options, Mapping):
+            raise ValueError(f"{TEMPLATE_OPTIONS!r} is {describe_type(options)}, expected an object")
+        return options or {}
+
+
+def _move_shared_turns(prompt: Turns, chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:
+    """Move messages that both answers of a pair begin with to the prompt: they hold no preference."""
+    if isinstance(prompt, str) or isinstance(chosen, str) or isinstance(rejected, str):
+        return prompt, chosen, rejected
+    count = 0
+    while count < min(len(chosen), len(rejected)) - 1 and chosen[count] == rejected[count]:
+        count += 1
+    return [*prompt, *chosen[:count]], chosen[count:], rejected[count:]
+
+
+def _messages_from_json(text: str) -> list[Any] | None:
+    """The messages that a text holds as JSON; None for any other text."""
+    if not text.lstrip().startswith("["):
+        return None
+    value = from_json(text)
+    are_messages = isinstance(value, list) and bool(value) and all(map(_is_message, value))
+    return value if are_messages else None
 
 
 def _is_message(value: Any) -> bool:

@@ -1,40 +1,50 @@
-"""Marks in a conversation: where its parts come out of a chat template, and what does not come out.
+"""Marks in a conversation: where its parts stand in a rendering, and which parts the template leaves out.
 
-Templates strip, move, quote and leave out what a message holds. So each string of each message is rendered a second
-time with a mark in its middle, a character that no text has. Where the marks come out is where the messages are. A mark
-that does not come out is a part that the template leaves out.
+Templates strip, move, quote and leave out what a message holds, so that the text of an answer cannot be searched for:
+it may occur elsewhere, or in another form. Therefore the conversation is rendered a second time, with a mark in the
+middle of each string: a character that occurs in no text. The position of a mark is the position of its string. A mark
+that is missing belongs to a part that the template leaves out.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+from rlhf.data.formats import Message
+from rlhf.data.messages import ASSISTANT, REASONING_KEYS
+from rlhf.data.templates import PROBE, ChatTemplate
 
-from rlhf.data.formats import Dialogue, Message
-
-_FIRST_MARK, _LAST_MARK = 0xF0000, 0xFFFFD  # a private plane of Unicode
+_FIRST_MARK, _LAST_MARK = 0xF0000, ord(PROBE)  # a private plane of Unicode
 MARKS = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_LAST_MARK)}]")
-PROBE = chr(_LAST_MARK)  # stands for an answer that is not there yet
 THOUGHT_TAG = re.compile(r"</?[\w:]*think\w*>|\[/?THINK\]", re.IGNORECASE)
-REASONING = ("reasoning_content", "reasoning", "thinking")
+# Keys that need no word of their own in a template.
+_KNOWN_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", "id", "weight", *REASONING_KEYS}
 
 
-_KNOWN = {
-    "role",
-    "content",
-    "tool_calls",
-    "tool_call_id",
-    "name",
-    "id",
-    "weight",
-    *REASONING,
-}
+class Note(NamedTuple):
+    """What a template leaves out of a conversation, for people.
+
+    Args:
+        text: One line.
+        kind: ``"lost reasoning"`` of an answer that is trained; ``"earlier reasoning"``, which a template shows for the
+            last answer only, so that it is not lost when each answer is a row of its own; or ``"other"``.
+    """
+
+    text: str
+    kind: Literal["lost reasoning", "earlier reasoning", "other"] = "other"
 
 
 @dataclass
 class Part:
-    """A string of a message with a mark behind its first ``before`` characters."""
+    """A stretch of a message's text with a mark in it.
+
+    Args:
+        name: The key of the message that holds the text.
+        mark: One character.
+        before: The text of the stretch before the mark.
+        after: The text of the stretch after the mark.
+    """
 
     name: str
     mark: str
@@ -44,122 +54,170 @@ class Part:
 
 @dataclass
 class Marked:
-    """Messages with marks, and the parts of each."""
+    """Messages with marks, and the marked parts of each message."""
 
-    messages: list[Message]
+    messages: list[Message] = field(default_factory=list)
     parts: list[list[Part]] = field(default_factory=list)
 
 
-def mark_messages(messages: list[Message], first: int, prefill: int, names: bool = True) -> Marked:
-    """Mark the strings of ``messages``.
+def mark_messages(messages: list[Message], first: int, prefill: int, mark_names: bool = True) -> Marked:
+    """Put marks into the strings of messages.
 
     Args:
-        prefill: characters of message ``first`` behind which its mark stands.
-        names: mark names of functions, at which some templates look.
+        messages: The conversation.
+        first: Index of the first message that is answered.
+        prefill: Characters of that message's content that belong to the prompt; its mark stands behind them.
+        mark_names: Whether to mark the names of called functions. Some templates compare them.
+
+    Returns:
+        New messages with marks.
     """
-    marked = Marked([])
-    number = iter(range(_FIRST_MARK, _LAST_MARK))
+    marked = Marked()
+    marks = map(chr, range(_FIRST_MARK, _LAST_MARK))
     for index, message in enumerate(messages):
         parts: list[Part] = []
         message = dict(message)
-        for key in (*REASONING, "content"):
-            if isinstance(message.get(key), str):
-                at = prefill if (index, key) == (first, "content") and prefill else None
-                message[key] = _mark_text(message[key], key, parts, number, at)
+        for key in (*REASONING_KEYS, "content"):
+            text = message.get(key)
+            if not isinstance(text, str):
+                continue
+            if prefill and index == first and key == "content":
+                message[key] = _mark_at(text, prefill, key, parts, marks)
+            else:
+                message[key] = _mark_stretches(text, key, parts, marks)
         if isinstance(message.get("tool_calls"), list):
             message["tool_calls"] = [
-                _mark_call(call, f"tool_calls[{place}]", parts, number, names)
-                for place, call in enumerate(message["tool_calls"])
+                _mark_call(call, f"tool_calls[{number}]", parts, marks, mark_names)
+                for number, call in enumerate(message["tool_calls"])
             ]
         marked.messages.append(message)
         marked.parts.append(parts)
     return marked
 
 
-def _mark_text(text: str, name: str, parts: list[Part], number: Any, at: int | None) -> str:
-    """Text with a mark in the middle of each stretch between the tags of a thought; or one at ``at``."""
-    if at is not None:
-        parts.append(Part(name, chr(next(number)), text[:at].lstrip(), text[at:].rstrip()))
-        return text[:at] + parts[-1].mark + text[at:]
-    done, pieces = 0, []
-    for end in [*(tag.start() for tag in THOUGHT_TAG.finditer(text)), len(text)]:
-        stretch = text[done:end]
-        tag = THOUGHT_TAG.match(stretch)
-        skipped = tag.end() if tag else 0
-        core = stretch[skipped:].strip()
-        if not core:
-            pieces.append(stretch)
-        else:
-            lead = stretch.index(core, skipped)
-            middle = len(core) // 2
-            part = Part(name, chr(next(number)), core[:middle], core[middle:])
-            parts.append(part)
-            pieces.append(stretch[:lead] + part.before + part.mark + part.after + stretch[lead + len(core) :])
-        done = end
+def _mark_at(text: str, position: int, name: str, parts: list[Part], marks: Iterator[str]) -> str:
+    part = Part(name, next(marks), text[:position].lstrip(), text[position:].rstrip())
+    parts.append(part)
+    return text[:position] + part.mark + text[position:]
+
+
+def _mark_stretches(text: str, name: str, parts: list[Part], marks: Iterator[str]) -> str:
+    """Mark the middle of each stretch between the tags of a thought.
+
+    A template may write what stands behind ``</think>`` and leave out what stands before it.
+    """
+    ends = [tag.start() for tag in THOUGHT_TAG.finditer(text)] + [len(text)]
+    pieces = []
+    start = 0
+    for end in ends:
+        pieces.append(_mark_stretch(text[start:end], name, parts, marks))
+        start = end
     return "".join(pieces)
 
 
-def _mark_call(call: Any, part_name: str, parts: list[Part], number: Any, names: bool) -> Any:
-    """A tool call with marks in the function's name and in the texts of its arguments."""
+def _mark_stretch(stretch: str, name: str, parts: list[Part], marks: Iterator[str]) -> str:
+    """Mark a stretch in the middle of its text, behind the tag that it may begin with."""
+    tag = THOUGHT_TAG.match(stretch)
+    tag_length = tag.end() if tag else 0
+    core = stretch[tag_length:].strip()
+    if not core:
+        return stretch
+    # The middle: templates strip white space off the ends, and a border may be found from either side.
+    middle = len(core) // 2
+    part = Part(name, next(marks), core[:middle], core[middle:])
+    parts.append(part)
+    position = stretch.index(core, tag_length) + middle
+    return stretch[:position] + part.mark + stretch[position:]
+
+
+def _mark_call(call: Any, part_name: str, parts: list[Part], marks: Iterator[str], mark_names: bool) -> Any:
+    """Mark the function's name and the texts of the arguments of a tool call."""
     if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
         return call
 
-    def marked(value: Any) -> Any:
+    def mark(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: marked(item) for key, item in value.items()}
+            return {key: mark(item) for key, item in value.items()}
         if isinstance(value, list):
-            return [marked(item) for item in value]
-        return _mark_text(value, part_name, parts, number, None) if isinstance(value, str) else value
+            return [mark(item) for item in value]
+        return _mark_stretches(value, part_name, parts, marks) if isinstance(value, str) else value
 
-    function = {**call["function"]}
-    for key in ("name", "arguments") if names else ("arguments",):
+    function = dict(call["function"])
+    for key in ("name", "arguments") if mark_names else ("arguments",):
         if key in function:
-            function[key] = marked(function[key])
+            function[key] = mark(function[key])
     return {**call, "function": function}
 
 
-def what_is_lost(
-    tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, marked: Marked, whole: str, scored: list[int]
-) -> tuple[str, ...]:
-    """What the template leaves out: thoughts, turns and calls, keys and tools that it does not know."""
-    notes = _unread(str(tokenizer.get_chat_template(tools=dialogue.tools)), dialogue, marked.messages)
+# What is lost
+
+
+def lost_parts(template: ChatTemplate, marked: Marked, rendering: str, scored: list[int]) -> tuple[Note, ...]:
+    """Find what the template leaves out: reasoning, turns and calls, and keys and tools that it does not know.
+
+    Args:
+        template: Rendered the conversation.
+        marked: The conversation with marks.
+        rendering: Its text, with the marks that came out.
+        scored: Indices of the messages that are trained.
+
+    Returns:
+        Different notes, in order.
+    """
+    notes = _unknown_keys(template, marked.messages)
     last_scored = scored[-1] if scored else -1
-    out = set(MARKS.findall(whole))
+    written_marks = set(MARKS.findall(rendering))
     for index, (message, parts) in enumerate(zip(marked.messages, marked.parts, strict=True)):
-        missing = [part for part in parts if part.mark not in out]
-        shown = {part.name for part in parts if part.mark in out}
-        # Reasoning is given under several names, of which a template reads one; of a call, any word shows it.
-        if shown & {*REASONING}:
-            shown |= {*REASONING}
-        lost = [part for part in missing if part.name not in shown or part.name == "content"]
+        lost, written_names = _split_lost(parts, written_marks)
         if not lost:
             continue
-        earlier = message["role"] == "assistant" and index < last_scored
-        thought = all(_is_thought(part, parts) for part in lost)
-        if earlier and thought and shown:
-            notes.append("the chat template leaves out the reasoning of earlier answers (--split_turns learns it)")
-            continue
-        names = ", ".join(repr(name) for name in dict.fromkeys(part.name.split("[")[0] for part in lost))
-        notes.append(
-            f"the chat template leaves out {names} of the role {message['role']!r}"
-            + (" before </think>" if thought and lost[0].name == "content" else "")
-            + ", which is lost; "
-            + ("--split_turns learns it, " if thought and message["role"] == "assistant" else "")
-            + "--chat_template_path takes another template"
-        )
+        is_reasoning = all(_is_reasoning(part, parts) for part in lost)
+        is_earlier = message["role"] == ASSISTANT and index < last_scored
+        if is_earlier and is_reasoning and written_names:
+            text = "the chat template leaves out the reasoning of earlier answers (--split_turns learns it)"
+            notes.append(Note(text, "earlier reasoning"))
+        else:
+            notes.append(_lost_note(message, lost, is_reasoning))
     return tuple(dict.fromkeys(notes))
 
 
-def _unread(template: str, dialogue: Dialogue, messages: list[Message]) -> list[str]:
-    """Tools and keys of messages that the template has no word for."""
+def _split_lost(parts: list[Part], written_marks: set[str]) -> tuple[list[Part], set[str]]:
+    """The parts of a message that are lost, and the keys of those that are written."""
+    written_names = {part.name for part in parts if part.mark in written_marks}
+    # Reasoning may be given under several keys, of which a template reads one.
+    if written_names & set(REASONING_KEYS):
+        written_names |= set(REASONING_KEYS)
+    missing = [part for part in parts if part.mark not in written_marks]
+    # One written word shows that a call is there; of a content, each stretch counts.
+    lost = [part for part in missing if part.name == "content" or part.name not in written_names]
+    return lost, written_names
+
+
+def _lost_note(message: Message, lost: list[Part], is_reasoning: bool) -> Note:
+    keys = dict.fromkeys(part.name.split("[")[0] for part in lost)
+    names = ", ".join(map(repr, keys))
+    where = " before </think>" if is_reasoning and lost[0].name == "content" else ""
+    remedy = "--split_turns learns it, " if is_reasoning and message["role"] == ASSISTANT else ""
+    text = (
+        f"the chat template leaves out {names} of the role {message['role']!r}{where}, which is lost; "
+        f"{remedy}--chat_template_path takes another template"
+    )
+    holds_reasoning = is_reasoning or bool(keys.keys() & set(REASONING_KEYS))
+    return Note(text, "lost reasoning" if holds_reasoning else "other")
+
+
+def _unknown_keys(template: ChatTemplate, messages: list[Message]) -> list[Note]:
+    """Tools, and keys of messages, that do not occur in the template."""
+    source = template.source
     notes = []
-    if dialogue.tools and "tools" not in template:
-        notes.append("the template does not write 'tools'")
-    keys = {key for message in messages for key in message} - _KNOWN
-    return notes + [f"message key {key!r} is not read" for key in sorted(keys) if key not in template]
+    if template.tools and "tools" not in source:
+        notes.append(Note("the template does not write 'tools'"))
+    keys = {key for message in messages for key in message} - _KNOWN_KEYS
+    notes += [Note(f"message key {key!r} is not read") for key in sorted(keys) if key not in source]
+    return notes
 
 
-def _is_thought(part: Part, parts: list[Part]) -> bool:
-    """Reasoning under a key of its own, or what stands before the last stretch of a content with tags."""
+def _is_reasoning(part: Part, parts: list[Part]) -> bool:
+    """Whether a part is reasoning: under a key of its own, or before the last stretch of a content with tags."""
     contents = [other for other in parts if other.name == "content"]
-    return part.name in REASONING or (len(contents) > 1 and part is not contents[-1])
+    return part.name in REASONING_KEYS or (len(contents) > 1 and part is not contents[-1])

@@ -1,4 +1,4 @@
-"""One message of a conversation, as people write it, brought to what chat templates read."""
+"""Messages of a conversation: the many forms that people write, brought to the one that chat templates read."""
 
 import ast
 import json
@@ -11,217 +11,288 @@ Message = dict[str, Any]
 Turns = str | list[Message]  # plain text, or a conversation
 ASSISTANT = "assistant"
 
+# Names of roles in public data sets, and the role that chat templates know.
+_CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: an assistant's turn whose content is a call
+_USER_ROLES = ("user", "human", "prompter")
+_ASSISTANT_ROLES = ("assistant", "gpt", "chatgpt", "bard", "bing", "model", "bot", "ai", "chatbot", *_CALL_ROLES)
+_TOOL_ROLES = ("tool", "observation", "function", "function_response", "tool_response", "tool_result")
 _ROLES = {
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(
-        ("assistant", "gpt", "chatgpt", "bard", "bing", "model", "bot", "ai", "chatbot", "function_call", "tool_call"),
-        ASSISTANT,
-    ),
-    **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response", "tool_result"), "tool"),
+    **dict.fromkeys(_USER_ROLES, "user"),
+    **dict.fromkeys(_ASSISTANT_ROLES, ASSISTANT),
+    **dict.fromkeys(_TOOL_ROLES, "tool"),
     "system": "system",
     "developer": "developer",
 }
-_CALLS = ("function_call", "tool_call")  # roles of an assistant's turn that is a call
-_WEIGHTS = ("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_weight", "mask")
-_REASONING = ("reasoning_content", "reasoning", "thinking")
+_WEIGHT_KEYS = ("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_weight", "mask")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _MEDIA = ("image", "video", "audio")
 
 
 def as_messages(
     value: Iterable[Any], column: str, roles: Mapping[str, str] | None = None, template: str = "", exact: bool = False
 ) -> list[Message]:
-    """Messages with ``role`` and ``content``, and what templates read besides; ``weight`` 0 where one is not learned.
+    """Bring messages to ``role``, ``content`` and the further keys that templates read.
+
+    An assistant's message that is not trained has ``"weight": 0``.
 
     Args:
-        value: messages, or exchanges with ``input`` and ``output``. column: where they stand, for error messages.
-        roles: further names of roles.
-        template: the chat template; reasoning gets the key that it reads, a call that is text stays text where it reads
-            no calls.
-        exact: values are as they were written; else nulls inside them are Arrow's, and are taken out.
+        value: Messages, or exchanges with ``input`` and ``output``.
+        column: The column that holds them, for error messages.
+        roles: Further names of roles, each with the role that it stands for.
+        template: The chat template. Reasoning gets the key that it reads. A call that is written as text stays text if
+            it reads no calls.
+        exact: Whether nulls inside the values were written by the user. Otherwise they come from Arrow and are removed.
+
+    Returns:
+        New messages; ``value`` is not changed.
+
     Raises:
-        ValueError: names the message and what is wrong with it.
+        ValueError: A message is malformed; the error names it.
     """
     messages: list[Message] = []
     for number, turn in enumerate(value, start=1):
-        where = f"{column!r}, message {number}"
+        location = f"{column!r}, message {number}"
         if not isinstance(turn, Mapping):
-            raise ValueError(f"{where} is {kind(turn)}, expected an object with 'role' and 'content'")
-        message = {key: item if exact else without_nulls(item) for key, item in turn.items() if item is not None}
-        if {"input", "output"} <= set(message) and not {"role", "from"} & set(message):
-            both = (("user", message["input"]), (ASSISTANT, message["output"]))
-            messages += [_message({"role": role, "content": text}, where, {}, template) for role, text in both]
+            raise ValueError(f"{location} is {describe_type(turn)}, expected an object with 'role' and 'content'")
+        present = {key: item for key, item in turn.items() if item is not None}
+        message = present if exact else without_nulls(present)
+        if _is_exchange(message):
+            question = {"role": "user", "content": message["input"]}
+            answer = {"role": ASSISTANT, "content": message["output"]}
+            messages += [_normalise(part, location, {}, template) for part in (question, answer)]
         else:
-            messages.append(_message(message, where, roles or {}, template))
+            messages.append(_normalise(message, location, roles or {}, template))
     return messages
 
 
-def _message(message: Message, where: str, roles: Mapping[str, str], template: str) -> Message:
-    """``message`` is ours to change."""
-    for theirs, ours in (("from", "role"), ("value", "content")):  # ShareGPT
-        if ours not in message and theirs in message:
-            message[ours] = message.pop(theirs)
+def _is_exchange(message: Message) -> bool:
+    """Whether a message is a question and its answer (Capybara)."""
+    return {"input", "output"} <= message.keys() and not {"role", "from"} & message.keys()
+
+
+def _normalise(message: Message, location: str, roles: Mapping[str, str], template: str) -> Message:
+    """Bring one message to the common form; changes and returns ``message``."""
+    _rename_sharegpt_keys(message)
     if not isinstance(message.get("role"), str):
-        raise ValueError(f"{where} has no 'role'")
-    given = roles.get(message["role"], message["role"]).strip()
-    message["role"] = _ROLES.get(given.lower(), given)
-    if given.lower() in _CALLS and "tool_calls" in template:
+        raise ValueError(f"{location} has no 'role'")
+    given_role = roles.get(message["role"], message["role"]).strip()
+    is_call_turn = given_role.lower() in _CALL_ROLES
+    message["role"] = _ROLES.get(given_role.lower(), given_role)
+
+    if is_call_turn and "tool_calls" in template:
         _read_call_turn(message)
-    _read_parts(message, where)
-    _read_calls(message, where)
-    _read_weight(message, where)
+    _join_parts(message, location)
+    _read_calls(message, location)
+    _read_weight(message, location)
     if message["role"] == ASSISTANT:
-        _read_reasoning(message, template)
-    if given.lower() in _CALLS or message["role"] == "tool":
-        _write_objects(message)
-    _check_content(message, where)
+        _rename_reasoning(message, template)
+    if is_call_turn or message["role"] == "tool":
+        _write_content_as_json(message)
+    _check_content(message, location)
     return message
 
 
-def _check_content(message: Message, where: str) -> None:
+def _rename_sharegpt_keys(message: Message) -> None:
+    for sharegpt_key, key in (("from", "role"), ("value", "content")):
+        if key not in message and sharegpt_key in message:
+            message[key] = message.pop(sharegpt_key)
+
+
+def _check_content(message: Message, location: str) -> None:
     content = message.get("content")
     if content is None and "tool_calls" in message:
-        message["content"] = None  # templates ask whether it is none
+        message["content"] = None  # templates test `content is none`: the key must be there
         return
     if not isinstance(content, str):
-        raise ValueError(f"{where}: 'content' is {kind(content)}, expected text")
-    said = content.strip() or any(str(message.get(key, "")).strip() for key in _REASONING)
-    if message["role"] == ASSISTANT and "tool_calls" not in message and not said and message.get("weight", 1):
-        raise ValueError(f"{where}: the assistant's answer is empty")
+        raise ValueError(f"{location}: 'content' is {describe_type(content)}, expected text")
+    if message["role"] != ASSISTANT or "tool_calls" in message:
+        return
+    has_text = any(str(message.get(key, "")).strip() for key in ("content", *REASONING_KEYS))
+    if not has_text and message.get("weight", 1):
+        raise ValueError(f"{location}: the assistant's answer is empty")
 
 
-def _read_call_turn(message: Message) -> None:
-    """ShareGPT's turn that is a call, or several, in JSON; other text stays as it is."""
-    content = message.get("content")
-    found = from_json(content) if isinstance(content, str) else content
-    calls = found if isinstance(found, list) else [found]
-    if calls and all(isinstance(call, Mapping) and "name" in call for call in calls):
-        message["tool_calls"], message["content"] = calls, None
+# Content
 
 
-def _read_parts(message: Message, where: str) -> None:
-    """Content as a list of parts: text is joined, reasoning and calls get their keys; images are refused."""
+def _join_parts(message: Message, location: str) -> None:
+    """Join content that is a list of parts: text to one text, reasoning and calls under their own keys."""
     parts = message.get("content")
     if isinstance(parts, Mapping) and "type" in parts:
         parts = [parts]
-    if not isinstance(parts, list) or (message["role"] == "tool" and not all(_is_part(part) for part in parts)):
+    if not isinstance(parts, list):
         return
-    text: list[str] = []
+    if message["role"] == "tool" and not all(map(_is_part, parts)):
+        return  # a tool's result that is a list, not a list of parts
+    texts: list[str] = []
     for part in parts:
-        part = {"type": "text", "text": part} if isinstance(part, str) else part
-        if not isinstance(part, Mapping):
-            raise ValueError(f"{where}: a part of 'content' is {kind(part)}, expected an object with 'type' and 'text'")
-        name = str(part.get("type", "text"))
-        if any(media in name for media in _MEDIA):
-            raise ValueError(f"{where}: a part of 'content' is {name!r}: only text is supported; leave such rows out")
-        said = next((part[key] for key in (name, "text", "value", "content", "thinking") if key in part), None)
-        if name in ("tool_call", "tool_calls") and said is not None:
-            said = from_json(said) if isinstance(said, str) else said
-            message["tool_calls"] = [*message.get("tool_calls", []), *(said if isinstance(said, list) else [said])]
-        elif name in ("reasoning", "thinking") and isinstance(said, str):
-            message["reasoning_content"] = message.get("reasoning_content", "") + said
-        elif name in ("text", "input_text", "output_text") and isinstance(said, str):
-            text.append(said)
-        else:
-            raise ValueError(f"{where}: a part of 'content' is {name!r} without text: only text is supported")
-    message["content"] = "".join(text)
+        _read_part({"type": "text", "text": part} if isinstance(part, str) else part, message, texts, location)
+    message["content"] = "".join(texts)
 
 
 def _is_part(part: Any) -> bool:
     return isinstance(part, str) or (isinstance(part, Mapping) and "type" in part)
 
 
-def _read_calls(message: Message, where: str) -> None:
-    """Tool calls in OpenAI's form, with arguments as objects."""
-    legacy = message.pop("function_call", None)
-    calls = message.pop("tool_calls", None)
-    calls = from_json(calls) if isinstance(calls, str) and calls.strip() else calls
-    calls = [calls] if isinstance(calls, Mapping) else calls or ([legacy] if legacy else None)
-    if not calls:
-        return
-    if not isinstance(calls, list):
-        raise ValueError(f"{where}: 'tool_calls' is {kind(calls)}, expected a list")
-    message["tool_calls"] = [_call(call, where) for call in calls]
+def _read_part(part: Any, message: Message, texts: list[str], location: str) -> None:
+    """Add one part of a content to ``texts``, or to the key of ``message`` that it belongs to."""
+    prefix = f"{location}: a part of 'content' is"
+    if not isinstance(part, Mapping):
+        raise ValueError(f"{prefix} {describe_type(part)}, expected an object with 'type' and 'text'")
+    part_type = str(part.get("type", "text"))
+    if any(media in part_type for media in _MEDIA):
+        raise ValueError(f"{prefix} {part_type!r}: only text is supported; leave such rows out")
 
-
-def _call(call: Any, where: str) -> Message:
-    call = from_json(call) if isinstance(call, str) else call
-    if not isinstance(call, Mapping):
-        raise ValueError(f"{where}: a tool call is {kind(call)}, expected an object with 'name' and 'arguments'")
-    function = call.get("function")
-    if isinstance(function, Mapping):
-        function, beside = dict(function), {key: value for key, value in call.items() if key != "function"}
+    value_keys = (part_type, "text", "value", "content", "thinking")
+    value = next((part[key] for key in value_keys if key in part), None)
+    if part_type in ("tool_call", "tool_calls") and value is not None:
+        calls = from_json(value) if isinstance(value, str) else value
+        calls = calls if isinstance(calls, list) else [calls]
+        message["tool_calls"] = [*message.get("tool_calls", []), *calls]
+    elif part_type in ("reasoning", "thinking") and isinstance(value, str):
+        message["reasoning_content"] = message.get("reasoning_content", "") + value
+    elif part_type in ("text", "input_text", "output_text") and isinstance(value, str):
+        texts.append(value)
     else:
-        beside = {key: value for key, value in call.items() if key in ("type", "id")}
-        function = {key: value for key, value in call.items() if key not in beside}
-        function |= {"name": function["function"]} if "function" in function else {}
-    if "name" not in function:
-        raise ValueError(f"{where}: a tool call has no 'name'")
-    arguments = function.setdefault("arguments", function.pop("parameters", {}))
-    read = from_json(arguments) if isinstance(arguments, str) else None
-    if isinstance(read, Mapping):
-        function["arguments"] = read
-    return {"type": "function", **beside, "function": function}
+        raise ValueError(f"{prefix} {part_type!r} without text: only text is supported")
 
 
-def _read_weight(message: Message, where: str) -> None:
-    """Whether an assistant's message is learned, under the names that people have for it."""
-    for key in _WEIGHTS:
-        if key not in message:
-            continue
-        value = message.pop(key)
-        if message["role"] != ASSISTANT:
-            continue
-        if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise ValueError(f"{where}: {key!r} is {value!r}, expected 0 or 1 (or true, false)")
-        if not value:
-            message["weight"] = 0
+def _rename_reasoning(message: Message, template: str) -> None:
+    """Move reasoning to the key that the template reads."""
+    reasoning = next((message.pop(key) for key in REASONING_KEYS if key in message), None)
+    if reasoning is not None:
+        key_of_template = next((key for key in REASONING_KEYS if key in template), REASONING_KEYS[0])
+        message[key_of_template] = reasoning
 
 
-def _read_reasoning(message: Message, template: str) -> None:
-    """Reasoning under the key that the template reads."""
-    thought = next((message.pop(key) for key in _REASONING if key in message), None)
-    if thought is not None:
-        message[next((key for key in _REASONING if key in template), _REASONING[0])] = thought
-
-
-def _write_objects(message: Message) -> None:
-    """A tool's answer, or a call that stays text, that is not text: as JSON."""
+def _write_content_as_json(message: Message) -> None:
     if isinstance(message.get("content"), Mapping | list | bool | int | float):
         message["content"] = json.dumps(message["content"], ensure_ascii=False)
 
 
+def _read_weight(message: Message, location: str) -> None:
+    """Read whether an assistant's message is trained, under any of the usual keys."""
+    for key in _WEIGHT_KEYS:
+        if key not in message:
+            continue
+        weight = message.pop(key)
+        if message["role"] != ASSISTANT:
+            continue
+        if not isinstance(weight, bool | int | float) or weight not in (0, 1):
+            raise ValueError(f"{location}: {key!r} is {weight!r}, expected 0 or 1 (or true, false)")
+        if not weight:
+            message["weight"] = 0
+
+
+# Tool calls and tools
+
+
+def _read_call_turn(message: Message) -> None:
+    """Read ShareGPT's turn whose content is one call or several in JSON; any other text stays content."""
+    content = message.get("content")
+    value = from_json(content) if isinstance(content, str) else content
+    calls = value if isinstance(value, list) else [value]
+    if calls and all(isinstance(call, Mapping) and "name" in call for call in calls):
+        message["tool_calls"] = calls
+        message["content"] = None
+
+
+def _read_calls(message: Message, location: str) -> None:
+    """Bring tool calls to OpenAI's form, with arguments as objects."""
+    legacy_call = message.pop("function_call", None)
+    calls = message.pop("tool_calls", None)
+    if isinstance(calls, str) and calls.strip():
+        calls = from_json(calls)
+    if isinstance(calls, Mapping):
+        calls = [calls]
+    if not calls and legacy_call:
+        calls = [legacy_call]
+    if not calls:
+        return
+    if not isinstance(calls, list):
+        raise ValueError(f"{location}: 'tool_calls' is {describe_type(calls)}, expected a list")
+    message["tool_calls"] = [_normalise_call(call, location) for call in calls]
+
+
+def _normalise_call(call: Any, location: str) -> Message:
+    call = from_json(call) if isinstance(call, str) else call
+    if not isinstance(call, Mapping):
+        raise ValueError(
+            f"{location}: a tool call is {describe_type(call)}, expected an object with 'name' and 'arguments'"
+        )
+    if isinstance(call.get("function"), Mapping):  # OpenAI's form
+        function = dict(call["function"])
+        outer = {key: value for key, value in call.items() if key != "function"}
+    else:  # a flat call: name and arguments beside type and id
+        outer = {key: value for key, value in call.items() if key in ("type", "id")}
+        function = {key: value for key, value in call.items() if key not in outer}
+        if "function" in function:
+            function["name"] = function["function"]
+    if "name" not in function:
+        raise ValueError(f"{location}: a tool call has no 'name'")
+    parameters = function.pop("parameters", {})
+    arguments = function.setdefault("arguments", parameters)
+    if isinstance(arguments, str) and isinstance(parsed := from_json(arguments), Mapping):
+        function["arguments"] = parsed
+    return {"type": "function", **outer, "function": function}
+
+
 def read_tools(value: Any, column: str = "tools", exact: bool = False) -> list[Message] | None:
-    """Tools as templates read them, from a list or its JSON text, each in OpenAI's form; None for none.
+    """Bring tools to OpenAI's form, as templates read them.
+
+    Args:
+        value: A list of tools, one tool, or the JSON text of either.
+        column: The column that holds them, for error messages.
+        exact: As in :func:`as_messages`.
+
+    Returns:
+        One object for each tool; None without tools.
 
     Raises:
-        ValueError: not a list of objects.
+        ValueError: ``value`` is no list of objects.
     """
-    given = value
     if isinstance(value, str):
-        value, exact = from_json(value) if value.strip() else None, True
-        if value is None and given.strip():
+        if not value.strip():
+            return None
+        value, exact = from_json(value), True
+        if value is None:
             raise ValueError(f"{column!r} is text that is not valid JSON: expected a list of tools")
-    value = [value] if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        value = [value]
     if not value:
         return None
     if not isinstance(value, list):
-        raise ValueError(f"{column!r} is {kind(value)}, expected a list of tools")
-    value = [from_json(tool) if isinstance(tool, str) else tool if exact else without_nulls(tool) for tool in value]
-    return [_tool(tool, column) for tool in value]
+        raise ValueError(f"{column!r} is {describe_type(value)}, expected a list of tools")
+    return [_normalise_tool(tool, column, exact) for tool in value]
 
 
-def _tool(tool: Any, column: str) -> Message:
+def _normalise_tool(tool: Any, column: str, exact: bool) -> Message:
+    if isinstance(tool, str):
+        tool = from_json(tool)
+    elif not exact:
+        tool = without_nulls(tool)
     if not isinstance(tool, Mapping):
-        raise ValueError(f"{column!r} holds {kind(tool)}, expected objects with 'name' and 'parameters'")
-    tool = dict(tool) if "function" in tool or "name" not in tool else {"type": "function", "function": dict(tool)}
-    function = tool.get("function")
+        raise ValueError(f"{column!r} holds {describe_type(tool)}, expected objects with 'name' and 'parameters'")
+    is_flat = "name" in tool and "function" not in tool
+    result = {"type": "function", "function": dict(tool)} if is_flat else dict(tool)
+    function = result.get("function")
     if isinstance(function, Mapping) and isinstance(function.get("parameters"), str):
-        tool["function"] = {**function, "parameters": from_json(function["parameters"])}
-    return tool
+        result["function"] = {**function, "parameters": from_json(function["parameters"])}
+    return result
+
+
+# Values of a data file
 
 
 def from_json(text: str) -> Any:
-    """The value that a text holds in JSON, or in Python's own writing (pandas writes it); None where in neither."""
+    """Parse text as JSON, or as a Python literal (pandas writes objects so).
+
+    Args:
+        text: Any text.
+
+    Returns:
+        The value, or None if the text is neither.
+    """
     with suppress(ValueError):
         return json.loads(text)
     text = text.strip()
@@ -232,15 +303,26 @@ def from_json(text: str) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """Without keys that hold nothing: Arrow gives every object the keys of all."""
+    """Remove keys without a value, at every depth. Arrow gives every object the keys of all objects in its column."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
 
 
-_KINDS = {int: "a number", float: "a number", bool: "true or false", str: "text", list: "a list", dict: "an object"}
+_TYPE_NAMES = {
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
 
 
-def kind(value: Any) -> str:
-    """What a value is, in the words of a data file."""
-    return "missing" if value is None else _KINDS.get(type(value), f"a {type(value).__name__}")
+def describe_type(value: Any) -> str:
+    """Name the type of a value in the words of a data file, for error messages."""
+    if value is None:
+        return "missing"
+    return _TYPE_NAMES.get(type(value), f"a {type(value).__name__}")

@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_
 
 from rlhf.data.packing import num_tokens
 from rlhf.data.reading import load_data
+from rlhf.data.streams import name_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Mixture:
     by: Literal["rows", "tokens"] = "rows"
 
     def __post_init__(self) -> None:
-        names = ", ".join(map(_name, self.parts)) or "none"
+        names = ", ".join(map(name_of, self.parts)) or "none"
         if self.by not in ("rows", "tokens"):
             raise ValueError(f"a mixture is by rows or by tokens, got {self.by!r}")
         if not self.parts:
@@ -78,7 +79,7 @@ class Mixture:
             return concatenate_datasets(streams)
         chances = self._chances(streams)
         for part, chance in zip(self.parts, chances, strict=True):
-            logger.info("%s: %.1f %% of the rows", _name(part), 100 * chance)
+            logger.info("%s: %.1f %% of the rows", name_of(part), 100 * chance)
         return interleave_datasets(streams, probabilities=chances, seed=seed, stopping_strategy="first_exhausted")
 
     def _tell(self, parts: Sequence[Any], mixed: Any) -> None:
@@ -87,7 +88,7 @@ class Mixture:
         for index, part in enumerate(parts):
             own = sources == index
             logger.info(
-                "%s: %d of %d rows: %.1f %% of all rows, %.1f %% of all tokens", _name(self.parts[index]), own.sum(),
+                "%s: %d of %d rows: %.1f %% of all rows, %.1f %% of all tokens", name_of(self.parts[index]), own.sum(),
                 len(part), 100 * own.mean(), 100 * tokens[own].sum() / max(tokens.sum(), 1),
             )  # fmt: skip
 
@@ -152,7 +153,3 @@ def _alike(parts: Sequence[Any]) -> list[Any]:
             part = part.map(lambda row: {"labels": [row["chosen_ids"], row["rejected_ids"]]})
         filled.append(part)
     return filled
-
-
-def _name(rows: Rows) -> str:
-    return rows.info.dataset_name or "data set"

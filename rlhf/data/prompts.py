@@ -1,99 +1,162 @@
-"""Where a prompt ends and its answer begins: the one definition for every trainer."""
+"""Where a prompt ends and its answer begins: the one definition that every trainer uses."""
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
-from rlhf.data.messages import Message, Turns
+from rlhf.data.messages import ASSISTANT, Message, Turns
 
-_SYSTEM = ("system", "developer")
-_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # Anthropic's plain text
-_WORDS = 3  # a shorter text may stand before an answer that begins alike by chance
+_SYSTEM_ROLES = ("system", "developer")
+_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # turns in Anthropic's plain text
+_MIN_REPEATED_WORDS = 3  # an answer may begin like a shorter prompt by chance
 
 
 def last_answer(turns: list[Message]) -> tuple[list[Message], list[Message]]:
-    """A conversation before its last answer, and the answer: the assistant's last turns with tool turns between them.
+    """Split a conversation before its last answer: the assistant's last turns, with the tool turns between them.
+
+    Args:
+        turns: The conversation.
+
+    Returns:
+        The prompt, and the answer.
 
     Raises:
-        ValueError: no assistant's turn; lists the roles.
+        ValueError: There is no assistant's turn; lists the roles.
     """
-    last = max((index for index, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
-    if last is None:
+    end = len(turns)
+    while end and turns[end - 1]["role"] != ASSISTANT:
+        end -= 1
+    if end == 0:
         raise ValueError(f"no assistant's turn: the roles are {roles_of(turns)}; --roles theirs=assistant names it")
-    first = last
-    for index in range(last, -1, -1):
-        if turns[index]["role"] not in ("assistant", "tool"):
+    start = end - 1
+    for index in range(end - 1, -1, -1):
+        role = turns[index]["role"]
+        if role == ASSISTANT:
+            start = index
+        elif role != "tool":
             break
-        first = index if turns[index]["role"] == "assistant" else first
-    return turns[:first], turns[first : last + 1]
+    return turns[:start], turns[start:end]
 
 
 def roles_of(turns: list[Message]) -> str:
-    return ", ".join(sorted({str(turn["role"]) for turn in turns}))
+    """List the different roles of a conversation, for error messages."""
+    roles = {str(turn["role"]) for turn in turns}
+    return ", ".join(sorted(roles))
 
 
 def split_prompt(prompt: Turns, completion: Turns) -> tuple[Turns, Turns]:
-    """Both in one form, and the completion without a prompt that it repeats, up to white space and system turns.
+    """Bring prompt and completion to one form, and remove a prompt that the completion repeats.
+
+    White space and system turns are ignored in the comparison.
+
+    Args:
+        prompt: Text or messages.
+        completion: Text or messages.
+
+    Returns:
+        Prompt and completion, both text or both messages.
 
     Raises:
-        ValueError: the completion begins with another prompt.
+        ValueError: The completion begins with another prompt.
     """
     if isinstance(prompt, str) and isinstance(completion, str):
-        repeated = len(prompt.split()) >= _WORDS and completion.lstrip().startswith(prompt.strip())
-        rest = completion.lstrip()[len(prompt.strip()) :] if repeated else ""
-        return (prompt.rstrip(), rest) if rest.strip() else (prompt, completion)
+        return _split_text(prompt, completion)
     if isinstance(completion, str):
-        return prompt, [{"role": "assistant", "content": completion}]
+        return prompt, [{"role": ASSISTANT, "content": completion}]
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}] if prompt.strip() else []
     if not prompt:
         return last_answer(completion)
-    return _without_repeated(prompt, completion)
+    return _without_repeated_prompt(prompt, completion)
 
 
-def _without_repeated(prompt: list[Message], completion: list[Message]) -> tuple[list[Message], list[Message]]:
-    system, core = _system_first(prompt)
-    own_system, own = _system_first(completion)
-    # A prompt that is one question may be the last one of a conversation.
-    ends = [len(core)] + [i + 1 for i in range(len(own) - 1, -1, -1) if len(core) == 1]
+def _split_text(prompt: str, completion: str) -> tuple[str, str]:
+    core = prompt.strip()
+    text = completion.lstrip()
+    is_repeated = len(prompt.split()) >= _MIN_REPEATED_WORDS and text.startswith(core)
+    rest = text[len(core) :] if is_repeated else ""
+    return (prompt.rstrip(), rest) if rest.strip() else (prompt, completion)
+
+
+def _without_repeated_prompt(prompt: list[Message], completion: list[Message]) -> tuple[list[Message], list[Message]]:
+    system, questions = _split_system(prompt)
+    repeated_system, turns = _split_system(completion)
+    # The prompt may be repeated at the beginning. A prompt of one question may also be the last question of a whole
+    # conversation: then the turns before it join the prompt.
+    ends = [len(questions)]
+    if len(questions) == 1:
+        ends += range(len(turns), 0, -1)
     for end in ends:
-        begins = own[end - len(core) : end]
-        if core and end < len(own) and len(begins) == len(core) and all(map(_same, core, begins)):
-            if system and own_system and not all(map(_same, system, own_system)):
-                raise ValueError("the prompt's system turn and the one that the answer repeats differ")
-            return (system or own_system) + own[: end - len(core)] + core, own[end:]
-    if prompt[-1]["role"] != "assistant" and completion[0]["role"] in ("user", *_SYSTEM):
+        start = end - len(questions)
+        is_repeated = bool(questions) and end < len(turns) and _are_same_turns(questions, turns[start:end])
+        if not is_repeated:
+            continue
+        if system and repeated_system and not _are_same_turns(system, repeated_system, shortest=True):
+            raise ValueError("the prompt's system turn and the one that the answer repeats differ")
+        return (system or repeated_system) + turns[:start] + questions, turns[end:]
+
+    first_role = completion[0]["role"]
+    if prompt[-1]["role"] != ASSISTANT and first_role in ("user", *_SYSTEM_ROLES):
         raise ValueError(
-            f"the answer begins with a {completion[0]['role']} turn that does not repeat the prompt: "
+            f"the answer begins with a {first_role} turn that does not repeat the prompt: "
             "give the answer alone, or the whole conversation"
         )
     return prompt, completion
 
 
-def _system_first(turns: list[Message]) -> tuple[list[Message], list[Message]]:
-    count = next((i for i, turn in enumerate(turns) if turn["role"] not in _SYSTEM), len(turns))
+def _split_system(turns: list[Message]) -> tuple[list[Message], list[Message]]:
+    """Split off the system turns at the beginning."""
+    count = 0
+    while count < len(turns) and turns[count]["role"] in _SYSTEM_ROLES:
+        count += 1
     return turns[:count], turns[count:]
 
 
-def _same(one: Message, other: Message) -> bool:
-    written = [(turn["role"], str(turn["content"] or "").strip(), turn.get("tool_calls")) for turn in (one, other)]
-    return written[0] == written[1]
+def _are_same_turns(first: Sequence[Message], second: Sequence[Message], shortest: bool = False) -> bool:
+    """Whether two conversations agree up to white space; ``shortest``: as far as the shorter of them goes."""
+    if len(first) != len(second) and not shortest:
+        return False
+    return all(_comparable(one) == _comparable(other) for one, other in zip(first, second, strict=False))
+
+
+def _comparable(turn: Message) -> tuple[object, ...]:
+    return turn["role"], str(turn["content"] or "").strip(), turn.get("tool_calls")
 
 
 def common_prompt(chosen: Turns, rejected: Turns) -> Turns:
-    """What both answers of a pair begin with.
+    """Find the prompt with which both answers of a pair begin.
+
+    Args:
+        chosen: The preferred answer, with its prompt.
+        rejected: The other answer, in the same form (text or messages).
+
+    Returns:
+        The prompt. Each answer keeps at least one message of its own.
 
     Raises:
-        ValueError: they begin with different messages.
+        ValueError: They begin with different messages.
     """
     if isinstance(chosen, str) and isinstance(rejected, str):
-        common = os.path.commonprefix([chosen, rejected])  # noqa: RUF071  # characters are meant
-        end = chosen.rfind(_ASSISTANT) + len(_ASSISTANT)
-        if _HUMAN in common and _ASSISTANT in common and end <= len(common) and rejected.rfind(_ASSISTANT) < end:
-            return chosen[:end]
-        # Cut at white space: a word that both answers begin alike belongs to the answers.
-        return common[: max(common.rfind(" "), common.rfind("\n")) + 1].rstrip(" ")
-    same = 0
-    while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
-        same += 1
-    if same == 0:
+        return _common_text(chosen, rejected)
+    count = 0
+    while count < min(len(chosen), len(rejected)) - 1 and chosen[count] == rejected[count]:
+        count += 1
+    if count == 0:
         raise ValueError("'chosen' and 'rejected' begin with different messages: add a 'prompt' column")
-    return chosen[:same]
+    return chosen[:count]
+
+
+def _common_text(chosen: str, rejected: str) -> str:
+    common = chosen[: common_length(chosen, rejected)]
+    last_turn = chosen.rfind(_ASSISTANT) + len(_ASSISTANT)
+    is_dialogue = _HUMAN in common and _ASSISTANT in common
+    if is_dialogue and last_turn <= len(common) and rejected.rfind(_ASSISTANT) < last_turn:
+        return chosen[:last_turn]
+    # Cut at white space: a word that both answers begin alike belongs to the answers.
+    last_space = max(common.rfind(" "), common.rfind("\n"))
+    return common[: last_space + 1].rstrip(" ")
+
+
+def common_length(*sequences: Sequence[Any]) -> int:
+    """The length of the beginning that sequences share: characters of texts, or ids of lists."""
+    return len(os.path.commonprefix(sequences))  # type: ignore[arg-type]  # noqa: RUF071

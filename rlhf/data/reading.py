@@ -17,8 +17,8 @@ from datasets.arrow_reader import ReadInstruction
 from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetGenerationError
 
-from rlhf.data.rows import READERS, suffix
-from rlhf.data.typed import as_table, chained
+from rlhf.data.tables import as_table, chain_rows
+from rlhf.data.text_files import READERS, suffix
 
 _PARQUET = ".parquet"
 _FORMATS = (*READERS, _PARQUET)
@@ -88,7 +88,7 @@ def _from_files(files: list[Path], split: str, streaming: bool) -> Dataset | Ite
 def _stream(files: list[Path], columnar: bool) -> IterableDataset:
     if columnar:
         return _parquet(files, True)
-    return IterableDataset.from_generator(chained, gen_kwargs={"files": files})
+    return IterableDataset.from_generator(chain_rows, gen_kwargs={"files": files})
 
 
 def _parquet(files: list[Path], streaming: bool) -> Any:

@@ -1,6 +1,8 @@
-"""A chat template applied to messages: tools, options, and the forms that templates want contents and calls in."""
+"""A chat template with the tools and options of one row: from messages to text."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -9,131 +11,194 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from rlhf.data.formats import Dialogue, Message
-from rlhf.data.marks import PROBE
 
-_NOT_RENDERED = ("weight",)  # what our own reading leaves in a message
-
-
-def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise where there is no chat template."""
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the data is conversational but the tokenizer has no chat template: pass --chat_template_path "
-            "(a .jinja file or a model folder), or use plain 'prompt' and 'completion' text"
-        )
+PROBE = "\U000ffffd"  # a private character of Unicode: stands for a text whose place in a rendering is wanted
+_TEMPLATE_ERRORS = (TemplateError, TypeError, KeyError, AttributeError, ValueError)
+_OWN_KEYS = ("weight",)  # keys of a message that are ours; no template gets them
 
 
-def render(
-    tokenizer: PreTrainedTokenizerBase,
-    dialogue: Dialogue,
-    messages: list[Message],
-    generate: bool = False,
-    resume: bool = False,
-) -> str:
-    """Messages in the chat template, with the dialogue's tools and options.
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The chat template of a tokenizer, with the tools and options of one dialogue.
 
     Args:
-        generate: end with what begins the assistant's answer. resume: leave the last message open.
-    Raises:
-        ValueError: the template refuses them.
+        tokenizer: Has a chat template.
+        tools: JSON schemas, or None.
+        options: Further arguments of the template.
     """
-    if not messages:
-        return ""
-    plain = plain_messages(tokenizer, str(tokenizer.get_chat_template(tools=dialogue.tools)), messages)
-    try:
-        return _apply(tokenizer, dialogue, plain, generate, resume)
-    except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"the chat template refuses this conversation ({reason[:200]}); roles: "
-            f"{', '.join(str(m.get('role')) for m in plain[:8])}"
-        ) from error
 
+    tokenizer: PreTrainedTokenizerBase
+    tools: list[Any] | None
+    options: Mapping[str, Any]
 
-def begin_answer(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, messages: list[Message]) -> str:
-    """Render ``messages`` up to where the assistant begins to write, also with a template that knows no generation
-    prompt: there, what it writes in front of an answer.
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> "ChatTemplate":
+        """The template for one dialogue.
 
-    Raises:
-        ValueError: the template refuses them.
-    """
-    begun = render(tokenizer, dialogue, messages, generate=True)
-    if "add_generation_prompt" in str(tokenizer.get_chat_template(tools=dialogue.tools)):
-        return begun
-    probe = render(tokenizer, dialogue, [*messages, {"role": "assistant", "content": PROBE}])
-    header = probe[: probe.find(PROBE)] if probe.startswith(begun) and PROBE in probe else begun
-    # A space in front of the answer is of the answer's first token.
-    return header.rstrip(" ") if header[len(begun) :].strip() else begun
+        Raises:
+            ValueError: The tokenizer has no chat template.
+        """
+        if not tokenizer.chat_template:
+            raise ValueError(
+                "the data is conversational but the tokenizer has no chat template: pass --chat_template_path "
+                "(a .jinja file or a model folder), or use plain 'prompt' and 'completion' text"
+            )
+        return cls(tokenizer, dialogue.tools, dialogue.template_kwargs)
 
+    @property
+    def source(self) -> str:
+        """The text of the template; a tokenizer may have one for tools and one for chat."""
+        return str(self.tokenizer.get_chat_template(tools=self.tools))
 
-def _apply(
-    tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, messages: list[Message], generate: bool, resume: bool
-) -> str:
-    """The rendering, with a call's arguments as objects, or as JSON text where the template wants text."""
+    def render(self, messages: list[Message], begin_answer: bool = False, continue_last: bool = False) -> str:
+        """Render messages.
 
-    def apply(messages: list[Message]) -> str:
-        return tokenizer.apply_chat_template(  # type: ignore[return-value]
-            messages, tools=dialogue.tools, tokenize=False, add_generation_prompt=generate,
-            continue_final_message=resume, **dialogue.template_kwargs,
-        )  # fmt: skip
+        Args:
+            messages: The conversation; may be empty.
+            begin_answer: Whether to end with the text that begins the assistant's answer.
+            continue_last: Whether to leave the last message open.
 
-    arguments = [
-        call["function"]["arguments"]
-        for message in messages
-        for call in message.get("tool_calls", [])
-        if isinstance(call.get("function"), dict) and isinstance(call["function"].get("arguments"), dict)
-    ]
-    try:
-        text = apply(messages)
-    except (TypeError, UndefinedError):
-        # Some templates join a call to its content, and some want arguments as text.
-        if "tool_calls" not in str(tokenizer.get_chat_template(tools=dialogue.tools)):
-            raise
-        messages = [{**message, "content": message.get("content") or ""} for message in messages]
+        Returns:
+            The text.
+
+        Raises:
+            ValueError: The template refuses the conversation.
+        """
+        if not messages:
+            return ""
+        readable = self.readable(messages)
+        try:
+            return self._apply(readable, begin_answer, continue_last)
+        except _TEMPLATE_ERRORS as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            roles = ", ".join(str(message.get("role")) for message in readable[:8])
+            raise ValueError(f"the chat template refuses this conversation ({reason[:200]}); roles: {roles}") from error
+
+    def render_prompt(self, messages: list[Message]) -> str:
+        """Render messages up to the place where the assistant begins to write.
+
+        A template that knows no ``add_generation_prompt`` ends there with the header that it writes before an answer.
+
+        Args:
+            messages: The conversation before the answer.
+
+        Returns:
+            The text.
+
+        Raises:
+            ValueError: The template refuses the conversation.
+        """
+        prompt = self.render(messages, begin_answer=True)
+        if "add_generation_prompt" in self.source:
+            return prompt
+        answered = self.render([*messages, {"role": "assistant", "content": PROBE}])
+        if PROBE not in answered or not answered.startswith(prompt):
+            return prompt
+        with_header = answered[: answered.find(PROBE)]
+        header = with_header[len(prompt) :]
+        # A space before the answer belongs to the answer's first token.
+        return with_header.rstrip(" ") if header.strip() else prompt
+
+    def render_with_spans(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
+        """Render messages, and read the template's own marks of answers, ``{% generation %}``.
+
+        Args:
+            messages: The conversation.
+
+        Returns:
+            The text, and the first and last character (exclusive) of each marked span.
+        """
+        options = {**self.tokenizer.special_tokens_map, **self.options}
+        rendered: Any = render_jinja_template(  # its annotation is text; it returns a list of texts and one of spans
+            [self.readable(messages)],
+            tools=self.tools,
+            chat_template=self.source,
+            return_assistant_tokens_mask=True,
+            **options,
+        )
+        (text,), (spans,) = rendered
+        return text, spans
+
+    def readable(self, messages: list[Message]) -> list[Message]:
+        """Messages as the template reads them: without our keys, and with content as parts if it reads nothing else."""
+        readable = [{key: item for key, item in message.items() if key not in _OWN_KEYS} for message in messages]
+        if _wants_parts(self.tokenizer, self.source):
+            return [_with_parts(message) for message in readable]
+        return readable
+
+    def _apply(self, messages: list[Message], begin_answer: bool, continue_last: bool) -> str:
+        """Render, with the arguments of calls as objects, or as JSON text if the template wants text."""
+
+        def apply(messages: list[Message]) -> str:
+            return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
+                messages,
+                tools=self.tools,
+                tokenize=False,
+                add_generation_prompt=begin_answer,
+                continue_final_message=continue_last,
+                **self.options,
+            )
+
         try:
             text = apply(messages)
-        except TypeError:
-            return apply([_with_text_arguments(message) for message in messages])
-    if any(given and str(given) in text for given in arguments):  # written as Python would
-        return apply([_with_text_arguments(message) for message in messages])
-    return text
+        except (TypeError, UndefinedError):
+            if "tool_calls" not in self.source:
+                raise
+            # Some templates join a call to its content, so that content must be text ...
+            messages = [{**message, "content": message.get("content") or ""} for message in messages]
+            try:
+                text = apply(messages)
+            except TypeError:
+                # ... and some join the arguments, so that they must be text too.
+                return apply([_with_json_arguments(message) for message in messages])
+        # A template that prints an object as it is would teach Python's notation, with single quotes.
+        if any(arguments and str(arguments) in text for arguments in _arguments_of(messages)):
+            return apply([_with_json_arguments(message) for message in messages])
+        return text
 
 
-def _with_text_arguments(message: Message) -> Message:
+def _arguments_of(messages: list[Message]) -> list[dict[str, Any]]:
+    """The arguments of all calls that have an object of them."""
+    calls = [call for message in messages for call in message.get("tool_calls", [])]
+    functions = [call["function"] for call in calls if isinstance(call.get("function"), dict)]
+    return [function["arguments"] for function in functions if isinstance(function.get("arguments"), dict)]
+
+
+def _with_json_arguments(message: Message) -> Message:
+    """The message with the arguments of its calls as JSON text."""
     if "tool_calls" not in message:
         return message
     calls = []
     for call in message["tool_calls"]:
         function = call.get("function")
         if isinstance(function, dict) and isinstance(function.get("arguments"), dict):
-            function = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
-        calls.append({**call, "function": function} if function is not None else call)
+            arguments = json.dumps(function["arguments"], ensure_ascii=False)
+            call = {**call, "function": {**function, "arguments": arguments}}
+        calls.append(call)
     return {**message, "tool_calls": calls}
 
 
-def plain_messages(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[Message]) -> list[Message]:
-    """Messages as ``template`` reads them: without what is ours, contents as parts where it reads nothing else."""
-    plain = [{key: value for key, value in m.items() if key not in _NOT_RENDERED} for m in messages]
-    return [_in_parts(message) for message in plain] if _wants_parts(tokenizer, template) else plain
-
-
-def _in_parts(message: Message) -> Message:
-    said = message.get("content")
-    return {**message, "content": [{"type": "text", "text": said}]} if isinstance(said, str) else message
+def _with_parts(message: Message) -> Message:
+    """The message with text content as a list of one part."""
+    content = message.get("content")
+    if not isinstance(content, str):
+        return message
+    return {**message, "content": [{"type": "text", "text": content}]}
 
 
 @lru_cache(8)
 def _wants_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
-    """Whether a template writes a content of parts, and none that is text (those of some models that see)."""
+    """Whether a template writes content that is a list of parts, but not content that is text (vision models)."""
     question: Message = {"role": "user", "content": PROBE}
-    special: dict[str, Any] = dict(tokenizer.special_tokens_map)
+    special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
 
-    def shown(message: Message) -> bool:
+    def is_written(message: Message) -> bool:
         try:
-            rendered: Any = render_jinja_template([[message]], chat_template=template, **special)
-        except (TemplateError, TypeError, KeyError, AttributeError, ValueError):
+            rendered: Any = render_jinja_template([[message]], chat_template=template, **special_tokens)
+        except _TEMPLATE_ERRORS:
             return False
-        return PROBE in rendered[0][0]  # texts and spans, typed as text
+        texts, _ = rendered
+        return PROBE in texts[0]
 
-    # A template for parts asks for their type; one that only fails on text has a fault that must be told.
-    return "type" in template and not shown(question) and shown(_in_parts(question))
+    # Such a template tests the type of a part. One that does not, and fails on text, has a fault that must be reported.
+    return "type" in template and not is_written(question) and is_written(_with_parts(question))

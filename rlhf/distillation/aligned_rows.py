@@ -10,11 +10,14 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data import columns
-from rlhf.data.batch import IGNORE, Batch
+from rlhf.data.batch import IGNORE, Batch, Row
 from rlhf.data.collate import Collator
-from rlhf.data.encoding import Reading, Row, cut, encode_sft
-from rlhf.data.tokenizing import TOKENISER_VERSION, identity, map_rows, name_of, prefixed
+from rlhf.data.columns import renamed
+from rlhf.data.encoding import Reading, SftEncoder
+from rlhf.data.errors import error_context
+from rlhf.data.streams import name_of
+from rlhf.data.tokenised_rows import Limits, TokenisedRow, truncate
+from rlhf.data.tokenizing import TOKENISER_VERSION, map_rows, tokenizer_key
 from rlhf.data.vocabulary import tokenizer_difference
 from rlhf.distillation.alignment import Spans, align_answer, align_by_position, concatenate, first_tokens, token_pieces
 from rlhf.distillation.config import Align
@@ -114,20 +117,22 @@ def tokenize_aligned(
     tokenizers = (student, teacher)
     name = name_of(dataset)
     readings = [(reading or Reading()).for_tokenizer(tokenizer, text_field, dataset) for tokenizer in tokenizers]
-    with prefixed(name):
-        column = columns.sft_column(dataset.column_names, readings[0].form)
+    with error_context(name):
+        names = renamed(dataset.column_names, readings[0].form)
+        encoders = [SftEncoder.for_columns(names, one_reading) for one_reading in readings]
+        column = encoders[0].column
         if column == "input_ids":
             raise ValueError("rows of 'input_ids' are in one tokenizer already, and --align needs their text")
     if align == "spans":
-        with prefixed(_NEEDS_TEXT):
+        with error_context(_NEEDS_TEXT):
             for tokenizer in tokenizers:
                 token_pieces(tokenizer, [])  # raises for a kind of tokenizer that is not known
     sides = (
-        _Side(student, readings[0], max_length, vocab_sizes[0], drop_long_prompts),
-        _Side(teacher, readings[1], max_length, vocab_sizes[1], drop_long_prompts),
+        _Side(student, encoders[0], Limits(max_length, vocab_sizes[0], drop_long_prompts)),
+        _Side(teacher, encoders[1], Limits(max_length, vocab_sizes[1], drop_long_prompts)),
     )
-    process = partial(_process, column=column, sides=sides, align=align, name=name)
-    identities = [identity(tokenizer) for tokenizer in tokenizers]
+    process = partial(_process, sides=sides, align=align, name=name)
+    identities = [tokenizer_key(tokenizer) for tokenizer in tokenizers]
     versions = (_VERSION, TOKENISER_VERSION)
     options = (max_length, vocab_sizes, drop_long_prompts)
     key = ("aligned", versions, dataset._fingerprint, column, align, identities, name, options, readings[0])
@@ -139,51 +144,46 @@ class _Side:
     """How one of the two models reads a row."""
 
     tokenizer: PreTrainedTokenizerBase
-    reading: Reading
-    max_length: int
-    vocab_size: int
-    drop_long_prompts: bool
+    encoder: SftEncoder
+    limits: Limits
 
-    def encode(self, row: Row, column: str) -> list[Row]:
-        return encode_sft(row, self.tokenizer, column, self.reading)
-
-    def truncate(self, encoded: Row) -> Row:
-        return cut(dict(encoded), self.max_length, self.vocab_size, self.drop_long_prompts)
+    def encode(self, row: Row) -> list[TokenisedRow]:
+        return self.encoder.encode(row, self.tokenizer)
 
     def is_scored(self, position: int, label: int) -> bool:
         """Whether a token is scored after truncation; nothing predicts the first token of a row."""
-        return label != IGNORE and 0 < position < self.max_length
+        return label != IGNORE and 0 < position < self.limits.max_length
 
 
-def _process(row: Row, index: int, *, column: str, sides: tuple[_Side, _Side], align: Align, name: str) -> list[Row]:
+def _process(row: Row, index: int, *, sides: tuple[_Side, _Side], align: Align, name: str) -> list[TokenisedRow]:
     """The tokenised rows of one row of text."""
     student, teacher = sides
-    with prefixed(f"{name}, row {index + 1}"):
-        student_rows = student.encode(row, column)
-        with prefixed(_FOR_THE_TEACHER):
-            teacher_rows = teacher.encode(row, column)
-        return [
-            _aligned_row(encoded, sides, align) | {"_bad": "", "_row": index}
-            for encoded in zip(student_rows, teacher_rows, strict=True)
-        ]
+    with error_context(f"{name}, row {index + 1}"):
+        student_rows = student.encode(row)
+        with error_context(_FOR_THE_TEACHER):
+            teacher_rows = teacher.encode(row)
+        return [_aligned_row(encoded, sides, align) for encoded in zip(student_rows, teacher_rows, strict=True)]
 
 
-def _aligned_row(encoded: tuple[Row, Row], sides: tuple[_Side, _Side], align: Align) -> Row:
+def _aligned_row(encoded: tuple[TokenisedRow, TokenisedRow], sides: tuple[_Side, _Side], align: Align) -> TokenisedRow:
     """The student's row with the columns of the teacher's side."""
-    student = sides[0].truncate(encoded[0])
-    with prefixed(_FOR_THE_TEACHER):
-        teacher = sides[1].truncate(encoded[1])
-    student_spans, teacher_spans = _scored_spans(encoded, sides, align)
-    dropped_for_teacher = f"{teacher['_drop']} for the teacher" if teacher["_drop"] else teacher["_drop"]
-    return {
-        **student,
-        "teacher_ids": teacher["input_ids"],
-        "teacher_labels": teacher["labels"],
+    student = truncate(encoded[0], sides[0].limits)
+    with error_context(_FOR_THE_TEACHER):
+        teacher = truncate(encoded[1], sides[1].limits)
+    student_spans, teacher_spans = _scored_spans((encoded[0].columns, encoded[1].columns), sides, align)
+    teacher_columns = {
+        "teacher_ids": teacher.columns["input_ids"],
+        "teacher_labels": teacher.columns["labels"],
         _STUDENT_SPANS: student_spans,
         _TEACHER_SPANS: teacher_spans,
-        "_cut": student["_cut"] + teacher["_cut"],
-        "_drop": student["_drop"] or dropped_for_teacher,
     }
+    dropped_for_teacher = f"{teacher.dropped} for the teacher" if teacher.dropped else ""
+    return replace(
+        student,
+        columns={**student.columns, **teacher_columns},
+        truncated=student.truncated + teacher.truncated,
+        dropped=student.dropped or dropped_for_teacher,
+    )
 
 
 def _scored_spans(encoded: tuple[Row, Row], sides: tuple[_Side, _Side], align: Align) -> list[list[int]]:
@@ -194,7 +194,7 @@ def _scored_spans(encoded: tuple[Row, Row], sides: tuple[_Side, _Side], align: A
         span
         for side, side_spans in zip(sides, spans, strict=True)
         for position, span in enumerate(side_spans)
-        if not 0 < position < side.max_length
+        if not 0 < position < side.limits.max_length
     }
     remaining = sorted(set(spans[0]) - lost - {-1})
     number_of = {span: number for number, span in enumerate(remaining)}
@@ -233,7 +233,7 @@ def _align_positions(
         student_positions, teacher_positions = positions
         return align_by_position(len(student_positions), len(teacher_positions))
     pieces = []
-    with prefixed(_NEEDS_TEXT):
+    with error_context(_NEEDS_TEXT):
         for row, side, answer in zip(encoded, sides, positions, strict=True):
             pieces.append(token_pieces(side.tokenizer, [row["input_ids"][position] for position in answer]))
         return align_answer(*pieces)

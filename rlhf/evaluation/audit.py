@@ -1,57 +1,64 @@
 """What the rows of a file become before anything is trained."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data import Dialogue, Reading, encode_prompt
+from rlhf.data import Dialogue, Reading
 from rlhf.data.batch import IGNORE, sequences
 from rlhf.data.columns import pair_columns, prompt_columns, renamed, sft_columns
-from rlhf.data.encoding import TOO_LONG, Row, cut, encode_pair, encode_sft, encode_unpaired
-from rlhf.data.formats import (
-    canonical,
-    has_labels,
-    is_labelled_bad,
-    pair_dialogue,
-    prompt_dialogue,
-    sft_dialogue,
-    unpaired_dialogue,
-)
-from rlhf.data.tokenizing import pairs_of_labelled
+from rlhf.data.encoding import PairEncoder, PromptEncoder, RowEncoder, SftEncoder, UnpairedEncoder
+from rlhf.data.formats import canonical, has_labels, is_labelled_bad
+from rlhf.data.messages import ASSISTANT
+from rlhf.data.pairing import pairs_of_labelled
+from rlhf.data.tokenised_rows import TokenisedRow, row_limits, truncate
+from rlhf.evaluation.pieces import Piece, pieces, text_pieces
 
-TASKS = {
-    "sft": ("sft", "distill", "teacher"),
-    "pairs": ("dpo", "reward"),
-    "kto": ("kto",),
-    "prompts": ("grpo", "rloo", "ppo", "online-dpo", "best-of-n"),
+EncoderFactory = Callable[[Sequence[str], Reading], RowEncoder]
+
+PROMPT_COMMANDS = ("grpo", "rloo", "ppo", "online-dpo", "best-of-n")
+# How each command reads rows.
+ENCODERS: dict[str, EncoderFactory] = {
+    **dict.fromkeys(("sft", "distill", "teacher"), SftEncoder.for_columns),
+    **dict.fromkeys(("dpo", "reward"), PairEncoder.for_columns),
+    "kto": UnpairedEncoder.for_columns,
+    **dict.fromkeys(PROMPT_COMMANDS, PromptEncoder.for_columns),
 }
-_WINDOW = 8  # tokens before one, from which its text is told
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of text, mostly one token, and whether it is learned."""
-
-    text: str
-    learned: bool
-    special: bool = False
 
 
 @dataclass
 class Audit:
-    """What was found. Rows are numbered from 1, as in the file.
+    """What was found in a file. Rows are numbered from 1, as in the file.
 
-    ``lengths`` are in tokens, or in characters without a tokenizer; one for each sequence that is trained on.
-    ``dropped``, ``notes`` and ``errors`` say which rows; ``samples`` are the first rows, each a list of sequences.
+    Args:
+        name: The file.
+        command: What the rows are for.
+        rows: How many there are.
+        columns: Each column of the file, and the name it is read as; empty if it is not read.
+        unit: Of lengths: ``"tokens"``, or ``"characters"`` without a tokenizer.
+        max_length: Longest sequence in tokens; None for no limit.
+        roles: How many turns each role has.
+        trained: How many rows are trained on.
+        answers: How many answers these have.
+        scored_answers: How many of the answers have a scored token.
+        tokens: How many tokens they have.
+        scored_tokens: How many of the tokens are scored.
+        cut_rows: How many rows are longer than ``max_length``.
+        cut_tokens: How many tokens they lose.
+        lengths: Of each sequence that is trained on.
+        dropped: From a reason to the rows that are left out for it.
+        notes: From what a template leaves out to the rows.
+        errors: Each row that cannot be read, and why.
+        samples: The first rows, each a list of sequences.
     """
 
     name: str
     command: str
     rows: int
-    columns: dict[str, str]  # each column of the file, and what it is read as; "" where it is not read
+    columns: dict[str, str]
     unit: str
     max_length: int | None = None
     roles: Counter[str] = field(default_factory=Counter)
@@ -68,15 +75,28 @@ class Audit:
     errors: list[tuple[int, str]] = field(default_factory=list)
     samples: list[tuple[int, list[list[Piece]]]] = field(default_factory=list)
 
+    @property
+    def is_of_prompts(self) -> bool:
+        """Whether the rows are prompts, of which nothing is learned."""
+        return self.command in PROMPT_COMMANDS
+
 
 def command_for(rows: Any, reading: Reading) -> str:
-    """The command that these rows are for, by their columns."""
+    """Choose the command that rows are for by their columns.
+
+    Args:
+        rows: A ``Dataset``.
+        reading: How rows are read.
+
+    Returns:
+        ``"kto"``, ``"dpo"``, ``"sft"`` or ``"grpo"``.
+    """
     names = renamed(rows.column_names, reading.form)
     if "label" in names and has_labels(rows, reading.form) and reading.form.text_field not in names:
         return "kto"
-    for command, known in (("dpo", pair_columns), ("sft", sft_columns), ("grpo", prompt_columns)):
+    for command, columns_for in (("dpo", pair_columns), ("sft", sft_columns), ("grpo", prompt_columns)):
         try:
-            known(names)
+            columns_for(names)
         except ValueError:
             continue
         return command
@@ -95,238 +115,134 @@ def audit(
     samples: int = 3,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Audit:
-    """Read, render and tokenise every row as ``command`` does.
+    """Read, render and tokenise every row as a command does.
 
     Args:
-        rows: a ``Dataset``. name: of the file. tokenizer: without one, rows are read and nothing is tokenised.
-        samples: how many of the first rows are kept as text. progress: wraps the loop over rows.
+        rows: A ``Dataset``.
+        name: Of the file.
+        command: ``"sft"``, ``"dpo"`` or another.
+        tokenizer: Without one, rows are read and nothing is tokenised.
+        reading: How rows are read.
+        max_length: Longest sequence in tokens; None for no limit.
+        text_field: The column of plain text.
+        samples: How many of the first rows are kept as text.
+        progress: Wraps the loop over rows.
+
+    Returns:
+        The figures and the first rows.
+
     Raises:
-        ValueError: an unknown command, or columns that the command cannot read.
+        ValueError: The command is unknown, or cannot read the columns.
     """
-    task = next((task for task, commands in TASKS.items() if command in commands), None)
-    if task is None:
-        raise ValueError(f"--command {command!r} trains on no rows; one of {', '.join(sum(TASKS.values(), ()))}")
+    if command not in ENCODERS:
+        raise ValueError(f"--command {command!r} trains on no rows; one of {', '.join(ENCODERS)}")
     reading = reading or Reading()
     if tokenizer is not None:
         reading = reading.for_tokenizer(tokenizer, text_field, rows)
-    if task == "pairs" and "label" in renamed(rows.column_names, reading.form) and "chosen" not in rows.column_names:
-        rows, reading = pairs_of_labelled(rows, reading.form), replace(reading, form=replace(reading.form, columns={}))
-    found = Audit(name, command, len(rows), {}, "tokens" if tokenizer is not None else "characters", max_length)
     names = renamed(rows.column_names, reading.form)
-    read = _columns(task, names, text_field)
-    found.columns = {theirs: (ours if ours in read else "") for theirs, ours in _renames(rows.column_names, reading)}
+    if command in ("dpo", "reward") and "label" in names and "chosen" not in rows.column_names:
+        rows = pairs_of_labelled(rows, reading.form)
+        reading = replace(reading, form=replace(reading.form, columns={}))
+        names = list(rows.column_names)
+    form = replace(reading.form, text_field=text_field)
+    encoder = ENCODERS[command](names, replace(reading, form=form))
+
+    columns = _columns_read(rows.column_names, reading, encoder.read)
+    found = Audit(name, command, len(rows), columns, "characters" if tokenizer is None else "tokens", max_length)
     for number, row in enumerate(progress(rows), start=1):
         try:
-            row = canonical(row, reading.form)
-            dialogue = _dialogue(row, task, read, reading)
-            encoded = [] if tokenizer is None else _encode(row, task, read, tokenizer, reading)
-            done = [cut(one, max_length or 1 << 40, len(tokenizer), True) for one in encoded]  # type: ignore[arg-type]
+            renamed_row = canonical(row, reading.form)
+            dialogue = encoder.dialogue(renamed_row)
+            tokenised = [] if tokenizer is None else _tokenise(row, encoder, tokenizer, found)
         except ValueError as error:
             found.errors.append((number, str(error)))
             continue
         _count_roles(found, dialogue)
-        if tokenizer is None:
-            _add_text(found, number, dialogue, is_labelled_bad(row) and task == "sft", samples)
+        if tokenizer is not None:
+            _add_tokens(found, number, tokenised, tokenizer, samples)
+        elif isinstance(encoder, SftEncoder) and is_labelled_bad(renamed_row):
+            found.dropped.setdefault("with label false", []).append(number)
         else:
-            _add_tokens(found, number, done, tokenizer, samples)
+            _add_text(found, number, dialogue, samples)
     return found
 
 
-def _columns(task: str, names: list[str], text_field: str) -> tuple[str, ...]:
-    if task == "pairs":
-        return pair_columns(names)
-    if task == "prompts":
-        return prompt_columns(names)
-    if task == "kto" and "rejected" in names:
-        return pair_columns(names)
-    return (*sft_columns(names, text_field), *(["label"] if task == "kto" else []))
+def _columns_read(columns: Sequence[str], reading: Reading, read: Sequence[str]) -> dict[str, str]:
+    """Each column of the file with the name that it is read as; empty if it is not read."""
+    new_names = reading.form.columns
+    result = {}
+    for column in columns:
+        is_replaced = column in new_names.values() and column not in new_names  # by a column that gets its name
+        name = "" if is_replaced else new_names.get(column, column)
+        result[column] = name if name in read else ""
+    return result
 
 
-def _renames(columns: list[str], reading: Reading) -> list[tuple[str, str]]:
-    replaced = set(reading.form.columns.values())
-    return [(name, reading.form.columns.get(name, "" if name in replaced else name)) for name in columns]
-
-
-def _dialogue(row: Row, task: str, read: tuple[str, ...], reading: Reading) -> Dialogue | None:
-    """None for rows of ids and of plain text."""
-    if any(name.endswith("_ids") for name in read) or (read[0] == reading.form.text_field and len(read) == 1):
-        return None
-    if task == "prompts":
-        return prompt_dialogue(row, reading.form)
-    if task == "pairs" or (task == "kto" and "rejected" in read):
-        return pair_dialogue(row, reading.form)
-    if task == "kto":
-        return unpaired_dialogue(row, reading.form)
-    return sft_dialogue(row, read[0], reading.form)
-
-
-def _encode(
-    row: Row, task: str, read: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, reading: Reading
-) -> list[Row]:
-    if task == "prompts":
-        ids = (
-            list(row["prompt_ids"])
-            if "prompt_ids" in row
-            else encode_prompt(tokenizer, prompt_dialogue(row, reading.form))
-        )
-        return [
-            {"input_ids": ids, "labels": [IGNORE] * len(ids), "_drop": "", "_answers": 0, "_scored": 0, "_notes": []}
-        ]
-    if task == "pairs":
-        return encode_pair(row, tokenizer, "chosen_ids" in read, False, reading.form)
-    if task == "kto":
-        return encode_unpaired(row, tokenizer, "rejected" in read or "chosen_ids" in read, reading.form)
-    return encode_sft(row, tokenizer, read[0], reading)
+def _tokenise(row: Any, encoder: RowEncoder, tokenizer: PreTrainedTokenizerBase, found: Audit) -> list[TokenisedRow]:
+    encoded = encoder.encode(row, tokenizer)
+    if found.is_of_prompts:
+        return encoded  # their limit depends on the length of completions
+    limits = row_limits(found.max_length, len(tokenizer), drop_long_prompts=True)
+    return [truncate(one_row, limits) for one_row in encoded]
 
 
 def _count_roles(found: Audit, dialogue: Dialogue | None) -> None:
-    if dialogue is None:
-        return
-    turns = [turn for part in (dialogue.prompt, *dialogue.completions) if not isinstance(part, str) for turn in part]
-    found.roles.update(str(turn["role"]) for turn in turns)
+    parts = () if dialogue is None else (dialogue.prompt, *dialogue.completions)
+    for turns in parts:
+        if not isinstance(turns, str):
+            found.roles.update(str(turn["role"]) for turn in turns)
 
 
-# With a tokenizer
-
-
-def _add_tokens(found: Audit, number: int, done: list[Row], tokenizer: PreTrainedTokenizerBase, samples: int) -> None:
-    prompts_alone = found.command in TASKS["prompts"]
+def _add_tokens(
+    found: Audit, number: int, rows: list[TokenisedRow], tokenizer: PreTrainedTokenizerBase, samples: int
+) -> None:
+    """Count the tokenised rows of row ``number``."""
     shown: list[list[Piece]] = []
-    for row in done:
-        found.answers += row["_answers"]
-        found.scored_answers += row["_scored"]
-        for note in row["_notes"]:
+    for row in rows:
+        found.answers += row.answers
+        found.scored_answers += row.scored
+        for note in row.notes:
             found.notes.setdefault(note, []).append(number)
-        if row["_drop"] and not prompts_alone:
-            found.dropped.setdefault(row["_drop"], []).append(number)
+        if row.dropped:
+            found.dropped.setdefault(row.dropped, []).append(number)
             continue
         found.trained += 1
-        found.cut_rows += row["_cut"] > 0
-        found.cut_tokens += row["_cut"]
-        for sequence in _whole(row):
-            found.lengths.append(len(sequence[0]))
-            found.tokens += len(sequence[0])
-            found.scored_tokens += sum(label != IGNORE for label in sequence[1])
+        found.cut_rows += row.truncated > 0
+        found.cut_tokens += row.truncated
+        for ids, labels in _whole_sequences(row.columns):
+            found.lengths.append(len(ids))
+            found.tokens += len(ids)
+            found.scored_tokens += sum(label != IGNORE for label in labels)
             if len(found.samples) < samples:
-                shown.append(pieces(tokenizer, *sequence))
+                shown.append(pieces(tokenizer, ids, labels))
     if shown:
         found.samples.append((number, shown))
 
 
-def _whole(row: Row) -> list[tuple[list[int], list[int]]]:
-    """Each sequence of a tokenised row with its prompt: ids and labels."""
-    first, *others = sequences(row)
-    prompt = len(row.get("prompt_ids", []))
-    return [(first.ids, first.labels)] + [
-        (first.ids[:prompt] + other.ids, [IGNORE] * prompt + other.labels) for other in others
-    ]
+def _whole_sequences(columns: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """Ids and labels of each sequence of a tokenised row, with its prompt."""
+    prompt = columns.get("prompt_ids", [])
+    if set(columns) == {"prompt_ids"}:
+        return [(prompt, [IGNORE] * len(prompt))]
+    first, *others = sequences(columns)
+    prompt_labels = [IGNORE] * len(prompt)
+    return [(first.ids, first.labels), *((prompt + other.ids, prompt_labels + other.labels) for other in others)]
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int]) -> list[Piece]:
-    """The text of each token; tokens that share a character are one piece.
-
-    A token's text is what it adds behind the tokens before it, as some tokenizers drop a space at the beginning.
-    """
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    found: list[Piece] = []
-    start = 0
-    for stop in range(1, len(ids) + 1):
-        before = max(0, start - _WINDOW)
-        text = _decode(tokenizer, ids[before:stop])[len(_decode(tokenizer, ids[before:start])) :]
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and stop - start < 4 and stop < len(ids):
-            continue  # the rest of the character is in the next token
-        learned = any(label != IGNORE for label in labels[start:stop])
-        found.append(Piece(text, learned, stop == start + 1 and ids[start] in special))
-        start = stop
-    return found
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""
-
-
-# Without one
-
-
-def _add_text(found: Audit, number: int, dialogue: Dialogue | None, labelled_bad: bool, samples: int) -> None:
-    if labelled_bad:
-        found.dropped.setdefault("with label false", []).append(number)
-        return
+def _add_text(found: Audit, number: int, dialogue: Dialogue | None, samples: int) -> None:
+    """Count a row without a tokenizer."""
     found.trained += 1
     if dialogue is None:
         return
-    shown = [_text_pieces(dialogue.prompt, completion) for completion in dialogue.completions or ("",)]
-    for own in shown:
-        size, learned = sum(len(piece.text) for piece in own), sum(len(piece.text) for piece in own if piece.learned)
-        found.lengths.append(size)
-        found.tokens += size
-        found.scored_tokens += learned
-    found.answers += sum(_answers(completion) for completion in dialogue.completions)
-    found.scored_answers += sum(piece.learned for own in shown for piece in own)
+    shown = [text_pieces(dialogue.prompt, completion) for completion in dialogue.completions or ("",)]
+    for row in shown:
+        length = sum(len(piece.text) for piece in row)
+        found.lengths.append(length)
+        found.tokens += length
+        found.scored_tokens += sum(len(piece.text) for piece in row if piece.learned)
+        found.scored_answers += sum(piece.learned for piece in row)
+    for completion in dialogue.completions:
+        is_text = isinstance(completion, str)
+        found.answers += 1 if is_text else sum(turn["role"] == ASSISTANT for turn in completion)  # type: ignore[index]
     if len(found.samples) < samples:
         found.samples.append((number, shown))
-
-
-def _answers(completion: Any) -> int:
-    return 1 if isinstance(completion, str) else sum(turn["role"] == "assistant" for turn in completion)
-
-
-def _text_pieces(prompt: Any, completion: Any) -> list[Piece]:
-    parts = [(prompt, False), (completion, True)]
-    return [piece for turns, answer in parts for piece in _turn_pieces(turns, answer)]
-
-
-def _turn_pieces(turns: Any, answer: bool) -> list[Piece]:
-    if isinstance(turns, str):
-        return [Piece(turns, answer)] if turns else []
-    found = []
-    for turn in turns:
-        learned = answer and turn["role"] == "assistant" and bool(turn.get("weight", 1))
-        extra = [str(turn[key]) for key in ("reasoning_content", "content", "tool_calls") if turn.get(key)]
-        found += [Piece(f"{turn['role']}: ", False, special=True), Piece("\n".join(extra) + "\n", learned)]
-    return found
-
-
-# For people
-
-
-def facts(found: Audit) -> list[tuple[str, str]]:
-    """The figures, each with its name."""
-    lines = [("rows", f"{found.rows:,}")]
-    if found.command not in TASKS["prompts"]:
-        lines.append(("trained on", f"{found.trained:,}"))
-    for reason, numbers in found.dropped.items():
-        remedy = "; training stops there without --drop_long_prompts" if reason == TOO_LONG else ""
-        lines.append((f"dropped {reason}", _rows(numbers) + remedy))
-    if found.errors:
-        lines.append(("cannot be read", _rows([number for number, _ in found.errors])))
-    if found.answers:
-        share = found.scored_answers / found.answers
-        lines.append(("answers scored", f"{found.scored_answers:,} of {found.answers:,} ({share:.0%})"))
-    if found.tokens and found.command not in TASKS["prompts"]:
-        share = found.scored_tokens / found.tokens
-        lines.append((f"{found.unit} scored", f"{found.scored_tokens:,} of {found.tokens:,} ({share:.1%})"))
-    if found.cut_rows:
-        lines.append(("cut", f"{found.cut_rows:,} rows to {found.max_length:,} tokens, losing {found.cut_tokens:,}"))
-    lines += [(note, _rows(numbers)) for note, numbers in found.notes.items()]
-    return lines
-
-
-def _rows(numbers: list[int], shown: int = 5) -> str:
-    listed = ", ".join(str(number) for number in dict.fromkeys(numbers[: shown + 1]))
-    return f"{len(numbers):,} (row {listed}{', …' if len(numbers) > shown + 1 else ''})"
-
-
-def histogram(lengths: list[int], bins: int = 12) -> list[tuple[int, int, int]]:
-    """Equal stretches [low, high) of lengths and how many fall into each.
-
-    Example:
-        >>> histogram([1, 2, 2, 9], bins=3)
-        [(1, 4, 3), (4, 7, 0), (7, 10, 1)]
-    """
-    if not lengths:
-        return []
-    low, high = min(lengths), max(lengths) + 1
-    width = -(-(high - low) // bins)
-    counts = Counter((length - low) // width for length in lengths)
-    return [(low + i * width, low + (i + 1) * width, counts[i]) for i in range(max(counts) + 1)]

@@ -2,8 +2,9 @@
 
 from html import escape
 
-from rlhf.evaluation.audit import Audit, Piece, facts, histogram
-from rlhf.evaluation.audit_tables import middle_left_out
+from rlhf.evaluation.audit import Audit
+from rlhf.evaluation.audit_facts import facts, histogram
+from rlhf.evaluation.pieces import Piece, middle_left_out
 
 _PIECES = 2000
 _STYLE = """

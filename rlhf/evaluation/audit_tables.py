@@ -8,7 +8,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from rlhf.evaluation.audit import Audit, Piece, facts, histogram
+from rlhf.evaluation.audit import Audit
+from rlhf.evaluation.audit_facts import facts, histogram
+from rlhf.evaluation.pieces import Piece, middle_left_out
 
 _LEARNED = ("black on pale_green3", "black on dark_sea_green3")  # two shades show where tokens end
 _CONTEXT = ("", "on grey19")
@@ -73,11 +75,3 @@ def _text(shown: list[Piece], marked: bool) -> Text:
         joined = "".join(piece.text for piece in run)
         plain.append(f"⟦{joined}⟧" if learned else joined)
     return plain
-
-
-def middle_left_out(shown: list[Piece], limit: int) -> list[Piece]:
-    """At most ``limit`` pieces, without those in the middle."""
-    if len(shown) <= limit:
-        return shown
-    half = limit // 2
-    return [*shown[:half], Piece(f"\n… {len(shown) - 2 * half} more …\n", False), *shown[-half:]]

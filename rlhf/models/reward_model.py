@@ -14,8 +14,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.data import Batch, Collator, chat, formats
-from rlhf.data.columns import RowFormat
+from rlhf.data import Batch, Collator, RowFormat, encode
+from rlhf.data.formats import Turns, sft_dialogue
 from rlhf.kernels.recompute import fewer_activations
 from rlhf.models.adapters import adapter_config, base_of, merged
 from rlhf.models.loading import HUB, base_kwargs, hub_kwargs, load_model
@@ -61,8 +61,8 @@ class RewardModel(Wrapper):
     def rewards(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[formats.Turns],
-        completions: Sequence[formats.Turns],
+        prompts: Sequence[Turns],
+        completions: Sequence[Turns],
         batch_size: int = 8,
     ) -> Tensor:
         """Rewards of answers given as text or messages, tokenised as in training; without dropout.
@@ -79,7 +79,7 @@ class RewardModel(Wrapper):
         rows = []
         for prompt, completion in zip(prompts, completions, strict=True):
             row = {"prompt": prompt, "completion": completion}
-            found = chat.encode(tokenizer, formats.sft_dialogue(row, "completion", RowFormat()))
+            found = encode(tokenizer, sft_dialogue(row, "completion", RowFormat()))
             ids = found.prompt_ids + found.completions[0][0]
             rows.append({"input_ids": ids, "labels": ids})
         parts = (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))

@@ -153,7 +153,7 @@ def test_bad_rows_are_named(case, tokenizer):
     with pytest.raises(ValueError) as error:
         tokenise([row], tokenizer)
     assert said in str(error.value)
-    assert "dataset, row 1: " in str(error.value) or "column" in said
+    assert "data set, row 1: " in str(error.value) or "column" in said
 
 
 def test_conversations_need_a_template(tokenizer):

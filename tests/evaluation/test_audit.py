@@ -14,7 +14,7 @@ from rich.console import Console
 from rlhf.cli.main import main
 from rlhf.data import Reading, RowFormat, load_data, tokenize_preferences, tokenize_sft
 from rlhf.evaluation import audit, audit_page, command_for, show_audit
-from rlhf.evaluation.audit import pieces
+from rlhf.evaluation.pieces import pieces
 
 U, A, N = (
     {"role": role, "content": text} for role, text in (("user", "why"), ("assistant", "yes"), ("assistant", "no"))

@@ -400,7 +400,7 @@ def test_what_cannot_be_learned_is_named_with_its_row(name, tokenizer):
     row, said = REFUSED[name]
     with pytest.raises(ValueError) as error:
         sft([row], tokenizer)
-    assert f"dataset, row 1: {said}" in str(error.value).replace("'messages', ", "") and "\n" not in str(error.value)
+    assert f"data set, row 1: {said}" in str(error.value).replace("'messages', ", "") and "\n" not in str(error.value)
 
 
 def test_labels_of_another_kind_are_no_verdict(tokenizer, caplog):

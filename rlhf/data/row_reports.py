@@ -1,0 +1,112 @@
+"""What is reported of tokenised rows: rows left out, tokens cut off, answers not scored, columns not read."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf.data.tokenised_rows import UNREADABLE, TokenisedRow
+
+logger = logging.getLogger(__name__)
+
+
+def report_unread_columns(name: str, columns: Sequence[str], read: Sequence[str]) -> None:
+    """Log the columns that are not read.
+
+    Args:
+        name: The data set.
+        columns: All of its columns, after renaming.
+        read: Those that are read.
+    """
+    if unread := [column for column in columns if column not in read]:
+        logger.info("%s: columns not read: %s", name, ", ".join(unread))
+
+
+def report_rows(name: str, report: dict[str, list[Any]], max_length: int) -> None:
+    """Log what was dropped, cut off and not scored, and what templates leave out.
+
+    Args:
+        name: The data set.
+        report: The columns of :meth:`TokenisedRow.report`.
+        max_length: The limit, for the message.
+    """
+    reasons, truncated = report["_drop"], report["_cut"]
+    for reason in sorted(set(reasons) - {"", UNREADABLE}):
+        logger.warning("%s: dropped %d of %d rows %s", name, reasons.count(reason), len(reasons), reason)
+    if any(truncated):
+        rows_cut = sum(count > 0 for count in truncated)
+        message = "%s: %d of %d rows cut to max_length %d, losing %d tokens in all"
+        logger.warning(message, name, rows_cut, len(truncated), max_length, sum(truncated))
+    answers, scored = sum(report["_answers"]), sum(report["_scored"])
+    if scored < answers:
+        logger.warning("%s: %d of %d answers are scored", name, scored, answers)
+
+    rows_of_note: dict[str, list[int]] = {}
+    for index, notes in zip(report["_row"], report["_notes"], strict=True):
+        for note in notes:
+            rows_of_note.setdefault(note, []).append(index + 1)
+    for note, rows in rows_of_note.items():
+        logger.warning("%s, row %d: %s (%d of %d rows)", name, rows[0], note, len(rows), len(reasons))
+
+
+def list_bad_rows(name: str, report: dict[str, list[Any]], rows: int, file: str | None) -> None:
+    """Write the rows that cannot be read into a file, and log how many there are.
+
+    Args:
+        name: The data set.
+        report: The columns of :meth:`TokenisedRow.report`.
+        rows: How many rows the data set has.
+        file: Its lines are kept: other data sets may have written them. None writes nothing.
+
+    Raises:
+        ValueError: No row can be read.
+    """
+    bad = [(index + 1, error) for index, error in zip(report["_row"], report["_bad"], strict=True) if error]
+    if not bad or file is None:
+        return
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known_lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = [json.dumps({"file": name, "row": row, "error": error}, ensure_ascii=False) for row, error in bad]
+    all_lines = dict.fromkeys([*known_lines, *lines])  # each once, in order
+    path.write_text("\n".join(all_lines) + "\n", encoding="utf-8")
+
+    first_row, first_error = bad[0]
+    message = "%s: left out %d of %d rows that cannot be read, listed in %s; first, row %d: %s"
+    logger.warning(message, name, len(bad), rows, path, first_row, first_error)
+    if len(bad) == rows:
+        raise ValueError(f"{name}: none of {rows} rows can be read; row {first_row}: {first_error}")
+
+
+class StreamReport:
+    """Logs the rows of a stream that are dropped or cut: the first of each kind, then the 10th, the 100th, ...
+
+    Args:
+        name: The stream.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.counts: Counter[str] = Counter()
+
+    def add(self, row: TokenisedRow, index: int) -> None:
+        """Count one row, and log it if its turn has come.
+
+        Args:
+            row: A tokenised row.
+            index: Its place in the stream, from 0.
+        """
+        reason = row.error or row.dropped
+        if reason:
+            event = f"dropped rows {reason}"
+        elif row.truncated:
+            event = "cut rows to max_length"
+        else:
+            return
+        self.counts[event] += 1
+        count = self.counts[event]
+        is_power_of_ten = str(count).strip("0") == "1"
+        if is_power_of_ten:
+            logger.warning("%s, row %d: %s (%d so far)", self.name, index + 1, event, count)

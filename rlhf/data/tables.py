@@ -1,0 +1,204 @@
+"""Rows of text files as a table on disk; each column has the type that all of its values have."""
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+import pyarrow as pa
+from datasets import Dataset, DatasetInfo, Features, List, Value
+from datasets.features.features import register_feature
+from datasets.fingerprint import Hasher
+from datasets.utils import tqdm
+from filelock import FileLock
+
+from rlhf.data.errors import error_context
+from rlhf.data.text_files import Row, read_rows
+
+_VERSION = 2  # part of the cache key: raise it when the same file becomes another table
+_BATCH_ROWS = 500  # rows that are in memory at once
+_SCALARS: dict[type, str] = {str: "string", bool: "bool", int: "int64", float: "float64"}
+_JSON = "json"  # the type of values that have no common one: objects with different keys, or several types
+
+
+@dataclass
+class JsonText:
+    """The type of a column whose values are kept as JSON text: objects with different keys, or several types.
+
+    ``datasets.Json`` would read 0.6 as 0.6000000000000001, and write ten digits.
+    """
+
+    id: str | None = field(default=None, repr=False)
+    pa_type: ClassVar[Any] = pa.string()
+    _type: str = field(default="JsonText", init=False, repr=False)
+
+    def __call__(self) -> pa.DataType:
+        return self.pa_type
+
+    def encode_example(self, value: Any) -> str | None:
+        return None if value is None else json.dumps(value, ensure_ascii=False)
+
+    def decode_example(self, value: str | None, token_per_repo_id: Any = None) -> Any:
+        return None if value is None else json.loads(value)
+
+    def cast_storage(self, storage: pa.Array) -> pa.Array:
+        """Convert the values that a batched ``map`` returns."""
+        if pa.types.is_string(storage.type) or pa.types.is_null(storage.type):
+            return storage.cast(pa.string())
+        return pa.array([self.encode_example(value) for value in storage.to_pylist()], pa.string())
+
+
+with warnings.catch_warnings(action="ignore"):  # types of one's own are experimental in `datasets`
+    register_feature(JsonText, "JsonText")
+
+
+def as_table(files: list[Path]) -> Dataset:
+    """Read text files into a table in the cache of ``datasets``, which is mapped into memory.
+
+    A column of objects with different keys, or of several types, becomes :class:`JsonText`. So no row gets the keys of
+    another, and no text becomes a number.
+
+    Args:
+        files: The files, in order.
+
+    Returns:
+        All rows.
+
+    Raises:
+        ValueError: A row cannot be read; names the file, the row and the fault.
+    """
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = Hasher.hash((_VERSION, stats))
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "rows"
+    folder.mkdir(parents=True, exist_ok=True)
+    table = folder / f"{key}.arrow"
+    with FileLock(folder / f"{key}.lock"):  # several processes may load the same files
+        if not table.exists():
+            _write_table(files, table)
+    rows = Dataset.from_file(str(table))
+    return Dataset(rows.data, info=DatasetInfo(features=rows.features), fingerprint=key)
+
+
+def chain_rows(files: list[Path]) -> Iterator[Row]:
+    """The rows of several files, one after the other; an error names the file."""
+    for file in files:
+        with error_context(str(file)):
+            yield from read_rows(file)
+
+
+def _write_table(files: list[Path], table: Path) -> None:
+    """Read all rows twice: to find the type of each column, and to write them."""
+    types: dict[str, _Type] = {}
+    count = 0
+    for row in _with_progress(chain_rows(files), "Reading"):
+        count += 1
+        for column, value in row.items():
+            types[column] = _merge(types.get(column), _type_of(value))
+    schema = Features({column: _feature(column_type) for column, column_type in types.items()}).arrow_schema
+
+    rows = iter(_with_progress(chain_rows(files), "Writing", count))
+    unfinished = table.with_suffix(f".{os.getpid()}")
+    rows_written = 0
+    try:
+        with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            while batch := list(islice(rows, _BATCH_ROWS)):
+                arrays = [
+                    _array(batch, column, column_type, schema.field(column).type, rows_written)
+                    for column, column_type in types.items()
+                ]
+                writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+                rows_written += len(batch)
+        unfinished.replace(table)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _with_progress(rows: Iterable[Row], description: str, total: int | None = None) -> Iterable[Row]:
+    return tqdm(rows, desc=description, total=total, unit=" rows", delay=3, leave=False)
+
+
+# The type of a column: None as long as only nulls were seen, the name of a scalar, [type of the items], or the types of
+# an object's values under its keys.
+_Type = str | list[Any] | dict[str, Any] | None
+
+
+def _type_of(value: Any) -> _Type:
+    if value is None:
+        return None
+    if isinstance(value, list):
+        return _type_of_list(value)
+    if isinstance(value, dict):
+        types = {key: _type_of(item) for key, item in value.items()}
+        return _JSON if not types or _JSON in types.values() else types
+    is_large = type(value) is int and not -(2**63) <= value < 2**63
+    return _JSON if is_large else _SCALARS[type(value)]
+
+
+def _type_of_list(values: list[Any]) -> _Type:
+    python_types = {type(value) for value in values} - {type(None)}
+    # Long lists of one scalar type are common; integers are looked at, as they may be too large.
+    if len(python_types) == 1 and (only_type := python_types.pop()) in (str, bool, float):
+        return [_SCALARS[only_type]]
+    item_type: _Type = None
+    for value in values:
+        item_type = _merge(item_type, _type_of(value))
+    return _JSON if item_type == _JSON else [item_type]
+
+
+def _merge(first: _Type, second: _Type) -> _Type:
+    """The type that holds the values of both types unchanged."""
+    if second is None:
+        return first
+    if first is None:
+        return second
+    if isinstance(first, list) and isinstance(second, list):
+        item_type = _merge(first[0], second[0])
+        return _JSON if item_type == _JSON else [item_type]
+    if isinstance(first, dict) and isinstance(second, dict):
+        return _merge_objects(first, second)
+    if first == second:
+        return first
+    return "float64" if (first, second) in (("int64", "float64"), ("float64", "int64")) else _JSON
+
+
+def _merge_objects(first: dict[str, Any], second: dict[str, Any]) -> _Type:
+    # The order of keys counts: a template may write an object as it is.
+    if list(first) != list(second):
+        return _JSON
+    types = {key: _merge(first[key], second[key]) for key in first}
+    return _JSON if _JSON in types.values() else types
+
+
+def _feature(column_type: _Type) -> Any:
+    if isinstance(column_type, list):
+        return List(_feature(column_type[0]))
+    if isinstance(column_type, dict):
+        return {key: _feature(item) for key, item in column_type.items()}
+    return JsonText() if column_type == _JSON else Value(column_type or "null")
+
+
+def _array(batch: list[Row], column: str, column_type: _Type, arrow_type: pa.DataType, rows_before: int) -> pa.Array:
+    values = [row.get(column) for row in batch]
+    if column_type == _JSON:
+        values = [JsonText().encode_example(value) for value in values]
+    try:
+        return pa.array(values, arrow_type)
+    except UnicodeEncodeError:
+        index = next(index for index, value in enumerate(values) if not _is_unicode(value))
+        raise ValueError(
+            f"row {rows_before + index + 1}: {column!r} holds half of a surrogate pair (such as \\ud83d), which is no "
+            "text; mend it"
+        ) from None
+
+
+def _is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,142 @@
+"""The tokens of a text, and which token a character belongs to."""
+
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.data.prompts import common_length
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """A text as ids.
+
+    Args:
+        tokenizer: Made the ids.
+        text: The text.
+        add_special_tokens: Whether the tokenizer added its own special tokens.
+        ids: The ids.
+        offsets: First and last character (exclusive) of each id. None if the tokenizer does not know them: then a
+            border is found by tokenising the text before it.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    text: str
+    add_special_tokens: bool
+    ids: list[int]
+    offsets: list[tuple[int, int]] | None
+
+    def first_token_after(self, border: int) -> int:
+        """Index of the first token that holds a character at or after ``border``; it may begin before."""
+        if self.offsets is None:
+            return self._tokens_before(border)[1]
+        index = bisect_right(self.offsets, border, key=lambda offset: offset[1])
+        if index and self._crosses_with_space(index - 1, border):
+            return index - 1
+        return index
+
+    def first_token_from(self, border: int) -> int:
+        """Index of the first token that begins at or after ``border``."""
+        if self.offsets is None:
+            count, shared = self._tokens_before(border)
+            return shared if shared == count else shared + 1
+        return bisect_left(self.offsets, border, key=lambda offset: offset[0])
+
+    def without_first(self) -> "TokenizedText":
+        return self._replaced(self.ids[1:], self.offsets and self.offsets[1:])
+
+    def without_last(self) -> "TokenizedText":
+        return self._replaced(self.ids[:-1], self.offsets and self.offsets[:-1])
+
+    def with_last(self, token: int) -> "TokenizedText":
+        """With one more token, which stands behind the text."""
+        behind = (len(self.text), len(self.text) + 1)
+        return self._replaced([*self.ids, token], self.offsets and [*self.offsets, behind])
+
+    def _replaced(self, ids: list[int], offsets: list[tuple[int, int]] | None) -> "TokenizedText":
+        return replace(self, ids=ids, offsets=offsets)
+
+    def _tokens_before(self, border: int) -> tuple[int, int]:
+        """How many tokens the text before ``border`` has, and how many of them begin the ids of the whole text."""
+        before = tokenize(self.tokenizer, self.text[:border], self.add_special_tokens).ids
+        return len(before), common_length(before, self.ids)
+
+    def _crosses_with_space(self, index: int, border: int) -> bool:
+        """Whether a token reaches over ``border`` with white space.
+
+        Tokenizers with ``trim_offsets`` leave white space out of the offsets, so the text of the token has to be asked.
+        """
+        assert self.offsets is not None
+        start, end = self.offsets[index]
+        next_offsets = self.offsets[index + 1 : index + 2]
+        is_covered = bool(next_offsets) and next_offsets[0][0] <= border
+        is_space_next = self.text[border : border + 1].isspace()
+        is_word = bool(self.text[start:end].strip())
+        if end != border or is_covered or not is_space_next or not is_word:
+            return False
+        return str(self.tokenizer.decode(self.ids[index]))[-1:].isspace()
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> TokenizedText:
+    """Tokenise a text as a whole.
+
+    Args:
+        tokenizer: Any tokenizer; the slow ones have no offsets.
+        text: The text.
+        add_special_tokens: Whether the tokenizer adds its own special tokens, such as BOS.
+
+    Returns:
+        Ids and offsets.
+    """
+    if not tokenizer.is_fast:
+        ids = list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        return TokenizedText(tokenizer, text, add_special_tokens, ids, None)
+    encoding = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+    offsets = encoding["offset_mapping"]
+    # Special tokens that are added behind the text have offsets (0, 0): move them behind the text, to keep the order.
+    for index in range(len(offsets) - 1, 0, -1):
+        if offsets[index] != (0, 0):
+            break
+        offsets[index] = (len(text), len(text) + 1)
+    return TokenizedText(tokenizer, text, add_special_tokens, encoding["input_ids"], offsets)
+
+
+def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of EOS.
+
+    Raises:
+        ValueError: The tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token: set tokenizer.eos_token, so that answers learn to end")
+    return tokenizer.eos_token_id
+
+
+def tokenize_plain(tokenizer: PreTrainedTokenizerBase, text: str, ends: bool) -> TokenizedText:
+    """Tokenise plain text with the tokenizer's special tokens, none of them twice.
+
+    Args:
+        tokenizer: Any tokenizer.
+        text: The text.
+        ends: Whether the text ends with an EOS; otherwise one that the tokenizer adds is removed.
+
+    Returns:
+        Ids and offsets.
+
+    Raises:
+        ValueError: The text is to end and the tokenizer has no EOS.
+    """
+    tokens = tokenize(tokenizer, text, add_special_tokens=True)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    has_two_bos = bos is not None and tokens.ids[:2] == [bos, bos]
+    if has_two_bos and not text.startswith(str(tokenizer.bos_token) * 2):
+        tokens = tokens.without_first()  # one is in the text, one was added
+    if eos is None:
+        return tokens.with_last(eos_id(tokenizer)) if ends else tokens
+    is_written = text.rstrip().endswith(str(tokenizer.eos_token))
+    is_last = tokens.ids[-1:] == [eos]
+    is_added = is_last and (not is_written or tokens.ids[-2:] == [eos, eos])
+    if is_added:
+        tokens = tokens.without_last()
+    return tokens.with_last(eos) if ends and not is_written else tokens

@@ -1,0 +1,163 @@
+"""A tokenised row and the report about it; how it is checked and truncated."""
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from rlhf.data.batch import IGNORE
+
+UNLIMITED = 1 << 40  # where max_length is None
+TOO_LONG = "with too long a prompt"
+UNREADABLE = "that cannot be read"
+NOTHING_SCORED = "without a scored token"
+
+
+class Limits(NamedTuple):
+    """What every row must fit.
+
+    Args:
+        max_length: Tokens of a prompt with one answer; the end of a longer answer is cut off.
+        vocab_size: Rows of the model's embeddings; every id must be smaller.
+        drop_long_prompts: Whether to leave out rows whose prompt alone reaches ``max_length``, instead of stopping.
+    """
+
+    max_length: int
+    vocab_size: int
+    drop_long_prompts: bool = False
+
+
+def row_limits(max_length: int | None, vocab_size: int, drop_long_prompts: bool = False) -> Limits:
+    """The limits of a trainer, whose ``max_length`` may be None: no limit."""
+    return Limits(UNLIMITED if max_length is None else max_length, vocab_size, drop_long_prompts)
+
+
+@dataclass(frozen=True)
+class TokenisedRow:
+    """A row for training, and what is counted of it.
+
+    Args:
+        columns: What training reads: lists of ids and labels, one or one for each answer, and single values.
+        answers: How many of the assistant's turns it has.
+        scored: How many of these have a scored token.
+        notes: What the chat template leaves out, a line each.
+        dropped: Why the row is left out, as the end of "dropped 3 of 8 rows ..."; empty if it is not.
+        truncated: How many ids were cut off.
+        error: Why the row cannot be read; empty if it can.
+    """
+
+    columns: dict[str, Any]
+    answers: int = 0
+    scored: int = 0
+    notes: tuple[str, ...] = ()
+    dropped: str = ""
+    truncated: int = 0
+    error: str = ""
+
+    def report(self, index: int) -> dict[str, Any]:
+        """All but the columns as further columns of a table, in the order of :data:`REPORT_COLUMNS`.
+
+        Args:
+            index: Which row of the file it was, from 0.
+
+        Returns:
+            Column names and values.
+        """
+        values = (self.truncated, self.dropped, self.error, index, self.answers, self.scored, list(self.notes))
+        return dict(zip(REPORT_COLUMNS, values, strict=True))
+
+
+# Names in the cache on disk: they stay, or tables of older versions could not be read.
+REPORT_COLUMNS = ("_cut", "_drop", "_bad", "_row", "_answers", "_scored", "_notes")
+
+
+def truncate(row: TokenisedRow, limits: Limits) -> TokenisedRow:
+    """Check a row and cut off what is beyond ``max_length``.
+
+    A prompt is never cut, as it belongs to all of the row's answers: they share the rest of the length.
+
+    Args:
+        row: A tokenised row.
+        limits: What it must fit.
+
+    Returns:
+        The row with ``truncated`` and ``dropped`` set.
+
+    Raises:
+        ValueError: An id is outside the vocabulary, or the prompt is too long and such rows are not dropped.
+    """
+    if row.dropped:
+        return row
+    ids = {name: value for name, value in row.columns.items() if isinstance(value, list)}
+    check_vocabulary(ids, limits.vocab_size)
+    prompt_length = _prompt_length(ids)
+    is_too_long = prompt_length >= limits.max_length
+    if is_too_long and not limits.drop_long_prompts:
+        raise ValueError(
+            f"the prompt has {prompt_length} tokens and max_length is {limits.max_length}: raise --max_length, or pass "
+            "--drop_long_prompts to leave such rows out"
+        )
+    has_own_prompt = "prompt_ids" in ids
+    free_space = max(limits.max_length - prompt_length, 0) if has_own_prompt else limits.max_length
+    shortened = {name: value if name == "prompt_ids" else _shorten(value, free_space) for name, value in ids.items()}
+    return replace(
+        row,
+        columns={**row.columns, **shortened},
+        truncated=_count_ids(ids) - _count_ids(shortened),
+        dropped=TOO_LONG if is_too_long else _reason_to_drop(shortened),
+    )
+
+
+def check_vocabulary(columns: dict[str, list[Any]], vocab_size: int) -> None:
+    """Check that the model has an embedding for each id.
+
+    Args:
+        columns: Lists of ids, or lists of these; ``labels`` may hold −100.
+        vocab_size: Rows of the model's embeddings.
+
+    Raises:
+        ValueError: Names the first id that is outside.
+    """
+    for name, value in columns.items():
+        for token in _flat(value):
+            is_ignored = name == "labels" and token == IGNORE
+            if not 0 <= token < vocab_size and not is_ignored:
+                raise ValueError(
+                    f"token {token} in {name!r} is outside the model's vocabulary of {vocab_size}: "
+                    "is this the model's own tokenizer? (--add_tokens enlarges the model for new tokens)"
+                )
+
+
+# A value is a list of ids, or one such list for each answer.
+
+
+def _is_nested(value: list[Any]) -> bool:
+    return bool(value) and isinstance(value[0], list)
+
+
+def _shorten(value: list[Any], length: int) -> list[Any]:
+    return [ids[:length] for ids in value] if _is_nested(value) else value[:length]
+
+
+def _flat(value: list[Any]) -> list[int]:
+    return [token for ids in value for token in ids] if _is_nested(value) else value
+
+
+def _count_ids(columns: dict[str, list[Any]]) -> int:
+    return sum(len(_flat(value)) for name, value in columns.items() if name != "labels")
+
+
+def _prompt_length(columns: dict[str, list[Any]]) -> int:
+    if "prompt_ids" in columns:
+        return len(columns["prompt_ids"])
+    scored = (index for index, label in enumerate(columns["labels"]) if label != IGNORE)
+    return next(scored, 0)
+
+
+def _reason_to_drop(columns: dict[str, list[Any]]) -> str:
+    labels = columns["labels"]
+    if "input_ids" in columns:
+        labels = [labels[1:]]  # nothing predicts the first token of a text
+    if any(all(label == IGNORE for label in answer) for answer in labels):
+        return NOTHING_SCORED
+    if "chosen_ids" in columns and columns["chosen_ids"] == columns["rejected_ids"]:
+        return "whose answers are the same once cut"
+    return ""

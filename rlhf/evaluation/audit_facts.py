@@ -1,0 +1,71 @@
+"""The figures of an audit, each with its name: for the terminal and for the page."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rlhf.data.tokenised_rows import TOO_LONG
+from rlhf.evaluation.audit import Audit
+
+
+def facts(found: Audit) -> list[tuple[str, str]]:
+    """List the figures of an audit.
+
+    Args:
+        found: The audit.
+
+    Returns:
+        Names and values, as text.
+    """
+    lines = [("rows", f"{found.rows:,}")]
+    if not found.is_of_prompts:
+        lines.append(("trained on", f"{found.trained:,}"))
+    for reason, numbers in found.dropped.items():
+        remedy = "; training stops there without --drop_long_prompts" if reason == TOO_LONG else ""
+        lines.append((f"dropped {reason}", _rows(numbers) + remedy))
+    if found.errors:
+        lines.append(("cannot be read", _rows([number for number, _ in found.errors])))
+    if found.answers:
+        share = found.scored_answers / found.answers
+        lines.append(("answers scored", f"{found.scored_answers:,} of {found.answers:,} ({share:.0%})"))
+    if found.tokens and not found.is_of_prompts:
+        share = found.scored_tokens / found.tokens
+        lines.append((f"{found.unit} scored", f"{found.scored_tokens:,} of {found.tokens:,} ({share:.1%})"))
+    if found.cut_rows:
+        lines.append(("cut", f"{found.cut_rows:,} rows to {found.max_length:,} tokens, losing {found.cut_tokens:,}"))
+    lines += [(note, _rows(numbers)) for note, numbers in found.notes.items()]
+    return lines
+
+
+def _rows(numbers: Sequence[int], shown: int = 5) -> str:
+    """How many rows, and the first of them."""
+    first_rows = dict.fromkeys(numbers[: shown + 1])  # a row may be there several times
+    more = ", …" if len(numbers) > shown + 1 else ""
+    return f"{len(numbers):,} (row {', '.join(map(str, first_rows))}{more})"
+
+
+def histogram(lengths: Sequence[int], bins: int = 12) -> list[tuple[int, int, int]]:
+    """Count lengths in intervals of equal width.
+
+    Args:
+        lengths: Any whole numbers.
+        bins: How many intervals at most.
+
+    Returns:
+        Start, end (exclusive) and count of each interval.
+
+    Example:
+        >>> histogram([1, 2, 2, 9], bins=3)
+        [(1, 4, 3), (4, 7, 0), (7, 10, 1)]
+    """
+    if not lengths:
+        return []
+    low, high = min(lengths), max(lengths) + 1
+    width = -(-(high - low) // bins)  # rounded up
+    counts = Counter((length - low) // width for length in lengths)
+    starts = range(low, low + (max(counts) + 1) * width, width)
+    return [(start, start + width, counts[index]) for index, start in enumerate(starts)]
+
+
+def interval_label(low: int, high: int) -> str:
+    """The label of an interval of whole numbers whose end is exclusive."""
+    return str(low) if high == low + 1 else f"{low}–{high - 1}"

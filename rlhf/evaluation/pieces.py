@@ -1,0 +1,107 @@
+"""A row as pieces of text, each with whether it is learned: what an audit shows of the first rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.data.batch import IGNORE
+from rlhf.data.formats import Turns
+from rlhf.data.messages import ASSISTANT
+
+_CONTEXT_TOKENS = 8  # tokens before one that are decoded with it
+_LONGEST_CHARACTER = 4  # bytes of a character in UTF-8, and so the most tokens that it can have
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of text, mostly one token.
+
+    Args:
+        text: The text.
+        learned: Whether it is scored in training.
+        special: Whether it is a special token, or the header of a turn.
+    """
+
+    text: str
+    learned: bool
+    special: bool = False
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Sequence[int]) -> list[Piece]:
+    """The text of each token; tokens that share a character are one piece.
+
+    Args:
+        tokenizer: Made the ids.
+        ids: Token ids.
+        labels: For each id, itself or −100 if it is not learned.
+
+    Returns:
+        Pieces that together are the text.
+    """
+    special_ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    found: list[Piece] = []
+    start = 0
+    for stop in range(1, len(ids) + 1):
+        # The text of a token is what it adds behind the tokens before it: at the beginning of a text, some tokenizers
+        # drop a space.
+        context_start = max(0, start - _CONTEXT_TOKENS)
+        text_before = _decode(tokenizer, ids[context_start:start])
+        text = _decode(tokenizer, ids[context_start:stop])[len(text_before) :]
+        is_incomplete = text.endswith("\N{REPLACEMENT CHARACTER}")
+        if is_incomplete and stop - start < _LONGEST_CHARACTER and stop < len(ids):
+            continue  # the rest of the character is in the next token
+        learned = any(label != IGNORE for label in labels[start:stop])
+        special = stop == start + 1 and ids[start] in special_ids
+        found.append(Piece(text, learned, special))
+        start = stop
+    return found
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    if not ids:
+        return ""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def text_pieces(prompt: Turns, completion: Turns) -> list[Piece]:
+    """The text of a prompt and a completion, without a tokenizer.
+
+    Args:
+        prompt: Text or messages; nothing of it is learned.
+        completion: Text or messages; the assistant's turns are learned unless their weight is 0.
+
+    Returns:
+        Pieces, two for each message.
+    """
+    return _turn_pieces(prompt, is_completion=False) + _turn_pieces(completion, is_completion=True)
+
+
+def _turn_pieces(turns: Turns, is_completion: bool) -> list[Piece]:
+    if isinstance(turns, str):
+        return [Piece(turns, is_completion)] if turns else []
+    found = []
+    for turn in turns:
+        learned = is_completion and turn["role"] == ASSISTANT and bool(turn.get("weight", 1))
+        texts: list[Any] = [turn[key] for key in ("reasoning_content", "content", "tool_calls") if turn.get(key)]
+        found.append(Piece(f"{turn['role']}: ", False, special=True))
+        found.append(Piece("\n".join(map(str, texts)) + "\n", learned))
+    return found
+
+
+def middle_left_out(shown: list[Piece], limit: int) -> list[Piece]:
+    """Shorten a row to its beginning and its end.
+
+    Args:
+        shown: The pieces of a row.
+        limit: How many pieces are left; one more says how many are not.
+
+    Returns:
+        The pieces.
+    """
+    if len(shown) <= limit:
+        return shown
+    half = limit // 2
+    gap = Piece(f"\n… {len(shown) - 2 * half} more …\n", False)
+    return [*shown[:half], gap, *shown[-half:]]
