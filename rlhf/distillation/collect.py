@@ -1,4 +1,4 @@
-"""A teacher, run once over a data set: what it says of each scored token, or its own answers to the prompts."""
+"""Run a teacher once over a data set: keep its likeliest tokens at each scored position, or its answers to prompts."""
 
 import json
 import logging
@@ -24,57 +24,62 @@ from rlhf.rollouts import Completion, LocalEngine, Sampling
 logger = logging.getLogger(__name__)
 
 COMPLETIONS = "completions.jsonl"
-PROMPTS = 16  # answered at a time
+PROMPTS_PER_CALL = 16
 
 
 def keep_top_k(model: Any, rows: Dataset, file: TeacherFile, *, tokens_per_batch: int, layout: str = "auto") -> None:
-    """Write into ``file`` what it does not hold yet: one forward pass over ``rows``.
+    """Write the predictions that a folder does not hold yet, in one forward pass over the rows.
 
-    Batches are planned over all rows, whatever is there already: an interrupted pass that goes on gives the same bytes
-    as one that was not.
+    An interrupted pass that is continued gives the same bytes as one that was not.
 
     Args:
         model: the teacher, a causal LM; its dropout is switched off.
         rows: tokenised as for supervised fine-tuning; ``file`` was made for them.
-        tokens_per_batch: as many rows as fit; a longer row goes alone. layout: as of a trainer.
+        file: opened to be written.
+        tokens_per_batch: as many rows as fit; a longer row goes alone.
+        layout: as of a trainer.
     Raises:
         ValueError: the teacher gives NaN.
     """
-    key = file.key
     device = next(model.parameters()).device
     model.eval()
     disable_dropout(model)
     optimize(model)
     collate = Collator(layout=choose_layout(model, layout))
     missing = set(file.missing().tolist())
-    logger.info(
-        "%s: %d of %d rows are stored, %d to come", file.folder, len(rows) - len(missing), len(rows), len(missing)
-    )
-    with datasets.utils.tqdm(total=len(missing), desc="teacher", unit="row") as bar:
-        for planned in batches(num_tokens(rows), tokens_per_batch):
-            todo = missing.intersection(planned)
-            if not todo:
+    num_stored = len(rows) - len(missing)
+    logger.info("%s: %d of %d rows are stored, %d to come", file.folder, num_stored, len(rows), len(missing))
+    with datasets.utils.tqdm(total=len(missing), desc="teacher", unit="row") as progress:
+        # Batches are planned over all rows, also over those that are stored: rounding depends on the batch, so another
+        # plan would give other bytes.
+        for batch_rows in batches(num_tokens(rows), tokens_per_batch):
+            new_rows = missing.intersection(batch_rows)
+            if not new_rows:
                 continue
-            batch = collate([rows[row] for row in planned]).to(device)
-            kept = model_top_k(
-                model,
-                batch.targets,
-                key["k"],
-                temperature=key["temperature"],
-                **inputs_of(model, batch),
-            )
-            file.write(planned, kept)
-            bar.update(len(todo))
+            batch = collate([rows[row] for row in batch_rows]).to(device)
+            inputs = inputs_of(model, batch)
+            temperature = file.key["temperature"]
+            top_k = model_top_k(model, batch.targets, file.key["k"], temperature=temperature, **inputs)
+            file.write(batch_rows, top_k)
+            progress.update(len(new_rows))
 
 
 def batches(lengths: np.ndarray, capacity: int) -> Iterator[list[int]]:
-    """Rows in batches of at most ``capacity`` tokens, padding counted; the longest first, as memory runs out at once
-    or never, and neighbours need little padding."""
+    """Group rows into batches, the longest first: memory runs out at once or never, and neighbours need little padding.
+
+    Args:
+        lengths: int64 [rows], tokens of each row.
+        capacity: tokens of a batch, padding counted; a longer row goes alone.
+    Yields:
+        Numbers of the rows of a batch.
+    """
     batch: list[int] = []
     for row in np.argsort(-lengths, kind="stable").tolist():
-        if batch and int(lengths[batch[0]]) * (len(batch) + 1) > capacity:
-            yield batch
-            batch = []
+        if batch:
+            longest = int(lengths[batch[0]])
+            if longest * (len(batch) + 1) > capacity:
+                yield batch
+                batch = []
         batch.append(row)
     if batch:
         yield batch
@@ -82,62 +87,74 @@ def batches(lengths: np.ndarray, capacity: int) -> Iterator[list[int]]:
 
 def sample_completions(
     model: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset, folder: Path, sampling: Sampling, seed: int
-) -> Path:  # fmt: skip
-    """Write the teacher's answer to each prompt as rows that `rlhf sft` trains on: ``prompt``, ``completion``, ``row``.
+) -> Path:
+    """Write the teacher's answer to each prompt, as rows for `rlhf sft`: ``prompt``, ``completion`` and ``row``.
 
-    An answer that was cut at ``sampling.max_tokens``, or says nothing, is left out and counted: it would teach to end
-    there. What is there already stays, but for the last prompts that were answered together; they are answered again,
-    to the same bytes.
+    An answer that was cut at ``sampling.max_tokens``, or is empty, is left out and counted: it would teach to end
+    there. An interrupted run continues where it stopped; the last prompts that were answered together are answered
+    again, with the same result.
 
     Args:
-        rows: with ``prompt_ids``, of :func:`rlhf.data.tokenize_prompts`. folder: with its key, then ``complete``.
+        model: the teacher.
+        tokenizer: of the teacher.
+        rows: with ``prompt_ids``, of :func:`rlhf.data.tokenize_prompts`.
+        folder: with its key, which then says that it is complete.
+        sampling: how answers are sampled.
+        seed: of the answers.
     Returns:
         The file.
     """
     path = folder / COMPLETIONS
-    kept, start = _answered(path)
-    path.write_bytes(b"".join(kept))
+    lines, start = _completed(path)
+    path.write_bytes(b"".join(lines))
     model.eval()
     optimize(model)
     engine = LocalEngine(model, tokenizer)
-    written = len(kept)
-    with path.open("ab") as out, datasets.utils.tqdm(total=len(rows), initial=start, desc="teacher", unit="row") as bar:
-        for first in range(start, len(rows), PROMPTS):
-            chunk = rows[first : first + PROMPTS]
-            index = range(first, first + len(chunk["prompt_ids"]))
-            answers = engine.generate(chunk["prompt_ids"], 1, sampling, seed, index=index)
-            found = (_line(rows, row, answer, engine) for row, (answer,) in zip(index, answers, strict=True))
-            lines = [line for line in found if line is not None]
-            out.write(b"".join(lines))
+    num_written = len(lines)
+    progress = datasets.utils.tqdm(total=len(rows), initial=start, desc="teacher", unit="row")
+    with path.open("ab") as out, progress:
+        for first in range(start, len(rows), PROMPTS_PER_CALL):
+            prompts = rows[first : first + PROMPTS_PER_CALL]["prompt_ids"]
+            numbers = range(first, first + len(prompts))
+            # Each answer has a random stream of its own by its row number, whatever it is batched with.
+            groups = engine.generate(prompts, 1, sampling, seed, index=numbers)
+            for row, (completion,) in zip(numbers, groups, strict=True):
+                line = _line(rows, row, completion, engine)
+                if line is not None:
+                    out.write(line)
+                    num_written += 1
             out.flush()
-            written += len(lines)
-            bar.update(len(index))
-    if written < len(rows):
+            progress.update(len(numbers))
+    if num_written < len(rows):
         logger.warning(
             "%d of %d answers are left out, cut at %d tokens or empty: raise --max_new_tokens",
-            len(rows) - written, len(rows), sampling.max_tokens,
+            len(rows) - num_written, len(rows), sampling.max_tokens,
         )  # fmt: skip
     write_key(folder, {**read_key(folder), "complete": True})
     return path
 
 
-def _answered(path: Path) -> tuple[list[bytes], int]:
-    """Lines of prompts that were surely all answered, and the prompt to go on from."""
+def _completed(path: Path) -> tuple[list[bytes], int]:
+    """Lines of prompts that were surely all answered, and the first prompt that was not."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
-    rows = [json.loads(line)["row"] for line in lines]
-    start = max(rows, default=0) // PROMPTS * PROMPTS
-    return [line for line, row in zip(lines, rows, strict=True) if row < start], start
+        lines.pop()  # cut short by an interruption
+    row_numbers = [json.loads(line)["row"] for line in lines]
+    # Some of the last call's answers may be missing, because they were left out or not written: it is repeated.
+    start = max(row_numbers, default=0) // PROMPTS_PER_CALL * PROMPTS_PER_CALL
+    return [line for line, row in zip(lines, row_numbers, strict=True) if row < start], start
 
 
-def _line(rows: Dataset, row: int, answer: Completion, engine: LocalEngine) -> bytes | None:
-    text = str(engine.tokenizer.decode(answer.ids, skip_special_tokens=True))
-    if answer.finish_reason != "stop" or not text.strip():
+def _line(rows: Dataset, row: int, completion: Completion, engine: LocalEngine) -> bytes | None:
+    """The JSON line of an answer; None for one that is left out."""
+    text = str(engine.tokenizer.decode(completion.ids, skip_special_tokens=True))
+    if completion.finish_reason != "stop" or not text.strip():
         return None
-    asked = prompt_dialogue(rows[row], Reading().for_tokenizer(engine.tokenizer).form)
-    completion: Any = text if isinstance(asked.prompt, str) else [{"role": "assistant", "content": text}]
-    written = {"prompt": asked.prompt, "completion": completion, "row": row}
-    if asked.tools:
-        written["tools"] = json.dumps(asked.tools, ensure_ascii=False)
-    return (json.dumps(written, ensure_ascii=False) + "\n").encode()
+    dialogue = prompt_dialogue(rows[row], Reading().for_tokenizer(engine.tokenizer).form)
+    # The answer has the form of the prompt: text to text, messages to messages.
+    is_text = isinstance(dialogue.prompt, str)
+    answer: Any = text if is_text else [{"role": "assistant", "content": text}]
+    training_row = {"prompt": dialogue.prompt, "completion": answer, "row": row}
+    if dialogue.tools:
+        training_row["tools"] = json.dumps(dialogue.tools, ensure_ascii=False)
+    return (json.dumps(training_row, ensure_ascii=False) + "\n").encode()

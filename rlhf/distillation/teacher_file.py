@@ -1,12 +1,16 @@
-"""What a teacher said of a data set, kept on disk: memory-mapped, written row by row, and sure of what it belongs to.
+"""A teacher's likeliest tokens for a data set, kept in a folder that is memory-mapped and knows what it was made from.
 
-A folder with ``teacher.json``, the key of everything that determines the rest, and flat arrays over all scored tokens,
-row after row: ``ids.npy`` [N, k] and ``logps.npy`` [N, k + 1] (the last column is the log of the mass of all other
-tokens). ``offsets.npy`` [rows + 1] says where each row's tokens begin, ``done.npy`` [rows] which rows are there.
-With k = 32 and a vocabulary of at most 65,536 a token takes 130 bytes.
+The folder holds ``teacher.json``, the key of everything that determines the rest, and flat arrays over all scored
+tokens, row after row:
 
-Log-probs are float16. Rounding moves a log-prob by at most 1/2048 of itself, and likely tokens have small ones; read
-back, the k + 1 outcomes are normalised again. `docs/teacher-cache.md` says what that costs.
+    ids.npy      [N, k]      the likeliest tokens, the likeliest first
+    logps.npy    [N, k + 1]  their log-probs; the last column is the log of the mass of all other tokens
+    offsets.npy  [rows + 1]  where the tokens of each row begin
+    done.npy     [rows]      1 for a row that is written
+
+With k = 32 and a vocabulary of at most 65,536 a token takes 130 bytes. Log-probs are float16: rounding moves one by at
+most 1/2048 of itself, and likely tokens have small ones. When they are read, the k + 1 outcomes are normalised again.
+`docs/teacher-cache.md` has what that costs.
 """
 
 import json
@@ -36,8 +40,10 @@ HEADER = "teacher.json"
 TEACHER_ROW = "teacher_row"  # column: the number of a row in the folder
 
 Key = dict[str, Any]
+Mode = Literal["r", "r+"]
 
-_OTHER = {  # parts of a key that are hashes, which say nothing to a reader
+# Parts of a key that are hashes, which mean nothing to a reader.
+_DIFFERENT_PART = {
     "teacher": "the teacher is another (its weights, configuration, precision, or the version of transformers)",
     "tokenizer": "the tokenizer is another",
     "template": "the chat template is another",
@@ -45,40 +51,15 @@ _OTHER = {  # parts of a key that are hashes, which say nothing to a reader
 }
 
 
-def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> Key:
-    """Hashes of the vocabulary with its rules, and of the chat template."""
-    parts = {
-        "tokenizer": [tokenizer_rules(tokenizer), tokenizer.special_tokens_map],
-        "template": tokenizer.chat_template,
-    }
-    return {name: _hash(part) for name, part in parts.items()}
-
-
-def data_key(rows: Dataset) -> Key:
-    """A hash of tokenised rows (``input_ids`` and ``labels``), and how many there are."""
-    columns = ("input_ids", "labels")
-    return {"data": hash_of_tokens(rows, columns), "rows": len(rows), "tokens": int(scored_tokens(rows).sum())}
-
-
-def scored_tokens(rows: Dataset) -> np.ndarray:
-    """Of each tokenised row, how many of its tokens are scored: int64 [rows]. The first has nothing before it."""
-    labels = rows.with_format("arrow")[:]["labels"].combine_chunks()
-    scored = labels.flatten().to_numpy() != IGNORE
-    ends = np.cumsum(labels.value_lengths().to_numpy().astype(np.int64))
-    starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
-    scored[starts[starts < ends]] = False
-    total = np.concatenate([[0], np.cumsum(scored)])
-    return total[ends] - total[starts]
-
-
 class TeacherFile:
-    """The folder, opened.
+    """An opened folder.
 
     Args:
-        folder: written by `rlhf teacher` or :func:`create_teacher_file`. writable: open it to add rows.
+        folder: written by `rlhf teacher` or :func:`create_teacher_file`.
+        writable: open it to add rows.
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is of another format, or one of its arrays is cut short.
+        FileNotFoundError: there is no such folder.
+        ValueError: it has another format, or one of its arrays is cut short.
     """
 
     def __init__(self, folder: str | Path, writable: bool = False) -> None:
@@ -86,83 +67,186 @@ class TeacherFile:
         self.key = read_key(self.folder)
         if self.key["k"] == 0:
             raise ValueError(f"{folder}: holds completions, not log-probs (--k 0): train on them with `rlhf sft`")
-        k, rows, tokens = (self.key[name] for name in ("k", "rows", "tokens"))
-        mode: Literal["r", "r+"] = "r+" if writable else "r"
-        narrow = _narrow(self.key["vocabulary"])
-        self.offsets = self._open("offsets", (rows + 1,), np.dtype(np.int64), mode)
-        self.done = self._open("done", (rows,), np.dtype(np.uint8), mode)
-        self.ids = self._open("ids", (tokens, k), narrow, mode)
-        self.logps = self._open("logps", (tokens, k + 1), np.dtype(self.key["dtype"]), mode)
         if self.key.get("samples"):
             logger.warning("%s: samples.npy is no longer read: delete it", folder)
+        mode: Mode = "r+" if writable else "r"
+        arrays = {
+            name: _open_array(self.folder / f"{name}.npy", shape, dtype, mode)
+            for name, (shape, dtype) in _layout_of(self.key).items()
+        }
+        self.ids, self.logps = arrays["ids"], arrays["logps"]
+        self.offsets, self.done = arrays["offsets"], arrays["done"]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TeacherFile, (self.folder,)  # for a worker that is spawned: not the arrays, but where they are
-
-    def _open(self, name: str, shape: tuple[int, ...], dtype: np.dtype, mode: Literal["r", "r+"]) -> np.ndarray:
-        path = self.folder / f"{name}.npy"
-        try:
-            array = open_memmap(path, mode="r")  # first: opened to be written, a short file is filled up with zeros
-        except FileNotFoundError:
-            raise ValueError(f"{path}: missing; write the folder again (rlhf teacher --overwrite)") from None
-        except (ValueError, EOFError) as error:
-            size, want = path.stat().st_size, int(np.prod(shape)) * dtype.itemsize
-            raise ValueError(
-                f"{path}: cut short, {size} bytes of more than {want}: copy it again, or write the folder again "
-                "(rlhf teacher --overwrite)"
-            ) from error
-        if array.shape != shape or array.dtype != dtype:
-            raise ValueError(
-                f"{path}: holds {array.dtype} {array.shape}, {HEADER} says {dtype} {shape}: it is of another folder"
-            )
-        return array if mode == "r" else open_memmap(path, mode=mode)
+        # A data loader's worker that is spawned opens the folder again, rather than being sent all the arrays.
+        return TeacherFile, (self.folder,)
 
     def missing(self) -> np.ndarray:
-        """Rows that are not written yet."""
+        """Find the rows that are not written yet.
+
+        Returns:
+            Their numbers, int64.
+        """
         return np.flatnonzero(self.done == 0)
 
-    def write(self, rows: Sequence[int], kept: TopK) -> None:
-        """Store what was kept of ``rows``, their tokens one after another.
+    def write(self, rows: Sequence[int], top_k: TopK) -> None:
+        """Store the teacher's predictions for rows.
 
+        Args:
+            rows: numbers of the rows.
+            top_k: of the scored tokens of these rows, one row after another.
         Raises:
             ValueError: a log-prob is NaN.
         """
-        if bool(kept.logps.isnan().any()):
+        if bool(top_k.logps.isnan().any()):
             raise ValueError(f"row {rows[0]} and those beside it: the teacher's log-probs are NaN; check its weights")
-        places = self._places(rows)
-        self.ids[places] = kept.ids.cpu().numpy()
-        self.logps[places] = torch.cat([kept.logps, kept.rest[:, None]], 1).cpu().numpy()
-        for array in (self.ids, self.logps):
-            if isinstance(array, np.memmap):
-                array.flush()
-        self.done[list(rows)] = 1  # after what it speaks of
-        self.done.flush()  # type: ignore[attr-defined]
+        tokens = self._tokens_of(rows)
+        self.ids[tokens] = top_k.ids.cpu().numpy()
+        self.logps[tokens] = torch.cat([top_k.logps, top_k.rest[:, None]], 1).cpu().numpy()
+        _flush(self.ids, self.logps)
+        # Marked only once the predictions are on disk, so that an interruption loses work but never lies.
+        self.done[list(rows)] = 1
+        _flush(self.done)
 
     def take(self, rows: Iterable[int]) -> TopK:
-        """What was kept of ``rows``, in the order of the targets of a batch of them: [N, k], [N, k], [N].
+        """Read the predictions for rows.
 
-        Float32; the k + 1 outcomes are normalised.
+        Args:
+            rows: numbers of the rows.
+        Returns:
+            Float32, of the scored tokens of these rows one row after another, which is the order of a batch's targets.
+            The k + 1 outcomes are normalised.
         """
-        places = self._places(rows)
-        logps = torch.from_numpy(self.logps[places].astype(np.float32)).log_softmax(-1)
-        ids = torch.from_numpy(self.ids[places].astype(np.int64))
-        return TopK(ids, logps[:, :-1].contiguous(), logps[:, -1].contiguous())
+        tokens = self._tokens_of(rows)
+        outcomes = torch.from_numpy(self.logps[tokens].astype(np.float32)).log_softmax(-1)
+        ids = torch.from_numpy(self.ids[tokens].astype(np.int64))
+        return TopK(ids, outcomes[:, :-1].contiguous(), outcomes[:, -1].contiguous())
 
     def of_examples(self, examples: list[Row], collate: Collator) -> TopK | None:
-        """The entry ``"teacher"`` of a batch's extras; None where the examples are none of the folder's rows."""
+        """Make an entry of a batch's extras.
+
+        Args:
+            examples: of the batch.
+            collate: of the batch; not needed.
+        Returns:
+            The predictions for the examples; None where they are not rows of the folder.
+        """
         if TEACHER_ROW not in examples[0]:
             return None
         return self.take([example[TEACHER_ROW] for example in examples])
 
-    def _places(self, rows: Iterable[int]) -> np.ndarray:
+    def _tokens_of(self, rows: Iterable[int]) -> np.ndarray:
+        """Positions of the rows' tokens in the flat arrays."""
         return np.concatenate([np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows])
 
 
-def read_key(folder: Path) -> Key:
-    """Of a folder that a teacher was kept in.
+def create_teacher_file(folder: str | Path, rows: Dataset, key: Key) -> TeacherFile:
+    """Create an empty folder for tokenised rows.
 
+    Args:
+        folder: to create.
+        rows: tokenised, with ``input_ids`` and ``labels``.
+        key: what determines the predictions besides the rows: ``teacher``, ``tokenizer``, ``template``, ``k``,
+            ``temperature``, ``vocabulary``.
+    Returns:
+        The folder, opened to be written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    key = {**key, **data_key(rows), "dtype": "float16"}
+    arrays = {
+        name: open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
+        for name, (shape, dtype) in _layout_of(key).items()
+    }
+    arrays["offsets"][1:] = np.cumsum(scored_tokens(rows))
+    _flush(arrays["offsets"])
+    # The header comes last: a folder that has one has all of its arrays.
+    write_key(folder, key)
+    return TeacherFile(folder, writable=True)
+
+
+def open_teacher_file(
+    folder: str | Path, rows: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, TeacherFile]:
+    """Open a folder to train on rows.
+
+    Args:
+        folder: written by `rlhf teacher` or :func:`create_teacher_file`.
+        rows: tokenised as they were for the teacher.
+        tokenizer: the student's.
+    Returns:
+        The rows with a column for their number in the folder, and the folder. A
+        ``Collator(..., extras={"teacher": file.of_examples})`` then gives batches of these rows, in any order and
+        selection, the entry ``batch.extras["teacher"]``.
     Raises:
-        FileNotFoundError: no such folder, or none of ours. ValueError: of another format.
+        FileNotFoundError: there is no such folder.
+        ValueError: it was made for another tokenizer, template or data set (the message names it), is not finished, or
+            is cut short.
+    """
+    file = TeacherFile(folder)
+    expected = {**tokenizer_key(tokenizer), **data_key(rows)}
+    check_key(file.folder, file.key, expected, "run `rlhf teacher` on these rows")
+    num_missing = len(file.missing())
+    if num_missing:
+        raise ValueError(
+            f"{folder}: not finished, {num_missing} of {len(rows)} rows are missing: run the same `rlhf teacher` "
+            "again, it goes on where it stopped"
+        )
+    return rows.add_column(TEACHER_ROW, np.arange(len(rows))), file
+
+
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> Key:
+    """The part of a key that a tokenizer determines.
+
+    Args:
+        tokenizer: of teacher and student.
+    Returns:
+        Hashes of the vocabulary with its rules, and of the chat template.
+    """
+    vocabulary = [tokenizer_rules(tokenizer), tokenizer.special_tokens_map]
+    return {"tokenizer": _hash(vocabulary), "template": _hash(tokenizer.chat_template)}
+
+
+def data_key(rows: Dataset) -> Key:
+    """The part of a key that tokenised rows determine.
+
+    Args:
+        rows: with ``input_ids`` and ``labels``.
+    Returns:
+        A hash of the tokens, and the numbers of rows and of scored tokens.
+    """
+    token_hash = hash_of_tokens(rows, ("input_ids", "labels"))
+    return {"data": token_hash, "rows": len(rows), "tokens": int(scored_tokens(rows).sum())}
+
+
+def scored_tokens(rows: Dataset) -> np.ndarray:
+    """Count the scored tokens of each row, reading whole columns.
+
+    Args:
+        rows: tokenised, with ``labels``.
+    Returns:
+        int64 [rows].
+    """
+    labels = rows.with_format("arrow")[:]["labels"].combine_chunks()
+    is_scored = labels.flatten().to_numpy() != IGNORE
+    ends = np.cumsum(labels.value_lengths().to_numpy().astype(np.int64))
+    starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+    # Nothing predicts the first token of a row.
+    is_scored[starts[starts < ends]] = False
+    scored_before = np.concatenate([[0], np.cumsum(is_scored)])
+    return scored_before[ends] - scored_before[starts]
+
+
+def read_key(folder: Path) -> Key:
+    """Read the key of a folder.
+
+    Args:
+        folder: of a teacher.
+    Returns:
+        The key.
+    Raises:
+        FileNotFoundError: there is no such folder, or it is not a teacher's.
+        ValueError: it has another format.
     """
     path = folder / HEADER
     if not path.is_file():
@@ -178,68 +262,78 @@ def read_key(folder: Path) -> Key:
     return key
 
 
-def check_key(folder: Path, found: Key, wanted: Key, remedy: str) -> None:
-    """Raise a ValueError that names each part of ``wanted`` in which the key ``found`` in ``folder`` differs."""
-    differences = [_difference(name, found.get(name), value) for name, value in wanted.items()]
-    if told := [difference for difference in differences if difference]:
-        raise ValueError(f"{folder}: kept for something else: {'; '.join(told)}; {remedy}")
+def check_key(folder: Path, key: Key, expected: Key, remedy: str) -> None:
+    """Compare a folder's key with what it should be.
+
+    Args:
+        folder: named in the message.
+        key: of the folder.
+        expected: parts that must agree; others are not compared.
+        remedy: what to do, for the message.
+    Raises:
+        ValueError: names each part that differs.
+    """
+    differences = []
+    for name, value in expected.items():
+        if key.get(name) != value:
+            differences.append(_DIFFERENT_PART.get(name, f"{name} is {key.get(name)}, not {value}"))
+    if differences:
+        raise ValueError(f"{folder}: kept for something else: {'; '.join(differences)}; {remedy}")
 
 
 def write_key(folder: Path, key: Key) -> None:
-    """At once or not at all: an interruption leaves the one before."""
-    path, draft = folder / HEADER, folder / f"{HEADER}.new"
-    draft.write_text(json.dumps({"format": FORMAT, **key}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write the key of a folder, replacing one that is there.
+
+    Args:
+        folder: which exists.
+        key: to write.
+    """
+    path = folder / HEADER
+    draft = folder / f"{HEADER}.new"
+    text = json.dumps({"format": FORMAT, **key}, indent=2, ensure_ascii=False)
+    draft.write_text(text + "\n", encoding="utf-8")
+    # Replaced in one step: an interruption leaves the key from before.
     os.replace(draft, path)
 
 
-def create_teacher_file(folder: str | Path, rows: Dataset, key: Key) -> TeacherFile:
-    """An empty folder for tokenised rows; ``key`` names teacher, tokenizer, template, k, vocabulary, …"""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    key = {**key, **data_key(rows), "dtype": "float16"}
-    offsets = np.concatenate([[0], np.cumsum(scored_tokens(rows))]).astype(np.int64)
-    narrow, tokens = _narrow(key["vocabulary"]), key["tokens"]
-    open_memmap(folder / "offsets.npy", mode="w+", dtype=np.int64, shape=offsets.shape)[:] = offsets
-    open_memmap(folder / "done.npy", mode="w+", dtype=np.uint8, shape=(len(rows),))
-    open_memmap(folder / "ids.npy", mode="w+", dtype=narrow, shape=(tokens, key["k"]))
-    open_memmap(folder / "logps.npy", mode="w+", dtype=np.float16, shape=(tokens, key["k"] + 1))
-    write_key(folder, key)  # last: what has a header is whole
-    return TeacherFile(folder, writable=True)
+def _layout_of(key: Key) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and type of each array."""
+    rows, tokens, k = key["rows"], key["tokens"], key["k"]
+    id_type = np.dtype(np.uint16 if key["vocabulary"] <= 2**16 else np.uint32)
+    return {
+        "ids": ((tokens, k), id_type),
+        "logps": ((tokens, k + 1), np.dtype(key["dtype"])),
+        "offsets": ((rows + 1,), np.dtype(np.int64)),
+        "done": ((rows,), np.dtype(np.uint8)),
+    }
 
 
-def open_teacher_file(
-    folder: str | Path, rows: Dataset, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Dataset, TeacherFile]:  # fmt: skip
-    """Open the folder to train on ``rows``, tokenised as they were for the teacher.
-
-    Returns:
-        The rows with a column that says which of the folder's rows each is, and the folder. With
-        ``Collator(..., extras={"teacher": file.of_examples})`` batches of these rows, in any order and selection, hold
-        ``batch.extras["teacher"]``.
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: it was kept for another tokenizer, template or data set (which part is said), is not finished, or
-            cut short.
-    """
-    file = TeacherFile(folder)
-    check_key(file.folder, file.key, {**tokenizer_key(tokenizer), **data_key(rows)}, "run `rlhf teacher` on these rows")
-    if left := len(file.missing()):
+def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype, mode: Mode) -> np.ndarray:
+    """Map an array into memory; raises for one that is missing, cut short or of another folder."""
+    try:
+        # Read-only first: an array that is cut short would be filled up with zeros if it were opened to be written.
+        array = open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing; write the folder again (rlhf teacher --overwrite)") from None
+    except (ValueError, EOFError) as error:
+        size, expected_size = path.stat().st_size, int(np.prod(shape)) * dtype.itemsize
         raise ValueError(
-            f"{folder}: not finished, {left} of {len(rows)} rows are missing: run the same `rlhf teacher` again, "
-            "it goes on where it stopped"
+            f"{path}: cut short, {size} bytes of more than {expected_size}: copy it again, or write the folder again "
+            "(rlhf teacher --overwrite)"
+        ) from error
+    if array.shape != shape or array.dtype != dtype:
+        raise ValueError(
+            f"{path}: holds {array.dtype} {array.shape}, {HEADER} says {dtype} {shape}: it is of another folder"
         )
-    return rows.add_column(TEACHER_ROW, np.arange(len(rows))), file
+    return array if mode == "r" else open_memmap(path, mode=mode)
 
 
-def _narrow(vocabulary: int) -> np.dtype:
-    return np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
+def _flush(*arrays: np.ndarray) -> None:
+    """Write what was changed in memory-mapped arrays to disk."""
+    for array in arrays:
+        if isinstance(array, np.memmap):
+            array.flush()
 
 
 def _hash(value: Any) -> str:
     return xxhash.xxh3_128(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _difference(name: str, found: Any, wanted: Any) -> str:
-    if found == wanted:
-        return ""
-    return _OTHER.get(name, f"{name} is {found}, not {wanted}")
