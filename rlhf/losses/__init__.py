@@ -57,8 +57,8 @@ from rlhf.losses._language import (
 )
 from rlhf.losses._matching import attention_loss, hidden_state_loss
 from rlhf.losses._policy import actor_critic_loss, kl_estimate, ppo_loss, value_loss
+from rlhf.losses._policy_loss import POLICY_LOSSES, PolicyLoss, Tokens, policy_loss
 from rlhf.losses._policy_sequences import (
-    POLICY_LOSSES,
     bnpo_loss,
     cispo_loss,
     dapo_loss,
@@ -184,6 +184,7 @@ __all__ = [
     "NLLLoss",
     "PPOLoss",
     "PlackettLuceLoss",
+    "PolicyLoss",
     "Poly1Loss",
     "PreferenceLoss",
     "QuantileLoss",
@@ -194,6 +195,7 @@ __all__ = [
     "SmoothL1Loss",
     "SpanLoss",
     "SupervisedContrastiveLoss",
+    "Tokens",
     "TopKJSD",
     "TopKKL",
     "TotalVariation",
@@ -251,6 +253,7 @@ __all__ = [
     "nll_loss",
     "perplexity",
     "plackett_luce_loss",
+    "policy_loss",
     "poly1_loss",
     "ppo_loss",
     "preference_loss",

@@ -11,12 +11,12 @@ from torch import Tensor
 from rlhf.losses._checks import check_range, check_same_shape
 from rlhf.losses._reduction import reducible, upcast
 
-_LIMIT = 20.0
+MAX_LOG_RATIO = 20.0  # e^20 is 5e8: no clip reaches so far, and float32 has room for products
 
 
-def stopped_log_ratio(logps: Tensor, old_logps: Tensor) -> Tensor:
-    """``log(pi / pi_old)``, within ±20: beyond it the exponential helps nobody."""
-    return (logps - old_logps).clamp(-_LIMIT, _LIMIT)
+def clamped_log_ratio(logps: Tensor, old_logps: Tensor) -> Tensor:
+    """``log(pi / pi_old)`` within ±20, so that its exponential stays finite."""
+    return (logps - old_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def clipped_surrogate(
@@ -71,7 +71,7 @@ def ppo_loss(
     check_range("clip_ratio", clip_ratio, 0.0, 1.0, open_low=True)
     check_same_shape(logps=logps, old_logps=old_logps, advantages=advantages)
     high = clip_ratio if clip_ratio_high is None else clip_ratio_high
-    return clipped_surrogate(stopped_log_ratio(logps, old_logps).exp(), advantages, clip_ratio, high, dual_clip)
+    return clipped_surrogate(clamped_log_ratio(logps, old_logps).exp(), advantages, clip_ratio, high, dual_clip)
 
 
 @reducible("values", "old_values", "returns")
@@ -159,5 +159,5 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, kind: str = "k3") -> Tensor:
         case "k2":
             return r**2 / 2
         case "k3":
-            return torch.expm1(-r.clamp(-_LIMIT, _LIMIT)) + r
+            return torch.expm1(-r.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) + r
     raise ValueError(f'kind must be "k1", "k2" or "k3", got {kind!r}')

@@ -24,7 +24,7 @@ FAMILIES = {
     "_advantages": "Advantages and control",
 }
 # Public names beside the losses: what a loss of one's own is made with.
-EXTENSION_POINTS = ("Pair", "PreferenceLoss", "preference_loss")
+EXTENSION_POINTS = ("Pair", "PreferenceLoss", "preference_loss", "PolicyLoss", "Tokens", "policy_loss")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def find(name: str) -> Entry:
     from difflib import get_close_matches
 
     known = {entry.name: entry for entry in entries()}
-    known |= {key: known[loss.__name__] for key, loss in losses.POLICY_LOSSES.items()}
+    known |= {name: Entry("Policy gradients", name, loss) for name, loss in losses.POLICY_LOSSES.items()}
     if name in known:
         return known[name]
     near = get_close_matches(name, known, n=1)

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from rlhf.data.columns import check_prompt_columns
-from rlhf.losses import PREFERENCE_LOSSES, AdaptiveKLController, arguments_of, dpo_loss
-from rlhf.online.objective import LOSSES, TOKEN_SUMS, Objective, make_objective
+from rlhf.losses import POLICY_LOSSES, PREFERENCE_LOSSES, AdaptiveKLController, arguments_of, dpo_loss
+from rlhf.losses.registry import Registry
+from rlhf.online.objective import Objective, make_objective
 from rlhf.online.samples import ESTIMATORS, NEED_GROUPS
 from rlhf.online.trl_names import TRLNames, take_over_names
 from rlhf.rollouts import Sampling
 from rlhf.trainers.base import BaseConfig
 
 logger = logging.getLogger(__name__)
+LENGTHS = ("chosen_lengths", "rejected_lengths")
+POLICY_LOSS_HELP = f"One of {', '.join(POLICY_LOSSES)}, or file.py:name."
 
 
 @dataclass
@@ -81,7 +84,7 @@ class PPOConfig(TRLNames, BaseConfig):
             "choices": ["sum_then_normalize", "normalize_then_sum"],
         },
     )
-    loss_type: str = field(default="ppo", metadata={"help": f"One of {', '.join(LOSSES)}."})
+    loss_type: str = field(default="ppo", metadata={"help": POLICY_LOSS_HELP})
     loss_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'What the loss takes besides, such as {"dual_clip": 3}.'}
     )
@@ -155,12 +158,27 @@ class PPOConfig(TRLNames, BaseConfig):
                 f"train_sampling_strategy {self.train_sampling_strategy}: prompts are drawn in a random order, or with "
                 "shuffle_dataset false in their own"
             )
+        losses: Registry[Any] = PREFERENCE_LOSSES if self.advantage_estimator == "pairs" else POLICY_LOSSES
+        self.loss_type = losses.name_of(self.loss_type)
         take_over_names(self)
         self._check_choices()
         if self.advantage_estimator == "pairs":
-            self.pair_loss(*torch.ones(4, 1), chosen_lengths=torch.ones(1), rejected_lengths=torch.ones(1))
+            self._check_pair_loss()
         else:
             self.objective()
+
+    def _check_pair_loss(self) -> None:
+        columns = PREFERENCE_LOSSES.find(self.loss_type).columns
+        if missing := [name for name in columns if name not in (*LENGTHS, *self._loss_options())]:
+            raise ValueError(f"loss_type {self.loss_type} reads {missing[0]}, which sampled pairs do not have")
+        one = torch.ones(1)
+        try:
+            self.pair_loss(one, one, one, one, **dict.fromkeys(LENGTHS, one))
+        except TypeError as error:
+            raise ValueError(f"loss_type {self.loss_type}: {error}") from error
+
+    def _loss_options(self) -> dict[str, Any]:
+        return self.loss_kwargs if isinstance(self.loss_kwargs, dict) else {}
 
     def _check_choices(self) -> None:
         estimator, group = self.advantage_estimator, self.num_generations
@@ -225,7 +243,7 @@ class PPOConfig(TRLNames, BaseConfig):
             len(self.reward_clip_range) != 2 or not self.reward_clip_range[0] < self.reward_clip_range[1]
         ):
             raise ValueError(f"reward_clip_range is a least and a largest value, got {self.reward_clip_range}")
-        if self.importance_sampling_level == "sequence" and self.loss_type in TOKEN_SUMS:
+        if self.importance_sampling_level == "sequence" and self._sums_over_tokens():
             logger.warning(
                 "importance_sampling_level sequence with loss_type %s weights each sequence by its completion length; "
                 "GSPO is loss_type grpo", self.loss_type,
@@ -246,11 +264,21 @@ class PPOConfig(TRLNames, BaseConfig):
             raise ValueError("remax subtracts the rewards of greedy answers, which are not whitened: no whiten_rewards")
         if self.dynamic_sampling and self.num_generations < 2:
             raise ValueError("dynamic_sampling looks for groups of different rewards: num_generations must be above 1")
-        if self.loss_type in ("rloo", "reinforce") and estimator != "best_of_n" and not self.on_policy:
+        loss = None if estimator == "pairs" else POLICY_LOSSES.find(self.loss_type)
+        reads_ratios = loss is None or loss.token_ratios or loss.coupled
+        if not reads_ratios and estimator != "best_of_n" and not self.on_policy:
             raise ValueError(
                 f"loss_type {self.loss_type} has no ratio to the policy that sampled, so a rollout serves one step: "
                 "set num_iterations and num_mini_batches to 1, or take ppo"
             )
+
+    def _sums_over_tokens(self) -> bool:
+        """Whether a longer sequence has more terms in the loss, so that a ratio of the sequence counts more often."""
+        if self.advantage_estimator == "pairs":
+            return False
+        loss = POLICY_LOSSES.find(self.loss_type)
+        # luspo is meant for ratios of sequences, weighted by length.
+        return loss.token_ratios and (loss.mean == "tokens" or "max_completion_length" in loss.hyper_parameters)
 
     @property
     def kept(self) -> int:
@@ -284,7 +312,7 @@ class PPOConfig(TRLNames, BaseConfig):
             epsilon_high=self.epsilon_high,
             delta=self.delta,
             max_completion_length=self.max_completion_length,
-            loss_kwargs=self.loss_kwargs if isinstance(self.loss_kwargs, dict) else {},
+            loss_kwargs=self._loss_options(),
             beta=(self.beta if beta is None else beta) if self.kl_in == "loss" else 0.0,
             kl_estimator=str(self.kl_estimator),
             entropy_coef=self.entropy_coef,
@@ -294,11 +322,9 @@ class PPOConfig(TRLNames, BaseConfig):
 
     def pair_loss(self, *logps: Tensor, **lengths: Tensor) -> Tensor:
         """Loss of each pair for ``pairs``, from the four sums of log-probs."""
-        if self.loss_type not in PREFERENCE_LOSSES:
-            raise ValueError(f"loss_type {self.loss_type!r} is no loss of pairs: one of {', '.join(PREFERENCE_LOSSES)}")
-        own = self.loss_kwargs if isinstance(self.loss_kwargs, dict) else {}
-        taken = arguments_of(PREFERENCE_LOSSES[self.loss_type], lengths)
-        return dpo_loss(*logps, self.beta, loss_type=[self.loss_type], reduction="none", **taken | own)
+        taken = arguments_of(PREFERENCE_LOSSES.find(self.loss_type), lengths)
+        options = taken | self._loss_options()
+        return dpo_loss(*logps, self.beta, loss_type=self.loss_type, reduction="none", **options)
 
     def kl_controller(self) -> AdaptiveKLController | None:
         if self.adaptive_kl_target is None:
@@ -318,7 +344,7 @@ class GRPOConfig(PPOConfig):
     num_generations: int = field(default=8, metadata={"help": "Completions of each prompt."})
     num_iterations: int = field(default=1, metadata={"help": "Passes over a rollout."})
     advantage_estimator: str = field(default="group", metadata={"help": ", ".join(ESTIMATORS)})
-    loss_type: str = field(default="dapo", metadata={"help": f"One of {', '.join(LOSSES)}."})
+    loss_type: str = field(default="dapo", metadata={"help": POLICY_LOSS_HELP})
     beta: float = field(default=0.0, metadata={"help": "Weight of the KL to the reference; 0 needs none."})
     kl_in: str = field(default="loss", metadata={"help": "Where KL goes.", "choices": ["reward", "loss"]})
 
@@ -331,7 +357,7 @@ class RLOOConfig(PPOConfig):
     num_generations: int = field(default=2, metadata={"help": "Completions of each prompt."})
     num_iterations: int = field(default=1, metadata={"help": "Passes over a rollout."})
     advantage_estimator: str = field(default="rloo", metadata={"help": ", ".join(ESTIMATORS)})
-    loss_type: str = field(default="rloo", metadata={"help": f"One of {', '.join(LOSSES)}."})
+    loss_type: str = field(default="rloo", metadata={"help": POLICY_LOSS_HELP})
 
 
 @dataclass
@@ -342,7 +368,9 @@ class OnlineDPOConfig(PPOConfig):
     num_generations: int = field(default=2, metadata={"help": "Completions of each prompt."})
     num_iterations: int = field(default=1, metadata={"help": "Passes over a rollout."})
     advantage_estimator: str = field(default="pairs", metadata={"help": "pairs"})
-    loss_type: str = field(default="sigmoid", metadata={"help": f"One of {', '.join(PREFERENCE_LOSSES)}."})
+    loss_type: str = field(
+        default="sigmoid", metadata={"help": f"One of {', '.join(PREFERENCE_LOSSES)}, or file.py:name."}
+    )
     beta: float = field(default=0.1, metadata={"help": "Larger stays nearer the reference."})
 
     def __post_init__(self) -> None:
@@ -359,6 +387,6 @@ class BestOfNConfig(PPOConfig):
     num_generations: int = field(default=8, metadata={"help": "Completions of each prompt."})
     num_iterations: int = field(default=1, metadata={"help": "Passes over a rollout."})
     advantage_estimator: str = field(default="best_of_n", metadata={"help": ", ".join(ESTIMATORS)})
-    loss_type: str = field(default="reinforce", metadata={"help": f"One of {', '.join(LOSSES)}."})
+    loss_type: str = field(default="reinforce", metadata={"help": POLICY_LOSS_HELP})
     beta: float = field(default=0.0, metadata={"help": "Weight of the KL to the reference; 0 needs none."})
     kl_in: str = field(default="loss", metadata={"help": "Where KL goes.", "choices": ["reward", "loss"]})

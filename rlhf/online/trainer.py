@@ -362,7 +362,7 @@ class PPOTrainer(Answering):
         if objective.is_coupled:
             scores = model(batch, entropy=entropy)
             before = scores.logps.detach() if old is None else old
-            total = objective.coupled(
+            total = objective.sequence_loss(
                 scores, advantages, weight, correction, before, ref, targets.sequence, batch.lengths
             )
         elif old is None:  # one step a rollout: the policy before it is this one
@@ -400,10 +400,10 @@ class PPOTrainer(Answering):
 
 def _local(objective: Objective, on_policy: bool) -> Callable[..., Tensor]:
     if on_policy:
-        return lambda scores, advantages, weight, correction, ref: objective.local(
+        return lambda scores, advantages, weight, correction, ref: objective.token_loss(
             scores, advantages, weight, correction, scores.logps.detach(), ref
         )
-    return objective.local
+    return objective.token_loss
 
 
 class GRPOTrainer(PPOTrainer):

@@ -77,6 +77,7 @@ def vespo(new, old, adv):
 
 # name: (own arguments, formula of (new, old, advantages) lists)
 CASES = {
+    "ppo": ({}, lambda n, o, a: mean(token_losses(n, o, a, lambda r, A, _: surrogate(r, A, 0.2, 0.2)))),
     "grpo": ({}, lambda n, o, a: mean([mean(x) for x in per_sequence(token_losses(n, o, a, lambda r, A, _: surrogate(r, A, 0.2, 0.2)))])),
     "dr_grpo": (dict(max_completion_length=5), lambda n, o, a: sum(token_losses(n, o, a, lambda r, A, _: surrogate(r, A, 0.2, 0.2))) / (S * 5)),
     "dapo": ({}, lambda n, o, a: mean(token_losses(n, o, a, lambda r, A, _: surrogate(r, A, 0.2, 0.28)))),

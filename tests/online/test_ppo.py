@@ -30,7 +30,7 @@ from rlhf.logprobs import Scores
 from rlhf.losses import POLICY_LOSSES
 from rlhf.models import add_scalar_head
 from rlhf.online.diagnosis import diagnose
-from rlhf.online.objective import LOSSES, make_objective
+from rlhf.online.objective import make_objective
 from rlhf.online.samples import Sample, add_advantages, collate_samples, keep_of_groups
 from rlhf.rollouts import LocalEngine, Reply, Sampling, play
 
@@ -142,7 +142,7 @@ def tokens_of(count, seed=0):
 OPTIONS = dict(epsilon=None, epsilon_high=None, max_completion_length=7, loss_kwargs={})
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "ppo"])
+@pytest.mark.parametrize("name", POLICY_LOSSES)
 def test_the_objective_is_the_catalogues_loss(name):
     """Token by token, in chunks, times what it is divided by: the loss on the whole batch."""
     lengths, count = (3, 5, 1), 9
@@ -152,10 +152,12 @@ def test_the_objective_is_the_catalogues_loss(name):
     weight = objective.token_weights(lengths, sequence, torch.float64)
     ones = torch.ones_like(weight)
     if objective.is_coupled:
-        got = objective.coupled(Scores(logps), advantages, weight, ones, old, old, sequence, lengths)
+        got = objective.sequence_loss(Scores(logps), advantages, weight, ones, old, old, sequence, lengths)
     else:
         chunks = (slice(0, 4), slice(4, 5), slice(5, 9))
-        got = sum(objective.local(Scores(logps[c]), advantages[c], weight[c], ones[c], old[c], old[c]) for c in chunks)
+        got = sum(
+            objective.token_loss(Scores(logps[c]), advantages[c], weight[c], ones[c], old[c], old[c]) for c in chunks
+        )
     got = got / objective.count(lengths)
     own = {"max_completion_length": 7} if name == "dr_grpo" else {}
     want = POLICY_LOSSES[name](logps, old, advantages, sequence, num_sequences=3, **own)
@@ -173,9 +175,9 @@ def test_samples_that_are_not_learned_count_nowhere(name):
         weight = objective.token_weights(lengths, sequence, torch.float64) * learned
         ones = torch.ones_like(weight)
         if objective.is_coupled:
-            total = objective.coupled(Scores(logps), advantages, weight, ones, old, ref, sequence, lengths)
+            total = objective.sequence_loss(Scores(logps), advantages, weight, ones, old, ref, sequence, lengths)
         else:
-            total = objective.local(Scores(logps), advantages, weight, ones, old, ref)
+            total = objective.token_loss(Scores(logps), advantages, weight, ones, old, ref)
         return total / objective.count(lengths)
 
     got = loss((3, 0), torch.tensor([True] * 3 + [False] * 5))
@@ -194,7 +196,7 @@ def test_kl_in_the_loss_has_the_gradient_of_the_kl(kind):
     old, ref = old.log_softmax(0), ref.log_softmax(0)
     logps = logits.log_softmax(0)
     objective = make_objective("ppo", **OPTIONS, beta=1.0, kl_estimator=kind)
-    got = objective.beside(Scores(logps), old.exp(), old, ref)
+    got = objective.kl_and_entropy(Scores(logps), old.exp(), old, ref)
     want = (logps.exp() * (logps - ref)).sum()
     (gradient,) = torch.autograd.grad(got, logits, retain_graph=True)
     (true,) = torch.autograd.grad(want, logits)
@@ -206,7 +208,7 @@ def test_entropy_bonus_and_importance_weights():
     logps, old, _, advantages = tokens_of(4)
     entropy = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
     correction = torch.tensor([1.0, 0.5, 2.0, 1.0])
-    got = objective.local(Scores(logps, entropy), advantages, torch.ones(4), correction, old, old)
+    got = objective.token_loss(Scores(logps, entropy), advantages, torch.ones(4), correction, old, old)
     close(got, -(correction * advantages * logps).sum() - 0.5 * 10, torch.float64)
 
 
@@ -693,7 +695,9 @@ def test_a_game_of_several_turns_is_learned(make, kind):
         (dict(advantage_estimator="grpo"), "advantage_estimator 'grpo' is unknown: one of gae"),
         (dict(advantage_estimator="rloo"), "rloo compares completions of a prompt: num_generations must be 2 or more"),
         (dict(loss_type="pop"), "loss_type 'pop' is unknown: one of ppo"),
-        (dict(loss_kwargs={"clip": 3}), "loss_type ppo"),
+        (dict(loss_kwargs={"clip": 3}), "loss_type ppo takes no clip; it takes epsilon, epsilon_high, dual_clip"),
+        (dict(loss_type="grpo", loss_kwargs={"beta": 0.5}), "loss_type grpo takes no beta; it takes epsilon,"),
+        (dict(loss_type=lambda tokens: tokens.ratio), "is not registered: decorate it with @policy_loss"),
         (dict(kl_estimator="k3"), "in the reward only k1"),
         (dict(temperature=0.0), "temperature must be positive"),
         (dict(max_length=100, max_completion_length=100), "leaves no room for a prompt"),

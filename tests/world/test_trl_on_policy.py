@@ -163,7 +163,7 @@ def test_one_ratio_for_a_sequence_is_gspo():
 
         weight = objective.token_weights(lengths, sequence, torch.float64)
         ones = torch.ones_like(weight)
-        total = objective.coupled(Scores(logps), advantages, weight, ones, old, old, sequence, lengths)
+        total = objective.sequence_loss(Scores(logps), advantages, weight, ones, old, old, sequence, lengths)
         return total / objective.count(lengths)
 
     grpo, gspo = loss("grpo", "sequence"), loss("gspo", "token")
@@ -184,7 +184,7 @@ def test_a_bad_sequence_that_the_policy_has_left_is_masked():
     advantages = torch.tensor([-1.0, -1.0, 1.0])[sequence]
     objective = make_objective("grpo", **fixed, off_policy_threshold=0.5)
     weight = objective.token_weights(lengths, sequence)
-    total = objective.coupled(Scores(logps), advantages, weight, torch.ones(6), old, old, sequence, lengths)
+    total = objective.sequence_loss(Scores(logps), advantages, weight, torch.ones(6), old, old, sequence, lengths)
     (gradient,) = torch.autograd.grad(total, logps)
     assert gradient[:2].tolist() == [0, 0] and (gradient[2:] != 0).all()
 
