@@ -161,7 +161,7 @@ class PPOConfig(TRLNames, BaseConfig):
         losses: Registry[Any] = PREFERENCE_LOSSES if self.advantage_estimator == "pairs" else POLICY_LOSSES
         self.loss_type = losses.name_of(self.loss_type)
         take_over_names(self)
-        self._check_choices()
+        self._check_experience()
         if self.advantage_estimator == "pairs":
             self._check_pair_loss()
         else:
@@ -180,7 +180,7 @@ class PPOConfig(TRLNames, BaseConfig):
     def _loss_options(self) -> dict[str, Any]:
         return self.loss_kwargs if isinstance(self.loss_kwargs, dict) else {}
 
-    def _check_choices(self) -> None:
+    def _check_experience(self) -> None:
         estimator, group = self.advantage_estimator, self.num_generations
         if estimator not in ESTIMATORS:
             raise ValueError(f"advantage_estimator {estimator!r} is unknown: one of {', '.join(ESTIMATORS)}")
