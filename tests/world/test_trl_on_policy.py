@@ -85,7 +85,7 @@ def test_trls_names_are_taken_over(tmp_path, given, name, means):
         (dict(generation_kwargs={"num_beams": 2}), "generation_kwargs: num_beams=2 is not offered"),
         (dict(generation_kwargs={"temperature": 2.0}), "give temperature as temperature"),
         (dict(use_bias_correction_kl=False), "k3 without the ratio"),
-        (dict(importance_sampling_level="word"), "must be token or sequence"),
+        (dict(importance_sampling_level="word"), "must be one of token, sequence"),
         (dict(loss_type="vespo", importance_sampling_level="sequence"), "has no ratios of tokens"),
         (dict(loss_type="grpo", sapo_temperature_pos=1.0), "is for loss_type sapo, not for grpo"),
         (dict(scale_rewards="always"), "scale_rewards must be group"),
