@@ -19,13 +19,15 @@ BASE = "base"  # the folder beside an adapter
 
 
 def keep_base(model: Any, home: Path, kept: set[Path], state: dict[str, Tensor] | None = None) -> None:
-    """Save what an adapter sits on into ``home/base``, if no checkpoint holds it, and name it in the adapter's config.
+    """Save an adapter's base model into ``home/base`` if no checkpoint holds it, and name it in the adapter's config.
 
-    Of such a kind are a model made in memory, one with another adapter merged in, one whose vocabulary has grown.
-    Weights that were changed in memory are found out by comparing them with the checkpoint's.
+    This is the case for a model made in memory, a model with another adapter merged in, and a vocabulary that has
+    grown. Weights that were changed in memory are recognised by comparing them with the checkpoint's.
 
     Args:
-        kept: folders that hold it already; grows.
+        model: a PEFT model; nothing is done for another one.
+        home: the folder that the adapter is saved in.
+        kept: folders that hold the base model already; grows.
         state: all weights of ``model``, where they are sharded.
     """
     if not isinstance(model, PeftModel):

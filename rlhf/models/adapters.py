@@ -34,10 +34,13 @@ REFUSED = {
 
 
 def adapter_config(name: str, **hub: Any) -> PeftConfig | None:
-    """Of a folder or a repository that holds an adapter alone; None for a model.
+    """The configuration of an adapter, from its folder or repository.
 
     Args:
-        name: as :func:`resolve` gives it. hub: ``revision``, ``token``.
+        name: as :func:`resolve` returns it.
+        hub: ``revision``, ``token``.
+    Returns:
+        The configuration; None for a folder that holds a model.
     Raises:
         FileNotFoundError: a folder with neither. ValueError: a file that PEFT cannot read.
     """
@@ -55,10 +58,15 @@ def adapter_config(name: str, **hub: Any) -> PeftConfig | None:
 
 
 def base_of(name: str, config: PeftConfig) -> str:
-    """Where the model under the adapter in ``name`` is; that beside it, if the folder was moved as a whole.
+    """Find the model that an adapter was trained on; a model beside the adapter if the folder was moved as a whole.
 
+    Args:
+        name: the adapter's folder.
+        config: its configuration.
+    Returns:
+        A folder, or a name on the hub.
     Raises:
-        FileNotFoundError: nowhere.
+        FileNotFoundError: the model is in none of these places.
     """
     base = config.base_model_name_or_path
     for place in (Path(str(base)).expanduser(), Path(name) / BASE, Path(name).parent / BASE):
@@ -123,8 +131,11 @@ def _untie_adapted(model: PreTrainedModel) -> None:
 
 
 def check_adapter(model: nn.Module, peft_config: PeftConfig | None) -> None:
-    """Refuse by name what would not be trained, before any work.
+    """Refuse an adapter that could not be trained, before any work.
 
+    Args:
+        model: the model, which may have an adapter already.
+        peft_config: the adapter to add, if any.
     Raises:
         ValueError: a second adapter on a PEFT model, or a kind that acts in ``PeftModel.forward``.
     """
@@ -146,10 +157,15 @@ def check_adapter(model: nn.Module, peft_config: PeftConfig | None) -> None:
 
 
 def add_adapter(model: Any, peft_config: PeftConfig) -> PeftModel:
-    """Freeze ``model`` and put the adapter on it.
+    """Freeze a model and put an adapter on it.
 
+    Args:
+        model: a transformers model.
+        peft_config: the adapter; its target modules are filled in if they are not named.
+    Returns:
+        The PEFT model.
     Raises:
-        ValueError: a kind that is not trained here, or no layer to sit on.
+        ValueError: a kind of adapter that is not supported, or no layer that it fits.
     """
     check_adapter(model, peft_config)
     _name_targets(model, peft_config)
@@ -193,8 +209,15 @@ def learn_tokens(model: Any, peft_config: PeftConfig | None, tokens: list[int]) 
 
 
 def add_adapter_beside(model: PreTrainedModel, folder: str, name: str, peft_config: PeftConfig) -> PeftModel:
-    """Put the adapter in ``folder`` on ``model``, frozen, as ``name``; and a new one, ``"default"``, which learns.
+    """Put two adapters on a model: a frozen one from a folder, and a new one, ``"default"``, that is trained.
 
+    Args:
+        model: a transformers model.
+        folder: holds the frozen adapter.
+        name: of the frozen adapter in the PEFT model.
+        peft_config: the adapter to train.
+    Returns:
+        The PEFT model.
     Raises:
         FileNotFoundError: no such folder. ValueError: it holds no adapter, or one that does not fit ``model``.
     """
@@ -249,8 +272,12 @@ def linear_layers(model: Any) -> set[str]:
     Left out: heads; routers and the like, which only inherit from a linear layer; layers of a state-space block whose
     weights its kernels read past the layer; experts in one tensor, which are no layers (``lora_target_parameters``).
 
+    Args:
+        model: a transformers model.
+    Returns:
+        Endings of module names.
     Raises:
-        ValueError: there is none.
+        ValueError: the model has no such layer.
     """
     heads = {id(model.get_output_embeddings())} if hasattr(model, "get_output_embeddings") else set()
     linear = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and id(m) not in heads}

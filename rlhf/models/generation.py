@@ -13,6 +13,8 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cut
 def mend_generation_config(model: nn.Module) -> None:
     """Make the generation config one that can be saved: options of sampling mean that sampling is on.
 
+    Args:
+        model: its ``generation_config`` is changed in place.
     Raises:
         ValueError: it cannot be saved for another reason.
     """

@@ -12,14 +12,17 @@ HUB = ("revision", "token", "trust_remote_code")  # arguments that say which fil
 
 
 def load_model(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
-    """A causal LM in the dtype of its checkpoint (``dtype="float32"`` and others override it).
+    """Load a causal LM, in the dtype of its checkpoint unless ``dtype`` is passed.
 
-    A folder that holds a PEFT adapter is loaded with its base model and merged, so that what comes next
-    (another adapter, a frozen reference) starts from the tuned weights.
+    A folder that holds a PEFT adapter is loaded with its base model and merged, so that another adapter or a frozen
+    reference starts from the tuned weights.
 
     Args:
+        name_or_path: a folder, or a name on the hub.
         kwargs: of transformers' ``from_pretrained``: ``dtype``, ``revision`` (an adapter's own; its base model has the
             one that the adapter names), ``quantization_config``, …
+    Returns:
+        The model.
     Raises:
         FileNotFoundError: a path that is no folder, or a folder without a model.
         ValueError: neither a folder here nor a model on the hub, or a package that is missing.
@@ -53,10 +56,15 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer, with the chat template of a ``.jinja`` file or of another model's folder where one is given.
 
-    An adapter's folder without one has that of its base model.
+    For an adapter's folder without a tokenizer, the one of its base model is loaded.
 
     Args:
-        revision, trust_remote_code: as for the model whose tokenizer it is.
+        name_or_path: a folder, or a name on the hub.
+        chat_template_path: a ``.jinja`` file, or a model's folder.
+        revision: of the model on the hub.
+        trust_remote_code: run code that the model's folder brings along.
+    Returns:
+        The tokenizer.
     Raises:
         FileNotFoundError: a path to nothing. ValueError: no tokenizer there.
     """

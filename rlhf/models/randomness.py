@@ -64,6 +64,8 @@ def add_embedding_noise(wrapper: nn.Module, alpha: float) -> None:
 
     Args:
         wrapper: takes a :class:`Batch`; its ``model`` has the embeddings.
+        alpha: > 0, the size of the noise.
+
     Source: arXiv 2310.05914.
     """
     current: list[Batch] = []

@@ -9,14 +9,14 @@ from rlhf.data import Batch
 
 
 class Balancing(NamedTuple):
-    """What a model's balancing loss needs to know. ``top_k``: experts of a token. ``coef``: weight in the loss."""
+    """Settings of the load-balancing loss. ``top_k``: experts of a token. ``coef``: weight in the loss."""
 
     top_k: int
     coef: float
 
 
 class Routing(NamedTuple):
-    """What the routers said, summed over layers and tokens.
+    """Choices and probabilities of the routers, summed over layers and tokens.
 
     ``chosen`` [E]: how often each expert was. ``probs`` [E]: their probabilities, which carry the gradient.
     ``rows``: tokens times layers.
@@ -38,10 +38,13 @@ class Routing(NamedTuple):
 
 
 def balancing_of(model: Any, coef: float | None = None) -> Balancing | None:
-    """Whether and how the routers of ``model`` are to be balanced: where its config has ``output_router_logits`` on.
+    """How the routers of a model are balanced; by default only if its config has ``output_router_logits`` on.
 
     Args:
-        model: a transformers causal LM. coef: weight of the loss, instead of the config's; 0 switches it off.
+        model: a transformers causal LM.
+        coef: weight of the loss, instead of the config's; 0 switches it off.
+    Returns:
+        The settings; None for no balancing.
     Raises:
         ValueError: a weight for a model that offers no router logits, or whose loss is another one.
     """
@@ -77,6 +80,11 @@ def routing(router_logits: tuple[Tensor, ...], batch: Batch, top_k: int) -> Rout
 
     Args:
         router_logits: of each layer, [tokens, E].
+        batch: the tokens.
+        top_k: experts of a token.
+    Returns:
+        The sums over layers and tokens.
+
     Source: load_balancing_loss_func of transformers (Switch Transformer, arXiv 2101.03961, eq. 4-6).
     """
     device = router_logits[0].device
