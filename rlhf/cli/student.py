@@ -1,8 +1,10 @@
-"""``rlhf student``: a smaller model to distil a teacher into."""
+"""``rlhf student``: make a smaller model to distil a teacher into."""
 
 import argparse
 from pathlib import Path
 from typing import NoReturn
+
+from transformers import PreTrainedModel
 
 from rlhf.cli.training import quiet_logging
 from rlhf.distillation.student import copy_layers, fresh_student, layer_list, load_config, spread_layers
@@ -16,42 +18,39 @@ class _Parser(argparse.ArgumentParser):
 
 
 def run(argv: list[str]) -> None:
-    parser = _Parser(
-        "rlhf student", description="Make a student from some of a teacher's layers, or fresh.", allow_abbrev=False
-    )
-    parser.add_argument("--from", dest="teacher", metavar="TEACHER", required=True, help="a folder, or a hub name")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the student goes; new or empty")
-    how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--layers", type=int, help="copy so many, evenly spread, the first and the last among them")
-    how.add_argument("--keep", type=_numbers, metavar="0,2,5", help="copy these, counted from 0")
-    how.add_argument("--config", metavar="FOLDER_OR_FILE", help="draw new weights for this configuration")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights that are drawn")
-    parser.add_argument("--dtype", default="auto", help="auto (the teacher's), float32, bfloat16 or float16")
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     quiet_logging()
     _check_output(args.output_dir)
+    # Read before the teacher is loaded, which may take minutes.
     config = None if args.config is None else load_config(args.config)
     tokenizer = load_tokenizer(args.teacher)
     teacher = load_model(args.teacher, dtype=args.dtype)
     if config is not None:
         student = fresh_student(config, teacher, tokenizer, args.seed)
     else:
-        kept = spread_layers(len(layer_list(teacher)[1]), args.layers) if args.keep is None else args.keep
-        student = copy_layers(teacher, kept)
-        print(f"copied layers {', '.join(map(str, kept))}")
+        num_layers = len(layer_list(teacher)[1])
+        layers = spread_layers(num_layers, args.layers) if args.keep is None else args.keep
+        student = copy_layers(teacher, layers)
+        print(f"copied layers {', '.join(map(str, layers))}")
     student.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
-    show_metrics(
-        {
-            name: {
-                "million parameters": sum(p.numel() for p in model.parameters()) / 1e6,
-                "layers": model.config.get_text_config().num_hidden_layers,
-                "hidden size": model.config.get_text_config().hidden_size,
-            }
-            for name, model in (("teacher", teacher), ("student", student))
-        }
-    )
+    show_metrics({"teacher": _sizes(teacher), "student": _sizes(student)})
     print(f"saved {args.output_dir}")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        "rlhf student", description="Make a student from some of a teacher's layers, or fresh.", allow_abbrev=False
+    )
+    parser.add_argument("--from", dest="teacher", metavar="TEACHER", required=True, help="a folder, or a hub name")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the student goes; new or empty")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--layers", type=int, help="copy so many, evenly spread, the first and the last among them")
+    source.add_argument("--keep", type=_numbers, metavar="0,2,5", help="copy these, counted from 0")
+    source.add_argument("--config", metavar="FOLDER_OR_FILE", help="draw new weights for this configuration")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights that are drawn")
+    parser.add_argument("--dtype", default="auto", help="auto (the teacher's), float32, bfloat16 or float16")
+    return parser
 
 
 def _numbers(text: str) -> list[int]:
@@ -66,3 +65,12 @@ def _check_output(folder: Path) -> None:
         raise ValueError(f"{folder}: output_dir is a file; choose a folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder}: not empty; choose another --output_dir")
+
+
+def _sizes(model: PreTrainedModel) -> dict[str, float]:
+    text_config = model.config.get_text_config()
+    return {
+        "million parameters": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+        "layers": text_config.num_hidden_layers,
+        "hidden size": text_config.hidden_size,
+    }

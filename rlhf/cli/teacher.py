@@ -2,20 +2,20 @@
 
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.cli.arguments import LoadArguments, parse
 from rlhf.cli.row_arguments import RowArguments
 from rlhf.cli.training import _require, quiet_logging
 from rlhf.data import load_data, tokenize_prompts, tokenize_sft
 from rlhf.data.packing import hash_of_tokens
-from rlhf.distillation.collect import keep_top_k, sample_completions
+from rlhf.distillation.collect import COMPLETIONS, keep_top_k, sample_completions
 from rlhf.distillation.teacher_file import (
     HEADER,
     Key,
@@ -29,113 +29,146 @@ from rlhf.distillation.teacher_file import (
 )
 from rlhf.models import load_model, load_tokenizer, vocabulary_size
 from rlhf.rollouts import Sampling
+from rlhf.rollouts.arguments import option
 from rlhf.trainers.reference_logps import reference_fingerprint
+
+_AT_LEAST = {"k": 0, "max_new_tokens": 1, "tokens_per_batch": 1, "seed": 0}
 
 
 @dataclass
 class TeacherArguments(RowArguments):
-    dataset_name: str | None = field(default=None, metadata={"help": "File, saved folder or hub name."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
-    dataset_split: str = field(default="train", metadata={"help": "Split; a slice such as train[:1000] too."})
-    dataset_text_field: str = field(default="text", metadata={"help": "Column of plain text."})
-    output_dir: str | None = field(default=None, metadata={"help": "Folder to write, or to go on with."})
-    overwrite: bool = field(default=False, metadata={"help": "Start anew, whatever the folder holds."})
-    k: int = field(
-        default=32, metadata={"help": "Likeliest tokens kept of each scored token; 0 samples whole answers instead."}
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Divides the teacher's logits; training uses the same."})
-    top_p: float = field(default=1.0, metadata={"help": "Of whole answers (k 0): the likeliest tokens of this mass."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer (k 0)."})
-    seed: int = field(default=0, metadata={"help": "Of what is sampled."})
-    max_length: int = field(default=1024, metadata={"help": "Longest sequence in tokens, as in training."})
-    drop_long_prompts: bool = field(default=False, metadata={"help": "Leave out rows with too long a prompt."})
-    tokens_per_batch: int = field(default=4096, metadata={"help": "Tokens of a forward pass."})
+    dataset_name: str | None = option(None, "File, saved folder or hub name.")
+    dataset_config: str | None = option(None, "Configuration of a hub data set.")
+    dataset_split: str = option("train", "Split; a slice such as train[:1000] too.")
+    dataset_text_field: str = option("text", "Column of plain text.")
+    output_dir: str | None = option(None, "Folder to write, or to go on with.")
+    overwrite: bool = option(False, "Start anew, whatever the folder holds.")
+    k: int = option(32, "Likeliest tokens kept of each scored token; 0 samples whole answers instead.")
+    temperature: float = option(1.0, "Divides the teacher's logits; training uses the same.")
+    top_p: float = option(1.0, "Of whole answers (k 0): the likeliest tokens of this mass.")
+    max_new_tokens: int = option(256, "Longest answer (k 0).")
+    seed: int = option(0, "Of whole answers (k 0).")
+    max_length: int = option(1024, "Longest sequence in tokens, as in training.")
+    drop_long_prompts: bool = option(False, "Leave out rows with too long a prompt.")
+    tokens_per_batch: int = option(4096, "Tokens of a forward pass.")
 
     def __post_init__(self) -> None:
-        for name, least in (("k", 0), ("max_new_tokens", 1), ("tokens_per_batch", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"--temperature must be above 0, got {self.temperature}")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A loaded teacher, the rows to run it over, and the folder for the result."""
+
+    args: TeacherArguments
+    model_name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    rows: Dataset
+    folder: Path
+
+    def key(self) -> Key:
+        """What determines the result, besides the rows and what each kind of result adds."""
+        return {
+            "teacher": reference_fingerprint(self.model, "no"),
+            **tokenizer_key(self.tokenizer),
+            "k": self.args.k,
+            "temperature": self.args.temperature,
+        }
+
+    def about(self) -> Key:
+        """What a reader of the folder wants to know; it is not compared."""
+        return {"about": {"model": self.model_name, "dataset": self.args.dataset_name}}
 
 
 def run(argv: list[str]) -> None:
     args, model_args = parse("teacher", (TeacherArguments, LoadArguments), argv)
     quiet_logging()
-    _require(
-        model_name_or_path=model_args.model_name_or_path, dataset_name=args.dataset_name, output_dir=args.output_dir
-    )
+    name = model_args.model_name_or_path
+    _require(model_name_or_path=name, dataset_name=args.dataset_name, output_dir=args.output_dir)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("the teacher runs in one process: start it without accelerate launch")
     folder = Path(args.output_dir)
     _check_folder(folder)
     rows = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
-    tokenizer = load_tokenizer(
-        model_args.model_name_or_path, args.chat_template_path, model_args.model_revision, model_args.trust_remote_code
-    )
-    model = load_model(model_args.model_name_or_path, **model_args.load_kwargs(model_args.trust_remote_code))
-    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-    vocabulary = vocabulary_size(model)
-    key = {"teacher": reference_fingerprint(model, "no"), **tokenizer_key(tokenizer), "k": args.k}
-    key["temperature"] = args.temperature
-    about = {"about": {"model": model_args.model_name_or_path, "dataset": args.dataset_name}}
+    trusts_code = model_args.trust_remote_code
+    tokenizer = load_tokenizer(name, args.chat_template_path, model_args.model_revision, trusts_code)
+    model: Any = load_model(name, **model_args.load_kwargs(trusts_code))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    job = _Job(args, name, model, tokenizer, rows, folder)
     if args.k == 0:
-        _answers(folder, rows, tokenizer, model, vocabulary, key, about, args)
-        return
+        _write_answers(job)
+    else:
+        _keep_predictions(job)
+
+
+def _keep_predictions(job: _Job) -> None:
+    """Keep the k likeliest tokens at each scored position."""
+    args, folder = job.args, job.folder
+    vocabulary = vocabulary_size(job.model)
     rows = tokenize_sft(
-        rows, tokenizer, max_length=args.max_length, vocab_size=vocabulary, text_field=args.dataset_text_field,
-        drop_long_prompts=args.drop_long_prompts, reading=args.reading(),
-    )  # fmt: skip
+        job.rows,
+        job.tokenizer,
+        max_length=args.max_length,
+        vocab_size=vocabulary,
+        text_field=args.dataset_text_field,
+        drop_long_prompts=args.drop_long_prompts,
+        reading=args.reading(),
+    )
     if args.k > vocabulary:
         raise ValueError(f"--k {args.k} is more than the teacher's vocabulary of {vocabulary}")
-    key |= {"vocabulary": vocabulary}
-    if _goes_on(folder, {**key, **data_key(rows)}, args.overwrite):
+    key = {**job.key(), "vocabulary": vocabulary}
+    if _continues(folder, {**key, **data_key(rows)}, args.overwrite):
         file = TeacherFile(folder, writable=True)
     else:
-        file = create_teacher_file(folder, rows, {**about, **key})
-    keep_top_k(model, rows, file, tokens_per_batch=args.tokens_per_batch)
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"saved {folder}: {file.key['tokens']} tokens, {size / max(file.key['tokens'], 1):.0f} bytes each")
+        file = create_teacher_file(folder, rows, {**job.about(), **key})
+    keep_top_k(job.model, rows, file, tokens_per_batch=args.tokens_per_batch)
+    num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    num_tokens = file.key["tokens"]
+    print(f"saved {folder}: {num_tokens} tokens, {num_bytes / max(num_tokens, 1):.0f} bytes each")
 
 
-def _answers(
-    folder: Path,
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    model: Any,
-    vocabulary: int,
-    key: Key,
-    about: Key,
-    args: TeacherArguments,
-) -> None:
-    """The teacher's own completions, as rows to train on."""
-    sampling = Sampling(temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_new_tokens)
+def _write_answers(job: _Job) -> None:
+    """Write the teacher's own answers to the prompts, as rows to train on."""
+    args, folder = job.args, job.folder
     rows = tokenize_prompts(
-        rows, tokenizer, max_prompt_length=args.max_length - args.max_new_tokens, vocab_size=vocabulary,
-        drop_long_prompts=args.drop_long_prompts, reading=args.reading(),
-    )  # fmt: skip
-    key |= {"top_p": args.top_p, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
-    key |= {"data": hash_of_tokens(rows, ("prompt_ids",)), "rows": len(rows)}
-    if not _goes_on(folder, key, args.overwrite):
+        job.rows,
+        job.tokenizer,
+        max_prompt_length=args.max_length - args.max_new_tokens,
+        vocab_size=vocabulary_size(job.model),
+        drop_long_prompts=args.drop_long_prompts,
+        reading=args.reading(),
+    )
+    sampled = {"top_p": args.top_p, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
+    data = {"data": hash_of_tokens(rows, ("prompt_ids",)), "rows": len(rows)}
+    key = {**job.key(), **sampled, **data}
+    if not _continues(folder, key, args.overwrite):
         folder.mkdir(parents=True, exist_ok=True)
-        write_key(folder, {**about, **key, "complete": False})
+        write_key(folder, {**job.about(), **key, "complete": False})
     if not read_key(folder)["complete"]:
-        sample_completions(model, tokenizer, rows, folder, sampling, args.seed)
-    print(f"saved {folder}: train on it with rlhf sft --dataset_name {folder / 'completions.jsonl'}")
+        sampling = Sampling(temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_new_tokens)
+        sample_completions(job.model, job.tokenizer, rows, folder, sampling, args.seed)
+    print(f"saved {folder}: train on it with rlhf sft --dataset_name {folder / COMPLETIONS}")
 
 
 def _check_folder(folder: Path) -> None:
+    """Refuse a folder of something else before anything is loaded, even with ``--overwrite``."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: output_dir is a file; choose a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / HEADER).exists():
         raise ValueError(f"{folder}: not empty and holds no {HEADER}; choose another --output_dir")
 
 
-def _goes_on(folder: Path, key: Key, overwrite: bool) -> bool:
-    """Whether the folder holds what ``key`` asks for, finished or not; replaced if it does not and may be.
+def _continues(folder: Path, key: Key, overwrite: bool) -> bool:
+    """Whether the folder holds a result for ``key``, finished or not; it is emptied where ``overwrite`` says so.
 
     Raises:
-        ValueError: it holds something else, and nobody said to replace it.
+        ValueError: it holds another result.
     """
     if not (folder / HEADER).exists():
         return False

@@ -1,8 +1,9 @@
 """Students made from a teacher: some of its layers, or a fresh model that reads the same tokens.
 
-A copied student starts far better than a fresh one, and keeps the teacher's width and vocabulary. The layers are copied
-into a model that is built anew from a smaller configuration, so that whatever a layer knows of its own place (the slot
-of its cache, its kind of attention) is right; what a configuration has for each layer is taken for the kept ones.
+A copied student starts far better than a fresh one, and keeps the teacher's width and vocabulary. Layers are copied
+into a model that is built from a smaller configuration, so that everything a layer knows of its own place (its slot in
+the cache, its kind of attention) is right. Settings that a configuration has for each layer are taken for the copied
+ones.
 """
 
 import copy
@@ -11,17 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.models.places import loading, resolve
 
-_INDICES = ("mlp_only_layers",)  # of a configuration: lists of layers by number, not one entry for each layer
+# Settings of a configuration that list layers by number. Other lists have one entry for each layer.
+_LAYER_NUMBERS = ("mlp_only_layers",)
 
 
 def spread_layers(total: int, count: int) -> list[int]:
-    """``count`` of ``total`` layers, evenly spread, the first and the last among them (one alone: the first).
+    """Choose layers evenly spread over a model, the first and the last among them (a single one: the first).
 
+    Args:
+        total: layers of the model.
+        count: layers to choose.
+    Returns:
+        Increasing layer numbers, from 0.
     Raises:
         ValueError: fewer than one, or more than there are.
     Example:
@@ -31,35 +38,51 @@ def spread_layers(total: int, count: int) -> list[int]:
     if not 1 <= count <= total:
         raise ValueError(f"layers must be between 1 and {total}, as many as the teacher has; got {count}")
     gaps = max(count - 1, 1)
-    return [(2 * i * (total - 1) + gaps) // (2 * gaps) for i in range(count)]  # rounded, halves up
+    # i * (total - 1) / gaps, rounded half up in integers.
+    return [(2 * i * (total - 1) + gaps) // (2 * gaps) for i in range(count)]
 
 
 def matched_layers(student: PretrainedConfig, teacher: PretrainedConfig) -> list[int]:
-    """For each layer of the student, the teacher's layer whose output its own is compared with.
+    """Find the teacher's layer to compare each layer of the student with.
 
-    The layer that it was copied from, where :func:`copy_layers` recorded one of a teacher as deep as this; else evenly
-    spread. (In ``output_hidden_states`` layer i is entry i + 1, and the last entry has the final norm.)
+    That is the layer it was copied from, where :func:`copy_layers` recorded it and the teacher is as deep as the one it
+    was copied from; else layers are matched evenly. In ``output_hidden_states``, layer i is entry i + 1, and the last
+    entry has the final norm.
 
+    Args:
+        student: configuration of the student.
+        teacher: configuration of the teacher.
+    Returns:
+        For each layer of the student, a layer number of the teacher.
     Raises:
         ValueError: the student is deeper than the teacher.
     """
-    depth, total = (config.get_text_config().num_hidden_layers for config in (student, teacher))
+    student_depth = student.get_text_config().num_hidden_layers
+    teacher_depth = teacher.get_text_config().num_hidden_layers
     record = getattr(student, "copied_layers", None) or {}
-    if record.get("of") == total and len(record["kept"]) == depth:
+    if record.get("of") == teacher_depth and len(record["kept"]) == student_depth:
         return list(record["kept"])
-    return spread_layers(total, depth)
+    return spread_layers(teacher_depth, student_depth)
 
 
 def layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The decoder's layers, and their name within the model.
+    """Find the decoder's layers.
 
+    Args:
+        model: of transformers.
+    Returns:
+        The name of the list within the model, and the list.
     Raises:
         ValueError: there is no such list, or more than one.
     """
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    found = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth}
-    # A list within a layer (of its experts, say) may happen to be as long.
-    outer = {n: m for n, m in found.items() if not any(n.startswith(f"{other}.") for other in found)}
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    }
+    # A list within a layer, of its experts say, may happen to be as long.
+    outer = {name: module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
     if depth is None or len(outer) != 1:
         seen = f"found {', '.join(outer)}" if outer else "found none"
         raise ValueError(f"{type(model).__name__}: its layers are not one list of {depth} modules ({seen})")
@@ -67,38 +90,35 @@ def layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def copy_layers(teacher: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
-    """A model of the teacher's kind with its layers ``kept`` and all that is not a layer, weights copied.
+    """Make a model of some of the teacher's layers and of everything that is not a layer, with the weights copied.
 
-    The configuration records which layers they were (``copied_layers``), for :func:`matched_layers`.
+    The configuration records the layers (``copied_layers``), for :func:`matched_layers`.
 
     Args:
+        teacher: a causal LM.
         kept: increasing layer numbers, from 0.
+    Returns:
+        The student, in evaluation mode.
     Raises:
         ValueError: no layer, one that the teacher has not, numbers that do not increase, a teacher whose layers are not
             in one list, or one whose layers would not be the same at another place.
     """
-    path, layers = layer_list(teacher)
-    kept = list(kept)
-    if not kept or kept != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < len(layers):
-        raise ValueError(f"keep must be increasing layer numbers from 0 to {len(layers) - 1}; got {kept}")
-    student = AutoModelForCausalLM.from_config(_shorter(teacher.config, kept), dtype=teacher.dtype)
-    weights = {}
-    for name, value in teacher.state_dict().items():
-        if name.startswith(f"{path}."):
-            number, _, rest = name.removeprefix(f"{path}.").partition(".")
-            if int(number) not in kept:
-                continue
-            name = f"{path}.{kept.index(int(number))}.{rest}"
-        weights[name] = value
+    path, teacher_layers = layer_list(teacher)
+    numbers = list(kept)
+    is_increasing = numbers == sorted(set(numbers))
+    if not numbers or not is_increasing or not 0 <= numbers[0] <= numbers[-1] < len(teacher_layers):
+        raise ValueError(f"keep must be increasing layer numbers from 0 to {len(teacher_layers) - 1}; got {numbers}")
+    student = AutoModelForCausalLM.from_config(_shorter_config(teacher.config, numbers), dtype=teacher.dtype)
     try:
-        student.load_state_dict(weights)
+        student.load_state_dict(_weights_of_layers(teacher.state_dict(), path, numbers))
     except RuntimeError as error:
-        first = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{type(teacher).__name__}: layers {kept} do not fit a model of their own ({first})"
+            f"{type(teacher).__name__}: layers {numbers} do not fit a model of their own ({reason})"
         ) from error
-    for place, copied in enumerate(layer_list(student)[1]):
-        _check_same(layers[kept[place]], copied, kept[place], place)
+    for position, layer in enumerate(layer_list(student)[1]):
+        number = numbers[position]
+        _check_same_settings(teacher_layers[number], layer, number, position)
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval()
 
@@ -106,20 +126,30 @@ def copy_layers(teacher: PreTrainedModel, kept: Sequence[int]) -> PreTrainedMode
 def fresh_student(
     config: PretrainedConfig, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0
 ) -> PreTrainedModel:
-    """A model with drawn weights, in the teacher's dtype, that reads the teacher's tokens and stops at its ends.
+    """Make a model with random weights that reads the teacher's tokens and ends where the teacher does.
 
+    Args:
+        config: of the student.
+        teacher: gives the dtype, the special tokens and the generation settings.
+        tokenizer: the teacher's.
+        seed: of the weights.
+    Returns:
+        The student, in evaluation mode.
     Raises:
         ValueError: the vocabulary of ``config`` is too small for the tokenizer, or no causal LM can be made from it.
     """
-    text, tokens = config.get_text_config(), max(tokenizer.get_vocab().values()) + 1
-    if text.vocab_size < tokens:
-        raise ValueError(
-            f"the configuration has a vocabulary of {text.vocab_size}, the teacher's tokenizer {tokens} tokens: "
-            f"set vocab_size to {teacher.config.get_text_config().vocab_size}, the teacher's"
-        )
     config = copy.deepcopy(config)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # a copied configuration has those of its own tokens
-        setattr(config.get_text_config(), name, getattr(teacher.config.get_text_config(), name, None))
+    text_config = config.get_text_config()
+    teacher_config = teacher.config.get_text_config()
+    num_tokens = max(tokenizer.get_vocab().values()) + 1
+    if text_config.vocab_size < num_tokens:
+        raise ValueError(
+            f"the configuration has a vocabulary of {text_config.vocab_size}, the teacher's tokenizer {num_tokens} "
+            f"tokens: set vocab_size to {teacher_config.vocab_size}, the teacher's"
+        )
+    # A configuration that was copied from another model has the special tokens of that model.
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(text_config, name, getattr(teacher_config, name, None))
     torch.manual_seed(seed)
     with loading("the configuration", "a causal LM"):
         student = AutoModelForCausalLM.from_config(config, dtype=teacher.dtype)
@@ -128,46 +158,73 @@ def fresh_student(
 
 
 def load_config(name_or_path: str) -> PretrainedConfig:
-    """From a folder, a ``config.json`` under any name, or the hub.
+    """Load a configuration from a folder, a ``config.json`` under any name, or the hub.
 
+    Args:
+        name_or_path: of it.
+    Returns:
+        The configuration.
     Raises:
-        FileNotFoundError: a path to nothing. ValueError: what is there is no configuration.
+        FileNotFoundError: the path leads to nothing.
+        ValueError: there is no configuration.
     """
     path = Path(name_or_path).expanduser()
-    found = str(path) if path.is_file() else resolve(name_or_path)
+    place = str(path) if path.is_file() else resolve(name_or_path)
     with loading(name_or_path, "a model's configuration"):
-        return AutoConfig.from_pretrained(found)
+        return AutoConfig.from_pretrained(place)
 
 
-def _shorter(config: PretrainedConfig, kept: list[int]) -> PretrainedConfig:
-    """``config`` for a model of the layers ``kept``."""
+def _shorter_config(config: PretrainedConfig, numbers: list[int]) -> PretrainedConfig:
+    """The configuration of a model that has the given layers only."""
     config = copy.deepcopy(config)
-    text = config.get_text_config()
-    depth = text.num_hidden_layers
-    for name, value in text.to_dict().items():
+    text_config = config.get_text_config()
+    depth = text_config.num_hidden_layers
+    for name, value in text_config.to_dict().items():
         if not isinstance(value, (list, tuple)):
             continue
-        if name in _INDICES:
-            setattr(text, name, [kept.index(layer) for layer in value if layer in kept])
-        elif len(value) == depth and ("layer" in name or name.endswith("types")):
-            setattr(text, name, [value[layer] for layer in kept])
-    text.num_hidden_layers = len(kept)
-    config.copied_layers = {"kept": kept, "of": depth}
+        is_for_each_layer = len(value) == depth and ("layer" in name or name.endswith("types"))
+        if name in _LAYER_NUMBERS:
+            setattr(text_config, name, [numbers.index(layer) for layer in value if layer in numbers])
+        elif is_for_each_layer:
+            setattr(text_config, name, [value[layer] for layer in numbers])
+    text_config.num_hidden_layers = len(numbers)
+    config.copied_layers = {"kept": numbers, "of": depth}
     return config
 
 
-def _check_same(original: nn.Module, copied: nn.Module, number: int, place: int) -> None:
-    """That a layer does at its new place what it did: weights are not all, some layers depend on where they are."""
-    for (name, one), (_, other) in zip(original.named_modules(), copied.named_modules(), strict=True):
-        ours, theirs = _settings(other), _settings(one)
-        for key, value in theirs.items():
-            if ours.get(key) != value and (value, ours.get(key)) != (number, place):
+def _weights_of_layers(state: dict[str, Tensor], path: str, numbers: list[int]) -> dict[str, Tensor]:
+    """The weights of the given layers, renumbered, and of everything outside of the layers."""
+    position_of = {number: position for position, number in enumerate(numbers)}
+    weights = {}
+    for name, weight in state.items():
+        if not name.startswith(f"{path}."):
+            weights[name] = weight
+            continue
+        number, _, rest = name.removeprefix(f"{path}.").partition(".")
+        if int(number) in position_of:
+            weights[f"{path}.{position_of[int(number)]}.{rest}"] = weight
+    return weights
+
+
+def _check_same_settings(original: nn.Module, copied: nn.Module, number: int, position: int) -> None:
+    """Check that a layer computes the same at its new position: some layers depend on more than their weights."""
+    for (name, module), (_, copied_module) in zip(original.named_modules(), copied.named_modules(), strict=True):
+        settings = _settings(copied_module)
+        for key, value in _settings(module).items():
+            copied_value = settings.get(key)
+            is_layer_number = (value, copied_value) == (number, position)
+            if copied_value != value and not is_layer_number:
+                setting = ".".join(filter(None, (name, key)))
                 raise ValueError(
-                    f"layer {number} would not be the same as layer {place} ({'.'.join(filter(None, (name, key)))} is "
-                    f"{value}, there {ours.get(key)}): keep other layers"
+                    f"layer {number} would not be the same as layer {position} ({setting} is {value}, there "
+                    f"{copied_value}): keep other layers"
                 )
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str))}
-    return {k: v for k, v in plain.items() if not k.startswith("_") and k != "training"}
+    """Numbers, flags and texts that a module holds beside its weights."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, (bool, int, float, str)) and not name.startswith("_") and name != "training"
+    }
