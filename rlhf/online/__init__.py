@@ -2,7 +2,8 @@
 
 from rlhf.online.config import BestOfNConfig, GRPOConfig, OnlineDPOConfig, PPOConfig, RLOOConfig
 from rlhf.online.online_dpo import OnlineDPOTrainer
-from rlhf.online.trainer import BestOfNTrainer, GRPOTrainer, PPOTrainer, RLOOTrainer
+from rlhf.online.presets import BestOfNTrainer, GRPOTrainer, RLOOTrainer
+from rlhf.online.trainer import PPOTrainer
 
 __all__ = [
     "BestOfNConfig",

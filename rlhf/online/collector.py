@@ -1,109 +1,214 @@
-"""From prompts to scored samples: which prompts come next, who samples, what rewards say."""
+"""From prompts to scored samples: which prompts come next, what is sampled for them, and their rewards."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Dialogue, encode_prompt
+from rlhf.data.columns import RowFormat
 from rlhf.data.formats import Turns, canonical, prompt_dialogue
-from rlhf.models import Policy, vocabulary_size
+from rlhf.models import Policy
+from rlhf.online.config import PPOConfig
 from rlhf.online.prompts import Prompts
-from rlhf.online.samples import Sample, varied_groups
-from rlhf.rollouts import Environment, RolloutEngine, Sampling, play
-from rlhf.rollouts.policy_sampler import PolicySampler, make_engine
+from rlhf.online.samples import Sample, groups_with_reward_variance, zero_std_groups
+from rlhf.rewards import RewardSet
+from rlhf.rewards.scoring import Scored
+from rlhf.rollouts import Environment, Sampling, play
+from rlhf.rollouts.policy_sampler import PolicySampler
+
+NumberedRow = tuple[int, dict[str, Any]]  # a row of the data, and the number of its prompt in the rollout
 
 
-class Roller:
-    """Samples for a trainer; knows how far in the prompts it is.
-
-    Prompts come in the order of their epoch, and a rollout goes on where the last one ended. Prompt i of a rollout and
-    its randomness are the same for any number of processes; process r learns from its share of each minibatch.
+@dataclass
+class Rollout:
+    """One rollout's share of this process.
 
     Args:
-        trainer: the :class:`PPOTrainer`.
-        engine: who samples; by default this process, or the server of the configuration.
-        environment_factory: makes the other side of a conversation, for each sample.
-    Raises:
-        ValueError: weights are sharded and this process samples; or no token ends a completion.
+        samples: scored, in the order of training.
+        scored: what the reward functions returned at each call, for their own metrics.
+        zero_std_groups: groups of equal rewards and all groups, before dynamic sampling replaced any. With dynamic
+            sampling these are of all processes, otherwise of this one.
+        greedy_rewards: [S], rewards of the most probable answer to each sample's prompt; only for ``remax``.
+    """
+
+    samples: list[Sample]
+    scored: list[Scored] = field(default_factory=list)
+    zero_std_groups: tuple[int, int] = (0, 0)
+    greedy_rewards: Tensor | None = None
+
+
+class RolloutCollector:
+    """Samples completions and scores them; knows how far in the prompts it is.
+
+    Prompts come in the order of their epoch, and a rollout goes on where the last one ended. Prompt i of a rollout and
+    its random numbers are the same for any number of processes; process r trains on its share of each minibatch.
+
+    Args:
+        args: the configuration.
+        sampler: samples from the current policy.
+        prompts: in their order.
+        tokenizer: decodes completions and renders environments' replies.
+        row_format: how rows of the data are read.
+        rewards: score completions; None where an environment alone does.
+        environment_factory: makes the environment of each sample; None for completions of one turn.
     """
 
     def __init__(
-        self, trainer: Any, engine: RolloutEngine | None, environment_factory: Callable[[], Environment] | None
+        self,
+        args: PPOConfig,
+        sampler: PolicySampler,
+        prompts: Prompts,
+        tokenizer: PreTrainedTokenizerBase,
+        row_format: RowFormat,
+        rewards: RewardSet | None = None,
+        environment_factory: Callable[[], Environment] | None = None,
     ) -> None:
-        self.trainer, self.args = trainer, trainer.args
-        self.tokenizer = trainer.processing_class
-        self.form = trainer.args.reading().for_tokenizer(self.tokenizer).form
+        self.args, self.sampler, self.prompts, self.rewards = args, sampler, prompts, rewards
+        self.tokenizer, self.row_format = tokenizer, row_format
         self.environment_factory = environment_factory
-        self.rollouts = 0  # made so far
-        self.equal_groups = (0, 0)  # of the last rollout, before dynamic sampling replaced them: how many of how many
-        engine = engine or make_engine(trainer.args, trainer.policy, self.tokenizer, trainer.accelerator)
-        self.sampler = PolicySampler(engine, trainer.accelerator)
-        args = self.args
-        world = args.world_size
-        step = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        self.in_step = step // args.kept  # prompts of this process
-        order = args.seed if args.data_seed is None else args.data_seed
-        self.prompts = Prompts(trainer.train_dataset, order, args.shuffle_dataset, self._with_ids)
-        self.prompts_in_rollout = self.in_step * world * args.num_mini_batches
+        self.num_rollouts = 0  # so far
+        completions_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self.prompts_per_step = completions_per_step // args.completions_used  # of this process
+        self.prompts_per_rollout = self.prompts_per_step * args.world_size * args.num_mini_batches
 
-    def _mine(self, items: list[Any]) -> list[Any]:
-        """This process's share of each minibatch, of what all processes have in order."""
-        each, rank, world = self.in_step, self.args.process_index, self.args.world_size
-        starts = (minibatch * each * world + rank * each for minibatch in range(self.args.num_mini_batches))
-        return [item for start in starts for item in items[start : start + each]]
+    @property
+    def reward_names(self) -> list[str]:
+        """Components of a reward; the same on every process, whether it has samples or not."""
+        of_environment = [] if self.environment_factory is None else ["environment"]
+        return of_environment + ([] if self.rewards is None else list(self.rewards.names))
 
-    def _with_ids(self, rows: Dataset) -> Dataset:
-        trainer = self.trainer
-        tokenised: Dataset = trainer.tokenize(rows, self.tokenizer, self.args, vocabulary_size(trainer.policy))
-        return tokenised
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """The weight of each component of a reward."""
+        weights = {} if self.rewards is None else dict(zip(self.rewards.names, self.rewards.weights, strict=True))
+        return weights if self.environment_factory is None else weights | {"environment": 1.0}
 
-    # Samples
+    def collect(self, policy: Policy, trained_model: nn.Module, state: Any) -> Rollout:
+        """The next rollout.
 
-    def rollout(self, policy: Policy, beta: float) -> tuple[list[Sample], Tensor | None]:
-        """This process's samples, scored, in the order of training; with rewards of greedy answers for ``remax``."""
-        self.rollouts += 1
-        numbered = list(enumerate(self.prompts.draw(self.prompts_in_rollout)))
-        with self.sampler.synced_engine(policy, self.trainer.model_wrapped, self.trainer.state.global_step):
-            samples = self._sample(self._mine(numbered), self.args.sampling(), self.args.num_generations)
+        Args:
+            policy: samples the completions.
+            trained_model: what accelerate made of it.
+            state: the trainer's state, with ``global_step``; reward functions may ask for it.
+        Returns:
+            This process's share.
+        """
+        self.num_rollouts += 1
+        rows = list(enumerate(self.prompts.draw(self.prompts_per_rollout)))
+        rollout = Rollout([])
+        with self.sampler.synced_engine(policy, trained_model, state.global_step):
+            rollout.samples = self._sample_and_score(self._share_of_minibatches(rows), state, rollout)
+            rollout.zero_std_groups = zero_std_groups(rollout.samples)
             if self.args.dynamic_sampling:
-                samples = self._until_varied(samples)
-            baselines = self._greedy(samples) if self.args.advantage_estimator == "remax" else None
-        return samples, baselines
+                self._resample_zero_std_groups(rollout, state)
+            if self.args.advantage_estimator == "remax":
+                rollout.greedy_rewards = self._greedy_rewards(rollout, state)
+        return rollout
 
-    def answer(self, policy: Policy, rows: Any) -> list[Sample]:
-        """Answers to each of these rows, scored: this process's share."""
-        mine = [(i, rows[i]) for i in range(self.args.process_index, len(rows), self.args.world_size)]
-        with self.sampler.synced_engine(policy, self.trainer.model_wrapped, self.trainer.state.global_step):
-            count = self.args.num_generations_eval or 1
-            return self._sample(mine, self.args.sampling(), count, 0, self.args.per_device_eval_batch_size)
+    def answer(self, policy: Policy, trained_model: nn.Module, rows: Any, state: Any) -> list[Sample]:
+        """Scored completions of each of these rows, for evaluation.
+
+        Args:
+            policy: samples the completions.
+            trained_model: what accelerate made of it.
+            rows: with ``prompt_ids``.
+            state: the trainer's state.
+        Returns:
+            This process's share.
+        """
+        numbers = range(self.args.process_index, len(rows), self.args.world_size)
+        numbered_rows = [(number, rows[number]) for number in numbers]
+        num_samples = self.args.num_generations_eval or 1
+        batch_size = self.args.per_device_eval_batch_size
+        with self.sampler.synced_engine(policy, trained_model, state.global_step):
+            # No rollout has the number 0, so evaluation shares its random numbers with none.
+            samples = self._sample(numbered_rows, self.args.sampling(), num_samples, 0, batch_size)
+            self._score(samples, state)
+        return samples
+
+    # Which rows
+
+    def _share_of_minibatches(self, items: Sequence[Any]) -> list[Any]:
+        """This process's share of each minibatch, of the items of all processes in order."""
+        size, rank, world_size = self.prompts_per_step, self.args.process_index, self.args.world_size
+        starts = [(minibatch * world_size + rank) * size for minibatch in range(self.args.num_mini_batches)]
+        return [item for start in starts for item in items[start : start + size]]
+
+    def _resample_zero_std_groups(self, rollout: Rollout, state: Any) -> None:
+        """Replace groups of equal rewards by those of further prompts (DAPO).
+
+        All processes share their groups, so that the choice does not depend on their number. Groups of equal rewards
+        stay where no further prompt gave a better one.
+        """
+        num_samples = self.args.num_generations
+        next_number = self.prompts_per_rollout
+        varied: list[list[Sample]] = []
+        equal: list[list[Sample]] = []
+        new_samples = rollout.samples
+        for attempts_left in reversed(range(self.args.dynamic_sampling + 1)):
+            everyone = sorted(gather_object(new_samples), key=lambda sample: sample.group)
+            for start in range(0, len(everyone), num_samples):
+                group = everyone[start : start + num_samples]
+                (varied if groups_with_reward_variance(group) else equal).append(group)
+            rollout.zero_std_groups = len(equal), len(equal) + len(varied)
+            missing = self.prompts_per_rollout - len(varied)
+            if missing <= 0 or not attempts_left:
+                break
+            rows = list(enumerate(self.prompts.draw(missing), start=next_number))
+            next_number += missing
+            mine = rows[self.args.process_index :: self.args.world_size]
+            new_samples = self._sample_and_score(mine, state, rollout)
+        chosen = (varied + equal)[: self.prompts_per_rollout]
+        for number, group in enumerate(chosen):
+            for sample in group:
+                sample.group = number
+        rollout.samples = [sample for group in self._share_of_minibatches(chosen) for sample in group]
+
+    def _greedy_rewards(self, rollout: Rollout, state: Any) -> Tensor:
+        row_of_group = {sample.group: sample.row for sample in rollout.samples}
+        greedy = replace(self.args.sampling(), temperature=0.0)
+        samples = self._sample(list(row_of_group.items()), greedy, 1, self.num_rollouts)
+        rollout.scored += self._score(samples, state)
+        reward_of_group = {sample.group: sample.reward for sample in samples}
+        return torch.tensor([reward_of_group[sample.group] for sample in rollout.samples])
+
+    # Completions
+
+    def _sample_and_score(self, rows: list[NumberedRow], state: Any, rollout: Rollout) -> list[Sample]:
+        samples = self._sample(rows, self.args.sampling(), self.args.num_generations, self.num_rollouts)
+        rollout.scored += self._score(samples, state)
+        return samples
 
     def _sample(
         self,
-        rows: list[tuple[int, dict[str, Any]]],
+        rows: list[NumberedRow],
         sampling: Sampling,
-        n: int,
-        rollout: int | None = None,
+        num_samples: int,
+        rollout_number: int,
         batch_size: int | None = None,
     ) -> list[Sample]:
-        rollout = self.rollouts if rollout is None else rollout
-        make = self._converse if self.environment_factory is not None else self._complete
-        size = max(1, (batch_size or self.args.rollout_batch_size or len(rows) * n) // n)
-        parts = (rows[start : start + size] for start in range(0, len(rows), size))
-        samples = [sample for part in parts for sample in make(part, sampling, n, rollout)]
-        self._score(samples, told=rollout > 0)
+        """Completions of each row, at most ``batch_size`` at once."""
+        batch_size = batch_size or self.args.rollout_batch_size or len(rows) * num_samples
+        rows_at_once = max(1, batch_size // num_samples)
+        sample_rows = self._complete if self.environment_factory is None else self._converse
+        samples: list[Sample] = []
+        for start in range(0, len(rows), rows_at_once):
+            samples += sample_rows(rows[start : start + rows_at_once], sampling, num_samples, rollout_number)
         return samples
 
     def _complete(
-        self, rows: list[tuple[int, dict[str, Any]]], sampling: Sampling, n: int, rollout: int
+        self, rows: list[NumberedRow], sampling: Sampling, num_samples: int, rollout_number: int
     ) -> list[Sample]:
-        ids = [row["prompt_ids"] for _, row in rows]
-        groups = self.sampler.engine.generate(ids, n, sampling, self._seed(rollout, 0), [number for number, _ in rows])
+        numbers = [number for number, _ in rows]
+        prompt_ids = [row["prompt_ids"] for _, row in rows]
+        seed = self._seed(rollout_number, 0)
+        completions_of_prompts = self.sampler.engine.generate(prompt_ids, num_samples, sampling, seed, numbers)
         return [
             Sample(
                 group=number,
@@ -111,39 +216,43 @@ class Roller:
                 prompt_ids=row["prompt_ids"],
                 ids=completion.ids,
                 sampled=None,
-                completion=self._told(row, completion.ids),
+                completion=self._as_completion(row, completion.ids),
                 truncated=completion.finish_reason == "length",
                 tokens={"sampler_logps": torch.tensor(completion.logps)},
             )
-            for (number, row), group in zip(rows, groups, strict=True)
-            for completion in group
+            for (number, row), completions in zip(rows, completions_of_prompts, strict=True)
+            for completion in completions
         ]
 
     def _converse(
-        self, rows: list[tuple[int, dict[str, Any]]], sampling: Sampling, n: int, rollout: int
+        self, rows: list[NumberedRow], sampling: Sampling, num_samples: int, rollout_number: int
     ) -> list[Sample]:
+        """Play an episode for each sample; its environment may begin with another prompt than the row's."""
         assert self.environment_factory is not None
-        samples, environments, prompts, dialogues = [], [], [], []
-        for number, row in rows:
-            for _ in range(n):
-                environment = self.environment_factory()
-                prompt = environment.reset(row)
-                environments.append(environment)
-                own = self._dialogue(row)
-                dialogues.append(own if prompt is None else replace(own, prompt=prompt))
-                prompts.append(row["prompt_ids"] if prompt is None else encode_prompt(self.tokenizer, dialogues[-1]))
-                samples.append((number, row))
+        rows_of_samples = [numbered for numbered in rows for _ in range(num_samples)]
+        environments: list[Environment] = []
+        dialogues: list[Dialogue] = []
+        prompts: list[list[int]] = []
+        for _, row in rows_of_samples:
+            environment = self.environment_factory()
+            prompt = environment.reset(row)
+            dialogue = self._dialogue(row)
+            if prompt is not None:
+                dialogue = replace(dialogue, prompt=prompt)
+            environments.append(environment)
+            dialogues.append(dialogue)
+            prompts.append(row["prompt_ids"] if prompt is None else encode_prompt(self.tokenizer, dialogue))
         episodes = play(
             environments,
             prompts,
             self.sampler.engine,
             self.tokenizer,
             sampling,
-            lambda turn: self._seed(rollout, turn),
-            [number * n + sample for number, _ in rows for sample in range(n)],
+            lambda turn: self._seed(rollout_number, turn),
+            [number * num_samples + sample for number, _ in rows for sample in range(num_samples)],
             dialogues=dialogues,
             max_turns=self.args.max_turns,
-            max_length=self.args.max_length,
+            max_length=self.args.limit(),
         )
         return [
             Sample(
@@ -155,81 +264,52 @@ class Roller:
                 completion=list(episode.turns),
                 truncated=episode.truncated,
                 tokens={"sampler_logps": torch.tensor(episode.logps)},
-                each={"environment": episode.reward},
+                reward_components={"environment": episode.reward},
             )
-            for (number, row), episode in zip(samples, episodes, strict=True)
+            for (number, row), episode in zip(rows_of_samples, episodes, strict=True)
         ]
 
-    def _told(self, row: Mapping[str, Any], ids: list[int]) -> Turns:
+    def _as_completion(self, row: Mapping[str, Any], ids: list[int]) -> Turns:
+        """Text for a prompt that is text, a message for a conversation."""
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
-        return text if isinstance(self._prompt(row), str) else [{"role": "assistant", "content": text}]
+        is_text = isinstance(self._dialogue(row).prompt, str)
+        return text if is_text else [{"role": "assistant", "content": text}]
 
-    def _score(self, samples: list[Sample], told: bool) -> None:
-        """Give samples their rewards: an environment's, and what functions say; what these log is told if so."""
-        for sample in samples:
-            sample.reward = sample.each.get("environment", float("nan"))
-        if self.trainer.rewards is not None and samples:
-            rows = [sample.row for sample in samples]
-            columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "prompt_ids")}
-            scored = self.trainer.rewards(
-                [self._prompt(row) for row in rows],
-                [sample.completion for sample in samples],
-                [sample.ids for sample in samples],
-                self.trainer.state,
-                **columns,
-            )
-            components = scored.reward_components.tolist()
-            for sample, reward, each in zip(samples, scored.rewards.tolist(), components, strict=True):
-                sample.reward = reward + sample.each.get("environment", 0.0)
-                sample.each |= dict(zip(scored.names, each, strict=True))
-            if told:
-                self.trainer.report.of_rewards(scored)
-            for place, sample in enumerate(samples):
-                sample.extra = {name: column[place] for name, column in scored.extra.items()}
-        args = self.args
-        for sample in samples:
-            if args.reward_bounds is not None:
-                sample.reward = float(np.clip(sample.reward, *args.reward_bounds))
-            if args.missing_eos_penalty is not None and sample.truncated:
-                sample.reward -= args.missing_eos_penalty
-
-    def _until_varied(self, mine: list[Sample]) -> list[Sample]:
-        """Replace groups of equal rewards by those of further prompts; those that are left at the end stay."""
-        target, n = self.prompts_in_rollout, self.args.num_generations
-        numbers = target
-        varied: list[list[Sample]] = []
-        equal: list[list[Sample]] = []
-        for attempt in range(self.args.dynamic_sampling + 1):
-            everyone = sorted(gather_object(mine), key=lambda sample: sample.group)
-            groups = [everyone[start : start + n] for start in range(0, len(everyone), n)]
-            for group in groups:
-                (varied if varied_groups(group) else equal).append(group)
-            self.equal_groups = (len(equal), len(equal) + len(varied))
-            missing = target - len(varied)
-            if missing <= 0 or attempt == self.args.dynamic_sampling:
-                break
-            rank, world = self.args.process_index, self.args.world_size
-            numbered = list(enumerate(self.prompts.draw(missing), start=numbers))
-            numbers += missing
-            mine = self._sample(numbered[rank::world], self.args.sampling(), n)
-        chosen = (varied + equal)[:target]
-        for number, group in enumerate(chosen):
-            for sample in group:
-                sample.group = number
-        return [sample for group in self._mine(chosen) for sample in group]
-
-    def _greedy(self, samples: list[Sample]) -> Tensor:
-        """Rewards of the most probable answer to each sample's prompt: [S]."""
-        sampling = replace(self.args.sampling(), temperature=0.0)
-        rows = {sample.group: sample.row for sample in samples}
-        greedy = {sample.group: sample.reward for sample in self._sample(list(rows.items()), sampling, 1)}
-        return torch.tensor([greedy[sample.group] for sample in samples])
-
-    def _seed(self, rollout: int, turn: int) -> int:
-        return int(np.random.SeedSequence((self.args.seed, rollout, turn)).generate_state(1)[0])
-
-    def _prompt(self, row: Mapping[str, Any]) -> Turns:
-        return self._dialogue(row).prompt
+    def _seed(self, rollout_number: int, turn: int) -> int:
+        return int(np.random.SeedSequence((self.args.seed, rollout_number, turn)).generate_state(1)[0])
 
     def _dialogue(self, row: Mapping[str, Any]) -> Dialogue:
-        return prompt_dialogue(canonical(row, self.form), self.form)
+        return prompt_dialogue(canonical(row, self.row_format), self.row_format)
+
+    # Rewards
+
+    def _score(self, samples: list[Sample], state: Any) -> list[Scored]:
+        """Give samples their rewards; returns what the reward functions returned, if there are any."""
+        for sample in samples:
+            sample.reward = sample.reward_components.get("environment", float("nan"))
+        scored_calls = []
+        if self.rewards is not None and samples:
+            scored = self._call_rewards(self.rewards, samples, state)
+            scored_calls.append(scored)
+            components = scored.reward_components.tolist()
+            for index, (sample, reward) in enumerate(zip(samples, scored.rewards.tolist(), strict=True)):
+                sample.reward = reward + sample.reward_components.get("environment", 0.0)
+                sample.reward_components |= dict(zip(scored.names, components[index], strict=True))
+                sample.extra = {name: column[index] for name, column in scored.extra.items()}
+        for sample in samples:
+            if self.args.reward_bounds is not None:
+                sample.reward = float(np.clip(sample.reward, *self.args.reward_bounds))
+            if self.args.missing_eos_penalty is not None and sample.truncated:
+                sample.reward -= self.args.missing_eos_penalty
+        return scored_calls
+
+    def _call_rewards(self, rewards: RewardSet, samples: list[Sample], state: Any) -> Scored:
+        rows = [sample.row for sample in samples]
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "prompt_ids")}
+        return rewards(
+            [self._dialogue(row).prompt for row in rows],
+            [sample.completion for sample in samples],
+            [sample.ids for sample in samples],
+            state,
+            **columns,
+        )

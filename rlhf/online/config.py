@@ -216,10 +216,10 @@ class PPOConfig(TRLNames, BaseConfig):
         if self.adaptive_kl_target is not None:
             self.kl_controller()
         step = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        if step % self.kept:
+        if step % self.completions_used:
             raise ValueError(
                 f"a step takes {step} completions on each device (per_device_train_batch_size * "
-                f"gradient_accumulation_steps), which is no multiple of the {self.kept} of a prompt"
+                f"gradient_accumulation_steps), which is no multiple of the {self.completions_used} of a prompt"
             )
         if estimator == "pairs" and self.per_device_train_batch_size % 2:
             raise ValueError("pairs need an even per_device_train_batch_size")
@@ -233,7 +233,7 @@ class PPOConfig(TRLNames, BaseConfig):
                 f"multi_objective_aggregation must be sum_then_normalize or normalize_then_sum, got "
                 f"{self.multi_objective_aggregation!r}"
             )
-        if self.multi_objective_aggregation == "normalize_then_sum" and (estimator != "group" or self.penalised):
+        if self.multi_objective_aggregation == "normalize_then_sum" and (estimator != "group" or self.kl_in_reward):
             raise ValueError("normalize_then_sum is for the group estimator, with KL in the loss")
         if self.normalize_advantages and estimator not in ("rloo", "group", "remax"):
             raise ValueError(f"normalize_advantages is for rloo, group and remax; {estimator} has whiten_advantages")
@@ -266,7 +266,7 @@ class PPOConfig(TRLNames, BaseConfig):
             raise ValueError("dynamic_sampling looks for groups of different rewards: num_generations must be above 1")
         loss = None if estimator == "pairs" else POLICY_LOSSES.find(self.loss_type)
         reads_ratios = loss is None or loss.token_ratios or loss.coupled
-        if not reads_ratios and estimator != "best_of_n" and not self.on_policy:
+        if not reads_ratios and estimator != "best_of_n" and not self.one_step_per_rollout:
             raise ValueError(
                 f"loss_type {self.loss_type} has no ratio to the policy that sampled, so a rollout serves one step: "
                 "set num_iterations and num_mini_batches to 1, or take ppo"
@@ -281,12 +281,12 @@ class PPOConfig(TRLNames, BaseConfig):
         return loss.token_ratios and (loss.mean == "tokens" or "max_completion_length" in loss.hyper_parameters)
 
     @property
-    def kept(self) -> int:
+    def completions_used(self) -> int:
         """Completions of each prompt that are learned from."""
         return {"best_of_n": 1, "pairs": 2}.get(self.advantage_estimator, self.num_generations)
 
     @property
-    def on_policy(self) -> bool:
+    def one_step_per_rollout(self) -> bool:
         """Whether each rollout serves one step: then log-probs before it are those of it."""
         return self.num_mini_batches == self.num_iterations == 1
 
@@ -297,7 +297,7 @@ class PPOConfig(TRLNames, BaseConfig):
         return None if self.reward_clip is None else (-self.reward_clip, self.reward_clip)
 
     @property
-    def penalised(self) -> bool:
+    def kl_in_reward(self) -> bool:
         return self.beta > 0 and self.kl_in == "reward" and self.advantage_estimator != "pairs"
 
     def sampling(self) -> Sampling:

@@ -1,252 +1,291 @@
-"""What an on-policy run shows: metrics of rollouts and of steps, samples, and a line when something is off."""
+"""Metrics of on-policy training, from samples and scores, and what they say is wrong; see ``docs/metrics.md``."""
 
-import json
-import logging
 import math
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from accelerate import Accelerator
 from torch import Tensor
 
-from rlhf.logprobs import Scores
 from rlhf.losses import kl_estimate
-from rlhf.online.diagnosis import diagnose
-from rlhf.online.objective import Objective
-from rlhf.online.samples import RolloutBatch, Sample, varied_groups
-from rlhf.rewards import completion_text
+from rlhf.online.samples import RolloutBatch, Sample
 from rlhf.rewards.scoring import Scored
 from rlhf.trainers.metric_sums import sum_dtype
 
-logger = logging.getLogger(__name__)
+Metrics = dict[str, tuple[Tensor, Tensor]]
+Number = float | Tensor
 
-Sums = dict[str, tuple[Tensor, Tensor]]
+MAX_LOG_RATIO = 20.0  # exp of more is of no use as a ratio, and overflows in half precision
 
 
-class RolloutReport:
-    """Keeps what an on-policy trainer logs; see ``docs/metrics.md``."""
+def as_metrics(sums: Mapping[str, tuple[Number, Number]], device: torch.device | str) -> Metrics:
+    """Sums and counts on a device.
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer, self.args = trainer, trainer.args
-        self._largest: dict[str, Tensor] = {}
-        self._step_kl: Tensor | None = None  # sum and count of KL(old, new) in the last step
-        self._entropy: float | None = None  # of the first line
-        self._said: set[str] = set()
-        self._samples: list[Sample] = []
-        self._learned_tokens = 0
+    Args:
+        sums: by name, the sum and the count.
+        device: where metrics are added up.
+    Returns:
+        By name, two float32 scalars.
+    """
 
-    def state(self) -> dict[str, Any]:
-        return dict(kl=self._step_kl, entropy=self._entropy, said=self._said)
+    def as_tensor(value: Number) -> Tensor:
+        return torch.as_tensor(value, device=device).float()
 
-    def load(self, state: dict[str, Any]) -> None:
-        self._step_kl, self._entropy, self._said = state["kl"], state["entropy"], state["said"]
+    return {name: (as_tensor(total), as_tensor(count)) for name, (total, count) in sums.items()}
 
-    # Sums and counts
 
-    def of_rollout(
-        self, samples: list[Sample], kept: list[Sample], seconds: float, trained: float, beta: float
-    ) -> Sums:
-        self._samples = samples
-        sums = self._of_samples(samples)
-        device = self.args.device
+# Of samples
 
-        def add(name: str, total: float | Tensor, count: float | Tensor) -> None:
-            sums[name] = torch.as_tensor(total, device=device).float(), torch.as_tensor(count, device=device).float()
 
-        groups = {sample.group for sample in samples}
-        if self.args.dynamic_sampling:
-            add("frac_reward_zero_std", *self.trainer.roller.equal_groups)
-        elif self.args.num_generations > 1:
-            add("frac_reward_zero_std", len(groups) - len(varied_groups(samples)), len(groups))
-        add("frac_not_learned", sum(not sample.learned for sample in kept), len(kept))
-        sampled = sum(map(len, samples))
-        add("tokens_per_second/rollout", sampled, seconds)
-        if trained:
-            add("tokens_per_second/training", self._learned_tokens, trained)
-        self._learned_tokens = sum(map(len, kept)) * self.args.num_iterations
-        if self.args.beta > 0:
-            add("beta", beta, 1)
-        if self.args.entropy_coef:
-            add("entropy_coef", self.args.entropy_coef, 1)
-        if "old_logps" in kept[0].tokens:
-            old, sampler = (torch.cat([s.tokens[name] for s in kept]) for name in ("old_logps", "sampler_logps"))
-            add("entropy", -old.sum(), len(old))
-            add("sampler_kl", kl_estimate(sampler, old, "k3").sum(), len(old))
-            if "ref_logps" in kept[0].tokens:
-                add("kl", (old - torch.cat([s.tokens["ref_logps"] for s in kept])).sum(), len(kept))
-        if "returns" in kept[0].tokens:
-            values, returns = (torch.cat([s.tokens[name] for s in kept]) for name in ("values", "returns"))
-            one = torch.ones_like(values)
-            for name, vector in (("values", values), ("returns", returns), ("errors", returns - values)):
-                add(f"critic/{name}", vector.sum(), one.sum())
-                add(f"critic/{name}_squared", (vector**2).sum(), one.sum())
-        return sums
+def sample_metrics(samples: Sequence[Sample], reward_names: Sequence[str], device: torch.device) -> Metrics:
+    """Rewards and lengths of completions.
 
-    def of_evaluation(self, samples: list[Sample]) -> Sums:
-        return self._of_samples(samples)
+    Args:
+        samples: of this process; may be empty.
+        reward_names: components of the rewards. The same on every process, whether it has samples or not.
+        device: where metrics are added up.
+    Returns:
+        Sums and counts over samples. Means of squares are for :func:`derived_metrics`.
+    """
 
-    def _of_samples(self, samples: list[Sample]) -> Sums:
-        device = self.args.device
+    def column(values: list[float]) -> tuple[Tensor, Tensor]:
+        # A reward that could not be had is NaN, and counts nowhere.
+        vector = torch.tensor(values, device=device, dtype=sum_dtype(device))
+        return vector.nan_to_num(0.0), (~vector.isnan()).to(vector)
 
-        def column(values: list[float]) -> tuple[Tensor, Tensor]:
-            vector = torch.tensor(values, device=device, dtype=sum_dtype(device))
-            return vector.nan_to_num(0.0), (~vector.isnan()).to(vector)
+    rewards = [sample.reward for sample in samples]
+    metrics = {"reward": column(rewards), "reward_squared": column([reward**2 for reward in rewards])}
+    for name in reward_names:
+        component = [sample.reward_components[name] for sample in samples]
+        metrics[f"rewards/{name}/mean"] = column(component)
+        metrics[f"rewards/{name}/squared"] = column([reward**2 for reward in component])
+    metrics["completions/mean_length"] = column([float(len(sample)) for sample in samples])
+    metrics["completions/clipped_ratio"] = column([float(sample.truncated) for sample in samples])
+    metrics["completions/eos_ratio"] = column([float(not sample.truncated) for sample in samples])
+    return metrics
 
-        rewards = [sample.reward for sample in samples]
-        sums = {"reward": column(rewards), "reward_squared": column([r * r for r in rewards])}
-        for name in self._reward_names():
-            each = [sample.each[name] for sample in samples]
-            sums[f"rewards/{name}/mean"] = column(each)
-            sums[f"rewards/{name}/squared"] = column([r * r for r in each])
-        sums["completions/mean_length"] = column([float(len(sample)) for sample in samples])
-        sums["completions/clipped_ratio"] = column([float(sample.truncated) for sample in samples])
-        sums["completions/eos_ratio"] = column([float(not sample.truncated) for sample in samples])
-        return sums
 
-    def of_rewards(self, scored: Scored) -> None:
-        """What the functions logged themselves, and how often each failed."""
-        device = self.args.device
-        found = {name: (value, 1) for name, value in scored.metrics.items()}
-        if self.args.on_reward_error == "drop":
-            found |= {f"rewards/{name}/failed": (n, len(scored.rewards)) for name, n in scored.failed.items()}
-        for name, (total, count) in found.items():
-            self.trainer.add_metrics({name: (torch.tensor(total, device=device), torch.tensor(count, device=device))})
+def reward_function_metrics(scored: Scored, with_failures: bool) -> dict[str, tuple[Number, Number]]:
+    """What reward functions logged themselves, and how often each failed.
 
-    def _reward_names(self) -> list[str]:
-        """The same on every process, whether it has samples or not."""
-        own = [] if self.trainer.rewards is None else self.trainer.rewards.names
-        return [*(["environment"] if self.trainer.roller.environment_factory is not None else []), *own]
+    Args:
+        scored: of one call of the rewards.
+        with_failures: whether a failure drops a sample rather than stopping the run.
+    Returns:
+        By name, the sum and the count.
+    """
+    sums: dict[str, tuple[Number, Number]] = {name: (value, 1) for name, value in scored.metrics.items()}
+    if with_failures:
+        for name, count in scored.failed.items():
+            sums[f"rewards/{name}/failed"] = (count, len(scored.rewards))
+    return sums
 
-    def of_step(
-        self,
-        batch: RolloutBatch,
-        scores: Scores,
-        before: Tensor,
-        weight: Tensor,
-        total: Tensor,
-        critic: Tensor,
-        objective: Objective,
-    ) -> Sums:
-        mask = batch.per_token["in_loss"].float()
-        logps = scores.logps.detach()
-        log_ratio = logps - before
-        ratio, count = log_ratio.clamp(-20, 20).exp(), mask.sum()
-        divisor = count.new_tensor(float(objective.count(batch.lengths)))
-        sums: Sums = {
-            "ratio/mean": ((ratio * mask).sum(), count),
-            "approx_kl": ((kl_estimate(before, logps, "k3") * mask).sum(), count),
-            "policy_loss": (total.detach() - self.args.vf_coef * critic.detach(), divisor),
-        }
-        if objective.clip is not None:
-            low, high = objective.clip
-            advantages = batch.per_token["advantages"]
-            below, above = (ratio < 1 - low) & (advantages < 0), (ratio > 1 + high) & (advantages > 0)
-            sums["clip_ratio/low"] = ((below * mask).sum(), count)
-            sums["clip_ratio/high"] = ((above * mask).sum(), count)
-        if "returns" in batch.per_token:
-            sums["value_loss"] = (critic.detach(), divisor)
-        if "old_logps" not in batch.per_token:
-            sums["entropy"] = ((-logps * mask).sum(), count)
-            sums["sampler_kl"] = ((kl_estimate(batch.per_token["sampler_logps"], logps, "k3") * mask).sum(), count)
-            if "ref_logps" in batch.per_token:
-                sums["kl"] = ((logps - batch.per_token["ref_logps"]).sum(), count.new_tensor(float(len(batch.lengths))))
-        elif batch.is_first_step:
-            self._keep_largest("ratio/first_deviation", ((ratio - 1).abs() * mask).max())
-        self._keep_largest("ratio/max", (ratio * mask).max())
-        kl = torch.stack(sums["approx_kl"])
-        self._step_kl = kl if self._step_kl is None else self._step_kl + kl
-        return sums
 
-    def _keep_largest(self, name: str, value: Tensor) -> None:
-        self._largest[name] = torch.maximum(self._largest[name], value) if name in self._largest else value
+def policy_metrics(samples: Sequence[Sample]) -> dict[str, tuple[Number, Number]]:
+    """What is left out of the loss; entropy, KL divergences and the critic's errors, as far as samples have them.
 
-    def strayed(self, threshold: float | None) -> bool:
-        """Whether the last step's KL(old, new) was above the threshold, on all processes together."""
-        kl, self._step_kl = self._step_kl, None
-        if threshold is None or kl is None:
+    Args:
+        samples: those that are trained on; not empty.
+    Returns:
+        By name, the sum and the count.
+    """
+
+    def vector(name: str) -> Tensor:
+        return torch.cat([sample.tokens[name] for sample in samples])
+
+    sums: dict[str, tuple[Number, Number]] = {}
+    sums["frac_not_learned"] = sum(not sample.in_loss for sample in samples), len(samples)
+    available = samples[0].tokens.keys()
+    if "old_logps" in available:
+        old_logps = vector("old_logps")
+        num_tokens = len(old_logps)
+        sums["entropy"] = -old_logps.sum(), num_tokens
+        sums["sampler_kl"] = kl_estimate(vector("sampler_logps"), old_logps, "k3").sum(), num_tokens
+        if "ref_logps" in available:
+            sums["kl"] = (old_logps - vector("ref_logps")).sum(), len(samples)
+    if "returns" in available:
+        values, returns = vector("values"), vector("returns")
+        for name, numbers in (("values", values), ("returns", returns), ("errors", returns - values)):
+            sums[f"critic/{name}"] = numbers.sum(), len(numbers)
+            sums[f"critic/{name}_squared"] = (numbers**2).sum(), len(numbers)
+    return sums
+
+
+# Of a step
+
+
+def step_metrics(
+    batch: RolloutBatch, logps: Tensor, old_logps: Tensor, clip: tuple[float, float] | None
+) -> tuple[Metrics, dict[str, Tensor]]:
+    """How far the policy is from the one before the rollout's first step.
+
+    Args:
+        batch: the samples of a micro-batch.
+        logps: [N], under the policy now.
+        old_logps: [N], before the first step; the same tensor in the first step.
+        clip: how far below and above 1 ratios count; None where the loss clips no ratio.
+    Returns:
+        Sums and counts over tokens; and largest values by name.
+    """
+    per_token = batch.per_token
+    mask = per_token["in_loss"].float()
+    count = mask.sum()
+    logps = logps.detach()
+    ratio = (logps - old_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+    metrics: Metrics = {
+        "ratio/mean": ((ratio * mask).sum(), count),
+        "approx_kl": ((kl_estimate(old_logps, logps, "k3") * mask).sum(), count),
+    }
+    peaks = {"ratio/max": (ratio * mask).max()}
+    if clip is not None:
+        low, high = clip
+        advantages = per_token["advantages"]
+        # The loss is pessimistic: only a ratio that already went where the advantage points is clipped.
+        clipped_low = (ratio < 1 - low) & (advantages < 0)
+        clipped_high = (ratio > 1 + high) & (advantages > 0)
+        metrics["clip_ratio/low"] = ((clipped_low * mask).sum(), count)
+        metrics["clip_ratio/high"] = ((clipped_high * mask).sum(), count)
+    if "old_logps" in per_token:
+        if batch.is_first_step:
+            peaks["ratio/first_deviation"] = ((ratio - 1).abs() * mask).max()
+    else:
+        # No pass was made before the step, so it gives what :func:`policy_metrics` gives elsewhere.
+        metrics["entropy"] = ((-logps * mask).sum(), count)
+        metrics["sampler_kl"] = ((kl_estimate(per_token["sampler_logps"], logps, "k3") * mask).sum(), count)
+        if "ref_logps" in per_token:
+            num_sequences = count.new_tensor(float(len(batch.lengths)))
+            metrics["kl"] = ((logps - per_token["ref_logps"]).sum(), num_sequences)
+    return metrics, peaks
+
+
+class StepStatistics:
+    """What cannot be a mean over steps: the largest values since the last line of the log, and the last step's KL."""
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, Tensor] = {}
+        self.last_step_kl: Tensor | None = None  # sum and count of KL(old, new)
+
+    def add(self, metrics: Metrics, peaks: Mapping[str, Tensor]) -> None:
+        """Add what :func:`step_metrics` found in a micro-batch."""
+        for name, value in peaks.items():
+            self.peaks[name] = torch.maximum(self.peaks[name], value) if name in self.peaks else value
+        sum_and_count = torch.stack(metrics["approx_kl"])
+        self.last_step_kl = sum_and_count if self.last_step_kl is None else self.last_step_kl + sum_and_count
+
+    def exceeds_kl_limit(self, limit: float | None, accelerator: Accelerator) -> bool:
+        """Whether KL(old, new) of the last step, over all processes, was above a limit; starts the next step's sum."""
+        sum_and_count, self.last_step_kl = self.last_step_kl, None
+        if limit is None or sum_and_count is None:
             return False
-        total, count = self.trainer.accelerator.reduce(kl.to(self.args.device)).tolist()
-        return count > 0 and total / count > threshold
+        total, count = accelerator.reduce(sum_and_count.to(accelerator.device)).tolist()
+        return bool(count > 0 and total / count > limit)
 
-    # What is logged
-
-    def maxima(self) -> dict[str, float]:
-        found = {}
-        for name, value in sorted(self._largest.items()):
-            found[name] = float(self.trainer.accelerator.gather(value[None]).max())
-        self._largest = {}
-        return found
-
-    def derive(self, values: dict[str, float]) -> dict[str, float]:
-        """Deviations and explained variance, from means and mean squares."""
-        known = dict(values)
-
-        def variance(mean: str, square: str) -> float:
-            return max(known.pop(square) - known[mean] ** 2, 0.0)
-
-        if "reward_squared" in known:
-            known["reward_std"] = math.sqrt(variance("reward", "reward_squared"))
-        for name in [name for name in known if name.endswith("/squared")]:
-            root = name.removesuffix("squared")
-            known[f"{root}std"] = math.sqrt(variance(f"{root}mean", name))
-        if "critic/returns" in known:
-            spread, unexplained = (variance(f"critic/{x}", f"critic/{x}_squared") for x in ("returns", "errors"))
-            known["critic/explained_variance"] = 1 - unexplained / spread if spread > 0 else math.nan
-            del known["critic/errors"], known["critic/values_squared"]
-        return known
-
-    def line(self, logs: dict[str, float]) -> None:
-        """After a line of the log: keep and print samples, and say what is off (each trouble once a run)."""
-        half = self.trainer.accelerator.mixed_precision != "no" or self.trainer.policy.dtype in (
-            torch.bfloat16,
-            torch.float16,
-        )
-        if self._entropy is None:
-            self._entropy = logs.get("entropy")
-        troubles = diagnose(logs, self._entropy, half)
-        if not self.trainer.is_world_process_zero():
-            return
-        for name in troubles.keys() - self._said:
-            logger.warning("step %d: %s", self.trainer.state.global_step, troubles[name])
-        self._said |= troubles.keys()
-        samples = self._samples
-        if self.args.log_unique_prompts:
-            samples = list({sample.group: sample for sample in reversed(samples)}.values())[::-1]
-        if self.args.log_completions and samples:
-            self._keep_samples(samples)
-        if self.args.num_completions_to_print != 0 and samples:
-            self._print_samples(samples[: self.args.num_completions_to_print])
-
-    def _keep_samples(self, samples: list[Sample]) -> None:
-        file = Path(str(self.args.output_dir)) / "completions.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8") as out:
-            for sample in samples:
-                advantages = sample.tokens.get("advantages")
-                entry = {
-                    "step": self.trainer.state.global_step,
-                    "prompt": sample.row.get("prompt"),
-                    "completion": sample.completion,
-                    "reward": _number(sample.reward),
-                    "rewards": {name: _number(value) for name, value in sample.each.items()},
-                    **sample.extra,
-                    "advantage": None if advantages is None else _number(float(advantages.mean())),
-                    "tokens": len(sample),
-                    "truncated": sample.truncated,
-                }
-                out.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        self._samples = []
-
-    def _print_samples(self, samples: list[Sample]) -> None:
-        table = Table("prompt", "completion", "reward", title=f"step {self.trainer.state.global_step}")
-        for sample in samples:
-            prompt: Any = sample.row.get("prompt", "")
-            asked = prompt if isinstance(prompt, str) else str(prompt[-1].get("content")) if prompt else ""
-            table.add_row(asked[:300], completion_text(sample.completion)[:600], f"{sample.reward:.3g}")
-        Console().print(table, markup=False)
+    def pop_peaks(self, accelerator: Accelerator) -> dict[str, float]:
+        """Largest values over all processes since the last call."""
+        peaks, self.peaks = self.peaks, {}
+        return {name: float(accelerator.gather(value[None]).max()) for name, value in sorted(peaks.items())}
 
 
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else round(value, 6)
+# Of a line of the log
+
+
+def derived_metrics(means: Mapping[str, float]) -> dict[str, float]:
+    """Standard deviations and explained variance, in place of the means of squares that they come from.
+
+    Args:
+        means: by name, as they are logged otherwise.
+    Returns:
+        The same without means of squares and the critic's errors.
+    """
+    metrics = dict(means)
+
+    def pop_variance(mean_name: str, square_name: str) -> float:
+        return max(metrics.pop(square_name) - metrics[mean_name] ** 2, 0.0)
+
+    if "reward_squared" in metrics:
+        metrics["reward_std"] = math.sqrt(pop_variance("reward", "reward_squared"))
+    for name in [name for name in metrics if name.endswith("/squared")]:
+        prefix = name.removesuffix("squared")
+        metrics[f"{prefix}std"] = math.sqrt(pop_variance(f"{prefix}mean", name))
+    if "critic/returns" in metrics:
+        total = pop_variance("critic/returns", "critic/returns_squared")
+        unexplained = pop_variance("critic/errors", "critic/errors_squared")
+        metrics["critic/explained_variance"] = 1 - unexplained / total if total > 0 else math.nan
+        del metrics["critic/errors"], metrics["critic/values_squared"]
+    return metrics
+
+
+def diagnose(logs: Mapping[str, float], first_entropy: float | None, half_precision: bool) -> dict[str, str]:
+    """Troubles that a line of the log shows.
+
+    Args:
+        logs: one line of the log of :class:`rlhf.PPOTrainer`.
+        first_entropy: that of the first line, in nats a token; None if it had none.
+        half_precision: whether log-probs come from bf16 or fp16 products, which need wider tolerances.
+    Returns:
+        Name of each trouble to a sentence: what was found, and what to do.
+    """
+    deviation = logs.get("ratio/first_deviation", 0.0)
+    kl = logs.get("kl", 0.0)
+    # An unbiased estimate of a KL near 0 may be negative; its noise grows with the root of the length.
+    kl_noise = max(1.0, logs.get("completions/mean_length", 1.0) ** 0.5)
+    entropy = logs.get("entropy")
+    has_collapsed = entropy is not None and first_entropy is not None and entropy < min(0.1 * first_entropy, 0.1)
+    truncated = logs.get("completions/clipped_ratio", 0.0)
+    all_rewards_equal = logs.get("reward_std", 1.0) == 0
+    no_group_varies = logs.get("frac_reward_zero_std", 0.0) == 1
+    same_rewards = "every reward is the same" if all_rewards_equal else "no group has two different rewards"
+    sampler_kl = logs.get("sampler_kl", 0.0)
+
+    checks = {
+        "ratio": (
+            deviation > (0.1 if half_precision else 1e-3),
+            f"the first ratio after a rollout is {deviation:.2g} away from 1: the policy that is trained is not the "
+            "one whose log-probs were recorded (dropout on? a layer that draws random numbers?)",
+        ),
+        "kl": (
+            kl < -0.1 * kl_noise,
+            f"KL to the reference is {kl:.3g}, below 0: the sampler draws from another distribution than the trainer "
+            "scores (top_p or top_k on? another temperature? a server with old weights?)",
+        ),
+        "entropy": (
+            has_collapsed,
+            f"entropy fell from {first_entropy or 0:.3g} to {entropy or 0:.3g} nats a token: the policy hardly "
+            "explores any more; raise beta or entropy_coef, or lower learning_rate",
+        ),
+        "truncated": (
+            truncated >= 0.95,
+            f"{truncated:.0%} of the completions are cut at max_completion_length: raise it, or set "
+            "missing_eos_penalty",
+        ),
+        "variance": (
+            all_rewards_equal or no_group_varies,
+            f"{same_rewards}: there is nothing to learn from; check the reward function, use easier prompts or "
+            "larger groups",
+        ),
+        "sampler": (
+            sampler_kl > (0.05 if half_precision else 0.01),
+            f"sampler and trainer differ by {sampler_kl:.2g} nats a token: set importance_sampling_cap, switch top_p "
+            "and top_k off, or check that the server got the new weights",
+        ),
+    }
+    return {name: message for name, (is_wrong, message) in checks.items() if is_wrong}
+
+
+@dataclass
+class Diagnosis:
+    """Finds the troubles of a run, each once."""
+
+    first_entropy: float | None = None
+    already_warned: set[str] = field(default_factory=set)
+
+    def new_troubles(self, logs: Mapping[str, float], half_precision: bool) -> list[str]:
+        """Sentences on troubles in this line of the log that no line before it had; see :func:`diagnose`."""
+        if self.first_entropy is None:
+            self.first_entropy = logs.get("entropy")
+        troubles = diagnose(logs, self.first_entropy, half_precision)
+        new = [message for name, message in troubles.items() if name not in self.already_warned]
+        self.already_warned |= troubles.keys()
+        return new

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset, disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 
-from rlhf.data.streams import held
-
 BUFFER = 1000  # rows of a stream that are shuffled among each other
 
 
@@ -63,13 +61,6 @@ class Prompts:
             for seen, row in enumerate(rows, start=1):  # noqa: B007  # counted
                 yield row
         raise ValueError("the stream of prompts has no rows")
-
-
-def in_memory(rows: Any) -> Any:
-    """A stream as the rows that it has, and mappings of them; evaluation reads them all."""
-    if isinstance(rows, dict):
-        return {name: in_memory(part) for name, part in rows.items()}
-    return held(rows)
 
 
 @contextmanager

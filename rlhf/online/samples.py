@@ -1,6 +1,7 @@
 """What on-policy training learns from: completions with their rewards, and from those to advantages."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,17 +20,22 @@ NEED_GROUPS = ("rloo", "group", "reinforce++_baseline", "best_of_n", "pairs")
 
 @dataclass
 class Sample:
-    """One completion.
+    """One completion with its N sampled tokens.
 
     Args:
-        group: the number of its prompt in the rollout. row: of the data.
-        ids: what follows the prompt. sampled: which of them the policy wrote (not an environment); None for all.
+        group: the number of its prompt in the rollout.
+        row: of the data.
+        prompt_ids: tokens before the completion.
+        ids: tokens of the completion; in an episode, those of the environment too.
+        sampled: which of ``ids`` the policy sampled; None for all.
         completion: as reward functions get it, text or messages.
         truncated: cut by length, not ended by the policy.
-        reward: weighted sum; NaN where none could be had. each: by function. extra: what they had to say besides.
-        learned: False leaves its tokens out of the loss.
-        tokens: for each of its N sampled tokens, float32 [N]: ``sampler_logps``, ``old_logps``, ``ref_logps``,
-            ``values``, ``advantages``, ``returns``, ``kept`` (1, or 0 for a token left out), as far as they are needed.
+        tokens: by name, a float32 [N], as far as it is needed: ``sampler_logps``, ``old_logps``, ``ref_logps``,
+            ``values``, ``entropy``, ``high_entropy`` (1 or 0), ``advantages``, ``returns``.
+        reward: weighted sum of its components; NaN if there is none.
+        reward_components: by reward function.
+        extra: columns that reward functions logged.
+        in_loss: False leaves its tokens out of the loss.
     """
 
     group: int
@@ -41,18 +47,19 @@ class Sample:
     truncated: bool
     tokens: dict[str, Tensor]
     reward: float = float("nan")
-    each: dict[str, float] = field(default_factory=dict)
+    reward_components: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
-    learned: bool = True
+    in_loss: bool = True
 
     def __len__(self) -> int:
         return len(self.ids) if self.sampled is None else sum(self.sampled)
 
     @property
     def labels(self) -> list[int]:
+        """``ids``, with IGNORE in place of tokens that the policy did not sample."""
         if self.sampled is None:
             return self.ids
-        return [i if s else IGNORE for i, s in zip(self.ids, self.sampled, strict=True)]
+        return [token if is_sampled else IGNORE for token, is_sampled in zip(self.ids, self.sampled, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,20 +79,74 @@ class RolloutBatch(Batch):
 
 
 def collate_samples(samples: list[Sample], collate: Any, is_first_step: bool = False) -> RolloutBatch:
-    """Lay out samples; neighbours of one group share their prompt."""
+    """Lay out samples as a batch.
+
+    Args:
+        samples: of a micro-batch, those of a group side by side: they share the tokens of their prompt.
+        collate: a :class:`rlhf.data.Collator`.
+        is_first_step: the policy is still the one that sampled.
+    Returns:
+        The batch, on the host.
+    """
     rows: list[dict[str, Any]] = []
-    for index, sample in enumerate(samples):
-        before = samples[index - 1]
-        if index == 0 or (sample.group, sample.prompt_ids) != (before.group, before.prompt_ids):
+    previous = None
+    for sample in samples:
+        # An environment may give the samples of one group different prompts.
+        prompt = (sample.group, sample.prompt_ids)
+        if prompt != previous:
             rows.append({"prompt_ids": sample.prompt_ids, "completions": [], "labels": []})
         rows[-1]["completions"].append(sample.ids)
         rows[-1]["labels"].append(sample.labels)
-    names = set.intersection(*(set(sample.tokens) for sample in samples))
-    per_token = {name: torch.cat([sample.tokens[name] for sample in samples]) for name in sorted(names)}
-    per_token["in_loss"] = torch.cat([torch.full((len(sample),), sample.learned) for sample in samples])
-    lengths = tuple(len(sample) * sample.learned for sample in samples)
+        previous = prompt
+    names = sorted(set.intersection(*(set(sample.tokens) for sample in samples)))
+    per_token = {name: torch.cat([sample.tokens[name] for sample in samples]) for name in names}
+    per_token["in_loss"] = torch.cat([torch.full((len(sample),), sample.in_loss) for sample in samples])
+    lengths = tuple(len(sample) * sample.in_loss for sample in samples)
     batch: Batch = collate(rows)
     return RolloutBatch(**vars(batch) | {"per_token": per_token}, lengths=lengths, is_first_step=is_first_step)
+
+
+class MinibatchSchedule:
+    """The micro-batches of a rollout in the order of their optimizer steps.
+
+    A rollout is divided into minibatches, one for each optimizer step, and a minibatch into micro-batches. Minibatches
+    keep their samples from pass to pass, and only their order changes, so that nothing depends on the number of
+    processes.
+
+    Args:
+        micro_batch_size: samples of a micro-batch on this process.
+        micro_batches_per_step: gradient accumulation steps.
+        num_passes: over a rollout.
+    """
+
+    def __init__(self, micro_batch_size: int, micro_batches_per_step: int, num_passes: int) -> None:
+        self.micro_batch_size, self.micro_batches_per_step = micro_batch_size, micro_batches_per_step
+        self.num_passes = num_passes
+        self.minibatches: list[list[list[Sample]]] = []
+        self.remaining_steps: list[int] = []  # which minibatch each of them uses
+        self.remaining_micro_batches: list[list[Sample]] = []  # of the current step
+        self.is_first_step = False  # no step was taken since the rollout
+
+    def divide(self, samples: list[Sample]) -> None:
+        """Divide the samples of a new rollout."""
+        micro_batches = _split(samples, self.micro_batch_size)
+        self.minibatches = _split(micro_batches, self.micro_batches_per_step)
+
+    def order_steps(self, num_minibatches: int, seed: int) -> None:
+        """Plan the optimizer steps: in order in the first pass, shuffled in each pass after it."""
+        generator = torch.Generator().manual_seed(seed)
+        self.remaining_steps = list(range(num_minibatches))
+        for _ in range(self.num_passes - 1):
+            self.remaining_steps += torch.randperm(num_minibatches, generator=generator).tolist()
+        self.is_first_step = True
+
+    def next_step(self) -> None:
+        """Go on with the next planned step."""
+        self.remaining_micro_batches = list(self.minibatches[self.remaining_steps.pop(0)])
+
+
+def _split(items: list[Any], size: int) -> list[Any]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def kl_penalties(samples: list[Sample]) -> list[Tensor]:
@@ -136,7 +197,7 @@ def add_advantages(
     penalties = torch.zeros(mask.shape, device=device)
     if kl_coef:
         penalties = -kl_coef * _dense(kl_penalties(samples)).to(device)
-    learned = torch.tensor([sample.learned for sample in samples], device=device)
+    learned = torch.tensor([sample.in_loss for sample in samples], device=device)
     counted = mask & (usable & learned)[:, None]
     if estimator in ("gae", "reinforce++", "reinforce++_baseline"):
         if estimator == "reinforce++_baseline":
@@ -172,63 +233,76 @@ def add_advantages(
         advantages = by_sample[:, None].expand(mask.shape)
     _give(samples, "advantages", torch.where(counted, advantages, 0.0))
     for sample, fine in zip(samples, usable.tolist(), strict=True):
-        sample.learned = sample.learned and fine
+        sample.in_loss = sample.in_loss and fine
 
 
 def _of_each_reward(samples: list[Sample], weights: dict[str, float], group: Tensor, usable: Tensor) -> Tensor:
     total = torch.zeros(len(samples), device=group.device)
     for name, weight in weights.items():
-        each = torch.tensor([sample.each[name] for sample in samples], device=group.device)
+        each = torch.tensor([sample.reward_components[name] for sample in samples], device=group.device)
         total += weight * group_advantages(each, group)
     return whiten(total, mask=usable, gather=True)
 
 
-def keep_high_entropy(samples: list[Sample], share: float, gather: Callable[[list[Any]], list[Any]]) -> None:
-    """Give each sample the token vector ``kept``: 1 for the share of all tokens that have the highest entropy, else 0.
+def mark_high_entropy(samples: list[Sample], share: float, gather: Callable[[list[Any]], list[Any]]) -> None:
+    """Replace the token vector ``entropy`` by ``high_entropy``: 1 for the tokens of the highest entropy, else 0.
 
     Args:
-        samples: with the token vector ``entropy``. share: in [0, 1]; 0 keeps the highest token alone.
-        gather: all processes' lists in one.
+        samples: with the token vector ``entropy``.
+        share: of all tokens in the loss, in [0, 1]; 0 leaves the token of the highest entropy alone.
+        gather: joins the lists of all processes.
 
     Source: arXiv 2506.01939.
     """
-    own = [value for sample in samples if sample.learned for value in sample.tokens["entropy"].tolist()]
-    every = torch.tensor(sorted(gather(own)), dtype=torch.float64)
-    threshold = float(every.quantile(1 - share)) if len(every) else 0.0
+    entropies = [entropy for sample in samples if sample.in_loss for entropy in sample.tokens["entropy"].tolist()]
+    all_entropies = torch.tensor(sorted(gather(entropies)), dtype=torch.float64)
+    threshold = float(all_entropies.quantile(1 - share)) if len(all_entropies) else 0.0
     for sample in samples:
         entropy = sample.tokens.pop("entropy")
-        sample.tokens["kept"] = (entropy.double() >= threshold).to(entropy.dtype)
+        sample.tokens["high_entropy"] = (entropy.double() >= threshold).to(entropy.dtype)
 
 
-def keep_of_groups(samples: list[Sample], estimator: str) -> list[Sample]:
-    """For ``best_of_n`` the best sample of each group, for ``pairs`` the best and then the worst.
+def select_of_groups(samples: list[Sample], with_worst: bool) -> list[Sample]:
+    """The best sample of each group, and the worst after it if asked for.
 
-    A group of equal (or no) rewards says nothing: its first samples stay, and are not learned.
+    A group of equal (or no) rewards has no best: its first (and last) sample is selected, and left out of the loss.
+
+    Args:
+        samples: with rewards.
+        with_worst: select pairs.
+    Returns:
+        One or two samples of each group.
     """
     groups: dict[int, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.group, []).append(sample)
-    kept = []
+    selected = []
     for members in groups.values():
-        scored = [sample for sample in members if sample.reward == sample.reward]
+        scored = [sample for sample in members if not math.isnan(sample.reward)]
         best = max(scored, key=lambda sample: sample.reward, default=members[0])
         worst = min(scored, key=lambda sample: sample.reward, default=members[-1])
-        says = best.reward > worst.reward
-        if not says:
+        has_preference = best.reward > worst.reward
+        if not has_preference:
             best, worst = members[0], members[-1]
-        for sample in (best, worst) if estimator == "pairs" else (best,):
-            sample.learned = sample.learned and says
-            kept.append(sample)
-    return kept
+        for sample in (best, worst) if with_worst else (best,):
+            sample.in_loss = sample.in_loss and has_preference
+            selected.append(sample)
+    return selected
 
 
-def varied_groups(samples: list[Sample]) -> set[int]:
-    """Groups whose rewards are not all the same."""
-    found: dict[int, set[float]] = {}
+def groups_with_reward_variance(samples: Sequence[Sample]) -> set[int]:
+    """Numbers of the groups whose rewards are not all the same; a sample without a reward does not count."""
+    rewards_of_group: dict[int, set[float]] = {}
     for sample in samples:
-        if sample.reward == sample.reward:
-            found.setdefault(sample.group, set()).add(sample.reward)
-    return {group for group, rewards in found.items() if len(rewards) > 1}
+        if not math.isnan(sample.reward):
+            rewards_of_group.setdefault(sample.group, set()).add(sample.reward)
+    return {group for group, rewards in rewards_of_group.items() if len(rewards) > 1}
+
+
+def zero_std_groups(samples: Sequence[Sample]) -> tuple[int, int]:
+    """How many groups have equal rewards, and how many groups there are."""
+    num_groups = len({sample.group for sample in samples})
+    return num_groups - len(groups_with_reward_variance(samples)), num_groups
 
 
 def _dense(vectors: list[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""On-policy training: PPO and its family. The training dataloader is experience."""
+"""On-policy training: PPO and its family. The training dataloader yields the policy's own samples."""
 
 import copy
 import logging
@@ -15,50 +15,64 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data import tokenize_prompts
-from rlhf.kernels import optimize
+from rlhf.data import held, tokenize_prompts
 from rlhf.losses import truncated_importance_weights, value_loss
-from rlhf.models import ActorCritic, Policy, load_model
+from rlhf.models import ActorCritic, Policy, load_model, vocabulary_size
 from rlhf.models.adapter_off import adapter_off_is_start
-from rlhf.online.answering import Answering
-from rlhf.online.collector import Roller
-from rlhf.online.config import BestOfNConfig, GRPOConfig, PPOConfig, RLOOConfig
-from rlhf.online.critic import check_tokenizers, load_critic
-from rlhf.online.metrics import RolloutReport
+from rlhf.online.collector import Rollout, RolloutCollector
+from rlhf.online.completions import show_completions
+from rlhf.online.config import PPOConfig
+from rlhf.online.evaluation import EvaluatesBySampling
+from rlhf.online.judges import check_tokenizers, load_critic, load_rewards
+from rlhf.online.metrics import (
+    Diagnosis,
+    StepStatistics,
+    as_metrics,
+    derived_metrics,
+    policy_metrics,
+    reward_function_metrics,
+    sample_metrics,
+    step_metrics,
+)
+from rlhf.online.model_scores import Reference, add_model_scores
 from rlhf.online.objective import Objective
-from rlhf.online.prompts import in_memory
+from rlhf.online.prompts import Prompts
 from rlhf.online.samples import (
+    MinibatchSchedule,
     RolloutBatch,
     Sample,
     add_advantages,
     collate_samples,
-    keep_high_entropy,
-    keep_of_groups,
     kl_penalties,
+    mark_high_entropy,
+    select_of_groups,
 )
-from rlhf.online.trl_names import refuse_others
-from rlhf.rewards import ModelReward, RewardSet, reward_functions
+from rlhf.online.trl_names import refuse_trainer_arguments
 from rlhf.rollouts import Environment, RolloutEngine
+from rlhf.rollouts.policy_sampler import PolicySampler, make_engine
 from rlhf.trainers.base import BaseConfig, Measures
+from rlhf.trainers.preparation import for_each_set
 from rlhf.trainers.reference_sync import SyncReference
 
 logger = logging.getLogger(__name__)
 
 
-class PPOTrainer(Answering):
+class PPOTrainer(EvaluatesBySampling):
     r"""Learn from rewards of the policy's own completions.
 
-    A rollout: prompts are sampled from, scored, and the current policy's log-probs (with the reference's, and the
-    critic's values) taken in the batches that training will use; then advantages are computed, and minibatches follow.
-    A minibatch keeps its members from pass to pass, so that nothing depends on the number of processes.
+    A rollout: completions of the next prompts are sampled and scored. The log-probs of the current policy (with the
+    reference's, and the critic's values) are recorded in the batches that training will use. Then advantages are
+    computed, and one optimizer step follows for each minibatch of each pass.
 
     Args:
         model: a model, a PEFT model, or a name or folder to load one from.
         reward_funcs: functions ``reward(prompts, completions, **columns)``, or what
             :func:`rlhf.rewards.load_reward` loads by name: a built-in, a file, a reward model's folder, an address.
         args: the configuration.
-        train_dataset, eval_dataset: rows with a ``prompt`` (text or messages); other columns go to the rewards. Streams
-            (``IterableDataset``) need ``max_steps``.
+        train_dataset: rows with a ``prompt`` (text or messages); other columns go to the rewards. A stream
+            (``IterableDataset``) needs ``max_steps``.
+        eval_dataset: the same, or several by name.
+        processing_class: the tokenizer; by default the model's.
         reward_processing_classes: tokenizers of reward models, one for each of ``reward_funcs`` (None elsewhere).
         ref_model: another reference than the model as it is now (under a new adapter: with the adapter off).
         engine: another :class:`RolloutEngine` than this process.
@@ -90,7 +104,7 @@ class PPOTrainer(Answering):
         environment_factory: Callable[[], Environment] | None = None,
         **kwargs: Any,
     ) -> None:
-        refuse_others(kwargs)
+        refuse_trainer_arguments(kwargs)
         args = args if args is not None else self.config_class(output_dir="runs")  # type: ignore[assignment]
         assert isinstance(args, PPOConfig)
         if reward_funcs is None and environment_factory is None:
@@ -100,49 +114,113 @@ class PPOTrainer(Answering):
             )
         if train_dataset is None and eval_dataset is None:
             raise ValueError("`train_dataset` is required: rows with a prompt (--dataset_name)")
-        self.rewards = None
-        if reward_funcs is not None:
-            functions = reward_functions(reward_funcs, reward_processing_classes)
-            if args.optimize_model:
-                for reward_model in (f.model for f in functions if isinstance(f, ModelReward)):
-                    optimize(reward_model)
-            self.reward_processing_classes = [getattr(function, "tokenizer", None) for function in functions]
-            self.rewards = RewardSet(
-                functions, args.reward_weights, on_error=args.on_reward_error, timeout=args.reward_timeout  # type: ignore[arg-type]
-            )  # fmt: skip
-        if args.advantage_estimator == "gae":
-            critic = None if args.value_model == "shared" else load_critic(args)
-            self.wrapper = partial(ActorCritic, critic=critic)
+        # Tokenising checks the rewards against a row, so they come first.
+        self.rewards = None if reward_funcs is None else load_rewards(reward_funcs, reward_processing_classes, args)
+        has_critic = args.advantage_estimator == "gae"
+        critic_folder = args.value_model if has_critic and args.value_model != "shared" else None
+        if has_critic:
+            self.wrapper = partial(
+                ActorCritic, critic=None if critic_folder is None else load_critic(critic_folder, args)
+            )
         super().__init__(
             model,
             args,
             train_dataset=train_dataset,
-            eval_dataset=in_memory(eval_dataset),
+            eval_dataset=for_each_set(held, eval_dataset),
             processing_class=processing_class,
             **kwargs,
         )
-        if args.advantage_estimator == "gae" and args.value_model != "shared":
-            check_tokenizers(self.processing_class, args.value_model)
+        if critic_folder is not None:
+            check_tokenizers(self.processing_class, critic_folder)
         self.policy: Policy = self.model
-        start = str(self.policy.config._name_or_path)
-        if self.policy.value_head is not None and self._load_extra_weights(Path(start)):
-            logger.info("%s: going on with the value head that was saved beside the model", start)
+        self._prepare_policy(args.temperature)
+        self.reference = self._make_reference(ref_model)
+        if args.sync_ref_model:
+            is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            alpha, steps = args.ref_model_mixup_alpha, args.ref_model_sync_steps
+            self.add_callback(SyncReference(self.ref_policy, alpha, steps, is_sharded))
+        self.controller = args.kl_controller()
+        self.collector = self._make_collector(engine, environment_factory)
+        self.schedule = MinibatchSchedule(
+            args.per_device_train_batch_size, args.gradient_accumulation_steps, args.num_iterations
+        )
+        self.step_statistics = StepStatistics()
+        self.diagnosis = Diagnosis()
+        self._unlogged_samples: list[Sample] = []  # of the last rollout
+        self._tokens_to_train = 0  # of the last rollout, each pass counted
+        self._training_since = 0.0  # when the last rollout ended; 0 before the first one
+
+    @property
+    def reward_processing_classes(self) -> list[Any]:
+        """The tokenizer of each reward model, None for other rewards."""
+        return [] if self.rewards is None else [getattr(f, "tokenizer", None) for f in self.rewards.functions]
+
+    # What training needs
+
+    def _prepare_policy(self, temperature: float) -> None:
+        folder = str(self.policy.config._name_or_path)
+        if self.policy.value_head is not None and self._load_extra_weights(Path(folder)):
+            logger.info("%s: going on with the value head that was saved beside the model", folder)
         if self.policy.critic is not None:
             self.share_layout(self.policy.critic.model)
-        self.policy.temperature = args.temperature
-        own = self.policy.has_adapter and ref_model is None and self._wants_reference
-        self.has_adapter = own and adapter_off_is_start(self.policy.model)
-        self.ref_policy = self._reference(ref_model) if self._wants_reference else None
-        if args.sync_ref_model:
-            self._sync_reference()
-        self.controller = args.kl_controller()
-        self.report = RolloutReport(self)
-        self.roller = Roller(self, engine, environment_factory)
-        self._steps: list[int] = []  # minibatches of the current rollout that are still to come
-        self._minibatches: list[list[list[Sample]]] = []  # of micro-batches
-        self._micro: list[list[Sample]] = []  # what is left of the current step
-        self._fresh = False  # no step was taken since the rollout
-        self._trained_since = 0.0
+        self.policy.temperature = temperature
+
+    def _make_reference(self, ref_model: str | nn.Module | None) -> Reference | None:
+        """The frozen policy of the KL and of pairs; None where neither is used."""
+        if self.args.beta <= 0 and self.args.advantage_estimator != "pairs":
+            return None
+        if ref_model is None and self.policy.has_adapter and adapter_off_is_start(self.policy.model):
+            return Reference(self.policy, None)
+        if isinstance(ref_model, str):
+            ref_model = load_model(ref_model, **self.args.model_kwargs())
+        frozen = self.freeze(copy.deepcopy(self.policy.model) if ref_model is None else ref_model)
+        if ref_model is not None:
+            self.share_layout(frozen.model)
+        frozen.temperature = self.policy.temperature
+        return Reference(self.policy, frozen)
+
+    @property
+    def ref_policy(self) -> Policy | None:
+        """The reference as a policy, where it has weights of its own."""
+        return None if self.reference is None else self.reference.frozen
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference, where it is a model of its own."""
+        return None if self.ref_policy is None else self.ref_policy.model
+
+    @property
+    def beta(self) -> float:
+        """The weight of the KL to the reference now."""
+        return self.controller.value if self.controller is not None else self.args.beta
+
+    @property
+    def importance_cap(self) -> float | None:
+        """The largest weight that corrects for the sampler; None for no correction."""
+        # A server computes log-probs in another way than the trainer, so its samples are always corrected.
+        default = None if self.collector.sampler.is_local else 2.0
+        return default if self.args.importance_sampling_cap is None else self.args.importance_sampling_cap
+
+    def _make_collector(
+        self, engine: RolloutEngine | None, environment_factory: Callable[[], Environment] | None
+    ) -> RolloutCollector:
+        args = self.args
+        tokenizer: Any = self.processing_class
+        if engine is None:
+            engine = make_engine(args, self.policy, tokenizer, self.accelerator)
+        order_seed = args.seed if args.data_seed is None else args.data_seed
+        tokenize = partial(self.tokenize, tokenizer=tokenizer, args=args, vocab_size=vocabulary_size(self.policy))
+        return RolloutCollector(
+            args,
+            PolicySampler(engine, self.accelerator),
+            Prompts(self.train_dataset, order_seed, args.shuffle_dataset, tokenize),
+            tokenizer,
+            args.reading().for_tokenizer(tokenizer).form,
+            self.rewards,
+            environment_factory,
+        )
+
+    # Rows
 
     def tokenize(
         self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int
@@ -160,171 +238,126 @@ class PPOTrainer(Answering):
             self.rewards.check(rows[0])
         return rows
 
-    def _reference(self, ref_model: str | nn.Module | None) -> Policy | None:
-        """A frozen policy; None where the adapter is switched off instead."""
-        if ref_model is None and self.has_adapter:
-            return None
-        if isinstance(ref_model, str):
-            ref_model = load_model(ref_model, **self.args.model_kwargs())
-        reference = self.freeze(copy.deepcopy(self.policy.model) if ref_model is None else ref_model)
-        if ref_model is not None:
-            self.share_layout(reference.model)
-        reference.temperature = self.policy.temperature
-        return reference
-
     def _prepare_rows(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int) -> Any:
         if not isinstance(dataset, IterableDataset):
             return super()._prepare_rows(dataset, tokenizer, args, vocab_size)
-        self.tokenize(Dataset.from_list(list(dataset.take(1))), tokenizer, args, vocab_size)  # checks one row
+        # A stream is tokenised as it is read; its first row is checked now.
+        self.tokenize(Dataset.from_list(list(dataset.take(1))), tokenizer, args, vocab_size)
         return dataset
 
     def _repeat_stream(self, stream: IterableDataset, args: Any) -> Any:
-        return stream  # who hands out the prompts begins it again
-
-    def _sync_reference(self) -> None:
-        if self.ref_policy is None:
-            raise ValueError("sync_ref_model moves a copy of the weights: it needs beta above 0, and no adapter")
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("sync_ref_model cannot read sharded weights: leave it off under FSDP and DeepSpeed")
-        alpha, steps = self.args.ref_model_mixup_alpha, self.args.ref_model_sync_steps
-        self.add_callback(SyncReference(self.ref_policy, alpha, steps))
-
-    @property
-    def ref_model(self) -> nn.Module | None:
-        """The reference, where it is a model of its own."""
-        return None if self.ref_policy is None else self.ref_policy.model
-
-    @property
-    def beta(self) -> float:
-        return self.controller.value if self.controller is not None else self.args.beta
-
-    # Experience
+        return stream  # :class:`Prompts` begins it again
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         args, rows = self.args, self.train_dataset
         if isinstance(rows, IterableDataset):  # it has no length, and transformers asks for max_steps
             steps = args.max_steps
         else:
-            rollouts = -(-len(rows) // self.roller.prompts_in_rollout)  # type: ignore[arg-type]
+            rollouts = -(-len(rows) // self.collector.prompts_per_rollout)  # type: ignore[arg-type]
             steps = rollouts * args.num_iterations * args.num_mini_batches
-        places = range(steps * args.gradient_accumulation_steps)
-        return DataLoader(places, batch_size=1, collate_fn=lambda _: self._next())  # type: ignore[arg-type]
+        micro_batches = range(steps * args.gradient_accumulation_steps)
+        # A micro-batch is made when it is asked for: by then the policy has taken the steps before it.
+        return DataLoader(micro_batches, batch_size=1, collate_fn=lambda _: self._next_micro_batch())  # type: ignore[arg-type]
 
-    def _next(self) -> RolloutBatch:
-        """The next micro-batch, made when it is asked for: by then the policy is the one that it needs."""
-        if not self._micro:
-            self._fresh, strayed = False, self.report.strayed(self.args.early_stop_kl)
-            if strayed or not self._steps:
-                self._collect()
-            self._micro = list(self._minibatches[self._steps.pop(0)])
-        return collate_samples(self._micro.pop(0), self.data_collator, self._fresh)
+    # Rollouts
 
-    def _collect(self) -> None:
+    def _next_micro_batch(self) -> RolloutBatch:
+        schedule = self.schedule
+        if not schedule.remaining_micro_batches:
+            schedule.is_first_step = False
+            is_too_far = self.step_statistics.exceeds_kl_limit(self.args.early_stop_kl, self.accelerator)
+            if is_too_far or not schedule.remaining_steps:
+                self._start_rollout()
+            schedule.next_step()
+        samples = schedule.remaining_micro_batches.pop(0)
+        return collate_samples(samples, self.data_collator, schedule.is_first_step)
+
+    def _start_rollout(self) -> None:
         args = self.args
-        began = time.perf_counter()
-        trained = began - self._trained_since if self._trained_since else 0.0
+        start = time.perf_counter()
+        training_seconds = start - self._training_since if self._training_since else 0.0
         with self.label("rollout"):
-            samples, baselines = self.roller.rollout(self.policy, self.beta)
-        rolled = time.perf_counter() - began
+            rollout = self.collector.collect(self.policy, self.model_wrapped, self.state)
+        rollout_seconds = time.perf_counter() - start
         if args.mask_truncated_completions:
-            for sample in samples:
-                sample.learned = not sample.truncated
-        chosen = args.advantage_estimator in ("best_of_n", "pairs")
-        kept = keep_of_groups(samples, args.advantage_estimator) if chosen else samples
-        self._minibatches = self._divide(kept)
-        self._record()
+            for sample in rollout.samples:
+                sample.in_loss = not sample.truncated
+        samples = rollout.samples
+        if args.advantage_estimator in ("best_of_n", "pairs"):
+            samples = select_of_groups(samples, with_worst=args.advantage_estimator == "pairs")
+        self.schedule.divide(samples)
+        # The current policy's log-probs are the old ones of all steps of this rollout.
+        add_model_scores(
+            [micro_batch for minibatch in self.schedule.minibatches for micro_batch in minibatch],
+            self.model_wrapped,
+            self.data_collator,
+            self.accelerator,
+            reference=self.reference,
+            old_logps=self._needs_old_logps,
+            entropy=args.top_entropy_quantile < 1,
+        )
         if args.top_entropy_quantile < 1:
-            keep_high_entropy(kept, args.top_entropy_quantile, gather_object)
+            mark_high_entropy(samples, args.top_entropy_quantile, gather_object)
+        each_reward = args.multi_objective_aggregation == "normalize_then_sum"
         add_advantages(
-            kept,
+            samples,
             args.advantage_estimator,
-            kl_coef=self.beta if args.penalised else 0.0,
+            kl_coef=self.beta if args.kl_in_reward else 0.0,
             gamma=args.gamma,
             lam=args.lam,
             scale=args.scale_rewards,
             whitened=args.whiten_advantages,
             whitened_rewards=args.whiten_rewards,
-            baselines=baselines,
+            baselines=rollout.greedy_rewards,
             normalized=args.normalize_advantages,
-            weights=self._reward_weights() if args.multi_objective_aggregation == "normalize_then_sum" else None,
+            weights=self.collector.reward_weights if each_reward else None,
             device=args.device,
         )
-        self.add_metrics(self.report.of_rollout(samples, kept, rolled, trained, self.beta))
-        if self.controller is not None:
-            kl = torch.stack([x.sum() for x in kl_penalties(kept)]).to(args.device)
-            total = self.accelerator.reduce(torch.stack([kl.sum(), kl.new_tensor(float(len(kl)))]))
-            self.controller.update(float(total[0] / total[1]), int(total[1]))
-        order = torch.Generator().manual_seed(args.seed + self.roller.rollouts)
-        first, count = list(range(args.num_mini_batches)), args.num_mini_batches
-        again = [torch.randperm(count, generator=order).tolist() for _ in range(args.num_iterations - 1)]
-        self._steps = first + [index for order_ in again for index in order_]
-        self._fresh = True
-        self._trained_since = time.perf_counter()
+        self._add_rollout_metrics(rollout, samples, rollout_seconds, training_seconds)
+        self._update_beta(samples)
+        self.schedule.order_steps(args.num_mini_batches, args.seed + self.collector.num_rollouts)
+        self._training_since = time.perf_counter()
 
-    def _reward_weights(self) -> dict[str, float]:
-        own = {} if self.rewards is None else dict(zip(self.rewards.names, self.rewards.weights, strict=True))
-        return own | ({"environment": 1.0} if self.roller.environment_factory is not None else {})
-
-    def _divide(self, samples: list[Sample]) -> list[list[list[Sample]]]:
-        size, steps = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
-        micro = [samples[start : start + size] for start in range(0, len(samples), size)]
-        return [micro[start : start + steps] for start in range(0, len(micro), steps)]
-
-    def _record(self) -> None:
-        """What the current policy, the critic and the reference make of the samples, in the batches of training."""
+    @property
+    def _needs_old_logps(self) -> bool:
+        """Whether log-probs before the first step are needed; otherwise they are those of the step itself."""
         args = self.args
-        own = args.advantage_estimator == "gae" or args.penalised or self.controller is not None
-        own |= not args.on_policy or self.importance_cap is not None or args.top_entropy_quantile < 1
-        own &= args.advantage_estimator != "pairs" or self.importance_cap is not None
-        if not own and self.ref_policy is None and not self._asks_adapter_off:
+        if self.importance_cap is not None:
+            return True
+        if args.advantage_estimator == "pairs":
+            return False
+        in_advantages = args.advantage_estimator == "gae" or args.kl_in_reward or self.controller is not None
+        return in_advantages or not args.one_step_per_rollout or args.top_entropy_quantile < 1
+
+    def _update_beta(self, samples: list[Sample]) -> None:
+        """Let an adaptive beta follow the KL of all processes' completions."""
+        if self.controller is None:
             return
-        model = self.model_wrapped
-        training = model.training
-        model.eval()
-        for samples in (micro for step in self._minibatches for micro in step):
-            batch = collate_samples(samples, self.data_collator).to(args.device)
-            lengths = [len(sample) for sample in samples]
-            found: dict[str, Tensor] = {}
-            with torch.no_grad(), self.accelerator.autocast():
-                if own:
-                    scores = model(batch, entropy=args.top_entropy_quantile < 1)
-                    found["old_logps"] = scores.logps
-                    if scores.entropy is not None:
-                        found["entropy"] = scores.entropy
-                    if scores.values is not None:
-                        found["values"] = scores.values
-                if self.ref_policy is not None:
-                    found["ref_logps"] = self.ref_policy(batch).logps
-                elif self._asks_adapter_off:
-                    with self.policy.adapter_off():
-                        found["ref_logps"] = model(batch).logps
-            for name, vector in found.items():
-                for sample, part in zip(samples, vector.cpu().split(lengths), strict=True):
-                    sample.tokens[name] = part
-        model.train(training)
+        kl = torch.stack([penalty.sum() for penalty in kl_penalties(samples)]).to(self.args.device)
+        total = self.accelerator.reduce(torch.stack([kl.sum(), kl.new_tensor(float(len(kl)))]))
+        self.controller.update(float(total[0] / total[1]), int(total[1]))
 
-    @property
-    def _wants_reference(self) -> bool:
-        return self.args.beta > 0 or self.args.advantage_estimator == "pairs"
-
-    @property
-    def _asks_adapter_off(self) -> bool:
-        return self._wants_reference and self.ref_policy is None and self.has_adapter
-
-    @property
-    def importance_cap(self) -> float | None:
-        cap = self.args.importance_sampling_cap
-        return 2.0 if cap is None and not self.roller.sampler.is_local else cap
+    # State of a checkpoint
 
     def resume_state(self) -> dict[str, Any]:
-        rest = self._minibatches if self._steps else []
-        kl_coef = None if self.controller is None else self.controller.value
-        place: dict[str, Any] = dict(
-            rollouts=self.roller.rollouts, drawn=self.roller.prompts.drawn, kl_coef=kl_coef, steps=self._steps
-        )
+        schedule, diagnosis = self.schedule, self.diagnosis
+        state: dict[str, Any] = {
+            "processes": self.args.world_size,
+            "rollouts": self.collector.num_rollouts,
+            "drawn": self.collector.prompts.drawn,
+            "kl_coef": None if self.controller is None else self.controller.value,
+            "steps": schedule.remaining_steps,
+            # The samples are needed only in the middle of a rollout.
+            "minibatches": schedule.minibatches if schedule.remaining_steps else [],
+            "report": {
+                "kl": self.step_statistics.last_step_kl,
+                "entropy": diagnosis.first_entropy,
+                "said": diagnosis.already_warned,
+            },
+        }
         if self.args.sync_ref_model and self.ref_policy is not None:
-            place["ref_model"] = self.ref_policy.model.state_dict()
-        return place | dict(minibatches=rest, processes=self.args.world_size, report=self.report.state())
+            state["ref_model"] = self.ref_policy.model.state_dict()
+        return state
 
     def load_resume_state(self, state: dict[str, Any]) -> None:
         if state["processes"] != self.args.world_size:
@@ -332,11 +365,13 @@ class PPOTrainer(Answering):
                 f"the checkpoint was saved by {state['processes']} processes, these are {self.args.world_size}: its "
                 "rollout cannot be shared out anew; resume with as many"
             )
-        self.roller.rollouts, self.roller.prompts.drawn = state["rollouts"], state["drawn"]
+        self.collector.num_rollouts, self.collector.prompts.drawn = state["rollouts"], state["drawn"]
+        self.schedule.remaining_steps, self.schedule.minibatches = state["steps"], state["minibatches"]
+        report = state["report"]
+        self.step_statistics.last_step_kl = report["kl"]
+        self.diagnosis = Diagnosis(report["entropy"], report["said"])
         if self.ref_policy is not None and "ref_model" in state:
             self.ref_policy.model.load_state_dict(state["ref_model"])
-        self._steps, self._minibatches = state["steps"], state["minibatches"]
-        self.report.load(state["report"])
         if self.controller is not None:
             self.controller.value = state["kl_coef"]
 
@@ -352,50 +387,99 @@ class PPOTrainer(Answering):
         objective, targets, tokens = self._objective(), batch.targets, batch.per_token
         weight = objective.token_weights(batch.lengths, targets.sequence) * tokens["in_loss"]
         advantages = tokens["advantages"]
-        correction, old = torch.ones_like(advantages), tokens.get("old_logps")
-        if self.importance_cap is not None and old is not None:
-            correction = truncated_importance_weights(old, tokens["sampler_logps"], self.importance_cap)
-        if "kept" in tokens:
-            correction = correction * tokens["kept"]
-        ref = tokens.get("ref_logps", torch.zeros_like(advantages))
+        correction, old_logps = torch.ones_like(advantages), tokens.get("old_logps")
+        if self.importance_cap is not None and old_logps is not None:
+            correction = truncated_importance_weights(old_logps, tokens["sampler_logps"], self.importance_cap)
+        if "high_entropy" in tokens:
+            correction = correction * tokens["high_entropy"]
+        ref_logps = tokens.get("ref_logps", torch.zeros_like(advantages))
         entropy = self.args.entropy_coef > 0
         if objective.is_coupled:
             scores = model(batch, entropy=entropy)
-            before = scores.logps.detach() if old is None else old
+            before = scores.logps.detach() if old_logps is None else old_logps
             total = objective.sequence_loss(
-                scores, advantages, weight, correction, before, ref, targets.sequence, batch.lengths
+                scores, advantages, weight, correction, before, ref_logps, targets.sequence, batch.lengths
             )
-        elif old is None:  # one step a rollout: the policy before it is this one
-            scores = model(batch, _local(objective, True), entropy, (advantages, weight, correction, ref))
+        elif old_logps is None:  # one step for each rollout: the policy before it is this one
+            scores = model(batch, _local(objective, True), entropy, (advantages, weight, correction, ref_logps))
             total, before = scores.loss, scores.logps.detach()
         else:
-            scores = model(batch, _local(objective, False), entropy, (advantages, weight, correction, old, ref))
-            total, before = scores.loss, old
-        critic = torch.zeros((), device=weight.device)
-        if scores.values is not None and "returns" in tokens:
-            losses = value_loss(
-                scores.values, tokens["values"], tokens["returns"], self.args.cliprange_value, reduction="none"
-            )
-            critic = (losses * weight).sum()
-            total = total + self.args.vf_coef * critic
-        metrics = self.report.of_step(batch, scores, before, weight, total, critic, objective)
-        size = len(batch.lengths)
-        share = (total.detach() / size).expand(size)
-        return Measures(
-            share, torch.full((size,), objective.count(batch.lengths) / size), metrics, total, scores.router_logits
-        )
+            tensors = (advantages, weight, correction, old_logps, ref_logps)
+            scores = model(batch, _local(objective, False), entropy, tensors)
+            total, before = scores.loss, old_logps
 
-    # What is shown
+        divisor = torch.full((), float(objective.count(batch.lengths)), device=weight.device)
+        metrics, peaks = step_metrics(batch, scores.logps, before, objective.clip)
+        self.step_statistics.add(metrics, peaks)
+        metrics["policy_loss"] = total.detach(), divisor
+        if scores.values is not None and "returns" in tokens:
+            clip = self.args.cliprange_value
+            losses = value_loss(scores.values, tokens["values"], tokens["returns"], clip, reduction="none")
+            critic_loss = (losses * weight).sum()
+            metrics["value_loss"] = critic_loss.detach(), divisor
+            total = total + self.args.vf_coef * critic_loss
+        size = len(batch.lengths)
+        loss_of_sequences = (total.detach() / size).expand(size)
+        counts = torch.full((size,), objective.count(batch.lengths) / size)
+        return Measures(loss_of_sequences, counts, metrics, total, scores.router_logits)
+
+    # Evaluation
+
+    @property
+    def reward_names(self) -> list[str]:  # type: ignore[override]
+        return self.collector.reward_names
+
+    def answer_rows(self, rows: Any) -> list[Sample]:
+        start = time.perf_counter()
+        samples = self.collector.answer(self.policy, self.model_wrapped, rows, self.state)
+        if self._training_since:  # the time of evaluation is no time of training
+            self._training_since += time.perf_counter() - start
+        return samples
+
+    # What is logged
+
+    def _add_rollout_metrics(
+        self, rollout: Rollout, used: list[Sample], rollout_seconds: float, training_seconds: float
+    ) -> None:
+        """Add the metrics of a rollout, of which the samples ``used`` are trained on."""
+        args = self.args
+        self.add_metrics(sample_metrics(rollout.samples, self.reward_names, args.device))
+        for scored in rollout.scored:
+            self.add_metrics(as_metrics(reward_function_metrics(scored, args.on_reward_error == "drop"), args.device))
+        sums = policy_metrics(used)
+        if args.num_generations > 1:
+            sums["frac_reward_zero_std"] = rollout.zero_std_groups
+        sums["tokens_per_second/rollout"] = sum(map(len, rollout.samples)), rollout_seconds
+        if training_seconds:
+            sums["tokens_per_second/training"] = self._tokens_to_train, training_seconds
+        if args.beta > 0:
+            sums["beta"] = self.beta, 1
+        if args.entropy_coef:
+            sums["entropy_coef"] = args.entropy_coef, 1
+        self.add_metrics(as_metrics(sums, args.device))
+        self._tokens_to_train = sum(map(len, used)) * args.num_iterations
+        self._unlogged_samples = rollout.samples
 
     def reduce_metrics(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
-        return self.report.derive(super().reduce_metrics(sums))
+        return derived_metrics(super().reduce_metrics(sums))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs or "train_loss" in logs:
-            logs |= self.report.maxima()
+            logs |= self.step_statistics.pop_peaks(self.accelerator)
         super().log(logs, start_time)
         if "loss" in logs:
-            self.report.line(logs)
+            self._warn_of_troubles(logs)
+            if self.is_world_process_zero():
+                show_completions(self._unlogged_samples, self.args, self.state.global_step)
+            if self.args.log_completions:
+                self._unlogged_samples = []
+
+    def _warn_of_troubles(self, logs: dict[str, float]) -> None:
+        has_half_weights = self.policy.dtype in (torch.bfloat16, torch.float16)
+        half_precision = self.accelerator.mixed_precision != "no" or has_half_weights
+        for trouble in self.diagnosis.new_troubles(logs, half_precision):
+            if self.is_world_process_zero():
+                logger.warning("step %d: %s", self.state.global_step, trouble)
 
 
 def _local(objective: Objective, on_policy: bool) -> Callable[..., Tensor]:
@@ -404,21 +488,3 @@ def _local(objective: Objective, on_policy: bool) -> Callable[..., Tensor]:
             scores, advantages, weight, correction, scores.logps.detach(), ref
         )
     return objective.token_loss
-
-
-class GRPOTrainer(PPOTrainer):
-    """:class:`PPOTrainer` under :class:`GRPOConfig`."""
-
-    config_class: ClassVar[type[BaseConfig]] = GRPOConfig
-
-
-class RLOOTrainer(PPOTrainer):
-    """:class:`PPOTrainer` under :class:`RLOOConfig`."""
-
-    config_class: ClassVar[type[BaseConfig]] = RLOOConfig
-
-
-class BestOfNTrainer(PPOTrainer):
-    """:class:`PPOTrainer` under :class:`BestOfNConfig`: rejection-sampling fine-tuning."""
-
-    config_class: ClassVar[type[BaseConfig]] = BestOfNConfig

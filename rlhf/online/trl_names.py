@@ -70,7 +70,7 @@ class TRLNames(GenerationArguments):
     log_completions_hub_repo: str | None = old_name("not offered: completions.jsonl lies in output_dir")
 
 
-def refuse_others(given: dict[str, Any]) -> None:
+def refuse_trainer_arguments(given: dict[str, Any]) -> None:
     """Refuse arguments of TRL's trainers that have another name here, and say which.
 
     Raises:

@@ -29,9 +29,9 @@ from rlhf.data import Dialogue
 from rlhf.logprobs import Scores
 from rlhf.losses import POLICY_LOSSES
 from rlhf.models import add_scalar_head
-from rlhf.online.diagnosis import diagnose
+from rlhf.online.metrics import diagnose
 from rlhf.online.objective import make_objective
-from rlhf.online.samples import Sample, add_advantages, collate_samples, keep_of_groups
+from rlhf.online.samples import Sample, add_advantages, collate_samples, select_of_groups
 from rlhf.rollouts import LocalEngine, Reply, Sampling, play
 
 FAMILY = {
@@ -121,7 +121,7 @@ def test_the_first_ratio_is_exactly_one(make, name, peft, layout):
 def test_temperature_divides_the_logits_of_policy_and_reference(make):
     trainer = make(temperature=0.5, model=tiny_model("granite"))
     trainer.train()
-    samples = trainer._minibatches[0][0]
+    samples = trainer.schedule.minibatches[0][0]
     one = samples[0]
     ids = torch.tensor([one.prompt_ids + one.ids])
     with torch.no_grad():
@@ -243,7 +243,7 @@ def test_advantages_of_groups():
     samples = [sample(1.0), sample(3.0), sample(0.0, group=1), sample(math.nan, group=1), sample(4.0, group=1)]
     add_advantages(samples, "rloo")
     assert [float(s.tokens["advantages"][0]) for s in samples] == [-2.0, 2.0, -4.0, 0.0, 4.0]
-    assert [s.learned for s in samples] == [True, True, True, False, True]
+    assert [s.in_loss for s in samples] == [True, True, True, False, True]
     add_advantages(samples, "reinforce++_baseline", whitened=False)
     assert [float(s.tokens["advantages"][0]) for s in samples] == [-1.0, 1.0, -2.0, 0.0, 2.0]
     add_advantages(samples, "remax", baselines=torch.tensor([2.0, 2.0, 1.0, 1.0, 1.0]))
@@ -270,9 +270,9 @@ def test_reinforce_plus_plus_is_the_whitened_reward_to_go():
 def test_best_and_worst_of_a_group():
     one, two, three = sample(1.0), sample(3.0), sample(2.0)
     tied = [sample(1.0, group=1) for _ in range(3)]
-    assert keep_of_groups([one, two, three, *tied], "pairs") == [two, one, tied[0], tied[2]]
-    assert not tied[0].learned and two.learned
-    assert keep_of_groups([one, two, three], "best_of_n") == [two]
+    assert select_of_groups([one, two, three, *tied], with_worst=True) == [two, one, tied[0], tied[2]]
+    assert not tied[0].in_loss and two.in_loss
+    assert select_of_groups([one, two, three], with_worst=False) == [two]
 
 
 def test_a_prompt_is_laid_out_once_for_neighbours(tokenizer):
@@ -396,7 +396,7 @@ def test_resumed_is_uninterrupted_in_special_cases_too(make, kind, options, tmp_
     make(kind, name="cut", callbacks=[StopAt(3)], save_strategy="steps", save_steps=3, **options).train()
     again = make(kind, name="cut", **options)
     again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
-    assert again.roller.prompts.drawn == whole.roller.prompts.drawn
+    assert again.collector.prompts.drawn == whole.collector.prompts.drawn
     for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -409,19 +409,19 @@ def test_dynamic_sampling_replaces_groups_of_equal_rewards(make):
     dynamic.train()
     assert all(0 < entry["frac_reward_zero_std"] < 1 for entry in lines(dynamic))  # of all that were drawn
     groups = {}
-    for one in (s for step in dynamic._minibatches for micro in step for s in micro):
+    for one in (s for step in dynamic.schedule.minibatches for micro in step for s in micro):
         groups.setdefault(one.group, set()).add(one.reward)
     assert all(len(rewards) > 1 for rewards in groups.values())
-    assert dynamic.roller.prompts.drawn > plain.roller.prompts.drawn
+    assert dynamic.collector.prompts.drawn > plain.collector.prompts.drawn
 
 
 def test_a_rollout_is_left_once_the_policy_strays(make):
     trainer = make(num_iterations=4, early_stop_kl=1e-6, max_steps=6, learning_rate=1e-2)
     trainer.train()
-    assert trainer.roller.rollouts == 3  # two steps each: the second one shows the distance
+    assert trainer.collector.num_rollouts == 3  # two steps each: the second one shows the distance
     free = make(num_iterations=4, max_steps=6, learning_rate=1e-2)
     free.train()
-    assert free.roller.rollouts == 2
+    assert free.collector.num_rollouts == 2
 
 
 def test_beta_follows_the_kl(make):
@@ -437,12 +437,12 @@ def test_beta_follows_the_kl(make):
 def test_truncated_completions(make):
     trainer = make(mask_truncated_completions=True, max_completion_length=2, max_steps=1)
     trainer.train()
-    for one in (s for step in trainer._minibatches for micro in step for s in micro):
-        assert one.learned != one.truncated
+    for one in (s for step in trainer.schedule.minibatches for micro in step for s in micro):
+        assert one.in_loss != one.truncated
         assert one.truncated or one.ids[-1] == 0
     penalised = make(missing_eos_penalty=7.0, reward_clip=1.0, max_completion_length=2, max_steps=1)
     penalised.train()
-    for one in (s for step in penalised._minibatches for micro in step for s in micro):
+    for one in (s for step in penalised.schedule.minibatches for micro in step for s in micro):
         assert one.reward == min(vowels([one.completion])[0], 1.0) - 7.0 * one.truncated
 
 
@@ -682,7 +682,7 @@ def test_a_game_of_several_turns_is_learned(make, kind):
     trainer.train()
     rewards = [entry["reward"] for entry in lines(trainer) if "reward" in entry]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.3
-    samples = [s for step in trainer._minibatches for micro in step for s in micro]
+    samples = [s for step in trainer.schedule.minibatches for micro in step for s in micro]
     assert all(len(s.tokens["advantages"]) == sum(s.sampled) for s in samples)
 
 

@@ -95,7 +95,9 @@ def test_what_cannot_be_merged_is_refused():
 def test_tokens_are_weighed_where_the_server_is_not_the_trainer(server, tokenizer, tmp_path, monkeypatch):
     one = trainer(server, tokenizer, tmp_path)
     assert one.importance_cap == 2.0
-    monkeypatch.setattr(one.roller.sampler, "_send_weights", lambda *models: None)  # it goes on with weights of its own
+    monkeypatch.setattr(
+        one.collector.sampler, "_send_weights", lambda *models: None
+    )  # it goes on with weights of its own
     seen = []
     from rlhf.online import trainer as ppo
 

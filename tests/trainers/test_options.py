@@ -138,7 +138,7 @@ def test_rewards_choose_the_best_policy(tmp_path, tokenizer, sft_rows):
         train_dataset=sft_rows.select(range(8)), eval_dataset=sft_rows.select(range(4)), processing_class=tokenizer,
     )  # fmt: skip
     assert (args.metric_for_best_model, args.greater_is_better) == ("reward", True)
-    assert trainer.roller.prompts.seed == 7
+    assert trainer.collector.prompts.seed == 7
     trainer.train()
     assert trainer.state.best_metric == max(x["eval_reward"] for x in trainer.state.log_history if "eval_reward" in x)
     found = trainer.predict(sft_rows.select(range(3)))

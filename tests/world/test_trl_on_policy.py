@@ -17,13 +17,15 @@ from transformers import (
 )
 
 from rlhf import DistillConfig, GRPOConfig, GRPOTrainer, RLOOConfig
+from rlhf.data import held
 from rlhf.losses import group_advantages
 from rlhf.online.objective import make_objective
-from rlhf.online.prompts import Prompts, in_memory
-from rlhf.online.samples import Sample, add_advantages, keep_high_entropy
+from rlhf.online.prompts import Prompts
+from rlhf.online.samples import Sample, add_advantages, mark_high_entropy
 from rlhf.rewards import ModelReward, reward_functions
 from rlhf.rollouts import Sampling
 from rlhf.rollouts.sampling import draw
+from rlhf.trainers.preparation import for_each_set
 from tests.conftest import tiny_model
 
 
@@ -192,15 +194,15 @@ def test_a_bad_sequence_that_the_policy_has_left_is_masked():
 def samples(rewards, **each):
     return [
         Sample(i // 2, {}, [1], [5, 6], None, "", False, {"entropy": torch.tensor([float(i), i + 0.5])}, reward=reward,
-               each={name: values[i] for name, values in each.items()})
+               reward_components={name: values[i] for name, values in each.items()})
         for i, reward in enumerate(rewards)
     ]  # fmt: skip
 
 
 def test_only_tokens_of_high_entropy_are_learned():
     mine = samples([0.0, 1.0, 2.0, 3.0])
-    keep_high_entropy(mine, 0.25, lambda own: own)
-    assert [s.tokens["kept"].tolist() for s in mine] == [[0, 0], [0, 0], [0, 0], [1, 1]]
+    mark_high_entropy(mine, 0.25, lambda own: own)
+    assert [s.tokens["high_entropy"].tolist() for s in mine] == [[0, 0], [0, 0], [0, 0], [1, 1]]
 
 
 def test_rewards_are_normalised_one_by_one_before_they_are_summed():
@@ -270,7 +272,7 @@ def test_a_stream_goes_on_where_it_was(rows):
     again = Prompts(rows.to_iterable_dataset(), 3, True, lambda part: part)
     again.drawn = 3
     assert again.draw(4) == rest and len(first) == 3
-    assert isinstance(in_memory({"a": rows.to_iterable_dataset()})["a"], Dataset)
+    assert isinstance(for_each_set(held, {"a": rows.to_iterable_dataset()})["a"], Dataset)
     with pytest.raises(ValueError, match="has no rows"):
         Prompts(IterableDataset.from_generator(lambda: iter(())), 0, False, lambda part: part).draw(1)
 

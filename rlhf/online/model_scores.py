@@ -1,0 +1,81 @@
+"""What models make of new samples, before training: old log-probs, the reference's log-probs, the critic's values."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from rlhf.models import Policy
+from rlhf.online.samples import RolloutBatch, Sample, collate_samples
+
+
+class Reference:
+    """The frozen policy that the policy is held against: a copy, or the policy with its adapter off.
+
+    Args:
+        policy: the policy at its start.
+        frozen: a policy with weights of its own; None where the adapter is switched off instead.
+    """
+
+    def __init__(self, policy: Policy, frozen: Policy | None) -> None:
+        self.policy, self.frozen = policy, frozen
+
+    def logps(self, model: nn.Module, batch: RolloutBatch) -> Tensor:
+        """Log-probs of the batch under the reference, [N].
+
+        Args:
+            model: the policy as accelerate wraps it.
+            batch: on the device.
+        """
+        if self.frozen is not None:
+            return self.frozen(batch).logps
+        with self.policy.adapter_off():
+            logps: Tensor = model(batch).logps
+        return logps
+
+
+def add_model_scores(
+    micro_batches: Sequence[list[Sample]],
+    model: nn.Module,
+    collate: Any,
+    accelerator: Accelerator,
+    *,
+    reference: Reference | None,
+    old_logps: bool,
+    entropy: bool,
+) -> None:
+    """Give samples the token vectors ``old_logps``, ``entropy``, ``values`` and ``ref_logps``, as far as needed.
+
+    They are computed in the batches of training, so that the first ratio is exactly 1.
+
+    Args:
+        micro_batches: those of training.
+        model: the policy as accelerate wraps it.
+        collate: as in training.
+        accelerator: of the run.
+        reference: None without one.
+        old_logps: whether log-probs before the first step are needed, and the critic's values with them.
+        entropy: whether the entropy of each token is needed.
+    """
+    if reference is None and not old_logps:
+        return
+    was_training = model.training
+    model.eval()
+    for samples in micro_batches:
+        batch = collate_samples(samples, collate).to(accelerator.device)
+        vectors: dict[str, Tensor | None] = {}
+        with torch.no_grad(), accelerator.autocast():
+            if old_logps:
+                scores = model(batch, entropy=entropy)
+                vectors = {"old_logps": scores.logps, "entropy": scores.entropy, "values": scores.values}
+            if reference is not None:
+                vectors["ref_logps"] = reference.logps(model, batch)
+        lengths = [len(sample) for sample in samples]
+        for name, vector in vectors.items():
+            if vector is None:
+                continue
+            for sample, part in zip(samples, vector.cpu().split(lengths), strict=True):
+                sample.tokens[name] = part
+    model.train(was_training)
