@@ -1,9 +1,6 @@
 """What judges the policy: reward functions, and a critic with weights of its own."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from rlhf.kernels import optimize
 from rlhf.models import RewardModel, disable_dropout, load_reward_model, load_tokenizer
@@ -11,10 +8,8 @@ from rlhf.online.config import PPOConfig
 from rlhf.rewards import ModelReward, RewardSet, reward_functions
 from rlhf.trainers.preparation import warn_of_lost_updates
 
-RewardFunctions = Callable[..., Any] | str | Sequence[Callable[..., Any] | str]
 
-
-def load_rewards(reward_funcs: RewardFunctions, tokenizers: Any, args: PPOConfig) -> RewardSet:
+def load_rewards(reward_funcs: Any, tokenizers: Any, args: PPOConfig) -> RewardSet:
     """The rewards of a run, called as one.
 
     Args:
@@ -54,7 +49,7 @@ def load_critic(folder: str, args: PPOConfig) -> RewardModel:
     return critic
 
 
-def check_tokenizers(tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
+def check_tokenizers(tokenizer: Any, folder: str) -> None:
     """Compare a critic's tokenizer with the policy's.
 
     A critic reads the policy's ids. (A reward model reads text, and may have any tokenizer.)

@@ -119,9 +119,8 @@ class PPOTrainer(EvaluatesBySampling):
         has_critic = args.advantage_estimator == "gae"
         critic_folder = args.value_model if has_critic and args.value_model != "shared" else None
         if has_critic:
-            self.wrapper = partial(
-                ActorCritic, critic=None if critic_folder is None else load_critic(critic_folder, args)
-            )
+            critic = None if critic_folder is None else load_critic(critic_folder, args)
+            self.wrapper = partial(ActorCritic, critic=critic)
         super().__init__(
             model,
             args,
