@@ -14,42 +14,65 @@ logger = logging.getLogger(__name__)
 
 
 class Balancer:
-    """Each batch's share of the balancing loss of its optimizer step: no share depends on how the step is split."""
+    """The load-balancing loss of an optimizer step, in shares of its micro-batches.
+
+    The loss depends on which experts all tokens of the step choose, so that the step must be known before the loss of
+    its first micro-batch. No share depends on how the step is split.
+
+    Args:
+        balancing: experts of a token, and the weight of the loss.
+        accelerator: of the run.
+    """
 
     def __init__(self, balancing: Balancing, accelerator: Accelerator) -> None:
         self.balancing, self.accelerator = balancing, accelerator
         self._step: Routing | None = None  # of all micro-batches and ranks, where there are several
 
     def look_ahead(self, model: nn.Module, batches: list[Batch]) -> None:
-        """Count which experts the whole step chooses: the loss of a batch depends on it.
+        """Count which experts the whole step chooses.
 
-        Where a step has several batches, that is one more pass, without gradient.
+        Where a step has several batches, this costs one more forward pass, without gradient.
+
+        Args:
+            model: the policy, as accelerate wrapped it.
+            batches: the micro-batches of the step, of this process.
         """
         self._step = None
         if len(batches) == 1 and self.accelerator.num_processes == 1:
-            return
-        found = []
+            return  # the batch is the step: its own forward pass counts
+        counts = []
         for batch in batches:
             with torch.no_grad(), self.accelerator.autocast(), still(model):
                 logits = model(batch).router_logits
-            own = routing(logits, batch, self.balancing.top_k)
-            found.append(torch.cat([own.chosen, own.probs, own.rows[None]]))
-        whole: Tensor = self.accelerator.reduce(torch.stack(found).sum(0))
-        chosen, probs = whole[:-1].chunk(2)
-        self._step = Routing(chosen, probs, whole[-1])
+            batch_routing = routing(logits, batch, self.balancing.top_k)
+            counts.append(torch.cat([batch_routing.chosen, batch_routing.probs, batch_routing.rows[None]]))
+        # One reduction for all of them: sums over the batches here, then over the processes.
+        total: Tensor = self.accelerator.reduce(torch.stack(counts).sum(0))
+        chosen, probs = total[:-1].chunk(2)
+        self._step = Routing(chosen, probs, total[-1])
 
     def share(self, router_logits: tuple[Tensor, ...], batch: Batch) -> Tensor:
-        """This batch's share, before its weight; over the batches of a step they add up to its loss."""
+        """A micro-batch's share of the loss, before its weight; the shares of a step add up to its loss.
+
+        Args:
+            router_logits: of each layer, with gradient.
+            batch: the micro-batch that they are of.
+        """
         return routing(router_logits, batch, self.balancing.top_k).loss(self._step)
 
 
 def balancer(model: nn.Module, coef: float | None, accelerator: Accelerator, able: bool) -> Balancer | None:
-    """Where this run balances routers; ``model`` then hands out what they say.
+    """Decide whether this run balances routers, and let the model hand out their logits if so.
 
     Args:
-        coef: of ``--router_aux_loss_coef``. able: the trainer hands on router logits.
+        model: the wrapper around the model, changed in place.
+        coef: ``--router_aux_loss_coef``; None for the model's own.
+        accelerator: of the run.
+        able: whether the trainer hands on router logits.
+    Returns:
+        None where nothing is balanced.
     Raises:
-        ValueError: a weight where nothing is balanced.
+        ValueError: a weight is given, and this trainer or model has no such loss.
     """
     if not able or not isinstance(model, Policy):
         if coef:

@@ -33,7 +33,7 @@ from rlhf.models.adapters import check_adapter
 from rlhf.models.policy import Wrapper
 from rlhf.models.vocabulary import room
 from rlhf.trainers.balancing import balancer
-from rlhf.trainers.checkpointing import checkpoint_to_resume, tell_of_resuming
+from rlhf.trainers.checkpointing import checkpoint_to_resume, log_resuming
 from rlhf.trainers.config import BaseConfig
 from rlhf.trainers.evaluating import Evaluating, Measures
 from rlhf.trainers.metric_sums import Metrics, MetricSums, means
@@ -216,7 +216,7 @@ class BaseTrainer(Evaluating, ProfiledTrainer):
         given = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         checkpoint = checkpoint_to_resume(given, self.args.output_dir)
         if checkpoint is not None:
-            tell_of_resuming(checkpoint, self.args.max_steps)
+            log_resuming(checkpoint, self.args.max_steps)
         self._check_best_metric()
         self._check_drop_last()
         return super().train(checkpoint, *args, **kwargs)

@@ -18,21 +18,24 @@ from rlhf.models.adapter_base import keep_base, name_lengths
 
 logger = logging.getLogger(__name__)
 
-RESUME_STATE = "trainer_state_{}.pt"  # of each process
-
 
 class Checkpointing(Trainer):
-    """A ``transformers.Trainer`` whose model is a wrapper (:class:`rlhf.models.policy.Wrapper`)."""
+    """A ``transformers.Trainer`` whose model is a wrapper (:class:`rlhf.models.policy.Wrapper`).
 
-    extra_state_file: ClassVar[str] = "value_head.safetensors"  # what the wrapper learns besides the model
+    A folder holds the model inside the wrapper, so that ``from_pretrained`` loads it. Other weights that the wrapper
+    trains, such as a value head, are in a file beside it.
+    """
+
+    extra_state_file: ClassVar[str] = "value_head.safetensors"
     model: Any  # the wrapper, or what accelerate made of it
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.bases: set[Path] = set()  # folders where this run saved what its adapter sits on
+        self.bases: set[Path] = set()  # folders where this run saved the base of its adapter
 
     @contextmanager
     def _inner_model(self) -> Iterator[nn.Module]:
+        """Let ``self.model`` be the model inside the wrapper, for methods of ``Trainer`` that save or load it."""
         outer = self.model
         self.model = self.accelerator.unwrap_model(outer).model
         try:
@@ -42,27 +45,32 @@ class Checkpointing(Trainer):
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """As ``transformers.Trainer``, under the names that the wrapper gives its parameters."""
-        named = {id(parameter): name for name, parameter in model.named_parameters()}
+        # transformers names parameters by the tree of modules, in which the model is a child of the wrapper.
         decayed = set(super().get_decay_parameter_names(model))
-        inner = {id(p): name for name, p in nn.Module.named_parameters(model)}
-        return [named[key] for key, name in inner.items() if name in decayed]
+        wrapper_names = {id(parameter): name for name, parameter in model.named_parameters()}
+        tree = nn.Module.named_parameters(model)
+        return [wrapper_names[id(parameter)] for name, parameter in tree if name in decayed]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        whole = self.accelerator.unwrap_model(self.model).state_dict() if state_dict is None else state_dict
-        beside = {key: value.contiguous() for key, value in whole.items() if not key.startswith("model.")}
+        weights = self.accelerator.unwrap_model(self.model).state_dict() if state_dict is None else state_dict
+        extra = {name: weight.contiguous() for name, weight in weights.items() if not name.startswith("model.")}
         if state_dict is not None:
-            state_dict = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
-        folder, run = Path(output_dir or str(self.args.output_dir)), Path(str(self.args.output_dir)).resolve()
+            state_dict = {
+                name.removeprefix("model."): weight for name, weight in weights.items() if name.startswith("model.")
+            }
+        run_folder = Path(str(self.args.output_dir))
+        folder = Path(output_dir) if output_dir else run_folder
+        # A run and all its checkpoints share the base of their adapters.
+        is_checkpoint = run_folder.resolve() in folder.resolve().parents
         with self._inner_model() as inner, configured_dropout(inner):
-            # A run and all its checkpoints share what their adapters sit on.
-            keep_base(inner, run if run in folder.resolve().parents else folder, self.bases, state_dict)
+            keep_base(inner, run_folder.resolve() if is_checkpoint else folder, self.bases, state_dict)
             super()._save(output_dir, state_dict)
             name_lengths(inner, folder)
-        if beside:
-            save_file(beside, folder / self.extra_state_file)
+        if extra:
+            save_file(extra, folder / self.extra_state_file)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
+        if self.is_fsdp_enabled:  # whose checkpoints hold the wrapper, in shards
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_extra_weights(Path(resume_from_checkpoint))
         with self._inner_model() as inner:
@@ -76,30 +84,32 @@ class Checkpointing(Trainer):
             super()._load_best_model()
 
     def _load_extra_weights(self, folder: Path) -> bool:
-        """What the wrapper learned besides the model, from a folder that has it."""
+        """Load what the wrapper trains besides the model; returns whether the folder has it."""
         file = folder / self.extra_state_file
         if file.exists():
-            self.accelerator.unwrap_model(self.model).load_state_dict(load_file(file), strict=False)
+            wrapper = self.accelerator.unwrap_model(self.model)
+            wrapper.load_state_dict(load_file(file), strict=False)  # the file holds nothing of the model
         return file.exists()
 
-    # State of a trainer's own, kept with the optimizer's in each checkpoint
+    # State that transformers does not know of, saved with the optimizer's in each checkpoint
 
     def resume_state(self) -> dict[str, Any] | None:
-        """What a resumed run must know besides weights, optimizer and the number of steps; of this process."""
+        """What a resumed run needs besides weights, optimizer and the number of steps; of this process."""
         return None
 
-    def load_resume_state(self, state: dict[str, Any]) -> None: ...
+    def load_resume_state(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`resume_state` returned."""
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if (state := self.resume_state()) is not None:
-            torch.save(state, Path(output_dir) / RESUME_STATE.format(self.args.process_index))
+            torch.save(state, self._resume_file(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self.resume_state() is None:
             return
-        file = Path(checkpoint) / RESUME_STATE.format(self.args.process_index)
+        file = self._resume_file(checkpoint)
         if not file.exists():
             raise FileNotFoundError(
                 f"{checkpoint}: no {file.name}; it was saved by fewer processes, or by another trainer: resume with as "
@@ -107,16 +117,26 @@ class Checkpointing(Trainer):
             )
         self.load_resume_state(torch.load(file, weights_only=False))
 
+    def _resume_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"trainer_state_{self.args.process_index}.pt"
+
 
 def checkpoint_to_resume(given: str | bool | None, output_dir: str) -> str | None:
-    """The folder that training goes on from; ``True`` (or the text ``true``) is the last one in ``output_dir``.
+    """Find the folder that training continues from.
 
+    Args:
+        given: a folder; ``True`` (or the text ``true``, ``yes``, ``last``) for the last checkpoint in ``output_dir``;
+            None, ``False`` or their text for a new run.
+        output_dir: of the run.
+    Returns:
+        The folder, or None.
     Raises:
-        ValueError: there is no checkpoint.
+        ValueError: there is no checkpoint, or it does not hold what a run needs.
     """
-    if given in (None, False, "") or str(given).lower() in ("false", "no"):
+    word = str(given).lower()
+    if given in (None, "") or word in ("false", "no"):
         return None
-    if given is True or str(given).lower() in ("true", "yes", "last"):
+    if word in ("true", "yes", "last"):
         last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
         if last is None:
             raise ValueError(f"{output_dir}: no checkpoint to resume from; leave out --resume to start")
@@ -124,23 +144,29 @@ def checkpoint_to_resume(given: str | bool | None, output_dir: str) -> str | Non
     folder = Path(str(given)).expanduser()
     if not folder.is_dir():
         raise ValueError(f"{given}: no such folder to resume from (--resume_from_checkpoint)")
+    last = get_last_checkpoint(str(folder))
     if not (folder / "trainer_state.json").exists():
-        last = get_last_checkpoint(str(folder))
         hint = f"; did you mean {last}?" if last else ""
         raise ValueError(f"{given}: not a checkpoint of a run (no trainer_state.json){hint}")
-    kept = [path.name for path in folder.iterdir()]
-    if not any(name.startswith(("optimizer", "global_step")) for name in kept):
-        last = get_last_checkpoint(str(folder))
-        hint = (
-            f"did you mean {last}?" if last else "it was saved with --save_only_model; train from it as a model instead"
-        )
+    # "global_step…" is DeepSpeed's folder of optimizer states.
+    has_optimizer = any(path.name.startswith(("optimizer", "global_step")) for path in folder.iterdir())
+    if not has_optimizer:
+        hint = "it was saved with --save_only_model; train from it as a model instead"
+        if last:
+            hint = f"did you mean {last}?"
         raise ValueError(f"{given}: holds no state of the optimizer to go on with; {hint}")
     return str(folder)
 
 
-def tell_of_resuming(checkpoint: str, max_steps: int) -> None:
-    """Say where a run goes on, and whether anything is left of it."""
-    step = int(json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+def log_resuming(checkpoint: str, max_steps: int) -> None:
+    """Log the step that a run continues from, and warn if no step is left.
+
+    Args:
+        checkpoint: its folder.
+        max_steps: of the run; 0 or less where epochs are counted.
+    """
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    step = int(state["global_step"])
     logger.info("%s: going on after step %d", checkpoint, step)
     if 0 < max_steps <= step:
         logger.warning("%s: step %d of %d, so nothing is left to train; raise --max_steps", checkpoint, step, max_steps)

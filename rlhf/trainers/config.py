@@ -1,4 +1,4 @@
-"""What all trainers can be told, on top of ``transformers.TrainingArguments``."""
+"""The options that all trainers share, on top of ``transformers.TrainingArguments``."""
 
 import json
 import logging
@@ -16,12 +16,12 @@ from rlhf.trainers.options import check_options, check_packages, greater_is_bett
 logger = logging.getLogger(__name__)
 
 BAD_ROWS = "bad_rows.jsonl"  # in output_dir, with drop_bad_rows
-_OWN_DICTIONARIES = ("model_init_kwargs", "chat_template_kwargs", "loss_kwargs", "teacher_model_init_kwargs")
+_NEVER_A_FILE = ("model_init_kwargs", "chat_template_kwargs", "loss_kwargs", "teacher_model_init_kwargs")
 
 
 @dataclass
 class BaseConfig(TrainingArguments):
-    """What all trainers share, on top of ``transformers.TrainingArguments``."""
+    """The options that all trainers share; names and defaults are TRL's where TRL has the same thing."""
 
     max_length: int | None = field(
         default=1024, metadata={"help": "Longest sequence in tokens. What is longer loses its end, never its prompt."}
@@ -98,7 +98,9 @@ class BaseConfig(TrainingArguments):
         metadata={"help": "Multiply in bfloat16; by default on a GPU that has it (weights stay float32)."},
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave this off: the collator reads."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay false: the collator needs all columns."}
+    )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide a loss that is NaN; a sync a step."})
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]  # noqa: RUF012  # not a field
@@ -112,59 +114,71 @@ class BaseConfig(TrainingArguments):
         check_packages(self)
         super().__post_init__()
         check_options(self)
-        self.columns, self.roles = renames(self.columns, "columns"), renames(self.roles, "roles")
+        self.columns = renames(self.columns, "columns")
+        self.roles = renames(self.roles, "roles")
         if self.max_seq_length is not None:
             logger.warning("max_seq_length is now called max_length; using max_length=%d", self.max_seq_length)
             self.max_length, self.max_seq_length = self.max_seq_length, None
-        if self.ddp_find_unused_parameters is None:  # all are used; looking for others costs a walk of the graph a step
-            self.ddp_find_unused_parameters = False
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # all are used; looking for others walks the graph at each step
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         accelerator: Any = self.accelerator_config
-        accelerator.non_blocking |= self.dataloader_pin_memory  # a copy that waits, waits for all that is under way
-        if self.tokens_per_batch is not None:
-            if self.tokens_per_batch < 1:
-                raise ValueError(f"tokens_per_batch must be at least 1, got {self.tokens_per_batch}")
-            self.per_device_train_batch_size = 1  # of planned batches
+        # A blocking copy would wait for all work that is queued on the device.
+        accelerator.non_blocking |= self.dataloader_pin_memory
+        self._check_numbers()
+        self._check_batches()
+        if self.truncation_mode != "keep_start":
+            raise ValueError(f"truncation_mode {self.truncation_mode!r}: rows are cut at their end (keep_start)")
+
+    def _check_numbers(self) -> None:
         for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
+            raise ValueError(f"tokens_per_batch must be at least 1, got {self.tokens_per_batch}")
+        if self.profile < 0:
+            raise ValueError(f"profile must be a number of steps, got {self.profile}")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2 tokens, got {self.max_length}")
+
+    def _check_batches(self) -> None:
+        plans_rows = self.tokens_per_batch is not None or getattr(self, "packing", False)
         by_length = self.train_sampling_strategy in ("group_by_length", "batch_rebalance")
-        if by_length and (self.tokens_per_batch is not None or getattr(self, "packing", False)):
+        if by_length and plans_rows:
             raise ValueError(
                 f"train_sampling_strategy {self.train_sampling_strategy}: packing and tokens_per_batch plan rows by "
                 "their length already; leave one out"
             )
-        if self.profile < 0:
-            raise ValueError(f"profile must be a number of steps, got {self.profile}")
-        if self.truncation_mode != "keep_start":
-            raise ValueError(f"truncation_mode {self.truncation_mode!r}: rows are cut at their end (keep_start)")
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length must be at least 2 tokens, got {self.max_length}")
+        if self.tokens_per_batch is not None:
+            self.per_device_train_batch_size = 1  # one planned batch
 
     def _set_defaults(self) -> None:
-        """What transformers would decide otherwise; before it does."""
+        """Defaults that differ from transformers', which decides in its own ``__post_init__``."""
         given = [self.report_to] if isinstance(self.report_to, str) else self.report_to or ["none"]
-        self.report_to = [name.strip() for part in given for name in part.split(",") if name.strip()]
+        trackers = [name.strip() for names in given for name in names.split(",")]
+        self.report_to = [name for name in trackers if name]
         if self.bf16 is None:
-            chosen = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"  # by accelerate launch
-            gpu = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-            self.bf16 = gpu and not self.fp16 and not chosen
+            set_by_launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+            has_bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.bf16 = has_bf16 and not self.fp16 and not set_by_launcher
         if self.load_best_model_at_end or self.save_strategy == "best":
             self.metric_for_best_model = self.metric_for_best_model or self.best_metric
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better = greater_is_better(self.metric_for_best_model)
 
     def _check_dictionaries(self) -> None:
-        """Options that are dictionaries, as JSON on the command line."""
+        """Refuse what is no JSON among options that are dictionaries; the command line passes text."""
         for name in self._VALID_DICT_FIELDS:
             value = getattr(self, name)
-            if not isinstance(value, str) or not (value.startswith("{") or name in _OWN_DICTIONARIES):
-                continue  # may be a file's name
+            is_text = isinstance(value, str)
+            # transformers' own dictionaries may also be the name of a file, such as fsdp_config.
+            if not is_text or not (value.startswith("{") or name in _NEVER_A_FILE):
+                continue
             try:
-                found = json.loads(value)
+                parsed = json.loads(value)
             except json.JSONDecodeError as error:
                 raise ValueError(f"--{name} {value}: not valid JSON ({error.msg} at {error.pos + 1})") from error
-            if not isinstance(found, dict):
+            if not isinstance(parsed, dict):
                 raise ValueError(f'--{name} {value}: expected a JSON object, such as {{"name": 1}}')
 
     def _check_choices(self) -> None:
@@ -179,7 +193,11 @@ class BaseConfig(TrainingArguments):
         """Raise where rows with these columns hold nothing to train on; before a model is loaded."""
 
     def limit(self) -> int:
-        """``max_length`` where there must be one."""
+        """``max_length``, for a trainer that samples.
+
+        Raises:
+            ValueError: it is None.
+        """
         if self.max_length is None:
             raise ValueError("max_length is None: sampling needs a longest sequence, pass a number")
         return self.max_length
@@ -194,32 +212,45 @@ class BaseConfig(TrainingArguments):
         }
 
     def model_kwargs(self) -> dict[str, Any]:
-        """What ``from_pretrained`` gets; weights are trained in float32 unless another dtype is given."""
-        own = self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
+        """Keyword arguments of ``from_pretrained``; weights are trained in float32 unless another dtype is given."""
+        given = self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
         hub = {"trust_remote_code": True} if self.trust_remote_code else {}
-        return {"dtype": "float32", **hub, **own}
+        return {"dtype": "float32", **hub, **given}
 
     def reading(self) -> Reading:
-        """How rows are read."""
-        given = self.chat_template_kwargs
+        """How rows are read: names of columns and roles, arguments of the chat template, what happens to bad rows."""
+        template_kwargs = self.chat_template_kwargs
         form = RowFormat(
             columns=self.columns,  # type: ignore[arg-type]  # renames() made a dict of it
             roles=self.roles,  # type: ignore[arg-type]
-            template_kwargs=given if isinstance(given, dict) else {},
+            template_kwargs=template_kwargs if isinstance(template_kwargs, dict) else {},
         )
         bad_rows = str(Path(str(self.output_dir)) / BAD_ROWS) if self.drop_bad_rows else None
         return Reading(form, split_turns=getattr(self, "split_turns", False), bad_rows=bad_rows)
 
 
 def renames(given: Any, option: str) -> dict[str, str]:
-    """``a=b,c=d``, or a dictionary of the same, as a dictionary."""
+    """Read other names of columns or roles.
+
+    Args:
+        given: ``theirs=ours,…``; a list of such texts; a dictionary; or None.
+        option: its name, for messages.
+    Returns:
+        From their names to ours.
+    Raises:
+        ValueError: a part without one ``=``.
+    """
     if given is None:
         return {}
     if isinstance(given, dict):
-        return {str(key): str(value) for key, value in given.items()}
-    words = [
-        word for part in ([given] if isinstance(given, str) else given) for word in part.split(",") if word.strip()
-    ]
-    if wrong := next((word for word in words if word.count("=") != 1), None):
-        raise ValueError(f"--{option} takes pairs such as theirs=ours, got {wrong!r}")
-    return {key.strip(): value.strip() for key, value in (word.split("=") for word in words)}
+        return {str(theirs): str(ours) for theirs, ours in given.items()}
+    names: dict[str, str] = {}
+    for text in [given] if isinstance(given, str) else given:
+        for pair in text.split(","):
+            if not pair.strip():
+                continue
+            if pair.count("=") != 1:
+                raise ValueError(f"--{option} takes pairs such as theirs=ours, got {pair!r}")
+            theirs, ours = pair.split("=")
+            names[theirs.strip()] = ours.strip()
+    return names

@@ -114,15 +114,17 @@ _INSTALLED_AS |= {"optimi": "torch-optimi", "comet_ml": "comet-ml"}
 
 
 def check_options(args: Any) -> None:
-    """Refuse what would be ignored.
+    """Refuse options that would be ignored.
 
+    Args:
+        args: a configuration.
     Raises:
         ValueError: names the option and what to do.
     """
     for name, why in REFUSED.items():
-        value, default = getattr(args, name, None), _default(args, name)
-        if value not in (default, None, [], {}):
-            raise ValueError(f"--{name} {_shown(value)} has no effect here: {why}")
+        value = getattr(args, name, None)
+        if value not in (_default(args, name), None, [], {}):
+            raise ValueError(f"--{name} {_as_typed(value)} has no effect here: {why}")
     if args.label_names not in (None, [], ["labels"]):
         raise ValueError("--label_names has no effect here: batches name their targets themselves")
     if args.accelerator_config.dispatch_batches:
@@ -130,8 +132,10 @@ def check_options(args: Any) -> None:
 
 
 def check_packages(args: Any) -> None:
-    """Refuse what needs a package that is not there, before transformers looks for it.
+    """Refuse options that need a package which is not installed, before transformers looks for it.
 
+    Args:
+        args: a configuration.
     Raises:
         ValueError: names the option and what to install.
     """
@@ -140,8 +144,11 @@ def check_packages(args: Any) -> None:
             raise ValueError(f"--report_to {tracker} is unknown: one of {', '.join(INTEGRATION_TO_CALLBACK)}, or none")
         require(_tracker_package(tracker), f"--report_to {tracker}")
     optimizer = str(getattr(args.optim, "value", args.optim))
-    packages = [package for part, package in _OPTIMIZER_PACKAGES.items() if part in optimizer]
-    require(packages[-1] if packages else None, f"--optim {optimizer}")
+    package = None
+    for part, candidate in _OPTIMIZER_PACKAGES.items():
+        if part in optimizer:
+            package = candidate  # the last that fits counts: galore_adamw_8bit is GaLore's
+    require(package, f"--optim {optimizer}")
     if args.deepspeed:
         require("deepspeed", "--deepspeed")
 
@@ -176,7 +183,7 @@ def as_config(args: Any, config_class: type) -> Any:
     changed = {}
     known = {option.name for option in fields(config_class) if option.init}
     for option in fields(args):
-        # Theirs is true by default and false here, so that it always looks changed.
+        # remove_unused_columns must be false here, whatever was set there.
         if not option.init or option.name not in known or option.name == "remove_unused_columns":
             continue
         value = getattr(args, option.name)
@@ -186,20 +193,34 @@ def as_config(args: Any, config_class: type) -> Any:
 
 
 def require(package: str | None, option: str) -> None:
-    """Raise where an option needs a package that is not installed."""
+    """Check that the package which an option needs is installed.
+
+    Args:
+        package: its name for ``import``; None for no package.
+        option: as it was given, for the message.
+    Raises:
+        ValueError: the package is missing.
+    """
     if package is not None and find_spec(package) is None:
         raise ValueError(f"{option} needs a package that is missing: pip install {_INSTALLED_AS.get(package, package)}")
 
 
 @contextmanager
-def accepting(option: str, given: Any) -> Iterator[None]:
-    """Say which option holds what a function does not take."""
+def accepting(option: str, value: Any) -> Iterator[None]:
+    """Name the option whose entries a function of transformers does not take.
+
+    Args:
+        option: its name.
+        value: its value; a ``TypeError`` without one has another cause, and is raised as it is.
+    Raises:
+        ValueError: in the place of a ``TypeError``.
+    """
     try:
         yield
     except TypeError as error:
-        if not given:
+        if not value:
             raise
-        raise ValueError(f"--{option} {given}: {error}") from error
+        raise ValueError(f"--{option} {value}: {error}") from error
 
 
 def greater_is_better(metric: str) -> bool:
@@ -218,5 +239,6 @@ def _default(args: Any, name: str) -> Any:
     return None if field is None else field.default
 
 
-def _shown(value: Any) -> str:
-    return str(getattr(value, "value", value)).lower() if isinstance(value, bool) else str(value)
+def _as_typed(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
