@@ -196,7 +196,7 @@ def test_options_are_checked_with_the_nearest_name(fails, pairs, tmp_path):
     assert "unknown option --bta; did you mean --beta?" in fails("dpo", pairs, bta=1)
     assert "--beta: invalid float value: 'high'" in fails("dpo", pairs, beta="high")
     line = fails("dpo", pairs, loss_type="dpo")
-    assert "loss_type must be one of sigmoid, hinge, ipo, " in line and "got 'dpo'" in line
+    assert "loss_type 'dpo' is unknown: one of sigmoid, hinge, ipo, " in line
     assert "beta must be in (0.0, inf), got -1.0" in fails("dpo", pairs, beta=-1)
     config = text_file(tmp_path / "c.yaml", "lerning_rate: 1e-6\n")
     assert "c.yaml: unknown key 'lerning_rate'; did you mean learning_rate?" in fails("dpo", pairs, config=config)
