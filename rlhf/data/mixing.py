@@ -5,19 +5,18 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
-from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
+from datasets import IterableDataset, concatenate_datasets, interleave_datasets
 
 from rlhf.data.packing import num_tokens
-from rlhf.data.reading import load_data
+from rlhf.data.reading import Rows, load_data
 from rlhf.data.streams import name_of
 
 logger = logging.getLogger(__name__)
 
-Rows: TypeAlias = Dataset | IterableDataset
-_SOURCE = "_source"
+_SOURCE = "_source"  # column: the index of the data set that a row came from
 
 
 @dataclass(frozen=True)
@@ -25,12 +24,13 @@ class Mixture:
     """Data sets to train on together.
 
     Args:
-        parts: the data sets, each with columns of its own.
-        weights: shares, in any unit; without them, all rows of all are taken, one set after the other. With them, each
-            row comes from a set drawn with these chances, until a set has no row left; no row comes twice.
-        by: what the shares are of: ``"rows"``, or ``"tokens"`` of the tokenised rows.
+        parts: The data sets, each with columns of its own.
+        weights: Shares, in any unit. With them, each row is drawn from one of the sets with these probabilities, until
+            one set has no row left; no row comes twice. Without them, all rows are taken, one set after the other.
+        by: What the shares are of: ``"rows"``, or ``"tokens"`` of the tokenised rows.
+
     Raises:
-        ValueError: no parts, a weight for each is missing or not above 0, or tokens of a stream.
+        ValueError: There are no parts, a weight is missing or not above 0, or tokens of a stream are to be counted.
     """
 
     parts: tuple[Rows, ...]
@@ -45,52 +45,70 @@ class Mixture:
             raise ValueError("a mixture of no data sets")
         if self.weights is not None and (len(self.weights) != len(self.parts) or min(self.weights) <= 0):
             raise ValueError(f"give each data set a weight above 0, or none: {names}; weights {self.weights}")
-        streams = sum(isinstance(part, IterableDataset) for part in self.parts)
-        if streams not in (0, len(self.parts)):
+        streams = [part for part in self.parts if isinstance(part, IterableDataset)]
+        if streams and len(streams) < len(self.parts):
             raise ValueError(f"streams mix with streams only: {names}")
         if streams and self.by == "tokens":
             raise ValueError("a mixture by tokens counts them first, which a stream does not allow: mix by rows")
 
     def tokenised(self, tokenize: Callable[[Rows], Rows], seed: int) -> Rows:
-        """All parts by ``tokenize``, mixed; the same for the same seed."""
-        done = [tokenize(part) for part in self.parts]
-        if isinstance(done[0], IterableDataset):
-            return self._streamed(done, seed)
-        rows = [part.add_column(_SOURCE, [index] * len(part)) for index, part in enumerate(_alike(done))]
+        """Tokenise all parts and mix them.
+
+        Args:
+            tokenize: Tokenises one data set.
+            seed: Decides which rows are drawn.
+
+        Returns:
+            The mixed rows.
+        """
+        parts = [tokenize(part) for part in self.parts]
+        if isinstance(parts[0], IterableDataset):
+            return self._mix_streams(parts, seed)
+        marked = [part.add_column(_SOURCE, [index] * len(part)) for index, part in enumerate(_with_all_columns(parts))]
         if self.weights is None:
-            mixed = concatenate_datasets(rows)
+            mixed = concatenate_datasets(marked)
         else:
-            chances = self._chances(done)
-            # A set may be sorted, and its end is left out where another is used up first.
-            rows = [part.shuffle(seed=seed) for part in rows]
-            mixed = interleave_datasets(rows, probabilities=chances, seed=seed, stopping_strategy="first_exhausted")
-        self._tell(done, mixed)
+            # A set may be sorted, and its last rows are left out if another set is used up first.
+            mixed = _interleave([part.shuffle(seed=seed) for part in marked], self._probabilities(parts), seed)
+        self._log_shares(parts, mixed)
         return mixed.remove_columns(_SOURCE)
 
-    def _chances(self, rows: Sequence[Any]) -> list[float]:
-        """Of drawing a row of each part."""
+    def _probabilities(self, parts: Sequence[Any]) -> list[float]:
+        """Of drawing a row from each part."""
         weights = np.array(self.weights, dtype=float)
         if self.by == "tokens":
-            weights /= [max(num_tokens(part).mean(), 1) for part in rows]
+            mean_lengths = [num_tokens(part).mean() for part in parts]
+            weights /= np.maximum(mean_lengths, 1)
         return (weights / weights.sum()).tolist()
 
-    def _streamed(self, streams: list[Any], seed: int) -> IterableDataset:
+    def _mix_streams(self, streams: list[Any], seed: int) -> IterableDataset:
         if self.weights is None:
             return concatenate_datasets(streams)
-        chances = self._chances(streams)
-        for part, chance in zip(self.parts, chances, strict=True):
-            logger.info("%s: %.1f %% of the rows", name_of(part), 100 * chance)
-        return interleave_datasets(streams, probabilities=chances, seed=seed, stopping_strategy="first_exhausted")
+        probabilities = self._probabilities(streams)
+        for part, probability in zip(self.parts, probabilities, strict=True):
+            logger.info("%s: %.1f %% of the rows", name_of(part), 100 * probability)
+        return _interleave(streams, probabilities, seed)
 
-    def _tell(self, parts: Sequence[Any], mixed: Any) -> None:
+    def _log_shares(self, parts: Sequence[Any], mixed: Any) -> None:
         sources = np.array(mixed[_SOURCE][:])
         tokens = num_tokens(mixed)
         for index, part in enumerate(parts):
-            own = sources == index
+            is_from_part = sources == index
+            row_share = 100 * is_from_part.mean()
+            token_share = 100 * tokens[is_from_part].sum() / max(tokens.sum(), 1)
             logger.info(
-                "%s: %d of %d rows: %.1f %% of all rows, %.1f %% of all tokens", name_of(self.parts[index]), own.sum(),
-                len(part), 100 * own.mean(), 100 * tokens[own].sum() / max(tokens.sum(), 1),
-            )  # fmt: skip
+                "%s: %d of %d rows: %.1f %% of all rows, %.1f %% of all tokens",
+                name_of(self.parts[index]),
+                is_from_part.sum(),
+                len(part),
+                row_share,
+                token_share,
+            )
+
+
+def _interleave(parts: list[Any], probabilities: list[float], seed: int) -> Any:
+    """Draw rows from the parts until one of them is used up."""
+    return interleave_datasets(parts, probabilities=probabilities, seed=seed, stopping_strategy="first_exhausted")
 
 
 def load_datasets(
@@ -101,55 +119,73 @@ def load_datasets(
     mixture: str = "rows",
     streaming: bool = False,
 ) -> Rows | Mixture:
-    """One data set, or a mixture of several: ``["a.jsonl:0.7", "b.parquet:0.3"]``, or names to weights.
+    """Load one data set, or a mixture of several: ``["a.jsonl:0.7", "b.parquet:0.3"]``, or names to weights.
 
     Args:
-        sources: as :func:`load_data` takes them, each with its weight after a colon, or all without.
-        split, name, streaming: as in :func:`load_data`, for each.
-        mixture: whether weights are shares of ``"rows"`` or of ``"tokens"``.
+        sources: As :func:`load_data` takes them, each with its weight after a colon, or all without.
+        split: As in :func:`load_data`, for each.
+        name: As in :func:`load_data`, for each.
+        mixture: Whether weights are shares of ``"rows"`` or of ``"tokens"``.
+        streaming: As in :func:`load_data`, for each.
+
+    Returns:
+        The rows of one data set, or the mixture.
+
     Raises:
-        ValueError: some have a weight and some have none; or a fault of a data set.
+        ValueError: Some have a weight and some have none; or a data set cannot be read.
     """
-    given = [sources] if isinstance(sources, str) else list(sources)
-    pairs = list(sources.items()) if isinstance(sources, Mapping) else [_split_weight(source) for source in given]
-    weights = [weight for _, weight in pairs if weight is not None]
-    if weights and len(weights) < len(pairs):
-        bare = next(source for source, weight in pairs if weight is None)
-        raise ValueError(f"{bare} has no weight, but others have: give each one (name:0.5), or none")
-    parts = tuple(load_data(source, split, name, streaming) for source, _ in pairs)
+    weight_of: list[tuple[str, float | None]]
+    if isinstance(sources, Mapping):
+        weight_of = list(sources.items())
+    else:
+        weight_of = [_split_weight(source) for source in ([sources] if isinstance(sources, str) else sources)]
+    weights = [float(weight) for _, weight in weight_of if weight is not None]
+    if weights and len(weights) < len(weight_of):
+        unweighted = next(source for source, weight in weight_of if weight is None)
+        raise ValueError(f"{unweighted} has no weight, but others have: give each one (name:0.5), or none")
+    parts = tuple(load_data(source, split, name, streaming) for source, _ in weight_of)
     if len(parts) == 1:
         return parts[0]
-    return Mixture(parts, tuple(map(float, weights)) or None, mixture)  # type: ignore[arg-type]  # checked there
+    return Mixture(parts, tuple(weights) or None, mixture)  # type: ignore[arg-type]  # Mixture checks the word
 
 
 def shuffled(rows: Rows | Mixture, seed: int, buffer: int) -> Any:
-    """Streams whose rows are drawn from the next ``buffer`` ones (0: in their order); other rows as they are."""
+    """Shuffle streams; other rows stay as they are, as a sampler shuffles them.
+
+    Args:
+        rows: Rows or a mixture.
+        seed: Decides the order.
+        buffer: Each row is drawn from so many next ones; 0 keeps the order.
+
+    Returns:
+        The rows.
+    """
     if isinstance(rows, Mixture):
         return replace(rows, parts=tuple(shuffled(part, seed, buffer) for part in rows.parts))
     if not isinstance(rows, IterableDataset) or buffer == 0:
         return rows
-    mixed = rows.shuffle(seed=seed, buffer_size=buffer)
-    mixed.info.dataset_name = rows.info.dataset_name
-    return mixed
+    in_new_order = rows.shuffle(seed=seed, buffer_size=buffer)
+    in_new_order.info.dataset_name = rows.info.dataset_name
+    return in_new_order
 
 
 def _split_weight(source: str) -> tuple[str, float | None]:
-    """``a.jsonl:0.7`` taken apart; a file that has such a name is a file."""
-    found = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", source)
-    if found is None or Path(source).exists():
+    """Split ``a.jsonl:0.7`` into source and weight. If a file has such a name, it is the file."""
+    match = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", source)
+    if match is None or Path(source).exists():
         return source, None
-    return found.group(1), float(found.group(2))
+    return match.group(1), float(match.group(2))
 
 
-def _alike(parts: Sequence[Any]) -> list[Any]:
-    """The parts with the columns that only some of them have: what it means not to have them."""
-    names = {name for part in parts for name in part.column_names}
+def _with_all_columns(parts: Sequence[Any]) -> list[Any]:
+    """The parts with the columns that only some of them have, filled with the values that their absence means."""
+    all_names = {name for part in parts for name in part.column_names}
     filled = []
     for part in parts:
-        missing = names - set(part.column_names)
+        missing = all_names - set(part.column_names)
         if "margin" in missing:
             part = part.add_column("margin", [0.0] * len(part))
-        if "labels" in missing and "chosen_ids" in names:
+        if "labels" in missing and "chosen_ids" in all_names:
             part = part.map(lambda row: {"labels": [row["chosen_ids"], row["rejected_ids"]]})
         filled.append(part)
     return filled

@@ -1,4 +1,4 @@
-"""Rows of many short examples: which go together is planned once, before training."""
+"""Several short examples in one row: which go together is decided once, before training. Sizes of tokenised rows."""
 
 import logging
 from bisect import bisect_left, insort
@@ -16,108 +16,162 @@ logger = logging.getLogger(__name__)
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put items into few bins: the longest first, each into the fullest bin that still has room.
+    """Put items into few bins: the longest first, each into the fullest bin that still has space.
 
     Args:
-        lengths: size of each item. capacity: of a bin; an item that is larger gets a bin of its own.
+        lengths: Size of each item.
+        capacity: Of a bin. A larger item gets a bin of its own.
+
     Returns:
         Indices of the items in each bin; at most 11/9 of the least possible number of bins, plus four.
 
     Source: Johnson et al. 1974; for language models arXiv 2404.10830.
     """
     bins: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (room, bin) in order of room
-    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    free_spaces: list[tuple[int, int]] = []  # (free space, index of the bin), in order
+    for item in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         length = lengths[item]
-        place = bisect_left(rooms, (length, -1))
-        if place < len(rooms):
-            room, index = rooms.pop(place)
-            bins[index].append(item)
+        position = bisect_left(free_spaces, (length, -1))
+        if position < len(free_spaces):
+            free_space, bin_index = free_spaces.pop(position)
+            bins[bin_index].append(item)
         else:
-            room, index = capacity, len(bins)
+            free_space, bin_index = capacity, len(bins)
             bins.append([item])
-        if room > length:
-            insort(rooms, (room - length, index))
+        if free_space > length:
+            insort(free_spaces, (free_space - length, bin_index))
     return bins
 
 
 def num_tokens(rows: Dataset) -> np.ndarray:
-    """Tokens of each row when its prompt is computed once; int64 [rows]."""
-    table = rows.with_format("arrow")[:]
-    names = [name for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids") if name in table.column_names]
-    columns = [table[name] for name in names]
-    if "completions" in table.column_names:  # one in each row
-        columns.append(pc.list_flatten(table["completions"]))
-    return sum(pc.list_value_length(column).to_numpy().astype(np.int64) for column in columns)
+    """Count the tokens of each row when its prompt is computed once.
+
+    Args:
+        rows: Tokenised rows.
+
+    Returns:
+        int64 [rows].
+    """
+    lengths = _lengths_of_columns(rows, ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids", "completions"))
+    return sum(lengths.values())  # type: ignore[return-value]
 
 
 def longest_sequences(rows: Dataset) -> np.ndarray:
-    """Tokens of the longest sequence of each row, a prompt with one of its answers; int64 [rows]."""
+    """Count the tokens of the longest sequence of each row: a prompt with one of its answers.
+
+    Args:
+        rows: Tokenised rows.
+
+    Returns:
+        int64 [rows].
+    """
+    lengths = _lengths_of_columns(rows, ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids"))
+    if "input_ids" in lengths:
+        return lengths["input_ids"]
+    if "labels" in rows.column_names:  # otherwise `completions` is a column of the user's, beside a prompt
+        lengths |= _lengths_of_columns(rows, ("completions",))
+    prompts = lengths.pop("prompt_ids")
+    return prompts + (np.maximum.reduce(list(lengths.values())) if lengths else 0)
+
+
+def _lengths_of_columns(rows: Dataset, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Tokens of each row in those of the columns that are there, int64 [rows] each."""
     table = rows.with_format("arrow")[:]
-    own = {name: _lengths(table[name]) for name in ("input_ids", "prompt_ids") if name in table.column_names}
-    answers = [_lengths(table[name]) for name in ("chosen_ids", "rejected_ids") if name in table.column_names]
-    if "completions" in table.column_names and "labels" in table.column_names:
-        answers.append(_lengths(pc.list_flatten(table["completions"])))  # one in each row
-    longest = np.maximum.reduce(answers) if answers else 0
-    return own["input_ids"] if "input_ids" in own else own["prompt_ids"] + longest
-
-
-def _lengths(column: Any) -> np.ndarray:
-    return pc.list_value_length(column).to_numpy().astype(np.int64)
+    lengths = {}
+    for name in names:
+        if name not in table.column_names:
+            continue
+        column = table[name]
+        if name == "completions":  # a list of one completion
+            column = pc.list_flatten(column)
+        lengths[name] = pc.list_value_length(column).to_numpy().astype(np.int64)
+    return lengths
 
 
 def largest_token(rows: Dataset) -> int:
-    """The largest id in tokenised rows, nested or not; -1 where there is none."""
+    """Find the largest id in tokenised rows.
+
+    Args:
+        rows: Tokenised rows.
+
+    Returns:
+        The id; -1 if there is none.
+    """
     table = rows.with_format("arrow")[:]
     largest = -1
     for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids", "completions", "mismatched"):
-        column = table[name] if name in table.column_names else None
-        while column is not None and pa.types.is_nested(column.type):
+        if name not in table.column_names:
+            continue
+        column = table[name]
+        while pa.types.is_nested(column.type):
             column = pc.list_flatten(column)
-        if column is not None and len(column):
+        if len(column):
             largest = max(largest, pc.max(column).as_py() or -1)
     return largest
 
 
 def hash_of_tokens(rows: Dataset, columns: Sequence[str]) -> str:
-    """Of the lists of ids in ``columns``, nested or not, row by row; however the rows lie in memory."""
+    """Hash lists of ids, row by row. The result does not depend on how the rows lie in memory.
+
+    Args:
+        rows: Tokenised rows.
+        columns: Names of columns that hold lists of ids, nested or not.
+
+    Returns:
+        64 bits in hexadecimal digits.
+    """
     digest = xxhash.xxh3_64()
     table = rows.with_format("arrow")[:]
     for column in columns:
-        parts = table[column].chunks
-        while parts and pa.types.is_list(parts[0].type):
-            for part in parts:
-                digest.update(np.ascontiguousarray(pc.list_value_length(part).to_numpy()).data)
-            parts = [part.flatten() for part in parts]
-        for part in parts:
-            digest.update(np.ascontiguousarray(part.to_numpy()).data)
+        chunks = table[column].chunks
+        while chunks and pa.types.is_list(chunks[0].type):
+            # The lengths tell [[1], [2]] from [[1, 2]].
+            for chunk in chunks:
+                digest.update(np.ascontiguousarray(pc.list_value_length(chunk).to_numpy()).data)
+            chunks = [chunk.flatten() for chunk in chunks]
+        for chunk in chunks:
+            digest.update(np.ascontiguousarray(chunk.to_numpy()).data)
     return digest.hexdigest()
 
 
 class Packed(TorchDataset[dict[str, Any]]):
-    """Tokenised rows, several to an item: ``{"examples": [row, ...]}``, at most ``capacity`` tokens.
+    """Tokenised rows, several to an item: ``{"examples": [row, ...]}``.
 
     The bins stay the same in each epoch; their order is the sampler's.
+
+    Args:
+        rows: Tokenised rows.
+        capacity: Tokens of an item. A longer row is an item by itself.
     """
 
     def __init__(self, rows: Dataset, capacity: int) -> None:
         lengths = num_tokens(rows).tolist()
         self.rows = rows
         self.bins = best_fit_decreasing(lengths, capacity)
+        count = len(self.bins)
+        total = sum(lengths)
         logger.info(
             "packed %d rows into %d of at most %d tokens: %.1f rows and %.0f tokens each, %.1f %% full",
-            len(rows), len(self.bins), capacity, len(rows) / len(self.bins), sum(lengths) / len(self.bins),
-            100 * sum(lengths) / len(self.bins) / capacity,
-        )  # fmt: skip
-        if longest := [length for length in lengths if length > capacity]:
+            len(rows),
+            count,
+            capacity,
+            len(rows) / count,
+            total / count,
+            100 * total / count / capacity,
+        )
+        if too_long := [length for length in lengths if length > capacity]:
             logger.warning(
                 "%d of %d rows are longer than the %d tokens of a batch (up to %d): each is a batch by itself",
-                len(longest), len(rows), capacity, max(longest),
-            )  # fmt: skip
+                len(too_long),
+                len(rows),
+                capacity,
+                max(too_long),
+            )
 
     def __len__(self) -> int:
         return len(self.bins)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         columns = self.rows[self.bins[index]]
-        return {"examples": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]}
+        examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return {"examples": examples}

@@ -1,9 +1,9 @@
-"""Rows from files, a saved folder or the hub."""
+"""Rows from files, a folder, a saved data set or the hub."""
 
 import glob
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import (
     Dataset,
@@ -20,136 +20,173 @@ from datasets.exceptions import DatasetGenerationError
 from rlhf.data.tables import as_table, chain_rows
 from rlhf.data.text_files import READERS, suffix
 
+Rows: TypeAlias = Dataset | IterableDataset
+
 _PARQUET = ".parquet"
 _FORMATS = (*READERS, _PARQUET)
-_FAULTS = (DatasetGenerationError, ValueError, OSError, EOFError, StopIteration)
+_SAVED_FILES = ("state.json", "dataset_dict.json")  # `datasets` writes one of them with a saved data set
+_LOADING_ERRORS = (DatasetGenerationError, ValueError, OSError, EOFError, StopIteration)
 
 
-def load_data(
-    source: str, split: str = "train", name: str | None = None, streaming: bool = False
-) -> Dataset | IterableDataset:
-    """Load rows, remembering where they came from for error messages (``dataset.info.dataset_name``).
+def load_data(source: str, split: str = "train", name: str | None = None, streaming: bool = False) -> Rows:
+    """Load rows.
 
-    Text stays text, and objects keep their own keys, in every text format.
+    Text stays text, and objects keep their own keys, in every text format. ``dataset.info.dataset_name`` holds the
+    source, for error messages.
 
     Args:
-        source: a file of JSON, JSON lines, Parquet, CSV, TSV or plain text (a row a line), all but Parquet also .gz,
-            .bz2, .xz or .zst; a pattern (``data/*.jsonl``); a folder of such files, or one saved by ``datasets``; a hub
-            name.
-        split: split of a folder or a hub data set, or a slice of it (``train[:1000]``); files are all ``train``.
-        name: configuration of a hub data set.
-        streaming: read row by row while training, and keep none.
+        source: A file of JSON, JSON lines, Parquet, CSV, TSV or plain text (a row a line), all but Parquet also
+            compressed (.gz, .bz2, .xz, .zst); a pattern (``data/*.jsonl``); a folder of such files, or one saved by
+            ``datasets``; or a name on the hub.
+        split: Split of a folder or a hub data set, or a slice of it (``train[:1000]``). Files are all ``train``.
+        name: Configuration of a hub data set.
+        streaming: Whether rows are read one by one while training, and not kept.
+
+    Returns:
+        The rows.
+
     Raises:
-        FileNotFoundError: no such file or folder, or nothing matches the pattern.
-        ValueError: the file cannot be read; names the file and, for text formats, the row.
+        FileNotFoundError: There is no such file or folder, or no file matches the pattern.
+        ValueError: A file cannot be read; names the file and, for text formats, the row.
     """
     path = Path(source).expanduser()
+    is_path = suffix(path) in _FORMATS or source.startswith((".", "/", "~")) or source.count("/") > 1
     try:
         if path.is_file():
             rows = _from_files([path], split, streaming)
         elif path.is_dir():
             rows = _from_folder(path, split, name, streaming)
         elif glob.has_magic(source):
-            rows = _from_files(_matching(path), split, streaming)
-        elif suffix(path) in _FORMATS or source.startswith((".", "/", "~")) or source.count("/") > 1:
+            rows = _from_files(_matching_files(path), split, streaming)
+        elif is_path:
             raise FileNotFoundError(f"{source}: no such file or folder")
         else:
             rows = _from_hub(source, split, name, streaming)
-    except _FAULTS as error:
-        if isinstance(error, FileNotFoundError) or str(error).startswith(str(path)):
+    except _LOADING_ERRORS as error:
+        names_file = str(error).startswith(str(path))
+        if isinstance(error, FileNotFoundError) or names_file:
             raise
         raise ValueError(f"{source}: {_first_line(error)}") from error
-    # Rows of a slice are numbered within it.
+    # The rows of a slice are numbered within it, so the name has to tell the slice.
     rows.info.dataset_name = f"{source} ({split})" if "[" in split else source
     return rows
 
 
-def _matching(pattern: Path) -> list[Path]:
-    files = sorted(Path(file) for file in glob.glob(str(pattern), recursive=True) if Path(file).is_file())
+# Files
+
+
+def _matching_files(pattern: Path) -> list[Path]:
+    paths = map(Path, glob.glob(str(pattern), recursive=True))
+    files = sorted(path for path in paths if path.is_file())
     if not files:
         raise FileNotFoundError(f"{pattern}: no file matches")
     return files
 
 
-def _from_files(files: list[Path], split: str, streaming: bool) -> Dataset | IterableDataset:
-    kinds = {file: suffix(file) for file in files}
-    if unknown := [file for file, kind in kinds.items() if kind not in _FORMATS]:
-        raise ValueError(f"{unknown[0]}: cannot tell the format; rename it to one of {', '.join(_FORMATS)}")
-    columnar = [file for file, kind in kinds.items() if kind == _PARQUET]
-    if columnar and len(columnar) < len(files):
-        other = next(file for file in files if file not in columnar)
-        raise ValueError(f"{columnar[0]} and {other.name} are of two kinds: name them as two data sets")
+def _from_files(files: list[Path], split: str, streaming: bool) -> Rows:
+    for file in files:
+        if suffix(file) not in _FORMATS:
+            raise ValueError(f"{file}: cannot tell the format; rename it to one of {', '.join(_FORMATS)}")
+    parquet_files = [file for file in files if suffix(file) == _PARQUET]
+    if parquet_files and len(parquet_files) < len(files):
+        other = next(file for file in files if file not in parquet_files)
+        raise ValueError(f"{parquet_files[0]} and {other.name} are of two kinds: name them as two data sets")
     if streaming:
-        return _sliced_stream({"train": _stream(files, bool(columnar))}, split)
-    rows = _parquet(files, False) if columnar else as_table(files)
-    return _sliced({"train": rows}, split)
+        stream = _from_parquet(files, streaming) if parquet_files else _stream_of_text(files)
+        return _slice_stream({"train": stream}, split)
+    rows = _from_parquet(files, streaming) if parquet_files else as_table(files)
+    return _slice({"train": rows}, split)
 
 
-def _stream(files: list[Path], columnar: bool) -> IterableDataset:
-    if columnar:
-        return _parquet(files, True)
+def _stream_of_text(files: list[Path]) -> IterableDataset:
     return IterableDataset.from_generator(chain_rows, gen_kwargs={"files": files})
 
 
-def _parquet(files: list[Path], streaming: bool) -> Any:
+def _from_parquet(files: list[Path], streaming: bool) -> Any:
     names = [glob.escape(str(file)) for file in files]
     try:
         return load_dataset("parquet", data_files=names, split="train", streaming=streaming)
-    except _FAULTS as error:
-        raise ValueError(f"{files[0]}: cannot be read ({_first_line(error.__cause__ or error)})") from error
+    except _LOADING_ERRORS as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"{files[0]}: cannot be read ({_first_line(cause)})") from error
 
 
-def _from_folder(path: Path, split: str, name: str | None, streaming: bool) -> Dataset | IterableDataset:
-    if any((path / mark).exists() for mark in ("state.json", "dataset_dict.json")):
+# Folders and the hub
+
+
+def _from_folder(path: Path, split: str, name: str | None, streaming: bool) -> Rows:
+    if any((path / file).exists() for file in _SAVED_FILES):
         saved = load_from_disk(str(path))
         splits = dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
-        rows = _sliced(splits, split)
+        rows = _slice(splits, split)
         return rows.to_iterable_dataset() if streaming else rows
+
+    text_files = _text_files_of(path)
+    if text_files is None:
+        return load_dataset(str(path), name, split=split, streaming=streaming)
+    wanted = _split_name(split)
+    if wanted not in text_files:
+        raise ValueError(f"{path}: no split {split!r}; it has {', '.join(text_files)}")
+    if streaming:
+        return _slice_stream({wanted: _stream_of_text(text_files[wanted])}, split)
+    return _slice({wanted: as_table(text_files[wanted])}, split)
+
+
+def _text_files_of(path: Path) -> dict[str, list[Path]] | None:
+    """The files of each split of a folder; None if some are not text, so that ``datasets`` has to read the folder."""
     try:
         patterns = get_data_patterns(str(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: holds no file of {', '.join(_FORMATS)}") from None
-    found = DataFilesDict.from_patterns(patterns, base_path=str(path))
-    files = {key: [Path(file) for file in names if suffix(Path(file)) in READERS] for key, names in found.items()}
-    if all(files[key] and len(files[key]) == len(found[key]) for key in found):
-        parts = {key: value for key, value in files.items() if key == re.split(r"\W", split)[0]}
-        if not parts:
-            raise ValueError(f"{path}: no split {split!r}; it has {', '.join(map(str, found))}")
-        if streaming:
-            return _sliced_stream({key: _stream(value, False) for key, value in parts.items()}, split)
-        return _sliced({key: as_table(value) for key, value in parts.items()}, split)
-    return load_dataset(str(path), name, split=split, streaming=streaming)
+    files = {
+        split: [Path(file) for file in names]
+        for split, names in DataFilesDict.from_patterns(patterns, base_path=str(path)).items()
+    }
+    are_text = all(names and all(suffix(file) in READERS for file in names) for names in files.values())
+    return files if are_text else None
 
 
-def _from_hub(source: str, split: str, name: str | None, streaming: bool) -> Dataset | IterableDataset:
+def _from_hub(source: str, split: str, name: str | None, streaming: bool) -> Rows:
     try:
-        if streaming:
-            base = re.split(r"\W", split)[0]
-            return _sliced_stream({base: load_dataset(source, name, split=base, streaming=True)}, split)
-        return load_dataset(source, name, split=split)
+        if not streaming:
+            return load_dataset(source, name, split=split)
+        wanted = _split_name(split)  # `datasets` slices no streams
+        return _slice_stream({wanted: load_dataset(source, name, split=wanted, streaming=True)}, split)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source}: neither a file here nor a data set on the hub ({_first_line(error)})") from error
 
 
-def _sliced(splits: dict[str, Dataset], split: str) -> Dataset:
-    parts = ReadInstruction.from_spec(split).to_absolute({key: len(rows) for key, rows in splits.items()})
-    if len(parts) == 1 and parts[0].from_ == 0 and parts[0].to == len(splits[parts[0].splitname]):
-        return splits[parts[0].splitname]
-    return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
+# Slices
 
 
-def _sliced_stream(splits: dict[str, IterableDataset], split: str) -> IterableDataset:
-    found = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", split)
-    if found is None:
+def _split_name(split: str) -> str:
+    """The split of a slice: ``train`` of ``train[:1000]``."""
+    return re.split(r"\W", split)[0]
+
+
+def _slice(splits: dict[str, Dataset], split: str) -> Dataset:
+    lengths = {key: len(rows) for key, rows in splits.items()}
+    instructions = ReadInstruction.from_spec(split).to_absolute(lengths)
+    first = instructions[0]
+    if len(instructions) == 1 and (first.from_, first.to) == (0, lengths[first.splitname]):
+        return splits[first.splitname]
+    return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in instructions])
+
+
+def _slice_stream(splits: dict[str, IterableDataset], split: str) -> IterableDataset:
+    match = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", split)
+    if match is None:
         raise ValueError(f"split {split!r} needs the number of rows, which a stream does not know: use train[:1000]")
-    base, start, end = found.groups()
-    if base not in splits:
-        raise ValueError(f"no split {base!r}; it has {', '.join(splits)}")
-    rows = splits[base]
+    name, start, end = match.groups()
+    if name not in splits:
+        raise ValueError(f"no split {name!r}; it has {', '.join(splits)}")
+    rows = splits[name]
     first = int(start or 0)
-    rows = rows.skip(first) if first else rows
+    if first:
+        rows = rows.skip(first)
     return rows.take(max(int(end) - first, 0)) if end else rows
 
 
 def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

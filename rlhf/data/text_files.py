@@ -17,59 +17,96 @@ import pyarrow as pa
 
 Row = dict[str, Any]
 
-_CONTAINERS = ("data", "rows", "train", "examples", "instances")  # keys of a JSON object that hold all its rows
-_SPACE = re.compile(r"[ \t\r\n]*")
-_DELIMITERS = ",;\t|"  # the first of those that give most columns
+_CONTAINER_KEYS = ("data", "rows", "train", "examples", "instances")  # of a JSON object that holds all rows
+_WHITE_SPACE = re.compile(r"[ \t\r\n]*")
+_DELIMITERS = ",;\t|"
+_LONGEST_FIELD = 2**31 - 1  # characters of a CSV field; Python's own limit is 131072
 
 
-def _zstd(path: Path) -> Any:
+def _open_zstd(path: Path) -> Any:
     return BufferedReader(pa.input_stream(str(path), compression="zstd"))
 
 
-def _plain(path: Path) -> Any:
+def _open_plain(path: Path) -> Any:
     return path.open("rb")
 
 
-_COMPRESSIONS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}
+_COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstd,
+}
+_COMPRESSION_NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
 
 
 def suffix(path: Path) -> str:
-    """Of the format, in lower case, without that of a compression: ``.jsonl`` of ``A.JSONL.gz``."""
-    parts = [part.lower() for part in path.suffixes]
-    if parts and parts[-1] in _COMPRESSIONS:
-        parts.pop()
-    return parts[-1] if parts else ""
+    """The suffix of a file's format, in lower case and without that of a compression.
+
+    Args:
+        path: A file, such as ``A.JSONL.gz``.
+
+    Returns:
+        The suffix, such as ``.jsonl``; empty if there is none.
+    """
+    suffixes = [part.lower() for part in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file in one of the formats of :data:`READERS`, one after the other.
+    """Read a file row by row.
+
+    Args:
+        path: A file in one of the formats of :data:`READERS`, which may be compressed.
+
+    Yields:
+        Its rows.
 
     Raises:
-        ValueError: which row cannot be read, and why; without the file's name.
+        ValueError: A row cannot be read; names the row and the reason, but not the file.
     """
+    is_compressed = path.suffix.lower() in _COMPRESSIONS
     number = 0
-    packed = path.suffix.lower() in _COMPRESSIONS
     try:
-        with _opened(path) as file:
-            for number, row in enumerate(READERS[suffix(path)](file), start=1):  # noqa: B007  # read below
+        with _open_text(path) as file:
+            for row in READERS[suffix(path)](file):
+                number += 1
                 yield row
     except UnicodeError:
-        raise ValueError(f"line {_torn_line(path)} is not UTF-8 text; save the file as UTF-8") from None
+        raise ValueError(f"line {_first_broken_line(path)} is not UTF-8 text; save the file as UTF-8") from None
     except EOFError:
         raise _ends_early(path, number) from None
     except (OSError, lzma.LZMAError) as error:
-        if packed and "runcated" in str(error):
+        if is_compressed and "runcated" in str(error):  # "Truncated" or "truncated", by the library
             raise _ends_early(path, number) from None
         raise ValueError(f"after row {number}: cannot be read ({error})") from None
     if number == 0:
         raise ValueError("the file is empty")
 
 
-def _torn_line(path: Path) -> int:
-    """The first line that is not UTF-8."""
+@contextmanager
+def _open_text(path: Path) -> Iterator[IO[str]]:
+    """Open a file as text: UTF-8, or UTF-16 if it begins with the mark of that."""
+    open_bytes = _opener(path)
+    with open_bytes(path) as file:
+        byte_order_mark = file.read(2)
+    encoding = "utf-16" if byte_order_mark in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    with open_bytes(path) as file, TextIOWrapper(file, encoding, newline="") as text:
+        yield text
+
+
+def _opener(path: Path) -> Callable[[Path], Any]:
+    return _COMPRESSIONS.get(path.suffix.lower(), _open_plain)
+
+
+def _first_broken_line(path: Path) -> int:
+    """The number of the first line that is not UTF-8."""
     number = 0
-    with _COMPRESSIONS.get(path.suffix.lower(), _plain)(path) as file:
-        for number, line in enumerate(file, start=1):  # noqa: B007  # read below
+    with _opener(path)(path) as file:
+        for line in file:
+            number += 1
             try:
                 line.decode()
             except UnicodeDecodeError:
@@ -78,48 +115,55 @@ def _torn_line(path: Path) -> int:
 
 
 def _ends_early(path: Path, number: int) -> ValueError:
-    kind = {".gz": "gzip", ".xz": "xz", ".bz2": "bzip2", ".zst": "zstd"}[path.suffix.lower()]
-    return ValueError(f"the {kind} file ends early, after row {number}; copy or download it again")
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[str]]:
-    """The text of a file: UTF-8, or UTF-16 where its first bytes say so."""
-    opener = _COMPRESSIONS.get(path.suffix.lower(), _plain)
-    with opener(path) as file:
-        start = file.read(2)
-    encoding = "utf-16" if start in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    with opener(path) as file, TextIOWrapper(file, encoding, newline="") as text:
-        yield text
+    name = _COMPRESSION_NAMES[path.suffix.lower()]
+    return ValueError(f"the {name} file ends early, after row {number}; copy or download it again")
 
 
 # JSON
 
 
-def _json(file: IO[str], may_hold: bool = True) -> Iterator[Row]:
-    """Lines of one object each; an array of objects; or (``may_hold``) one object that holds the rows, or columns."""
+def _read_json(file: IO[str]) -> Iterator[Row]:
+    return _parse_json(file, may_be_container=True)
+
+
+def _read_json_lines(file: IO[str]) -> Iterator[Row]:
+    return _parse_json(file, may_be_container=False)
+
+
+def _parse_json(file: IO[str], may_be_container: bool) -> Iterator[Row]:
+    """Parse lines of one object each, an array of objects, or objects that are broken into lines.
+
+    Args:
+        file: The text.
+        may_be_container: Whether a single object may hold all rows, or columns, instead of being a row.
+    """
     lines = iter(file)
-    head = next((line for line in lines if line.strip()), "")
-    first = _value(head)
-    second = next((line for line in lines if line.strip()), None) if isinstance(first, dict) else None
-    if isinstance(first, dict) and second is None:
-        yield from _unwrapped(first) if may_hold else [first]
-    elif isinstance(first, dict):
+    first_line = next((line for line in lines if line.strip()), "")
+    first = _parse_line(first_line)
+    if not isinstance(first, dict):
+        if first_line:
+            yield from _parse_document(first_line + file.read(), may_be_container)
+        return
+    second_line = next((line for line in lines if line.strip()), None)
+    if second_line is not None:
         yield first
-        yield from _lines(chain([second or ""], lines))
-    elif head:
-        yield from _values(head + file.read(), may_hold)
+        yield from _parse_lines(chain([second_line], lines))
+    elif may_be_container:
+        yield from _rows_of_container(first)
+    else:
+        yield first
 
 
-def _value(line: str) -> Any:
-    """Of a line that is JSON by itself; None otherwise."""
+def _parse_line(line: str) -> Any:
+    """The value of a line that is JSON by itself; None for any other."""
     try:
         return json.loads(line)
     except json.JSONDecodeError:
         return None
 
 
-def _lines(lines: Iterator[str]) -> Iterator[Row]:
+def _parse_lines(lines: Iterator[str]) -> Iterator[Row]:
+    """The rows from the second one on, a line each."""
     number = 1
     for line in lines:
         if not line.strip():
@@ -128,65 +172,89 @@ def _lines(lines: Iterator[str]) -> Iterator[Row]:
         try:
             value = json.loads(line)
         except json.JSONDecodeError as error:
-            raise _invalid(number, error.msg, error.pos) from None
-        yield _row(value, number)
+            raise _invalid_json(number, error.msg, error.pos) from None
+        yield _as_row(value, number)
 
 
-def _values(text: str, may_hold: bool) -> Iterator[Row]:
-    """Of a whole file: an array's elements, or objects one after the other, however they are broken into lines."""
-    decoder, at, number = json.JSONDecoder(), _skip(text, 0), 0
-    array = text[at] == "["
-    at = _skip(text, at + array)
-    while at < len(text) and not (array and text[at] == "]"):
+def _parse_document(text: str, may_be_container: bool) -> Iterator[Row]:
+    """The elements of an array, or objects one after the other, however they are broken into lines."""
+    decoder = json.JSONDecoder()
+    position = _skip_space(text, 0)
+    is_array = text[position] == "["
+    position = _skip_space(text, position + is_array)
+    number = 0
+    while position < len(text) and not (is_array and text[position] == "]"):
         number += 1
         try:
-            value, end = decoder.raw_decode(text, at)
+            value, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
-            raise _invalid(number, error.msg, error.pos - at) from None
-        at = _skip(text, end)
-        if array and text[at : at + 1] == ",":
-            at = _skip(text, at + 1)
-        elif array and text[at : at + 1] != "]":
-            raise _invalid(number, "the array goes on without a comma, or never ends", end)
-        if may_hold and number == 1 and not array and at == len(text) and isinstance(value, dict):
-            yield from _unwrapped(value)
+            raise _invalid_json(number, error.msg, error.pos - position) from None
+        position = _skip_space(text, end)
+        if is_array:
+            position = _skip_comma(text, position, number, end)
+        is_only_value = number == 1 and not is_array and position == len(text)
+        if may_be_container and is_only_value and isinstance(value, dict):
+            yield from _rows_of_container(value)
         else:
-            yield _row(value, number)
+            yield _as_row(value, number)
 
 
-def _skip(text: str, at: int) -> int:
-    found = _SPACE.match(text, at)
-    return found.end() if found else at
+def _skip_comma(text: str, position: int, number: int, value_end: int) -> int:
+    """The position behind the comma after an element of an array; the closing bracket stays."""
+    character = text[position : position + 1]
+    if character == ",":
+        return _skip_space(text, position + 1)
+    if character != "]":
+        raise _invalid_json(number, "the array goes on without a comma, or never ends", value_end)
+    return position
 
 
-def _unwrapped(whole: Row) -> Iterator[Row]:
-    """The rows of a file that is a single object: what it holds under ``data``, its columns, or itself."""
-    held = next((whole[key] for key in _CONTAINERS if _of_objects(whole.get(key))), None)
-    values = list(whole.values())
-    if held is not None:
-        yield from (_row(value, number) for number, value in enumerate(held, start=1))
-    elif values and all(isinstance(value, dict) and value and all(map(str.isdigit, value)) for value in values):
-        # As pandas writes a table: {"prompt": {"0": …, "1": …}, …}.
-        for index in dict.fromkeys(key for value in values for key in value):
-            yield {column: value.get(index) for column, value in whole.items()}
-    elif _is_table(values):
-        yield from (dict(zip(whole, row, strict=True)) for row in zip(*values, strict=True))
+def _skip_space(text: str, position: int) -> int:
+    match = _WHITE_SPACE.match(text, position)
+    return match.end() if match else position
+
+
+def _rows_of_container(container: Row) -> Iterator[Row]:
+    """The rows of a file that is one object: those under a key such as ``data``, its columns, or the object itself."""
+    rows = next((container[key] for key in _CONTAINER_KEYS if _are_objects(container.get(key))), None)
+    values = list(container.values())
+    if rows is not None:
+        for number, value in enumerate(rows, start=1):
+            yield _as_row(value, number)
+    elif _are_pandas_columns(values):
+        indices = dict.fromkeys(index for column in values for index in column)
+        for index in indices:
+            yield {name: column.get(index) for name, column in container.items()}
+    elif _are_columns(values):
+        for row in zip(*values, strict=True):
+            yield dict(zip(container, row, strict=True))
     else:
-        yield whole
+        yield container
 
 
-def _of_objects(value: Any) -> bool:
+def _are_objects(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
-def _is_table(values: list[Any]) -> bool:
-    """Lists of one length, and one of texts or of lists: numbers alone are one row's ids, objects its messages."""
-    lists = [value for value in values if isinstance(value, list) and value]
-    alike = len(lists) == len(values) > 0 and len({len(value) for value in lists}) == 1
-    return alike and any(isinstance(value[0], (str, list)) for value in lists)
+def _are_pandas_columns(values: list[Any]) -> bool:
+    """Whether values are columns as pandas writes them: ``{"prompt": {"0": ..., "1": ...}, ...}``."""
+    if not values or not all(isinstance(value, dict) and value for value in values):
+        return False
+    return all(key.isdigit() for value in values for key in value)
 
 
-def _row(value: Any, number: int) -> Row:
+def _are_columns(values: list[Any]) -> bool:
+    """Whether values are columns: lists of one length, at least one of them of texts or of lists.
+
+    Lists of numbers alone are the ids of one row, lists of objects its messages.
+    """
+    are_lists = bool(values) and all(isinstance(value, list) and value for value in values)
+    if not are_lists or len({len(value) for value in values}) > 1:
+        return False
+    return any(isinstance(value[0], str | list) for value in values)
+
+
+def _as_row(value: Any, number: int) -> Row:
     if isinstance(value, str):
         return {"text": value}
     if not isinstance(value, dict):
@@ -194,30 +262,22 @@ def _row(value: Any, number: int) -> Row:
     return value
 
 
-def _json_lines(file: IO[str]) -> Iterator[Row]:
-    return _json(file, may_hold=False)
-
-
-def _invalid(number: int, message: str, position: int) -> ValueError:
+def _invalid_json(number: int, reason: str, position: int) -> ValueError:
     return ValueError(
-        f"row {number} is not valid JSON ({message} at character {position + 1}); mend or delete that line"
+        f"row {number} is not valid JSON ({reason} at character {position + 1}); mend or delete that line"
     )
 
 
 # Tables and text
 
 
-def _csv(file: IO[str], delimiters: str = _DELIMITERS) -> Iterator[Row]:
-    """Every field is text; the delimiter is the one that makes most columns of the first line."""
-    csv.field_size_limit(2**31 - 1)  # Python's own limit is 131072 characters
-    head = file.readline()
-    while head.count('"') % 2 and (more := file.readline()):
-        head += more
-    delimiter = max(delimiters, key=lambda mark: len(next(csv.reader([head], delimiter=mark), [])))
-    columns = next(csv.reader(head.splitlines(keepends=True), delimiter=delimiter), [])
-    columns = [name.strip() or f"Unnamed: {index}" for index, name in enumerate(columns)]  # pandas' name for its index
-    if twice := [name for index, name in enumerate(columns) if name in columns[:index]]:
-        raise ValueError(f"two columns are called {twice[0]!r}: rename one")
+def _read_csv(file: IO[str], delimiters: str = _DELIMITERS) -> Iterator[Row]:
+    """Read a table whose first line names the columns. Every field is text."""
+    csv.field_size_limit(_LONGEST_FIELD)
+    header = _read_record(file)
+    # The delimiter is the one that makes most columns of the first line; of several, the first.
+    delimiter = max(delimiters, key=lambda candidate: len(_split_record(header, candidate)))
+    columns = _column_names(_split_record(header, delimiter))
     number = 0
     try:
         for fields in csv.reader(file, delimiter=delimiter, strict=True):
@@ -236,22 +296,44 @@ def _csv(file: IO[str], delimiters: str = _DELIMITERS) -> Iterator[Row]:
         raise ValueError("there is a line of column names, but no row")
 
 
-def _tsv(file: IO[str]) -> Iterator[Row]:
-    return _csv(file, "\t")
+def _read_record(file: IO[str]) -> str:
+    """The first record of a CSV file: more than a line if a line break is inside quotes."""
+    record = file.readline()
+    while record.count('"') % 2 and (line := file.readline()):
+        record += line
+    return record
 
 
-def _text(file: IO[str]) -> Iterator[Row]:
+def _split_record(record: str, delimiter: str) -> list[str]:
+    return next(csv.reader(record.splitlines(keepends=True), delimiter=delimiter), [])
+
+
+def _column_names(fields: list[str]) -> list[str]:
+    # A column without a name is called as pandas calls it, which leaves the name of its index empty.
+    names = [field.strip() or f"Unnamed: {index}" for index, field in enumerate(fields)]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise ValueError(f"two columns are called {name!r}: rename one")
+    return names
+
+
+def _read_tsv(file: IO[str]) -> Iterator[Row]:
+    return _read_csv(file, "\t")
+
+
+def _read_text(file: IO[str]) -> Iterator[Row]:
     """A row for each line that is not empty."""
     for line in file:
         if line.strip():
             yield {"text": line.rstrip("\r\n")}
 
 
+# By suffix.
 READERS: dict[str, Callable[[IO[str]], Iterator[Row]]] = {
-    ".json": _json,
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".csv": _csv,
-    ".tsv": _tsv,
-    ".txt": _text,
+    ".json": _read_json,
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".txt": _read_text,
 }

@@ -1,4 +1,4 @@
-"""Do two tokenizers mean the same by the same ids?"""
+"""Whether two tokenizers mean the same by the same ids."""
 
 import json
 from itertools import zip_longest
@@ -8,33 +8,57 @@ from transformers import PreTrainedTokenizerBase
 
 
 def tokenizer_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str | None:
-    """The first difference, for people: a token, then a rule by which text is split; None where there is none.
+    """Find the first difference between two tokenizers: a token, then a rule by which text is split.
 
-    What stands around the tokens (chat template, padding, which token ends a text) does not matter.
+    The chat template, padding and the token that ends a text do not count.
+
+    Args:
+        student: The tokenizer of the student.
+        teacher: The tokenizer of the teacher.
+
+    Returns:
+        The difference, for people; None if there is none.
     """
-    ours, theirs = ({index: token for token, index in t.get_vocab().items()} for t in (student, teacher))
-    for index in sorted(ours.keys() | theirs.keys()):
-        if ours.get(index) != theirs.get(index):
-            return f"token {index} is {_named(ours, index)} for the student, {_named(theirs, index)} for the teacher"
-    for rank, (one, other) in enumerate(zip_longest(_merges(student), _merges(teacher))):
-        if one != other:
-            return f"the tokens are the same, but text is split differently: merge {rank} is {one} and {other}"
+    student_tokens = {index: token for token, index in student.get_vocab().items()}
+    teacher_tokens = {index: token for token, index in teacher.get_vocab().items()}
+    for index in sorted(student_tokens.keys() | teacher_tokens.keys()):
+        if student_tokens.get(index) != teacher_tokens.get(index):
+            of_student = _token_name(student_tokens, index)
+            of_teacher = _token_name(teacher_tokens, index)
+            return f"token {index} is {of_student} for the student, {of_teacher} for the teacher"
+    # The same tokens in another order of merges split text differently.
+    for rank, (of_student, of_teacher) in enumerate(zip_longest(_merges(student), _merges(teacher))):
+        if of_student != of_teacher:
+            return (
+                f"the tokens are the same, but text is split differently: merge {rank} is {of_student} and {of_teacher}"
+            )
     return None
 
 
 def tokenizer_rules(tokenizer: Any) -> dict[str, Any]:
-    """All by which text becomes ids, as JSON; of a tokenizer without Rust, its class, vocabulary and arguments."""
+    """Collect all that decides how a tokenizer turns text into ids.
+
+    Args:
+        tokenizer: Any tokenizer.
+
+    Returns:
+        The rules as JSON; of a tokenizer without a Rust backend, its class, vocabulary and arguments.
+    """
     if not tokenizer.is_fast:
-        kind, vocabulary = type(tokenizer).__qualname__, tokenizer.get_vocab()
-        return {"class": kind, "vocabulary": vocabulary, "arguments": repr(tokenizer.init_kwargs)}
+        class_name = type(tokenizer).__qualname__
+        return {"class": class_name, "vocabulary": tokenizer.get_vocab(), "arguments": repr(tokenizer.init_kwargs)}
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    return {name: value for name, value in rules.items() if name not in ("padding", "truncation")}  # of the last call
+    # Padding and truncation are those of the last call.
+    return {name: value for name, value in rules.items() if name not in ("padding", "truncation")}
 
 
-def _named(vocabulary: dict[int, str], index: int) -> str:
+def _token_name(vocabulary: dict[int, str], index: int) -> str:
     return repr(vocabulary[index]) if index in vocabulary else "missing"
 
 
 def _merges(tokenizer: Any) -> list[Any]:
+    """The merges of a BPE tokenizer, in order; none for any other."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return [] if backend is None else json.loads(backend.to_str())["model"].get("merges") or []
+    if backend is None:
+        return []
+    return json.loads(backend.to_str())["model"].get("merges") or []
