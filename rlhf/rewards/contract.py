@@ -65,6 +65,7 @@ def parameters_of(function: RewardFunction, name: str) -> Parameters:
         raise ValueError(f"a reward is a function, a name or a path; got {function!r}")
     parameters = inspect.signature(function).parameters.values()
     required = [parameter for parameter in parameters if _is_required(parameter)]
+    # Called with keywords, such a function would fail on every batch.
     for parameter in required:
         if parameter.kind is Parameter.POSITIONAL_ONLY:
             raise ValueError(
@@ -90,6 +91,7 @@ def unique_names(functions: Sequence[Any]) -> list[str]:
     names: list[str] = []
     occurrences: Counter[str] = Counter()
     for function in functions:
+        # Objects such as HttpReward set `__name__`; others are named after their class.
         inner = function.func if isinstance(function, partial) else function
         name = getattr(inner, "__name__", type(inner).__name__)
         occurrences[name] += 1
@@ -120,7 +122,7 @@ def read_values(answer: Any, count: int) -> list[Value]:
 def _read_value(value: Any) -> Value:
     if value is None:
         return None
-    if isinstance(value, Tensor) and value.numel() == 1:
+    if isinstance(value, Tensor) and value.numel() == 1:  # a list of tensors, as from a loop over a model
         value = value.item()
     if not isinstance(value, Real):
         return ContractError(f"it returned {shorten(repr(value))}, a {type(value).__name__}, expected a number")

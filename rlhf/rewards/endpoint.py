@@ -49,7 +49,7 @@ class HttpReward:
         try:
             response = self._client.post(self.url, json={"prompts": [], "completions": []})
         except httpx2.TransportError as error:
-            raise ConnectionError(f"{self.url}: the reward server does not answer ({_said(error)})") from error
+            raise ConnectionError(f"{self.url}: the reward server does not answer ({_describe(error)})") from error
         if response.status_code in (401, 403, 404, 405):
             raise ValueError(f"{self.url}: the reward server answers {_status(response)}; check the address")
         if response.is_success:  # else it may only dislike an empty batch
@@ -81,11 +81,13 @@ class HttpReward:
             ConnectionError: the server does not answer, or cannot, after all tries.
             ValueError: it refuses the request, or its answer is not as agreed.
         """
+        # A column of the data may be called `prompts` too: the server gets ours.
         table = {**columns, "prompts": prompts, "completions": completions}
         rewards: list[float | None] = []
-        for first in range(0, len(prompts), self.batch_size):
-            part = {name: list(column[first : first + self.batch_size]) for name, column in table.items()}
-            rewards += self._rewards(self._post(part), len(part["prompts"]))
+        for start in range(0, len(prompts), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            payload = {name: list(column[batch]) for name, column in table.items()}
+            rewards += self._rewards(self._post(payload), len(payload["prompts"]))
         return rewards
 
     def _post(self, payload: dict[str, Any]) -> httpx2.Response:
@@ -95,13 +97,16 @@ class HttpReward:
             raise ValueError(f"{self.url}: a column cannot be sent as JSON ({error})") from error
         for attempt in range(self.retries + 1):
             if attempt:
+                # 1, 2, 4, … seconds: a server that is restarting or overloaded gets time to recover.
                 time.sleep(min(2.0 ** (attempt - 1), 30.0))
             try:
                 response = self._client.send(request)
             except httpx2.TransportError as error:
-                problem = f"does not answer ({_said(error)})"
+                problem = f"does not answer ({_describe(error)})"
                 continue
-            if response.status_code != 429 and response.status_code < 500:
+            # Of other errors below 500 the request is the cause: the same request would fail again.
+            is_overloaded = response.status_code == 429
+            if not is_overloaded and response.status_code < 500:
                 return response
             problem = f"answers {_status(response)}"
         raise ConnectionError(f"{self.url}: the reward server {problem}, {self.retries + 1} tries")
@@ -124,5 +129,5 @@ def _status(response: httpx2.Response) -> str:
     return f"{response.status_code} {response.reason_phrase} {response.text[:200]!r}"
 
 
-def _said(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"

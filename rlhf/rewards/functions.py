@@ -94,11 +94,13 @@ def numeric_answer(column: str = "answer", *, tolerance: float = 0.0) -> RewardF
             return None
         if stated is None:
             return 0.0
+        # 50% is the answer 50 as well as 0.5, but two percentages are compared as they are.
         readings = [stated.value]
         if stated.percent and not expected.percent:
             readings.append(stated.value / 100)
         elif expected.percent and not stated.percent:
             readings.append(stated.value * 100)
+        # Fractions compare exactly: 0.1 + 0.2 is 0.3 here.
         allowed = Fraction(tolerance) * abs(expected.value)
         return float(any(abs(reading - expected.value) <= allowed for reading in readings))
 
@@ -184,6 +186,7 @@ def length_reward(target: int) -> RewardFunction:
     """
     if target < 1:
         raise ValueError(f"target must be at least 1 token, got {target}")
+    # 0.0 - x, so that the reward at the target is 0.0 and not -0.0.
     return _on_ids("length_reward", lambda ids: 0.0 - min(1.0, abs(len(ids) - target) / target))
 
 

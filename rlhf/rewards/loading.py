@@ -1,11 +1,12 @@
-"""A reward from what is written in a config: a built-in's name, a function's place, a folder or an address."""
+"""Rewards by name, as a config has them: a built-in, a function in a file, a model folder, or an address."""
 
 import ast
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -56,21 +57,25 @@ def load_reward(spec: str, tokenizer: PreTrainedTokenizerBase | None = None) -> 
     """
     if spec.startswith(("http://", "https://")):
         return HttpReward(spec)
+    # Before names are taken apart: a folder may hold dots, colons and brackets.
     if Path(spec).expanduser().is_dir():
         return ModelReward(spec, tokenizer=tokenizer)
-    name, positional, options = _parse(spec)
+    name, options = _parse(spec)
     if name in BUILTINS:
-        return _build(spec, BUILTINS[name], positional or [], options or {})
+        return _build(spec, BUILTINS[name], options or _Options())
     place = split_place(name)[0]
-    if place.endswith(".py") or (place and "/" not in name):
-        found = load_object(name, f"reward {spec!r}")
-        return found if positional is None else _build(spec, found, positional, options or {})
+    is_module = bool(place) and "/" not in name
+    if place.endswith(".py") or is_module:
+        function = load_object(name, f"reward {spec!r}")
+        return function if options is None else _build(spec, function, options)
     if "/" in name or name.startswith("~"):
+        # A name on the hub; a folder that does not exist is reported by ModelReward.
         return ModelReward(spec, tokenizer=tokenizer)
     near = difflib.get_close_matches(name, BUILTINS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(
-        f"unknown reward {spec!r}{f'; did you mean {near[0]}?' if near else ''} (built in: {', '.join(BUILTINS)}; or "
-        "file.py:function, module:function, a model folder, https://…)"
+        f"unknown reward {spec!r}{hint} (built in: {', '.join(BUILTINS)}; or file.py:function, module:function, "
+        "a model folder, https://…)"
     )
 
 
@@ -86,39 +91,56 @@ def reward_functions(given: Any, tokenizers: Any = None) -> list[RewardFunction]
         ValueError: another number of tokenizers than of rewards; what :func:`load_reward` raises.
     """
     rewards = [given] if callable(given) or isinstance(given, str) else list(given)
-    one = tokenizers is None or hasattr(tokenizers, "apply_chat_template")
-    own = ([tokenizers] * len(rewards) if tokenizers is None else [tokenizers]) if one else list(tokenizers)
-    if len(own) != len(rewards):
+    # As in TRL: one tokenizer may stand for a list of one.
+    if tokenizers is None:
+        tokenizers = [None] * len(rewards)
+    elif hasattr(tokenizers, "apply_chat_template"):
+        tokenizers = [tokenizers]
+    if len(tokenizers) != len(rewards):
         raise ValueError(
-            f"{len(own)} reward_processing_classes for {len(rewards)} reward_funcs: their numbers must match"
+            f"{len(tokenizers)} reward_processing_classes for {len(rewards)} reward_funcs: their numbers must match"
         )
-    found: list[RewardFunction] = []
-    for reward, tokenizer in zip(rewards, own, strict=True):
+    reward_list: list[RewardFunction] = []
+    for reward, tokenizer in zip(rewards, tokenizers, strict=True):
         if isinstance(reward, str):
             reward = load_reward(reward, tokenizer)
         elif isinstance(reward, nn.Module):
             reward = ModelReward(reward, tokenizer=tokenizer)
-        found.append(reward)
-    return found
+        reward_list.append(reward)
+    return reward_list
 
 
-def _parse(spec: str) -> tuple[str, list[Any] | None, dict[str, Any] | None]:
-    """``name(1, key=2)`` taken apart; no lists of options where there are no brackets."""
-    found = re.fullmatch(r"\s*([^()\s]+)\s*\((.*)\)\s*", spec, re.DOTALL)
-    if found is None:
-        return spec.strip(), None, None
+class _Options(NamedTuple):
+    """Arguments of a factory, as written in brackets behind its name."""
+
+    positional: Sequence[Any] = ()
+    named: Mapping[str, Any] = MappingProxyType({})
+
+
+def _parse(spec: str) -> tuple[str, _Options | None]:
+    """Take ``name(1, key=2)`` apart; no options where there are no brackets.
+
+    Raises:
+        ValueError: options that are no plain values.
+    """
+    call_text = re.fullmatch(r"\s*([^()\s]+)\s*\((.*)\)\s*", spec, re.DOTALL)
+    if call_text is None:
+        return spec.strip(), None
+    name, arguments = call_text.groups()
     try:
-        call: Any = ast.parse(f"_({found[2]})", mode="eval").body
-        options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-        return found[1], [ast.literal_eval(value) for value in call.args], options
+        # Parsed as a call of `_`, because a name may hold slashes. Only literals are evaluated.
+        call: Any = ast.parse(f"_({arguments})", mode="eval").body
+        positional = [ast.literal_eval(value) for value in call.args]
+        named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError):
         raise ValueError(
             f"reward {spec!r}: the options must be plain values, as in name(key=1, other='text')"
         ) from None
+    return name, _Options(positional, named)
 
 
-def _build(spec: str, factory: Callable[..., Any], positional: list[Any], options: dict[str, Any]) -> RewardFunction:
+def _build(spec: str, factory: Callable[..., Any], options: _Options) -> RewardFunction:
     try:
-        return factory(*positional, **options)
+        return factory(*options.positional, **options.named)
     except TypeError as error:
         raise ValueError(f"reward {spec!r}: {error}; write the options as name(key=value)") from error

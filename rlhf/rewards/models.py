@@ -103,6 +103,7 @@ class ModelReward:
             ValueError: a sample is longer than the model takes.
         """
         rows = [self._encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        # Refused, not cut: the score of a cut answer would be of another answer.
         for number, ids in enumerate(rows, start=1):
             if self._max_tokens is not None and len(ids) > self._max_tokens:
                 raise ValueError(
@@ -119,6 +120,7 @@ class ModelReward:
 
     def _batches(self, rows: list[list[int]]) -> Iterator[list[int]]:
         """Indices of rows of similar length, so that batches need little padding."""
+        # Neighbours in length need little padding. Rewards are put back into the order of the samples.
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         size = self.batch_size if self._is_batched else 1
         for start in range(0, len(order), size):
@@ -128,17 +130,19 @@ class ModelReward:
         """Scores [B], float32."""
         model: Any = self.model
         ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(model.device)
-        if not self._is_batched:
+        if not self._is_batched:  # one row without padding, by the model's own forward
             return model(input_ids=ids).logits[:, 0].float()
         lengths = torch.tensor([len(row) for row in rows], device=model.device)
         positions = torch.arange(ids.size(1), device=model.device)
         mask = (positions < lengths[:, None]).long()
+        # Only the last position of each row is needed, so the head reads that alone.
         hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
         last_hidden = hidden[torch.arange(len(rows)), lengths - 1]
         return model.score(last_hidden)[:, 0].float()
 
     def _scores_last_token(self) -> bool:
         """Whether the score is the head's of the last hidden state, so that batches can be pooled here."""
+        # Llama and most others call their head `score`; BERT has a pooler and a `classifier`.
         if not isinstance(getattr(self.model, "score", None), nn.Module):
             return False
         row = self._encode("a", "a")
@@ -165,8 +169,10 @@ class ModelReward:
             return row.prompt_ids + row.completions[0][0]
         if isinstance(prompt, str):
             text = prompt + str(completion)
+            # As in training: a text ends with EOS once, and with none where the tokenizer has no EOS.
             eos_token = tokenizer.eos_token or ""
             return tokenizer(text if text.endswith(eos_token) else text + eos_token)["input_ids"]
+        # The template writes BOS itself: a second one would change the score.
         text = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -194,12 +200,13 @@ def _load(path: str, dtype: str) -> nn.Module:
 def _load_classifier(name: str, dtype: str) -> nn.Module:
     config = AutoConfig.from_pretrained(name)
     architectures = config.architectures or []
+    # A causal LM would load too, under a new head that scores at random.
     if not any(architecture.endswith("ForSequenceClassification") for architecture in architectures):
         raise ValueError(f"it is a {', '.join(architectures) or config.model_type}, not a …ForSequenceClassification")
     if config.num_labels != 1:
         raise ValueError(f"its head has {config.num_labels} labels, expected 1")
     model, report = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    if report["missing_keys"]:
+    if report["missing_keys"]:  # transformers would draw them at random and only warn
         raise ValueError(f"weights are missing: {', '.join(sorted(report['missing_keys'])[:3])}")
     return model
 

@@ -115,6 +115,7 @@ class RewardSet:
             OSError: a server that does not answer.
         """
         columns = [name for name in row if name not in _RENAMED]
+        # Such a column would reach no function: ours takes its place in the call.
         for name in columns:
             if name in SUPPLIED:
                 raise ValueError(
@@ -157,6 +158,7 @@ class RewardSet:
             columns["completion_ids"] = completion_ids
         batch = _Batch(prompts, completions, columns, trainer_state)
         batch.check()
+        # An empty batch is not passed to the functions: many of them fail on it.
         log = _Log()
         values = self._score(batch, log.callbacks()) if len(batch) else [[] for _ in self.functions]
         for name, column in zip(self.names, values, strict=True):
@@ -200,10 +202,12 @@ class RewardSet:
                 values += read_values(call(self.functions[index], arguments, timeout), 1)
             except Exception as row_error:
                 values.append(row_error)
+            # One sample at fault is enough to stop: the others are not asked.
             if self.on_error == "stop" and isinstance(values[-1], Exception):
                 return values + [None] * (len(batch) - len(values))
         if any(isinstance(value, Exception) for value in values):
             return values
+        # No sample fails alone, as where the function is slow on a batch or compares the samples.
         hint = "; raise timeout" if isinstance(error, TimedOut) else ""
         joint_error = ContractError(
             f"{describe_error(error)}, for {len(batch)} samples at once but for none of them alone{hint}"
@@ -232,6 +236,7 @@ class RewardSet:
         components = torch.tensor(numbers, dtype=torch.float64).view(shape).T
         failed = torch.tensor(failures, dtype=torch.bool).view(shape)
         weights = torch.tensor(self.weights, dtype=torch.float64)
+        # A function with weight 0 only logs, so it makes no sample usable.
         applies = (~components.isnan() & (weights != 0)).any(dim=1)  # a sum of nothing is not zero
         broken = failed.any(dim=0)
         not_scored = (~applies & ~broken).nonzero().flatten().tolist()
