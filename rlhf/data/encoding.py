@@ -91,18 +91,10 @@ class RowEncoder(Protocol):
         """A row of the right columns, in the place of one that cannot be read."""
 
     def dialogue(self, row: Row) -> Dialogue | None:
-        """What a canonical row says; None for ids and for plain text.
-
-        Raises:
-            ValueError: The row is malformed.
-        """
+        """What a canonical row says; None for ids and for plain text. Raises ValueError if it is malformed."""
 
     def encode(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> list[TokenisedRow]:
-        """The tokenised rows that a row of the file becomes.
-
-        Raises:
-            ValueError: The row cannot be read or rendered.
-        """
+        """The tokenised rows that a row of the file becomes. Raises ValueError if it cannot be read or rendered."""
 
 
 @dataclass(frozen=True)

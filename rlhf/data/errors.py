@@ -11,9 +11,6 @@ def error_context(location: str) -> Iterator[None]:
     Args:
         location: A file, a row, or another place, for people.
 
-    Yields:
-        Nothing.
-
     Raises:
         ValueError: As raised inside, with ``location`` in front.
     """

@@ -33,7 +33,14 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> "ChatTemplate":
-        """The template for one dialogue.
+        """Read the template of a tokenizer for one dialogue.
+
+        Args:
+            tokenizer: The tokenizer.
+            dialogue: Its tools and options are used.
+
+        Returns:
+            The template.
 
         Raises:
             ValueError: The tokenizer has no chat template.

@@ -62,7 +62,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         path: A file in one of the formats of :data:`READERS`, which may be compressed.
 
     Yields:
-        Its rows.
+        Row: its columns.
 
     Raises:
         ValueError: A row cannot be read; names the row and the reason, but not the file.

@@ -103,7 +103,13 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: 
 
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of EOS.
+    """Look up the id of EOS.
+
+    Args:
+        tokenizer: Any tokenizer.
+
+    Returns:
+        The id.
 
     Raises:
         ValueError: The tokenizer has none.

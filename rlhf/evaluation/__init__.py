@@ -1,4 +1,4 @@
-"""Answers, figures, calibration, cost; what a data file becomes. (Perplexity and accuracies are the trainers' own.)"""
+"""Audits of data files; answers, calibration and cost of models. (Trainers compute perplexity and accuracies.)"""
 
 from rlhf.evaluation.audit import Audit, audit, command_for
 from rlhf.evaluation.audit_page import audit_page

@@ -1,12 +1,14 @@
 """An audit of a data file as one page of HTML that needs nothing else."""
 
+from collections.abc import Sequence
 from html import escape
 
 from rlhf.evaluation.audit import Audit
-from rlhf.evaluation.audit_facts import facts, histogram
+from rlhf.evaluation.audit_facts import facts, histogram, interval_label
 from rlhf.evaluation.pieces import Piece, middle_left_out
 
-_PIECES = 2000
+_PIECES = 2000  # of a row, shown at its beginning and at its end
+_SHOWN_ERRORS = 20
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fff; --line: #d0d0d0; --soft: #f3f3f3;
   --learned: #bfeec0; --learned2: #9fe0a1; --special: #8a2be2; --bar: #5b8def; --bad: #b00020; }
@@ -27,60 +29,81 @@ pre .s { font-weight: 700; color: var(--special); }
 """
 
 
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
 def audit_page(found: Audit) -> str:
-    """The page: columns, roles, figures, lengths, faults and the first rows, learned tokens on green."""
+    """Write an audit as HTML: columns, roles, figures, lengths, faults and the first rows, learned tokens on green.
+
+    Args:
+        found: The audit.
+
+    Returns:
+        The page.
+    """
     title = f"{escape(found.name)} as rows for rlhf {escape(found.command)}"
-    parts = [f"<h1>{title}</h1>"]
-    columns = [
-        (escape(theirs), escape(ours) or '<span class="no">not read</span>') for theirs, ours in found.columns.items()
-    ]
-    parts.append(_table("Columns", ("column", "read as"), columns))
+    columns = [(escape(name), escape(read_as) or _marked("no", "not read")) for name, read_as in found.columns.items()]
+    figures = [(escape(name), escape(value)) for name, value in facts(found)]
+    sections = [f"<h1>{title}</h1>", _table("Columns", columns, ("column", "read as"))]
     if found.roles:
-        parts.append(
-            _table("Roles", ("role", "turns"), [(escape(role), f"{n:,}") for role, n in found.roles.most_common()])
-        )
-    parts.append(_table("Rows", (), [(escape(name), escape(value)) for name, value in facts(found)]))
+        roles = [(escape(role), f"{count:,}") for role, count in found.roles.most_common()]
+        sections.append(_table("Roles", roles, ("role", "turns")))
+    sections.append(_table("Rows", figures))
     if found.errors:
-        lines = [(f"row {number}", f'<span class="bad">{escape(error)}</span>') for number, error in found.errors[:20]]
-        parts.append(_table("Rows that cannot be read", (), lines))
-    parts.append(_lengths(found))
-    for number, shown in found.samples:
-        parts += [f"<h2>Row {number}</h2><pre>{_spans(own)}</pre>" for own in shown]
+        errors = [(f"row {row}", _marked("bad", escape(error))) for row, error in found.errors[:_SHOWN_ERRORS]]
+        sections.append(_table("Rows that cannot be read", errors))
+    sections.append(_lengths(found))
+    for number, sequences in found.samples:
+        sections += [f"<h2>Row {number}</h2><pre>{_spans(sequence)}</pre>" for sequence in sequences]
     if found.samples:
-        parts.append('<p>Learned is what stands on <span style="background: var(--learned)">green</span>.</p>')
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n"
-    )
+        sections.append('<p>Learned is what stands on <span style="background: var(--learned)">green</span>.</p>')
+    return _PAGE.format(title=title, style=_STYLE, body="\n".join(sections))
 
 
-def _table(title: str, heads: tuple[str, ...], rows: list[tuple[str, str]]) -> str:
-    head = "<tr>" + "".join(f"<th>{name}</th>" for name in heads) + "</tr>" if heads else ""
+# The functions below take and return HTML; text is escaped before.
+
+
+def _marked(css_class: str, content: str) -> str:
+    return f'<span class="{css_class}">{content}</span>'
+
+
+def _table(title: str, rows: Sequence[tuple[str, str]], heads: Sequence[str] = ()) -> str:
+    head = "".join(f"<th>{name}</th>" for name in heads)
     body = "".join(f'<tr><td class="w">{name}</td><td>{value}</td></tr>' for name, value in rows)
-    return f"<h2>{title}</h2><table>{head}{body}</table>"
+    return f"<h2>{title}</h2><table>{f'<tr>{head}</tr>' if head else ''}{body}</table>"
 
 
 def _lengths(found: Audit) -> str:
+    """A histogram of lengths; empty if there are none."""
     bins = histogram(found.lengths)
-    most = max((count for _, _, count in bins), default=0)
-    if not most:
+    if not bins:
         return ""
-    rows = "".join(
-        f'<tr><td class="n">{low if high == low + 1 else f"{low}–{high - 1}"}</td>'
-        f'<td><div class="bar" style="width: {100 * count / most:.1f}%"></div></td><td class="n">{count:,}</td></tr>'
-        for low, high, count in bins
-    )
-    return f"<h2>Length in {found.unit}</h2><table>{rows}</table>"
+    largest = max(count for _, _, count in bins)
+    rows = []
+    for low, high, count in bins:
+        width = f"{100 * count / largest:.1f}%"
+        bar = f'<td><div class="bar" style="width: {width}"></div></td>'
+        rows.append(f'<tr><td class="n">{interval_label(low, high)}</td>{bar}<td class="n">{count:,}</td></tr>')
+    return f"<h2>Length in {found.unit}</h2><table>{''.join(rows)}</table>"
 
 
-def _spans(shown: list[Piece]) -> str:
-    found = []
-    for piece in middle_left_out(shown, _PIECES):
-        names = " ".join(name for name, on in (("l", piece.learned), ("s", piece.special)) if on)
-        found.append(
-            f'<span class="{names}">{escape(piece.text)}</span>' if names else f"<span>{escape(piece.text)}</span>"
-        )
-    return "".join(found)
+def _spans(sequence: list[Piece]) -> str:
+    """A span for each piece; two shades, by turns, show where tokens end."""
+    spans = []
+    for piece in middle_left_out(sequence, _PIECES):
+        classes = [css_class for css_class, applies in (("l", piece.learned), ("s", piece.special)) if applies]
+        text = escape(piece.text)
+        spans.append(_marked(" ".join(classes), text) if classes else f"<span>{text}</span>")
+    return "".join(spans)

@@ -9,23 +9,29 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf.evaluation.audit import Audit
-from rlhf.evaluation.audit_facts import facts, histogram
+from rlhf.evaluation.audit_facts import facts, histogram, interval_label
 from rlhf.evaluation.pieces import Piece, middle_left_out
 
 _LEARNED = ("black on pale_green3", "black on dark_sea_green3")  # two shades show where tokens end
 _CONTEXT = ("", "on grey19")
 _SPECIAL = "bold magenta"
-_BAR = 40
+_BAR = 40  # characters of the longest bar
+_SHOWN_ERRORS = 5
 _PIECES = 400  # of a row, shown at its beginning and at its end
 
 
 def show_audit(found: Audit, console: Console | None = None) -> None:
-    """Print columns, roles, figures, lengths, faults and the first rows."""
+    """Print columns, roles, figures, lengths, faults and the first rows.
+
+    Args:
+        found: The audit.
+        console: Where to print; a new one by default.
+    """
     console = console or Console()
     console.print(f"[bold]{escape(found.name)}[/bold] as rows for [bold]rlhf {found.command}[/bold]")
     columns = Table("column", "read as")
-    for theirs, ours in found.columns.items():
-        columns.add_row(escape(theirs), escape(ours) if ours else "[dim]not read[/dim]")
+    for name, read_as in found.columns.items():
+        columns.add_row(escape(name), escape(read_as) if read_as else "[dim]not read[/dim]")
     console.print(columns)
     if found.roles:
         roles = Table("role", "turns")
@@ -36,42 +42,53 @@ def show_audit(found: Audit, console: Console | None = None) -> None:
     for name, value in facts(found):
         figures.add_row(escape(name), escape(value))
     console.print(figures)
-    for number, error in found.errors[:5]:
+    for number, error in found.errors[:_SHOWN_ERRORS]:
         console.print(Text(f"row {number}: {error}", "red"))
     _show_lengths(found, console)
-    for number, shown in found.samples:
-        for own in shown:
-            console.print(
-                Panel(_text(own, marked=console.color_system is None), title=f"row {number}", title_align="left")
-            )
-    if found.samples:
-        legend = "between ⟦ and ⟧" if console.color_system is None else "on green"
-        console.print(f"Learned is what stands {legend}.")
+    _show_samples(found, console)
 
 
 def _show_lengths(found: Audit, console: Console) -> None:
+    """Print a histogram of lengths, if there are any."""
     bins = histogram(found.lengths)
-    most = max((count for _, _, count in bins), default=0)
-    if not most:
+    if not bins:
         return
+    largest = max(count for _, _, count in bins)
     table = Table(f"length in {found.unit}", "", "", show_edge=False)
     for low, high, count in bins:
-        label = str(low) if high == low + 1 else f"{low}–{high - 1}"
-        table.add_row(label, "█" * max(round(_BAR * count / most), count > 0), f"{count:,}")
+        bar_length = round(_BAR * count / largest)
+        bar_length = max(bar_length, count > 0)  # a bar for a single row, too
+        table.add_row(interval_label(low, high), "█" * bar_length, f"{count:,}")
     console.print(table)
 
 
-def _text(shown: list[Piece], marked: bool) -> Text:
-    """The pieces as one text, learned ones on green; ``marked`` puts brackets around them instead."""
+def _show_samples(found: Audit, console: Console) -> None:
+    has_colours = console.color_system is not None
+    for number, sequences in found.samples:
+        for sequence in sequences:
+            pieces = middle_left_out(sequence, _PIECES)
+            text = _shaded(pieces) if has_colours else _bracketed(pieces)
+            console.print(Panel(text, title=f"row {number}", title_align="left"))
+    if found.samples:
+        console.print(f"Learned is what stands {'on green' if has_colours else 'between ⟦ and ⟧'}.")
+
+
+def _shaded(pieces: list[Piece]) -> Text:
+    """The pieces as one text, learned ones on green."""
     text = Text()
-    for number, piece in enumerate(middle_left_out(shown, _PIECES)):
-        shade = (_LEARNED if piece.learned else _CONTEXT)[number % 2]
-        style = f"{_SPECIAL} {shade}".strip() if piece.special and not piece.learned else shade
-        text.append(piece.text, f"bold {shade}" if piece.special and piece.learned else style)
-    if not marked:
-        return text
-    plain = Text()
-    for learned, run in groupby(middle_left_out(shown, _PIECES), key=lambda piece: piece.learned):
+    for number, piece in enumerate(pieces):
+        shades = _LEARNED if piece.learned else _CONTEXT
+        style = shades[number % 2]
+        if piece.special:
+            style = f"{'bold' if piece.learned else _SPECIAL} {style}".strip()
+        text.append(piece.text, style)
+    return text
+
+
+def _bracketed(pieces: list[Piece]) -> Text:
+    """The pieces as one text, learned ones in brackets."""
+    text = Text()
+    for learned, run in groupby(pieces, key=lambda piece: piece.learned):
         joined = "".join(piece.text for piece in run)
-        plain.append(f"⟦{joined}⟧" if learned else joined)
-    return plain
+        text.append(f"⟦{joined}⟧" if learned else joined)
+    return text

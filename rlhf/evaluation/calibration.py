@@ -1,4 +1,6 @@
-"""Whether a reward model is right as often as it says."""
+"""Whether a reward model is right as often as its confidence claims."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,28 +14,35 @@ def calibration_bins(margins: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         margins: [S], reward of the chosen answer minus that of the rejected one.
+
     Returns:
-        Two [S, 10]: in the bin of each pair, correctness (1, 0; a tie 1/2) minus confidence; and 1.
-        Summed over any pairs, they make :func:`calibration_error`.
+        Two tensors [S, 10]. The first holds correctness (1 or 0; 1/2 for a tie) minus confidence in the bin of each
+        pair; the second holds 1 there. Summed over any pairs, they make :func:`calibration_error`.
     """
     confidence = torch.sigmoid(margins.abs())
     correct = (margins > 0) + 0.5 * (margins == 0)
-    index = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
-    bins = F.one_hot(index, BINS).to(margins.dtype)
-    return bins * (correct - confidence)[:, None], bins
+    scaled = 2 * (confidence - 0.5)  # from [1/2, 1] to [0, 1]
+    index = (scaled * BINS).long().clamp(max=BINS - 1)
+    in_bin = F.one_hot(index, BINS).to(margins.dtype)
+    gap = correct - confidence
+    return in_bin * gap[:, None], in_bin
 
 
-def calibration_error(gaps: list[float], counts: list[float]) -> float:
-    r"""Expected calibration error: how far accuracy and confidence lie apart, on average over pairs.
+def calibration_error(gaps: Sequence[float], counts: Sequence[float]) -> float:
+    r"""Expected calibration error: the mean distance of accuracy from confidence, over pairs.
 
     .. math:: \sum_b \frac{n_b}{n} \left|\mathrm{acc}_b - \mathrm{conf}_b\right|
 
     Args:
-        gaps, counts: of each bin, sums of what :func:`calibration_bins` returns.
+        gaps: For each bin, the sum of the first result of :func:`calibration_bins`.
+        counts: For each bin, the sum of the second.
+
     Returns:
         In [0, 1]; 0 is perfect; nan for no pairs.
 
     Source: Naeini et al. 2015; Guo et al., arXiv 1706.04599, eq. 3.
     """
     total = sum(counts)
-    return sum(map(abs, gaps)) / total if total else float("nan")
+    if not total:
+        return float("nan")
+    return sum(map(abs, gaps)) / total

@@ -1,5 +1,6 @@
-"""What a model says: greedy answers to the prompts of a data set."""
+"""Greedy answers of a model to the prompts of a data set."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,45 +12,70 @@ from rlhf.data.formats import Turns, canonical, prompt_dialogue
 
 
 def prompts_of(rows: Dataset, count: int, form: RowFormat | None = None) -> list[Dialogue]:
-    """The first ``count`` different prompts, in the form that is trained; rows without one are passed by."""
-    prompts: list[Dialogue] = []
+    """Read the first prompts of a data set, exactly as they are trained. Rows without a prompt are skipped.
+
+    Args:
+        rows: Rows of text in any of the known columns.
+        count: How many different prompts.
+        form: How rows are read.
+
+    Returns:
+        At most ``count`` prompts.
+    """
     form = form or RowFormat()
-    for row in rows if count else []:
+    prompts: list[Dialogue] = []
+    for row in rows:
+        if len(prompts) == count:
+            break
         try:
             prompt = prompt_dialogue(canonical(row, form), form)
         except ValueError:
             continue
         if prompt.prompt and prompt not in prompts:
             prompts.append(prompt)
-        if len(prompts) == count:
-            break
     return prompts
 
 
 @torch.no_grad()
 def complete(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[Dialogue] | list[Turns], max_new_tokens: int
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Dialogue | Turns], max_new_tokens: int
 ) -> list[str]:
-    """Greedy completions, one prompt at a time: no padding, so nothing depends on the company a prompt keeps.
+    """Complete prompts greedily, one at a time: without padding no answer depends on the other prompts.
 
-    They end at EOS, at the end of a turn of the chat template, or where ``model.generation_config`` says.
+    An answer ends at EOS, at the end of a turn of the chat template, or where ``model.generation_config`` says.
+
+    Args:
+        model: A causal LM of transformers.
+        tokenizer: The tokenizer of the model.
+        prompts: Text or messages.
+        max_new_tokens: Longest answer in tokens.
+
+    Returns:
+        An answer for each prompt, without special tokens.
     """
     model.eval()
-    named = getattr(model.generation_config, "eos_token_id", None)
-    ends = {*answer_end_ids(tokenizer), *(named if isinstance(named, list) else [named])} - {None}
+    end_ids = _end_ids(model, tokenizer)
     completions = []
     for prompt in prompts:
-        ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
+        prompt_ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
         output = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            input_ids=prompt_ids,
+            attention_mask=torch.ones_like(prompt_ids),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             temperature=None,
             top_p=None,
             top_k=None,
-            eos_token_id=sorted(ends) or None,
-            pad_token_id=min(ends, default=0),
+            eos_token_id=end_ids or None,
+            pad_token_id=min(end_ids, default=0),
         )
-        completions.append(str(tokenizer.decode(output[0, ids.size(1) :], skip_special_tokens=True)))
+        answer_ids = output[0, prompt_ids.size(1) :]
+        completions.append(str(tokenizer.decode(answer_ids, skip_special_tokens=True)))
     return completions
+
+
+def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end an answer: the tokenizer's, and those of the model's generation config (one id, a list or None)."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    configured_ids = configured if isinstance(configured, list) else [configured]
+    return sorted({*answer_end_ids(tokenizer), *configured_ids} - {None})

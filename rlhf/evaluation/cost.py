@@ -1,10 +1,9 @@
-"""What models cost to run: their size, and how fast they are side by side."""
+"""What models cost to run: their size, and their speed side by side."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,33 +14,46 @@ from rlhf.models import Policy
 from rlhf.rollouts import LocalEngine, Sampling
 
 ROUNDS = 3
+_UNLIMITED = 2**30  # tokens of a context, for a model without a limit
 
 
 def model_size(model: nn.Module) -> dict[str, float]:
-    """Parameters in millions, and what they take in memory in MiB; tied ones count once."""
+    """Measure the size of a model; tied parameters count once.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        Parameters in millions, and their memory in MiB.
+    """
     parameters = list(model.parameters())
-    size = sum(p.numel() * p.element_size() for p in parameters)
-    return {"million parameters": sum(p.numel() for p in parameters) / 1e6, "MiB": size / 2**20}
+    count = sum(parameter.numel() for parameter in parameters)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    return {"million parameters": count / 1e6, "MiB": size / 2**20}
 
 
 def tokens_per_second(work: Mapping[str, Callable[[], int]]) -> dict[str, float]:
-    """How fast each piece of work is, by its name: the median of three rounds, after one to warm up.
+    """Measure the speed of several pieces of work: the median of three rounds, after one to warm up.
 
-    In a round each has its turn, so that a machine that slows down on the way does not choose between them.
+    In each round each of them has its turn, so that a machine that slows down on the way slows all of them.
 
     Args:
-        work: does it, and returns how many tokens that were. On an accelerator all of it counts, not its launch.
+        work: From a name to a function that does the work and returns how many tokens that were. On an accelerator the
+            whole computation is timed, not its launch.
+
+    Returns:
+        From each name to tokens per second.
     """
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    tokens = {}
+    tokens: dict[str, int] = {}
     for _ in range(1 + ROUNDS):
-        for name, do in work.items():
-            _wait()
+        for name, run in work.items():
+            _synchronize()
             began = time.perf_counter()
-            tokens[name] = do()
-            _wait()
+            tokens[name] = run()
+            _synchronize()
             seconds[name].append(time.perf_counter() - began)
-    return {name: tokens[name] / statistics.median(spent[1:]) for name, spent in seconds.items()}
+    return {name: tokens[name] / statistics.median(times[1:]) for name, times in seconds.items()}
 
 
 def model_speed(
@@ -51,40 +63,56 @@ def model_speed(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
 ) -> dict[str, dict[str, float]]:
-    """Tokens a second of each model, by its name: the same batch and the same number of new tokens for all.
+    """Measure the speed of models: the same batch and the same number of new tokens for all.
 
-    * forward: of ``batch``, to the log-probs of its targets, counting each of its tokens, prompts too.
-    * generation: :class:`LocalEngine` answers all ``prompts`` at once, greedily, with ``max_new_tokens`` each and no
-      end before; new tokens are counted, and the time to read the prompts is in it. Where the shortest context has no
-      room, answers are shorter, and a prompt keeps its end.
+    * forward: ``batch`` to the log-probs of its targets; all of its tokens count, those of prompts too.
+    * generation: :class:`LocalEngine` answers all prompts at once, greedily, without an early end. New tokens count,
+      and the time to read the prompts is included. Where the shortest context of a model has no space, answers are
+      shorter and prompts lose their beginning.
 
     Args:
-        batch: on the device of the models, in a layout that all take. prompts: ids, none empty.
+        models: From a name to the model.
+        tokenizer: The tokenizer of all models.
+        batch: On the device of the models, in a layout that all take.
+        prompts: Ids, at least one each.
+        max_new_tokens: Length of each answer.
+
+    Returns:
+        For each model, ``"forward tokens/s"`` and ``"generation tokens/s"``.
+
     Raises:
-        ValueError: no token ends a completion.
+        ValueError: No token ends a completion.
     """
-    contexts = [getattr(m.config.get_text_config(), "max_position_embeddings", None) for m in models.values()]
-    room = min((length for length in contexts if length is not None), default=2**30)
-    new = min(max_new_tokens, room // 2)
-    prompts = [ids[-(room - new) :] for ids in prompts]
-    sampling = Sampling(temperature=0.0, min_tokens=new, max_tokens=new)
+    context = _shortest_context(models)
+    new_tokens = min(max_new_tokens, context // 2)
+    prompts = [ids[-(context - new_tokens) :] for ids in prompts]
+    sampling = Sampling(temperature=0.0, min_tokens=new_tokens, max_tokens=new_tokens)
     engines = {name: LocalEngine(policy.model, tokenizer) for name, policy in models.items()}
-    forward = tokens_per_second({name: partial(_read, policy, batch) for name, policy in models.items()})
-    generation = tokens_per_second({name: partial(_answer, e, prompts, sampling) for name, e in engines.items()})
+    forward = tokens_per_second({name: partial(_forward, policy, batch) for name, policy in models.items()})
+    generation = tokens_per_second(
+        {name: partial(_generate, engine, prompts, sampling) for name, engine in engines.items()}
+    )
     return {name: {"forward tokens/s": forward[name], "generation tokens/s": generation[name]} for name in models}
 
 
+def _shortest_context(models: Mapping[str, Policy]) -> int:
+    configs = [policy.config.get_text_config() for policy in models.values()]
+    lengths = [getattr(config, "max_position_embeddings", None) for config in configs]
+    return min((length for length in lengths if length is not None), default=_UNLIMITED)
+
+
 @torch.no_grad()
-def _read(policy: Policy, batch: Batch) -> int:
+def _forward(policy: Policy, batch: Batch) -> int:
     policy.eval()
     policy(batch)
     return int(batch.num_tokens())
 
 
-def _answer(engine: LocalEngine, prompts: Any, sampling: Sampling) -> int:
-    return sum(len(one.ids) for (one,) in engine.generate(prompts, 1, sampling, seed=0))
+def _generate(engine: LocalEngine, prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
+    groups = engine.generate(prompts, 1, sampling, seed=0)
+    return sum(len(completion.ids) for (completion,) in groups)
 
 
-def _wait() -> None:
+def _synchronize() -> None:
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()

@@ -1,4 +1,6 @@
-"""Figures and answers side by side, for people."""
+"""Figures and answers of several models side by side, on a terminal."""
+
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -6,25 +8,42 @@ from rich.table import Table
 from rlhf.data.formats import Turns
 
 
-def show_metrics(columns: dict[str, dict[str, float]]) -> None:
-    """One row a metric, one column a model."""
-    names = list(dict.fromkeys(name for metrics in columns.values() for name in metrics))
+def show_metrics(columns: Mapping[str, Mapping[str, float]]) -> None:
+    """Print a row for each metric and a column for each model.
+
+    Args:
+        columns: From the name of a model to its metrics.
+    """
+    names = dict.fromkeys(name for metrics in columns.values() for name in metrics)
     table = Table("", *columns)
     for name in names:
-        table.add_row(name, *(_figure(metrics[name]) if name in metrics else "–" for metrics in columns.values()))
+        cells = [_format(metrics[name]) if name in metrics else "–" for metrics in columns.values()]
+        table.add_row(name, *cells)
     Console().print(table)
 
 
-def _figure(value: float) -> str:
-    return f"{value:.0f}" if 1e4 <= value < 1e9 else f"{value:.4g}"
+def _format(value: float) -> str:
+    is_large = 1e4 <= value < 1e9
+    return f"{value:.0f}" if is_large else f"{value:.4g}"
 
 
-def show_completions(prompts: list[Turns], columns: dict[str, list[str]]) -> None:
-    """One row a prompt, one column a model."""
+def show_completions(prompts: Sequence[Turns], columns: Mapping[str, Sequence[str]]) -> None:
+    """Print a row for each prompt and a column for each model.
+
+    Args:
+        prompts: Text or messages.
+        columns: From the name of a model to its answers, one for each prompt.
+    """
     if not prompts:
         return
     table = Table("prompt", *columns, show_lines=True)
     for index, prompt in enumerate(prompts):
-        text = prompt if isinstance(prompt, str) else "\n".join(str(turn.get("content")) for turn in prompt)
-        table.add_row(text.strip(), *(answers[index].strip() for answers in columns.values()))
+        answers = [completions[index].strip() for completions in columns.values()]
+        table.add_row(_as_text(prompt).strip(), *answers)
     Console().print(table, markup=False)
+
+
+def _as_text(prompt: Turns) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(str(turn.get("content")) for turn in prompt)
