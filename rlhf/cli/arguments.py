@@ -1,21 +1,14 @@
-"""Options from a YAML file and the command line, into data classes."""
+"""Groups of options: the model, the data, and what a trainer needs besides its configuration."""
 
-import difflib
-import os
 import re
-from argparse import ArgumentParser
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar
 
 import torch
-import yaml
 from peft import LoraConfig
-from transformers import HfArgumentParser, TrainingArguments
-from transformers.hf_argparser import string_to_bool
+from transformers import TrainingArguments
 
-SHIPPED_CONFIGS = Path(__file__).parents[1] / "configs"  # in an installed wheel
+from rlhf.rewards.loading import load_object
 
 DTYPES = ["auto", "float32", "bfloat16", "float16", "float64"]
 
@@ -23,6 +16,8 @@ DTYPES = ["auto", "float32", "bfloat16", "float16", "float64"]
 @dataclass
 class ModelArguments:
     """The model, its bits and, with ``use_peft``, the adapter; names are TRL's."""
+
+    title: ClassVar[str] = "model and adapter"
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "A folder, or a name on the hub."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
@@ -44,13 +39,15 @@ class ModelArguments:
     lora_modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Layers that are trained whole and saved with it."}
     )
-    lora_task_type: str = field(default="CAUSAL_LM", metadata={"help": "What its config says; SEQ_CLS for rewards."})
+    lora_task_type: str = field(
+        default="CAUSAL_LM", metadata={"help": "Task in the adapter's config; SEQ_CLS for rewards."}
+    )
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r)."})
     use_dora: bool = field(default=False, metadata={"help": "Learn the lengths of the weights besides (DoRA)."})
     load_in_8bit: bool = field(default=False, metadata={"help": "Hold the frozen weights in 8 bits; with use_peft."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Hold the frozen weights in 4 bits; with use_peft."})
     bnb_4bit_quant_type: str = field(
-        default="nf4", metadata={"help": "What the 4 bits stand for.", "choices": ["fp4", "nf4"]}
+        default="nf4", metadata={"help": "Number format of the 4 bits.", "choices": ["fp4", "nf4"]}
     )
     use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the scales of the 4 bits too."})
     bnb_4bit_quant_storage: str | None = field(default=None, metadata={"help": "dtype that holds the 4 bits."})
@@ -59,15 +56,23 @@ class ModelArguments:
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("--load_in_8bit and --load_in_4bit exclude each other: pass one")
         for name in ("lora_target_modules", "lora_target_parameters", "lora_modules_to_save"):
-            setattr(self, name, words(getattr(self, name)))
-        adapter = ("use_rslora", "use_dora")
+            setattr(self, name, split_names(getattr(self, name)))
+        if not self.use_peft:
+            self._refuse_adapter_options()
+
+    def _refuse_adapter_options(self) -> None:
+        """An option of an adapter that is not trained would be ignored without a word."""
         for option in fields(ModelArguments):
-            given = getattr(self, option.name) != option.default
-            if given and not self.use_peft and (option.name in adapter or option.name.startswith("lora_")):
+            about_adapter = option.name.startswith("lora_") or option.name in ("use_rslora", "use_dora")
+            if about_adapter and getattr(self, option.name) != option.default:
                 raise ValueError(f"--{option.name} is of an adapter: add --use_peft to train one, or leave it out")
 
     def load_kwargs(self, trust_remote_code: bool = False) -> dict[str, Any]:
-        """What ``from_pretrained`` gets for the model that is trained."""
+        """Keyword arguments of ``from_pretrained`` for the model to train.
+
+        Args:
+            trust_remote_code: whether model code from the hub may run.
+        """
         return dict(
             revision=self.model_revision,
             dtype=self.dtype,
@@ -77,7 +82,11 @@ class ModelArguments:
         )
 
     def other_kwargs(self, trust_remote_code: bool = False) -> dict[str, Any]:
-        """The same for another model, whose branches and tags are its own."""
+        """The same for another model, which has branches and tags of its own.
+
+        Args:
+            trust_remote_code: whether model code from the hub may run.
+        """
         return {key: value for key, value in self.load_kwargs(trust_remote_code).items() if key != "revision"}
 
     def quantization(self) -> dict[str, Any]:
@@ -86,11 +95,12 @@ class ModelArguments:
             return {}
         config: dict[str, Any] = {"quant_method": "bitsandbytes", "load_in_8bit": self.load_in_8bit}
         if self.load_in_4bit:
-            on_gpu = "bfloat16" if torch.cuda.is_available() else "float32"
+            # float32 products would undo what 4 bits save on a GPU.
+            default_dtype = "bfloat16" if torch.cuda.is_available() else "float32"
             config |= {
                 "load_in_4bit": True,
                 "bnb_4bit_quant_type": self.bnb_4bit_quant_type,
-                "bnb_4bit_compute_dtype": on_gpu if self.dtype in ("auto", "float32") else self.dtype,
+                "bnb_4bit_compute_dtype": default_dtype if self.dtype in ("auto", "float32") else self.dtype,
                 "bnb_4bit_use_double_quant": self.use_bnb_nested_quant,
             }
             if self.bnb_4bit_quant_storage is not None:
@@ -98,7 +108,8 @@ class ModelArguments:
         return {"quantization_config": config}
 
     def peft_config(self) -> LoraConfig | None:
-        """
+        """The adapter to train; None without ``use_peft``.
+
         Raises:
             ValueError: fewer bits and no adapter: such weights cannot be trained.
         """
@@ -112,29 +123,40 @@ class ModelArguments:
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=targets(self.lora_target_modules),
+            target_modules=name_or_pattern(self.lora_target_modules),
             target_parameters=self.lora_target_parameters,
             modules_to_save=self.lora_modules_to_save,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
-            # Whoever loads the adapter needs the same one; what is beside an adapter has none.
+            # Whoever loads the adapter needs the same revision; what is saved beside an adapter has none.
             revision=None if self.model_revision == "main" else self.model_revision,
         )
 
 
-def words(given: list[str] | str | None) -> list[str] | None:
-    """Names that were given apart, or with commas; one alone in a file."""
+def split_names(given: list[str] | str | None) -> list[str] | None:
+    """Names as a list, whether they were separate words, one word with commas, or one value in a file.
+
+    Args:
+        given: as it was on the command line or in a file.
+    """
     if given is None:
         return None
     parts = [given] if isinstance(given, str) else given
-    return [word.strip() for part in parts for word in part.split(",") if word.strip()]
+    names = [name.strip() for part in parts for name in part.split(",")]
+    return [name for name in names if name]
 
 
-def targets(names: list[str] | None) -> list[str] | str | None:
-    """Names of layers; one that is a pattern, or PEFT's word for all of them, by itself."""
-    if names is not None and len(names) == 1 and (names[0] == "all-linear" or re.search(r"[*+?()\[\]|^$\\]", names[0])):
-        return names[0]
-    return names
+def name_or_pattern(names: list[str] | None) -> list[str] | str | None:
+    """Names of layers as PEFT takes them: a pattern, or its word for all linear layers, must not be in a list.
+
+    Args:
+        names: as :func:`split_names` returns them.
+    """
+    if names is None or len(names) != 1:
+        return names
+    (name,) = names
+    is_pattern = name == "all-linear" or re.search(r"[*+?()\[\]|^$\\]", name)
+    return name if is_pattern else names
 
 
 @dataclass
@@ -151,6 +173,8 @@ class LoadArguments(ModelArguments):
 class DataArguments:
     """The rows, and what to do with a folder that is not empty."""
 
+    title: ClassVar[str] = "data and output"
+
     dataset_name: list[str] | None = field(
         default=None,
         metadata={
@@ -159,7 +183,7 @@ class DataArguments:
         },
     )
     mixture: str = field(
-        default="rows", metadata={"help": "What the shares are of: rows, or tokens.", "choices": ["rows", "tokens"]}
+        default="rows", metadata={"help": "Unit of the shares: rows, or tokens.", "choices": ["rows", "tokens"]}
     )
     streaming: bool = field(
         default=False, metadata={"help": "Read the rows while training, and keep none; needs --max_steps."}
@@ -177,82 +201,89 @@ class DataArguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace the run in output_dir."})
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+@dataclass
+class ReferenceArguments:
+    """Another reference than the model at the start."""
 
+    title: ClassVar[str] = "reference"
 
-def parse(command: str, classes: Sequence[Any], argv: list[str]) -> tuple[Any, ...]:
-    """Fill ``classes`` from ``--config`` and then from ``argv``, which wins.
-
-    Raises:
-        ValueError: an unknown option or key (with the nearest known one), or a value that does not fit.
-    """
-    parser = _Parser(
-        list(classes),
-        prog=f"rlhf {command}",
-        usage=f"rlhf {command} [--config FILE] [--OPTION VALUE ...]",
-        allow_abbrev=False,
+    ref_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Another reference than the model itself as it is at the start."}
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of these options; the command line wins.")
-    for action in parser._actions:
-        if action.type is string_to_bool and action.nargs is None:  # of a switch that is None by default
-            action.nargs, action.const = "?", True
-    known = {name for cls in classes for name in (f.name for f in fields(cls) if f.init)}
-    _group(parser, command, classes)
-    config = _Parser([], add_help=False, allow_abbrev=False)
-    config.add_argument("--config")
-    file = config.parse_known_args(argv)[0].config
-    if file is not None:
-        parser.set_defaults(**_read_yaml(file, known, parser))
-    *parsed, _, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
-    if rest:
-        raise ValueError(f"unknown option {rest[0]}{_nearest(rest[0].lstrip('-').split('=')[0], known, '--')}")
-    return tuple(parsed)
+
+    def trainer_kwargs(self, model: ModelArguments, config: TrainingArguments) -> dict[str, Any]:
+        """Keyword arguments of the trainer.
+
+        Args:
+            model: the model's options.
+            config: the trainer's configuration.
+        """
+        return {"ref_model": self.ref_model_name_or_path}
 
 
-def _nearest(name: str, known: set[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""
+@dataclass
+class ExperienceArguments:
+    """Where rewards come from, in on-policy training."""
+
+    title: ClassVar[str] = "rewards"
+
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Rewards: a built-in such as numeric_answer or length_reward(target=200), file.py:function, a "
+            "reward model's folder, https://…; several add up."
+        },
+    )
+    environment: str | None = field(
+        default=None, metadata={"help": "file.py:Class of an environment, for several turns (--max_turns)."}
+    )
+
+    def trainer_kwargs(self, model: ModelArguments, config: TrainingArguments) -> dict[str, Any]:
+        """Keyword arguments of the trainer.
+
+        Args:
+            model: the model's options.
+            config: the trainer's configuration.
+
+        Raises:
+            ValueError: neither rewards nor an environment, or the environment cannot be imported.
+        """
+        if self.reward_funcs is None and self.environment is None:
+            raise ValueError(
+                "--reward_funcs is missing: a built-in, file.py:function, a reward model's folder, https://…"
+            )
+        environment = None
+        if self.environment is not None:
+            environment = load_object(self.environment, f"environment {self.environment!r}")
+        return {"reward_funcs": self.reward_funcs, "environment_factory": environment}
 
 
-def _read_yaml(file: str, known: set[str], parser: ArgumentParser) -> dict[str, Any]:
-    path = Path(file)
-    if not path.exists() and (SHIPPED_CONFIGS / path.name).exists():
-        path = SHIPPED_CONFIGS / path.name
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: no such config file") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: expected `option: value` lines, found a {type(values).__name__}")
-    os.environ.update({str(name): str(value) for name, value in (values.pop("env", None) or {}).items()})
-    types = {action.dest: action for action in parser._actions}
-    for key, value in values.items():
-        if key not in known:
-            raise ValueError(f"{file}: unknown key {key!r}{_nearest(str(key), known)}")
-        if isinstance(value, dict) and key.endswith("dataset_name"):
-            value = values[key] = [f"{name}:{weight}" for name, weight in value.items()]
-        if isinstance(value, list) and key in ("columns", "roles"):
-            value = values[key] = ",".join(map(str, value))
-        if isinstance(value, list) and types[key].nargs not in ("+", "*"):
-            raise ValueError(f"{file}: {key!r} takes one value, got a list")
-        if isinstance(value, (bool, int, float)):
-            values[key] = str(value)  # as if typed on the command line: argparse then converts and checks it
-    return values
+@dataclass
+class TeacherAdapterArguments:
+    """A teacher that is an adapter on the student's own weights."""
 
+    title: ClassVar[str] = "teacher"
 
-def _group(parser: ArgumentParser, command: str, classes: Sequence[type]) -> None:
-    """List our own options first and what transformers brings after."""
-    inherited = {f.name: f.default for f in fields(TrainingArguments)}
-    own = {f.name for cls in classes for f in fields(cls) if f.name not in inherited or f.default != inherited[f.name]}
-    own |= {"config", "help", "output_dir", "max_steps", "num_train_epochs"}
-    own |= {"per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"}
-    first = parser.add_argument_group(f"options of rlhf {command}")
-    after = parser.add_argument_group("inherited from transformers.TrainingArguments")
-    for group in parser._action_groups:
-        group._group_actions.clear()
-    for action in parser._actions:
-        (first if action.dest.removeprefix("no_") in own else after)._group_actions.append(action)
+    teacher_adapter: str | None = field(
+        default=None,
+        metadata={"help": "Folder of an adapter of this very model: under it the model is the teacher (--use_peft)."},
+    )
+
+    def trainer_kwargs(self, model: ModelArguments, config: TrainingArguments) -> dict[str, Any]:
+        """Keyword arguments of :func:`rlhf.cli.training.make_distill_trainer`.
+
+        Args:
+            model: the model's options.
+            config: the trainer's configuration.
+
+        Raises:
+            ValueError: two teachers, or no adapter for the student.
+        """
+        if self.teacher_adapter is None:
+            return {}
+        for other in ("teacher_model_name_or_path", "teacher_file", "teacher_server_url"):
+            if getattr(config, other) is not None:
+                raise ValueError(f"--teacher_adapter and --{other} exclude each other: pass one teacher")
+        if not model.use_peft:
+            raise ValueError("--teacher_adapter needs --use_peft: the student is another adapter on the same model")
+        return {"teacher_adapter": self.teacher_adapter}

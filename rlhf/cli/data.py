@@ -1,4 +1,4 @@
-"""``rlhf data``: what a file becomes before anything is trained."""
+"""``rlhf data``: what training would read of a file."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -6,9 +6,9 @@ from typing import Any
 
 import datasets
 
-from rlhf.cli.arguments import parse
+from rlhf.cli.options import require
+from rlhf.cli.parsing import parse
 from rlhf.cli.row_arguments import RowArguments
-from rlhf.cli.training import _require, quiet_logging
 from rlhf.data import load_data
 from rlhf.evaluation import audit, audit_page, command_for, show_audit
 from rlhf.models import load_tokenizer
@@ -36,12 +36,18 @@ class AuditArguments(RowArguments):
 
 
 def run(argv: list[str]) -> None:
+    """Show what training would read of a file.
+
+    Args:
+        argv: words of the command line, after the command; the file may be the first, without an option.
+
+    Raises:
+        ValueError, OSError: bad options, or a file that cannot be read.
+    """
     if argv and not argv[0].startswith("-"):
         argv = ["--dataset_name", *argv]
-    argv = ["--model_name_or_path" + word[7:] if word.split("=")[0] == "--model" else word for word in argv]
     (args,) = parse("data", (AuditArguments,), argv)
-    quiet_logging()
-    _require(dataset_name=args.dataset_name)
+    require(dataset_name=args.dataset_name)
     rows: Any = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
     tokenizer = None
     if args.model_name_or_path is not None:
@@ -50,8 +56,9 @@ def run(argv: list[str]) -> None:
         )
     reading = args.reading(args.split_turns)
     # Without a model, questions and answers are shown as turns.
-    form = replace(reading.form, text_field=args.dataset_text_field, template="" if tokenizer else "tool_calls")
-    reading = replace(reading, form=form)
+    template = "" if tokenizer else "tool_calls"
+    row_format = replace(reading.form, text_field=args.dataset_text_field, template=template)
+    reading = replace(reading, form=row_format)
     found = audit(
         rows,
         args.dataset_name,

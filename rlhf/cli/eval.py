@@ -1,4 +1,4 @@
-"""``rlhf eval``: what a model makes of held-out rows, computed by the trainers' own evaluation."""
+"""``rlhf eval``: metrics of a model on held-out rows, computed by the trainers' own evaluation."""
 
 import json
 import tempfile
@@ -6,13 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf.cli.arguments import LoadArguments, parse
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.cli.arguments import LoadArguments
+from rlhf.cli.launch import LaunchArguments
+from rlhf.cli.options import require
+from rlhf.cli.parsing import parse
 from rlhf.cli.row_arguments import RowArguments
-from rlhf.cli.training import _require, quiet_logging
 from rlhf.data import load_data, tokenizer_difference
+from rlhf.data.batch import IGNORE
 from rlhf.distillation import DistillConfig, DistillTrainer
 from rlhf.evaluation import complete, model_size, model_speed, prompts_of, show_completions, show_metrics
-from rlhf.models import Policy, load_model, load_tokenizer
+from rlhf.models import load_model, load_tokenizer
 from rlhf.trainers import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 
@@ -37,17 +43,51 @@ class EvalArguments(RowArguments):
 
 
 def run(argv: list[str]) -> None:
-    args, model_args = parse("eval", (EvalArguments, LoadArguments), argv)
-    quiet_logging()
-    _require(model_name_or_path=model_args.model_name_or_path, dataset_name=args.dataset_name)
+    """Evaluate a model, alone or beside a reference or a teacher; print the metrics, and write them if asked to.
+
+    Args:
+        argv: words of the command line, after the command.
+
+    Raises:
+        ValueError, OSError: bad options or bad data.
+    """
+    _, args, model_args = parse("eval", (LaunchArguments, EvalArguments, LoadArguments), argv)
+    require(model_name_or_path=model_args.model_name_or_path, dataset_name=args.dataset_name)
     if args.teacher_model_name_or_path is not None and args.ref_model_name_or_path is not None:
         raise ValueError("--teacher_model_name_or_path and --ref_model_name_or_path exclude each other: pass one")
+    name, trust_remote_code = str(model_args.model_name_or_path), model_args.trust_remote_code
     rows = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
-    tokenizer = load_tokenizer(
-        model_args.model_name_or_path, args.chat_template_path, model_args.model_revision, model_args.trust_remote_code
-    )
-    model = load_model(model_args.model_name_or_path, **model_args.load_kwargs(model_args.trust_remote_code))
-    shared: dict[str, Any] = dict(
+    tokenizer = load_tokenizer(name, args.chat_template_path, model_args.model_revision, trust_remote_code)
+    model = load_model(name, **model_args.load_kwargs(trust_remote_code))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _make_trainer(folder, model, rows, tokenizer, args, model_args)
+        metrics = _without_times(trainer.evaluate())
+    columns = {name: metrics}
+    if args.teacher_model_name_or_path is not None:
+        columns = _beside_teacher(trainer, metrics, args)
+    row_format = trainer.args.reading().for_tokenizer(tokenizer).form
+    prompts = prompts_of(rows, args.num_completions, row_format)
+    answers = complete(model, tokenizer, prompts, args.max_new_tokens)
+    if not trainer.is_world_process_zero():
+        return
+    show_metrics(columns)
+    texts = [prompt.prompt for prompt in prompts]
+    show_completions(texts, {name: answers})
+    if args.output_file is not None:
+        completions = [{"prompt": p, "completion": a} for p, a in zip(texts, answers, strict=True)]
+        _write_report(Path(args.output_file), name, args, columns, completions)
+
+
+def _make_trainer(
+    folder: str,
+    model: PreTrainedModel,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: EvalArguments,
+    model_args: LoadArguments,
+) -> Any:
+    """The trainer whose evaluation has the metrics that were asked for."""
+    settings: dict[str, Any] = dict(
         max_length=args.max_length,
         drop_long_prompts=args.drop_long_prompts,
         columns=args.columns,
@@ -56,69 +96,65 @@ def run(argv: list[str]) -> None:
         per_device_eval_batch_size=args.batch_size,
         report_to="none",
     )
-    teacher = None
-    others = model_args.other_kwargs(model_args.trust_remote_code)
-    with tempfile.TemporaryDirectory() as scratch:
-        if args.teacher_model_name_or_path is not None:
-            theirs = load_tokenizer(args.teacher_model_name_or_path)
-            if (difference := tokenizer_difference(tokenizer, theirs)) is not None:
-                raise ValueError(
-                    f"the teacher has another tokenizer ({difference}), and perplexities of two tokenizers do not "
-                    "compare: leave --teacher_model_name_or_path out"
-                )
-            teacher = load_model(args.teacher_model_name_or_path, **others)
-            trainer: Any = DistillTrainer(
-                model, teacher, DistillConfig(scratch, **shared), eval_dataset=rows, processing_class=tokenizer,
-                teacher_processing_class=theirs,
-            )  # fmt: skip
-        elif args.ref_model_name_or_path is not None and "chosen" in rows.column_names:
-            reference = load_model(args.ref_model_name_or_path, **others)
-            trainer = DPOTrainer(
-                model, reference, DPOConfig(scratch, beta=args.beta, **shared),
-                eval_dataset=rows, processing_class=tokenizer,
-            )  # fmt: skip
-        else:
-            trainer = SFTTrainer(
-                model, SFTConfig(scratch, disable_dropout=True, **shared), eval_dataset=rows, processing_class=tokenizer
+    inputs: dict[str, Any] = dict(eval_dataset=rows, processing_class=tokenizer)
+    other_kwargs = model_args.other_kwargs(model_args.trust_remote_code)
+    if args.teacher_model_name_or_path is not None:
+        teacher_tokenizer = load_tokenizer(args.teacher_model_name_or_path)
+        difference = tokenizer_difference(tokenizer, teacher_tokenizer)
+        if difference is not None:
+            raise ValueError(
+                f"the teacher has another tokenizer ({difference}), and perplexities of two tokenizers do not "
+                "compare: leave --teacher_model_name_or_path out"
             )
-        metrics = trainer.evaluate()
-    kept = {
-        k.removeprefix("eval_"): v
-        for k, v in metrics.items()
-        if k != "epoch" and "_second" not in k and "runtime" not in k
+        teacher = load_model(args.teacher_model_name_or_path, **other_kwargs)
+        inputs["teacher_processing_class"] = teacher_tokenizer
+        return DistillTrainer(model, teacher, DistillConfig(folder, **settings), **inputs)
+    if args.ref_model_name_or_path is not None and "chosen" in rows.column_names:
+        reference = load_model(args.ref_model_name_or_path, **other_kwargs)
+        return DPOTrainer(model, reference, DPOConfig(folder, beta=args.beta, **settings), **inputs)
+    return SFTTrainer(model, SFTConfig(folder, disable_dropout=True, **settings), **inputs)
+
+
+def _without_times(metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics of an evaluation without the prefix, and without what depends on the machine."""
+    return {
+        name.removeprefix("eval_"): value
+        for name, value in metrics.items()
+        if name != "epoch" and "_second" not in name and "runtime" not in name
     }
-    name = str(model_args.model_name_or_path)
-    columns = {name: kept} if teacher is None else _beside(trainer, teacher, kept, args)
-    form = trainer.args.reading().for_tokenizer(tokenizer).form
-    prompts = prompts_of(rows, args.num_completions, form)
-    answers = complete(model, tokenizer, prompts, args.max_new_tokens)
-    if not trainer.is_world_process_zero():
-        return
-    show_metrics(columns)
-    asked = [prompt.prompt for prompt in prompts]
-    show_completions(asked, {name: answers})
-    if args.output_file is not None:
-        report = {"model": name, "reference": args.ref_model_name_or_path, "teacher": args.teacher_model_name_or_path}
-        report |= {"data": args.dataset_name, "metrics": next(iter(columns.values()))}
-        if teacher is not None:
-            report["teacher_metrics"] = columns["teacher"]
-        report["completions"] = [{"prompt": p, "completion": a} for p, a in zip(asked, answers, strict=True)]
-        path = Path(args.output_file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _beside(trainer: Any, teacher: Any, metrics: dict[str, float], args: Any) -> dict[str, dict[str, float]]:
-    """Student and teacher: what the evaluation found, what each costs, and how fast both are on its first rows."""
-    first = [trainer.eval_dataset[i] for i in range(min(args.batch_size, len(trainer.eval_dataset)))]
-    # An answer begins at the first scored token; a plain text is scored from its beginning.
-    starts = [next(i for i, label in enumerate(row["labels"]) if label != -100) for row in first]
-    prompts = [row["input_ids"][: max(1, start)] for row, start in zip(first, starts, strict=True)]
-    models = {"student": trainer.model, "teacher": Policy(teacher)}
-    batch = trainer.data_collator(first).to(trainer.args.device)
+def _beside_teacher(trainer: Any, metrics: dict[str, float], args: EvalArguments) -> dict[str, dict[str, float]]:
+    """Student and teacher: metrics, what each costs, and how fast both are on the first rows."""
+    rows = trainer.eval_dataset
+    first_rows = [rows[i] for i in range(min(args.batch_size, len(rows)))]
+    prompts = []
+    for row in first_rows:
+        # An answer begins at the first scored token; a plain text is scored from its beginning.
+        start = next(i for i, label in enumerate(row["labels"]) if label != IGNORE)
+        prompts.append(row["input_ids"][: max(1, start)])
+    models = {"student": trainer.model, "teacher": trainer.teacher.policy}
+    batch = trainer.data_collator(first_rows).to(trainer.args.device)
     speed = model_speed(models, trainer.processing_class, batch, prompts, args.max_new_tokens)
-    said = {
+    quality = {
         "student": {name: metrics[name] for name in ("kl", "agreement", "perplexity")},
         "teacher": {"perplexity": metrics["teacher_perplexity"]},
     }
-    return {name: said[name] | model_size(model) | speed[name] for name, model in models.items()}
+    return {name: quality[name] | model_size(model) | speed[name] for name, model in models.items()}
+
+
+def _write_report(
+    path: Path, model: str, args: EvalArguments, columns: dict[str, dict[str, float]], completions: list[dict[str, str]]
+) -> None:
+    report: dict[str, Any] = {
+        "model": model,
+        "reference": args.ref_model_name_or_path,
+        "teacher": args.teacher_model_name_or_path,
+        "data": args.dataset_name,
+        "metrics": next(iter(columns.values())),
+    }
+    if args.teacher_model_name_or_path is not None:
+        report["teacher_metrics"] = columns["teacher"]
+    report["completions"] = completions
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,24 +1,18 @@
 """``rlhf losses``: the catalogue, one loss in full, or advice."""
 
-import argparse
 import re
-from typing import NoReturn
 
 from rich.console import Console
 from rich.table import Table
 
+from rlhf.cli.options import RaisingParser
 from rlhf.losses.catalogue import advise, entries, find
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def run(argv: list[str]) -> None:
-    parser = _Parser("rlhf losses", description="The catalogue of losses; alone, a list.")
+    parser = RaisingParser("rlhf losses", description="The catalogue of losses; alone, a list.")
     parser.add_argument("--markdown", action="store_true", help="the list as the table of docs/losses.md")
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", parser_class=_Parser)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", parser_class=RaisingParser)
     show = actions.add_parser("show", help="one loss: formula, paper, signature and a worked number")
     show.add_argument("name")
     guide = actions.add_parser("advise", help="from a problem to losses and where to start")

@@ -1,38 +1,54 @@
-"""``rlhf COMMAND``: pick the command; its module is imported only then, so that help answers at once."""
+"""``rlhf COMMAND``: choose the command, check the names of its options, and only then import what it needs."""
 
 import argparse
+import logging
 import os
 import sys
 import traceback
 from importlib import import_module
 
-COMMANDS = {
-    "sft": "fine-tune on text, conversations, or prompts with completions",
-    "dpo": "align with preference pairs (prompt, chosen, rejected)",
-    "kto": "align with answers marked good or bad, without partners",
-    "distill": "train a student to say what a teacher says",
-    "reward": "train a reward model on preference pairs",
-    "ppo": "learn from rewards, with a critic (prompts and --reward_funcs)",
-    "grpo": "learn from rewards, against the mean of a group (DAPO, GSPO, …)",
-    "rloo": "learn from rewards, against the others of a group",
-    "online-dpo": "DPO on pairs of own completions, judged by rewards",
-    "best-of-n": "fine-tune on the best of own completions",
-    "student": "make a smaller model: some of a teacher's layers, or fresh",
-    "teacher": "keep what a teacher says of a data set, to distill from",
-    "eval": "perplexity; preferences beside a reference, or KL to a teacher",
-    "data": "what a file becomes before training: columns, lengths, tokens",
-    "losses": "the catalogue of losses: list, show one, advise",
-}
+from rlhf import __version__
+from rlhf.cli.commands import COMMANDS, LAUNCH, Command, TrainingCommand
+from rlhf.cli.launch import LaunchArguments, launch, split_launch_options
+from rlhf.cli.options import check_options, expand_aliases, names_of_options, read_config
 
-_EXAMPLE = "on several processes: accelerate launch scripts/COMMAND.py --config FILE"
+_EXAMPLE = "in several processes: rlhf COMMAND --config FILE --num_processes N"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 for bad input (one line on stderr; the traceback with ``--debug``)."""
+    """Run a command.
+
+    Args:
+        argv: words of the command line; by default those of this process.
+
+    Returns:
+        0 on success, 2 for bad input: one line on stderr says what is wrong (the traceback with ``--debug``).
+    """
     # Large tensors in pages of 2 MiB: page faults take a tenth of a training step on a CPU otherwise. torch reads this
     # at its first tensor.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    options, unknown = parser.parse_known_args(argv[:1])
+    if options.version:
+        print(__version__)
+        return 0
+    if options.command is None:
+        parser.print_help()
+        return 2 if unknown else 0
+    name, words = options.command, argv[1:]
+    debug = _remove_debug(words)
+    try:
+        return _run(name, COMMANDS[name], words)
+    except (ValueError, OSError, ImportError) as error:
+        if debug:
+            traceback.print_exc()
+        elif _is_first_process():
+            print(f"rlhf {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "rlhf",
         usage="rlhf [-h | --version] COMMAND ...",
@@ -45,36 +61,45 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="store_true", help=argparse.SUPPRESS)
     title = "Fine-tune language models on text and on preferences (rlhf COMMAND --help)"
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title=title)
-    for name, summary in COMMANDS.items():
-        commands.add_parser(name, help=summary, add_help=False)
-    args, rest = parser.parse_known_args(argv[:1])
-    if args.version:
-        from rlhf import __version__
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.summary, add_help=False)
+    return parser
 
-        print(__version__)
-        return 0
-    if args.command is None:
-        parser.print_help()
-        return 2 if rest else 0
-    rest = argv[1:]
-    debug = _take_debug(rest)
-    try:
-        import_module(f"rlhf.cli.{args.command.replace('-', '_')}").run(rest)
-    except (ValueError, OSError, ImportError) as error:
-        # Of a job's processes only the first speaks.
-        if debug:
-            traceback.print_exc()
-        elif os.environ.get("RANK", "0") == "0":
-            print(f"rlhf {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+
+def _run(name: str, command: Command | TrainingCommand, words: list[str]) -> int:
+    if command.option_classes and not {"-h", "--help"} & set(words):
+        known_names = names_of_options(command.option_classes)
+        words = expand_aliases(words, known_names)
+        file = check_options(words, known_names | {"config"})
+        if file is not None:
+            read_config(file, known_names)
+    if LAUNCH in command.option_classes:
+        launch_options, words = split_launch_options(words)
+        if launch_options != LaunchArguments():
+            return launch(name, words, launch_options)
+    _log_plain_lines()
+    if isinstance(command, TrainingCommand):
+        import_module("rlhf.cli.training").run(name, command, words)
+    else:
+        import_module(command.module).run(words)
     return 0
 
 
-def _take_debug(argv: list[str]) -> bool:
-    """Remove a bare ``--debug``; with a value it is transformers' own option and stays."""
-    for index, word in enumerate(argv):
-        if word == "--debug" and (index + 1 == len(argv) or argv[index + 1].startswith("-")):
-            del argv[index]
+def _log_plain_lines() -> None:
+    """Our own messages as plain lines, from the first process only."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("rlhf").setLevel(logging.INFO if _is_first_process() else logging.ERROR)
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _remove_debug(words: list[str]) -> bool:
+    """Remove a bare ``--debug``; with a value it is an option of transformers, and stays."""
+    for index, word in enumerate(words):
+        if word == "--debug" and (index + 1 == len(words) or words[index + 1].startswith("-")):
+            del words[index]
             return True
     return False
 

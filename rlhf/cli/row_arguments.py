@@ -10,7 +10,7 @@ from rlhf.trainers.config import renames
 
 @dataclass
 class RowArguments:
-    """Names of columns and roles, and what the chat template gets."""
+    """Names of columns and roles, and arguments of the chat template."""
 
     chat_template_path: str | None = field(default=None, metadata={"help": "Template file, or a model folder."})
     chat_template_kwargs: str | None = field(
@@ -24,22 +24,27 @@ class RowArguments:
     )
 
     def template_kwargs(self) -> dict[str, Any]:
-        """What the chat template gets for every row.
+        """Arguments of the chat template for every row.
 
         Raises:
             ValueError: no JSON object.
         """
         given = self.chat_template_kwargs
-        found = from_json(given) if isinstance(given, str) else given or {}  # of YAML it is an object
-        if not isinstance(found, dict):
+        # In a config file it may be an object already.
+        arguments = from_json(given) if isinstance(given, str) else given or {}
+        if not isinstance(arguments, dict):
             raise ValueError(f"--chat_template_kwargs is no JSON object: {given}")
-        return found
+        return arguments
 
     def reading(self, split_turns: bool = False) -> Reading:
-        """How rows are read."""
-        form = RowFormat(
+        """How rows are read.
+
+        Args:
+            split_turns: whether each answer of a conversation is a row of its own.
+        """
+        row_format = RowFormat(
             columns=renames(self.columns, "columns"),
             roles=renames(self.roles, "roles"),
             template_kwargs=self.template_kwargs(),
         )
-        return Reading(form, split_turns=split_turns)
+        return Reading(row_format, split_turns=split_turns)

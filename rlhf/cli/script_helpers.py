@@ -1,4 +1,4 @@
-"""What people's own training scripts start from: arguments, data and adapters by the names that TRL gives them."""
+"""For training scripts of your own: arguments, data and adapters under the names that TRL gives them."""
 
 import sys
 from collections.abc import Sequence
@@ -7,7 +7,8 @@ from typing import Any
 
 from peft import LoraConfig
 
-from rlhf.cli.arguments import DataArguments, ModelArguments, parse
+from rlhf.cli.arguments import DataArguments, ModelArguments
+from rlhf.cli.parsing import parse
 from rlhf.data import load_datasets
 
 
@@ -38,34 +39,50 @@ class TrlParser:
     def parse_args_and_config(self, args: Sequence[str] | None = None) -> tuple[Any, ...]:
         """The filled data classes, in the order in which they were given.
 
+        Args:
+            args: words of a command line; by default those of this process.
+
         Raises:
             ValueError: an unknown option or key (with the nearest known one), or a value that does not fit.
         """
-        return parse("SCRIPT", self.dataclass_types, list(sys.argv[1:] if args is None else args))
+        words = sys.argv[1:] if args is None else args
+        return parse("SCRIPT", self.dataclass_types, list(words))
 
 
 def get_dataset(arguments: DataArguments) -> dict[str, Any]:
     """The rows to train on, and those to evaluate on where there are some, under the names of their splits.
 
+    Args:
+        arguments: names of data sets and splits.
+
     Raises:
         FileNotFoundError, ValueError: nothing there, or it cannot be read.
     """
-    train, test = arguments.dataset_train_split, arguments.dataset_test_split
-    given: dict[str, Any] = dict(name=arguments.dataset_config, mixture=arguments.mixture)
-    found = {train: load_datasets(arguments.dataset_name or [], train, **given)}
-    if arguments.eval_dataset_name is not None:
-        given["name"] = None
-    if test is not None or arguments.eval_dataset_name is not None:
-        names = arguments.eval_dataset_name or arguments.dataset_name or []
-        found[test or "test"] = load_datasets(names, test or "train", **given)
-    return found
+    train_split, test_split = arguments.dataset_train_split, arguments.dataset_test_split
+    names, test_names = arguments.dataset_name or [], arguments.eval_dataset_name
+    config, mixture = arguments.dataset_config, arguments.mixture
+    datasets = {train_split: load_datasets(names, train_split, name=config, mixture=mixture)}
+    if test_names is not None:
+        # Another data set; the configuration is that of the first.
+        datasets[test_split or "test"] = load_datasets(test_names, test_split or "train", mixture=mixture)
+    elif test_split is not None:
+        datasets[test_split] = load_datasets(names, test_split, name=config, mixture=mixture)
+    return datasets
 
 
 def get_peft_config(model_args: ModelArguments) -> LoraConfig | None:
-    """The adapter that ``use_peft`` and ``lora_*`` ask for; None without ``use_peft``."""
+    """The adapter that ``use_peft`` and ``lora_*`` ask for; None without ``use_peft``.
+
+    Args:
+        model_args: options of the model and its adapter.
+    """
     return model_args.peft_config()
 
 
 def get_quantization_config(model_args: ModelArguments) -> Any:
-    """What ``from_pretrained`` and trainers take as ``quantization_config``; None without ``load_in_4bit`` or 8."""
-    return model_args.load_kwargs().get("quantization_config")
+    """``quantization_config`` for ``from_pretrained`` and trainers; None without ``load_in_4bit`` or ``load_in_8bit``.
+
+    Args:
+        model_args: options of the model and its bits.
+    """
+    return model_args.quantization().get("quantization_config")

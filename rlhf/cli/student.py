@@ -2,24 +2,17 @@
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
 from transformers import PreTrainedModel
 
-from rlhf.cli.training import quiet_logging
+from rlhf.cli.options import RaisingParser
 from rlhf.distillation.student import copy_layers, fresh_student, layer_list, load_config, spread_layers
 from rlhf.evaluation import show_metrics
 from rlhf.models import load_model, load_tokenizer
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def run(argv: list[str]) -> None:
     args = _parser().parse_args(argv)
-    quiet_logging()
     _check_output(args.output_dir)
     # Read before the teacher is loaded, which may take minutes.
     config = None if args.config is None else load_config(args.config)
@@ -38,8 +31,8 @@ def run(argv: list[str]) -> None:
     print(f"saved {args.output_dir}")
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> RaisingParser:
+    parser = RaisingParser(
         "rlhf student", description="Make a student from some of a teacher's layers, or fresh.", allow_abbrev=False
     )
     parser.add_argument("--from", dest="teacher", metavar="TEACHER", required=True, help="a folder, or a hub name")

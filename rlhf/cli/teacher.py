@@ -10,9 +10,10 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.cli.arguments import LoadArguments, parse
+from rlhf.cli.arguments import LoadArguments
+from rlhf.cli.options import require
+from rlhf.cli.parsing import parse
 from rlhf.cli.row_arguments import RowArguments
-from rlhf.cli.training import _require, quiet_logging
 from rlhf.data import load_data, tokenize_prompts, tokenize_sft
 from rlhf.data.packing import hash_of_tokens
 from rlhf.distillation.collect import COMPLETIONS, keep_top_k, sample_completions
@@ -88,9 +89,8 @@ class _Job:
 
 def run(argv: list[str]) -> None:
     args, model_args = parse("teacher", (TeacherArguments, LoadArguments), argv)
-    quiet_logging()
     name = model_args.model_name_or_path
-    _require(model_name_or_path=name, dataset_name=args.dataset_name, output_dir=args.output_dir)
+    require(model_name_or_path=name, dataset_name=args.dataset_name, output_dir=args.output_dir)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("the teacher runs in one process: start it without accelerate launch")
     folder = Path(args.output_dir)

@@ -1,152 +1,177 @@
-"""What the training commands share: from parsed options to a saved checkpoint."""
+"""How each training command runs: from parsed options to a saved checkpoint."""
 
-import logging
-import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging as transformers_logging
 
 from rlhf.cli.arguments import DataArguments, ModelArguments
+from rlhf.cli.commands import TrainingCommand
+from rlhf.cli.options import require
+from rlhf.cli.parsing import parse
 from rlhf.data import Mixture, load_datasets, shuffled
 from rlhf.data.errors import error_context
 from rlhf.data.streams import name_of
-from rlhf.models import load_model, load_tokenizer
+from rlhf.distillation import DistillConfig, DistillTrainer
+from rlhf.models import add_adapter_beside, load_tokenizer
 from rlhf.trainers.base import BaseConfig, BaseTrainer
 from rlhf.trainers.checkpointing import checkpoint_to_resume
 from rlhf.trainers.config import BAD_ROWS
 
+TEACHER_ADAPTER = "teacher"  # name of the teacher's adapter on the student's model
+Rows = Dataset | IterableDataset | Mixture
 
-def quiet_logging() -> None:
-    """Our own messages as plain lines from the first process; transformers' only from warnings on."""
-    main = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("rlhf").setLevel(logging.INFO if main else logging.ERROR)
-    transformers_logging.set_verbosity_warning()
+
+def run(name: str, command: TrainingCommand, argv: list[str]) -> None:
+    """Train as a command of the table says.
+
+    Args:
+        name: of the command.
+        command: its row of the table.
+        argv: words of the command line, after the command.
+
+    Raises:
+        ValueError, OSError: bad options, bad data, or a folder that must not be replaced.
+    """
+    classes = [resolve_name(path) for path in command.option_classes]
+    _, data, model, *groups, args = parse(name, classes, argv)
+    _require_training_options(data, model, args)
+    trainer_kwargs: dict[str, Any] = {}
+    for group in groups:
+        trainer_kwargs |= group.trainer_kwargs(model, args)
+    train(command, data, model, args, trainer_kwargs)
 
 
 def train(
+    command: TrainingCommand,
     data: DataArguments,
     model: ModelArguments,
     args: BaseConfig,
-    make: Callable[..., BaseTrainer],
-    load: Callable[..., Any] = load_model,
+    trainer_kwargs: dict[str, Any],
 ) -> None:
-    """Check everything, then train, evaluate and save; nothing that existed is touched before training starts."""
-    quiet_logging()
-    _require(model_name_or_path=model.model_name_or_path, dataset_name=data.dataset_name)
-    if args.output_dir == "trainer_output":
-        _require(output_dir=None)
+    """Check everything, then train, evaluate and save; nothing that existed is touched before training starts.
+
+    Args:
+        command: has the trainer, and the function that loads the model.
+        data: the rows, and what to do with a folder that is not empty.
+        model: the model and its adapter.
+        args: the trainer's configuration.
+        trainer_kwargs: further keyword arguments of the trainer.
+    """
     peft_config = model.peft_config()
-    output = Path(str(args.output_dir))
-    checkpoint = _check_output(output, data, args.resume_from_checkpoint)
-    train_rows = load_datasets(
-        data.dataset_name or [], data.dataset_train_split, data.dataset_config, mixture=data.mixture,
-        streaming=data.streaming,
-    )  # fmt: skip
-    train_rows = shuffled(train_rows, args.seed if args.data_seed is None else args.data_seed, data.shuffle_buffer_size)
-    eval_rows = _eval_rows(data)
-    if eval_rows is None and (args.eval_strategy != "no" or args.eval_on_start):
-        raise ValueError("evaluation is asked for, but there are no rows: pass --eval_dataset_name")
-    for rows in (train_rows, eval_rows):
-        _check_columns(args, rows)
-    tokenizer = load_tokenizer(
-        str(model.model_name_or_path), args.chat_template_path, model.model_revision, args.trust_remote_code
-    )
-    own = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    output_folder = Path(str(args.output_dir))
+    checkpoint = _check_output(output_folder, data, args.resume_from_checkpoint)
+    train_rows, eval_rows = _load_rows(data, args)
+    name, trust_remote_code = str(model.model_name_or_path), args.trust_remote_code
+    tokenizer = load_tokenizer(name, args.chat_template_path, model.model_revision, trust_remote_code)
+    init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     # A reference or a critic that is given by name is loaded alike.
-    args.model_init_kwargs = {**model.other_kwargs(args.trust_remote_code), **own}
-    trainer = make(
-        model=load(str(model.model_name_or_path), **{**model.load_kwargs(args.trust_remote_code), **own}),
+    args.model_init_kwargs = {**model.other_kwargs(trust_remote_code), **init_kwargs}
+    load_model, make_trainer = resolve_name(command.load_model), resolve_name(command.trainer)
+    trainer = make_trainer(
+        model=load_model(name, **{**model.load_kwargs(trust_remote_code), **init_kwargs}),
         args=args,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
         peft_config=peft_config,
+        **trainer_kwargs,
     )
     if data.overwrite:
-        _clear(output, trainer)
-    try:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-    except (ValueError, OSError):
-        _end_bar(trainer)
-        raise
-    trainer.save_model()
-    trainer.save_state()
-    metrics: dict[str, Any] = dict(result.metrics)
-    if eval_rows is not None:
-        metrics |= trainer.evaluate()
-    trainer.save_metrics("all", metrics)
-    if trainer.is_world_process_zero():
-        print(f"saved {args.output_dir}")
-    if args.world_size > 1:
-        _close(trainer)
+        _clear(output_folder, trainer)
+    _train_and_save(trainer, checkpoint)
 
 
-def _end_bar(trainer: BaseTrainer) -> None:
-    """Close the progress bar, so that what is said next has a line of its own."""
-    for callback in trainer.callback_handler.callbacks:
-        if (bar := getattr(callback, "training_bar", None)) is not None:
-            bar.close()
+def make_distill_trainer(
+    *, model: PreTrainedModel, args: DistillConfig, peft_config: Any, teacher_adapter: str | None = None, **kwargs: Any
+) -> DistillTrainer:
+    """A trainer whose teacher may be an adapter in a folder, on the student's own weights.
+
+    Args:
+        model: the student.
+        args: the trainer's configuration.
+        peft_config: the student's adapter.
+        teacher_adapter: folder of the teacher's adapter.
+        kwargs: further keyword arguments of the trainer.
+    """
+    if teacher_adapter is None:
+        return DistillTrainer(model, args=args, peft_config=peft_config, **kwargs)
+    set_seed(args.seed)  # as the trainer does before it draws an adapter
+    with_both_adapters = add_adapter_beside(model, teacher_adapter, TEACHER_ADAPTER, peft_config)
+    return DistillTrainer(with_both_adapters, args=args, teacher_adapter=TEACHER_ADAPTER, **kwargs)
 
 
-def _require(**named: Any) -> None:
-    for name, value in named.items():
-        if value is None:
-            raise ValueError(f"--{name} is missing: give it on the command line or in the config file")
+def _require_training_options(data: DataArguments, model: ModelArguments, args: BaseConfig) -> None:
+    require(model_name_or_path=model.model_name_or_path, dataset_name=data.dataset_name)
+    if args.output_dir == "trainer_output":  # transformers' default, which nobody chose
+        require(output_dir=None)
 
 
-def _eval_rows(data: DataArguments) -> Dataset | IterableDataset | Mixture | None:
-    if data.eval_dataset_name is None and data.dataset_test_split is None:
-        return None
-    return load_datasets(
-        data.eval_dataset_name or data.dataset_name or [],
-        data.dataset_test_split or "train",
-        data.dataset_config if data.eval_dataset_name is None else None,
+def _load_rows(data: DataArguments, args: BaseConfig) -> tuple[Rows, Rows | None]:
+    """Rows to train on and to evaluate on; refused where they hold nothing to train on, before weights are loaded."""
+    train_rows = load_datasets(
+        data.dataset_name or [],
+        data.dataset_train_split,
+        data.dataset_config,
         mixture=data.mixture,
+        streaming=data.streaming,
     )
+    seed = args.seed if args.data_seed is None else args.data_seed
+    train_rows = shuffled(train_rows, seed, data.shuffle_buffer_size)
+    eval_rows = None
+    if data.eval_dataset_name is not None or data.dataset_test_split is not None:
+        eval_rows = load_datasets(
+            data.eval_dataset_name or data.dataset_name or [],
+            data.dataset_test_split or "train",
+            data.dataset_config if data.eval_dataset_name is None else None,
+            mixture=data.mixture,
+        )
+    elif args.eval_strategy != "no" or args.eval_on_start:
+        raise ValueError("evaluation is asked for, but there are no rows: pass --eval_dataset_name")
+    for rows in (train_rows, eval_rows):
+        _check_columns(args, rows)
+    return train_rows, eval_rows
 
 
-def _check_columns(args: BaseConfig, rows: Dataset | IterableDataset | Mixture | None) -> None:
-    """Refuse rows that hold nothing to train on, before weights are loaded."""
+def _check_columns(args: BaseConfig, rows: Rows | None) -> None:
     for part in rows.parts if isinstance(rows, Mixture) else (rows,):
-        if part is not None and part.column_names is not None:  # of a stream, unknown before its first row
+        # The columns of a stream are unknown before its first row.
+        if part is not None and part.column_names is not None:
             with error_context(name_of(part)):
                 args.check_columns(list(part.column_names))
 
 
-def _check_output(folder: Path, data: DataArguments, checkpoint: str | None = None) -> str | None:
-    """The checkpoint to go on from; raises where the folder holds something that nobody said to replace."""
-    given = data.resume or checkpoint
-    if data.resume and data.overwrite:
-        raise ValueError("--resume and --overwrite exclude each other")
-    if data.resume and checkpoint is not None:
-        raise ValueError("--resume and --resume_from_checkpoint exclude each other")
-    found = checkpoint_to_resume(given, str(folder))
-    if found is not None and Path(found).resolve().parent == folder.resolve():
-        if data.overwrite:
-            raise ValueError(f"{found}: --overwrite would replace it; choose another --output_dir")
-        return found
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: output_dir is a file; choose a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not _holds_run(folder):
-            raise ValueError(f"{folder}: not empty and no run of ours; choose another --output_dir")
-        if not data.overwrite:
-            raise ValueError(f"{folder}: holds a run already; pass --resume to go on, or --overwrite to replace it")
-    return found
+def _train_and_save(trainer: BaseTrainer, checkpoint: str | None) -> None:
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except (ValueError, OSError):
+        _close_progress_bar(trainer)
+        raise
+    trainer.save_model()
+    trainer.save_state()
+    metrics: dict[str, Any] = dict(result.metrics)
+    if trainer.eval_dataset is not None:
+        metrics |= trainer.evaluate()
+    trainer.save_metrics("all", metrics)
+    if trainer.is_world_process_zero():
+        print(f"saved {trainer.args.output_dir}")
+    if trainer.args.world_size > 1:
+        _end_process_group(trainer)
 
 
-def _holds_run(folder: Path) -> bool:
-    left = {path.name for path in folder.iterdir()} <= {"completions.jsonl", BAD_ROWS}  # by a run that ended early
-    return left or (folder / "training_args.bin").exists() or get_last_checkpoint(str(folder)) is not None
+def _close_progress_bar(trainer: BaseTrainer) -> None:
+    """The error has a line of its own then."""
+    for callback in trainer.callback_handler.callbacks:
+        progress_bar = getattr(callback, "training_bar", None)
+        if progress_bar is not None:
+            progress_bar.close()
 
 
-def _close(trainer: BaseTrainer) -> None:
+def _end_process_group(trainer: BaseTrainer) -> None:
     """End the process group once DDP has let go of it: left to the interpreter's exit, its threads may abort there."""
     trainer.accelerator.wait_for_everyone()
     trainer.model_wrapped = trainer.model
@@ -154,11 +179,38 @@ def _close(trainer: BaseTrainer) -> None:
     trainer.accelerator.end_training()
 
 
+def _check_output(folder: Path, data: DataArguments, checkpoint: str | None = None) -> str | None:
+    """The checkpoint to resume from; raises where the folder holds something that nobody asked to replace."""
+    if data.resume and data.overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
+    if data.resume and checkpoint is not None:
+        raise ValueError("--resume and --resume_from_checkpoint exclude each other")
+    checkpoint = checkpoint_to_resume(data.resume or checkpoint, str(folder))
+    if checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve():
+        if data.overwrite:
+            raise ValueError(f"{checkpoint}: --overwrite would replace it; choose another --output_dir")
+        return checkpoint
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: output_dir is a file; choose a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not _holds_run(folder):
+            raise ValueError(f"{folder}: not empty and no run of ours; choose another --output_dir")
+        if not data.overwrite:
+            raise ValueError(f"{folder}: holds a run already; pass --resume to go on, or --overwrite to replace it")
+    return checkpoint
+
+
+def _holds_run(folder: Path) -> bool:
+    names = {path.name for path in folder.iterdir()}
+    ended_early = names <= {"completions.jsonl", BAD_ROWS}
+    return ended_early or "training_args.bin" in names or get_last_checkpoint(str(folder)) is not None
+
+
 def _clear(folder: Path, trainer: BaseTrainer) -> None:
     if trainer.is_world_process_zero():
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name != BAD_ROWS:  # of the run that begins
+            elif path.name != BAD_ROWS:  # written by the run that begins
                 path.unlink()
     trainer.accelerator.wait_for_everyone()

@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import rlhf
 from rlhf import DistillConfig, DistillTrainer, SFTConfig
-from rlhf.cli.arguments import DataArguments, ModelArguments, parse
-from rlhf.cli.main import COMMANDS, main
+from rlhf.cli.arguments import DataArguments, ModelArguments
+from rlhf.cli.commands import COMMANDS
+from rlhf.cli.main import main
+from rlhf.cli.parsing import parse
 from rlhf.data import load_data
 
 FILES = {"sft": "sft.jsonl", "distill": "sft.jsonl", "dpo": "preferences.jsonl", "reward": "preferences.jsonl"}

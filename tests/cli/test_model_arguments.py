@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from rlhf.cli.arguments import ModelArguments, parse
+from rlhf.cli.arguments import ModelArguments
+from rlhf.cli.parsing import parse
 
 
 def given(*argv):

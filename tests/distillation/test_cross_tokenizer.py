@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from rlhf import DistillConfig, DistillTrainer
-from rlhf.cli.arguments import parse
+from rlhf.cli.parsing import parse
 from rlhf.data import Collator
 from rlhf.distillation.alignment import align_answer
 from rlhf.logprobs import Divergence, Predictions, compare_sorted

@@ -6,25 +6,13 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import yaml
 
-from rlhf import (
-    BestOfNConfig,
-    DistillConfig,
-    DPOConfig,
-    GRPOConfig,
-    KTOConfig,
-    OnlineDPOConfig,
-    PPOConfig,
-    RewardConfig,
-    RLOOConfig,
-    SFTConfig,
-)
-from rlhf.cli.arguments import DataArguments, ModelArguments, parse
-from rlhf.cli.dpo import ReferenceArguments
-from rlhf.cli.ppo import ExperienceArguments
+from rlhf.cli.commands import COMMANDS
+from rlhf.cli.parsing import parse
 
 ROOT = Path(__file__).parents[2]
 FLOORS = {
@@ -72,13 +60,7 @@ def test_public_names_exist_and_are_documented(module):
             assert thing.__doc__ and not thing.__doc__.startswith(f"{name}("), f"{module}.{name} has no docstring"
 
 
-ONLINE = {
-    "ppo": PPOConfig,
-    "grpo": GRPOConfig,
-    "rloo": RLOOConfig,
-    "online_dpo": OnlineDPOConfig,
-    "best_of_n": BestOfNConfig,
-}
+ONLINE = ("ppo", "grpo", "rloo", "online_dpo", "best_of_n")
 HAS = {
     "configs": ("sft", "distill", "dpo", "kto", "reward", *ONLINE),
     "demo": ("sft", "dpo", "ppo", "distill"),
@@ -88,23 +70,16 @@ HAS = {
     "docs/runs/distillation": ("hard", "live", "cached", "gkd"),
 }
 TRAINING = [ROOT / f"{folder}/{name}.yaml" for folder, names in HAS.items() for name in names]
-OWN = {
-    **{
-        "sft": (SFTConfig,),
-        "hard": (SFTConfig,),
-        **dict.fromkeys(("distill", "live", "cached", "gkd"), (DistillConfig,)),
-        "dpo": (ReferenceArguments, DPOConfig),
-        "kto": (ReferenceArguments, KTOConfig),
-        "reward": (RewardConfig,),
-    },
-    **{name: (ReferenceArguments, ExperienceArguments, config) for name, config in ONLINE.items()},
-}
+# Files that are not named after their command.
+COMMAND_OF = {"hard": "sft", **dict.fromkeys(("live", "cached", "gkd"), "distill")}
 
 
 @pytest.mark.parametrize("file", TRAINING, ids=lambda f: f"{f.parent.name}/{f.name}")
 def test_training_configs_load(file, tmp_path):
     argv = ["--config", str(file), "--output_dir", str(tmp_path)]
-    args = parse(file.stem, (DataArguments, ModelArguments, *OWN[file.stem]), argv)[-1]
+    command = COMMAND_OF.get(file.stem, file.stem).replace("_", "-")
+    classes = [resolve_name(path) for path in COMMANDS[command].option_classes]
+    args = parse(command, classes, argv)[-1]
     values = yaml.safe_load(file.read_text())
     assert args.learning_rate == values["learning_rate"] and args.output_dir == str(tmp_path)
 

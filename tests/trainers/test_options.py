@@ -10,7 +10,8 @@ from conftest import close, tiny_model
 from transformers import TrainingArguments
 
 from rlhf import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
-from rlhf.cli.arguments import LoadArguments, ModelArguments, parse
+from rlhf.cli.arguments import LoadArguments, ModelArguments
+from rlhf.cli.parsing import parse
 from rlhf.trainers.options import ACTS, HANDED_ON, REFUSED, greater_is_better
 
 STEPS = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)

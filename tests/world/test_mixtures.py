@@ -7,8 +7,9 @@ from conftest import sentences, tiny_model, write_rows
 from datasets import Dataset
 
 from rlhf import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-from rlhf.cli.arguments import DataArguments, parse
+from rlhf.cli.arguments import DataArguments
 from rlhf.cli.main import main
+from rlhf.cli.parsing import parse
 from rlhf.data import Mixture, load_datasets
 
 

@@ -1,0 +1,139 @@
+"""The table of commands. Nothing heavy is imported here, so that help and a mistyped option are answered at once.
+
+A class is named as ``module:Class``; it is imported when its command runs.
+"""
+
+from dataclasses import dataclass
+
+DATA = "rlhf.cli.arguments:DataArguments"
+MODEL = "rlhf.cli.arguments:ModelArguments"
+FROZEN_MODEL = "rlhf.cli.arguments:LoadArguments"
+REFERENCE = "rlhf.cli.arguments:ReferenceArguments"
+EXPERIENCE = "rlhf.cli.arguments:ExperienceArguments"
+TEACHER_ADAPTER = "rlhf.cli.arguments:TeacherAdapterArguments"
+LAUNCH = "rlhf.cli.launch:LaunchArguments"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that does not train: a module with a function ``run(argv)``.
+
+    Attributes:
+        summary: one line for ``rlhf --help``.
+        module: where ``run`` is.
+        option_classes: data classes whose fields are the options. Empty where the module has a parser of its own.
+    """
+
+    summary: str
+    module: str
+    option_classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainingCommand:
+    """A command that trains; :func:`rlhf.cli.training.run` runs each of them.
+
+    Attributes:
+        summary: one line for ``rlhf --help``.
+        trainer: class of the trainer, or a function that makes one from the same keyword arguments.
+        config: data class of its options.
+        groups: further groups of options; each turns what it was given into keyword arguments of the trainer.
+        load_model: function that loads the model to train.
+    """
+
+    summary: str
+    trainer: str
+    config: str
+    groups: tuple[str, ...] = ()
+    load_model: str = "rlhf.models:load_model"
+
+    @property
+    def option_classes(self) -> tuple[str, ...]:
+        """Data classes whose fields are the options, in the order of the help."""
+        return (LAUNCH, DATA, MODEL, *self.groups, self.config)
+
+
+COMMANDS: dict[str, Command | TrainingCommand] = {
+    "sft": TrainingCommand(
+        "fine-tune on text, conversations, or prompts with completions",
+        trainer="rlhf.trainers:SFTTrainer",
+        config="rlhf.trainers:SFTConfig",
+    ),
+    "dpo": TrainingCommand(
+        "align with preference pairs (prompt, chosen, rejected)",
+        trainer="rlhf.trainers:DPOTrainer",
+        config="rlhf.trainers:DPOConfig",
+        groups=(REFERENCE,),
+    ),
+    "kto": TrainingCommand(
+        "align with answers marked good or bad, without partners",
+        trainer="rlhf.trainers:KTOTrainer",
+        config="rlhf.trainers:KTOConfig",
+        groups=(REFERENCE,),
+    ),
+    "distill": TrainingCommand(
+        "train a student to predict what a teacher predicts",
+        trainer="rlhf.cli.training:make_distill_trainer",
+        config="rlhf.distillation:DistillConfig",
+        groups=(TEACHER_ADAPTER,),
+    ),
+    "reward": TrainingCommand(
+        "train a reward model on preference pairs",
+        trainer="rlhf.trainers:RewardTrainer",
+        config="rlhf.trainers:RewardConfig",
+        load_model="rlhf.models:load_reward_model",
+    ),
+    "ppo": TrainingCommand(
+        "learn from rewards, with a critic (prompts and --reward_funcs)",
+        trainer="rlhf.online:PPOTrainer",
+        config="rlhf.online:PPOConfig",
+        groups=(REFERENCE, EXPERIENCE),
+    ),
+    "grpo": TrainingCommand(
+        "learn from rewards, against the mean of a group (DAPO, GSPO, …)",
+        trainer="rlhf.online:GRPOTrainer",
+        config="rlhf.online:GRPOConfig",
+        groups=(REFERENCE, EXPERIENCE),
+    ),
+    "rloo": TrainingCommand(
+        "learn from rewards, against the others of a group",
+        trainer="rlhf.online:RLOOTrainer",
+        config="rlhf.online:RLOOConfig",
+        groups=(REFERENCE, EXPERIENCE),
+    ),
+    "online-dpo": TrainingCommand(
+        "DPO on pairs of own completions, judged by rewards",
+        trainer="rlhf.online:OnlineDPOTrainer",
+        config="rlhf.online:OnlineDPOConfig",
+        groups=(REFERENCE, EXPERIENCE),
+    ),
+    "best-of-n": TrainingCommand(
+        "fine-tune on the best of own completions",
+        trainer="rlhf.online:BestOfNTrainer",
+        config="rlhf.online:BestOfNConfig",
+        groups=(REFERENCE, EXPERIENCE),
+    ),
+    "student": Command(
+        "make a smaller model: some of a teacher's layers, or fresh",
+        module="rlhf.cli.student",
+    ),
+    "teacher": Command(
+        "store a teacher's predictions for a data set, to distill from",
+        module="rlhf.cli.teacher",
+        option_classes=("rlhf.cli.teacher:TeacherArguments", FROZEN_MODEL),
+    ),
+    "eval": Command(
+        "perplexity; preferences beside a reference, or KL to a teacher",
+        module="rlhf.cli.eval",
+        option_classes=(LAUNCH, "rlhf.cli.eval:EvalArguments", FROZEN_MODEL),
+    ),
+    "data": Command(
+        "show what training reads of a file: columns, lengths, tokens",
+        module="rlhf.cli.data",
+        option_classes=("rlhf.cli.data:AuditArguments",),
+    ),
+    "losses": Command(
+        "the catalogue of losses: list, show one, advise",
+        module="rlhf.cli.losses",
+    ),
+}

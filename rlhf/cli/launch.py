@@ -1,0 +1,102 @@
+"""``--num_processes`` and ``--accelerate_config``: a command in several processes, by accelerate's own launcher."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from subprocess import CalledProcessError
+from typing import ClassVar
+
+from rlhf.cli.options import RaisingParser, config_folder
+
+
+@dataclass
+class LaunchArguments:
+    """In how many processes a command runs. These two are taken out of the command line before all others are read."""
+
+    title: ClassVar[str] = "several processes"
+
+    num_processes: int | None = field(default=None, metadata={"help": "Processes, one for each GPU."})
+    accelerate_config: str | None = field(
+        default=None,
+        metadata={"help": "accelerate's YAML file, or one of ours: fsdp2, multi_gpu, single_gpu, two_cpu, zero3."},
+    )
+
+
+def split_launch_options(argv: list[str]) -> tuple[LaunchArguments, list[str]]:
+    """Take the options of the launcher out of a command line.
+
+    Returns:
+        What was asked for, and the words that are left.
+    """
+    parser = RaisingParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--num_processes", "--num-processes", type=int)
+    parser.add_argument("--accelerate_config", "--accelerate-config")
+    options, rest = parser.parse_known_args(argv)
+    return LaunchArguments(**vars(options)), rest
+
+
+def launch(command: str, argv: list[str], options: LaunchArguments) -> int:
+    """Run ``rlhf COMMAND`` in several processes, and wait for them.
+
+    Args:
+        command: name of the command.
+        argv: its words, without those of the launcher.
+        options: number of processes and file for accelerate.
+
+    Returns:
+        0, or the exit status of the process that failed first.
+
+    Raises:
+        ValueError: fewer than one process, or this is one of several already.
+        FileNotFoundError: no such file for accelerate.
+    """
+    if "WORLD_SIZE" in os.environ:
+        raise ValueError("these processes were launched already: give --num_processes to the launcher instead")
+    words = _launcher_words(options)
+
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    arguments = launch_command_parser().parse_args([*words, "--module", "rlhf", command, *argv])
+    try:
+        launch_command(arguments)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode  # the process has said what was wrong
+    except CalledProcessError as error:
+        return error.returncode
+    return 0
+
+
+def _launcher_words(options: LaunchArguments) -> list[str]:
+    words = []
+    if options.accelerate_config is not None:
+        words += ["--config_file", str(accelerate_file(options.accelerate_config))]
+    if options.num_processes is not None:
+        if options.num_processes < 1:
+            raise ValueError(f"--num_processes must be at least 1, got {options.num_processes}")
+        words += ["--num_processes", str(options.num_processes)]
+        # Without a file accelerate starts several processes only when it is told how.
+        if options.num_processes > 1 and options.accelerate_config is None:
+            words.append("--multi_gpu")
+    return words
+
+
+def accelerate_file(name: str) -> Path:
+    """Path of a file for accelerate.
+
+    Args:
+        name: a path, or the name of a file in ``configs/accelerate`` without its ending.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = sorted((config_folder() / "accelerate").glob("*.yaml"))
+    for file in shipped:
+        if name in (file.stem, file.name):
+            return file
+    names = ", ".join(file.stem for file in shipped)
+    raise FileNotFoundError(f"--accelerate_config {name}: no such file, and none of {names}")

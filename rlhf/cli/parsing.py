@@ -1,0 +1,131 @@
+"""Options from a YAML file and the command line, into data classes; and their help."""
+
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
+
+from rlhf.cli.options import RaisingParser, check_options, expand_aliases, read_config
+from rlhf.trainers.config import BaseConfig
+
+# Options of transformers that nearly every run sets.
+COMMON = frozenset(
+    {
+        "output_dir",
+        "max_steps",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+    }
+)
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter):
+    """Each option once, with a value by its type: ``--lora_r INT``. Dashes for underscores work, and are not shown."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        name = action.option_strings[0]
+        if action.dest in ("help", "config") or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        if action.type is string_to_bool:
+            return f"{name} [true|false]"
+        if action.choices is not None:
+            value = "{" + ",".join(map(str, action.choices)) + "}"
+        elif action.type in (int, float):
+            value = action.type.__name__.upper()
+        else:
+            value = "TEXT"
+        return f"{name} {value} ..." if action.nargs == "+" else f"{name} {value}"
+
+    def _get_help_string(self, action: Action) -> str:
+        text = action.help or ""
+        has_default = action.default not in (None, SUPPRESS)
+        return f"{text} (default: %(default)s)" if has_default and "%(default)" not in text else text
+
+
+class _OptionParser(RaisingParser, HfArgumentParser):
+    pass
+
+
+def parse(command: str, classes: Sequence[Any], argv: list[str]) -> tuple[Any, ...]:
+    """Fill data classes from ``--config`` and then from the command line, which wins.
+
+    Args:
+        command: name of the command, for the help.
+        classes: data classes; their fields are the options.
+        argv: words of the command line, after the command.
+
+    Returns:
+        An instance of each class, in their order.
+
+    Raises:
+        ValueError: an unknown option or key (with the nearest known one), or a value that does not fit.
+    """
+    parser = _OptionParser(
+        list(classes),
+        prog=f"rlhf {command}",
+        usage=f"rlhf {command} [--config FILE] [--OPTION VALUE ...]",
+        epilog="Short names: --model, --data, --lr, --epochs. In a config file, use the whole names.",
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of these options; the command line wins.")
+    for action in parser._actions:
+        if action.type is string_to_bool and action.nargs is None:
+            # A switch that is None by default: give it without a value, like the others.
+            action.nargs, action.const = "?", True
+    known_names = frozenset(option.name for cls in classes for option in fields(cls) if option.init)
+    _group(parser, command, classes)
+    argv = expand_aliases(argv, known_names)
+    file = check_options(argv, known_names | {"config", "help"})
+    if file is not None:
+        parser.set_defaults(**_as_typed(file, read_config(file, known_names), parser))
+    *parsed, _, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+    if rest:
+        raise ValueError(f"unknown option {rest[0]}")
+    return tuple(parsed)
+
+
+def _as_typed(file: str, values: dict[str, Any], parser: HfArgumentParser) -> dict[str, Any]:
+    """Values of a YAML file as if they were typed on the command line: argparse then converts and checks them."""
+    actions = {action.dest: action for action in parser._actions}
+    typed = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and key.endswith("dataset_name"):
+            value = [f"{name}:{share}" for name, share in value.items()]
+        if isinstance(value, list) and key in ("columns", "roles"):
+            value = ",".join(map(str, value))
+        if isinstance(value, list) and actions[key].nargs not in ("+", "*"):
+            raise ValueError(f"{file}: {key!r} takes one value, got a list")
+        typed[key] = str(value) if isinstance(value, (bool, int, float)) else value
+    return typed
+
+
+def _group(parser: HfArgumentParser, command: str, classes: Sequence[Any]) -> None:
+    """Sort the options of the help by subject: those of the command first, what transformers brings last."""
+    own, training, rest = f"options of rlhf {command}", "training", "inherited from transformers.TrainingArguments"
+    inherited = {option.name: option.default for option in fields(TrainingArguments)}
+    shared = {option.name for option in fields(BaseConfig)}
+    titles = {"help": own, "config": own}
+    for cls in classes:
+        for option in fields(cls):
+            differs = option.name not in inherited or option.default != inherited[option.name]
+            if hasattr(cls, "title"):
+                titles[option.name] = cls.title
+            elif option.name not in shared:
+                titles[option.name] = own
+            else:
+                titles[option.name] = training if differs or option.name in COMMON else rest
+    subjects = [title for title in dict.fromkeys(titles.values()) if title not in (own, training, rest)]
+    for group in parser._action_groups:
+        group._group_actions.clear()
+    groups = {title: parser.add_argument_group(title) for title in (own, *subjects, training, rest)}
+    for action in parser._actions:
+        # --no_NAME is left out: --NAME false is the same.
+        if not action.option_strings[0].startswith("--no_"):
+            groups[titles[action.dest]]._group_actions.append(action)

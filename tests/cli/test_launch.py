@@ -1,0 +1,75 @@
+"""Several processes by accelerate's own launcher."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf.cli.launch import LaunchArguments, accelerate_file, launch, split_launch_options
+from rlhf.cli.main import main
+
+
+def test_its_options_are_taken_out():
+    options, rest = split_launch_options(
+        ["--beta", "1", "--num_processes", "2", "--lr", "1", "--accelerate-config=zero3", "--use_cpu"]
+    )
+    assert options == LaunchArguments(2, "zero3") and rest == ["--beta", "1", "--lr", "1", "--use_cpu"]
+
+
+def test_a_file_is_found_by_its_name_or_its_path(tmp_path):
+    assert accelerate_file("zero3").name == "zero3.yaml"
+    (tmp_path / "mine.yaml").write_text("num_processes: 1\n")
+    assert accelerate_file(str(tmp_path / "mine.yaml")) == tmp_path / "mine.yaml"
+    with pytest.raises(FileNotFoundError, match="--accelerate_config zero9: no such file, and none of fsdp2, "):
+        accelerate_file("zero9")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--num_processes", "0"], "--num_processes must be at least 1, got 0"),
+        (["--num_processes", "two"], "argument --num_processes/--num-processes: invalid int value: 'two'"),
+        (["--accelerate_config", "zero9"], "--accelerate_config zero9: no such file"),
+        (["--num_processes", "2", "--nonsense"], "unknown option --nonsense"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_started(words, line, capsys):
+    assert main(["dpo", *words]) == 2
+    assert capsys.readouterr().err.startswith(f"rlhf dpo: {line}")
+
+
+def test_processes_that_were_launched_launch_no_others(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="give --num_processes to the launcher instead"):
+        launch("dpo", [], LaunchArguments(num_processes=2))
+
+
+def run(tmp_path, model_folder, data_files, *words):
+    argv = [sys.executable, "-m", "rlhf", "sft", "--model", str(model_folder), "--data", str(data_files / "sft.jsonl")]
+    argv += ["--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--logging_steps", "1", "--use_cpu"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*argv, *words], capture_output=True, text=True, env=environment, cwd=tmp_path)
+
+
+def test_two_processes_share_a_batch(tmp_path, model_folder, data_files):
+    """Twice the rows of one process in a step, and one checkpoint."""
+    two = ("--num_processes", "2", "--accelerate_config", "two_cpu", "--per_device_train_batch_size", "2")
+    done = run(tmp_path, model_folder, data_files, *two)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("saved ") == 1
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    done = run(tmp_path, model_folder, data_files, "--per_device_train_batch_size", "4", "--overwrite")
+    assert done.returncode == 0, done.stderr
+    alone = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["num_tokens"] for entry in log[:2]] == [entry["num_tokens"] for entry in alone[:2]]
+
+
+def test_a_mistake_in_the_processes_is_told_once_and_ends_with_2(tmp_path, model_folder, data_files):
+    done = run(tmp_path, model_folder, data_files, "--num_processes", "2", "--beta1", "3")
+    assert done.returncode == 2 and "unknown option --beta1" in done.stderr
+    done = run(tmp_path, model_folder, data_files, "--num_processes", "2", "--max_length", "1")
+    assert done.returncode == 2
+    assert done.stderr.count("rlhf sft: max_length must be at least 2") == 1, done.stderr
