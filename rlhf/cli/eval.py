@@ -144,7 +144,7 @@ def _beside_teacher(trainer: Any, metrics: dict[str, float], args: EvalArguments
 
 
 def _write_report(
-    path: Path, model: str, args: EvalArguments, columns: dict[str, dict[str, float]], completions: list[dict[str, str]]
+    path: Path, model: str, args: EvalArguments, columns: dict[str, dict[str, float]], completions: list[dict[str, Any]]
 ) -> None:
     report: dict[str, Any] = {
         "model": model,

@@ -172,12 +172,13 @@ def _fields_of_class(module: str, class_name: str) -> frozenset[str]:
                 if isinstance(base, ast.Name):
                     names |= _fields_of_class(module, base.id)
             return frozenset(names)
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom):
+    # Not defined here, so imported, perhaps for type checkers only.
+    for statement in ast.walk(tree):
+        if not isinstance(statement, ast.ImportFrom):
             continue
-        for alias in node.names:
+        for alias in statement.names:
             if class_name == (alias.asname or alias.name):
-                return _fields_of_class(_absolute_module(node, module), alias.name)
+                return _fields_of_class(_absolute_module(statement, module), alias.name)
     raise LookupError(f"{module} defines and imports no class {class_name}")
 
 

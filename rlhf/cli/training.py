@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, set_seed
@@ -23,7 +23,7 @@ from rlhf.trainers.checkpointing import checkpoint_to_resume
 from rlhf.trainers.config import BAD_ROWS
 
 TEACHER_ADAPTER = "teacher"  # name of the teacher's adapter on the student's model
-Rows = Dataset | IterableDataset | Mixture
+Rows: TypeAlias = Dataset | IterableDataset | Mixture
 
 
 def run(name: str, command: TrainingCommand, argv: list[str]) -> None:
