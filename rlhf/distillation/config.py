@@ -97,7 +97,7 @@ class DistillConfig(GenerationArguments, TextConfig):
         # The reward form needs no divergence, so a server serves it for any.
         needs_estimate = self.teacher_server_url is not None and not self.reverse_kl_reward
         if self.teacher_file is not None or needs_estimate:
-            self.loss().of_top_k()
+            self.loss().top_k_beta()
         self.loss()
         self._check_on_policy()
         self._check_matching()

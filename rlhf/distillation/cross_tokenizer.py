@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data import Batch, Collator
 from rlhf.distillation.aligned_rows import Alignment, collate_alignment, tokenize_aligned
 from rlhf.distillation.config import Align, DistillConfig
+from rlhf.distillation.objectives import AlignedTeacherObjective
 from rlhf.distillation.teachers import LiveTeacher, known_tokenizer, load_if_named
+from rlhf.logprobs import HeadObjective
 from rlhf.losses import span_logps, span_loss
 from rlhf.models import vocabulary_size
 from rlhf.trainers.base import Measures
@@ -100,6 +102,9 @@ class CrossTokenizerTeacher(LiveTeacher):
         collate = partial(collate_alignment, pad_token_id=self.pad_token_id)
         return replace(collator, extras={**collator.extras, "alignment": collate})
 
+    def objective(self, batch: Batch) -> HeadObjective:
+        return AlignedTeacherObjective(self.policy_of, self.divergence)
+
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
         """Sums and counts as of any teacher. A span has its loss at the student's token that begins it."""
         alignment: Any = batch.extras["alignment"]
@@ -111,7 +116,7 @@ class CrossTokenizerTeacher(LiveTeacher):
 
     def _measure_sorted(self, model: nn.Module, batch: Batch, alignment: Alignment) -> Measures:
         """Sorted probabilities, compared in the student's forward pass."""
-        scores = model(batch, **self.objective(batch))
+        scores = model(batch, self.objective(batch))
         # Only tokens with a partner are compared, so the teacher's perplexity is of these alone.
         teacher_nll = -batch.targets.sum(scores.teacher.logps)
         compared = batch.targets.sum((alignment.partner >= 0).long())

@@ -8,15 +8,16 @@ is read before the final norm.
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf.data import Batch
+from rlhf.distillation.objectives import TeacherObjective
 from rlhf.distillation.student import layer_list, matched_layers
-from rlhf.logprobs import Scores
+from rlhf.logprobs import HeadObjective, Scores
 from rlhf.losses import hidden_state_loss
 from rlhf.models import Policy
 
@@ -124,11 +125,12 @@ class MatchingPolicy(Policy):
             weight = torch.empty(teacher_width, student_width).uniform_(-bound, bound, generator=generator)
             self.projections.append(nn.Parameter(weight.to(embedding.device, dtype)))
 
-    def forward(self, batch: Batch, *args: Any, **kwargs: Any) -> Scores:
+    def forward(self, batch: Batch, objective: HeadObjective | None = None, entropy: bool = False) -> Scores:
         """As :class:`Policy`; with a teacher, the loss has the weighted distance added."""
-        teacher, weights = kwargs.get("teacher"), self.weights
-        if teacher is None or weights is None:
-            return super().forward(batch, *args, **kwargs)
+        weights = self.weights
+        if not isinstance(objective, TeacherObjective) or weights is None:
+            return super().forward(batch, objective, entropy)
+        teacher = objective.teacher
         student_outputs: LayerOutputs = {}
         teacher_outputs: LayerOutputs = {}
 
@@ -141,7 +143,7 @@ class MatchingPolicy(Policy):
         # A teacher on the student's own weights runs first: its pass also fires the student's hooks, and the student's
         # pass then overwrites what they recorded.
         with capture_layers(self.without_adapter, self.student_layers, batch, student_outputs):
-            scores = super().forward(batch, *args, **kwargs | {"teacher": captured_teacher})
+            scores = super().forward(batch, replace(objective, teacher=captured_teacher), entropy)
         assert scores.loss is not None and scores.teacher is not None
         with torch.autocast(batch.input_ids.device.type, enabled=False):
             distances = self._distances(student_outputs, teacher_outputs, weights)

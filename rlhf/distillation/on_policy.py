@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rlhf.data import Batch
 from rlhf.data.batch import IGNORE
-from rlhf.logprobs import Scores
+from rlhf.logprobs import Scores, TokenLoss
 from rlhf.models import Policy
 from rlhf.rollouts import Completion, Sampling
 from rlhf.rollouts.policy_sampler import PolicySampler
@@ -176,7 +176,7 @@ def measure_reward(model: nn.Module, batch: Batch, teacher_logps: Tensor) -> Mea
     Returns:
         Sums and counts for each sequence; the scalar sum of the loss carries the gradient.
     """
-    scores = model(batch, reverse_kl_loss, per_token=(teacher_logps,))
+    scores = model(batch, TokenLoss(reverse_kl_loss, (teacher_logps,)))
     targets, logps = batch.targets, scores.logps.detach()
     tokens = targets.counts()
     sums = {

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data import Batch
 from rlhf.data.batch import IGNORE
 from rlhf.distillation.teachers import Row, TeacherSource
-from rlhf.logprobs import TopK
+from rlhf.logprobs import HeadObjective, TopK
 from rlhf.models import Policy
 from rlhf.rollouts import ServerEngine
 
@@ -30,8 +30,9 @@ class ServerTeacher(TeacherSource):
 
     collates_late: ClassVar[bool] = True
 
-    def objective(self, batch: Batch) -> dict[str, Any]:
-        return {"divergence": self.divergence}
+    def objective(self, batch: Batch) -> HeadObjective:
+        kept: Any = batch.extras["teacher"]
+        return self.divergence.from_top_k(kept)
 
     def covers(self, batch: Batch) -> bool:
         return "teacher" in batch.extras

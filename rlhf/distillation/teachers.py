@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data import Batch, Packed, tokenizer_difference
 from rlhf.distillation.config import DistillConfig
 from rlhf.distillation.matching import MatchingWeights
+from rlhf.distillation.objectives import TeacherObjective
 from rlhf.distillation.teacher_file import TeacherFile, open_teacher_file
-from rlhf.logprobs import Divergence
+from rlhf.logprobs import Divergence, HeadObjective
 from rlhf.models import Policy, load_model, load_tokenizer
 from rlhf.models.adapter_off import adapter_off_is_start, adapter_off_stays
 from rlhf.models.policy import still
@@ -47,8 +48,8 @@ class TeacherSource(ABC):
     collates_late: ClassVar[bool] = False
 
     @abstractmethod
-    def objective(self, batch: Batch) -> dict[str, Any]:
-        """The loss of a batch, as arguments of the student's forward pass."""
+    def objective(self, batch: Batch) -> HeadObjective:
+        """The loss of a batch, for the student's forward pass."""
 
     def collator(self, collator: Any) -> Any:
         """The collator that adds to each batch what this source needs; by default ``collator`` itself."""
@@ -89,7 +90,7 @@ class TeacherSource(ABC):
         Returns:
             Sums and counts for each sequence; the scalar sum of the loss carries the gradient.
         """
-        scores = model(batch, **self.objective(batch))
+        scores = model(batch, self.objective(batch))
         comparison, targets = scores.teacher, batch.targets
         logps = scores.logps.detach()
         loss = targets.sum(self.divergence.loss(comparison.divergence, logps))
@@ -118,8 +119,8 @@ class RunningTeacher(TeacherSource):
     def policy_of(self, student: Policy) -> Any:
         """A context manager that gives the teacher's policy, for use within it."""
 
-    def objective(self, batch: Batch) -> dict[str, Any]:
-        return {"divergence": self.divergence, "teacher": self.policy_of}
+    def objective(self, batch: Batch) -> HeadObjective:
+        return TeacherObjective(self.policy_of, self.divergence)
 
     def token_logps(self, student: Policy, batch: Batch) -> Tensor:
         with torch.no_grad(), self.policy_of(student) as teacher:
@@ -169,8 +170,9 @@ class FileTeacher(TeacherSource):
 
     file: TeacherFile
 
-    def objective(self, batch: Batch) -> dict[str, Any]:
-        return {"divergence": self.divergence}
+    def objective(self, batch: Batch) -> HeadObjective:
+        kept: Any = batch.extras["teacher"]
+        return self.divergence.from_top_k(kept)
 
     def collator(self, collator: Any) -> Any:
         return replace(collator, extras={**collator.extras, "teacher": self.file.of_examples})

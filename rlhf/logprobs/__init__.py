@@ -1,26 +1,40 @@
 """Log-probabilities of the tokens that count: targets, the head as data, the bridge to Hugging Face models."""
 
-from rlhf.logprobs.aligned import compare_sorted
 from rlhf.logprobs.bridge import model_predictions, model_scores
-from rlhf.logprobs.chunks import Plan, plan
-from rlhf.logprobs.divergence import Divergence, Predictions, compare
-from rlhf.logprobs.head import Head, HeadSettings, head_settings, read_head, verified_settings
-from rlhf.logprobs.score import Comparison, LocalLoss, Scores, score
+from rlhf.logprobs.chunks import ChunkPlan, ChunkResult, Step, plan_chunks
+from rlhf.logprobs.divergence import Divergence, SortedComparison, TeacherDivergence, compare, compare_sorted
+from rlhf.logprobs.head import Head, HeadSettings, Predictions, head_settings, read_head, verified_settings
+from rlhf.logprobs.objective import Comparison, HeadObjective, Scores, TokenLoss
+from rlhf.logprobs.score import score, score_predictions
 from rlhf.logprobs.targets import Targets
-from rlhf.logprobs.topk import TopK, TopKScores, model_top_k, model_top_k_divergence, top_k, top_k_divergence
+from rlhf.logprobs.topk import (
+    TopK,
+    TopKDivergence,
+    TopKScores,
+    model_top_k,
+    model_top_k_divergence,
+    top_k,
+    top_k_divergence,
+)
 from rlhf.losses import perplexity, sequence_logps, shift, token_logps
 
 __all__ = [
+    "ChunkPlan",
+    "ChunkResult",
     "Comparison",
     "Divergence",
     "Head",
+    "HeadObjective",
     "HeadSettings",
-    "LocalLoss",
-    "Plan",
     "Predictions",
     "Scores",
+    "SortedComparison",
+    "Step",
     "Targets",
+    "TeacherDivergence",
+    "TokenLoss",
     "TopK",
+    "TopKDivergence",
     "TopKScores",
     "compare",
     "compare_sorted",
@@ -29,10 +43,11 @@ __all__ = [
     "model_scores",
     "model_top_k",
     "model_top_k_divergence",
-    "plan",
     "perplexity",
+    "plan_chunks",
     "read_head",
     "score",
+    "score_predictions",
     "sequence_logps",
     "shift",
     "token_logps",

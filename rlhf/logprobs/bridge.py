@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.logprobs.chunks import Mode
-from rlhf.logprobs.divergence import Predictions
-from rlhf.logprobs.head import backbone_of, read_head, verified_settings
-from rlhf.logprobs.score import LocalLoss, Scores, score
+from rlhf.logprobs.head import HeadSettings, Predictions, backbone_of, read_head, verified_settings
+from rlhf.logprobs.objective import HeadObjective, Scores
+from rlhf.logprobs.score import score_predictions
 from rlhf.logprobs.targets import Targets
 from rlhf.logprobs.versions import kept_logits
 
@@ -19,11 +19,10 @@ def model_scores(
     model: nn.Module,
     targets: Targets,
     *,
+    objective: HeadObjective | None = None,
     entropy: bool = False,
     mode: Mode = "auto",
     chunk_size: int | None = None,
-    local_loss: LocalLoss | None = None,
-    per_token: tuple[Tensor, ...] = (),
     temperature: float = 1.0,
     value_head: nn.Module | None = None,
     **inputs: Any,
@@ -34,56 +33,75 @@ def model_scores(
         model: a transformers causal LM or a PEFT model around one. Inside DDP, FSDP or ZeRO, call this from the
             wrapped module's ``forward`` (``rlhf.models.Policy`` does), so that their hooks fire.
         targets: built from the same ``input_ids`` [B, T].
-        entropy, mode, chunk_size, local_loss, per_token: as in :func:`score`; a model that runs its own head ignores
-            mode and chunk size.
+        objective: as in :func:`score`.
+        entropy: as in :func:`score`.
+        mode: as in :func:`score`; a model that runs its own head ignores it.
+        chunk_size: as in :func:`score`.
         temperature: > 0, divides the logits, as it did when the tokens were sampled.
         value_head: from the hidden states [N, H] that predict the targets to their values [N, 1].
-        inputs: what the model's forward takes: ``input_ids``, ``attention_mask``, ``position_ids``, …
+        inputs: the arguments of the model's forward: ``input_ids``, ``attention_mask``, ``position_ids``, …
     Returns:
         Scores of [N] vectors, at least float32.
     """
     model = without_adapter(model)
     settings = verified_settings(model)
-    hidden = values = routers = None
+    values = router_logits = None
     if settings is not None or value_head is not None:
         # A cache would be wasted, and with it transformers drops a packed mask without a word.
         outputs = backbone_of(model)(**inputs, use_cache=False)
-        hidden, routers = outputs[0], getattr(outputs, "router_logits", None)
-    if value_head is not None and hidden is not None:
-        values = read_values(value_head, hidden, targets)
-    if settings is None or hidden is None:
-        with _router_logits(model, inputs) as heard:
-            scores = _own_head(model, targets, entropy, temperature, inputs)
-        routers = heard.get("router_logits")
-        scores = scores if local_loss is None else scores._replace(loss=local_loss(scores, *per_token).sum())
+        hidden, router_logits = outputs[0], getattr(outputs, "router_logits", None)
+        if value_head is not None:
+            values = read_values(value_head, hidden, targets)
+    if settings is not None:
+        predictions = _under_head(model, settings, hidden, targets, temperature)
     else:
-        scores = score(
-            hidden,
-            read_head(model, settings, temperature),
-            targets,
-            entropy=entropy,
-            mode=mode,
-            chunk_size=chunk_size,
-            local_loss=local_loss,
-            per_token=per_token,
-        )
-    return scores._replace(values=values, router_logits=routers if inputs.get("output_router_logits") else None)
+        with _record_router_logits(model, inputs) as recorded:
+            predictions = _under_own_head(model, targets, temperature, inputs)
+        router_logits = recorded.get("router_logits")
+    scores = score_predictions(
+        predictions, targets.token, objective=objective, entropy=entropy, mode=mode, chunk_size=chunk_size
+    )
+    if not inputs.get("output_router_logits"):
+        router_logits = None
+    return scores._replace(values=values, router_logits=router_logits)
 
 
 def model_predictions(model: nn.Module, targets: Targets, *, temperature: float = 1.0, **inputs: Any) -> Predictions:
-    """What a causal LM says of ``targets`` short of the softmax: the last hidden states, [N, H], and the head.
+    """A causal LM's predictions of ``targets`` before the softmax: the last hidden states, [N, H], and the head.
 
     With gradient where one is wanted: for a teacher, call it under ``torch.no_grad()``. A model that runs its own head
-    gives its logits, [N, V]. Arguments as in :func:`model_scores`.
+    gives its logits, [N, V].
+
+    Args:
+        model: as in :func:`model_scores`.
+        targets: as in :func:`model_scores`.
+        temperature: as in :func:`model_scores`.
+        inputs: as in :func:`model_scores`.
+    Returns:
+        The predictions, for :func:`rlhf.logprobs.compare` and the like.
     """
     model = without_adapter(model)
     settings = verified_settings(model)
     if settings is None:
-        logits, row = own_logits(model, targets, temperature, inputs)
-        return Predictions(logits[row])
+        return _under_own_head(model, targets, temperature, inputs)
     hidden = backbone_of(model)(**inputs, use_cache=False)[0]
+    return _under_head(model, settings, hidden, targets, temperature)
+
+
+def _under_head(
+    model: nn.Module, settings: HeadSettings, hidden: Tensor, targets: Targets, temperature: float
+) -> Predictions:
     rows = hidden.reshape(-1, hidden.size(-1)).index_select(0, targets.source)
-    return Predictions(rows, read_head(model, settings, temperature))
+    head = read_head(model, settings, temperature)
+    if rows.size(1) != head.weight.size(1):
+        raise ValueError(f"hidden states have size {rows.size(1)}, the head {head.weight.size(1)}")
+    return Predictions(rows, head)
+
+
+def _under_own_head(model: nn.Module, targets: Targets, temperature: float, inputs: dict[str, Any]) -> Predictions:
+    """The exact fallback: logits that the model computes itself."""
+    logits, row_of_target = own_logits(model, targets, temperature, inputs)
+    return Predictions(logits if row_of_target is None else logits[row_of_target])
 
 
 def without_adapter(model: nn.Module) -> nn.Module:
@@ -92,53 +110,65 @@ def without_adapter(model: nn.Module) -> nn.Module:
 
 
 def read_values(head: nn.Module, hidden: Tensor, targets: Targets) -> Tensor:
-    """What ``head`` says, in float32, of the hidden states before each target: [N]."""
+    """The output of ``head``, in float32, for the hidden state before each target: [N]."""
     rows = hidden.reshape(-1, hidden.size(-1)).index_select(0, targets.source)
     with torch.autocast(rows.device.type, enabled=False):
         return head(rows.to(torch.promote_types(rows.dtype, torch.float32))).squeeze(-1)
 
 
-def _own_head(model: nn.Module, targets: Targets, entropy: bool, temperature: float, inputs: dict[str, Any]) -> Scores:
-    logits, row = own_logits(model, targets, temperature, inputs)
-    logps = logits.log_softmax(-1)
-    entropies = -(logps.exp() * logps).sum(-1)[row] if entropy else None
-    return Scores(logps[row, targets.token], entropies)
-
-
 @contextmanager
-def _router_logits(model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Listen to what the routers say while the whole model runs; filled where ``inputs`` ask for it."""
-    heard: dict[str, Any] = {}
+def _record_router_logits(model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Record the router logits of a mixture while the whole model runs, where ``inputs`` ask for them."""
+    recorded: dict[str, Any] = {}
     if not inputs.get("output_router_logits"):
-        yield heard
+        yield recorded
         return
 
-    def ask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def ask_for_them(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         return args, kwargs | {"output_router_logits": True}
 
-    def listen(module: nn.Module, args: Any, output: Any) -> None:
-        heard["router_logits"] = output.router_logits
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        recorded["router_logits"] = output.router_logits
 
     backbone = backbone_of(model)
-    handles = backbone.register_forward_pre_hook(ask, with_kwargs=True), backbone.register_forward_hook(listen)
+    hooks = [
+        backbone.register_forward_pre_hook(ask_for_them, with_kwargs=True),
+        backbone.register_forward_hook(record),
+    ]
     try:
-        yield heard
+        yield recorded
     finally:
-        for handle in handles:
-            handle.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def own_logits(
     model: nn.Module, targets: Targets, temperature: float, inputs: dict[str, Any]
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The exact fallback: a model's own logits at the positions that are scored [R, V], and each target's row [N]."""
-    kept, row = targets.source.unique(return_inverse=True)
+) -> tuple[Tensor, Tensor | None]:
+    """A model's own logits at the positions that are scored.
+
+    Args:
+        model: a transformers causal LM.
+        targets: the N scored tokens.
+        temperature: divides the logits.
+        inputs: the arguments of its forward.
+    Returns:
+        Logits [R, V], at least float32, and for each target its row in them, int64 [N]; None where the rows are the
+        targets in their order.
+    """
+    positions, row_of_target = targets.source.unique(return_inverse=True)
     shape = inputs["input_ids"].shape
-    mask = torch.zeros(shape.numel(), dtype=torch.bool, device=kept.device)
-    mask[kept] = True
-    # Of router logits the model would make a loss, under a mask that is not its own.
-    inputs = inputs | {"output_router_logits": False} if "output_router_logits" in inputs else inputs
+    mask = torch.zeros(shape.numel(), dtype=torch.bool, device=positions.device)
+    mask[positions] = True
+    if "output_router_logits" in inputs:
+        # Of router logits the model would make a loss, under a mask that is not its own.
+        inputs = inputs | {"output_router_logits": False}
     logits = kept_logits(model, inputs, mask.view(shape))
     if logits.dim() == 3:  # it keeps all (ProphetNet)
-        logits = logits.flatten(0, 1)[kept]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, row
+        logits = logits.flatten(0, 1)[positions]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature != 1:
+        logits = logits / temperature
+    # Picking rows copies all logits: it is left out where every position predicts one target, in order.
+    in_order = len(positions) == len(targets) and torch.equal(positions, targets.source)
+    return logits, None if in_order else row_of_target

@@ -1,4 +1,4 @@
-"""Going over scored tokens in chunks: logits of some hundred rows at a time, and what their gradients add up to."""
+"""The walk over scored tokens in chunks: some hundred rows of logits at a time, and the sum of their gradients."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -10,113 +10,166 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from rlhf.kernels.matmul import add_product, product, takes
-from rlhf.logprobs.head import Head
+from rlhf.logprobs.head import Head, Predictions
 
 Mode = Literal["auto", "unit", "save", "recompute"]
-IN_CACHE = 2**17  # logits that a CPU goes over several times
+IN_CACHE = 2**17  # logits that a CPU reads several times from its cache
 
 
 def check_tokens(token: Tensor, vocabulary: int) -> None:
-    """Raise for a token outside the vocabulary, where looking costs nothing."""
-    if token.device.type == "cpu" and token.numel():
-        low, high = int(token.min()), int(token.max())
-        if low < 0 or high >= vocabulary:
-            wrong = low if low < 0 else high
-            raise ValueError(f"target token {wrong} is outside the vocabulary [0, {vocabulary})")
+    """Raise for a token outside the vocabulary, on a CPU; on a GPU, looking would wait for the device.
+
+    Args:
+        token: int64 [N].
+        vocabulary: number of tokens of the head.
+    Raises:
+        ValueError: a token is outside ``[0, vocabulary)``.
+    """
+    if token.device.type != "cpu" or not token.numel():
+        return
+    low, high = int(token.min()), int(token.max())
+    if low < 0 or high >= vocabulary:
+        wrong = low if low < 0 else high
+        raise ValueError(f"target token {wrong} is outside the vocabulary [0, {vocabulary})")
 
 
-class Plan(NamedTuple):
-    """How :func:`score` goes about its work."""
+class ChunkPlan(NamedTuple):
+    """How :func:`rlhf.logprobs.score` does its work.
 
-    mode: str  # of the table above, in lower case
+    Args:
+        mode: of the table in :mod:`rlhf.logprobs.score`, in lower case.
+        chunk_size: rows of logits at a time.
+        chunks_cached: how many chunks of log-probs are kept for the backward pass.
+    """
+
+    mode: str
     chunk_size: int
-    kept: int = 0  # chunks of log-probs that are kept for the backward pass
+    chunks_cached: int = 0
 
 
-def plan(
+def plan_chunks(
     rows: int,
-    vocabulary: int,
+    logits_per_row: int,
     device: torch.device,
     *,
-    learns: bool,
-    head_learns: bool,
-    local: bool = False,
+    needs_grad: bool,
+    head_needs_grad: bool,
+    has_objective: bool = False,
     entropy: bool = False,
     mode: Mode = "auto",
     chunk_size: int | None = None,
-) -> Plan:
-    """What :func:`score` does with ``rows`` scored tokens.
+) -> ChunkPlan:
+    """Choose the mode and the size of chunks.
 
     Args:
-        learns: a gradient is wanted at all. head_learns: for the head too.
-        local: there is a ``local_loss``. entropy, mode, chunk_size: as in :func:`score`.
+        rows: number of scored tokens.
+        logits_per_row: numbers that live at a time for each of them: the vocabulary, or a multiple of it.
+        device: where they live.
+        needs_grad: a gradient is wanted at all.
+        head_needs_grad: the head's weight or bias gets one too.
+        has_objective: the loss is taken while a chunk's logits live.
+        entropy: as in :func:`rlhf.logprobs.score`.
+        mode: as in :func:`rlhf.logprobs.score`.
+        chunk_size: as in :func:`rlhf.logprobs.score`.
+    Returns:
+        The plan.
     Raises:
         ValueError: ``"unit"`` is asked for where the head or the entropy needs a gradient.
     """
-    if mode == "unit" and (head_learns or entropy):
+    if mode == "unit" and (head_needs_grad or entropy):
         raise ValueError('mode "unit" is for a frozen head without entropy; use "auto"')
-    size = chunk_size or _chunk_size(rows, vocabulary, device)
-    if not learns:
-        return Plan("tile", size)
-    if local:
-        return Plan("local", size)
-    if mode == "unit" or (mode == "auto" and not head_learns and not entropy):
-        return Plan("unit", size)
-    kept = _chunks_to_keep(mode, rows, size, vocabulary, device)
-    return Plan("save" if kept else "recompute", size, kept)
+    size = chunk_size or _chunk_size(rows, logits_per_row, device)
+    if not needs_grad:
+        return ChunkPlan("tile", size)
+    if has_objective:
+        return ChunkPlan("local", size)
+    unit_is_possible = not head_needs_grad and not entropy
+    if mode == "unit" or (mode == "auto" and unit_is_possible):
+        return ChunkPlan("unit", size)
+    cached = _chunks_to_cache(mode, rows, size, logits_per_row, device)
+    return ChunkPlan("save" if cached else "recompute", size, cached)
 
 
-def _chunk_size(rows: int, vocabulary: int, device: torch.device) -> int:
-    # Each chunk reads and writes the whole gradient of the weight once more: below 512 rows that is felt.
-    budget, low, high = (2**29, 64, 512) if device.type == "cpu" else (2**30, 512, 8192)
-    size = min(max(budget // (vocabulary * 4), low), high)
-    chunks = -(-rows // size) or 1
-    return max(-(-rows // chunks), 1)  # balanced: the last chunk is not a sliver
+def _chunk_size(rows: int, logits_per_row: int, device: torch.device) -> int:
+    # Each chunk reads and writes the whole gradient of the weight once more: below 512 rows that costs time.
+    on_cpu = device.type == "cpu"
+    memory_budget = 2**29 if on_cpu else 2**30  # bytes
+    smallest, largest = (64, 512) if on_cpu else (512, 8192)
+    size = min(max(memory_budget // (logits_per_row * 4), smallest), largest)
+    # Balanced chunks: the last one is not a sliver.
+    chunks = max(-(-rows // size), 1)
+    return max(-(-rows // chunks), 1)
 
 
-def _chunks_to_keep(mode: Mode, rows: int, size: int, vocabulary: int, device: torch.device) -> int:
+def _chunks_to_cache(mode: Mode, rows: int, size: int, logits_per_row: int, device: torch.device) -> int:
     chunks = -(-rows // size)
-    if mode == "auto":
-        budget = min(2**31, psutil.virtual_memory().available // 4) if device.type == "cpu" else 0
-        return min(chunks, budget // (size * vocabulary * 4))
-    return chunks if mode == "save" else 0
+    if mode != "auto":
+        return chunks if mode == "save" else 0
+    if device.type != "cpu":
+        return 0  # a GPU's memory is wanted elsewhere, and its matrix products are cheap
+    memory_budget = min(2**31, psutil.virtual_memory().available // 4)
+    return min(chunks, memory_budget // (size * logits_per_row * 4))
 
 
-def learning(rows: Tensor, head: Head) -> tuple[bool, bool]:
-    """Whether a gradient is wanted at all, and for the head too."""
-    head_learns = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
-    return torch.is_grad_enabled() and (rows.requires_grad or head_learns), head_learns
+def needs_grad(predictions: Predictions) -> tuple[bool, bool]:
+    """Whether a gradient is wanted at all, and whether the head needs one."""
+    rows, head = predictions
+    parameters = [] if head is None else [head.weight, head.bias]
+    head_needs_grad = any(parameter is not None and parameter.requires_grad for parameter in parameters)
+    return torch.is_grad_enabled() and (rows.requires_grad or head_needs_grad), head_needs_grad
 
 
-class Walk:
-    """Rows [N, H] under a head, ``size`` at a time.
+class ChunkedHead:
+    """The log-probs of some rows under a head, ``size`` rows at a time.
 
-    The head is cast once. What enters a product is float32 on a CPU, which would emulate half precision, and half
-    precision on a GPU, which accumulates in float32; what leaves it is float32, or float64 where either side is.
+    The head is cast once. Matrix products read float32 on a CPU, which would emulate half precision, and half precision
+    on a GPU, which accumulates in float32; they return float32, or float64 where either side is. Without a head, the
+    rows are logits already.
     """
 
-    def __init__(self, rows: Tensor, head: Head, size: int) -> None:
+    def __init__(self, predictions: Predictions, size: int) -> None:
+        rows, head = predictions
         self.rows, self.head, self.size = rows.detach(), head, size
-        self.result = torch.float64 if torch.float64 in (rows.dtype, head.weight.dtype) else torch.float32
-        half = rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)
-        self.operand = rows.dtype if half else self.result
-        self.weight = head.weight.detach().to(self.operand)
-        self.bias = None if head.bias is None else head.bias.detach().to(self.result)
+        dtypes = {rows.dtype} if head is None else {rows.dtype, head.weight.dtype}
+        self.result_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        is_half_on_gpu = rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)
+        self.operand_dtype = rows.dtype if is_half_on_gpu else self.result_dtype
         self._memory: Tensor | None = None
+        if head is None:
+            return
+        self.weight = head.weight.detach().to(self.operand_dtype)
+        self.bias = None if head.bias is None else head.bias.detach().to(self.result_dtype)
 
     def chunks(self) -> list[slice]:
-        """At least one, which may be empty."""
-        return [slice(start, start + self.size) for start in range(0, max(len(self.rows), 1), self.size)]
+        """At least one chunk, which may be empty."""
+        starts = range(0, max(len(self.rows), 1), self.size)
+        return [slice(start, start + self.size) for start in starts]
 
     def log_probs(self, chunk: slice, keep: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Log-probs [c, V], and the slope of the soft-cap [c, V] where there is one: one product.
+        """The log-probs of a chunk: one matrix product.
 
-        They may be written over, and the next call does so; ``keep`` gives them memory of their own.
+        Args:
+            chunk: which rows.
+            keep: give the log-probs memory of their own. Otherwise the next call overwrites them.
+        Returns:
+            Log-probs [c, V], which the caller may overwrite, and the slope of the soft-cap [c, V] where there is one.
         """
-        rows, head, out = self.rows[chunk], self.head, None if keep else self.memory(chunk)
-        if self.operand == self.result:
-            logits = self.product(rows.to(self.operand) * head.scale, self.weight.T, out)
-        else:  # half precision would round the scaled rows
+        if self.head is None:
+            return self.rows[chunk].to(self.result_dtype).log_softmax(-1), None
+        logits, slope = self._logits(chunk, None if keep else self.memory(chunk))
+        if logits.is_cuda:
+            return logits.log_softmax(-1), slope
+        # In place: one pass over the logits, no second buffer.
+        return torch.ops.aten._log_softmax.out(logits, 1, False, out=logits), slope
+
+    def _logits(self, chunk: slice, out: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        head = self.head
+        assert head is not None
+        rows = self.rows[chunk]
+        if self.operand_dtype == self.result_dtype:
+            logits = self.product(rows.to(self.operand_dtype) * head.scale, self.weight.T, out)
+        else:
+            # Scaled after the product: half precision would round the scaled rows.
             logits = self.product(rows, self.weight.T, out)
             if head.scale != 1:
                 logits *= head.scale
@@ -129,64 +182,89 @@ class Walk:
             logits.mul_(head.softcap)
         if head.temperature != 1:
             logits.div_(head.temperature)
-        if logits.is_cuda:
-            return logits.log_softmax(-1), slope
-        # In place: one pass, no second buffer.
-        return torch.ops.aten._log_softmax.out(logits, 1, False, out=logits), slope
+        return logits, slope
 
     def memory(self, chunk: slice) -> Tensor | None:
-        """One chunk's logits for all chunks: fresh memory of that size costs a CPU a page fault for each 4 KiB."""
-        if self.rows.is_cuda or takes(self.rows, self.weight):
+        """Memory for the logits of a chunk, shared by all chunks; None where a product brings its own.
+
+        Fresh memory of that size would cost a CPU a page fault for each 4 KiB.
+        """
+        if self.head is None or self.rows.is_cuda or takes(self.rows, self.weight):
             return None
         if self._memory is None:
             shape = min(self.size, len(self.rows)), self.weight.size(0)
-            self._memory = self.rows.new_empty(shape, dtype=self.result)
+            self._memory = self.rows.new_empty(shape, dtype=self.result_dtype)
         return self._memory[: len(self.rows[chunk])]
 
     def product(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-        a, b = a.to(self.operand), b.to(self.operand)
-        return product(a, b, out) if self.operand == self.result else torch.mm(a, b, out_dtype=self.result)
+        """``a @ b`` in the result's precision."""
+        a, b = a.to(self.operand_dtype), b.to(self.operand_dtype)
+        if self.operand_dtype == self.result_dtype:
+            return product(a, b, out)
+        return torch.mm(a, b, out_dtype=self.result_dtype)
 
     def empty(self) -> Tensor:
-        """A number for each row, [N]."""
-        return self.rows.new_empty(len(self.rows), dtype=self.result)
+        """Memory for a number of each row, [N]."""
+        return self.rows.new_empty(len(self.rows), dtype=self.result_dtype)
 
 
 class Gradients:
-    """What the chunks' ``dz = dL/dz`` add up to; weight and bias in the result's precision, as bf16 sums drift."""
+    """The sum over chunks of the gradients of rows, weight and bias.
 
-    def __init__(self, walk: Walk, needed: tuple[bool, ...]) -> None:
+    Weight and bias are summed in the result's precision, because sums in bf16 drift.
+
+    Args:
+        walk: the head that the chunks went through.
+        needs_input_grad: of rows, weight and bias, as autograd says.
+    """
+
+    def __init__(self, walk: ChunkedHead, needs_input_grad: tuple[bool, ...]) -> None:
         self.walk = walk
-        self.needs_weight, self.needs_bias = needed[1:3]
-        self.rows = torch.empty_like(walk.rows) if needed[0] else None
+        self.needs_weight, self.needs_bias = needs_input_grad[1:3]
+        self.rows = torch.empty_like(walk.rows) if needs_input_grad[0] else None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
-    def add(self, chunk: slice, dz: Tensor, slope: Tensor | None) -> None:
-        walk = self.walk
-        scale = walk.head.scale / walk.head.temperature
+    def add(self, chunk: slice, grad_logits: Tensor, slope: Tensor | None) -> None:
+        """Add a chunk's share.
+
+        Args:
+            chunk: which rows.
+            grad_logits: [c, V], of the loss with respect to the logits over the head's temperature; overwritten.
+            slope: of the soft-cap, [c, V].
+        """
+        walk, head = self.walk, self.walk.head
+        if head is None:
+            if self.rows is not None:
+                self.rows[chunk] = grad_logits
+            return
+        scale = head.scale / head.temperature
         if slope is not None:
-            dz *= slope
+            grad_logits *= slope
         if self.rows is not None:
-            self.rows[chunk] = walk.product(dz, walk.weight).mul_(scale)
+            self.rows[chunk] = walk.product(grad_logits, walk.weight).mul_(scale)
         if self.needs_weight:
-            scaled = walk.rows[chunk].to(walk.operand) * scale
-            if self.weight is None:
-                self.weight = walk.product(dz.T, scaled)
-            elif walk.operand == walk.result:
-                add_product(self.weight, dz.T, scaled)
-            else:
-                self.weight += walk.product(dz.T, scaled)
+            self._add_to_weight(grad_logits.T, walk.rows[chunk].to(walk.operand_dtype) * scale)
         if self.needs_bias:
-            added = dz.sum(0).mul_(scale)
-            self.bias = added if self.bias is None else self.bias.add_(added)
+            of_chunk = grad_logits.sum(0).mul_(scale)
+            self.bias = of_chunk if self.bias is None else self.bias.add_(of_chunk)
+
+    def _add_to_weight(self, a: Tensor, b: Tensor) -> None:
+        if self.weight is None:
+            self.weight = self.walk.product(a, b)
+        elif self.walk.operand_dtype == self.walk.result_dtype:
+            add_product(self.weight, a, b)
+        else:
+            self.weight += self.walk.product(a, b)
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """For rows, weight and bias, in their own types."""
-        weight, bias = self.walk.head.weight, self.walk.head.bias
-        to_weight = None if self.weight is None else self.weight.to(weight.dtype)
-        to_bias = None if self.bias is None or bias is None else self.bias.to(bias.dtype)
-        return self.rows, to_weight, to_bias
+        """The gradients of rows, weight and bias, in the types of these."""
+        head = self.walk.head
+        if head is None:
+            return self.rows, None, None
+        weight = None if self.weight is None else self.weight.to(head.weight.dtype)
+        bias = None if self.bias is None or head.bias is None else self.bias.to(head.bias.dtype)
+        return self.rows, weight, bias
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -195,56 +273,110 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     Not by ``bmm``, which on a CPU may add the terms one after another: over 50,000 of them 1e-4 of the sum is lost.
     """
     block = max(IN_CACHE // a.size(1), 1) if a.device.type == "cpu" else max(len(a), 1)
-    parts = range(0, max(len(a), 1), block)
-    return torch.cat([torch.linalg.vecdot(a[i : i + block], b[i : i + block]) for i in parts])
+    starts = range(0, max(len(a), 1), block)
+    return torch.cat([torch.linalg.vecdot(a[start : start + block], b[start : start + block]) for start in starts])
 
 
-Step = Callable[[slice, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""From a chunk and its log-probs [c, V], which it may overwrite, to what is found of each token [n, c], the chunk's sum
-of the loss, and its gradient with respect to the logits over the head's temperature [c, V]."""
+def grad_of_logits(
+    log_probs: Tensor, token: Tensor, grad_logps: Tensor | None, grad_entropy: Tensor | None, out: Tensor | None
+) -> Tensor:  # fmt: skip
+    r"""The gradient of a loss with respect to the logits, from its gradients in the tokens' log-probs and entropies.
 
-
-def sum_over_chunks(rows: Tensor, head: Head, size: int, step: Step, learns: bool) -> tuple[Tensor, Tensor]:
-    """A loss that is a sum over tokens, whose gradient is taken while a chunk's logits live.
+    .. math:: g\,(1_y - p) - e\,p\,(\log p + H)
 
     Args:
-        learns: take it at all.
+        log_probs: [c, V].
+        token: int64 [c], y.
+        grad_logps: [c], g. grad_entropy: [c], e.
+        out: memory for the result where there is no e; may be ``log_probs``.
     Returns:
-        What was found of the tokens [n, N], constants; and the loss, with its gradient.
+        [c, V].
     """
-    if learns:
-        return _Sum.apply(rows, head.weight, head.bias, head, size, step)
+    token = token[:, None]
+    token_logps = log_probs.gather(1, token)
+    probs = torch.exp(log_probs, out=out if grad_entropy is None else None)
+    if grad_logps is not None:
+        # 1 - p as -expm1(log p), formed before any downcast: exact for confident tokens.
+        at_token = -token_logps.expm1() * grad_logps[:, None]
+    if grad_entropy is None:
+        if grad_logps is None:
+            return probs.mul_(0)
+        return probs.mul_(-grad_logps[:, None]).scatter_(1, token, at_token)
+    entropy = -dot(probs, log_probs)[:, None]
+    gradient = probs * (log_probs + entropy).mul_(-grad_entropy[:, None])
+    if grad_logps is not None:
+        exact = gradient.gather(1, token) + at_token
+        gradient.sub_(grad_logps[:, None] * probs).scatter_(1, token, exact)
+    return gradient
+
+
+class ChunkResult(NamedTuple):
+    """A chunk's share of a loss.
+
+    Args:
+        per_token: [n, c], n numbers of each token; constants.
+        loss: the chunk's sum.
+        grad_logits: [c, V], its gradient with respect to the logits over the head's temperature; without meaning where
+            no gradient is wanted.
+    """
+
+    per_token: Tensor
+    loss: Tensor
+    grad_logits: Tensor
+
+
+Step = Callable[[slice, Tensor], ChunkResult]
+"""From a chunk and its log-probs [c, V], which it may overwrite, to the chunk's share of the loss."""
+
+
+def sum_over_chunks(student: Predictions, size: int, step: Step, with_grad: bool) -> tuple[Tensor, Tensor]:
+    """A loss that is a sum over tokens: its gradient is taken while a chunk's logits live.
+
+    Args:
+        student: the rows and the head.
+        size: rows at a time.
+        step: what is done with a chunk.
+        with_grad: take the gradient.
+    Returns:
+        The numbers of all tokens, [n, N], constants; and the loss, with its gradient.
+    """
+    rows, head = student
+    if with_grad:
+        weight, bias = (None, None) if head is None else (head.weight, head.bias)
+        return _Sum.apply(rows, weight, bias, head, size, step)
     with torch.no_grad():
-        return _sum(Walk(rows, head, size), step)
+        return _sum(ChunkedHead(student, size), step)
 
 
-def _sum(walk: Walk, step: Step, gradients: Gradients | None = None) -> tuple[Tensor, Tensor]:
-    parts, total = [], walk.rows.new_zeros((), dtype=walk.result)
+def _sum(walk: ChunkedHead, step: Step, gradients: Gradients | None = None) -> tuple[Tensor, Tensor]:
+    parts = []
+    total = walk.rows.new_zeros((), dtype=walk.result_dtype)
     for chunk in walk.chunks():
-        logps, slope = walk.log_probs(chunk)
-        found, loss, dz = step(chunk, logps)
-        parts.append(found)
-        total += loss
+        log_probs, slope = walk.log_probs(chunk)
+        result = step(chunk, log_probs)
+        parts.append(result.per_token)
+        total += result.loss
         if gradients is not None:
-            gradients.add(chunk, dz, slope)
+            gradients.add(chunk, result.grad_logits, slope)
     return torch.cat(parts, 1), total
 
 
 class _Sum(Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, head: Head, size: int, step: Step
+        ctx: Any, rows: Tensor, weight: Tensor | None, bias: Tensor | None, head: Head | None, size: int, step: Step
     ) -> tuple[Tensor, Tensor]:
-        walk = Walk(rows, head, size)
+        walk = ChunkedHead(Predictions(rows, head), size)
         gradients = Gradients(walk, ctx.needs_input_grad)
-        found, total = _sum(walk, step, gradients)
+        per_token, total = _sum(walk, step, gradients)
         ctx.save_for_backward(*gradients.results())
-        ctx.mark_non_differentiable(found)
-        return found, total
+        ctx.mark_non_differentiable(per_token)
+        return per_token, total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # In place: they were taken in the forward pass for this one use.
-        scaled = [None if x is None else x.mul_(grads[1].to(x.dtype)) for x in ctx.saved_tensors]
+        # In place: the gradients were taken in the forward pass for this one use.
+        grad_loss = grads[1]
+        scaled = [None if saved is None else saved.mul_(grad_loss.to(saved.dtype)) for saved in ctx.saved_tensors]
         return *scaled, None, None, None

@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -39,6 +39,35 @@ class Head:
         if size >= self.weight.size(0):
             return self
         return replace(self, weight=self.weight[:size], bias=None if self.bias is None else self.bias[:size])
+
+
+class Predictions(NamedTuple):
+    """A model's predictions of the scored tokens before the softmax.
+
+    Args:
+        rows: [N, H], the last hidden states; without a head, logits [N, V].
+        head: the head that they enter.
+    """
+
+    rows: Tensor
+    head: Head | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that are told apart."""
+        return self.rows.size(1) if self.head is None else self.head.weight.size(0)
+
+    def first(self, size: int) -> "Predictions":
+        """The same predictions among the first ``size`` tokens alone."""
+        return Predictions(self.rows[:, :size]) if self.head is None else self._replace(head=self.head.first(size))
+
+    def logits(self, dtype: torch.dtype) -> Tensor:
+        """All logits, [N, V]."""
+        rows, head = self.rows.to(dtype), self.head
+        if head is None:
+            return rows
+        bias = None if head.bias is None else head.bias.to(dtype)
+        return replace(head, weight=head.weight.to(dtype), bias=bias).logits(rows)
 
 
 @dataclass(frozen=True)

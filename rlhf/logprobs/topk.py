@@ -1,9 +1,9 @@
 r"""A teacher of whom a part is kept, and a student's divergence from it: in chunks, never ``[tokens, vocab]``.
 
-The student's side is LOCAL (see :mod:`rlhf.logprobs.score`): the gradient is taken while a chunk's logits live, so it
-costs 3 products of the head, 2 where the head is frozen, 1 without a gradient; the teacher's costs none. With q the
-student's probabilities, :math:`g_j` the slopes of the divergence in :math:`\log q_j` of the kept tokens, :math:`g_r` in
-:math:`\log q_{rest}` and :math:`G` the sum of them all,
+The gradient is taken while a chunk's logits live, so it costs 3 products of the student's head, 2 where the head is
+frozen, 1 without a gradient; the teacher's costs none. With K the kept tokens, q the student's probabilities,
+:math:`g_j` the slopes of the divergence in :math:`\log q_j` of the kept tokens, :math:`g_r` in :math:`\log q_{rest}`
+and :math:`G` the sum of them all,
 
 .. math:: \frac{\partial D}{\partial z_v} = [v \in K]\, g_v + [v \notin K]\, \frac{q_v}{q_{rest}} g_r - q_v G
 
@@ -11,23 +11,25 @@ so automatic differentiation sees k + 1 numbers a token, and the vocabulary is p
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rlhf.logprobs.bridge import own_logits, without_adapter
-from rlhf.logprobs.chunks import Step, Walk, learning, plan, sum_over_chunks
-from rlhf.logprobs.head import Head, backbone_of, read_head, verified_settings
+from rlhf.logprobs.bridge import model_predictions, model_scores
+from rlhf.logprobs.chunks import ChunkedHead, ChunkResult, Step, plan_chunks
+from rlhf.logprobs.head import Head, Predictions
+from rlhf.logprobs.objective import Comparison, HeadObjective, Scores
+from rlhf.logprobs.score import score
 from rlhf.logprobs.targets import Targets
-from rlhf.losses import top_k_jsd
 from rlhf.losses._top_k import between, outcomes
 
 Estimate = Literal["tail", "truncate"]
 
 
 class TopK(NamedTuple):
-    """What is kept of a teacher's predictions, one row for each scored token.
+    """The part of a teacher's predictions that is kept, one row for each scored token.
 
     Args:
         ids: int64 [N, k], its likeliest tokens, the likeliest first.
@@ -40,10 +42,12 @@ class TopK(NamedTuple):
     rest: Tensor
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TopK":
-        return self._each(lambda x: x.to(device, non_blocking=non_blocking))
+        """The same on another device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def rows(self, chunk: slice) -> "TopK":
-        return self._each(lambda x: x[chunk])
+        """Of some tokens alone."""
+        return self._each(lambda tensor: tensor[chunk])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "TopK":
         return TopK(change(self.ids), change(self.logps), change(self.rest))
@@ -60,16 +64,118 @@ class TopKScores(NamedTuple):
     logps: Tensor
 
 
-class _Terms(NamedTuple):
-    """What is added up for each token."""
+@dataclass(frozen=True)
+class TopKDivergence(HeadObjective):
+    """The divergence from what was kept of a teacher, mixed with the hard labels' loss.
 
-    estimate: Estimate
-    beta: float
-    soft: float
-    hard: float
+    Args:
+        teacher: of the same N tokens, in the order of the targets.
+        estimate: ``"tail"`` over k + 1 outcomes, the last of them "any other token"; ``"truncate"`` over the k,
+            renormalised on both sides.
+        beta: 0 is the forward KL(p, q), 1 the reverse KL(q, p), between them the generalised JSD.
+        distillation_weight: of the divergence. crossentropy_weight: of the hard labels, scored at temperature 1.
+        temperature: > 0, divides the student's logits in the divergence; the one that ``teacher`` was kept at.
+        scale_by_temperature: multiply the divergence by T², against the fall of gradients with the temperature.
+    Raises:
+        ValueError: beta outside [0, 1], or an unknown estimate.
+    """
+
+    teacher: TopK
+    estimate: Estimate = "tail"
+    beta: float = 0.0
+    distillation_weight: float = 1.0
+    crossentropy_weight: float = 0.0
+    temperature: float = 1.0
+    scale_by_temperature: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta must be in [0, 1], got {self.beta}")
+        if self.estimate not in ("tail", "truncate"):
+            raise ValueError(f'estimate must be "tail" or "truncate", got {self.estimate!r}')
+
+    def check(self, student: Predictions, token: Tensor) -> Predictions:
+        ids, vocabulary = self.teacher.ids, student.vocabulary
+        if len(ids) != len(token) or not ids.size(1):
+            raise ValueError(
+                f"{len(token)} tokens are scored, but the teacher's ids are {tuple(ids.shape)}: expected a row for each"
+            )
+        if ids.device.type == "cpu" and len(ids):
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= vocabulary:
+                wrong = low if low < 0 else high
+                raise ValueError(f"teacher id {wrong} is outside the student's vocabulary [0, {vocabulary})")
+        return student
+
+    def begin(self, token: Tensor, chunk_size: int, with_grad: bool, entropy: bool) -> Step:
+        def step(chunk: slice, log_q: Tensor) -> ChunkResult:
+            logps = log_q.gather(1, token[chunk, None]).squeeze(1)
+            divergence, grad_logits = self._divergence(log_q, token[chunk], self.teacher.rows(chunk), with_grad)
+            if self.scale_by_temperature:
+                divergence = divergence * self.temperature**2
+            loss = (self.distillation_weight * divergence - self.crossentropy_weight * logps).sum()
+            return ChunkResult(torch.stack([divergence, logps]), loss, grad_logits)
+
+        return step
+
+    def scores(self, per_token: Tensor, loss: Tensor) -> Scores:
+        divergence, logps = per_token.unbind()
+        return Scores(logps, loss=loss, teacher=Comparison(divergence))
+
+    def _divergence(self, log_q: Tensor, token: Tensor, teacher: TopK, with_grad: bool) -> tuple[Tensor, Tensor]:
+        """The divergence [c], and the gradient of the loss with respect to the logits [c, V]; overwrites ``log_q``."""
+        temperature, hard, ids = self.temperature, self.crossentropy_weight, teacher.ids
+        hot_log_q = log_q if temperature == 1 else (log_q / temperature).log_softmax(1)
+        kept_log_q = hot_log_q.gather(1, ids)
+        probs = torch.exp(hot_log_q, out=hot_log_q)
+        rest = None
+        if self.estimate == "tail" and ids.size(1) < probs.size(1):
+            # Summed over the others alone: 1 minus the kept would be rounding.
+            rest = probs.scatter_(1, ids, 0.0).sum(1).clamp_(min=torch.finfo(probs.dtype).tiny)
+        value, slopes, slope_of_rest = self._slopes(kept_log_q, rest, teacher, probs.size(1), with_grad)
+        if not with_grad:
+            return value, probs
+        if self.estimate == "truncate":
+            # Renormalised probabilities do not see a common factor, so the slopes add up to 0.
+            slope_sum = torch.zeros_like(value)
+        else:
+            slope_sum = slopes.sum(1) if slope_of_rest is None else slopes.sum(1) + slope_of_rest
+        # At temperature 1 the hard labels have the same q, so one pass over it serves both.
+        factor = (hard if temperature == 1 else 0.0) - slope_sum
+        if rest is not None and slope_of_rest is not None:
+            gradient = probs.mul_((slope_of_rest / rest + factor)[:, None])
+            # The kept probabilities were set to 0 for the sum of the rest.
+            gradient.scatter_(1, ids, slopes + kept_log_q.exp() * factor[:, None])
+        else:
+            gradient = probs.mul_(factor[:, None]).scatter_add_(1, ids, slopes)
+        if hard and temperature != 1:
+            gradient.add_(log_q.exp_(), alpha=hard)
+        if hard:
+            gradient.scatter_add_(1, token[:, None], gradient.new_full((1, 1), -hard).expand(len(token), 1))
+        return value, gradient
+
+    def _slopes(
+        self, log_q: Tensor, rest: Tensor | None, teacher: TopK, vocabulary: int, with_grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """The divergence [c]; the slopes of the loss in the kept tokens' logits [c, k] and in that of the rest [c]."""
+        p, p_rest = teacher.logps.to(log_q.dtype), teacher.rest.to(log_q.dtype)
+        has_tail = self.estimate == "tail"
+        with torch.set_grad_enabled(with_grad):
+            log_q = log_q.detach().requires_grad_(with_grad)
+            log_rest = None if rest is None else rest.log().requires_grad_(with_grad)
+            # Without a tail nobody reads the rest.
+            student, other = outcomes(log_q, p_rest if log_rest is None else log_rest, p, p_rest, vocabulary, has_tail)
+            value = between(student, other, self.beta)
+            if not with_grad:
+                return value, log_q, None
+            weight = self.distillation_weight / self.temperature
+            if self.scale_by_temperature:
+                weight *= self.temperature**2
+            leaves = [log_q] if log_rest is None else [log_q, log_rest]
+            slopes = torch.autograd.grad(weight * value.sum(), leaves)
+        return value.detach(), slopes[0], slopes[1] if log_rest is not None else None
 
 
-@torch.compiler.disable
 def top_k_divergence(
     hidden: Tensor,
     head: Head,
@@ -90,11 +196,12 @@ def top_k_divergence(
         hidden: [..., H], the student's last hidden states; flattened, ``targets.source`` indexes its rows.
         head: the student's; its temperature is that of the divergence and must be the one that ``teacher`` was kept
             at. The hard labels are scored at temperature 1.
+        targets: the N scored tokens.
         teacher: of the same N tokens, in the order of ``targets``.
-        estimate: ``"tail"`` over k + 1 outcomes, the last of them "any other token"; ``"truncate"`` over the k,
-            renormalised on both sides.
-        beta: 0 is the forward KL(p, q), 1 the reverse KL(q, p), between them the generalised JSD.
-        soft, hard: weights s and h. Against the fall of gradients with the temperature, s takes a factor T².
+        estimate: as in :class:`TopKDivergence`.
+        beta: as in :class:`TopKDivergence`.
+        soft: weight s. Against the fall of gradients with the temperature, it takes a factor T².
+        hard: weight h.
         chunk_size: rows of logits at a time, as in :func:`rlhf.logprobs.score`.
     Returns:
         The sum with its gradient, the divergence before its weight, and the log-probs of the targets.
@@ -104,16 +211,10 @@ def top_k_divergence(
 
     Source: arXiv 2503.16870 for the sparse estimates; the gradient above is our own.
     """
-    terms = _Terms(estimate, beta, soft, hard)
-    if hidden.size(-1) != head.weight.size(1):
-        raise ValueError(f"hidden states have size {hidden.size(-1)}, the head {head.weight.size(1)}")
-    _check(targets, teacher, terms, head.weight.size(0))
-    rows = hidden.reshape(-1, hidden.size(-1)).index_select(0, targets.source)
-    size = _size(rows, head, chunk_size)
-    step = _step(targets.token, teacher, terms, head.temperature)
-    with torch.autocast(rows.device.type, enabled=False):
-        (divergence, logps), loss = sum_over_chunks(rows, head, size, step, learning(rows, head)[0])
-    return TopKScores(loss, divergence, logps)
+    objective = TopKDivergence(teacher, estimate, beta, soft, hard, head.temperature)
+    return _top_k_scores(
+        score(hidden, replace(head, temperature=1.0), targets, objective=objective, chunk_size=chunk_size)
+    )
 
 
 def model_top_k_divergence(
@@ -130,101 +231,28 @@ def model_top_k_divergence(
 ) -> TopKScores:
     """:func:`top_k_divergence` of a causal LM or PEFT around one, whatever its head.
 
-    ``inputs`` are what its forward takes. Inside DDP, FSDP or ZeRO, call this from the wrapped module's forward.
+    Inside DDP, FSDP or ZeRO, call the wrapped policy with :class:`TopKDivergence` instead.
+
+    Args:
+        model: the student.
+        targets: as in :func:`top_k_divergence`.
+        teacher: as in :func:`top_k_divergence`.
+        temperature: as in :class:`TopKDivergence`.
+        estimate: as in :class:`TopKDivergence`.
+        beta: as in :class:`TopKDivergence`.
+        soft: as in :func:`top_k_divergence`.
+        hard: as in :func:`top_k_divergence`.
+        inputs: the arguments of the model's forward.
+    Returns:
+        As :func:`top_k_divergence`.
     """
-    model = without_adapter(model)
-    terms = _Terms(estimate, beta, soft, hard)
-    settings = verified_settings(model)
-    if settings is not None:
-        hidden = backbone_of(model)(**inputs, use_cache=False)[0]
-        return top_k_divergence(hidden, read_head(model, settings, temperature), targets, teacher, **terms._asdict())
-    logits, row = own_logits(model, targets, temperature, inputs)
-    _check(targets, teacher, terms, logits.size(1))
-    z = logits[row]
-    kept = (teacher.logps.to(z.dtype), teacher.ids, beta, 1.0, teacher.rest.to(z.dtype))
-    divergence = top_k_jsd(z, *kept, tail=estimate == "tail", reduction="none")
-    logps = (z * temperature).log_softmax(-1).gather(1, targets.token[:, None]).squeeze(1)
-    return TopKScores((soft * divergence - hard * logps).sum(), divergence.detach(), logps.detach())
+    objective = TopKDivergence(teacher, estimate, beta, soft, hard, temperature)
+    return _top_k_scores(model_scores(model, targets, objective=objective, **inputs))
 
 
-def _check(targets: Targets, teacher: TopK, terms: _Terms, vocabulary: int) -> None:
-    if not 0 <= terms.beta <= 1:
-        raise ValueError(f"beta must be in [0, 1], got {terms.beta}")
-    if terms.estimate not in ("tail", "truncate"):
-        raise ValueError(f'estimate must be "tail" or "truncate", got {terms.estimate!r}')
-    ids = teacher.ids
-    if len(ids) != len(targets) or not ids.size(1):
-        seen = tuple(ids.shape)
-        raise ValueError(f"{len(targets)} tokens are scored, but the teacher's ids are {seen}: expected a row for each")
-    if ids.device.type == "cpu" and len(ids):
-        for what, found in (("teacher id", ids), ("target token", targets.token)):
-            low, high = int(found.min()), int(found.max())
-            if low < 0 or high >= vocabulary:
-                wrong = low if low < 0 else high
-                raise ValueError(f"{what} {wrong} is outside the student's vocabulary [0, {vocabulary})")
-
-
-def _size(rows: Tensor, head: Head, chunk_size: int | None) -> int:
-    vocabulary = head.weight.size(0)
-    return plan(len(rows), vocabulary, rows.device, learns=False, head_learns=False, chunk_size=chunk_size).chunk_size
-
-
-def _step(token: Tensor, teacher: TopK, terms: _Terms, temperature: float) -> Step:
-    def step(chunk: slice, dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        divergence, logps, dz = _chunk(dense, token[chunk], teacher.rows(chunk), terms, temperature)
-        return torch.stack([divergence, logps]), (terms.soft * divergence - terms.hard * logps).sum(), dz
-
-    return step
-
-
-def _chunk(
-    dense: Tensor, token: Tensor, teacher: TopK, terms: _Terms, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Divergence [c], log-probs of the targets [c], and the gradient with respect to ``logits / temperature``.
-
-    ``dense`` are the student's log-probs [c, V]; the gradient is written over them.
-    """
-    y = token[:, None]
-    hot = dense if temperature == 1 else (dense * temperature).log_softmax(1)  # the hard labels' distribution
-    logps = hot.gather(1, y).squeeze(1)
-    ids = teacher.ids
-    own = dense.gather(1, ids)
-    q = torch.exp(dense, out=dense)
-    rest = None
-    if terms.estimate == "tail" and ids.size(1) < q.size(1):
-        rest = q.scatter_(1, ids, 0.0).sum(1)  # of the others alone: 1 minus the kept would be rounding
-        rest = rest.clamp_(min=torch.finfo(q.dtype).tiny)
-    value, slopes, slope_rest = _slopes(own, rest, teacher, terms, q.size(1))
-    total = slopes.sum(1) if slope_rest is None else slopes.sum(1) + slope_rest
-    if terms.estimate == "truncate":
-        total = torch.zeros_like(total)  # which it is: renormalised probabilities do not see a common factor
-    hard = terms.hard if temperature == 1 else 0.0
-    common = hard - total  # q_v times this is in the gradient of every token
-    if rest is not None and slope_rest is not None:
-        dz = q.mul_((slope_rest / rest + common)[:, None]).scatter_(1, ids, slopes + own.exp() * common[:, None])
-    else:
-        dz = q.mul_(common[:, None]).scatter_add_(1, ids, slopes)
-    if temperature != 1 and terms.hard:
-        dz.add_(hot.exp_(), alpha=terms.hard * temperature)
-    if terms.hard:
-        dz.scatter_add_(1, y, dz.new_full((1, 1), -terms.hard * temperature).expand_as(y))
-    return value, logps, dz
-
-
-def _slopes(
-    own: Tensor, rest: Tensor | None, teacher: TopK, terms: _Terms, vocabulary: int
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Divergence [c]; ``soft`` times its slopes in the log-probs of the ids [c, n] and in that of the rest [c]."""
-    p, p_rest = teacher.logps.to(own.dtype), teacher.rest.to(own.dtype)
-    with torch.enable_grad():
-        own = own.detach().requires_grad_()
-        log_rest = None if rest is None else rest.log().requires_grad_()
-        q_rest = p_rest if log_rest is None else log_rest  # without a tail it is not looked at
-        pair = outcomes(own, q_rest, p, p_rest, vocabulary, terms.estimate == "tail")
-        value = between(*pair, terms.beta)
-        leaves = [own] if log_rest is None else [own, log_rest]
-        slopes = torch.autograd.grad(terms.soft * value.sum(), leaves)
-    return value.detach(), slopes[0], slopes[1] if log_rest is not None else None
+def _top_k_scores(scores: Scores) -> TopKScores:
+    assert scores.loss is not None and scores.teacher is not None
+    return TopKScores(scores.loss, scores.teacher.divergence, scores.logps)
 
 
 def top_k(
@@ -235,24 +263,21 @@ def top_k(
     *,
     chunk_size: int | None = None,
 ) -> TopK:
-    """What is to be kept of a teacher: its ``k`` likeliest tokens at each target, and the mass of the others.
+    """A teacher's ``k`` likeliest tokens at each target, and the mass of the others: one product, no gradient.
 
     Args:
-        hidden, head, targets, chunk_size: the teacher's, as in :func:`rlhf.logprobs.score`; one product, no gradient.
-            The head's temperature divides its logits.
+        hidden: [..., H], the teacher's last hidden states; flattened, ``targets.source`` indexes its rows.
+        head: the teacher's; its temperature divides the logits.
+        targets: the N scored tokens.
         k: in [1, V].
+        chunk_size: rows of logits at a time, as in :func:`rlhf.logprobs.score`.
+    Returns:
+        The part that is to be kept.
     Raises:
         ValueError: k outside its range.
     """
-    _check_k(k, head.weight.size(0))
-    rows = hidden.detach().reshape(-1, hidden.size(-1)).index_select(0, targets.source)
-    parts = []
-    with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
-        walk = Walk(rows, head, _size(rows, head, chunk_size))
-        for chunk in walk.chunks():
-            parts.append(_keep(walk.log_probs(chunk)[0], k))
-    ids, logps, rest = zip(*parts, strict=True)
-    return TopK(torch.cat(ids), torch.cat(logps), torch.cat(rest))
+    rows = hidden.reshape(-1, hidden.size(-1)).index_select(0, targets.source)
+    return _top_k(Predictions(rows, head), k, chunk_size)
 
 
 def model_top_k(
@@ -263,26 +288,40 @@ def model_top_k(
     temperature: float = 1.0,
     **inputs: Any,
 ) -> TopK:
-    """:func:`top_k` of a causal LM, whatever its head; ``inputs`` are what its forward takes."""
-    model = without_adapter(model)
-    settings = verified_settings(model)
+    """:func:`top_k` of a causal LM, whatever its head.
+
+    Args:
+        model: the teacher.
+        targets: the N scored tokens.
+        k: in [1, V].
+        temperature: > 0, divides the logits.
+        inputs: the arguments of the model's forward.
+    Returns:
+        The part that is to be kept.
+    Raises:
+        ValueError: k outside its range.
+    """
     with torch.no_grad():
-        if settings is not None:
-            hidden = backbone_of(model)(**inputs, use_cache=False)[0]
-            return top_k(hidden, read_head(model, settings, temperature), targets, k)
-        logits, row = own_logits(model, targets, temperature, inputs)
-        _check_k(k, logits.size(1))
-        return _keep(logits.log_softmax(-1)[row], k)
+        return _top_k(model_predictions(model, targets, temperature=temperature, **inputs), k)
 
 
-def _check_k(k: int, vocabulary: int) -> None:
+@torch.no_grad()
+def _top_k(teacher: Predictions, k: int, chunk_size: int | None = None) -> TopK:
+    vocabulary = teacher.vocabulary
     if not 1 <= k <= vocabulary:
         raise ValueError(f"k must be in [1, {vocabulary}], the teacher's vocabulary; got {k}")
-
-
-def _keep(dense: Tensor, k: int) -> TopK:
-    """Of log-probs [c, V], which are written over."""
-    logps, ids = dense.topk(k, dim=1)
-    p = dense.exp_()
-    rest = p.scatter_(1, ids, 0.0).sum(1).clamp_(min=torch.finfo(p.dtype).tiny)
-    return TopK(ids, logps, rest.log())
+    device = teacher.rows.device
+    plan = plan_chunks(
+        len(teacher.rows), vocabulary, device, needs_grad=False, head_needs_grad=False, chunk_size=chunk_size
+    )
+    parts = []
+    with torch.autocast(device.type, enabled=False):
+        walk = ChunkedHead(teacher, plan.chunk_size)
+        for chunk in walk.chunks():
+            log_probs, _ = walk.log_probs(chunk)
+            logps, ids = log_probs.topk(k, dim=1)
+            others = log_probs.exp_().scatter_(1, ids, 0.0)
+            rest = others.sum(1).clamp_(min=torch.finfo(others.dtype).tiny).log()
+            parts.append(TopK(ids, logps, rest))
+    ids, logps, rest = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    return TopK(ids, logps, rest)

@@ -5,26 +5,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.integrations import is_fsdp_enabled
 
 from rlhf.data import Batch
 from rlhf.kernels.recompute import fewer_activations
-from rlhf.logprobs import (
-    Comparison,
-    Divergence,
-    LocalLoss,
-    Predictions,
-    Scores,
-    TopK,
-    compare,
-    compare_sorted,
-    model_predictions,
-    model_scores,
-    model_top_k_divergence,
-    verified_settings,
-)
+from rlhf.logprobs import HeadObjective, Predictions, Scores, model_predictions, model_scores, verified_settings
 from rlhf.models.attention import NAME
 from rlhf.models.positions import inputs_of, own_positions, reads_padding, sees_ahead
 from rlhf.models.routing import Balancing
@@ -116,49 +102,33 @@ class Policy(Wrapper):
                     type(self.without_adapter).__name__,
                 )
 
-    def forward(
-        self,
-        batch: Batch,
-        local_loss: LocalLoss | None = None,
-        entropy: bool = False,
-        per_token: tuple[Tensor, ...] = (),
-        divergence: Divergence | None = None,
-        teacher: Teacher | None = None,
-    ) -> Scores:
-        """With a ``divergence``, scores beside the ``teacher`` (:func:`compare`), or what the batch holds of one."""
+    def forward(self, batch: Batch, objective: HeadObjective | None = None, entropy: bool = False) -> Scores:
+        """Score the targets of a batch.
+
+        Args:
+            batch: the tokens, and which of them are scored.
+            objective: a loss that is taken with the head; without one, log-probs carry the gradient.
+            entropy: score the entropy of each prediction too.
+        Returns:
+            Scores of [N] vectors.
+        Raises:
+            ValueError: the batch is laid out in segments, and the model is not ready for them.
+        """
         self._check_layout(batch)
         with fewer_activations():
-            kept: Any = batch.extras.get("teacher")
-            if divergence is not None and kept is not None:
-                return self._beside_kept(batch, kept, divergence)
-            if divergence is not None and teacher is not None:
-                alignment: Any = batch.extras.get("alignment")
-                with torch.no_grad(), teacher(self) as taught:
-                    theirs = taught.predictions(batch if alignment is None else alignment.batch)
-                if alignment is not None:
-                    tokens = batch.targets.token, alignment.batch.targets.token
-                    return compare_sorted(self.predictions(batch), theirs, *tokens, alignment.partner, divergence)
-                return compare(self.predictions(batch), theirs, batch.targets.token, divergence)
+            prepared = None if objective is None else objective.prepare(self, batch)
             return model_scores(
                 self.model,
                 batch.targets,
+                objective=prepared,
                 entropy=entropy,
-                local_loss=local_loss,
-                per_token=per_token,
                 temperature=self.temperature,
                 value_head=self.value_head,
                 **self._inputs(batch),
             )
 
-    def _beside_kept(self, batch: Batch, kept: TopK, divergence: Divergence) -> Scores:
-        options = divergence.of_top_k()
-        found = model_top_k_divergence(
-            self.model, batch.targets, kept, temperature=divergence.temperature, **options, **self._inputs(batch)
-        )
-        return Scores(found.logps, loss=found.loss, teacher=Comparison(found.divergence * divergence.factor))
-
     def predictions(self, batch: Batch) -> Predictions:
-        """What this model says of the targets, short of the softmax."""
+        """This model's predictions of the targets before the softmax."""
         self._check_layout(batch)
         return model_predictions(self.model, batch.targets, temperature=self.temperature, **self._inputs(batch))
 

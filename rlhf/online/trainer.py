@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import held, tokenize_prompts
+from rlhf.logprobs import TokenLoss
 from rlhf.losses import truncated_importance_weights, value_loss
 from rlhf.models import ActorCritic, Policy, load_model, vocabulary_size
 from rlhf.models.adapter_off import adapter_off_is_start
@@ -400,11 +401,12 @@ class PPOTrainer(EvaluatesBySampling):
                 scores, advantages, weight, correction, before, ref_logps, targets.sequence, batch.lengths
             )
         elif old_logps is None:  # one step for each rollout: the policy before it is this one
-            scores = model(batch, _local(objective, True), entropy, (advantages, weight, correction, ref_logps))
+            token_loss = TokenLoss(_local(objective, True), (advantages, weight, correction, ref_logps))
+            scores = model(batch, token_loss, entropy)
             total, before = scores.loss, scores.logps.detach()
         else:
-            tensors = (advantages, weight, correction, old_logps, ref_logps)
-            scores = model(batch, _local(objective, False), entropy, tensors)
+            token_loss = TokenLoss(_local(objective, False), (advantages, weight, correction, old_logps, ref_logps))
+            scores = model(batch, token_loss, entropy)
             total, before = scores.loss, old_logps
 
         divisor = torch.full((), float(objective.count(batch.lengths)), device=weight.device)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Batch, tokenize_sft
 from rlhf.data.columns import sft_column
-from rlhf.logprobs import Scores
+from rlhf.logprobs import Scores, TokenLoss
 from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures
 
 LOSS_TYPES = ("nll", "chunked_nll", "dft")
@@ -97,7 +97,7 @@ class TextTrainer(BaseTrainer):
         return len(batch.targets)
 
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
-        scores = model(batch, _nll)
+        scores = model(batch, TokenLoss(_nll))
         nll, tokens = -batch.targets.sum(scores.logps.detach()), batch.targets.counts()
         return Measures(nll, tokens, {"perplexity": (nll, tokens)}, scores.loss, scores.router_logits)
 
@@ -159,7 +159,7 @@ class SFTTrainer(TextTrainer):
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
         if self.args.loss_type != "dft":
             return super().measure(model, batch)
-        scores = model(batch, _dft)
+        scores = model(batch, TokenLoss(_dft))
         logps, tokens = scores.logps.detach(), batch.targets.counts()
         metrics = {"perplexity": (-batch.targets.sum(logps), tokens)}
         losses = -batch.targets.sum(logps * logps.exp())

@@ -164,6 +164,7 @@ def test_gradcheck(case, softcap):
 
 def test_every_divergence_is_among_the_cases():
     assert {case.split("/")[0] for case in CASES} == DIVERGENCES.keys()
+    assert all(form(case).fused() is not None for case in CASES)  # autograd on the chunk would be slower
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -178,6 +179,31 @@ def test_agreement_costs_nothing_and_has_no_gradient(case, temperature, dtype):
     close(scores.teacher.divergence, torch.zeros(N), dtype)
     close(scores.teacher.kl, torch.zeros(N), dtype)
     assert scores.teacher.agrees.all() and torch.equal(scores.teacher.logps, scores.logps)
+
+
+def squared_difference(student_logits, teacher_logits, power=2.0, temperature=1.0, reduction="none"):
+    """A divergence that nobody knows: of probabilities, not of their logarithms."""
+    q, p = ((logits / temperature).softmax(-1) for logits in (student_logits, teacher_logits))
+    return ((p - q).abs() ** power).sum(-1)
+
+
+@pytest.mark.parametrize("name", ["squared_difference", "kl_divergence"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("hard", [0.0, 0.4])
+def test_a_divergence_that_is_added_has_its_own_value_and_gradient(name, softcap, hard, monkeypatch):
+    """In chunks as by the plain formula; also under a name that was taken."""
+    monkeypatch.setitem(DIVERGENCES, name, squared_difference)
+    student, teacher, token = problem(softcap=softcap)
+    how = Divergence(name, 1.7, dict(power=3.0), 0.6, hard)
+    scores = compare(student, teacher, token, how, chunk_size=4)
+    want = squared_difference(logits(student), logits(teacher), 3.0, 1.7)
+    loss = 0.6 * want.sum() + hard * F.cross_entropy(logits(student), token, reduction="sum")
+    close(scores.teacher.divergence, want.detach(), torch.float64)
+    close(scores.loss.detach(), loss.detach(), torch.float64)
+    for got, exact in zip(*(torch.autograd.grad(x, leaves(student)) for x in (scores.loss, loss)), strict=True):
+        close(got, exact, torch.float64)
+    with torch.no_grad():
+        close(compare(student, teacher, token, how).loss, loss.detach(), torch.float64)
 
 
 def test_a_high_temperature_matches_centred_logits():

@@ -5,7 +5,7 @@ import torch
 from conftest import ARCHITECTURES, close, tiny_model
 from torch.autograd import gradcheck
 
-from rlhf.logprobs import Head, Scores, Targets, model_scores, score, verified_settings
+from rlhf.logprobs import Head, Scores, Targets, TokenLoss, model_scores, score, verified_settings
 
 
 @pytest.mark.parametrize("mode", ["save", "recompute"])
@@ -59,7 +59,7 @@ def test_gradcheck_of_a_local_loss(entropy, softcap):
     def run(hidden, weight, bias):
         head = Head(weight, bias, 1.7, softcap, 0.6)
         return score(
-            hidden, head, targets, entropy=entropy, chunk_size=2, local_loss=clipped, per_token=per_token
+            hidden, head, targets, entropy=entropy, chunk_size=2, objective=TokenLoss(clipped, per_token)
         ).loss  # fmt: skip
 
     # The backward pass scales its results in place, so each is called once.
@@ -137,7 +137,7 @@ def test_a_local_loss_is_the_dense_formula_at_any_chunk_size(chunk_size, frozen)
     inputs = (hidden,) if frozen else (hidden, head.weight)
     per_token = torch.linspace(-1, 1, len(targets)), torch.full((len(targets),), -4.0)
     scores = score(
-        hidden, head, targets, entropy=True, chunk_size=chunk_size, local_loss=clipped, per_token=per_token
+        hidden, head, targets, entropy=True, chunk_size=chunk_size, objective=TokenLoss(clipped, per_token)
     )  # fmt: skip
     logps, entropy = dense(hidden, head, targets)
     want = clipped(Scores(logps, entropy), *per_token).sum()
@@ -151,7 +151,7 @@ def test_a_local_loss_is_the_dense_formula_at_any_chunk_size(chunk_size, frozen)
 def test_a_local_loss_of_no_tokens_is_a_zero_with_zero_gradients():
     hidden, head, _ = problem()
     none = torch.zeros(0, dtype=torch.int64)
-    loss = score(hidden, head, Targets(none, none, none), local_loss=lambda scores: -scores.logps).loss
+    loss = score(hidden, head, Targets(none, none, none), objective=TokenLoss(lambda scores: -scores.logps)).loss
     loss.backward()
     assert loss.item() == 0 and not hidden.grad.any() and not head.weight.grad.any()
 
@@ -176,7 +176,9 @@ def test_the_profiler_counts_the_products_of_the_head(mode, products, onednn, mo
             with torch.no_grad():
                 score(hidden, head, targets, chunk_size=len(targets))
         elif mode == "local":
-            score(hidden, head, targets, chunk_size=len(targets), local_loss=lambda s: -s.logps).loss.backward()
+            score(
+                hidden, head, targets, chunk_size=len(targets), objective=TokenLoss(lambda s: -s.logps)
+            ).loss.backward()
         else:
             score(hidden, head, targets, mode=mode, chunk_size=len(targets)).logps.sum().backward()
     large = [
