@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf.logprobs import Targets, score
+from rlhf.logprobs import Targets, TokenLoss, score
 from rlhf.logprobs.head import Head
 
 SHAPES = {"SmolLM2-135M": (576, 49_152), "Qwen2.5-0.5B": (896, 151_936)}
@@ -32,7 +32,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     count = len(labels)
     targets = Targets(torch.arange(count), labels, torch.zeros(count, dtype=torch.int64), 1)
-    loss = score(hidden, Head(weight), targets, local_loss=lambda scores: -scores.logps).loss
+    loss = score(hidden, Head(weight), targets, objective=TokenLoss(lambda scores: -scores.logps)).loss
     assert loss is not None
     return loss / count
 

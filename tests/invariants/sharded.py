@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from rlhf.data import Collator
 from rlhf.distillation.matching import MatchingPolicy, MatchingWeights
+from rlhf.distillation.objectives import TeacherObjective
 from rlhf.logprobs import Divergence
 from rlhf.models import Policy, RewardModel, add_scalar_head
 
@@ -58,7 +59,7 @@ def main() -> None:
     fully_shard(sharded, mesh=mesh)
     assert len(whole.projections) == 2
     losses = [
-        model(batch, divergence=Divergence(), teacher=lambda student: nullcontext(teacher)).loss
+        model(batch, TeacherObjective(lambda student: nullcontext(teacher), Divergence())).loss
         for model in (whole, sharded)
     ]
     close(losses[1].detach(), losses[0].detach())
