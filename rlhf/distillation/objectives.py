@@ -4,11 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from rlhf.data import Batch
-from rlhf.logprobs import Divergence, HeadObjective, SortedComparison
+from rlhf.logprobs import Divergence, HeadObjective, Predictions, SortedComparison
 from rlhf.models import Policy
 from rlhf.models.policy import Teacher
+
+REFERENCE_LABEL = "rlhf.reference"  # of `--profile`: the time of models that are only asked
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,12 @@ class TeacherObjective(HeadObjective):
     divergence: Divergence
 
     def prepare(self, policy: Policy, batch: Batch) -> HeadObjective:
-        with torch.no_grad(), self.teacher(policy) as teacher:
-            predictions = teacher.predictions(batch)
-        return self.divergence.against(predictions)
+        return self.divergence.against(self.predictions(policy, batch))
+
+    def predictions(self, policy: Policy, batch: Batch) -> Predictions:
+        """The teacher's predictions of the targets of ``batch``, without a gradient."""
+        with record_function(REFERENCE_LABEL), torch.no_grad(), self.teacher(policy) as teacher:
+            return teacher.predictions(batch)
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,5 @@ class AlignedTeacherObjective(TeacherObjective):
 
     def prepare(self, policy: Policy, batch: Batch) -> HeadObjective:
         alignment: Any = batch.extras["alignment"]
-        with torch.no_grad(), self.teacher(policy) as teacher:
-            predictions = teacher.predictions(alignment.batch)
+        predictions = self.predictions(policy, alignment.batch)
         return SortedComparison(predictions, alignment.batch.targets.token, alignment.partner, self.divergence)
