@@ -64,6 +64,7 @@ def collate_alignment(examples: list[Row], collate: Collator, pad_token_id: int)
     rows = [{"input_ids": example["teacher_ids"], "labels": example["teacher_labels"]} for example in examples]
     teacher_batch = replace(collate, pad_token_id=pad_token_id, extras={})(rows)
     spans = concatenate([_spans_of(example) for example in examples])
+    # Both models have read the same text before the first token of a span, so their distributions compare there.
     partner = torch.full_like(spans.student, -1)
     partner[first_tokens(spans.student, spans.total)] = first_tokens(spans.teacher, spans.total)
     return Alignment(teacher_batch, spans, partner)
@@ -116,6 +117,7 @@ def tokenize_aligned(
         raise ValueError("student and teacher have the same tokenizer: leave --align out, and all their tokens compare")
     tokenizers = (student, teacher)
     name = name_of(dataset)
+    # Each tokenizer brings a chat template of its own.
     readings = [(reading or Reading()).for_tokenizer(tokenizer, text_field, dataset) for tokenizer in tokenizers]
     with error_context(name):
         names = renamed(dataset.column_names, readings[0].form)
@@ -160,6 +162,7 @@ def _process(row: Row, index: int, *, sides: tuple[_Side, _Side], align: Align, 
     student, teacher = sides
     with error_context(f"{name}, row {index + 1}"):
         student_rows = student.encode(row)
+        # Messages say which side's template or length is at fault.
         with error_context(_FOR_THE_TEACHER):
             teacher_rows = teacher.encode(row)
         return [_aligned_row(encoded, sides, align) for encoded in zip(student_rows, teacher_rows, strict=True)]
@@ -196,6 +199,7 @@ def _scored_spans(encoded: tuple[Row, Row], sides: tuple[_Side, _Side], align: A
         for position, span in enumerate(side_spans)
         if not 0 < position < side.limits.max_length
     }
+    # The rest is numbered without gaps: a batch counts spans by the largest number.
     remaining = sorted(set(spans[0]) - lost - {-1})
     number_of = {span: number for number, span in enumerate(remaining)}
     scored_spans = []
@@ -229,6 +233,7 @@ def _align_positions(
     encoded: tuple[Row, Row], sides: tuple[_Side, _Side], positions: Sequence[list[int]], align: Align
 ) -> Spans:
     """Align one answer, at ``positions`` of the two rows."""
+    # Sorted probabilities know no text, so tokens are aligned by position alone.
     if align == "uld":
         student_positions, teacher_positions = positions
         return align_by_position(len(student_positions), len(teacher_positions))

@@ -49,10 +49,13 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list
         ValueError: a tokenizer of another kind, or an id outside its vocabulary.
     """
     added_tokens = tokenizer.added_tokens_decoder
-    special_ids = {*tokenizer.all_special_ids, *(index for index, token in added_tokens.items() if token.special)}
+    # The marks of a chat template are added tokens that are special, but often none of the named special tokens.
+    special_ids = set(tokenizer.all_special_ids)
+    special_ids |= {index for index, token in added_tokens.items() if token.special}
     to_bytes = _from_byte_level if _is_byte_level(tokenizer) else _from_sentence_piece
+    tokens = tokenizer.convert_ids_to_tokens(list(ids))
     pieces: list[Piece] = []
-    for index, token in zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True):
+    for index, token in zip(ids, tokens, strict=True):
         if token is None:
             raise ValueError(f"token {index} is not in the vocabulary of the tokenizer, which has {len(tokenizer)}")
         if index in special_ids:
@@ -86,6 +89,7 @@ def align(student: Sequence[Piece], teacher: Sequence[Piece]) -> Spans:
         Spans(student=tensor([0, 1, 1]), teacher=tensor([-1,  0,  1,  1]), total=2)
     """
     student, teacher = _same_text(student, teacher)
+    # A span ends wherever both sides have a boundary between tokens, and nowhere else.
     common_ends = sorted(_token_ends(student) & _token_ends(teacher))
     student_keys = _span_keys(student, common_ends)
     teacher_keys = _span_keys(teacher, common_ends)
@@ -120,11 +124,13 @@ def align_answer(student: Sequence[Piece], teacher: Sequence[Piece]) -> Spans:
     except ValueError:
         sides = [_without_leading_space(pieces) for pieces in (student, teacher)]
         texts = [_text_of(pieces) for pieces in sides]
+        # The answer that both have is the shorter text, without white space around it.
         core = min((text.strip() for text in texts), key=len)
         if any(core not in text for text in texts):
             raise
+    # The last occurrence: a thought that one template writes before the answer may quote it.
     bounds = [_token_bounds(pieces, text.rfind(core)) for pieces, text in zip(sides, texts, strict=True)]
-    # Where a token reaches over an end of the core, the compared stretch shrinks to the next boundary of both sides.
+    # A token may reach over an end of the core. The compared stretch then shrinks to the next boundary of both sides.
     student_ends, teacher_ends = (
         {end for token in tokens for end in token if 0 <= end <= len(core)} for tokens in bounds
     )
@@ -135,6 +141,7 @@ def align_answer(student: Sequence[Piece], teacher: Sequence[Piece]) -> Spans:
     ]
     compared = [[pieces[index] for index in indices] for pieces, indices in zip(sides, inside, strict=True)]
     spans = align(*compared)
+    # Tokens outside of the compared stretch are in no span.
     student_spans, teacher_spans = (torch.full((len(pieces),), -1) for pieces in sides)
     student_spans[inside[0]] = spans.student
     teacher_spans[inside[1]] = spans.teacher
@@ -164,6 +171,7 @@ def concatenate(sequences: Sequence[Spans]) -> Spans:
     Returns:
         Spans over all tokens of the batch.
     """
+    # An empty start, so that no sequences at all give tensors of the right type.
     empty = torch.empty(0, dtype=torch.int64)
     student_parts, teacher_parts = [empty], [empty]
     total = 0
@@ -283,6 +291,7 @@ def _decoder_kinds(decoder: dict[str, Any]) -> set[str]:
 @lru_cache(1)
 def _byte_of_character() -> dict[str, int]:
     """GPT-2's alphabet: a printable character for each byte, which is the byte's own where that is printable."""
+    # Bytes that are no printable character of Latin-1 are numbered on from 256, in order.
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     alphabet = {chr(byte): byte for byte in printable}
@@ -295,6 +304,7 @@ def _from_byte_level(token: str) -> bytes:
 
 
 def _from_sentence_piece(token: str) -> bytes:
+    # A byte without a character of its own is written as its number, <0x0A>; a space as ▁.
     is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
     if is_byte:
         return bytes([int(token[3:5], 16)])

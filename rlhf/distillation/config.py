@@ -159,6 +159,7 @@ class DistillConfig(GenerationArguments, TextConfig):
             self.teacher_model_init_kwargs = {"revision": self.teacher_model_revision, **given}
             self.teacher_model_revision = None
         self.take_over_generation()
+        # Without own answers nothing is sampled, so these options would be ignored.
         if not self.lmbda and (self.generation_kwargs or self.sampling().reshapes):
             raise ValueError("generation options are for the student's own answers: leave them out, or raise lmbda")
 
@@ -187,6 +188,7 @@ class DistillConfig(GenerationArguments, TextConfig):
             )
         if self.crossentropy_weight:
             raise ValueError("crossentropy_weight would teach the student its own answers: leave it out with lmbda")
+        # A prompt and its answer share max_length.
         if self.max_completion_length >= self.limit():
             raise ValueError(
                 f"max_completion_length {self.max_completion_length} leaves no room for a prompt in max_length "

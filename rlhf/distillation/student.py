@@ -59,6 +59,7 @@ def matched_layers(student: PretrainedConfig, teacher: PretrainedConfig) -> list
     """
     student_depth = student.get_text_config().num_hidden_layers
     teacher_depth = teacher.get_text_config().num_hidden_layers
+    # The record is of a teacher as deep as this one; of another teacher it would be wrong.
     record = getattr(student, "copied_layers", None) or {}
     if record.get("of") == teacher_depth and len(record["kept"]) == student_depth:
         return list(record["kept"])
@@ -106,8 +107,10 @@ def copy_layers(teacher: PreTrainedModel, kept: Sequence[int]) -> PreTrainedMode
     path, teacher_layers = layer_list(teacher)
     numbers = list(kept)
     is_increasing = numbers == sorted(set(numbers))
-    if not numbers or not is_increasing or not 0 <= numbers[0] <= numbers[-1] < len(teacher_layers):
+    is_inside = all(0 <= number < len(teacher_layers) for number in numbers)
+    if not (numbers and is_increasing and is_inside):
         raise ValueError(f"keep must be increasing layer numbers from 0 to {len(teacher_layers) - 1}; got {numbers}")
+    # Built from a configuration rather than cut out of the teacher, so that each layer knows its new position.
     student = AutoModelForCausalLM.from_config(_shorter_config(teacher.config, numbers), dtype=teacher.dtype)
     try:
         student.load_state_dict(_weights_of_layers(teacher.state_dict(), path, numbers))
@@ -141,6 +144,7 @@ def fresh_student(
     config = copy.deepcopy(config)
     text_config = config.get_text_config()
     teacher_config = teacher.config.get_text_config()
+    # The largest id counts, not the number of entries: a vocabulary may have gaps.
     num_tokens = max(tokenizer.get_vocab().values()) + 1
     if text_config.vocab_size < num_tokens:
         raise ValueError(
@@ -182,6 +186,7 @@ def _shorter_config(config: PretrainedConfig, numbers: list[int]) -> PretrainedC
     for name, value in text_config.to_dict().items():
         if not isinstance(value, (list, tuple)):
             continue
+        # Lists of another length, or under another name, are not of layers.
         is_for_each_layer = len(value) == depth and ("layer" in name or name.endswith("types"))
         if name in _LAYER_NUMBERS:
             setattr(text_config, name, [numbers.index(layer) for layer in value if layer in numbers])
@@ -212,6 +217,7 @@ def _check_same_settings(original: nn.Module, copied: nn.Module, number: int, po
         settings = _settings(copied_module)
         for key, value in _settings(module).items():
             copied_value = settings.get(key)
+            # The number of the layer itself is expected to change.
             is_layer_number = (value, copied_value) == (number, position)
             if copied_value != value and not is_layer_number:
                 setting = ".".join(filter(None, (name, key)))

@@ -67,6 +67,7 @@ class TeacherFile:
         self.key = read_key(self.folder)
         if self.key["k"] == 0:
             raise ValueError(f"{folder}: holds completions, not log-probs (--k 0): train on them with `rlhf sft`")
+        # Earlier versions also kept tokens sampled from the teacher.
         if self.key.get("samples"):
             logger.warning("%s: samples.npy is no longer read: delete it", folder)
         mode: Mode = "r+" if writable else "r"
@@ -118,6 +119,7 @@ class TeacherFile:
             The k + 1 outcomes are normalised.
         """
         tokens = self._tokens_of(rows)
+        # Float16 rounds each outcome, so together they are only nearly 1: normalised again, no loss is below 0.
         outcomes = torch.from_numpy(self.logps[tokens].astype(np.float32)).log_softmax(-1)
         ids = torch.from_numpy(self.ids[tokens].astype(np.int64))
         return TopK(ids, outcomes[:, :-1].contiguous(), outcomes[:, -1].contiguous())
@@ -158,6 +160,7 @@ def create_teacher_file(folder: str | Path, rows: Dataset, key: Key) -> TeacherF
         name: open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
         for name, (shape, dtype) in _layout_of(key).items()
     }
+    # New arrays are zeros: the first row begins at 0, and no row is done.
     arrays["offsets"][1:] = np.cumsum(scored_tokens(rows))
     _flush(arrays["offsets"])
     # The header comes last: a folder that has one has all of its arrays.
@@ -203,6 +206,7 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> Key:
     Returns:
         Hashes of the vocabulary with its rules, and of the chat template.
     """
+    # Rules and special tokens, not the settings of the tokenizer's last call.
     vocabulary = [tokenizer_rules(tokenizer), tokenizer.special_tokens_map]
     return {"tokenizer": _hash(vocabulary), "template": _hash(tokenizer.chat_template)}
 
@@ -227,6 +231,7 @@ def scored_tokens(rows: Dataset) -> np.ndarray:
     Returns:
         int64 [rows].
     """
+    # One flat array of all labels; a loop over rows would take minutes for a large data set.
     labels = rows.with_format("arrow")[:]["labels"].combine_chunks()
     is_scored = labels.flatten().to_numpy() != IGNORE
     ends = np.cumsum(labels.value_lengths().to_numpy().astype(np.int64))
