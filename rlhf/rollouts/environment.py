@@ -1,4 +1,4 @@
-"""Several turns: the policy answers, an environment replies, until one of them ends it."""
+"""Several turns: the policy answers, an environment replies, until one of them ends the episode."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,14 +9,16 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Dialogue, encode_reply
 from rlhf.data.formats import Message, Turns
-from rlhf.rollouts.engine import RolloutEngine, Sampling
+from rlhf.rollouts.engine import Completion, RolloutEngine, Sampling
 
 
 class Reply(NamedTuple):
-    """What an environment says to an answer.
+    """An environment's reply to an answer.
 
-    ``observation`` is what the policy reads next (plain text is the user's turn in a conversation); ``reward`` counts
-    for this turn and adds up over the episode; ``done`` ends it.
+    Args:
+        observation: what the policy reads next; plain text is the user's turn in a conversation.
+        reward: of this turn; an episode's reward is the sum.
+        done: ends the episode.
     """
 
     observation: str | Message = ""
@@ -25,28 +27,64 @@ class Reply(NamedTuple):
 
 
 class Environment(Protocol):
-    """One episode. A trainer makes one for each sample with a factory, and plays it to its end."""
+    """The other side of one episode. A trainer makes one for each sample, and plays it to its end."""
 
     def reset(self, row: Mapping[str, Any]) -> Turns | None:
-        """Begin with a row of the data; returns the prompt, or None for the row's own."""
+        """Begin an episode.
+
+        Args:
+            row: of the data.
+        Returns:
+            The prompt, or None for the row's own.
+        """
         ...
 
     def step(self, answer: str) -> Reply:
-        """Take the policy's answer, as text."""
+        """Reply to the policy's answer.
+
+        Args:
+            answer: as text, without special tokens.
+        Returns:
+            What the policy reads next, the reward, and whether the episode ends.
+        """
         ...
 
 
 @dataclass
 class Episode:
-    """The tokens of one episode after its prompt: ``sampled`` says which of ``ids`` the policy wrote."""
+    """One episode.
+
+    Args:
+        prompt_ids: before the first answer.
+        ids: tokens after the prompt, of answers and observations.
+        sampled: for each of ``ids``, whether the policy sampled it.
+        logps: nats, of the sampled ones.
+        reward: sum over the turns.
+        turns: messages after the prompt.
+        truncated: cut by the number of turns or tokens, not ended by the environment.
+    """
 
     prompt_ids: list[int]
     ids: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)  # of the sampled ones
+    logps: list[float] = field(default_factory=list)
     reward: float = 0.0
     turns: list[Message] = field(default_factory=list)
     truncated: bool = False
+
+    def add_answer(self, answer: Completion, text: str) -> None:
+        """Append a turn of the policy."""
+        self.ids += answer.ids
+        self.sampled += [True] * len(answer.ids)
+        self.logps += answer.logps
+        self.turns.append({"role": "assistant", "content": text})
+        self.truncated = answer.finish_reason == "length"
+
+    def add_observation(self, message: Message, ids: list[int]) -> None:
+        """Append a turn of the environment."""
+        self.turns.append(message)
+        self.ids += ids
+        self.sampled += [False] * len(ids)
 
 
 def play(
@@ -62,23 +100,62 @@ def play(
     max_turns: int,
     max_length: int,
 ) -> list[Episode]:
-    """Play all episodes side by side, a turn of each at a time.
+    """Play all episodes side by side, one turn of each at a time.
 
-    Sampled ids are never decoded and encoded again: an observation is rendered by the chat template behind a turn like
-    the policy's, and what comes after that turn is appended.
+    Sampled ids are never decoded and encoded again. An observation is rendered by the chat template behind a turn like
+    the policy's, and the tokens after that turn are appended.
 
     Args:
-        environments, prompt_ids: of each episode; environments have been reset.
-        seeds: from the number of a turn to its seed. index: the number of each episode, which its randomness follows.
-        dialogues: of each episode, what was asked; observations of a conversation go through the chat template.
-        max_turns: answers in an episode. max_length: tokens of an episode with its prompt; what would be longer is
-            truncated.
+        environments: one for each episode, reset already.
+        prompt_ids: of each episode.
+        engine: samples the answers.
+        tokenizer: decodes answers and renders observations.
+        sampling: how answers are drawn.
+        seeds: from the number of a turn to its seed.
+        index: the number of each episode, which decides its random numbers.
+        dialogues: the prompt of each episode with its tools, for the chat template.
+        max_turns: most answers in an episode.
+        max_length: most tokens of an episode with its prompt; an episode that needs more is truncated.
     Returns:
         Episodes in order.
     Raises:
         ValueError: a prompt that leaves no room for an answer, or an environment that fails.
     """
+    _check_room(environments, prompt_ids, sampling, max_length)
     episodes = [Episode(list(ids)) for ids in prompt_ids]
+    active = list(range(len(episodes)))
+    for turn in range(max_turns):
+        contexts = [episodes[number].prompt_ids + episodes[number].ids for number in active]
+        answers = engine.generate(contexts, 1, sampling, seeds(turn), [index[number] for number in active])
+        still_active = []
+        for number, (answer,) in zip(active, answers, strict=True):
+            episode = episodes[number]
+            text = str(tokenizer.decode(answer.ids, skip_special_tokens=True))
+            episode.add_answer(answer, text)
+            reply = _reply(environments[number], text, number, turn)
+            episode.reward += reply.reward
+            # An answer that was cut has no end to reply to.
+            if reply.done or episode.truncated:
+                continue
+            message = reply.observation
+            if isinstance(message, str):
+                message = {"role": "user", "content": message}
+            observation_ids = encode_reply(tokenizer, dialogues[number], message, answer.ids[-1])
+            length = len(episode.prompt_ids) + len(episode.ids) + len(observation_ids)
+            if turn + 1 == max_turns or length + sampling.max_tokens > max_length:
+                episode.truncated = True
+                continue
+            episode.add_observation(message, observation_ids)
+            still_active.append(number)
+        active = still_active
+        if not active:
+            break
+    return episodes
+
+
+def _check_room(
+    environments: Sequence[Environment], prompt_ids: Sequence[list[int]], sampling: Sampling, max_length: int
+) -> None:
     for number, ids in enumerate(prompt_ids):
         if len(ids) + sampling.max_tokens > max_length:
             name = type(environments[number]).__name__
@@ -86,52 +163,10 @@ def play(
                 f"environment {name}, episode {number}: a prompt of {len(ids)} tokens and answers of "
                 f"{sampling.max_tokens} are more than max_length {max_length}: raise --max_length, or begin with less"
             )
-    active = list(range(len(episodes)))
-    for turn in range(max_turns):
-        answers = engine.generate(
-            [episodes[i].prompt_ids + episodes[i].ids for i in active],
-            1,
-            sampling,
-            seeds(turn),
-            [index[i] for i in active],
-        )
-        remaining = []
-        for i, (answer,) in zip(active, answers, strict=True):
-            episode = episodes[i]
-            episode.ids += answer.ids
-            episode.sampled += [True] * len(answer.ids)
-            episode.logps += answer.logps
-            text = str(tokenizer.decode(answer.ids, skip_special_tokens=True))
-            episode.turns.append({"role": "assistant", "content": text})
-            reply = _reply(environments[i], text, i, turn)
-            episode.reward += reply.reward
-            episode.truncated = answer.finish_reason == "length"
-            if reply.done or episode.truncated:
-                continue
-            message = (
-                {"role": "user", "content": reply.observation}
-                if isinstance(reply.observation, str)
-                else reply.observation
-            )
-            seen = encode_reply(tokenizer, dialogues[i], message, answer.ids[-1])
-            if (
-                turn + 1 == max_turns
-                or len(episode.prompt_ids) + len(episode.ids) + len(seen) + sampling.max_tokens > max_length
-            ):
-                episode.truncated = True
-                continue
-            episode.turns.append(message)
-            episode.ids += seen
-            episode.sampled += [False] * len(seen)
-            remaining.append(i)
-        active = remaining
-        if not active:
-            break
-    return episodes
 
 
 def _reply(environment: Environment, answer: str, episode: int, turn: int) -> Reply:
-    """What the environment says; its failures name the answer that they are about."""
+    """The environment's reply; an error names the answer that it is about."""
     where = f"environment {type(environment).__name__}, episode {episode}, turn {turn + 1}, answer {answer[:200]!r}"
     try:
         reply = environment.step(answer)

@@ -1,8 +1,9 @@
-"""The engine behind a completion server: vLLM, SGLang, or whatever speaks their form of OpenAI's protocol."""
+"""The engine behind a completion server: vLLM, SGLang, or another with their form of OpenAI's protocol."""
 
 import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +15,46 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.rollouts.engine import Completion, Sampling, check_request
 
-IDS = (
+NO_TOKEN_IDS = (
     "returns no token ids; encoding its text again would shift every log-prob, so it cannot be used "
     "(vLLM from 0.10.2 and SGLang with `return_token_ids` can; `transformers serve` cannot)"
 )
-RAW = (
+RAW_LOGPS = (
     "reports log-probs that are not those of the distribution sampled from: start vLLM with "
     "--logprobs-mode processed_logprobs, or use temperature 1 without top_p and top_k"
 )
-PROBE = "It costs 1,234.50 €: “naïve” café\n\tdef f(x):  return x"
+NO_WEIGHT_UPDATE = (
+    "offers no way to load weights: use SGLang (/update_weights_from_disk), or start vLLM with "
+    "VLLM_SERVER_DEV_MODE=1 (/collective_rpc); without one, the server would go on with the old policy"
+)
 WRONG_MODEL_HINT = "it must serve the model that is trained"
+NOT_OFFERED = (404, 405)  # HTTP status of a path that a server does not have
+# A text on which tokenizers differ: digits, symbols, quotes, accents and white space.
+TOKENIZER_PROBE = "It costs 1,234.50 €: “naïve” café\n\tdef f(x):  return x"
 
 
 class ServerError(OSError):
-    """A server answers, and not as an engine's must; an ``OSError``, which commands report in one line."""
+    """A server replied, but not as an engine must; an ``OSError``, which commands report in one line."""
 
 
 class ServerEngine:
     """A :class:`RolloutEngine` that asks a server for completions of token ids.
 
-    Each completion is a request of its own, with a seed made from ``(seed, prompt, sample)``, so that nothing depends
-    on what else is asked; servers batch them and share their prompts. They are reproducible as far as the server is.
-    vLLM reports log-probs before temperature and truncation unless told otherwise; where that would show, it is
-    noticed before the first request, and refused.
+    Each completion is a request of its own, with a seed made from ``(seed, prompt, sample)``, so that it does not
+    depend on other requests. Servers batch requests and share their prompts. Completions are reproducible as far as the
+    server is. vLLM reports log-probs before temperature and truncation unless configured otherwise; where that makes a
+    difference, it is noticed before the first request, and refused.
 
     Args:
         url: of the server, with or without ``/v1``.
-        model: the name it serves the policy under.
-        weights_dir: a folder that both sides see; needed by ``update_weights``, which puts a checkpoint there.
-        concurrency: requests under way at once.
+        model: the name that it serves the policy under.
+        weights_dir: a folder that both sides see; needed by ``update_weights``, which saves a checkpoint there.
+        concurrency: largest number of requests at once.
         timeout: seconds for one request.
         api_key: sent as a bearer token, if given.
-        vocab_size: tokens that the policy knows; another one from the server is an error.
-        reads_logps: check that its log-probs are of the distribution sampled from.
-        end_ids: tokens that end a completion, besides those that the server knows of.
+        vocab_size: of the policy; a larger token id from the server is an error.
+        reads_logps: check that its log-probs are those of the distribution sampled from.
+        end_ids: tokens that end a completion, besides those of the server's own configuration.
     Raises:
         ConnectionError: no server answers there.
         ValueError: it does not serve ``model``.
@@ -66,17 +73,20 @@ class ServerEngine:
         reads_logps: bool = True,
         end_ids: Sequence[int] = (),
     ) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.model = model
+        self.version = 0
         self.vocab_size, self.reads_logps, self.end_ids = vocab_size, reads_logps, list(end_ids)
-        self.url, self.model, self.version = url.rstrip("/").removesuffix("/v1"), model, 0
         self.weights_dir = None if weights_dir is None else Path(weights_dir)
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         limits = httpx2.Limits(max_connections=concurrency)
         self._client = httpx2.Client(base_url=self.url, headers=headers, limits=limits, timeout=timeout)
         self._pool = ThreadPoolExecutor(concurrency)
-        self._faithful: dict[tuple[float, bool], bool] = {}
-        served = [entry.get("id") for entry in self._call("GET", "/v1/models").json().get("data", [])]
-        if model not in served:
-            raise ValueError(f"{self.url} serves {', '.join(map(str, served)) or 'nothing'}, not {model!r}")
+        # Whether log-probs are right, by what can make them wrong: the temperature, and truncation or a penalty.
+        self._logps_are_right: dict[tuple[float, bool], bool] = {}
+        served_models = [entry.get("id") for entry in self._request("GET", "/v1/models").json().get("data", [])]
+        if model not in served_models:
+            raise ValueError(f"{self.url} serves {', '.join(map(str, served_models)) or 'nothing'}, not {model!r}")
 
     def generate(
         self,
@@ -96,15 +106,22 @@ class ServerEngine:
         prompts = [list(ids) for ids in prompt_ids]
         if prompts and self.reads_logps:
             self._check_logps(prompts[0], sampling)
-        numbers = index or range(len(prompts))
-        asked = [(ids, (seed, i, j)) for ids, i in zip(prompts, numbers, strict=True) for j in range(n)]
-        done = list(self._pool.map(lambda one: self._complete(one[0], sampling, one[1]), asked))
-        return [done[start : start + n] for start in range(0, len(done), n)]
+        prompt_numbers = index or range(len(prompts))
+        prompt_of_request = [prompt for prompt in prompts for _ in range(n)]
+        seed_of_request = [(seed, number, sample) for number in prompt_numbers for sample in range(n)]
+        complete = partial(self._complete, sampling)
+        completions = list(self._pool.map(complete, prompt_of_request, seed_of_request))
+        return [completions[start : start + n] for start in range(0, len(completions), n)]
 
     def read(self, sequences: Sequence[Sequence[int]], k: int) -> list[list[dict[int, float]]]:
-        """What the model makes of given tokens: for each place but the first, which is empty, ``{token: log-prob}`` of
-        the k likeliest tokens and of the one that is there, in nats at temperature 1.
+        """Log-probs of given tokens, and of the likeliest ones at their positions.
 
+        Args:
+            sequences: token ids.
+            k: how many of the likeliest tokens.
+        Returns:
+            For each sequence and position: token to log-prob, in nats at temperature 1, of the k likeliest tokens and
+            of the given one. The first position has none.
         Raises:
             ConnectionError: the server is gone.
             ServerError: it reports no log-probs of a prompt (vLLM does, SGLang and others do not), or too few.
@@ -112,67 +129,77 @@ class ServerEngine:
         return list(self._pool.map(lambda ids: self._read(list(ids), k), sequences))
 
     def tokenizer_difference(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
-        """Where the server's tokenizer and this one part; None if they do not, or it does not say (vLLM does)."""
-        asked = {"model": self.model, "prompt": PROBE, "add_special_tokens": False}
+        """Compare the server's tokenizer with the policy's on one text.
+
+        Args:
+            tokenizer: the policy's.
+        Returns:
+            A text with both results if they differ; None if they agree, or if the server has no such call (vLLM has).
+        """
+        body = {"model": self.model, "prompt": TOKENIZER_PROBE, "add_special_tokens": False}
         try:
-            reply = self._first_offered(("/tokenize", asked))
-        except ServerError:  # it takes another request than vLLM's
+            reply = self._request_first_offered(("/tokenize", body))
+        except ServerError:  # the call takes another request than vLLM's
             return None
-        theirs = None if reply is None else reply.json().get("tokens")
-        own = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-        return None if theirs in (None, own) else f"{PROBE.split()[0]!r}… is {theirs[:8]} there, {own[:8]} here"
+        server_ids = None if reply is None else reply.json().get("tokens")
+        policy_ids = tokenizer(TOKENIZER_PROBE, add_special_tokens=False)["input_ids"]
+        if server_ids is None or server_ids == policy_ids:
+            return None
+        return f"{TOKENIZER_PROBE.split()[0]!r}… is {server_ids[:8]} there, {policy_ids[:8]} here"
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See :class:`RolloutEngine`: writes a checkpoint, and has the server load it (SGLang, or vLLM in dev mode).
+        """See :class:`RolloutEngine`: saves a checkpoint, and the server loads it (SGLang, or vLLM in dev mode).
 
         Raises:
             ValueError: there is no ``weights_dir``.
-            ServerError: the server offers no way to load weights, or does not load these.
+            ServerError: the server has no call to load weights, or fails to load these.
         """
         if self.weights_dir is None:
             raise ValueError("update_weights needs weights_dir=, a folder that this process and the server both see")
         folder = (self.weights_dir / f"version-{version}").resolve()
         folder.mkdir(parents=True, exist_ok=True)
         save_torch_state_dict(dict(weights), folder)
-        # Each drops the prefix cache, whose keys and values are those of the old weights.
         try:
-            reply = self._first_offered(
+            reply = self._request_first_offered(
                 ("/update_weights_from_disk", {"model_path": str(folder), "flush_cache": True}),
                 ("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}),
             )
         except ServerError as error:
             raise ServerError(f"{error} (the policy's weights are in {folder}; {WRONG_MODEL_HINT})") from error
         if reply is None:
-            raise ServerError(
-                f"{self.url} offers no way to load weights: use SGLang (/update_weights_from_disk), or start vLLM with "
-                "VLLM_SERVER_DEV_MODE=1 (/collective_rpc); without one, the server would go on with the old policy"
-            )
+            raise ServerError(f"{self.url} {NO_WEIGHT_UPDATE}")
+        # The prefix cache holds keys and values of the old weights; SGLang was asked to flush it with the update.
         if reply.url.path == "/collective_rpc":
-            self._call("POST", "/reset_prefix_cache")
+            self._request("POST", "/reset_prefix_cache")
         elif not reply.json().get("success", True):
             raise ServerError(f"{self.url} did not load {folder}: {reply.json().get('message', 'no reason given')}")
         self.version = version
-        for old in self.weights_dir.glob("version-*"):
-            if old.resolve() != folder:
-                shutil.rmtree(old)
+        for saved in self.weights_dir.glob("version-*"):
+            if saved.resolve() != folder:
+                shutil.rmtree(saved)
 
     def sleep(self) -> None:
-        """Ask the server to free its accelerator, where it offers that."""
-        self._first_offered(("/release_memory_occupation", {}), ("/sleep?level=1", {}))
+        """Ask the server to free its accelerator's memory, if it has such a call."""
+        self._request_first_offered(("/release_memory_occupation", {}), ("/sleep?level=1", {}))
 
     def wake(self) -> None:
-        """Ask the server to come back."""
-        self._first_offered(("/resume_memory_occupation", {}), ("/wake_up", {}))
+        """Undo :meth:`sleep`."""
+        self._request_first_offered(("/resume_memory_occupation", {}), ("/wake_up", {}))
 
     def close(self) -> None:
-        """Close the connections; the server goes on."""
+        """Close the connections; the server keeps running."""
         self._pool.shutdown()
         self._client.close()
 
-    def _complete(self, prompt: list[int], sampling: Sampling, key: tuple[int, int, int]) -> Completion:
-        ends: dict[str, Any] = {"stop": list(sampling.stop)} if sampling.stop else {}
-        ends |= {"stop_token_ids": self.end_ids} if self.end_ids else {}
-        choice = self._ask(
+    # Requests
+
+    def _complete(self, sampling: Sampling, prompt: list[int], seed_key: tuple[int, int, int]) -> Completion:
+        ends: dict[str, Any] = {}
+        if sampling.stop:
+            ends["stop"] = list(sampling.stop)
+        if self.end_ids:
+            ends["stop_token_ids"] = self.end_ids
+        choice = self._request_completion(
             prompt,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -181,7 +208,8 @@ class ServerEngine:
             repetition_penalty=sampling.repetition_penalty,
             min_tokens=sampling.min_tokens,
             max_tokens=sampling.max_tokens,
-            seed=int(np.random.SeedSequence(key).generate_state(1)[0] >> 1),
+            # Servers take a signed 32-bit seed.
+            seed=int(np.random.SeedSequence(seed_key).generate_state(1)[0] >> 1),
             **ends,
         )
         reason = choice.get("finish_reason")
@@ -189,21 +217,23 @@ class ServerEngine:
             raise ServerError(f"{self.url} ended a completion with {reason!r}, not 'stop' or 'length'")
         return Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], reason, self.version)
 
-    def _ask(self, prompt: list[int], **options: Any) -> dict[str, Any]:
-        """One completion, as the server tells it, with ids and log-probs that fit."""
-        # All that a model's own generation config could change is sent, or servers would take it from there.
-        plain = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    def _request_completion(self, prompt: list[int], **options: Any) -> dict[str, Any]:
+        """One completion as the server returns it, once its ids and log-probs are checked."""
+        # An option that is not sent would be taken from the generation config of the served model.
+        neutral = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
         body = {"model": self.model, "prompt": prompt, "n": 1, "logprobs": 2, "return_token_ids": True}
-        choice = self._call("POST", "/v1/completions", body | plain | options).json()["choices"][0]
-        ids, sent = choice.get("token_ids"), choice.get("prompt_token_ids")
+        reply = self._request("POST", "/v1/completions", body | neutral | options)
+        choice: dict[str, Any] = reply.json()["choices"][0]
+        ids, ids_read = choice.get("token_ids"), choice.get("prompt_token_ids")
         if ids is None:
-            raise ServerError(f"{self.url} {IDS}")
-        if self.vocab_size is not None and max(ids, default=0) >= self.vocab_size:
+            raise ServerError(f"{self.url} {NO_TOKEN_IDS}")
+        largest = max(ids, default=0)
+        if self.vocab_size is not None and largest >= self.vocab_size:
             raise ServerError(
-                f"{self.url} sampled token {max(ids)}, and the policy has {self.vocab_size}: {WRONG_MODEL_HINT}"
+                f"{self.url} sampled token {largest}, and the policy has {self.vocab_size}: {WRONG_MODEL_HINT}"
             )
-        if sent is not None and sent != prompt:
-            raise ServerError(f"{self.url} read other prompt ids than were sent: {len(sent)} for {len(prompt)}")
+        if ids_read is not None and ids_read != prompt:
+            raise ServerError(f"{self.url} read other prompt ids than were sent: {len(ids_read)} for {len(prompt)}")
         logps = (choice.get("logprobs") or {}).get("token_logprobs") or []
         if len(logps) != len(ids) or None in logps:
             raise ServerError(f"{self.url} returned {len(logps)} log-probs for {len(ids)} tokens")
@@ -211,44 +241,60 @@ class ServerEngine:
 
     def _read(self, ids: list[int], k: int) -> list[dict[int, float]]:
         body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
-        places = self._call("POST", "/v1/completions", body).json()["choices"][0].get("prompt_logprobs")
-        if places is None:
+        reply = self._request("POST", "/v1/completions", body)
+        positions = reply.json()["choices"][0].get("prompt_logprobs")
+        if positions is None:
             raise ServerError(f"{self.url} reports no prompt_logprobs, which a teacher must: serve it with vLLM")
-        found = [{int(v): told["logprob"] for v, told in (place or {}).items()} for place in places]
-        if len(found) != len(ids) or any(len(f) < k or i not in f for i, f in zip(ids[1:], found[1:], strict=True)):
+        logps_of_positions = [
+            {int(token): entry["logprob"] for token, entry in (position or {}).items()} for position in positions
+        ]
+        is_complete = len(logps_of_positions) == len(ids) and all(
+            len(logps) >= k and token in logps for token, logps in zip(ids[1:], logps_of_positions[1:], strict=True)
+        )
+        if not is_complete:
             raise ServerError(f"{self.url} reported log-probs that do not fit the {len(ids)} tokens sent, {k} of each")
-        return found
+        return logps_of_positions
 
     def _check_logps(self, prompt: list[int], sampling: Sampling) -> None:
-        """Two short questions, where raw log-probs would be wrong: what do they say of a distribution that is known?"""
+        """Find with a few short requests whether log-probs are those of the distribution sampled from."""
         key = (sampling.temperature, sampling.reshapes)
-        if key not in self._faithful:
-            faithful = True
-            if sampling.reshapes:  # the one token that is left has probability 1
-                choice = self._ask(prompt, max_tokens=1, temperature=1.0, top_k=1)
-                faithful = abs(choice["logprobs"]["token_logprobs"][0]) < 1e-3
-            if faithful and sampling.temperature not in (0, 1):  # temperature divides the gap of the best two
-                plain, hot = (self._gap(prompt, temperature) for temperature in (1.0, 2.0))
-                faithful = abs(hot - plain / 2) <= abs(hot - plain)
-            self._faithful[key] = faithful
-        if not self._faithful[key]:
-            raise ServerError(f"{self.url} {RAW}")
+        if key not in self._logps_are_right:
+            self._logps_are_right[key] = self._truncates_logps(prompt, sampling) and self._scales_logps(
+                prompt, sampling
+            )
+        if not self._logps_are_right[key]:
+            raise ServerError(f"{self.url} {RAW_LOGPS}")
 
-    def _gap(self, prompt: list[int], temperature: float) -> float:
-        choice = self._ask(prompt, max_tokens=1, temperature=temperature, top_p=1.0, top_k=-1)
+    def _truncates_logps(self, prompt: list[int], sampling: Sampling) -> bool:
+        if not sampling.reshapes:
+            return True
+        # With top_k 1 a single token is left, and its probability must be 1.
+        choice = self._request_completion(prompt, max_tokens=1, temperature=1.0, top_k=1)
+        logp: float = choice["logprobs"]["token_logprobs"][0]
+        return abs(logp) < 1e-3
+
+    def _scales_logps(self, prompt: list[int], sampling: Sampling) -> bool:
+        if sampling.temperature in (0, 1):
+            return True
+        # Temperature 2 must halve the gap between the best two tokens; raw log-probs keep it.
+        gap, gap_at_2 = (self._gap_of_best_two(prompt, temperature) for temperature in (1.0, 2.0))
+        return abs(gap_at_2 - gap / 2) <= abs(gap_at_2 - gap)
+
+    def _gap_of_best_two(self, prompt: list[int], temperature: float) -> float:
+        choice = self._request_completion(prompt, max_tokens=1, temperature=temperature, top_p=1.0, top_k=-1)
         best, second = sorted(choice["logprobs"]["top_logprobs"][0].values(), reverse=True)[:2]
-        return best - second
+        return float(best - second)
 
-    def _first_offered(self, *calls: tuple[str, dict[str, Any]]) -> httpx2.Response | None:
-        """The reply to the first of these that the server knows."""
+    def _request_first_offered(self, *calls: tuple[str, dict[str, Any]]) -> httpx2.Response | None:
+        """The reply to the first of these calls that the server has; None if it has none of them."""
         for path, body in calls:
-            reply = self._call("POST", path, body, missing=True)
-            if reply.status_code not in (404, 405):
+            reply = self._request("POST", path, body, may_be_missing=True)
+            if reply.status_code not in NOT_OFFERED:
                 return reply
         return None
 
-    def _call(
-        self, method: str, path: str, body: dict[str, Any] | None = None, missing: bool = False
+    def _request(
+        self, method: str, path: str, body: dict[str, Any] | None = None, may_be_missing: bool = False
     ) -> httpx2.Response:
         try:
             reply = self._client.request(method, path, json=body)
@@ -256,6 +302,6 @@ class ServerEngine:
             raise ConnectionError(
                 f"{self.url}: no server answers ({type(error).__name__}: {error}); start it, or check the address"
             ) from error
-        if reply.is_success or (missing and reply.status_code in (404, 405)):
+        if reply.is_success or (may_be_missing and reply.status_code in NOT_OFFERED):
             return reply
         raise ServerError(f"{self.url}{path} answered {reply.status_code}: {' '.join(reply.text.split())[:200]}")

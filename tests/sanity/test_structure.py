@@ -17,7 +17,6 @@ EXCEPTIONS = dict.fromkeys(
         "rlhf/online/config.py:PPOConfig",
         "rlhf/online/samples.py:add_advantages",
         "rlhf/online/trainer.py:PPOTrainer",
-        "rlhf/rollouts/environment.py:play",
     ),
     "to be split",
 )
