@@ -114,3 +114,10 @@ def test_a_link_to_nowhere_is_seen():
     assert undefined(page, "`BaseTrainer.nothing`", "rlhf/trainers/base.py")
     assert undefined(page, "`BaseTrainer.measure`", "rlhf/trainers/base.py") is None
     assert broken(page, "docs/data.md") is None and len(links(page.read_text())) > 15
+
+
+def test_tests_that_the_pages_name_exist():
+    source = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    defined = set(re.findall(r"def (test_\w+)\(", source))
+    named = {name for page in DOCS for name in re.findall(r"`(test_\w+)`", page.read_text())}
+    assert named - defined == set()
