@@ -7,11 +7,20 @@ hyper-parameters, ``reduction``, ``weight``, ``mask``.
 from rlhf.losses import _dpo  # noqa: F401  # first, so that lists of preference losses begin with DPO's
 from rlhf.losses._adapters import as_compute_loss
 from rlhf.losses._advantages import (
+    ADVANTAGE_ESTIMATORS,
     AdaptiveKLController,
+    AdvantageEstimator,
+    advantage_estimator,
     gae,
+    gdpo_advantages,
     group_advantages,
+    remax_advantages,
+    reward_to_go,
+    reward_to_go_of_group,
+    rewards_of_tokens,
     rloo_advantages,
     truncated_importance_weights,
+    uniform_advantages,
     whiten,
 )
 from rlhf.losses._anchored import kto_loss
@@ -146,11 +155,13 @@ from rlhf.losses.modules import (
 from rlhf.losses.registry import arguments_of
 
 __all__ = [
+    "ADVANTAGE_ESTIMATORS",
     "DIVERGENCES",
     "POLICY_LOSSES",
     "PREFERENCE_LOSSES",
     "Pair",
     "AdaptiveKLController",
+    "AdvantageEstimator",
     "ActorCriticLoss",
     "AlphaDivergence",
     "AttentionLoss",
@@ -204,6 +215,7 @@ __all__ = [
     "UnlikelihoodLoss",
     "ValueLoss",
     "actor_critic_loss",
+    "advantage_estimator",
     "alpha_divergence",
     "arguments_of",
     "as_compute_loss",
@@ -229,6 +241,7 @@ __all__ = [
     "explain",
     "focal_loss",
     "gae",
+    "gdpo_advantages",
     "generalized_jsd",
     "gmpo_loss",
     "group_advantages",
@@ -259,7 +272,11 @@ __all__ = [
     "preference_loss",
     "quantile_loss",
     "reinforce_loss",
+    "remax_advantages",
     "reward_loss",
+    "reward_to_go",
+    "reward_to_go_of_group",
+    "rewards_of_tokens",
     "rloo_advantages",
     "rloo_loss",
     "sampled_distillation_loss",
@@ -280,6 +297,7 @@ __all__ = [
     "triplet_loss",
     "truncated_importance_weights",
     "uld_loss",
+    "uniform_advantages",
     "unlikelihood_loss",
     "value_loss",
     "whiten",

@@ -1,6 +1,23 @@
-"""From rewards to advantages, and what keeps a policy near the one that sampled."""
+"""From rewards to advantages, and what keeps a policy near the one that sampled.
 
-from typing import Literal
+Estimators are found by name in :data:`ADVANTAGE_ESTIMATORS`. The parameters of an estimator name what it reads, of:
+
+* ``rewards``: [S], of each completion, the KL penalty of its tokens included; NaN where there is none;
+* ``group``: int64 [S], the prompt of each completion;
+* ``task_rewards``: [S], without the KL penalty;
+* ``reward_components``: the same by reward function, a dictionary of [S]; ``reward_weights``: their weights;
+* ``token_rewards``: [S, T], the KL penalty of each token, and the task's reward at the last;
+* ``penalties``: [S, T], the KL penalty alone (negative where the policy has gone away from the reference);
+* ``mask``: bool [S, T], True for the tokens that the policy sampled;
+* ``values``: [S, T], a critic's; an estimator that reads them gets a critic;
+* ``baselines``: [S], the reward of a greedy completion of each prompt, which is sampled where they are read;
+* ``gamma``, ``lam``, ``scale``: the options of the trainer; ``gather``: True, statistics are those of all processes.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import update_wrapper
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -8,6 +25,75 @@ from torch import Tensor
 
 from rlhf.losses._checks import check_range, check_same_shape
 from rlhf.losses._reduction import upcast
+from rlhf.losses.registry import Registry, arguments_of
+
+OFFERED = (
+    "rewards", "group", "task_rewards", "reward_components", "reward_weights", "token_rewards", "penalties", "mask",
+    "values", "baselines", "gamma", "lam", "scale", "gather",
+)  # fmt: skip
+
+
+class AdvantageEstimator:
+    """A function of what a rollout offers, called with the part that its parameters name.
+
+    Args:
+        function: returns advantages, [S] for completions or [S, T] for tokens; or ``(advantages, returns)``, where
+            returns are what a critic learns, [S, T].
+        needs_group: it compares the completions of a prompt, so that there must be several.
+    Raises:
+        ValueError: it needs a parameter that no rollout offers.
+    """
+
+    __name__: str
+
+    def __init__(self, function: Callable[..., Any], *, needs_group: bool = False) -> None:
+        update_wrapper(self, function)
+        self.function, self.needs_group = function, needs_group
+        parameters = inspect.signature(function).parameters.values()
+        self.reads = tuple(parameter.name for parameter in parameters if parameter.name in OFFERED)
+        for parameter in parameters:
+            named = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            if named and parameter.default is parameter.empty and parameter.name not in OFFERED:
+                raise ValueError(
+                    f"advantage_estimator {self.__name__} reads {parameter.name}, which is none of {', '.join(OFFERED)}"
+                )
+
+    @property
+    def is_per_token(self) -> bool:
+        """Whether the tokens of a completion have advantages of their own."""
+        return bool({"token_rewards", "penalties"} & set(self.reads))
+
+    def __call__(self, **offered: Any) -> Tensor | tuple[Tensor, Tensor]:
+        return self.function(**arguments_of(self.function, offered))
+
+
+ADVANTAGE_ESTIMATORS: Registry[AdvantageEstimator] = Registry("advantage_estimator", AdvantageEstimator)
+"""Estimators by name. Filled by :func:`advantage_estimator`."""
+
+
+def advantage_estimator(name: str, *, needs_group: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as an advantage estimator.
+
+    Args:
+        name: its key in :data:`ADVANTAGE_ESTIMATORS`, and what ``--advantage_estimator`` takes.
+        needs_group: it compares the completions of a prompt: ``--num_generations`` must be 2 or more.
+    Returns:
+        A decorator that returns the function as it is. Its parameters name what it reads; the module's docstring lists
+        what there is.
+    Example:
+        >>> @advantage_estimator("best", needs_group=True)
+        ... def beats_the_mean(rewards, group):
+        ...     return (group_advantages(rewards, group, "none") > 0).float()
+        >>> ADVANTAGE_ESTIMATORS["best"](rewards=torch.tensor([1.0, 2.0]), group=torch.tensor([0, 0]), gamma=1.0)
+        tensor([0., 1.])
+        >>> del ADVANTAGE_ESTIMATORS["best"]
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        ADVANTAGE_ESTIMATORS[name] = AdvantageEstimator(function, needs_group=needs_group)
+        return function
+
+    return register
 
 
 @torch.no_grad()
@@ -50,6 +136,14 @@ def gae(
     return advantages, torch.where(visible, advantages + values, 0.0)
 
 
+@advantage_estimator("gae")
+def _gae_of_tokens(
+    token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`gae` of what a rollout offers."""
+    return gae(token_rewards, values, gamma, lam, mask=mask)
+
+
 @torch.no_grad()
 def whiten(
     values: Tensor, *, mask: Tensor | None = None, shift_mean: bool = True, gather: bool = False, eps: float = 1e-8
@@ -82,6 +176,7 @@ def whiten(
     return torch.where(visible, whitened if shift_mean else whitened + mean, 0.0).to(values.dtype)
 
 
+@advantage_estimator("group", needs_group=True)
 @torch.no_grad()
 def group_advantages(
     rewards: Tensor,
@@ -127,6 +222,7 @@ def group_advantages(
     raise ValueError(f'scale must be "group", "batch" or "none", got {scale!r}')
 
 
+@advantage_estimator("rloo", needs_group=True)
 @torch.no_grad()
 def rloo_advantages(rewards: Tensor, group: Tensor) -> Tensor:
     r"""Leave one out: a completion against the mean of the *others* of its prompt.
@@ -146,6 +242,139 @@ def rloo_advantages(rewards: Tensor, group: Tensor) -> Tensor:
     rewards, known, groups, counts = _grouped(rewards, group)
     others = (_sums(rewards, groups, len(counts))[groups] - rewards) / (counts[groups] - 1).clamp(min=1)
     return torch.where(known & (counts[groups] > 1), rewards - others, 0.0)
+
+
+@advantage_estimator("reinforce++")
+@torch.no_grad()
+def reward_to_go(token_rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
+    r"""REINFORCE++: the rewards from a token on.
+
+    .. math:: A_t = \sum_{u\ge t} \gamma^{u-t} r_u
+
+    Args:
+        token_rewards: [..., T]. mask: [..., T], True counts. gamma: discount, in [0, 1].
+    Returns:
+        [..., T], at least float32, 0 where the mask is False. No gradient.
+    Example:
+        >>> reward_to_go(torch.tensor([1.0, 2.0]), torch.tensor([True, True]), gamma=0.5)
+        tensor([2., 2.])
+
+    Source: arXiv 2501.03262.
+    """
+    # Without a critic and at lambda 1, generalised advantages are rewards to go.
+    advantages, _ = gae(token_rewards, torch.zeros_like(token_rewards), gamma, 1.0, mask=mask)
+    return advantages
+
+
+@advantage_estimator("reinforce++_baseline", needs_group=True)
+@torch.no_grad()
+def reward_to_go_of_group(
+    task_rewards: Tensor, group: Tensor, penalties: Tensor, mask: Tensor, gamma: float = 1.0
+) -> Tensor:
+    r"""REINFORCE++ with a baseline: the mean reward of the prompt's completions is subtracted first.
+
+    Args:
+        task_rewards: [S]. group: int64 [S]. penalties: [S, T]. mask: [S, T], True counts. gamma: in [0, 1].
+    Returns:
+        [S, T], at least float32, 0 where the mask is False. No gradient.
+    Example:
+        >>> rewards, group, zeros = torch.tensor([1.0, 3.0]), torch.tensor([0, 0]), torch.zeros(2, 2)
+        >>> reward_to_go_of_group(rewards, group, zeros, zeros == 0)
+        tensor([[-1., -1.],
+                [ 1.,  1.]])
+
+    Source: arXiv 2501.03262.
+    """
+    centred = group_advantages(task_rewards, group, "none")
+    return reward_to_go(rewards_of_tokens(centred, penalties, mask), mask, gamma)
+
+
+@advantage_estimator("remax")
+@torch.no_grad()
+def remax_advantages(rewards: Tensor, baselines: Tensor) -> Tensor:
+    r"""ReMax: the reward of a greedy completion of the prompt is subtracted.
+
+    Args:
+        rewards: [S]; NaN where there is none. baselines: [S].
+    Returns:
+        [S]; 0 where there is no reward.
+    Example:
+        >>> remax_advantages(torch.tensor([1.0, float("nan")]), torch.tensor([0.5, 0.5]))
+        tensor([0.5000, 0.0000])
+
+    Source: arXiv 2310.10505.
+    """
+    return (rewards - baselines.to(rewards)).nan_to_num(0.0)
+
+
+@advantage_estimator("best_of_n", needs_group=True)
+@advantage_estimator("pairs", needs_group=True)
+def uniform_advantages(rewards: Tensor) -> Tensor:
+    """1 for each completion, where rewards have decided before which completions are learned.
+
+    Args:
+        rewards: [S].
+    Returns:
+        [S].
+    Example:
+        >>> uniform_advantages(torch.tensor([0.3, 0.7]))
+        tensor([1., 1.])
+    """
+    return torch.ones_like(rewards)
+
+
+@advantage_estimator("gdpo", needs_group=True)
+@torch.no_grad()
+def gdpo_advantages(
+    rewards: Tensor,
+    reward_components: Mapping[str, Tensor],
+    reward_weights: Mapping[str, float],
+    group: Tensor,
+    *,
+    gather: bool = False,
+) -> Tensor:
+    """GDPO: each reward is divided by its own deviation in the group before they are summed; the sum is whitened.
+
+    Args:
+        rewards: [S]; NaN where a completion does not count.
+        reward_components: [S] each, by name; NaN where there is none.
+        reward_weights: by the same names.
+        group: int64 [S], the prompt of each.
+        gather: under ``torch.distributed``, the sum is whitened over all processes.
+    Returns:
+        [S], at least float32; 0 where a completion does not count. No gradient.
+    Example:
+        >>> components = {"small": torch.tensor([0.0, 0.1]), "large": torch.tensor([9.0, 0.0])}
+        >>> sums = components["small"] + components["large"]
+        >>> gdpo_advantages(sums, components, {"small": 2.0, "large": 1.0}, torch.tensor([0, 0]))
+        tensor([-1.,  1.])
+
+    Source: arXiv 2601.05242.
+    """
+    total = torch.zeros_like(rewards)
+    for name, weight in reward_weights.items():
+        total = total + weight * group_advantages(reward_components[name], group)
+    return whiten(total, mask=~rewards.isnan(), gather=gather)
+
+
+def rewards_of_tokens(task_rewards: Tensor, penalties: Tensor, mask: Tensor) -> Tensor:
+    """Rewards of tokens: the penalty of each, and the task's reward at the last token that counts.
+
+    Args:
+        task_rewards: [S]; NaN counts as 0.
+        penalties: [S, T].
+        mask: bool [S, T], True counts; the tokens that count come first.
+    Returns:
+        [S, T].
+    Example:
+        >>> penalties, mask = torch.tensor([[-0.1, -0.2, 0.0]]), torch.tensor([[True, True, False]])
+        >>> rewards_of_tokens(torch.tensor([2.0]), penalties, mask)
+        tensor([[-0.1000,  1.8000,  0.0000]])
+    """
+    last = mask.sum(1) - 1
+    token_rewards = penalties.clone()
+    token_rewards[torch.arange(len(last), device=last.device), last] += task_rewards.nan_to_num(0.0)
+    return token_rewards
 
 
 def truncated_importance_weights(

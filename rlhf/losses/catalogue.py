@@ -24,7 +24,16 @@ FAMILIES = {
     "_advantages": "Advantages and control",
 }
 # Public names beside the losses: what a loss of one's own is made with.
-EXTENSION_POINTS = ("Pair", "PreferenceLoss", "preference_loss", "PolicyLoss", "Tokens", "policy_loss")
+EXTENSION_POINTS = (
+    "AdvantageEstimator",
+    "advantage_estimator",
+    "Pair",
+    "PreferenceLoss",
+    "preference_loss",
+    "PolicyLoss",
+    "Tokens",
+    "policy_loss",
+)
 
 
 @dataclass(frozen=True)

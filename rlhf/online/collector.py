@@ -107,7 +107,7 @@ class RolloutCollector:
             rollout.zero_std_groups = zero_std_groups(rollout.samples)
             if self.args.dynamic_sampling:
                 self._resample_zero_std_groups(rollout, state)
-            if self.args.advantage_estimator == "remax":
+            if self.args.uses_baselines:
                 rollout.greedy_rewards = self._greedy_rewards(rollout, state)
         return rollout
 

@@ -8,16 +8,25 @@ import torch
 from torch import Tensor
 
 from rlhf.data.columns import check_prompt_columns
-from rlhf.losses import POLICY_LOSSES, PREFERENCE_LOSSES, AdaptiveKLController, arguments_of, dpo_loss
+from rlhf.losses import (
+    ADVANTAGE_ESTIMATORS,
+    POLICY_LOSSES,
+    PREFERENCE_LOSSES,
+    AdaptiveKLController,
+    AdvantageEstimator,
+    arguments_of,
+    dpo_loss,
+)
 from rlhf.losses.registry import Registry
 from rlhf.online.objective import Objective, make_objective
-from rlhf.online.samples import ESTIMATORS, NEED_GROUPS
 from rlhf.online.trl_names import TRLNames, take_over_names
 from rlhf.rollouts import Sampling
 from rlhf.trainers.base import BaseConfig
 
 logger = logging.getLogger(__name__)
+COMPLETIONS_USED = {"best_of_n": 1, "pairs": 2}  # of each prompt, chosen by their rewards before anything is learned
 LENGTHS = ("chosen_lengths", "rejected_lengths")
+ESTIMATOR_HELP = f"One of {', '.join(ADVANTAGE_ESTIMATORS)}, or file.py:name."
 POLICY_LOSS_HELP = f"One of {', '.join(POLICY_LOSSES)}, or file.py:name."
 
 
@@ -66,7 +75,7 @@ class PPOConfig(TRLNames, BaseConfig):
     # Learning
     num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps in a pass over a rollout."})
     num_iterations: int = field(default=4, metadata={"help": "Passes over a rollout."})
-    advantage_estimator: str = field(default="gae", metadata={"help": ", ".join(ESTIMATORS)})
+    advantage_estimator: str = field(default="gae", metadata={"help": ESTIMATOR_HELP})
     gamma: float = field(default=1.0, metadata={"help": "Discount of a token (gae, reinforce++)."})
     lam: float = field(default=0.95, metadata={"help": "Lambda of gae."})
     whiten_advantages: bool = field(default=True, metadata={"help": "Of gae and reinforce++: mean 0, variance 1."})
@@ -158,6 +167,7 @@ class PPOConfig(TRLNames, BaseConfig):
                 f"train_sampling_strategy {self.train_sampling_strategy}: prompts are drawn in a random order, or with "
                 "shuffle_dataset false in their own"
             )
+        self.advantage_estimator = ADVANTAGE_ESTIMATORS.name_of(self.advantage_estimator)
         losses: Registry[Any] = PREFERENCE_LOSSES if self.advantage_estimator == "pairs" else POLICY_LOSSES
         self.loss_type = losses.name_of(self.loss_type)
         take_over_names(self)
@@ -182,9 +192,7 @@ class PPOConfig(TRLNames, BaseConfig):
 
     def _check_experience(self) -> None:
         estimator, group = self.advantage_estimator, self.num_generations
-        if estimator not in ESTIMATORS:
-            raise ValueError(f"advantage_estimator {estimator!r} is unknown: one of {', '.join(ESTIMATORS)}")
-        if estimator in NEED_GROUPS and group < 2:
+        if self.estimator().needs_group and group < 2:
             raise ValueError(f"{estimator} compares completions of a prompt: num_generations must be 2 or more")
         if self.tokens_per_batch is not None:
             raise ValueError("tokens_per_batch is for data that is there before training: leave it out")
@@ -233,9 +241,13 @@ class PPOConfig(TRLNames, BaseConfig):
                 f"multi_objective_aggregation must be sum_then_normalize or normalize_then_sum, got "
                 f"{self.multi_objective_aggregation!r}"
             )
-        if self.multi_objective_aggregation == "normalize_then_sum" and (estimator != "group" or self.kl_in_reward):
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            if estimator not in ("group", "gdpo"):
+                raise ValueError("normalize_then_sum is for the group estimator, with KL in the loss")
+            estimator = self.advantage_estimator = "gdpo"
+        if "reward_components" in self.estimator().reads and self.kl_in_reward:
             raise ValueError("normalize_then_sum is for the group estimator, with KL in the loss")
-        if self.normalize_advantages and estimator not in ("rloo", "group", "remax"):
+        if self.normalize_advantages and (self.estimator().is_per_token or estimator in COMPLETIONS_USED):
             raise ValueError(f"normalize_advantages is for rloo, group and remax; {estimator} has whiten_advantages")
         if not 0 <= self.top_entropy_quantile <= 1:
             raise ValueError(f"top_entropy_quantile must be in [0, 1], got {self.top_entropy_quantile}")
@@ -260,8 +272,10 @@ class PPOConfig(TRLNames, BaseConfig):
                 raise ValueError("entropy_coef is for losses of tokens, and pairs have none: leave it out")
             if self.top_entropy_quantile < 1 or self.importance_sampling_level != "token":
                 raise ValueError("top_entropy_quantile and importance_sampling_level are for losses of tokens")
-        if estimator == "remax" and self.whiten_rewards:
-            raise ValueError("remax subtracts the rewards of greedy answers, which are not whitened: no whiten_rewards")
+        if self.uses_baselines and self.whiten_rewards:
+            raise ValueError(
+                f"{estimator} subtracts the rewards of greedy answers, which are not whitened: no whiten_rewards"
+            )
         if self.dynamic_sampling and self.num_generations < 2:
             raise ValueError("dynamic_sampling looks for groups of different rewards: num_generations must be above 1")
         loss = None if estimator == "pairs" else POLICY_LOSSES.find(self.loss_type)
@@ -280,10 +294,24 @@ class PPOConfig(TRLNames, BaseConfig):
         # luspo is meant for ratios of sequences, weighted by length.
         return loss.token_ratios and (loss.mean == "tokens" or "max_completion_length" in loss.hyper_parameters)
 
+    def estimator(self) -> AdvantageEstimator:
+        """The function that ``advantage_estimator`` names."""
+        return ADVANTAGE_ESTIMATORS.find(self.advantage_estimator)
+
+    @property
+    def uses_critic(self) -> bool:
+        """Whether the estimator reads the values of a critic."""
+        return "values" in self.estimator().reads
+
+    @property
+    def uses_baselines(self) -> bool:
+        """Whether the estimator reads the rewards of greedy completions."""
+        return "baselines" in self.estimator().reads
+
     @property
     def completions_used(self) -> int:
         """Completions of each prompt that are learned from."""
-        return {"best_of_n": 1, "pairs": 2}.get(self.advantage_estimator, self.num_generations)
+        return COMPLETIONS_USED.get(self.advantage_estimator, self.num_generations)
 
     @property
     def one_step_per_rollout(self) -> bool:
@@ -343,7 +371,7 @@ class GRPOConfig(PPOConfig):
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of AdamW."})
     num_generations: int = field(default=8, metadata={"help": "Completions of each prompt."})
     num_iterations: int = field(default=1, metadata={"help": "Passes over a rollout."})
-    advantage_estimator: str = field(default="group", metadata={"help": ", ".join(ESTIMATORS)})
+    advantage_estimator: str = field(default="group", metadata={"help": ESTIMATOR_HELP})
     loss_type: str = field(default="dapo", metadata={"help": POLICY_LOSS_HELP})
     beta: float = field(default=0.0, metadata={"help": "Weight of the KL to the reference; 0 needs none."})
     kl_in: str = field(default="loss", metadata={"help": "Where KL goes.", "choices": ["reward", "loss"]})
@@ -356,7 +384,7 @@ class RLOOConfig(PPOConfig):
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of AdamW."})
     num_generations: int = field(default=2, metadata={"help": "Completions of each prompt."})
     num_iterations: int = field(default=1, metadata={"help": "Passes over a rollout."})
-    advantage_estimator: str = field(default="rloo", metadata={"help": ", ".join(ESTIMATORS)})
+    advantage_estimator: str = field(default="rloo", metadata={"help": ESTIMATOR_HELP})
     loss_type: str = field(default="rloo", metadata={"help": POLICY_LOSS_HELP})
 
 
@@ -386,7 +414,7 @@ class BestOfNConfig(PPOConfig):
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
     num_generations: int = field(default=8, metadata={"help": "Completions of each prompt."})
     num_iterations: int = field(default=1, metadata={"help": "Passes over a rollout."})
-    advantage_estimator: str = field(default="best_of_n", metadata={"help": ", ".join(ESTIMATORS)})
+    advantage_estimator: str = field(default="best_of_n", metadata={"help": ESTIMATOR_HELP})
     loss_type: str = field(default="reinforce", metadata={"help": POLICY_LOSS_HELP})
     beta: float = field(default=0.0, metadata={"help": "Weight of the KL to the reference; 0 needs none."})
     kl_in: str = field(default="loss", metadata={"help": "Where KL goes.", "choices": ["reward", "loss"]})

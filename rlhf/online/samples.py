@@ -12,10 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rlhf.data import Batch
 from rlhf.data.batch import IGNORE
 from rlhf.data.formats import Turns
-from rlhf.losses import gae, group_advantages, rloo_advantages, whiten
-
-ESTIMATORS = ("gae", "rloo", "group", "reinforce++", "reinforce++_baseline", "remax", "best_of_n", "pairs")
-NEED_GROUPS = ("rloo", "group", "reinforce++_baseline", "best_of_n", "pairs")
+from rlhf.losses import ADVANTAGE_ESTIMATORS, rewards_of_tokens, whiten
 
 
 @dataclass
@@ -159,15 +156,11 @@ def add_advantages(
     estimator: str,
     *,
     kl_coef: float = 0.0,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-    scale: Any = "group",
     whitened: bool = True,
     whitened_rewards: bool = False,
-    baselines: Tensor | None = None,
     normalized: bool = False,
-    weights: dict[str, float] | None = None,
     device: torch.device | str = "cpu",
+    **offered: Any,
 ) -> None:
     r"""Give each sample the token vector ``advantages``, and ``returns`` where there is a critic.
 
@@ -175,73 +168,66 @@ def add_advantages(
     sampled token. With several processes, means and deviations are those of all their samples; a group is on one.
 
     Args:
-        estimator: ``gae``; ``rloo`` (the others of the group as the baseline), ``group`` (GRPO's), ``reinforce++``
-            (reward to go, whitened) and its ``_baseline`` (less the group's mean first), ``remax`` (less
-            ``baselines`` [S], the rewards of greedy answers); ``best_of_n`` and ``pairs`` need none: 1.
-        kl_coef: beta of the penalty. gamma, lam: of :func:`rlhf.losses.gae`. scale: of
-            :func:`rlhf.losses.group_advantages`.
-        whitened: of ``gae`` and ``reinforce++``: mean 0 and variance 1 over all tokens. whitened_rewards: variance 1
-            over all samples, before KL; the mean stays.
-        normalized: of one advantage a sample: mean 0 and variance 1 over all samples.
-        weights: of each reward; given, ``group`` divides each reward by its own deviation in the group before they are
-            summed, and whitens the sum (GDPO, arXiv 2601.05242).
+        samples: of a whole rollout.
+        estimator: of :data:`rlhf.losses.ADVANTAGE_ESTIMATORS`.
+        kl_coef: >= 0, beta of the penalty.
+        whitened: advantages of tokens get mean 0 and variance 1 over all tokens.
+        whitened_rewards: rewards get variance 1 over all samples, before KL; their mean stays.
+        normalized: advantages of samples get mean 0 and variance 1 over all samples.
         device: where processes exchange sums.
+        offered: what else an estimator can read: ``gamma``, ``lam``, ``scale``, ``baselines`` [S],
+            ``reward_weights`` by reward function.
     """
-    rewards = torch.tensor([sample.reward for sample in samples], device=device)
-    group = torch.tensor([sample.group for sample in samples], device=device)
-    usable = ~rewards.isnan()
+    task_rewards = torch.tensor([sample.reward for sample in samples], device=device)
+    has_reward = ~task_rewards.isnan()
     if whitened_rewards:
-        rewards = whiten(rewards, mask=usable, shift_mean=False, gather=True).masked_fill(~usable, torch.nan)
+        scaled = whiten(task_rewards, mask=has_reward, shift_mean=False, gather=True)
+        task_rewards = scaled.masked_fill(~has_reward, torch.nan)
     lengths = torch.tensor([len(sample) for sample in samples], device=device)
     mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
+    in_loss = torch.tensor([sample.in_loss for sample in samples], device=device)
+    counted = mask & (has_reward & in_loss)[:, None]
+
+    estimate = ADVANTAGE_ESTIMATORS.find(estimator)
     penalties = torch.zeros(mask.shape, device=device)
     if kl_coef:
         penalties = -kl_coef * _dense(kl_penalties(samples)).to(device)
-    learned = torch.tensor([sample.in_loss for sample in samples], device=device)
-    counted = mask & (usable & learned)[:, None]
-    if estimator in ("gae", "reinforce++", "reinforce++_baseline"):
-        if estimator == "reinforce++_baseline":
-            rewards = group_advantages(rewards, group, "none")
-        token_rewards = penalties.clone()
-        last = torch.arange(len(samples), device=device), lengths - 1
-        token_rewards[last] += rewards.nan_to_num(0.0)
-        if estimator == "gae":
-            values = _dense([sample.tokens["values"] for sample in samples]).to(device)
-        else:
-            values, lam = torch.zeros_like(token_rewards), 1.0
-        advantages, returns = gae(token_rewards, values, gamma, lam, mask=mask)
+    offered |= {
+        "rewards": task_rewards + penalties.sum(1),
+        "task_rewards": task_rewards,
+        "token_rewards": rewards_of_tokens(task_rewards, penalties, mask),
+        "penalties": penalties,
+        "mask": mask,
+        "group": torch.tensor([sample.group for sample in samples], device=device),
+        "gather": True,
+    }
+    if "values" in estimate.reads:
+        offered["values"] = _dense([sample.tokens["values"] for sample in samples]).to(device)
+    if "reward_components" in estimate.reads:
+        offered["reward_components"] = _reward_components(samples, device)
+
+    found = estimate(**offered)
+    if isinstance(found, tuple):
+        advantages, returns = found
+        _give(samples, "returns", returns)
+    else:
+        advantages = found
+    if advantages.dim() == 2:
         if whitened:
             advantages = whiten(advantages, mask=counted, gather=True)
-        if estimator == "gae":
-            _give(samples, "returns", returns)
     else:
-        whole = rewards + penalties.sum(1)
-        match estimator:
-            case "rloo":
-                by_sample = rloo_advantages(whole, group)
-            case "group" if weights is not None:
-                by_sample = _of_each_reward(samples, weights, group, usable)
-            case "group":
-                by_sample = group_advantages(whole, group, scale, gather=True)
-            case "remax":
-                assert baselines is not None
-                by_sample = (whole - baselines.to(device)).nan_to_num(0.0)
-            case _:
-                by_sample = torch.ones_like(whole)
         if normalized:
-            by_sample = whiten(by_sample, mask=usable, gather=True)
-        advantages = by_sample[:, None].expand(mask.shape)
+            advantages = whiten(advantages, mask=has_reward, gather=True)
+        advantages = advantages[:, None].expand(mask.shape)
     _give(samples, "advantages", torch.where(counted, advantages, 0.0))
-    for sample, fine in zip(samples, usable.tolist(), strict=True):
-        sample.in_loss = sample.in_loss and fine
+    for sample, usable in zip(samples, has_reward.tolist(), strict=True):
+        sample.in_loss = sample.in_loss and usable
 
 
-def _of_each_reward(samples: list[Sample], weights: dict[str, float], group: Tensor, usable: Tensor) -> Tensor:
-    total = torch.zeros(len(samples), device=group.device)
-    for name, weight in weights.items():
-        each = torch.tensor([sample.reward_components[name] for sample in samples], device=group.device)
-        total += weight * group_advantages(each, group)
-    return whiten(total, mask=usable, gather=True)
+def _reward_components(samples: list[Sample], device: torch.device | str) -> dict[str, Tensor]:
+    """The rewards of each function, [S]."""
+    columns = {name: [sample.reward_components[name] for sample in samples] for name in samples[0].reward_components}
+    return {name: torch.tensor(column, device=device) for name, column in columns.items()}
 
 
 def mark_high_entropy(samples: list[Sample], share: float, gather: Callable[[list[Any]], list[Any]]) -> None:

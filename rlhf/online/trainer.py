@@ -117,7 +117,7 @@ class PPOTrainer(EvaluatesBySampling):
             raise ValueError("`train_dataset` is required: rows with a prompt (--dataset_name)")
         # Tokenising checks the rewards against a row, so they come first.
         self.rewards = None if reward_funcs is None else load_rewards(reward_funcs, reward_processing_classes, args)
-        has_critic = args.advantage_estimator == "gae"
+        has_critic = args.uses_critic
         critic_folder = args.value_model if has_critic and args.value_model != "shared" else None
         if has_critic:
             critic = None if critic_folder is None else load_critic(critic_folder, args)
@@ -298,7 +298,6 @@ class PPOTrainer(EvaluatesBySampling):
         )
         if args.top_entropy_quantile < 1:
             mark_high_entropy(samples, args.top_entropy_quantile, gather_object)
-        each_reward = args.multi_objective_aggregation == "normalize_then_sum"
         add_advantages(
             samples,
             args.advantage_estimator,
@@ -310,7 +309,7 @@ class PPOTrainer(EvaluatesBySampling):
             whitened_rewards=args.whiten_rewards,
             baselines=rollout.greedy_rewards,
             normalized=args.normalize_advantages,
-            weights=self.collector.reward_weights if each_reward else None,
+            reward_weights=self.collector.reward_weights,
             device=args.device,
         )
         self._add_rollout_metrics(rollout, samples, rollout_seconds, training_seconds)
@@ -326,7 +325,7 @@ class PPOTrainer(EvaluatesBySampling):
             return True
         if args.advantage_estimator == "pairs":
             return False
-        in_advantages = args.advantage_estimator == "gae" or args.kl_in_reward or self.controller is not None
+        in_advantages = args.uses_critic or args.kl_in_reward or self.controller is not None
         return in_advantages or not args.one_step_per_rollout or args.top_entropy_quantile < 1
 
     def _update_beta(self, samples: list[Sample]) -> None:

@@ -4,10 +4,19 @@ import math
 
 import pytest
 import torch
-from conftest import close, tiny_model
+from conftest import close, sentences, tiny_model
+from datasets import Dataset
 
-from rlhf.losses import PREFERENCE_LOSSES, preference_loss
-from rlhf.trainers import DPOConfig, DPOTrainer
+from rlhf import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, OnlineDPOConfig
+from rlhf.losses import (
+    ADVANTAGE_ESTIMATORS,
+    POLICY_LOSSES,
+    PREFERENCE_LOSSES,
+    advantage_estimator,
+    gae,
+    policy_loss,
+    preference_loss,
+)
 
 FILE = """
 from rlhf.losses import preference_loss
@@ -21,7 +30,7 @@ def from_a_file(pair, beta=0.1, *, power=2):
 @pytest.fixture(autouse=True)
 def restored():
     """Entries that a test adds are gone after it."""
-    registries = (PREFERENCE_LOSSES,)
+    registries = (PREFERENCE_LOSSES, POLICY_LOSSES, ADVANTAGE_ESTIMATORS)
     before = [dict(registry) for registry in registries]
     yield
     for registry, entries in zip(registries, before, strict=True):
@@ -91,3 +100,125 @@ def test_wrong_losses_and_options_are_named(tmp_path):
         with pytest.raises(ValueError, match=message):
             DPOConfig(str(tmp_path), use_cpu=True, **options)
     DPOConfig(str(tmp_path), use_cpu=True, loss_type="exo_pair")  # with the smoothing of its own
+
+
+# Policy losses and advantage estimators
+
+
+def vowels(completions, **_):
+    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
+
+
+@pytest.fixture
+def grpo(tmp_path, tokenizer):
+    """Train on two prompts, and return the losses and the weights."""
+    rows = Dataset.from_list([{"prompt": text} for text in sentences(1, 2)])
+
+    def train(batch=8, accumulation=1, rewards=vowels, **changes):
+        options = dict(
+            num_generations=4, max_steps=1, logging_steps=1, optim="sgd", learning_rate=0.1, report_to="none",
+            save_strategy="no", max_length=32, max_completion_length=6, use_cpu=True, disable_tqdm=True,
+            shuffle_dataset=False,
+        ) | changes  # fmt: skip
+        args = GRPOConfig(
+            str(tmp_path / "run"), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+            **options,
+        )  # fmt: skip
+        trainer = GRPOTrainer(tiny_model(), rewards, args, train_dataset=rows, processing_class=tokenizer)
+        before = [weight.detach().clone() for weight in trainer.model.parameters()]
+        trainer.train()
+        after = [weight.detach() for weight in trainer.model.parameters()]
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert all(math.isfinite(loss) for loss in losses)
+        assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+        return losses, after
+
+    return train
+
+
+@pytest.fixture
+def policy_losses():
+    """The registered ones, and two that no file of ours knows."""
+
+    @policy_loss("squared", mean="tokens")
+    def squared(tokens, scale=1.0):
+        return -tokens.ratio * tokens.advantages * scale + tokens.log_ratio**2
+
+    @policy_loss("of_sequences", mean="tokens", coupled=True)
+    def of_sequences(tokens):
+        return -tokens.spread(tokens.sum(tokens.log_ratio).exp()) * tokens.advantages
+
+    return POLICY_LOSSES
+
+
+@pytest.mark.parametrize("name", [*POLICY_LOSSES, "squared", "of_sequences"])
+def test_every_policy_loss_trains_and_two_micro_batches_are_one(grpo, policy_losses, name):
+    loss = policy_losses[name]
+    # Two passes over the rollout, so that ratios are not 1; a loss without ratios has one.
+    passes = 2 if loss.token_ratios or loss.coupled else 1
+    options = dict(loss_type=name, num_iterations=passes, max_steps=passes, beta=0.1)
+    one, weights = grpo(**options)
+    other, other_weights = grpo(batch=4, accumulation=2, **options)
+    close(other, one)
+    for weight, other_weight in zip(weights, other_weights, strict=True):
+        close(other_weight, weight)
+
+
+def test_a_policy_loss_that_reads_whole_sequences_has_to_be_registered_so(grpo):
+    @policy_loss("forgetful", mean="tokens")
+    def forgetful(tokens):
+        return -tokens.spread(tokens.mean(tokens.log_ratio)) * tokens.advantages
+
+    with pytest.raises(ValueError, match="register it with policy_loss"):
+        grpo(loss_type="forgetful")
+
+
+def test_policy_losses_from_elsewhere(grpo, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from rlhf.losses import policy_loss\n\n"
+        "@policy_loss('plain', mean='tokens')\n"
+        "def plain(tokens):\n"
+        "    return -tokens.ratio * tokens.advantages\n"
+    )
+    by_file, _ = grpo(loss_type=f"{tmp_path}/mine.py:plain")
+    by_object, _ = grpo(loss_type=POLICY_LOSSES["plain"])
+    assert by_file == by_object == grpo(loss_type="plain")[0]
+
+
+@pytest.mark.parametrize("name", sorted(set(ADVANTAGE_ESTIMATORS) - {"pairs"}))
+def test_every_estimator_trains(grpo, name):
+    more = {"loss_type": "reinforce"} if name == "best_of_n" else {}
+    grpo(advantage_estimator=name, **more)
+
+
+def test_an_estimator_of_ones_own(grpo, tmp_path):
+    @advantage_estimator("lifted", needs_group=True)
+    def lifted(rewards, group, scale="group"):
+        assert scale == "batch"
+        return rewards - rewards.mean()
+
+    def with_critic(token_rewards, values, mask):
+        return gae(token_rewards, values, 1.0, 1.0, mask=mask)
+
+    def plain(rewards):
+        return rewards - rewards.mean()
+
+    (tmp_path / "mine.py").write_text("def plain(rewards):\n    return rewards - rewards.mean()\n")
+    want, _ = grpo(advantage_estimator="lifted", scale_rewards="batch")
+    for estimator in (plain, f"{tmp_path}/mine.py:plain"):
+        assert grpo(advantage_estimator=estimator)[0] == want
+    grpo(advantage_estimator=with_critic)
+    with pytest.raises(ValueError, match="lifted compares completions of a prompt: num_generations must be 2 or more"):
+        grpo(advantage_estimator="lifted", num_generations=1)
+    with pytest.raises(ValueError, match="reads prizes, which is none of rewards, group"):
+        grpo(advantage_estimator=lambda prizes: prizes)
+
+
+def test_online_dpo_takes_what_is_registered(tmp_path):
+    def plain(pair, beta=0.1):
+        return pair.margin() ** 2
+
+    args = dict(use_cpu=True, per_device_train_batch_size=2)
+    assert "plain" in OnlineDPOConfig(str(tmp_path), loss_type=plain, **args).loss_type
+    with pytest.raises(ValueError, match="loss_type odpo reads margin, which sampled pairs do not have"):
+        OnlineDPOConfig(str(tmp_path), loss_type="odpo", **args)

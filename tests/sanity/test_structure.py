@@ -15,7 +15,6 @@ EXCEPTIONS = dict.fromkeys(
     (
         "rlhf/losses/catalogue.py:advise",
         "rlhf/online/config.py:PPOConfig",
-        "rlhf/online/samples.py:add_advantages",
         "rlhf/online/trainer.py:PPOTrainer",
     ),
     "to be split",

@@ -208,7 +208,7 @@ def test_only_tokens_of_high_entropy_are_learned():
 def test_rewards_are_normalised_one_by_one_before_they_are_summed():
     each = dict(small=[0.0, 0.01, 0.02, 0.0], large=[100.0, 0.0, 50.0, 50.0])
     mine = samples([1.0] * 4, **each)
-    add_advantages(mine, "group", weights={"small": 1.0, "large": 0.5})
+    add_advantages(mine, "gdpo", reward_weights={"small": 1.0, "large": 0.5})
     group = torch.tensor([0, 0, 1, 1])
     total = sum(w * group_advantages(torch.tensor(each[n]), group) for n, w in (("small", 1.0), ("large", 0.5)))
     want = (total - total.mean()) / total.std(correction=0)
