@@ -1,7 +1,8 @@
-"""What an adapter sits on, saved beside it where no other checkpoint holds it."""
+"""The weights that an adapter is on, saved beside it if no other checkpoint holds them."""
 
 import copy
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +17,30 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 BASE = "base"  # the folder beside an adapter
+_QUANTISED_WEIGHTS = ("Params4bit", "Int8Params")  # of bitsandbytes
 
 
 def keep_base(model: Any, home: Path, kept: set[Path], state: dict[str, Tensor] | None = None) -> None:
-    """Save an adapter's base model into ``home/base`` if no checkpoint holds it, and name it in the adapter's config.
+    """Save the weights under an adapter into ``home/base`` if no checkpoint holds them.
 
-    This is the case for a model made in memory, a model with another adapter merged in, and a vocabulary that has
-    grown. Weights that were changed in memory are recognised by comparing them with the checkpoint's.
+    The adapter's configuration gets the name of that folder. This happens to a model made in memory, one with another
+    adapter merged in, one whose vocabulary has grown, and one whose weights differ from its checkpoint's.
 
     Args:
-        model: a PEFT model; nothing is done for another one.
-        home: the folder that the adapter is saved in.
-        kept: folders that hold the base model already; grows.
-        state: all weights of ``model``, where they are sharded.
+        model: A PEFT model; any other is left alone.
+        home: The output directory.
+        kept: Folders that are known to hold the weights; grows.
+        state: All weights of ``model``, if they are sharded.
     """
     if not isinstance(model, PeftModel):
         return
     base: Any = model.get_base_model()
-    named, folder = base.__dict__.get("name_or_path"), (home / BASE).resolve()
-    if named and Path(named) in kept:
+    source, folder = base.__dict__.get("name_or_path"), (home / BASE).resolve()
+    if source and Path(source) in kept:
         return
-    weights = plain_base(model, model.state_dict() if state is None else state)
-    if named and holds(named, weights):
-        kept.add(Path(named))
+    weights = _plain_base(model, model.state_dict() if state is None else state)
+    if source and _holds(source, weights):
+        kept.add(Path(source))
         return
     base.name_or_path = ""
     for config in model.peft_config.values():
@@ -46,64 +48,103 @@ def keep_base(model: Any, home: Path, kept: set[Path], state: dict[str, Tensor] 
     if folder not in kept:
         kept.add(folder)
         if getattr(base, "is_quantized", False):
-            base, weights = dequantised(base, weights)
+            base, weights = _dequantised(base, weights)
         base.save_pretrained(folder, state_dict=weights)
         logger.info("%s: the weights that the adapter sits on; no other checkpoint holds them", folder)
 
 
 def name_lengths(model: Any, folder: Path) -> None:
-    """Give the lengths that DoRA learns their whole names in what was saved in ``folder``.
+    """Complete the names of DoRA's magnitude vectors in a saved adapter.
 
-    PEFT leaves out ``.weight`` and reads both; transformers' loader passes over the shorter name without a word.
+    PEFT leaves out ``.weight`` and reads both names; the loader of transformers skips the shorter one silently.
+
+    Args:
+        model: The model that was saved.
+        folder: Holds the adapter.
     """
     for name, config in getattr(model, "peft_config", {}).items():
         file = folder / ("" if name == "default" else name) / "adapter_model.safetensors"
-        if getattr(config, "use_dora", False) and file.exists():
-            weights = load_file(file)
-            short = [key for key in weights if key.endswith("lora_magnitude_vector")]
-            weights |= {f"{key}.weight": weights.pop(key) for key in short}
-            save_file(weights, file, {"format": "pt"})
+        if not getattr(config, "use_dora", False) or not file.exists():
+            continue
+        weights = load_file(file)
+        for key in [key for key in weights if key.endswith("lora_magnitude_vector")]:
+            weights[f"{key}.weight"] = weights.pop(key)
+        save_file(weights, file, {"format": "pt"})
 
 
-def holds(name: str, weights: dict[str, Tensor]) -> bool:
-    """Whether the checkpoint ``name`` has these weights: the first row of each matrix is compared.
+def _holds(name: str, weights: dict[str, Tensor]) -> bool:
+    """Whether a checkpoint has the same weights: the first row of each matrix is compared.
 
-    True where there is nothing to compare: no file here, other names or shapes, few bits.
+    Args:
+        name: A folder, or a name on the hub whose files are in the cache.
+        weights: The weights in memory.
+
+    Returns:
+        False if one differs; True also if nothing can be compared (no file, other names or shapes, few bits).
     """
-    config = Path(name, "config.json") if Path(name).is_dir() else try_to_load_from_cache(name, "config.json")
-    files = Path(config).parent.glob("*.safetensors") if isinstance(config, (str, Path)) else []
-    for file in files:
+    for file in _checkpoint_files(name):
         with safe_open(file, framework="pt") as saved:
             for key in saved.keys() & weights.keys():
-                part, ours = saved.get_slice(key), weights[key]
-                comparable = ours.dim() > 1 and list(ours.shape) == part.get_shape() and ours.is_floating_point()
-                if comparable and not ours.is_meta and not torch.equal(part[:1].to(ours.dtype), ours[:1].cpu()):
+                if not _is_same_matrix(saved.get_slice(key), weights[key]):
                     logger.warning("%s: its %s is not the one in memory, which was changed after loading", name, key)
                     return False
     return True
 
 
-def plain_base(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of ``state``, the weights without the adapter, under the names that they have there."""
-    learned = (model.base_model.prefix, ".modules_to_save.", ".trainable_tokens_", ".token_indices")
+def _checkpoint_files(name: str) -> Iterator[Path]:
+    is_folder = Path(name).is_dir()
+    config = Path(name, "config.json") if is_folder else try_to_load_from_cache(name, "config.json")
+    if isinstance(config, str | Path):
+        yield from Path(config).parent.glob("*.safetensors")
+
+
+def _is_same_matrix(saved: Any, weight: Tensor) -> bool:
+    """Whether the first row of a saved matrix is that of ``weight``; True if they cannot be compared."""
+    has_same_shape = list(weight.shape) == saved.get_shape()
+    if weight.dim() < 2 or not has_same_shape or not weight.is_floating_point() or weight.is_meta:
+        return True
+    return torch.equal(saved[:1].to(weight.dtype), weight[:1].cpu())
+
+
+def _plain_base(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Select the weights of the model under an adapter.
+
+    Args:
+        model: The PEFT model.
+        state: All of its weights.
+
+    Returns:
+        The weights under the names that they have without the adapter.
+    """
+    of_adapter = (model.base_model.prefix, ".modules_to_save.", ".trainable_tokens_", ".token_indices")
+    wrappers = ("base_model.model.", "token_adapter.", "base_layer.", "original_module.")
     weights = {}
     for name, weight in state.items():
-        if any(part in name for part in learned):
+        if any(part in name for part in of_adapter):
             continue
-        for part in ("base_model.model.", "token_adapter.", "base_layer.", "original_module."):
+        for part in wrappers:
             name = name.replace(part, "")
         weights[name] = weight
     return weights
 
 
-def dequantised(base: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-    """An empty model without quantisation, and the weights that fill it; few bits cannot be read back everywhere."""
+def _dequantised(base: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    """Turn quantised weights into ordinary ones: weights of few bits cannot be loaded on every machine.
+
+    Args:
+        base: A quantised model.
+        weights: Its weights.
+
+    Returns:
+        A model without weights and without quantisation, and the weights that fill it.
+    """
     whole = dict(weights)
     for name, module in base.named_modules():
-        kind = type(getattr(module, "weight", None)).__name__
-        if kind not in ("Params4bit", "Int8Params") or hasattr(module, "base_layer"):
+        is_quantised = type(getattr(module, "weight", None)).__name__ in _QUANTISED_WEIGHTS
+        if not is_quantised or hasattr(module, "base_layer"):
             continue
         name = name.replace(".base_layer", "")
+        # Beside its weight, a quantised layer has scales and tables.
         for key in [key for key in whole if key.startswith(f"{name}.") and key != f"{name}.bias"]:
             del whole[key]
         whole[f"{name}.weight"] = dequantize_module_weight(module).detach().to(base.dtype)

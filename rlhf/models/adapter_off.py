@@ -1,4 +1,4 @@
-"""What a model is with its adapter switched off: the model that training starts from, or something else."""
+"""What a model is with its adapter switched off: the model that training starts from, or another."""
 
 import logging
 from typing import Any
@@ -10,71 +10,102 @@ from rlhf.models.policy import still
 
 logger = logging.getLogger(__name__)
 
+_PROBE_TOKENS = 16
+_SHIFT = 0.5  # large against any weight, so that a weight that is still in use changes the logits
+_TOLERANCE = 1e-4  # relative to the largest logit
+
 
 def adapter_off_stays(model: Any) -> bool:
-    """Whether a PEFT model with its adapter off is the same whatever is learned (``bias="all"`` stays on, say).
+    """Whether a PEFT model with its adapter off stays the same, whatever is learned.
 
-    A forward pass of 16 tokens, before and after every learned weight is moved; True where the weights cannot be read.
+    It does not with ``bias="all"``, whose biases stay on. The logits of 16 tokens are compared before and after every
+    weight that is trained is moved.
+
+    Args:
+        model: The PEFT model.
+
+    Returns:
+        False if it changes; True also if the weights cannot be read (sharded).
     """
-    before = off(model)
-    return before is None or same(before, moved(model))
+    before = logits_without_adapter(model)
+    return before is None or are_same(before, _logits_after_moving(model))
 
 
 def adapter_off_is_start(model: Any) -> bool:
     """Whether a PEFT model with its adapter off is, whatever is learned, the model that training starts from.
 
-    That is the model as it was before :func:`add_adapter`, or else as it is now with its adapter on. So it is under a
-    new LoRA adapter, and not under PiSSA, an adapter that is trained already, or ``bias="all"``: the frozen reference
-    is then a copy, and this says so. True where the weights cannot be read (sharded).
+    That is the model before :func:`add_adapter`, or else the model as it is now, with its adapter on. It is so under a
+    new LoRA adapter. It is not under PiSSA, an adapter that is trained already, or ``bias="all"``: then a warning says
+    that the frozen reference is a copy.
+
+    Args:
+        model: The PEFT model.
+
+    Returns:
+        Whether it is; True also if the weights cannot be read (sharded).
     """
     with still(model):
-        now = probe(model)
-    if now is None:
+        logits = probe_logits(model)
+    if logits is None:
         return True
-    starts = model.off_was_before if hasattr(model, "off_was_before") else same(now, off(model))
-    if starts and adapter_off_stays(model):
+    if hasattr(model, "off_was_before"):
+        is_start = model.off_was_before
+    else:
+        is_start = are_same(logits, logits_without_adapter(model))
+    if is_start and adapter_off_stays(model):
         return True
     configs = [model.peft_config[name] for name in model.active_adapters]
-    told = [f"{c.peft_type.value} adapter, bias {getattr(c, 'bias', 'none')!r}" for c in configs]
+    kinds = [f"{config.peft_type.value} adapter, bias {getattr(config, 'bias', 'none')!r}" for config in configs]
     logger.warning(
         "the model with its adapter off is not the model that training starts from (%s): a frozen copy is the "
         "reference; to save that memory, merge the adapter first, or train a new LoRA adapter without biases",
-        "; ".join(told),
+        "; ".join(kinds),
     )
     return False
 
 
 @torch.no_grad()
-def probe(model: Any) -> Tensor | None:
-    """Logits of 16 tokens (of a reward model, last hidden states); None where the weights are sharded, or on meta."""
+def probe_logits(model: Any) -> Tensor | None:
+    """Compute the logits of 16 tokens; of a reward model, the last hidden states.
+
+    Args:
+        model: A transformers or PEFT model.
+
+    Returns:
+        [1, 16, V] (or [1, 16, d]), float32; None if the weights are sharded or on the meta device.
+    """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if any(p.is_meta or hasattr(p, "ds_id") for p in inner.parameters()):
+    if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in inner.parameters()):
         return None
     embeddings = inner.get_input_embeddings().weight
-    ids = torch.arange(1, 17, device=embeddings.device)[None] % embeddings.size(0)
-    inputs = dict(input_ids=ids, use_cache=False)
-    # A new reward model says 0 of everything.
-    found: Tensor = inner.base_model(**inputs)[0] if hasattr(inner, "score") else inner(**inputs).logits
-    return found.float()
+    ids = torch.arange(1, _PROBE_TOKENS + 1, device=embeddings.device) % embeddings.size(0)
+    inputs = {"input_ids": ids[None], "use_cache": False}
+    is_reward_model = hasattr(inner, "score")
+    # The head of a new reward model is zero, so its rewards would tell nothing.
+    output: Tensor = inner.base_model(**inputs)[0] if is_reward_model else inner(**inputs).logits
+    return output.float()
 
 
-def off(model: Any) -> Tensor | None:
+def logits_without_adapter(model: Any) -> Tensor | None:
+    """As :func:`probe_logits`, with the adapter off and without dropout."""
     with still(model), model.disable_adapter():
-        return probe(model)
+        return probe_logits(model)
 
 
 @torch.no_grad()
-def moved(model: Any) -> Tensor | None:
-    learned = [p for p in model.parameters() if p.requires_grad]
-    kept = [p.detach().clone() for p in learned]
+def _logits_after_moving(model: Any) -> Tensor | None:
+    """As :func:`logits_without_adapter`, while all weights that are trained are moved."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    values = [parameter.detach().clone() for parameter in trained]
     try:
-        for p in learned:
-            p.add_(0.5)
-        return off(model)
+        for parameter in trained:
+            parameter.add_(_SHIFT)
+        return logits_without_adapter(model)
     finally:
-        for p, value in zip(learned, kept, strict=True):
-            p.copy_(value)
+        for parameter, value in zip(trained, values, strict=True):
+            parameter.copy_(value)
 
 
-def same(one: Tensor, other: Tensor | None) -> bool:
-    return other is None or torch.allclose(one, other, rtol=0, atol=1e-4 * float(one.abs().max()))
+def are_same(first: Tensor, second: Tensor | None) -> bool:
+    """Whether two logits agree; True if the second could not be computed."""
+    return second is None or torch.allclose(first, second, rtol=0, atol=_TOLERANCE * float(first.abs().max()))

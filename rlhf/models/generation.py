@@ -1,4 +1,4 @@
-"""A model's generation config: what ends an answer, and whether it can be saved."""
+"""A model's generation config: which tokens end an answer, and whether it can be saved."""
 
 import logging
 from typing import Any
@@ -7,16 +7,17 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 def mend_generation_config(model: nn.Module) -> None:
-    """Make the generation config one that can be saved: options of sampling mean that sampling is on.
+    """Make the generation config one that can be saved: if it has options of sampling, sampling is switched on.
 
     Args:
-        model: its ``generation_config`` is changed in place.
+        model: Its ``generation_config`` is changed in place.
+
     Raises:
-        ValueError: it cannot be saved for another reason.
+        ValueError: It cannot be saved for another reason.
     """
     config: Any = getattr(model, "generation_config", None)
     if config is None:
@@ -26,7 +27,7 @@ def mend_generation_config(model: nn.Module) -> None:
         return
     except ValueError as error:
         reason = str(error)
-    set_options = [name for name in _SAMPLING if getattr(config, name, None) is not None]
+    set_options = [name for name in _SAMPLING_OPTIONS if getattr(config, name, None) is not None]
     if not config.do_sample and set_options:
         config.do_sample = True
         logger.warning(
@@ -40,13 +41,19 @@ def mend_generation_config(model: nn.Module) -> None:
 
 
 def add_answer_ends(model: nn.Module, ends: list[int]) -> None:
-    """Let generation end where answers were taught to end: ``ends`` join ``generation_config.eos_token_id``."""
+    """Let generation stop at the tokens that end answers in training.
+
+    Args:
+        model: The ids are added to its ``generation_config.eos_token_id``.
+        ends: Ids of tokens.
+    """
     config: Any = getattr(model, "generation_config", None)
     if config is None:
         return
-    named = config.eos_token_id
-    known = list(named) if isinstance(named, list) else [] if named is None else [named]
+    configured = config.eos_token_id  # an id, a list of them, or None
+    known = list(configured) if isinstance(configured, list) else [configured]
+    known = [token for token in known if token is not None]
     new = [token for token in ends if token not in known]
     if new:
-        together = [*known, *new]
-        config.eos_token_id = together if len(together) > 1 else together[0]
+        all_ends = [*known, *new]
+        config.eos_token_id = all_ends if len(all_ends) > 1 else all_ends[0]

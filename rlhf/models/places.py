@@ -1,4 +1,4 @@
-"""Where a model is: a folder here or a name on the hub, and one line where there is none."""
+"""Where a model is: a folder here or a name on the hub; and one line if it cannot be loaded."""
 
 import json
 import re
@@ -8,19 +8,48 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+# What transformers, PEFT and safetensors raise for files that they cannot read.
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError, SafetensorError)
+_PEFT_ERRORS = (ValueError, TypeError, NotImplementedError, RuntimeError, ImportError)
+
 
 @contextmanager
 def loading(name_or_path: str, kind: str) -> Iterator[None]:
-    """Say in one line what cannot be loaded."""
+    """Turn the errors of loading into one line.
+
+    Args:
+        name_or_path: What is loaded, for the message.
+        kind: As what, such as ``"a causal LM"``.
+
+    Raises:
+        ValueError: It cannot be loaded, or a package is missing.
+    """
     try:
         yield
     except ImportError as error:
-        raise ValueError(f"{name_or_path}: {_missing(error)}") from error
-    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{name_or_path}: {_missing_package(error)}") from error
+    except _LOADING_ERRORS as error:
         raise ValueError(f"{name_or_path}: cannot be loaded as {kind} ({_reason(error)})") from error
 
 
-def _missing(error: ImportError) -> str:
+@contextmanager
+def one_line(location: str) -> Iterator[None]:
+    """Turn the errors of PEFT into one line.
+
+    Args:
+        location: Begins the message.
+
+    Raises:
+        ValueError: As raised inside.
+    """
+    try:
+        yield
+    except _PEFT_ERRORS as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{location}: {text[:400]}") from error
+
+
+def _missing_package(error: ImportError) -> str:
     text = " ".join(str(error).split())
     if "bitsandbytes" in text:
         return "4 and 8 bits need bitsandbytes: install the extra `quant`, or pip install bitsandbytes"
@@ -28,28 +57,43 @@ def _missing(error: ImportError) -> str:
 
 
 def _reason(error: Exception) -> str:
-    first = next(iter(str(error).splitlines()), type(error).__name__)
-    if "ignore_mismatched_sizes" in first:
+    lines = str(error).splitlines()
+    first_line = lines[0] if lines else type(error).__name__
+    if "ignore_mismatched_sizes" in first_line:
         return "its weights have other shapes than its config.json says; the report above lists them"
-    if unfit := re.search(r"Unrecognized configuration class <class '[\w.]*\.(\w+)'>", first):
-        return f"its config is a {unfit[1]}, of no such model"
-    return first
+    match = re.search(r"Unrecognized configuration class <class '[\w.]*\.(\w+)'>", first_line)
+    if match:
+        return f"its config is a {match[1]}, of no such model"
+    return first_line
 
 
 def resolve(name_or_path: str) -> str:
-    """A folder that exists, or what may be a name on the hub; raises for a path to nothing."""
+    """Find a model's folder.
+
+    Args:
+        name_or_path: A folder, or a name on the hub.
+
+    Returns:
+        The path of a folder that exists, or what may be a name on the hub.
+
+    Raises:
+        FileNotFoundError: A path to nothing.
+        ValueError: The folder's ``config.json`` is no JSON.
+    """
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         _check_config(folder / "config.json")
         return str(folder)
-    if folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
+    is_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    if is_path or folder.exists():
         raise FileNotFoundError(f"{name_or_path}: no such model folder")
     return name_or_path
 
 
 def _check_config(file: Path) -> None:
-    if file.exists():
-        try:
-            json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file}: not valid JSON ({error}); copy or download it again") from error
+    if not file.exists():
+        return
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error}); copy or download it again") from error

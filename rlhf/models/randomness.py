@@ -1,4 +1,4 @@
-"""What a training forward draws: dropout and router noise, switched off; noise on embeddings, switched on."""
+"""Randomness of a training forward: dropout and router noise, switched off; noise on embeddings, switched on."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,16 +9,18 @@ from torch import Tensor, nn
 
 from rlhf.data import Batch
 
-_KEPT = "_dropout_of_config"  # attribute: (config, name, value) as they were
+_SAVED = "_dropout_of_config"  # attribute of a model: (config, name, value) for each probability that was set to 0
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Make repeated forward passes agree, in training mode too: dropout of every kind, and noise of routers.
+    """Make repeated forward passes agree, in training mode too: no dropout of any kind, no noise of routers.
 
-    A probability is read off a layer, off a float that a layer hands to a function, or off the configuration.
-    :func:`configured_dropout` gives the configuration back for saving.
+    A probability may be held by a layer of dropout, by another layer that hands it to a function, or by the
+    configuration, from which a forward reads it. :func:`configured_dropout` restores the configuration for saving.
+
+    Args:
+        model: Changed in place.
     """
-    kept: list[tuple[Any, str, float]] = getattr(model, _KEPT, [])
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -27,67 +29,74 @@ def disable_dropout(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     if config is None:
         return
-    for part in {id(own): own for own in (config, config.get_text_config())}.values():
+    saved: list[tuple[Any, str, float]] = getattr(model, _SAVED, [])
+    text_config = config.get_text_config()
+    for part in [config] if text_config is config else [config, text_config]:
         for name, value in _probabilities(part):
-            kept.append((part, name, value))
+            saved.append((part, name, value))
             setattr(part, name, 0.0)
-    object.__setattr__(model, _KEPT, kept)
+    object.__setattr__(model, _SAVED, saved)  # past nn.Module, which would look for parameters in it
 
 
 def _probabilities(holder: Any) -> list[tuple[str, float]]:
-    named = ("drop", "jitter")
-    return [
-        (name, value)
-        for name, value in vars(holder).items()
-        if isinstance(value, float) and value > 0 and any(word in name for word in named)
-    ]
+    """Attributes that are probabilities of dropout, or strengths of router noise, above 0."""
+    floats = [(name, value) for name, value in vars(holder).items() if isinstance(value, float)]
+    return [(name, value) for name, value in floats if value > 0 and ("drop" in name or "jitter" in name)]
 
 
 @contextmanager
 def configured_dropout(model: nn.Module) -> Iterator[None]:
-    """The configuration as it was before :func:`disable_dropout`, to save it."""
-    kept = getattr(model, _KEPT, [])
-    for holder, name, value in kept:
+    """Restore the configuration as it was before :func:`disable_dropout`, to save it.
+
+    Args:
+        model: Its configuration is restored inside the context.
+    """
+    saved = getattr(model, _SAVED, [])
+    for holder, name, value in saved:
         setattr(holder, name, value)
     try:
         yield
     finally:
-        for holder, name, _ in kept:
+        for holder, name, _ in saved:
             setattr(holder, name, 0.0)
 
 
 def add_embedding_noise(wrapper: nn.Module, alpha: float) -> None:
-    r"""NEFTune: uniform noise of up to :math:`\alpha / \sqrt{L d}` on the embeddings, in forwards that learn.
+    r"""NEFTune: add uniform noise of up to :math:`\alpha / \sqrt{L d}` to the embeddings, in training.
 
-    L is the length of a token's own sequence, with its prompt, in every layout; d the width. A prompt that several
-    sequences share has the first one's. A forward without gradient, such as a reference's, gets none.
+    L is the length of a token's own sequence, with its prompt, in every layout; d is the width. A prompt that several
+    sequences share has the length of the first one. A forward without gradient, such as a reference's, gets no noise.
 
     Args:
-        wrapper: takes a :class:`Batch`; its ``model`` has the embeddings.
+        wrapper: Takes a :class:`Batch`; its ``model`` has the embeddings.
         alpha: > 0, the size of the noise.
 
     Source: arXiv 2310.05914.
     """
-    current: list[Batch] = []
+    # The hook on the embeddings sees ids only; the lengths of sequences are known to the wrapper.
+    current_batch: list[Batch] = []
 
-    def remember(module: nn.Module, args: tuple[Any, ...]) -> None:
-        current[:] = args[:1]
+    def remember_batch(module: nn.Module, args: tuple[Any, ...]) -> None:
+        current_batch[:] = args[:1]
 
-    def noise(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        if not (module.training and torch.is_grad_enabled() and current):
-            return output
-        lengths = sequence_lengths(current[0]).to(output.device)
-        bound = alpha / (lengths * output.size(-1)).sqrt()
-        return output + torch.empty_like(output).uniform_(-1, 1) * bound[..., None].to(output.dtype)
+    def add_noise(module: nn.Module, args: Any, embeddings: Tensor) -> Tensor:
+        is_training = module.training and torch.is_grad_enabled()
+        if not is_training or not current_batch:
+            return embeddings
+        lengths = _sequence_lengths(current_batch[0]).to(embeddings.device)
+        bound = alpha / (lengths * embeddings.size(-1)).sqrt()
+        noise = torch.empty_like(embeddings).uniform_(-1, 1)
+        return embeddings + noise * bound[..., None].to(embeddings.dtype)
 
-    wrapper.register_forward_pre_hook(remember)
-    wrapper.model.get_input_embeddings().register_forward_hook(noise)  # type: ignore[union-attr,operator]
+    wrapper.register_forward_pre_hook(remember_batch)
+    wrapper.model.get_input_embeddings().register_forward_hook(add_noise)  # type: ignore[union-attr,operator]
 
 
-def sequence_lengths(batch: Batch) -> Tensor:
+def _sequence_lengths(batch: Batch) -> Tensor:
     """Tokens of each token's own sequence, with its prompt: float32, the shape of ``input_ids``."""
     if batch.segments is None:
         return batch.attention_mask.sum(1, keepdim=True).expand_as(batch.input_ids).float()
     spans = batch.segments.spans
-    whole = torch.tensor([float(span.length + span.prefix) for span in spans])
-    return whole.repeat_interleave(torch.tensor([span.length for span in spans]))[None]
+    whole_lengths = torch.tensor([float(span.length + span.prefix) for span in spans])
+    span_lengths = torch.tensor([span.length for span in spans])
+    return whole_lengths.repeat_interleave(span_lengths)[None]

@@ -17,7 +17,7 @@ from transformers import (
 from rlhf.data import Batch, Collator, RowFormat, encode
 from rlhf.data.formats import Turns, sft_dialogue
 from rlhf.kernels.recompute import fewer_activations
-from rlhf.models.adapters import adapter_config, base_of, merged
+from rlhf.models.adapter_files import adapter_config, base_of, merged
 from rlhf.models.loading import HUB, base_kwargs, hub_kwargs, load_model
 from rlhf.models.places import loading, resolve
 from rlhf.models.policy import Wrapper
@@ -28,9 +28,10 @@ class RewardModel(Wrapper):
     """A causal LM with a scalar head (plain, or PEFT around one) whose forward gives a reward for each sequence.
 
     Args:
-        model: one of transformers' ``...ForSequenceClassification`` with one label and a linear head named ``score``.
+        model: One of transformers' ``...ForSequenceClassification`` with one label and a linear head named ``score``.
+
     Raises:
-        ValueError: another kind of model, or more than one label.
+        ValueError: Another kind of model, or more than one label.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -44,14 +45,20 @@ class RewardModel(Wrapper):
             )
 
     def forward(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
-        """Rewards [S], at least float32: the head on the hidden state of each sequence's last token.
+        """Apply the head to the hidden state of each sequence's last token.
 
-        With ``rows`` int64 [N], the head on those rows of the flattened hidden states instead: [N].
+        Args:
+            batch: The sequences.
+            rows: int64 [N], rows of the flattened hidden states to apply the head to instead.
+
+        Returns:
+            [S] or [N], at least float32.
         """
         model = self.without_adapter
         with fewer_activations():
             hidden = model.base_model(**inputs_of(model, batch), use_cache=False)[0]
-        last = hidden.reshape(-1, hidden.size(-1))[batch.last() if rows is None else rows]
+        flat = hidden.reshape(-1, hidden.size(-1))
+        last = flat[batch.last() if rows is None else rows]
         weight: Tensor = model.score.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         with torch.autocast(last.device.type, enabled=False):
@@ -65,35 +72,48 @@ class RewardModel(Wrapper):
         completions: Sequence[Turns],
         batch_size: int = 8,
     ) -> Tensor:
-        """Rewards of answers given as text or messages, tokenised as in training; without dropout.
+        """Score answers given as text or messages. They are tokenised as in training; dropout is off.
 
         Args:
-            prompts, completions: text, or lists of messages; the answer to each prompt.
-            batch_size: moves no figure.
+            tokenizer: The tokenizer of the model.
+            prompts: Text, or lists of messages.
+            completions: The answer to each prompt, in the same forms.
+            batch_size: Answers in a forward pass; it does not change the rewards.
+
         Returns:
-            [n], at least float32.
+            Rewards, one for each answer, at least float32.
+
         Raises:
-            ValueError: numbers of prompts and answers differ, or one of them cannot be read.
+            ValueError: The numbers of prompts and answers differ, or one of them cannot be read.
         """
         self.eval()
         rows = []
         for prompt, completion in zip(prompts, completions, strict=True):
             row = {"prompt": prompt, "completion": completion}
-            found = encode(tokenizer, sft_dialogue(row, "completion", RowFormat()))
-            ids = found.prompt_ids + found.completions[0][0]
+            encoded = encode(tokenizer, sft_dialogue(row, "completion", RowFormat()))
+            ((completion_ids, _),) = encoded.completions
+            ids = encoded.prompt_ids + completion_ids
             rows.append({"input_ids": ids, "labels": ids})
-        parts = (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
-        return torch.cat([self(Collator()(part).to(self.device)) for part in parts])
+        collate = Collator()
+        batches = (collate(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size))
+        return torch.cat([self(batch.to(self.device)) for batch in batches])
 
 
 def load_reward_model(name_or_path: str, **kwargs: Any) -> RewardModel:
-    """A reward model from a checkpoint of one, or from a causal LM under a new head of zeros.
+    """Load a reward model, or a causal LM that becomes one with a new head of zeros.
 
-    An adapter is loaded with its base model and merged; ``dtype`` and others as in :func:`load_model`.
+    An adapter is loaded with its base model and merged.
+
+    Args:
+        name_or_path: A folder, or a name on the hub.
+        kwargs: As in :func:`load_model`.
+
+    Returns:
+        The reward model.
 
     Raises:
-        FileNotFoundError: a path that is no folder, or a folder without a model.
-        ValueError: no model, or an architecture without a sequence-classification class in transformers.
+        FileNotFoundError: A path that is no folder, or a folder without a model.
+        ValueError: No model, or an architecture without a sequence-classification class in transformers.
     """
     kwargs.setdefault("dtype", "auto")
     name = resolve(name_or_path)
@@ -106,7 +126,8 @@ def load_reward_model(name_or_path: str, **kwargs: Any) -> RewardModel:
     with loading(name_or_path, "a reward model"):
         config = AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in HUB if key in kwargs})
     _check_architecture(config)
-    if any(architecture.endswith("ForSequenceClassification") for architecture in config.architectures or []):
+    architectures = config.architectures or []
+    if any(architecture.endswith("ForSequenceClassification") for architecture in architectures):
         with loading(name_or_path, "a reward model"):
             return RewardModel(AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **kwargs))
     return RewardModel(add_scalar_head(load_model(name_or_path, **kwargs)))
@@ -115,8 +136,14 @@ def load_reward_model(name_or_path: str, **kwargs: Any) -> RewardModel:
 def add_scalar_head(model: PreTrainedModel) -> PreTrainedModel:
     """Move the backbone of a causal LM under a scalar head, as transformers' ``...ForSequenceClassification``.
 
-    The head is zero: every reward is 0 and the loss log 2 at the start, no random number is left between two runs,
-    and the first gradients do not pull the features towards a random direction (arXiv 2202.10054).
+    The head is zero. So every reward is 0 and the loss is log 2 at the start, two runs begin alike, and the first
+    gradients do not move the features towards a random direction (arXiv 2202.10054).
+
+    Args:
+        model: A causal LM; its backbone is shared with the result.
+
+    Returns:
+        The model with the head.
 
     Raises:
         ValueError: transformers has no sequence-classification class for the architecture.
@@ -124,21 +151,23 @@ def add_scalar_head(model: PreTrainedModel) -> PreTrainedModel:
     config = model.config
     _check_architecture(config)
     config.num_labels = 1
-    with torch.device("meta"):  # only the shell is wanted
+    with torch.device("meta"):  # without memory for a second backbone
         classifier = AutoModelForSequenceClassification.from_config(config)
     if not isinstance(getattr(classifier, "score", None), nn.Linear):
         raise ValueError(f"{type(classifier).__name__} has no linear head `score`: {config.model_type} is no causal LM")
     setattr(classifier, classifier.base_model_prefix, model.base_model)
-    like: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    classifier.score = nn.Linear(classifier.score.in_features, 1, bias=False, device=like.device, dtype=like.dtype)
+    embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    width = classifier.score.in_features
+    classifier.score = nn.Linear(width, 1, bias=False, device=embeddings.device, dtype=embeddings.dtype)
     nn.init.zeros_(classifier.score.weight)
-    classifier.name_or_path = model.name_or_path  # none, where no checkpoint holds the weights
+    classifier.name_or_path = model.name_or_path  # empty, if no checkpoint holds the weights
     return classifier.train(model.training)
 
 
 def _check_architecture(config: Any) -> None:
-    own_code = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not own_code:
+    code_of_model = getattr(config, "auto_map", None) or {}
+    has_own_class = "AutoModelForSequenceClassification" in code_of_model
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not has_own_class:
         raise ValueError(
             f"transformers has no sequence-classification class for {config.model_type}, so no reward model of it; "
             "transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING lists what has one"
@@ -146,12 +175,22 @@ def _check_architecture(config: Any) -> None:
 
 
 def spare_pad_token(tokenizer: PreTrainedTokenizerBase, ends: Iterable[int], vocab_size: int) -> int | None:
-    """A special token to pad with that ends no answer: the tokenizer's own pad, its BOS, or another; else None.
+    """Find a special token to pad with that ends no answer.
 
-    transformers scores a sequence at its last token that is not the pad, so it would pass over the end of an answer
-    whose last token, usually EOS, is the pad as well.
+    transformers scores a sequence at its last token that is not the pad. If the token that ends answers, usually EOS,
+    were the pad as well, it would score the token before it.
+
+    Args:
+        tokenizer: The tokenizer of the model.
+        ends: Ids that end an answer.
+        vocab_size: Rows of the model's embeddings.
+
+    Returns:
+        The id of the tokenizer's own pad, of its BOS, or of another special token; None if there is none.
     """
     others = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
-    candidates = [tokenizer.pad_token_id, tokenizer.bos_token_id, *others]
-    used = set(ends)
-    return next((i for i in candidates if i is not None and i < vocab_size and i not in used), None)
+    used = {*ends, None}
+    for token in (tokenizer.pad_token_id, tokenizer.bos_token_id, *others):
+        if token not in used and token < vocab_size:
+            return token
+    return None

@@ -7,9 +7,16 @@ from torch import Tensor
 
 from rlhf.data import Batch
 
+_OTHER_LOSSES = ("doge",)  # routes by product keys
+
 
 class Balancing(NamedTuple):
-    """Settings of the load-balancing loss. ``top_k``: experts of a token. ``coef``: weight in the loss."""
+    """Settings of the load-balancing loss.
+
+    Args:
+        top_k: Experts of a token.
+        coef: Weight in the loss.
+    """
 
     top_k: int
     coef: float
@@ -18,8 +25,10 @@ class Balancing(NamedTuple):
 class Routing(NamedTuple):
     """Choices and probabilities of the routers, summed over layers and tokens.
 
-    ``chosen`` [E]: how often each expert was. ``probs`` [E]: their probabilities, which carry the gradient.
-    ``rows``: tokens times layers.
+    Args:
+        chosen: [E], how often each expert was chosen.
+        probs: [E], the sum of its probabilities; carries gradient.
+        rows: Scalar, tokens times layers.
     """
 
     chosen: Tensor
@@ -27,79 +36,89 @@ class Routing(NamedTuple):
     rows: Tensor
 
     def loss(self, step: "Routing | None" = None) -> Tensor:
-        r"""This batch's share of the loss of the optimizer step; of ``step=None``, the batch is all of it.
+        r"""Compute this batch's share of the loss of an optimizer step.
 
         .. math:: L = E \sum_e \frac{c_e}{n} \frac{p_e}{n}
 
-        It is linear in the probabilities, so the shares of batches add up to the loss of the step.
+        The loss is linear in the probabilities, so the shares of batches add up to the loss of the step.
+
+        Args:
+            step: The sums over all batches of the step; None if this batch is the whole step.
+
+        Returns:
+            Scalar.
         """
         whole = step or self
-        return len(self.probs) * (whole.chosen * self.probs).sum() / whole.rows**2
+        num_experts = len(self.probs)
+        return num_experts * (whole.chosen * self.probs).sum() / whole.rows**2
 
 
 def balancing_of(model: Any, coef: float | None = None) -> Balancing | None:
     """How the routers of a model are balanced; by default only if its config has ``output_router_logits`` on.
 
     Args:
-        model: a transformers causal LM.
-        coef: weight of the loss, instead of the config's; 0 switches it off.
+        model: A transformers causal LM.
+        coef: Weight of the loss, instead of the config's; 0 switches it off.
+
     Returns:
         The settings; None for no balancing.
+
     Raises:
-        ValueError: a weight for a model that offers no router logits, or whose loss is another one.
+        ValueError: A weight is given for a model that returns no router logits, or whose loss is another one.
     """
     config = model.config.get_text_config()
-    if coef is None and not getattr(config, "output_router_logits", False):
-        return None
-    given = coef
     if coef is None:
-        coef = _first(model, config, "router_aux_loss_coef", "aux_loss_coef") or 0.0
-    if not coef:
+        is_on = getattr(config, "output_router_logits", False)
+        weight = _first_attribute(model, config, "router_aux_loss_coef", "aux_loss_coef") if is_on else None
+    else:
+        weight = coef
+    if not weight:
         return None
-    top_k = _first(model, config, "num_experts_per_tok", "moe_top_k")
-    if top_k is None or not hasattr(config, "output_router_logits") or config.model_type in _OTHERS:
-        if given is None:
-            return None
-        raise ValueError(
-            f"router_aux_loss_coef {given}: {type(model).__name__} has no load-balancing loss that is known here; "
-            "leave it out"
-        )
-    return Balancing(int(top_k), float(coef))
+    top_k = _first_attribute(model, config, "num_experts_per_tok", "moe_top_k")
+    has_known_loss = hasattr(config, "output_router_logits") and config.model_type not in _OTHER_LOSSES
+    if top_k is not None and has_known_loss:
+        return Balancing(int(top_k), float(weight))
+    if coef is None:
+        return None
+    raise ValueError(
+        f"router_aux_loss_coef {coef}: {type(model).__name__} has no load-balancing loss that is known here; "
+        "leave it out"
+    )
 
 
-_OTHERS = ("doge",)  # routes by product keys
-
-
-def _first(model: Any, config: Any, *names: str) -> Any:
-    found = (getattr(place, name, None) for place in (model, config) for name in names)
-    return next((value for value in found if value is not None), None)
+def _first_attribute(model: Any, config: Any, *names: str) -> Any:
+    """The first of the attributes that is set, on the model or on its config; None if none is."""
+    values = (getattr(holder, name, None) for holder in (model, config) for name in names)
+    return next((value for value in values if value is not None), None)
 
 
 def routing(router_logits: tuple[Tensor, ...], batch: Batch, top_k: int) -> Routing:
-    """Sums over the tokens of all sequences, each with its prompt: the same in any layout.
+    """Sum over the tokens of all sequences, each with its prompt: the same in any layout.
 
     Args:
-        router_logits: of each layer, [tokens, E].
-        batch: the tokens.
-        top_k: experts of a token.
+        router_logits: Of each layer, [tokens, E].
+        batch: The tokens.
+        top_k: Experts of a token.
+
     Returns:
         The sums over layers and tokens.
 
     Source: load_balancing_loss_func of transformers (Switch Transformer, arXiv 2101.03961, eq. 4-6).
     """
     device = router_logits[0].device
-    weight = occurrences(batch).to(device, torch.float32)
-    size = router_logits[0].size(-1)
-    chosen, probs = (torch.zeros(size, device=device) for _ in range(2))
+    num_experts = router_logits[0].size(-1)
+    weight = _occurrences(batch).to(device, torch.float32)
+    chosen = torch.zeros(num_experts, device=device)
+    probs = torch.zeros(num_experts, device=device)
     for logits in router_logits:
-        own = logits.to(device).reshape(-1, size).softmax(-1)
-        picked = own.topk(top_k, dim=-1).indices.reshape(-1)
-        chosen = chosen.scatter_add(0, picked, weight.repeat_interleave(top_k))
-        probs = probs + (own.float() * weight[:, None]).sum(0)
+        layer_probs = logits.to(device).reshape(-1, num_experts).softmax(-1)
+        experts = layer_probs.topk(top_k, dim=-1).indices.reshape(-1)
+        chosen = chosen.scatter_add(0, experts, weight.repeat_interleave(top_k))
+        probs = probs + (layer_probs.float() * weight[:, None]).sum(0)
     return Routing(chosen, probs, weight.sum() * len(router_logits))
 
 
-def occurrences(batch: Batch) -> Tensor:
+def _occurrences(batch: Batch) -> Tensor:
     """In how many sequences each token of the flattened rows is: 0 for padding, 2 for the prompt of a pair; [B * T]."""
     if batch.segments is None:
         return batch.attention_mask.reshape(-1)
@@ -109,5 +128,6 @@ def occurrences(batch: Batch) -> Tensor:
     counts = torch.ones(int(lengths.sum()), dtype=torch.int64)
     for span in spans:
         if span.prefix:
-            counts[starts[span.parent] : starts[span.parent] + span.prefix] += 1
+            prompt_start = starts[span.parent]
+            counts[prompt_start : prompt_start + span.prefix] += 1
     return counts.to(batch.input_ids.device)

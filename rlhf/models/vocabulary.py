@@ -9,26 +9,50 @@ logger = logging.getLogger(__name__)
 
 
 def vocabulary_size(model: Any) -> int:
-    """Rows of the input embeddings, also under an adapter."""
+    """Count the rows of the input embeddings, also under an adapter.
+
+    Args:
+        model: A transformers or PEFT model.
+
+    Returns:
+        The number of rows; it may be larger than the tokenizer's vocabulary.
+    """
     module: Any = model.get_input_embeddings()
     for name in ("base_layer", "original_module"):
         module = getattr(module, name, module)
     return int(module.weight.size(0))
 
 
-def room(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Rows of the embeddings after :func:`grow`: as many as now, or one for each token that was added since."""
+def grown_size(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Count the rows of the embeddings after :func:`grow`.
+
+    Args:
+        model: A transformers or PEFT model.
+        tokenizer: May have more tokens than the model.
+
+    Returns:
+        As many rows as now, or one for each token if tokens were added to the tokenizer.
+    """
     size = vocabulary_size(model)
     added = [index for index in tokenizer.added_tokens_decoder if index >= size]
-    return len(tokenizer) if added and len(tokenizer) - size == len(added) else size
+    # A tokenizer of another model may be larger, too: then the ids behind the embeddings are not all added tokens.
+    are_all_added = len(tokenizer) - size == len(added)
+    return len(tokenizer) if added and are_all_added else size
 
 
 def grow(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Let the embeddings grow by tokens that were added to the tokenizer; the ids that are new.
+    """Grow the embeddings by the tokens that were added to the tokenizer.
 
-    New rows are drawn about the mean of the others (transformers' ``resize_token_embeddings``).
+    New rows are drawn about the mean of the others, as transformers' ``resize_token_embeddings`` does.
+
+    Args:
+        model: A transformers or PEFT model.
+        tokenizer: Its tokenizer.
+
+    Returns:
+        The new ids.
     """
-    size, wanted = vocabulary_size(model), room(model, tokenizer)
+    size, wanted = vocabulary_size(model), grown_size(model, tokenizer)
     if wanted > size:
         logger.info("the tokenizer has %d more tokens than the model: its embeddings grow to %d", wanted - size, wanted)
         resize(model, wanted)
@@ -36,6 +60,12 @@ def grow(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def resize(model: Any, rows: int) -> None:
+    """Give the embeddings another number of rows.
+
+    Args:
+        model: A transformers or PEFT model.
+        rows: The new number.
+    """
     model.resize_token_embeddings(rows)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.name_or_path = ""  # no checkpoint holds these weights

@@ -16,7 +16,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from rlhf.data.chat import encode
 from rlhf.data.formats import Dialogue, Turns
 from rlhf.models import load_tokenizer
-from rlhf.models.adapters import adapter_config, base_of, merged
+from rlhf.models.adapter_files import adapter_config, base_of, merged
 
 logger = logging.getLogger(__name__)
 

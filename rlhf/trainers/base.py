@@ -31,7 +31,7 @@ from rlhf.models import (
 )
 from rlhf.models.adapters import check_adapter
 from rlhf.models.policy import Wrapper
-from rlhf.models.vocabulary import room
+from rlhf.models.vocabulary import grown_size
 from rlhf.trainers.balancing import balancer
 from rlhf.trainers.checkpointing import checkpoint_to_resume, log_resuming
 from rlhf.trainers.config import BaseConfig
@@ -132,7 +132,7 @@ class BaseTrainer(Evaluating, ProfiledTrainer):
         self, train_dataset: Any, eval_dataset: Any, model: Any, tokenizer: PreTrainedTokenizerBase, args: BaseConfig
     ) -> tuple[Any, Any, Any]:
         """Tokenised training rows, evaluation rows, and the first training rows, to look at."""
-        vocab_size = room(model, tokenizer)
+        vocab_size = grown_size(model, tokenizer)
 
         def prepare(rows: Any) -> Any:
             return self._prepare_rows(rows, tokenizer, args, vocab_size)

@@ -40,7 +40,8 @@ from rlhf import (
 from rlhf.data import Collator
 from rlhf.models import Policy, add_adapter, load_model, load_reward_model, load_tokenizer
 from rlhf.models.adapter_base import keep_base
-from rlhf.models.adapters import REFUSED, linear_layers
+from rlhf.models.adapter_layers import linear_layers
+from rlhf.models.adapters import REFUSED
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 305, 314]])
 

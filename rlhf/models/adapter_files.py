@@ -1,0 +1,152 @@
+"""Adapters in a folder or on the hub: their configuration, the model under them, and both merged into one model."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from rlhf.models.adapter_base import BASE
+from rlhf.models.places import loading, one_line, resolve
+from rlhf.models.vocabulary import resize, vocabulary_size
+
+logger = logging.getLogger(__name__)
+
+# Weights with a row for each token, under the names that architectures have for them.
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "lm_head.weight", "embed_in.weight")
+
+
+def adapter_config(name: str, **hub: Any) -> PeftConfig | None:
+    """Read the configuration of an adapter.
+
+    Args:
+        name: A folder or a repository, as :func:`resolve` returns it.
+        hub: ``revision``, ``token``.
+
+    Returns:
+        The configuration; None if the folder holds a model.
+
+    Raises:
+        FileNotFoundError: The folder holds neither a model nor an adapter.
+        ValueError: PEFT cannot read the configuration.
+    """
+    folder = Path(name)
+    if (folder / "config.json").exists():
+        return None
+    if folder.is_dir() and not (folder / "adapter_config.json").exists():
+        inner = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+        hint = f"; adapters are in its folders {', '.join(inner)}: name one of them" if inner else ""
+        raise FileNotFoundError(f"{name}: the folder holds no model (no config.json){hint}")
+    if find_adapter_config_file(name, **hub) is None:
+        return None
+    with loading(name, "an adapter"):
+        return PeftConfig.from_pretrained(name, **hub)
+
+
+def base_of(name: str, config: PeftConfig) -> str:
+    """Find the model that an adapter was trained on; one beside the adapter, if the folder was moved as a whole.
+
+    Args:
+        name: The adapter's folder.
+        config: Its configuration.
+
+    Returns:
+        A folder, or a name on the hub.
+
+    Raises:
+        FileNotFoundError: The model is in none of these places.
+    """
+    base = config.base_model_name_or_path
+    for place in (Path(str(base)).expanduser(), Path(name) / BASE, Path(name).parent / BASE):
+        if (place / "config.json").exists() or (place / "adapter_config.json").exists():
+            return str(place)
+    if not base:
+        reason = "it names no base model"
+    else:
+        try:
+            return resolve(str(base))  # it may be on the hub
+        except FileNotFoundError:
+            reason = f"its base model {base} is gone"
+    raise FileNotFoundError(
+        f"{name}: {reason}; write where it is into {name}/adapter_config.json (base_model_name_or_path)"
+    )
+
+
+def load_adapter(model: PreTrainedModel, adapter: str, name: str = "default", **hub: Any) -> PeftModel:
+    """Put a saved adapter on a model, whose vocabulary grows to that of the adapter.
+
+    Args:
+        model: The model that the adapter was trained on.
+        adapter: A folder or a repository.
+        name: Of the adapter in the PEFT model.
+        hub: ``revision``, ``token``.
+
+    Returns:
+        The PEFT model.
+
+    Raises:
+        ValueError: The adapter cannot be loaded, or does not fit.
+    """
+    with loading(adapter, f"an adapter of {model.config._name_or_path}"):
+        rows = _vocabulary_of(adapter)
+        if rows is not None and rows != vocabulary_size(model):
+            resize(model, rows)
+        return PeftModel.from_pretrained(model, adapter, adapter_name=name, **hub)
+
+
+def merged(model: PreTrainedModel, adapter: str, **hub: Any) -> PreTrainedModel:
+    """Add a saved adapter to the weights of a model. All of them can be trained.
+
+    Args:
+        model: The model that the adapter was trained on.
+        adapter: A folder or a repository.
+        hub: ``revision``, ``token``.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: The adapter cannot be loaded or merged.
+    """
+    logger.info("%s: an adapter; merging it into %s", adapter, model.config._name_or_path)
+    adapted: Any = load_adapter(model, adapter, **hub)
+    _untie_adapted(model)
+    with one_line(f"{adapter}: cannot be merged"):
+        merged_model: PreTrainedModel = adapted.merge_and_unload()
+    if not getattr(merged_model, "is_quantized", False):
+        merged_model.requires_grad_(True)  # PEFT froze the base
+    merged_model.config._name_or_path = adapter  # where its tokenizer and its value head are
+    merged_model.name_or_path = ""  # no checkpoint holds these weights
+    return merged_model
+
+
+def _vocabulary_of(adapter: str) -> int | None:
+    """Rows of the embeddings that an adapter's file holds; None if it holds none."""
+    file = Path(adapter) / "adapter_model.safetensors"
+    if not file.exists():
+        return None
+    with safe_open(file, framework="pt") as weights:
+        for name in weights.keys():  # noqa: SIM118  # not a dict
+            if name.endswith(_EMBEDDINGS):
+                return int(weights.get_slice(name).get_shape()[0])
+    return None
+
+
+def _untie_adapted(model: PreTrainedModel) -> None:
+    """Give the head weights of its own if an adapter is on it or on the embeddings: a merge would change both."""
+    embeddings: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    is_adapted = isinstance(embeddings, BaseTunerLayer) or isinstance(head, BaseTunerLayer)
+    if head is None or not is_adapted:
+        return
+    embeddings = getattr(embeddings, "base_layer", embeddings)
+    head = getattr(head, "base_layer", head)
+    if embeddings.weight is head.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.get_text_config().tie_word_embeddings = False
+        model.config.tie_word_embeddings = False
