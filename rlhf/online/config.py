@@ -22,6 +22,7 @@ from rlhf.online.objective import Objective, make_objective
 from rlhf.online.trl_names import TRLNames, take_over_names
 from rlhf.rollouts import Sampling
 from rlhf.trainers.base import BaseConfig
+from rlhf.trainers.reference import ReferenceSyncArguments
 
 logger = logging.getLogger(__name__)
 COMPLETIONS_USED = {"best_of_n": 1, "pairs": 2}  # of each prompt, chosen by their rewards before anything is learned
@@ -31,7 +32,7 @@ POLICY_LOSS_HELP = f"One of {', '.join(POLICY_LOSSES)}, or file.py:name."
 
 
 @dataclass
-class PPOConfig(TRLNames, BaseConfig):
+class PPOConfig(TRLNames, ReferenceSyncArguments, BaseConfig):
     """Arguments of :class:`PPOTrainer`; names are TRL's where TRL has the same thing.
 
     A rollout is ``per_device_train_batch_size * gradient_accumulation_steps * processes * num_mini_batches``
@@ -121,13 +122,6 @@ class PPOConfig(TRLNames, BaseConfig):
     beta: float = field(default=0.05, metadata={"help": "Weight of the KL to the reference; 0 needs none."})
     kl_in: str = field(default="reward", metadata={"help": "Where KL goes.", "choices": ["reward", "loss"]})
     kl_estimator: str | None = field(default=None, metadata={"help": "k1 (in the reward, always), k2 or k3."})
-    sync_ref_model: bool = field(
-        default=False, metadata={"help": "Move the reference towards the policy from time to time (TR-DPO)."}
-    )
-    ref_model_mixup_alpha: float = field(
-        default=0.6, metadata={"help": "Share of the policy in the new reference, with sync_ref_model; in (0, 1]."}
-    )
-    ref_model_sync_steps: int = field(default=512, metadata={"help": "Steps between two moves, with sync_ref_model."})
     adaptive_kl_target: float | None = field(
         default=None, metadata={"help": "Change beta so that the KL of a completion comes to this."}
     )
@@ -204,9 +198,8 @@ class PPOConfig(TRLNames, BaseConfig):
             raise ValueError(f"in the reward only k1 has the gradient of the KL, not {self.kl_estimator}: --kl_in loss")
         self._check_ignored()
         self._check_advantages()
-        if not 0 < self.ref_model_mixup_alpha <= 1:
-            raise ValueError(f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}")
-        for name in ("num_mini_batches", "num_iterations", "num_generations", "max_turns", "ref_model_sync_steps"):
+        self.check_sync()
+        for name in ("num_mini_batches", "num_iterations", "num_generations", "max_turns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.temperature <= 0:

@@ -7,33 +7,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rlhf.models import Policy
-from rlhf.online.samples import RolloutBatch, Sample, collate_samples
-
-
-class Reference:
-    """The frozen policy that the policy is held against: a copy, or the policy with its adapter off.
-
-    Args:
-        policy: the policy at its start.
-        frozen: a policy with weights of its own; None where the adapter is switched off instead.
-    """
-
-    def __init__(self, policy: Policy, frozen: Policy | None) -> None:
-        self.policy, self.frozen = policy, frozen
-
-    def logps(self, model: nn.Module, batch: RolloutBatch) -> Tensor:
-        """Log-probs of the batch under the reference, [N].
-
-        Args:
-            model: the policy as accelerate wraps it.
-            batch: on the device.
-        """
-        if self.frozen is not None:
-            return self.frozen(batch).logps
-        with self.policy.adapter_off():
-            logps: Tensor = model(batch).logps
-        return logps
+from rlhf.online.samples import Sample, collate_samples
+from rlhf.trainers.reference import Reference
 
 
 def add_model_scores(

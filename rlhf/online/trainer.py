@@ -1,6 +1,5 @@
 """On-policy training: PPO and its family. The training dataloader yields the policy's own samples."""
 
-import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -18,8 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data import held, tokenize_prompts
 from rlhf.logprobs import TokenLoss
 from rlhf.losses import truncated_importance_weights, value_loss
-from rlhf.models import ActorCritic, Policy, load_model, vocabulary_size
-from rlhf.models.adapter_off import adapter_off_is_start
+from rlhf.models import ActorCritic, Policy, vocabulary_size
 from rlhf.online.collector import Rollout, RolloutCollector
 from rlhf.online.completions import show_completions
 from rlhf.online.config import PPOConfig
@@ -35,7 +33,7 @@ from rlhf.online.metrics import (
     sample_metrics,
     step_metrics,
 )
-from rlhf.online.model_scores import Reference, add_model_scores
+from rlhf.online.model_scores import add_model_scores
 from rlhf.online.objective import Objective
 from rlhf.online.prompts import Prompts
 from rlhf.online.samples import (
@@ -53,7 +51,6 @@ from rlhf.rollouts import Environment, RolloutEngine
 from rlhf.rollouts.policy_sampler import PolicySampler, make_engine
 from rlhf.trainers.base import BaseConfig, Measures
 from rlhf.trainers.preparation import for_each_set
-from rlhf.trainers.reference_sync import SyncReference
 
 logger = logging.getLogger(__name__)
 
@@ -134,11 +131,12 @@ class PPOTrainer(EvaluatesBySampling):
             check_tokenizers(self.processing_class, critic_folder)
         self.policy: Policy = self.model
         self._prepare_policy(args.temperature)
-        self.reference = self._make_reference(ref_model)
-        if args.sync_ref_model:
-            is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            alpha, steps = args.ref_model_mixup_alpha, args.ref_model_sync_steps
-            self.add_callback(SyncReference(self.ref_policy, alpha, steps, is_sharded))
+        # The frozen policy of the KL and of pairs.
+        if args.beta > 0 or args.advantage_estimator == "pairs":
+            self.reference = self.make_reference(ref_model)
+        if self.ref_policy is not None:
+            self.ref_policy.temperature = args.temperature
+        self.sync_reference()
         self.controller = args.kl_controller()
         self.collector = self._make_collector(engine, environment_factory)
         self.schedule = MinibatchSchedule(
@@ -164,30 +162,6 @@ class PPOTrainer(EvaluatesBySampling):
         if self.policy.critic is not None:
             self.share_layout(self.policy.critic.model)
         self.policy.temperature = temperature
-
-    def _make_reference(self, ref_model: str | nn.Module | None) -> Reference | None:
-        """The frozen policy of the KL and of pairs; None where neither is used."""
-        if self.args.beta <= 0 and self.args.advantage_estimator != "pairs":
-            return None
-        if ref_model is None and self.policy.has_adapter and adapter_off_is_start(self.policy.model):
-            return Reference(self.policy, None)
-        if isinstance(ref_model, str):
-            ref_model = load_model(ref_model, **self.args.model_kwargs())
-        frozen = self.freeze(copy.deepcopy(self.policy.model) if ref_model is None else ref_model)
-        if ref_model is not None:
-            self.share_layout(frozen.model)
-        frozen.temperature = self.policy.temperature
-        return Reference(self.policy, frozen)
-
-    @property
-    def ref_policy(self) -> Policy | None:
-        """The reference as a policy, where it has weights of its own."""
-        return None if self.reference is None else self.reference.frozen
-
-    @property
-    def ref_model(self) -> nn.Module | None:
-        """The reference, where it is a model of its own."""
-        return None if self.ref_policy is None else self.ref_policy.model
 
     @property
     def beta(self) -> float:

@@ -27,8 +27,10 @@ from rlhf.models import (
     add_embedding_noise,
     choose_layout,
     disable_dropout,
+    load_model,
     mend_generation_config,
 )
+from rlhf.models.adapter_off import adapter_off_is_start
 from rlhf.models.adapters import check_adapter
 from rlhf.models.policy import Wrapper
 from rlhf.models.vocabulary import grown_size
@@ -50,6 +52,7 @@ from rlhf.trainers.preparation import (
     wrapped,
 )
 from rlhf.trainers.profiling import ProfiledTrainer, Profiler
+from rlhf.trainers.reference import Reference, SyncReference
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +67,7 @@ class BaseTrainer(Evaluating, ProfiledTrainer):
     wrapper: Callable[[Any], Wrapper] = Policy
     balances: ClassVar[bool] = False  # `measure` hands on the router logits of a mixture
     args: Any  # of config_class
+    reference: Reference | None = None  # of a loss that compares the policy with one
     loss_is_scaled_for_ga = True  # ours is normalised over the whole step already
 
     def __init__(
@@ -302,6 +306,45 @@ class BaseTrainer(Evaluating, ProfiledTrainer):
             logs |= self.reduce_metrics(sums)
             logs["num_tokens"] = self.state.num_input_tokens_seen
         super().log(logs, start_time)
+
+    # Other models that a loss reads
+
+    def make_reference(self, ref_model: str | nn.Module | None, *, copies: bool = True) -> Reference | None:
+        """The policy as it is at the start, frozen.
+
+        Args:
+            ref_model: another reference, as a model or by name.
+            copies: whether to copy the weights where neither ``ref_model`` nor the adapter gives a reference.
+        Returns:
+            ``ref_model``; or the model with its adapter off, where that is the model at the start, as under a new
+            LoRA adapter; or a copy; or None.
+        """
+        policy = self.model
+        if ref_model is None:
+            if policy.has_adapter and adapter_off_is_start(policy.model):
+                return Reference(policy, None)
+            return Reference(policy, self.freeze(copy.deepcopy(policy.model))) if copies else None
+        if isinstance(ref_model, str):
+            ref_model = load_model(ref_model, **self.args.model_kwargs())
+        frozen = self.freeze(ref_model)
+        self.share_layout(frozen.model)
+        return Reference(policy, frozen)
+
+    @property
+    def ref_policy(self) -> Policy | None:
+        """The reference as a policy, where it has weights of its own."""
+        return None if self.reference is None else self.reference.frozen
+
+    @property
+    def ref_model(self) -> Any:
+        """The reference's transformers model, where it has weights of its own."""
+        return None if self.ref_policy is None else self.ref_policy.model
+
+    def sync_reference(self) -> None:
+        """Let the reference follow the policy, if the configuration asks for it."""
+        if self.args.sync_ref_model:
+            is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            self.add_callback(SyncReference(self.ref_policy, self.args, is_sharded))
 
     def share_layout(self, model: nn.Module) -> None:
         """Make another model ready for the batches of the policy; if it cannot take segments, nobody gets them."""
