@@ -9,7 +9,7 @@ from conftest import tiny_model
 import rlhf.losses
 
 PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
-REGISTRIES = ("PREFERENCE_LOSSES", "POLICY_LOSSES")
+REGISTRIES = ("PREFERENCE_LOSSES", "POLICY_LOSSES", "ADVANTAGE_ESTIMATORS")
 
 
 def recipes(page):
@@ -52,6 +52,7 @@ def test_there_is_a_recipe_for_each_thing_that_can_be_added():
         "A preference loss",
         "Another loss",
         "A policy loss",
+        "An advantage estimator",
         "A reward",
         "A rollout engine",
         "A data format",
