@@ -71,7 +71,7 @@ def batches(lengths: np.ndarray, capacity: int) -> Iterator[list[int]]:
         lengths: int64 [rows], tokens of each row.
         capacity: tokens of a batch, padding counted; a longer row goes alone.
     Yields:
-        Numbers of the rows of a batch.
+        list[int]: numbers of the rows of a batch.
     """
     batch: list[int] = []
     for row in np.argsort(-lengths, kind="stable").tolist():

@@ -99,20 +99,20 @@ class CrossTokenizerTeacher(LiveTeacher):
     def collator(self, collator: Any) -> Any:
         if not isinstance(collator, Collator):
             raise ValueError(f"align {self.align} needs a rlhf.data.Collator, got {type(collator).__name__}")
+        # The teacher's side is collated with the student's, by the workers of the data loader.
         collate = partial(collate_alignment, pad_token_id=self.pad_token_id)
         return replace(collator, extras={**collator.extras, "alignment": collate})
 
     def objective(self, batch: Batch) -> HeadObjective:
+        """The comparison of sorted probabilities. Spans need log-probs alone, which take no objective."""
         return AlignedTeacherObjective(self.policy_of, self.divergence)
 
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
         """Sums and counts as of any teacher. A span has its loss at the student's token that begins it."""
         alignment: Any = batch.extras["alignment"]
-        return (
-            self._measure_sorted(model, batch, alignment)
-            if self.align == "uld"
-            else self._measure_spans(model, batch, alignment)
-        )
+        if self.align == "uld":
+            return self._measure_sorted(model, batch, alignment)
+        return self._measure_spans(model, batch, alignment)
 
     def _measure_sorted(self, model: nn.Module, batch: Batch, alignment: Alignment) -> Measures:
         """Sorted probabilities, compared in the student's forward pass."""
@@ -130,6 +130,7 @@ class CrossTokenizerTeacher(LiveTeacher):
         logps = model(batch).logps
         distances = span_distances(logps, teacher_logps, alignment, self.divergence.temperature)
         total = self.divergence.loss(distances, logps).sum()
+        # The teacher scores its own tokens, of which there are more or fewer than of the student's.
         teacher_targets = alignment.batch.targets
         teacher_nll = -teacher_targets.sum(teacher_logps), teacher_targets.counts()
         measures = self._measures(distances.detach(), logps.detach(), batch, alignment, teacher_nll)
@@ -140,6 +141,7 @@ class CrossTokenizerTeacher(LiveTeacher):
     ) -> Measures:
         """Sums and counts of the distances [N] and of the student's log-probs [N], without a gradient."""
         targets, tokens = batch.targets, batch.targets.counts()
+        # A pair, or a span, begins at exactly one token of the student.
         pairs = targets.sum((alignment.partner >= 0).long())
         in_span = targets.sum((alignment.spans.student >= 0).long())
         metrics = {

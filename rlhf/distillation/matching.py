@@ -63,6 +63,7 @@ def capture_layers(model: Any, layers: list[int], batch: Batch, outputs: LayerOu
     modules = layer_list(model)[1]
     position_of = {modules[layer]: position for position, layer in enumerate(layers)}
 
+    # A hook sees the output of its own layer, so nothing of the model's forward is changed or repeated.
     def record(module: nn.Module, args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         if hidden.shape[:-1] != shape:
@@ -145,6 +146,7 @@ class MatchingPolicy(Policy):
         with capture_layers(self.without_adapter, self.student_layers, batch, student_outputs):
             scores = super().forward(batch, replace(objective, teacher=captured_teacher), entropy)
         assert scores.loss is not None and scores.teacher is not None
+        # Hidden states may be large: in half precision their squares overflow.
         with torch.autocast(batch.input_ids.device.type, enabled=False):
             distances = self._distances(student_outputs, teacher_outputs, weights)
         return scores._replace(

@@ -39,6 +39,7 @@ def mark_prompts(rows: Dataset, max_prompt: int, drop_long_prompts: bool, num_pr
         ValueError: a row without a prompt or, unless these are dropped, with one that leaves no room to answer.
     """
 
+    # In a conversation the last answer is replaced; earlier turns are its prompt.
     def mark(row: Row, number: int) -> Row:
         is_scored = np.array(row["labels"]) != IGNORE
         answer_end = int(np.flatnonzero(is_scored)[-1]) + 1
@@ -106,11 +107,13 @@ class StudentRollouts:
         chosen = [row for row in rows if self._is_chosen(row, step)]
         numbers = [row[ROW_NUMBER] for row in chosen]
         prompts = [row["input_ids"][: row[ANSWER_START]] for row in chosen]
+        # The row number is the stream of each answer, so which other rows are answered changes nothing.
         step_seed = int(np.random.SeedSequence((self.seed, step)).generate_state(1)[0])
         started = time.perf_counter()
         with self.sampler.synced_engine(policy, trained_model, step) as engine:
             groups = engine.generate(prompts, 1, self.sampling, step_seed, numbers) if prompts else []
         seconds = time.perf_counter() - started
+        # One completion for each prompt.
         completions = [completion for (completion,) in groups]
         replaced: dict[int, Row] = {}
         for number, prompt, completion in zip(numbers, prompts, completions, strict=True):
@@ -121,6 +124,7 @@ class StudentRollouts:
         return answered, rollout_metrics(completions, len(rows), seconds)
 
     def _is_chosen(self, row: Row, step: int) -> bool:
+        # A generator for each row and step: no state to save, and no dependence on batches or processes.
         generator = np.random.default_rng((self.seed, step, row[ROW_NUMBER]))
         return float(generator.random()) < self.share
 

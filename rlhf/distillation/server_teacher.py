@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,14 +10,14 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Batch
 from rlhf.data.batch import IGNORE
-from rlhf.distillation.teachers import Row, TeacherSource
-from rlhf.logprobs import HeadObjective, TopK
+from rlhf.distillation.teachers import Row, TopKTeacher
+from rlhf.logprobs import TopK
 from rlhf.models import Policy
 from rlhf.rollouts import ServerEngine
 
 
 @dataclass
-class ServerTeacher(TeacherSource):
+class ServerTeacher(TopKTeacher):
     """A teacher behind vLLM's completion endpoint; the student is compared with its likeliest tokens.
 
     Args:
@@ -28,16 +28,11 @@ class ServerTeacher(TeacherSource):
     engine: ServerEngine
     k: int
 
+    # The student's own answers are known at their step only, and evaluation must not wait for the server.
     collates_late: ClassVar[bool] = True
 
-    def objective(self, batch: Batch) -> HeadObjective:
-        kept: Any = batch.extras["teacher"]
-        return self.divergence.from_top_k(kept)
-
-    def covers(self, batch: Batch) -> bool:
-        return "teacher" in batch.extras
-
     def complete(self, batch: Batch, rows: Sequence[Row]) -> Batch:
+        # A packed row is a list of examples, and the server is asked about each by itself.
         examples = [example for row in rows for example in row.get("examples", [row])]
         top_k, token_logps = self.read(examples)
         return replace(

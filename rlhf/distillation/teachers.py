@@ -67,7 +67,7 @@ class TeacherSource(ABC):
         return batch
 
     def covers(self, batch: Batch) -> bool:
-        """Whether predictions for this batch are known. A folder has none for the rows of evaluation."""
+        """Whether the teacher's predictions for this batch are known."""
         return True
 
     def token_logps(self, student: Policy, batch: Batch) -> Tensor:
@@ -93,6 +93,7 @@ class TeacherSource(ABC):
         scores = model(batch, self.objective(batch))
         comparison, targets = scores.teacher, batch.targets
         logps = scores.logps.detach()
+        # The same loss once more, of each sequence and without a gradient: the forward pass summed over all tokens.
         loss = targets.sum(self.divergence.loss(comparison.divergence, logps))
         sums = {"perplexity": -targets.sum(logps)}
         if comparison.kl is None:
@@ -105,6 +106,7 @@ class TeacherSource(ABC):
         if "teacher_logps" in batch.per_token:
             sums["teacher_perplexity"] = -targets.sum(batch.per_token["teacher_logps"])
         if comparison.hidden_states is not None:
+            # Logged before its weight, so that runs with other weights compare.
             sums["hidden_state_loss"] = targets.sum(comparison.hidden_states)
             loss = loss + self.matching.hidden_states * sums["hidden_state_loss"]
         tokens = targets.counts()
@@ -155,14 +157,27 @@ class AdapterTeacher(RunningTeacher):
 
     @contextmanager
     def policy_of(self, student: Policy) -> Iterator[Policy]:
+        # Dropout is off for the teacher's pass alone; the student's own pass keeps it.
         switched = student.adapter_off() if self.adapter is None else student.adapter(self.adapter)
         with still(student), switched:
             yield student
 
 
+class TopKTeacher(TeacherSource):
+    """A teacher that is not in memory: its likeliest tokens travel with the batch, ``batch.extras["teacher"]``."""
+
+    def objective(self, batch: Batch) -> HeadObjective:
+        top_k: Any = batch.extras["teacher"]
+        return self.divergence.from_top_k(top_k)
+
+    def covers(self, batch: Batch) -> bool:
+        # Rows of evaluation have none, and are then measured as in supervised fine-tuning.
+        return "teacher" in batch.extras
+
+
 @dataclass
-class FileTeacher(TeacherSource):
-    """The teacher's likeliest tokens, kept in a folder for the training rows; no teacher is in memory.
+class FileTeacher(TopKTeacher):
+    """The teacher's likeliest tokens, kept in a folder for the training rows.
 
     Args:
         file: the opened folder.
@@ -170,15 +185,8 @@ class FileTeacher(TeacherSource):
 
     file: TeacherFile
 
-    def objective(self, batch: Batch) -> HeadObjective:
-        kept: Any = batch.extras["teacher"]
-        return self.divergence.from_top_k(kept)
-
     def collator(self, collator: Any) -> Any:
         return replace(collator, extras={**collator.extras, "teacher": self.file.of_examples})
-
-    def covers(self, batch: Batch) -> bool:
-        return "teacher" in batch.extras
 
 
 def adapter_off_teaches(model: Any, is_new: bool) -> bool:
@@ -194,6 +202,7 @@ def adapter_off_teaches(model: Any, is_new: bool) -> bool:
     """
     if is_new:
         return adapter_off_is_start(model)
+    # An adapter from before: the teacher is the model without it, which must not change while the adapter is trained.
     if not adapter_off_stays(model):
         raise ValueError(
             "the model with its adapter off would learn too (bias='all', or another kind that stays on), and it is "
@@ -265,6 +274,7 @@ def open_rows(args: DistillConfig, rows: Any, tokenizer: PreTrainedTokenizerBase
         )
     if not isinstance(rows, Packed):
         return numbered, file
+    # A packed row is a plan over examples, so the numbers belong to the examples below it.
     rows.rows = numbered
     return rows, file
 
@@ -308,6 +318,7 @@ def shared_vocabulary(student: Policy, teacher: Policy, tokenizer: PreTrainedTok
             f"the student has {sizes[0]} tokens, the teacher {sizes[1]}: pass teacher_processing_class, its "
             "tokenizer, to show that they differ by padding alone"
         )
+    # Beyond the largest id both heads have nothing but padding.
     tokens = max(tokenizer.get_vocab().values()) + 1
     logger.info("student and teacher are padded to %d and %d tokens; the %d real ones count", *sizes, tokens)
     return tokens

@@ -103,6 +103,7 @@ class DistillTrainer(TextTrainer):
         super().__init__(model, args, **kwargs)
         self.policy: Policy = self.model
         self.teacher = self._open_teacher(teacher_model, teacher_processing_class, teacher_adapter, adapter_is_new)
+        # A teacher that cannot take segments gets padded rows, and so does the student: they read the same batch.
         if isinstance(self.teacher, LiveTeacher):
             self.share_layout(self.teacher.policy.model)
         self.data_collator = self.teacher.collator(self.data_collator)
@@ -134,6 +135,7 @@ class DistillTrainer(TextTrainer):
         if model is None:
             if adapter is not None or adapter_off_teaches(self.policy.model, adapter_is_new):
                 return AdapterTeacher(divergence, adapter)
+            # The new adapter changes the model even when it is off (PiSSA, say), so the start is kept as a copy.
             model, tokenizer = copy.deepcopy(self.policy.model), student_tokenizer
         return self._live_teacher(model, tokenizer)
 
@@ -157,6 +159,7 @@ class DistillTrainer(TextTrainer):
         self.teacher.matching = self.args.matching()
         with self.teacher.policy_of(self.policy) as teacher:
             self.model.match(teacher.without_adapter, self.teacher.matching, self.args.seed)
+        # Projections are parameters that were not there when the caller made the optimizer.
         if len(self.model.projections) and self.optimizer is not None:
             raise ValueError(
                 "the student's hidden states have another width than the teacher's, and the optimizer that was given "
@@ -166,6 +169,7 @@ class DistillTrainer(TextTrainer):
     def _open_rollouts(self, engine: RolloutEngine | None) -> StudentRollouts:
         """The student's own answers; marks the prompts of the training rows."""
         args, rows = self.args, self.train_dataset
+        # The answers' log-probs come from the training pass, so those that the engine reports are not read.
         max_prompt = args.limit() - args.max_completion_length
         self.train_dataset = mark_prompts(rows, max_prompt, args.drop_long_prompts, args.dataset_num_proc)
         if engine is None:
@@ -227,6 +231,7 @@ class DistillTrainer(TextTrainer):
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
         if not self.teacher.covers(batch):
             return super().measure(model, batch)
+        # Evaluation has the divergence in any case: its rows are not sampled from the student.
         if self.args.reverse_kl_reward and torch.is_grad_enabled():
             return measure_reward(model, batch, self.teacher.token_logps(self.policy, batch))
         return self.teacher.measure(model, batch)

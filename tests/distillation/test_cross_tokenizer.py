@@ -399,7 +399,7 @@ def test_answers_with_more_around_them(student, teacher, want):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(align="tokens"), "align must be one of uld, spans; got 'tokens'"),
+        (dict(align="tokens"), "align must be one of uld, spans, got 'tokens'"),
         (dict(align="uld", teacher_file="x"), "align uld needs the teacher itself, not teacher_file: teacher_model"),
         (dict(align="uld", teacher_server_url="http://x", teacher_server_model="x"), "itself, not teacher_server_url"),
         (dict(align="uld", hidden_state_weight=1.0), "hidden_state_weight compares token by token"),

@@ -120,7 +120,7 @@ def test_what_does_not_belong_is_refused(kept, distill, tmp_path, rows):
     folder = kept()
     with pytest.raises(ValueError, match=r"kept at temperature 1.0, and training is at 2.0"):
         distill(folder, temperature=2.0)
-    with pytest.raises(ValueError, match="teacher_estimate must be tail or truncate, got 'sample'"):
+    with pytest.raises(ValueError, match="teacher_estimate must be one of tail, truncate, got 'sample'"):
         distill(folder, teacher_estimate="sample")
     with pytest.raises(ValueError, match="total_variation has no estimate"):
         distill(folder, divergence="total_variation")

@@ -245,7 +245,7 @@ def test_the_saved_model_has_no_projections(distill, tmp_path):
     [
         (dict(hidden_state_weight=-1.0), "hidden_state_weight must be at least 0, got -1.0"),
         (dict(hidden_state_weight=float("nan")), "hidden_state_weight must be at least 0, got nan"),
-        (dict(hidden_state_distance="l1"), "hidden_state_distance must be one of squared, cosine; got 'l1'"),
+        (dict(hidden_state_distance="l1"), "hidden_state_distance must be one of squared, cosine, got 'l1'"),
         (dict(hidden_state_weight=1.0, teacher_file="x"), "hold no hidden states"),
     ],
 )
