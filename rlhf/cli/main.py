@@ -4,14 +4,18 @@ import argparse
 import logging
 import os
 import sys
+import time
 import traceback
 from importlib import import_module
 
 from rlhf import __version__
 from rlhf.cli.commands import COMMANDS, LAUNCH, Command, TrainingCommand
+from rlhf.cli.field_names import names_of_options
 from rlhf.cli.launch import LaunchArguments, launch, split_launch_options
-from rlhf.cli.options import check_options, expand_aliases, names_of_options, read_config
+from rlhf.cli.options import check_options, expand_aliases, read_config
 
+# How long a process that fails waits for the first one, which may fail for the same reason.
+SECONDS_FOR_THE_FIRST = 3.0
 _EXAMPLE = "in several processes: rlhf COMMAND --config FILE --num_processes N"
 
 
@@ -39,12 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     name, words = options.command, argv[1:]
     debug = _remove_debug(words)
     try:
-        return _run(name, COMMANDS[name], words)
+        return _run(name, COMMANDS[name], words, debug)
     except (ValueError, OSError, ImportError) as error:
-        if debug:
-            traceback.print_exc()
-        elif _is_first_process():
-            print(f"rlhf {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        _print_error(name, error, debug)
         return 2
 
 
@@ -66,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(name: str, command: Command | TrainingCommand, words: list[str]) -> int:
+def _run(name: str, command: Command | TrainingCommand, words: list[str], debug: bool) -> int:
+    # Names first, as they are known without importing torch; values are checked when the command reads them.
     if command.option_classes and not {"-h", "--help"} & set(words):
         known_names = names_of_options(command.option_classes)
         words = expand_aliases(words, known_names)
@@ -76,13 +78,25 @@ def _run(name: str, command: Command | TrainingCommand, words: list[str]) -> int
     if LAUNCH in command.option_classes:
         launch_options, words = split_launch_options(words)
         if launch_options != LaunchArguments():
-            return launch(name, words, launch_options)
+            return launch(name, [*words, "--debug"] if debug else words, launch_options)
     _log_plain_lines()
     if isinstance(command, TrainingCommand):
         import_module("rlhf.cli.training").run(name, command, words)
     else:
         import_module(command.module).run(words)
     return 0
+
+
+def _print_error(name: str, error: Exception, debug: bool) -> None:
+    """One line, also where several processes fail together: the launcher ends the others once the first has ended."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(SECONDS_FOR_THE_FIRST)
+    if debug:
+        traceback.print_exception(error)
+        return
+    process = "" if rank == "0" else f" (process {rank})"  # still here, so it failed alone
+    print(f"rlhf {name}{process}: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def _log_plain_lines() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as global_hooks
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
 from transformers import Trainer, TrainerCallback
 
 from rlhf.logprobs.head import backbone_of
@@ -36,82 +36,95 @@ class Profiler(TrainerCallback):
         self.args = args
         self.steps_done = self.tokens = 0
         self.profile: Any = None
-        self.step: ExitStack | None = None  # while a step is timed
-        self.hooks = ExitStack()
-        self.entered: list[tuple[nn.Module, ExitStack]] = []  # labels of modules whose forward is running
+        self.step: ExitStack | None = None  # labels that last until the end of the step; None between steps
+        self.recording = ExitStack()  # the profiler and its hooks, while steps are timed
+        self.open_modules: list[tuple[nn.Module, ExitStack]] = []  # those whose forward runs now, with their labels
 
     @contextmanager
     def label(self, name: str) -> Iterator[None]:
-        """A part of a step. Parts may lie in one another: time counts for the innermost. "data" begins a step."""
-        if self.profile is not None and self.step is None and name == "data":
+        """A part of a step. Parts may lie in one another: time counts for the innermost.
+
+        Args:
+            name: one of :data:`LABELS`. "data" begins a step.
+        """
+        if name == "data" and self.profile is not None and self.step is None:
             self.step = ExitStack()
             self.step.enter_context(record_function(f"{PREFIX}step"))
-        if self.step is None:  # evaluation, or saving
+        # Evaluation and saving are between steps, and count for none.
+        if self.step is None:
             yield
             return
-        self._wait()
+        self._wait_for_device()
         with record_function(PREFIX + name):
             yield
-            self._wait()
+            self._wait_for_device()
 
-    def _wait(self) -> None:
+    def _wait_for_device(self) -> None:
         if self.args.device.type != "cpu":
             torch.accelerator.synchronize(self.args.device)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps_done = 0
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.step is not None:
+            self.step.enter_context(self.label("optimizer"))
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps_done += 1
         if self.step is not None:
-            self.step.close()  # the label of the optimizer, and that of the step
+            self.step.close()
             self.step = None
         if self.steps_done == WARM_UP:
             self._start()
         elif self.steps_done == WARM_UP + args.profile:
             self._report()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.step is not None:
-            self.step.enter_context(self.label("optimizer"))
-
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.steps_done <= WARM_UP:
+            self.recording.close()
             print(f"profile: training ended at step {self.steps_done}, and the first {WARM_UP} are not timed")
-        if self.profile is not None and self.steps_done > WARM_UP:
+        elif self.profile is not None:
             self._report()
 
     def _start(self) -> None:
-        activities = [ProfilerActivity.CPU]
-        if self.args.device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
         self.tokens = 0
-        self.hooks.callback(global_hooks.register_module_forward_pre_hook(self._enter_module).remove)
-        self.hooks.callback(global_hooks.register_module_forward_hook(self._leave_module, always_call=True).remove)
-        self.profile = self.hooks.enter_context(profile(activities=activities))
+        # Hooks of all modules, as the profiler knows neither the policy nor its reference.
+        before = global_hooks.register_module_forward_pre_hook(self._enter_module)
+        after = global_hooks.register_module_forward_hook(self._leave_module, always_call=True)
+        self.recording.callback(before.remove)
+        self.recording.callback(after.remove)
+        self.profile = self.recording.enter_context(profile())
 
     def _enter_module(self, module: nn.Module, inputs: Any) -> None:
-        if self.step is None:
+        name = self._label_of(module)
+        if self.step is None or name is None:
             return
+        if name == "head":
+            self.tokens += inputs[0].input_ids.numel()
+        labels = ExitStack()
+        labels.enter_context(self.label(name))
+        self.open_modules.append((module, labels))
+
+    def _label_of(self, module: nn.Module) -> str | None:
         learns = torch.is_grad_enabled()
         if isinstance(module, Wrapper):
-            name = "head" if learns else "reference"  # a policy that is only asked: a reference, or a teacher
-            if learns:
-                self.tokens += inputs[0].input_ids.numel()
-        elif learns and self.entered and module is _backbone(self.entered[-1][0]):
-            name = "forward"
-        else:
-            return
-        stack = ExitStack()
-        stack.enter_context(self.label(name))
-        self.entered.append((module, stack))
+            # Without a gradient a policy is only asked, as a reference or a teacher. With one, all that it does
+            # outside its backbone belongs to the head.
+            return "head" if learns else "reference"
+        if not learns or not self.open_modules:
+            return None
+        policy: Any = self.open_modules[-1][0]
+        is_backbone = isinstance(policy, Wrapper) and module is backbone_of(policy.without_adapter)
+        return "forward" if is_backbone else None
 
     def _leave_module(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self.entered and self.entered[-1][0] is module:
-            self.entered.pop()[1].close()
+        if self.open_modules and self.open_modules[-1][0] is module:
+            _, labels = self.open_modules.pop()
+            labels.close()
 
     def _report(self) -> None:
-        self.hooks.close()
+        self.recording.close()
         steps = self.steps_done - WARM_UP
         seconds = seconds_of_labels(self.profile.events())
         total = sum(seconds.values())
@@ -159,34 +172,41 @@ class ProfiledTrainer(Trainer):
 
 
 def seconds_of_labels(events: Iterable[Any]) -> dict[str, float]:
-    """Seconds under each label and under none inside it; together those of all steps."""
+    """Seconds of each label, without those of the labels inside it; together those of all steps.
+
+    Args:
+        events: of torch's profiler; one without a label of ours is passed over.
+    """
     labelled = [event for event in events if event.name.startswith(PREFIX)]
     # An outer label begins first; where two begin together, the longer one is outside.
     labelled.sort(key=lambda event: (event.time_range.start, -event.time_range.end))
     seconds = dict.fromkeys(LABELS, 0.0)
-    around: list[Any] = []
+    outer: list[Any] = []
     for event in labelled:
-        while around and around[-1].time_range.end <= event.time_range.start:
-            around.pop()
+        while outer and outer[-1].time_range.end <= event.time_range.start:
+            outer.pop()
+        name = event.name.removeprefix(PREFIX)
+        if not outer and name != "step":
+            continue  # evaluation between two steps
         spent = event.time_range.elapsed_us() / 1e6
-        seconds[event.name.removeprefix(PREFIX)] += spent
-        if around:
-            seconds[around[-1].name.removeprefix(PREFIX)] -= spent
-        around.append(event)
+        seconds[name] += spent
+        if outer:
+            seconds[outer[-1].name.removeprefix(PREFIX)] -= spent
+        outer.append(event)
     return seconds
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures as lines of text."""
+    """The figures as lines of text.
+
+    Args:
+        figures: as ``profile.json`` holds them.
+    """
     total = figures["step_seconds"]
     lines = [f"profile of the mean of {figures['steps']} steps, {figures['tokens']:.0f} tokens each:"]
     for name, spent in figures["seconds"].items():
+        shown = "other" if name == "step" else name
         if spent:
-            shown = "other" if name == "step" else name
             lines.append(f"  {shown:<14}{1000 * spent:>10.1f} ms{100 * spent / total:>7.1f} %")
     lines.append(f"  {'step':<14}{1000 * total:>10.1f} ms, {figures['tokens_per_second']:.0f} tokens/s")
     return "\n".join(lines)
-
-
-def _backbone(wrapper: nn.Module) -> nn.Module | None:
-    return backbone_of(wrapper.without_adapter) if isinstance(wrapper, Wrapper) else None

@@ -257,3 +257,11 @@ def test_an_unknown_command_is_named(capsys):
         main(["frobnicate"])
     assert stopped.value.code == 2
     assert "invalid choice: 'frobnicate'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "rlhf sft: "), ("1", "rlhf sft (process 1): ")])
+def test_a_process_that_fails_alone_says_which_it_is(rank, said, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("rlhf.cli.main.SECONDS_FOR_THE_FIRST", 0)
+    assert main(["sft", "--nonsense"]) == 2
+    assert capsys.readouterr().err == f"{said}unknown option --nonsense\n"

@@ -9,8 +9,9 @@ from pkgutil import resolve_name
 import pytest
 
 from rlhf.cli.commands import COMMANDS
+from rlhf.cli.field_names import names_of_options
 from rlhf.cli.main import main
-from rlhf.cli.options import ALIASES, expand_aliases, names_of_options
+from rlhf.cli.options import ALIASES, expand_aliases
 
 WITH_OPTIONS = [name for name, command in COMMANDS.items() if command.option_classes]
 

@@ -66,6 +66,7 @@ def test_time_counts_for_the_innermost_label():
         Event("rlhf.head", 20, 60),
         Event("rlhf.data", 0, 10),
         Event("rlhf.loss", 20, 70),  # begins with the head, and is around it
+        Event("rlhf.reference", 120, 150),  # of an evaluation
         Event("rlhf.step", 200, 300),
     ]
     seconds = profiling.seconds_of_labels(events)
@@ -86,7 +87,7 @@ def test_each_part_gets_its_own_time(make, monkeypatch):
             time.sleep(0.5)
 
     trainer = make("dpo", profile=1, callbacks=[Elsewhere()], per_device_train_batch_size=2)
-    collate, score, measure = trainer.data_collator, bridge.score, trainer.measure
+    collate, score, measure = trainer.data_collator, bridge.score_predictions, trainer.measure
 
     def slow(seconds, function):
         return lambda *args, **kwargs: (time.sleep(seconds), function(*args, **kwargs))[1]
@@ -100,7 +101,7 @@ def test_each_part_gets_its_own_time(make, monkeypatch):
             time.sleep(cost["forward"])
             output.register_hook(lambda _: time.sleep(cost["backward"]))
 
-    monkeypatch.setattr(bridge, "score", slow_score)
+    monkeypatch.setattr(bridge, "score_predictions", slow_score)
     trainer.measure = slow(cost["loss"], measure)
     trainer.data_collator = slow(cost["data"], collate)
     trainer.model.model.model.layers[1].register_forward_hook(slow_layer)
