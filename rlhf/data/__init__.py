@@ -10,7 +10,7 @@ from rlhf.data.mixing import Mixture, load_datasets, shuffled
 from rlhf.data.packing import Packed, best_fit_decreasing
 from rlhf.data.pairing import add_mismatched
 from rlhf.data.reading import load_data
-from rlhf.data.streams import Endless, held, sample
+from rlhf.data.streams import Endless, in_memory, sample
 from rlhf.data.tokenizing import (
     is_tokenised,
     tokenize_preferences,
@@ -37,7 +37,7 @@ __all__ = [
     "encode_prompt",
     "encode_reply",
     "is_tokenised",
-    "held",
+    "in_memory",
     "load_data",
     "load_datasets",
     "sample",

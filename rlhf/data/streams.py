@@ -34,7 +34,7 @@ def sample(rows: Any) -> Any:
     return Dataset.from_list(list(rows.take(SAMPLE_SIZE))) if isinstance(rows, IterableDataset) else rows
 
 
-def held(rows: Any) -> Any:
+def in_memory(rows: Any) -> Any:
     """Hold the rows of a stream in memory. Evaluation reads its rows again and again.
 
     Args:

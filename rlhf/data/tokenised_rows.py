@@ -106,6 +106,31 @@ def truncate(row: TokenisedRow, limits: Limits) -> TokenisedRow:
     )
 
 
+def check_prompt(row: TokenisedRow, limits: Limits) -> TokenisedRow:
+    """Check a prompt that a policy is to answer. It is never truncated.
+
+    Args:
+        row: A row of ``prompt_ids``.
+        limits: What it must fit; ``max_length`` is without the answer.
+
+    Returns:
+        The row with ``dropped`` set.
+
+    Raises:
+        ValueError: An id is outside the vocabulary, or the prompt is too long and such rows are not dropped.
+    """
+    ids = row.columns["prompt_ids"]
+    check_vocabulary({"prompt": ids}, limits.vocab_size)
+    if len(ids) <= limits.max_length:
+        return row
+    if limits.drop_long_prompts:
+        return replace(row, dropped=TOO_LONG)
+    raise ValueError(
+        f"the prompt has {len(ids)} tokens, max_length less max_completion_length leaves room for "
+        f"{limits.max_length}: raise --max_length, or pass --drop_long_prompts to leave such rows out"
+    )
+
+
 def check_vocabulary(columns: dict[str, list[Any]], vocab_size: int) -> None:
     """Check that the model has an embedding for each id.
 

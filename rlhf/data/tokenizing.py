@@ -22,11 +22,10 @@ from rlhf.data.row_reports import StreamReport, list_bad_rows, report_rows, repo
 from rlhf.data.streams import SAMPLE_SIZE, columns_of, name_of
 from rlhf.data.tokenised_rows import (
     REPORT_COLUMNS,
-    TOO_LONG,
     UNREADABLE,
     Limits,
     TokenisedRow,
-    check_vocabulary,
+    check_prompt,
     row_limits,
     truncate,
 )
@@ -194,9 +193,9 @@ def tokenize_prompts(
         raise ValueError(f"{name}: prompts to answer are counted before training: leave out --streaming")
     with error_context(name):
         encoder = PromptEncoder.for_columns(renamed(dataset.column_names, reading.form), reading)
-    process = _PromptProcess(tokenizer, encoder, name, max_prompt_length, vocab_size, drop_long_prompts)
-    options = (max_prompt_length, vocab_size, drop_long_prompts, reading)
-    key = (TOKENISER_VERSION, dataset._fingerprint, "prompt", tokenizer_key(tokenizer), name, options)
+    limits = Limits(max_prompt_length, vocab_size, drop_long_prompts)
+    process = _RowProcess(tokenizer, encoder, name, limits, fit=check_prompt)
+    key = (TOKENISER_VERSION, dataset._fingerprint, "prompt", tokenizer_key(tokenizer), name, (*limits, reading))
     return _map(dataset, partial(_process_prompt, process=process), key, num_proc, reading, max_prompt_length)
 
 
@@ -205,56 +204,22 @@ def tokenize_prompts(
 
 @dataclass(frozen=True)
 class _RowProcess:
-    """Reads, encodes, checks and truncates one row."""
+    """Reads, encodes and checks one row. ``fit`` truncates it, or says why it must be dropped."""
 
     tokenizer: PreTrainedTokenizerBase
     encoder: RowEncoder
     name: str
     limits: Limits
+    fit: Callable[[TokenisedRow, Limits], TokenisedRow] = truncate
 
     def __call__(self, row: dict[str, Any], index: int) -> list[TokenisedRow]:
         try:
-            return [truncate(encoded, self.limits) for encoded in self.encoder.encode(row, self.tokenizer)]
+            return [self.fit(encoded, self.limits) for encoded in self.encoder.encode(row, self.tokenizer)]
         except ValueError as error:
-            return [_bad_row(self.encoder, error, self.name, index)]
-
-
-@dataclass(frozen=True)
-class _PromptProcess:
-    """Reads, encodes and checks one prompt. It is never truncated."""
-
-    tokenizer: PreTrainedTokenizerBase
-    encoder: PromptEncoder
-    name: str
-    max_length: int
-    vocab_size: int
-    drop_long_prompts: bool
-
-    def __call__(self, row: dict[str, Any], index: int) -> list[TokenisedRow]:
-        try:
-            (encoded,) = self.encoder.encode(row, self.tokenizer)
-            return [self._checked(encoded)]
-        except ValueError as error:
-            return [_bad_row(self.encoder, error, self.name, index)]
-
-    def _checked(self, row: TokenisedRow) -> TokenisedRow:
-        ids = row.columns["prompt_ids"]
-        check_vocabulary({"prompt": ids}, self.vocab_size)
-        if len(ids) <= self.max_length:
-            return row
-        if self.drop_long_prompts:
-            return replace(row, dropped=TOO_LONG)
-        raise ValueError(
-            f"the prompt has {len(ids)} tokens, max_length less max_completion_length leaves room for "
-            f"{self.max_length}: raise --max_length, or pass --drop_long_prompts to leave such rows out"
-        )
-
-
-def _bad_row(encoder: RowEncoder, error: ValueError, name: str, index: int) -> TokenisedRow:
-    """A row in the place of one that cannot be read; raises with file and row if such rows stop the run."""
-    if encoder.reading.bad_rows is None:
-        raise ValueError(f"{name}, row {index + 1}: {error}") from error
-    return TokenisedRow(encoder.blank, dropped=UNREADABLE, error=str(error))
+            if self.encoder.reading.bad_rows is None:
+                raise ValueError(f"{self.name}, row {index + 1}: {error}") from error
+            # The row stays until all bad rows are listed: `map` has to return one, and it knows the number.
+            return [TokenisedRow(self.encoder.blank, dropped=UNREADABLE, error=str(error))]
 
 
 # All rows

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers.trainer_utils import PredictionOutput
 
-from rlhf.data import held
+from rlhf.data import in_memory
 from rlhf.online.metrics import sample_metrics
 from rlhf.online.samples import Sample
 from rlhf.trainers.base import BaseTrainer
@@ -30,7 +30,7 @@ class EvaluatesBySampling(BaseTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Sample ``num_generations_eval`` completions (1) of each prompt of the evaluation rows, and score them."""
-        rows: Any = self.eval_dataset if eval_dataset is None else for_each_set(held, eval_dataset)
+        rows: Any = self.eval_dataset if eval_dataset is None else for_each_set(in_memory, eval_dataset)
         if rows is None:
             raise ValueError("no rows to evaluate on: pass eval_dataset (--eval_dataset_name)")
         if isinstance(rows, dict):
@@ -48,7 +48,7 @@ class EvaluatesBySampling(BaseTrainer):
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         """As :meth:`evaluate`; ``predictions`` has the ``completions`` and the ``reward`` of each, in order."""
-        samples = self.answer_rows(self._tokenised_rows(for_each_set(held, test_dataset)))
+        samples = self.answer_rows(self._tokenised_rows(for_each_set(in_memory, test_dataset)))
         metrics = self._metrics_of(samples, metric_key_prefix)
         all_samples = sorted(gather_object(samples), key=lambda sample: sample.group)
         predictions = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data import held, tokenize_prompts
+from rlhf.data import in_memory, tokenize_prompts
 from rlhf.logprobs import TokenLoss
 from rlhf.losses import truncated_importance_weights, value_loss
 from rlhf.models import ActorCritic, Policy, vocabulary_size
@@ -123,7 +123,7 @@ class PPOTrainer(EvaluatesBySampling):
             model,
             args,
             train_dataset=train_dataset,
-            eval_dataset=for_each_set(held, eval_dataset),
+            eval_dataset=for_each_set(in_memory, eval_dataset),
             processing_class=processing_class,
             **kwargs,
         )

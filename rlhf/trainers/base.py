@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from rlhf.data import Batch, Collator, Mixture, Packed, answer_ends, held, sample
+from rlhf.data import Batch, Collator, Mixture, Packed, answer_ends, in_memory, sample
 from rlhf.data.packing import num_tokens
 from rlhf.models import (
     Policy,
@@ -143,7 +143,7 @@ class BaseTrainer(Evaluating, ProfiledTrainer):
 
         with args.main_process_first(desc="tokenising"):
             train_dataset = prepare(train_dataset)
-            eval_dataset = for_each_set(lambda rows: held(prepare(rows)), eval_dataset)
+            eval_dataset = for_each_set(lambda rows: in_memory(prepare(rows)), eval_dataset)
         first_rows = sample(train_dataset)
         if isinstance(train_dataset, IterableDataset):
             train_dataset = self._repeat_stream(train_dataset, args)

@@ -12,7 +12,7 @@ from transformers import EvalPrediction
 from transformers.trainer_pt_utils import EvalLoopContainer
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
-from rlhf.data import Batch, Mixture, held, is_tokenised
+from rlhf.data import Batch, Mixture, in_memory, is_tokenised
 from rlhf.data.batch import IGNORE
 from rlhf.models import vocabulary_size
 from rlhf.models.positions import inputs_of
@@ -81,9 +81,9 @@ class Evaluating(Checkpointing):
         if not isinstance(dataset, Dataset | IterableDataset | Mixture):
             return dataset
         if not isinstance(dataset, Mixture) and is_tokenised(dataset):
-            return held(dataset)
+            return in_memory(dataset)
         model = self.accelerator.unwrap_model(self.model)
-        return held(self._prepare_rows(dataset, self.processing_class, self.args, vocabulary_size(model)))
+        return in_memory(self._prepare_rows(dataset, self.processing_class, self.args, vocabulary_size(model)))
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         # transformers' own may sort by length; predictions are in the order of the rows.
