@@ -50,7 +50,8 @@ class DistillConfig(GenerationArguments, TextConfig):
 
     # The loss
     divergence: str = option(
-        "generalized_jsd", "Between teacher and student; `rlhf losses NAME` explains it.", [*DIVERGENCES]
+        "generalized_jsd",
+        f"Between teacher and student: {', '.join(DIVERGENCES)}, or file.py:name; `rlhf losses NAME` explains it.",
     )
     temperature: float = option(1.0, "Divides the logits of both sides in the divergence.")
     scale_by_temperature: bool = option(
@@ -86,6 +87,7 @@ class DistillConfig(GenerationArguments, TextConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._take_over_names()
+        self.divergence = DIVERGENCES.name_of(self.divergence)
         if self.teacher_file is not None and self.teacher_model_name_or_path is not None:
             raise ValueError("teacher_file stands for a teacher: leave teacher_model_name_or_path out, or the file")
         if self.teacher_server_url is not None:

@@ -31,7 +31,7 @@ class Divergence:
     r"""The loss of a token: ``distillation_weight`` · D + ``crossentropy_weight`` · (- log q_y).
 
     Args:
-        name: of ``rlhf.losses.DIVERGENCES``.
+        name: of ``rlhf.losses.DIVERGENCES``, or ``file.py:name``.
         temperature: > 0, divides both sides' logits in D alone.
         options: what that function takes besides: ``beta``, ``alpha``, ``reverse``, ``scale_by_temperature``.
         distillation_weight: >= 0.
@@ -52,9 +52,7 @@ class Divergence:
     estimate: str = "tail"
 
     def __post_init__(self) -> None:
-        if self.name not in DIVERGENCES:
-            raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}; got {self.name!r}")
-        parameters = inspect.signature(DIVERGENCES[self.name]).parameters
+        parameters = inspect.signature(DIVERGENCES.find(self.name)).parameters
         for option in self.options:
             if option not in parameters:
                 raise ValueError(f"{self.name} takes no {option}: leave it out, or choose another divergence")
@@ -72,14 +70,14 @@ class Divergence:
         Returns:
             [N], before its weight.
         """
-        function = DIVERGENCES[self.name]
+        function = DIVERGENCES.find(self.name)
         return function(
             student_logits, teacher_logits, temperature=self.temperature, reduction="none", **self.options
         )  # fmt: skip
 
     def fused(self) -> Fused | None:
         """The function that gives D and its gradient together; None where autograd has to."""
-        function = DIVERGENCES[self.name]
+        function = DIVERGENCES.find(self.name)
         if function not in FUSED:
             return None
         parameters = inspect.signature(function).parameters

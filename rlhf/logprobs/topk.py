@@ -23,7 +23,7 @@ from rlhf.logprobs.head import Head, Predictions
 from rlhf.logprobs.objective import Comparison, HeadObjective, Scores
 from rlhf.logprobs.score import score
 from rlhf.logprobs.targets import Targets
-from rlhf.losses._top_k import between, outcomes
+from rlhf.losses import interpolated_kl, top_k_outcomes
 
 Estimate = Literal["tail", "truncate"]
 
@@ -164,8 +164,10 @@ class TopKDivergence(HeadObjective):
             log_q = log_q.detach().requires_grad_(with_grad)
             log_rest = None if rest is None else rest.log().requires_grad_(with_grad)
             # Without a tail nobody reads the rest.
-            student, other = outcomes(log_q, p_rest if log_rest is None else log_rest, p, p_rest, vocabulary, has_tail)
-            value = between(student, other, self.beta)
+            student, other = top_k_outcomes(
+                log_q, p_rest if log_rest is None else log_rest, p, p_rest, vocabulary, has_tail
+            )
+            value = interpolated_kl(student, other, self.beta)
             if not with_grad:
                 return value, log_q, None
             weight = self.distillation_weight / self.temperature

@@ -43,7 +43,9 @@ from rlhf.losses._divergences import (
     DIVERGENCES,
     alpha_divergence,
     distillation_loss,
+    divergence,
     generalized_jsd,
+    interpolated_kl,
     jensen_shannon,
     kl_divergence,
     skew_kl,
@@ -100,7 +102,7 @@ from rlhf.losses._representation import (
     triplet_loss,
 )
 from rlhf.losses._rewards import plackett_luce_loss, reward_loss
-from rlhf.losses._top_k import sampled_distillation_loss, top_k_jsd, top_k_kl
+from rlhf.losses._top_k import sampled_distillation_loss, top_k_jsd, top_k_kl, top_k_outcomes
 from rlhf.losses.modules import (
     ActorCriticLoss,
     AlphaDivergence,
@@ -235,6 +237,7 @@ __all__ = [
     "dapo_loss",
     "dft_loss",
     "distillation_loss",
+    "divergence",
     "dpo_loss",
     "dr_grpo_loss",
     "epsilon_insensitive_loss",
@@ -251,6 +254,7 @@ __all__ = [
     "hinge_loss",
     "huber_loss",
     "info_nce_loss",
+    "interpolated_kl",
     "jensen_shannon",
     "kl_divergence",
     "kl_estimate",
@@ -293,6 +297,7 @@ __all__ = [
     "token_logps",
     "top_k_jsd",
     "top_k_kl",
+    "top_k_outcomes",
     "total_variation",
     "triplet_loss",
     "truncated_importance_weights",

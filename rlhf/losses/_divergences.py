@@ -11,8 +11,10 @@ Where the two have different tokenizers: :func:`uld_loss` compares what needs no
 probabilities of the same stretches of text (:mod:`rlhf.distillation.alignment` finds them).
 """
 
+import inspect
 import math
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, Literal
 
 import torch
@@ -22,37 +24,84 @@ from torch import Tensor
 from rlhf.losses._checks import check_range, check_same_shape
 from rlhf.losses._classification import cross_entropy_loss
 from rlhf.losses._reduction import reducible, upcast
-
-_distributions = reducible("student_logits", "teacher_logits")
-
-
-def _log_probs(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """``(log q, log p)``."""
-    check_range("temperature", temperature, 0.0, math.inf, open_low=True)
-    check_same_shape(student_logits=student, teacher_logits=teacher)
-    if temperature != 1:  # else two passes over the logits for nothing
-        student, teacher = student / temperature, teacher / temperature
-    return student.log_softmax(-1), teacher.log_softmax(-1)
+from rlhf.losses.registry import Registry
 
 
-def _kl(p: Tensor, q: Tensor) -> Tensor:
+def of_logits(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of log-probs as a divergence of logits, with temperature, reduction, weight and mask.
+
+    Args:
+        function: ``function(log_q, log_p, ...)``, of the log-probs of student and teacher, [..., V]; returns [...].
+    Returns:
+        ``divergence(student_logits, teacher_logits, ..., temperature=1.0, *, scale_by_temperature=False, reduction=...,
+        weight=None, mask=None)``. Its other parameters are those of the function.
+    """
+    parameters = list(inspect.signature(function).parameters.values())[2:]
+    settings = [parameter for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    switches = [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+
+    @wraps(function)
+    def divergence_of_logits(
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        temperature: float = 1.0,
+        *,
+        scale_by_temperature: bool = False,
+        **options: Any,
+    ) -> Tensor:
+        check_range("temperature", temperature, 0.0, math.inf, open_low=True)
+        check_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
+        if temperature != 1:  # a division by 1 would be two passes over the logits
+            student_logits, teacher_logits = student_logits / temperature, teacher_logits / temperature
+        values = function(student_logits.log_softmax(-1), teacher_logits.log_softmax(-1), **options)
+        # Gradients of the divided logits are smaller by T^2.
+        return values * temperature**2 if scale_by_temperature else values
+
+    student, teacher, temperature, scale, _ = inspect.signature(
+        divergence_of_logits, follow_wrapped=False
+    ).parameters.values()
+    divergence_of_logits.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [student, teacher, *settings, temperature, *switches, scale], return_annotation=Tensor
+    )
+    return reducible("student_logits", "teacher_logits")(divergence_of_logits)
+
+
+DIVERGENCES: Registry[Callable[..., Tensor]] = Registry("divergence", of_logits)
+"""Divergences over the whole vocabulary by name. Filled by :func:`divergence`."""
+
+
+def divergence(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Register a function of log-probs as a divergence.
+
+    Args:
+        name: its key in :data:`DIVERGENCES`, and what ``--divergence`` takes.
+    Returns:
+        A decorator of ``function(log_q, log_p, ...)``: log-probs of the student and of the teacher, [..., V], to [...].
+        It returns the function as a divergence of logits, which also takes ``temperature``, ``scale_by_temperature``,
+        ``reduction``, ``weight`` and ``mask``.
+    Example:
+        >>> @divergence("squared")
+        ... def squared(log_q, log_p, power=2.0):
+        ...     return ((log_q.exp() - log_p.exp()).abs() ** power).sum(-1)
+        >>> squared(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]).log())
+        tensor(0.5000)
+        >>> del DIVERGENCES["squared"]
+    """
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        DIVERGENCES[name] = of_logits(function)
+        return DIVERGENCES[name]
+
+    return register
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p, q) of log-probs. Where p is 0 its term is 0, whatever q."""
-    return F.kl_div(q, p, reduction="none", log_target=True).masked_fill_(p == -math.inf, 0.0).sum(-1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).masked_fill_(log_p == -math.inf, 0.0).sum(-1)
 
 
-def _scaled(values: Tensor, temperature: float, scale_by_temperature: bool) -> Tensor:
-    return values * temperature**2 if scale_by_temperature else values
-
-
-@_distributions
-def kl_divergence(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    temperature: float = 1.0,
-    *,
-    reverse: bool = False,
-    scale_by_temperature: bool = False,
-) -> Tensor:
+@divergence("kl_divergence")
+def kl_divergence(log_q: Tensor, log_p: Tensor, *, reverse: bool = False) -> Tensor:
     r"""Forward KL covers what the teacher does; reverse KL keeps to what it does most.
 
     .. math:: \mathrm{KL}(p\,\|\,q) = \sum_v p_v\log\frac{p_v}{q_v}, \text{ or } \mathrm{KL}(q\,\|\,p)
@@ -65,19 +114,11 @@ def kl_divergence(
 
     Source: Kullback and Leibler 1951; temperature arXiv 1503.02531 §2.
     """
-    q, p = _log_probs(student_logits, teacher_logits, temperature)
-    return _scaled(_kl(q, p) if reverse else _kl(p, q), temperature, scale_by_temperature)
+    return _kl(log_q, log_p) if reverse else _kl(log_p, log_q)
 
 
-@_distributions
-def generalized_jsd(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    *,
-    scale_by_temperature: bool = False,
-) -> Tensor:
+@divergence("generalized_jsd")
+def generalized_jsd(log_q: Tensor, log_p: Tensor, beta: float = 0.5) -> Tensor:
     r"""Jensen–Shannon with a dial: KL(p, q) as beta → 0 and KL(q, p) as beta → 1, each divided by beta or 1 - beta.
 
     .. math:: \beta\,\mathrm{KL}(p\,\|\,m) + (1-\beta)\,\mathrm{KL}(q\,\|\,m),\; m = \beta p + (1-\beta) q
@@ -92,13 +133,27 @@ def generalized_jsd(
     Source: arXiv 2306.13649 eq. 1.
     """
     check_range("beta", beta, 0.0, math.nextafter(1.0, 2.0))
-    q, p = _log_probs(student_logits, teacher_logits, temperature)
-    if beta in (0, 1):
-        values = _kl(p, q) if beta == 0 else _kl(q, p)
-    else:
-        m = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
-        values = beta * _kl(p, m) + (1 - beta) * _kl(q, m)
-    return _scaled(values, temperature, scale_by_temperature)
+    return interpolated_kl(log_q, log_p, beta)
+
+
+def interpolated_kl(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
+    r"""The generalised Jensen–Shannon divergence of log-probs, and the two KLs at its ends.
+
+    Args:
+        log_q, log_p: [..., n], of student and teacher.
+        beta: in [0, 1]; 0 is KL(p, q), 1 is KL(q, p).
+    Returns:
+        [...].
+    Example:
+        >>> interpolated_kl(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.0, 1.0]).log(), 0.0)
+        tensor(0.6931)
+    """
+    if beta == 0:
+        return _kl(log_p, log_q)
+    if beta == 1:
+        return _kl(log_q, log_p)
+    mixture = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    return beta * _kl(log_p, mixture) + (1 - beta) * _kl(log_q, mixture)
 
 
 def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, **options: Any) -> Tensor:
@@ -117,16 +172,8 @@ def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, temperature: 
     return generalized_jsd(student_logits, teacher_logits, 0.5, temperature, **options)
 
 
-@_distributions
-def skew_kl(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    alpha: float = 0.1,
-    temperature: float = 1.0,
-    *,
-    reverse: bool = False,
-    scale_by_temperature: bool = False,
-) -> Tensor:
+@divergence("skew_kl")
+def skew_kl(log_q: Tensor, log_p: Tensor, alpha: float = 0.1, *, reverse: bool = False) -> Tensor:
     r"""KL against a mixture, which bounds the gradient where one side has no mass.
 
     .. math:: \mathrm{KL}(p\,\|\,\alpha p + (1-\alpha) q), \text{ or } \mathrm{KL}(q\,\|\,(1-\alpha) p + \alpha q)
@@ -141,33 +188,15 @@ def skew_kl(
     Source: DistiLLM, arXiv 2402.03898.
     """
     check_range("alpha", alpha, 0.0, 1.0)
-    q, p = _log_probs(student_logits, teacher_logits, temperature)
-    of, other = (q, p) if reverse else (p, q)
-    mixture = other if alpha == 0 else torch.logaddexp(of + math.log(alpha), other + math.log1p(-alpha))
-    return _scaled(_kl(of, mixture), temperature, scale_by_temperature)
+    first, second = (log_q, log_p) if reverse else (log_p, log_q)
+    if alpha == 0:
+        return _kl(first, second)
+    mixture = torch.logaddexp(first + math.log(alpha), second + math.log1p(-alpha))
+    return _kl(first, mixture)
 
 
-@_distributions
-def total_variation(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    r"""Half the summed difference of probabilities, in [0, 1]: how often the two can be told apart.
-
-    .. math:: \tfrac12\sum_v |p_v - q_v|
-
-    Example:
-        >>> apart = torch.tensor([[0.0, 200.0]])
-        >>> total_variation(apart, -apart)
-        tensor(1.)
-
-    Source: for distillation arXiv 2307.15190.
-    """
-    q, p = _log_probs(student_logits, teacher_logits, temperature)
-    return (p.exp() - q.exp()).abs().sum(-1) / 2
-
-
-@_distributions
-def alpha_divergence(
-    student_logits: Tensor, teacher_logits: Tensor, alpha: float = 0.5, temperature: float = 1.0
-) -> Tensor:  # fmt: skip
+@divergence("alpha_divergence")
+def alpha_divergence(log_q: Tensor, log_p: Tensor, alpha: float = 0.5) -> Tensor:
     r"""Amari's family between the two KLs.
 
     .. math:: \frac{1 - \sum_v p_v^\alpha q_v^{1-\alpha}}{\alpha(1-\alpha)}
@@ -182,21 +211,30 @@ def alpha_divergence(
     Source: Amari 1985; Minka 2005.
     """
     check_range("alpha", alpha, 0.0, math.nextafter(1.0, 2.0))
-    q, p = _log_probs(student_logits, teacher_logits, temperature)
     if alpha in (0, 1):
-        return _kl(p, q) if alpha == 1 else _kl(q, p)
-    # 1 - sum as -expm1 of its logarithm: exact where the two nearly agree.
-    return -torch.expm1((alpha * p + (1 - alpha) * q).logsumexp(-1)) / (alpha * (1 - alpha))
+        return _kl(log_p, log_q) if alpha == 1 else _kl(log_q, log_p)
+    log_overlap = (alpha * log_p + (1 - alpha) * log_q).logsumexp(-1)
+    # 1 - overlap as -expm1 of its logarithm: exact where the two nearly agree.
+    return -torch.expm1(log_overlap) / (alpha * (1 - alpha))
 
 
-DIVERGENCES: dict[str, Callable[..., Tensor]] = {
-    divergence.__name__: divergence
-    for divergence in (kl_divergence, generalized_jsd, skew_kl, alpha_divergence, total_variation)
-}
-"""Divergences over the whole vocabulary by name; each takes ``temperature`` and what else its signature names."""
+@divergence("total_variation")
+def total_variation(log_q: Tensor, log_p: Tensor) -> Tensor:
+    r"""Half the summed difference of probabilities, in [0, 1]: how often the two can be told apart.
+
+    .. math:: \tfrac12\sum_v |p_v - q_v|
+
+    Example:
+        >>> apart = torch.tensor([[0.0, 200.0]])
+        >>> total_variation(apart, -apart)
+        tensor(1.)
+
+    Source: for distillation arXiv 2307.15190.
+    """
+    return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
 
 
-@_distributions
+@reducible("student_logits", "teacher_logits")
 def uld_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     r"""How the two spread their mass, whatever the tokens: for different vocabularies.
 

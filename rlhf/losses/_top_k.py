@@ -12,60 +12,71 @@ import torch
 from torch import Tensor
 
 from rlhf.losses._checks import check_range, check_same_shape
-from rlhf.losses._divergences import _kl, _scaled
+from rlhf.losses._divergences import interpolated_kl
 from rlhf.losses._reduction import reducible
 
 _top_k = reducible("student_logits", "teacher_top_logps", "teacher_rest")
 
 
-def outcomes(
-    q: Tensor, q_rest: Tensor, p: Tensor, p_rest: Tensor, vocabulary: int, tail: bool
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Log-probs ``(q, p)`` [..., k + 1] of the kept tokens and of all others; [..., k] renormalised without the tail.
+def top_k_outcomes(
+    log_q: Tensor, log_q_rest: Tensor, log_p: Tensor, log_p_rest: Tensor, vocabulary: int, tail: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of the kept tokens and of all others, as two distributions of the same outcomes.
 
     Args:
-        q, p: [..., k], log-probs of the kept tokens. q_rest, p_rest: [...], log of the mass of all others.
+        log_q, log_p: [..., k], of the kept tokens under student and teacher.
+        log_q_rest, log_p_rest: [...], log of the mass of all others.
         vocabulary: V; at k = V there are no others.
+        tail: keep the others, as one outcome; without it the k are renormalised.
+    Returns:
+        ``(log_q, log_p)``, [..., k + 1], or [..., k] without others.
+    Example:
+        >>> half, rest = torch.tensor([0.5]).log(), torch.tensor(0.5).log()
+        >>> top_k_outcomes(half, rest, half, rest, 4, tail=True)[0].exp()
+        tensor([0.5000, 0.5000])
     """
     if not tail:
-        return q.log_softmax(-1), p.log_softmax(-1)
-    if q.size(-1) == vocabulary:
-        return q, p
-    least = math.log(torch.finfo(p.dtype).tiny)  # a rest of nothing: log 0 would make NaN of 0 * log 0
-    return torch.cat([q, q_rest[..., None]], -1), torch.cat([p, p_rest.clamp(min=least)[..., None]], -1)
+        return log_q.log_softmax(-1), log_p.log_softmax(-1)
+    if log_q.size(-1) == vocabulary:
+        return log_q, log_p
+    least = math.log(torch.finfo(log_p.dtype).tiny)  # a rest of nothing: log 0 would make NaN of 0 * log 0
+    log_p_rest = log_p_rest.clamp(min=least)
+    return torch.cat([log_q, log_q_rest[..., None]], -1), torch.cat([log_p, log_p_rest[..., None]], -1)
 
 
-def between(q: Tensor, p: Tensor, beta: float) -> Tensor:
-    """KL(p, q) at beta 0, KL(q, p) at beta 1, the generalised JSD between, of log-probs: [..., n] to [...]."""
-    if beta in (0, 1):
-        return _kl(p, q) if beta == 0 else _kl(q, p)
-    m = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
-    return beta * _kl(p, m) + (1 - beta) * _kl(q, m)
+def _log_rest(top_logps: Tensor) -> Tensor:
+    """Log of the mass that the k kept tokens leave, [...]."""
+    mass = -torch.expm1(top_logps.logsumexp(-1))
+    # Below this it is the rounding of a whole distribution.
+    least = torch.finfo(mass.dtype).eps * top_logps.size(-1)
+    return torch.where(mass > least, mass, torch.finfo(mass.dtype).tiny).log()
 
 
-def _values(
+def _divergence_of_top_k(
     student_logits: Tensor,
     teacher_top_logps: Tensor,
     teacher_top_ids: Tensor,
     teacher_rest: Tensor | None,
+    *,
+    beta: float,
     temperature: float,
     tail: bool,
-    beta: float,
+    scale_by_temperature: bool,
 ) -> Tensor:
     check_range("temperature", temperature, 0.0, math.inf, open_low=True)
     check_same_shape(teacher_top_logps=teacher_top_logps, teacher_top_ids=teacher_top_ids)
     if teacher_rest is None:
-        mass = -torch.expm1(teacher_top_logps.logsumexp(-1))
-        # Below this it is the rounding of a whole distribution.
-        least = torch.finfo(mass.dtype).eps * teacher_top_logps.size(-1)
-        teacher_rest = torch.where(mass > least, mass, torch.finfo(mass.dtype).tiny).log()
+        teacher_rest = _log_rest(teacher_top_logps)
     check_same_shape(teacher_rest=teacher_rest, teacher_top_logps=teacher_top_logps[..., 0])
     log_q = (student_logits / temperature).log_softmax(-1)
-    rest = teacher_rest
-    if tail and teacher_top_ids.size(-1) < log_q.size(-1):
-        rest = log_q.scatter(-1, teacher_top_ids, -math.inf).logsumexp(-1)
-    q = log_q.gather(-1, teacher_top_ids)
-    return between(*outcomes(q, rest, teacher_top_logps, teacher_rest, log_q.size(-1), tail), beta)
+    log_q_rest = teacher_rest  # not read without a tail
+    vocabulary = log_q.size(-1)
+    if tail and teacher_top_ids.size(-1) < vocabulary:
+        log_q_rest = log_q.scatter(-1, teacher_top_ids, -math.inf).logsumexp(-1)
+    log_q_kept = log_q.gather(-1, teacher_top_ids)
+    outcomes = top_k_outcomes(log_q_kept, log_q_rest, teacher_top_logps, teacher_rest, vocabulary, tail)
+    values = interpolated_kl(*outcomes, beta)
+    return values * temperature**2 if scale_by_temperature else values
 
 
 @_top_k
@@ -101,10 +112,16 @@ def top_k_kl(
 
     Source: the data-processing inequality; top-k caches: arXiv 2503.16870.
     """
-    values = _values(
-        student_logits, teacher_top_logps, teacher_top_ids, teacher_rest, temperature, tail, float(reverse)
+    return _divergence_of_top_k(
+        student_logits,
+        teacher_top_logps,
+        teacher_top_ids,
+        teacher_rest,
+        beta=1.0 if reverse else 0.0,
+        temperature=temperature,
+        tail=tail,
+        scale_by_temperature=scale_by_temperature,
     )
-    return _scaled(values, temperature, scale_by_temperature)
 
 
 @_top_k
@@ -135,8 +152,16 @@ def top_k_jsd(
     Source: arXiv 2306.13649 eq. 1, after the data-processing inequality.
     """
     check_range("beta", beta, 0.0, math.nextafter(1.0, 2.0))
-    values = _values(student_logits, teacher_top_logps, teacher_top_ids, teacher_rest, temperature, tail, beta)
-    return _scaled(values, temperature, scale_by_temperature)
+    return _divergence_of_top_k(
+        student_logits,
+        teacher_top_logps,
+        teacher_top_ids,
+        teacher_rest,
+        beta=beta,
+        temperature=temperature,
+        tail=tail,
+        scale_by_temperature=scale_by_temperature,
+    )
 
 
 @reducible("student_logits")

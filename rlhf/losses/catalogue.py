@@ -27,6 +27,7 @@ FAMILIES = {
 EXTENSION_POINTS = (
     "AdvantageEstimator",
     "advantage_estimator",
+    "divergence",
     "Pair",
     "PreferenceLoss",
     "preference_loss",

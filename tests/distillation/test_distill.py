@@ -256,11 +256,11 @@ def test_what_cannot_be(distill, caplog):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(divergence="kl"), "divergence must be one of kl_divergence, "),
+        (dict(divergence="kl"), "divergence 'kl' is unknown: one of kl_divergence, "),
         (dict(divergence="kl_divergence", beta=0.5), "kl_divergence takes no beta"),
         (dict(alpha=0.5), "generalized_jsd takes no alpha"),
         (dict(reverse=True), "generalized_jsd takes no reverse"),
-        (dict(divergence="total_variation", scale_by_temperature=True), "total_variation takes no scale_by_temp"),
+        (dict(divergence="total_variation", alpha=0.5), "total_variation takes no alpha"),
         (dict(beta=2.0), "beta must be in"),
         (dict(temperature=-1.0), "temperature must be in"),
         (dict(distillation_weight=-1.0), "distillation_weight must be at least 0"),

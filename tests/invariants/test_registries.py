@@ -7,12 +7,14 @@ import torch
 from conftest import close, sentences, tiny_model
 from datasets import Dataset
 
-from rlhf import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, OnlineDPOConfig
+from rlhf import DistillConfig, DistillTrainer, DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, OnlineDPOConfig
 from rlhf.losses import (
     ADVANTAGE_ESTIMATORS,
+    DIVERGENCES,
     POLICY_LOSSES,
     PREFERENCE_LOSSES,
     advantage_estimator,
+    divergence,
     gae,
     policy_loss,
     preference_loss,
@@ -30,7 +32,7 @@ def from_a_file(pair, beta=0.1, *, power=2):
 @pytest.fixture(autouse=True)
 def restored():
     """Entries that a test adds are gone after it."""
-    registries = (PREFERENCE_LOSSES, POLICY_LOSSES, ADVANTAGE_ESTIMATORS)
+    registries = (PREFERENCE_LOSSES, POLICY_LOSSES, ADVANTAGE_ESTIMATORS, DIVERGENCES)
     before = [dict(registry) for registry in registries]
     yield
     for registry, entries in zip(registries, before, strict=True):
@@ -222,3 +224,46 @@ def test_online_dpo_takes_what_is_registered(tmp_path):
     assert "plain" in OnlineDPOConfig(str(tmp_path), loss_type=plain, **args).loss_type
     with pytest.raises(ValueError, match="loss_type odpo reads margin, which sampled pairs do not have"):
         OnlineDPOConfig(str(tmp_path), loss_type="odpo", **args)
+
+
+# Divergences
+
+
+@pytest.fixture
+def distill(tmp_path, tokenizer, sft_rows):
+    def train(name, **changes):
+        args = DistillConfig(
+            str(tmp_path / "run"), divergence=name, max_steps=1, logging_steps=1, learning_rate=1e-3, report_to="none",
+            save_strategy="no", use_cpu=True, disable_tqdm=True, per_device_train_batch_size=4, **changes,
+        )  # fmt: skip
+        trainer = DistillTrainer(
+            tiny_model(), tiny_model(seed=1), args, train_dataset=sft_rows.select(range(4)), processing_class=tokenizer
+        )  # fmt: skip
+        trainer.train()
+        log = trainer.state.log_history[0]
+        assert math.isfinite(log["loss"]) and log["grad_norm"] > 0
+        return log["loss"], log["grad_norm"]
+
+    return train
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_every_divergence_trains(distill, name):
+    distill(name)
+
+
+def test_a_divergence_of_ones_own(distill, tmp_path):
+    @divergence("half_of_kl")
+    def half_of_kl(log_q, log_p, alpha=0.5):
+        return alpha * (log_p.exp() * (log_p - log_q)).sum(-1)
+
+    def plain(log_q, log_p):
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+    (tmp_path / "mine.py").write_text("def plain(log_q, log_p):\n    return (log_p.exp() * (log_p - log_q)).sum(-1)\n")
+    want = distill("kl_divergence", temperature=2.0, scale_by_temperature=True)
+    for name in (plain, f"{tmp_path}/mine.py:plain"):
+        close(distill(name, temperature=2.0, scale_by_temperature=True), want)
+    close(distill("half_of_kl", alpha=1.0, temperature=2.0, scale_by_temperature=True), want)
+    with pytest.raises(ValueError, match="takes no reverse"):
+        distill(plain, reverse=True)

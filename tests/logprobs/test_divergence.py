@@ -384,7 +384,7 @@ def test_models_are_compared_by_their_own_logits(name):
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match=r"divergence must be one of kl_divergence, generalized_jsd, .*; got 'jsd'"):
+    with pytest.raises(ValueError, match=r"divergence 'jsd' is unknown: one of kl_divergence, generalized_jsd, "):
         Divergence("jsd")
     with pytest.raises(ValueError, match="kl_divergence takes no beta"):
         Divergence("kl_divergence", options=dict(beta=0.5))

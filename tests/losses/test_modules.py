@@ -38,7 +38,7 @@ def test_a_module_is_its_function(module, want):
 def test_every_loss_function_has_a_module():
     wrapped = {m.function.__name__ for m in vars(modules).values() if isinstance(m, type) and hasattr(m, "function")}
     by_name = {f.__name__ for f in losses.POLICY_LOSSES.values()} | {"dpo_loss", "top_k_kl", "as_compute_loss"}
-    by_name |= {*EXTENSION_POINTS}
+    by_name |= {*EXTENSION_POINTS, "interpolated_kl"}  # of log-probs, not of logits
     functions = {
         n for n in losses.__all__ if n.endswith(("_loss", "_divergence", "_kl", "_jsd", "_entropy", "_shannon"))
     }

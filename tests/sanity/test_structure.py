@@ -82,8 +82,6 @@ def test_no_private_name_is_imported_across_folders(file):
         if source.split(".")[:2] != folder
         and any(part.startswith("_") and not part.startswith("__") for part in (*source.split("."), name))
     }
-    if file.name == "topk.py":
-        pytest.xfail("imports losses._top_k.outcomes")
     assert private == set()
 
 
