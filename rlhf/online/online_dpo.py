@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from rlhf.online.config import OnlineDPOConfig
+from rlhf.online.presets import OnlineDPOConfig
 from rlhf.online.trainer import PPOTrainer
 from rlhf.trainers.base import BaseConfig, Measures
 

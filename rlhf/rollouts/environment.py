@@ -72,7 +72,7 @@ class Episode:
     turns: list[Message] = field(default_factory=list)
     truncated: bool = False
 
-    def add_answer(self, answer: Completion, text: str) -> None:
+    def _add_answer(self, answer: Completion, text: str) -> None:
         """Append a turn of the policy."""
         self.ids += answer.ids
         self.sampled += [True] * len(answer.ids)
@@ -80,7 +80,7 @@ class Episode:
         self.turns.append({"role": "assistant", "content": text})
         self.truncated = answer.finish_reason == "length"
 
-    def add_observation(self, message: Message, ids: list[int]) -> None:
+    def _add_observation(self, message: Message, ids: list[int]) -> None:
         """Append a turn of the environment."""
         self.turns.append(message)
         self.ids += ids
@@ -131,7 +131,7 @@ def play(
         for number, (answer,) in zip(active, answers, strict=True):
             episode = episodes[number]
             text = str(tokenizer.decode(answer.ids, skip_special_tokens=True))
-            episode.add_answer(answer, text)
+            episode._add_answer(answer, text)
             reply = _reply(environments[number], text, number, turn)
             episode.reward += reply.reward
             # An answer that was cut has no end to reply to.
@@ -145,7 +145,7 @@ def play(
             if turn + 1 == max_turns or length + sampling.max_tokens > max_length:
                 episode.truncated = True
                 continue
-            episode.add_observation(message, observation_ids)
+            episode._add_observation(message, observation_ids)
             still_active.append(number)
         active = still_active
         if not active:

@@ -1,0 +1,138 @@
+"""Checks of a configuration before anything is loaded: values out of range, and options that would be ignored."""
+
+import logging
+from typing import Any
+
+import torch
+
+from rlhf.losses import POLICY_LOSSES, PREFERENCE_LOSSES
+
+logger = logging.getLogger(__name__)
+
+AT_LEAST_ONE = ("num_mini_batches", "num_iterations", "num_generations", "max_turns")
+ONLY_WITH_TOKEN_LOSSES = ("adaptive_kl_target", "early_stop_kl", "importance_sampling_cap", "off_policy_mask_threshold")
+PAIR_LENGTHS = ("chosen_lengths", "rejected_lengths")  # what sampled pairs have besides log-probs
+
+
+def check_config(args: Any) -> None:
+    """Refuse a configuration that cannot work, or an option that would be ignored.
+
+    Args:
+        args: a :class:`rlhf.PPOConfig` under its own names.
+    Raises:
+        ValueError: the option, what was found, and what to do.
+    """
+    _check_ranges(args)
+    _check_sampling(args)
+    _check_batch_sizes(args)
+    _check_advantages(args)
+    if args.advantage_estimator == "pairs":
+        _check_pairs(args)
+    else:
+        _check_policy_loss(args)
+
+
+def _check_ranges(args: Any) -> None:
+    for name in AT_LEAST_ONE:
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
+    args.check_sync()
+    if not 0 <= args.top_entropy_quantile <= 1:
+        raise ValueError(f"top_entropy_quantile must be in [0, 1], got {args.top_entropy_quantile}")
+    if args.scale_rewards not in ("group", "batch", "none"):
+        raise ValueError(f"scale_rewards must be group (True), batch or none (False), got {args.scale_rewards!r}")
+    bounds = args.reward_clip_range
+    if bounds is not None and (len(bounds) != 2 or not bounds[0] < bounds[1]):
+        raise ValueError(f"reward_clip_range is a least and a largest value, got {bounds}")
+    if args.kl_in == "reward" and args.kl_estimator != "k1":
+        raise ValueError(f"in the reward only k1 has the gradient of the KL, not {args.kl_estimator}: --kl_in loss")
+    args.kl_controller()  # checks its target and horizon
+
+
+def _check_sampling(args: Any) -> None:
+    if args.train_sampling_strategy != "random":
+        raise ValueError(
+            f"train_sampling_strategy {args.train_sampling_strategy}: prompts are drawn in a random order, or with "
+            "shuffle_dataset false in their own"
+        )
+    if args.temperature <= 0:
+        raise ValueError(f"temperature must be positive to explore, got {args.temperature}")
+    if args.max_completion_length >= args.limit():
+        raise ValueError(
+            f"max_completion_length {args.max_completion_length} leaves no room for a prompt in max_length "
+            f"{args.max_length}: raise max_length"
+        )
+    if args.dynamic_sampling and args.num_generations < 2:
+        raise ValueError("dynamic_sampling looks for groups of different rewards: num_generations must be above 1")
+    if args.sampling().reshapes:
+        logger.warning(
+            "top_p, top_k, min_p or repetition_penalty: samples come from another distribution than the policy's "
+            "own, which the loss takes them for; sampler_kl shows how far they are apart"
+        )
+
+
+def _check_batch_sizes(args: Any) -> None:
+    if args.tokens_per_batch is not None:
+        raise ValueError("tokens_per_batch is for data that is there before training: leave it out")
+    step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if step % args.completions_used:
+        raise ValueError(
+            f"a step takes {step} completions on each device (per_device_train_batch_size * "
+            f"gradient_accumulation_steps), which is no multiple of the {args.completions_used} of a prompt"
+        )
+    if args.advantage_estimator == "pairs" and args.per_device_train_batch_size % 2:
+        raise ValueError("pairs need an even per_device_train_batch_size")
+
+
+def _check_advantages(args: Any) -> None:
+    name, estimator = args.advantage_estimator, args.estimator()
+    if estimator.needs_group and args.num_generations < 2:
+        raise ValueError(f"{name} compares completions of a prompt: num_generations must be 2 or more")
+    reads_components = "reward_components" in estimator.reads
+    if args.multi_objective_aggregation == "normalize_then_sum" and name != "gdpo":
+        raise ValueError("normalize_then_sum is for the group estimator, with KL in the loss")
+    if reads_components and args.kl_in_reward:
+        raise ValueError("normalize_then_sum is for the group estimator, with KL in the loss")
+    if args.normalize_advantages and (estimator.is_per_token or name in ("best_of_n", "pairs")):
+        raise ValueError(f"normalize_advantages is for rloo, group and remax; {name} has whiten_advantages")
+    if args.uses_baselines and args.whiten_rewards:
+        raise ValueError(f"{name} subtracts the rewards of greedy answers, which are not whitened: no whiten_rewards")
+
+
+def _check_pairs(args: Any) -> None:
+    for name in ONLY_WITH_TOKEN_LOSSES:
+        if getattr(args, name) is not None:
+            raise ValueError(f"{name} is for losses of tokens, and pairs have none: leave it out")
+    if args.entropy_coef:
+        raise ValueError("entropy_coef is for losses of tokens, and pairs have none: leave it out")
+    if args.top_entropy_quantile < 1 or args.importance_sampling_level != "token":
+        raise ValueError("top_entropy_quantile and importance_sampling_level are for losses of tokens")
+    for column in PREFERENCE_LOSSES.find(args.loss_type).columns:
+        if column not in PAIR_LENGTHS and column not in args.loss_options:
+            raise ValueError(f"loss_type {args.loss_type} reads {column}, which sampled pairs do not have")
+    # The loss checks its options itself, now rather than at the first step.
+    one = torch.ones(1)
+    try:
+        args.pair_loss(one, one, one, one, **dict.fromkeys(PAIR_LENGTHS, one))
+    except TypeError as error:
+        raise ValueError(f"loss_type {args.loss_type}: {error}") from error
+
+
+def _check_policy_loss(args: Any) -> None:
+    loss = POLICY_LOSSES.find(args.loss_type)
+    reads_ratios = loss.token_ratios or loss.coupled
+    # Best-of-n is supervised: its loss needs no ratio in later steps either.
+    if not reads_ratios and args.advantage_estimator != "best_of_n" and not args.one_step_per_rollout:
+        raise ValueError(
+            f"loss_type {args.loss_type} has no ratio to the policy that sampled, so a rollout serves one step: "
+            "set num_iterations and num_mini_batches to 1, or take ppo"
+        )
+    args.objective()  # checks the options of the loss
+    # A longer sequence has more terms in these losses. (luspo is meant for ratios of sequences, weighted by length.)
+    sums_over_tokens = loss.mean == "tokens" or "max_completion_length" in loss.hyper_parameters
+    if args.importance_sampling_level == "sequence" and loss.token_ratios and sums_over_tokens:
+        logger.warning(
+            "importance_sampling_level sequence with loss_type %s weights each sequence by its completion length; "
+            "GSPO is loss_type grpo",
+            args.loss_type,
+        )
