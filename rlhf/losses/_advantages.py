@@ -105,10 +105,12 @@ def gae(
     .. math:: A_t = \delta_t + \gamma\lambda A_{t+1},\; \delta_t = r_t + \gamma V_{t+1} - V_t,\; R_t = A_t + V_t
 
     Args:
-        rewards, values: [..., T]; ``values[..., t]`` is the critic's before token t. After the last token V is 0.
-        gamma, lam: discount and lambda, in [0, 1].
-        mask: [..., T], True counts. A token that does not count (a tool's answer, padding on either side) is skipped
-            over: the next value and the running sum pass through it unchanged, without decay.
+        rewards: [..., T], of each token.
+        values: [..., T]; ``values[..., t]`` is the critic's before token t. After the last token V is 0.
+        gamma: discount, in [0, 1].
+        lam: lambda, in [0, 1].
+        mask: [..., T], True counts. A token that does not count (a tool's answer, padding on either side) is skipped:
+            the next value and the running sum pass through it unchanged, without decay.
     Returns:
         ``(advantages, returns)``, [..., T], at least float32, 0 where the mask is False. No gradient.
     Raises:
@@ -151,9 +153,11 @@ def whiten(
     """Mean 0 and variance 1 over what counts.
 
     Args:
-        values: any shape. mask: same shape, True counts.
-        shift_mean: False scales only, and keeps the mean (rewards, whose sign matters).
-        gather: under ``torch.distributed``, the mean and variance of all ranks' values together.
+        values: any shape.
+        mask: same shape, bool; True counts.
+        shift_mean: False scales only, and keeps the mean (for rewards, whose sign matters).
+        gather: under ``torch.distributed``, the mean and variance are those of all ranks' values together.
+        eps: added to the variance.
     Returns:
         Same shape, at least float32, 0 where the mask is False. Equal values become 0 (unshifted, they stay).
     Raises:
@@ -191,10 +195,11 @@ def group_advantages(
     .. math:: A_i = \frac{r_i - \mathrm{mean}_g}{\mathrm{std} + \epsilon}
 
     Args:
-        rewards: [S]; NaN where none could be had: it counts nowhere and gets 0.
-        group: int64 [S], the prompt of each.
-        scale: divide by the group's standard deviation (GRPO), the batch's, or not at all (Dr. GRPO).
+        rewards: [S]; NaN where there is none: it counts nowhere and gets 0.
+        group: int64 [S], the prompt of each completion.
+        scale: divide by the standard deviation of the group (GRPO), of the batch, or not at all (Dr. GRPO).
         gather: under ``torch.distributed``, the batch is that of all ranks together; a group is on one rank.
+        eps: added to the standard deviation.
     Returns:
         [S], at least float32; 0 in a group whose rewards are equal. No gradient.
     Raises:
@@ -230,9 +235,12 @@ def rloo_advantages(rewards: Tensor, group: Tensor) -> Tensor:
     .. math:: A_i = r_i - \frac{1}{k-1}\sum_{j\ne i} r_j
 
     Args:
-        rewards, group: as in :func:`group_advantages`.
-    Returns, Raises:
-        As in :func:`group_advantages`.
+        rewards: [S]; NaN where there is none: it counts nowhere and gets 0.
+        group: int64 [S], the prompt of each completion.
+    Returns:
+        [S], at least float32. No gradient.
+    Raises:
+        ValueError: shapes differ, or a group of one.
     Example:
         >>> rloo_advantages(torch.tensor([1.0, 3.0]), torch.tensor([0, 0]))
         tensor([-2.,  2.])
@@ -252,7 +260,9 @@ def reward_to_go(token_rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Ten
     .. math:: A_t = \sum_{u\ge t} \gamma^{u-t} r_u
 
     Args:
-        token_rewards: [..., T]. mask: [..., T], True counts. gamma: discount, in [0, 1].
+        token_rewards: [..., T].
+        mask: [..., T], True counts.
+        gamma: discount, in [0, 1].
     Returns:
         [..., T], at least float32, 0 where the mask is False. No gradient.
     Example:
@@ -274,7 +284,11 @@ def reward_to_go_of_group(
     r"""REINFORCE++ with a baseline: the mean reward of the prompt's completions is subtracted first.
 
     Args:
-        task_rewards: [S]. group: int64 [S]. penalties: [S, T]. mask: [S, T], True counts. gamma: in [0, 1].
+        task_rewards: [S], without the KL penalty.
+        group: int64 [S], the prompt of each completion.
+        penalties: [S, T], the KL penalty of each token.
+        mask: [S, T], True counts.
+        gamma: discount, in [0, 1].
     Returns:
         [S, T], at least float32, 0 where the mask is False. No gradient.
     Example:
@@ -295,7 +309,8 @@ def remax_advantages(rewards: Tensor, baselines: Tensor) -> Tensor:
     r"""ReMax: the reward of a greedy completion of the prompt is subtracted.
 
     Args:
-        rewards: [S]; NaN where there is none. baselines: [S].
+        rewards: [S]; NaN where there is none.
+        baselines: [S], the reward of a greedy completion.
     Returns:
         [S]; 0 where there is no reward.
     Example:
@@ -385,8 +400,10 @@ def truncated_importance_weights(
     .. math:: \min(\pi_{old}/\pi_{sampler}, C)
 
     Args:
-        old_logps: any shape, nats, by the trainer before its first update. sampling_logps: same, by the sampler.
-        cap: > 0, C. beyond: a larger weight becomes ``"cap"`` or ``"zero"`` (the token is left out).
+        old_logps: any shape, nats, by the trainer before its first update.
+        sampling_logps: same shape, nats, by the sampler.
+        cap: > 0, C.
+        beyond: a larger weight becomes ``"cap"`` or ``"zero"`` (the token is left out).
     Returns:
         Same shape, at least float32, without gradient; pass it as ``weight`` of the losses of :data:`POLICY_LOSSES`.
     Raises:
@@ -409,7 +426,9 @@ class AdaptiveKLController:
     """A KL coefficient that seeks a target: it grows while KL is above, by at most 20 % of the error a horizon.
 
     Args:
-        init_kl_coef: > 0, where it starts. target: > 0, KL of a whole sequence, nats. horizon: > 0, in sequences.
+        init_kl_coef: > 0, where it starts.
+        target: > 0, KL of a whole sequence, nats.
+        horizon: > 0, in sequences.
     Raises:
         ValueError: an argument out of range.
     Example:

@@ -22,6 +22,11 @@ def nca_pair_loss(pair: Pair, beta: float = 0.1) -> Tensor:
 
     .. math:: \ell(\beta s_w) + \tfrac12\ell(-\beta s_w) + \tfrac12\ell(-\beta s_l)
 
+    Args:
+        pair: chosen and rejected completions.
+        beta: > 0; larger stays nearer the reference.
+    Returns:
+        The loss of each pair, [S], before the reduction.
     Example:
         >>> z = torch.zeros(1)
         >>> nca_pair_loss(z, z, z, z)    # 2 log 2
@@ -42,7 +47,11 @@ def bco_pair_loss(pair: Pair, beta: float = 0.1, *, shift: float | Tensor = 0.0)
     .. math:: \ell(\beta s_w - \delta) + \ell(\delta - \beta s_l)
 
     Args:
-        shift: delta; the paper keeps a running mean of the rewards of both kinds there, TRL 0.
+        pair: chosen and rejected completions.
+        beta: > 0; larger stays nearer the reference.
+        shift: delta; a running mean of the rewards of both kinds in the paper, 0 in TRL.
+    Returns:
+        The loss of each pair, [S], before the reduction.
     Example:
         >>> z = torch.zeros(1)
         >>> bco_pair_loss(z, z, z, z)
@@ -62,6 +71,11 @@ def sppo_hard_loss(pair: Pair, beta: float = 0.1) -> Tensor:
 
     .. math:: (s_w - \tfrac{1}{2\beta})^2 + (s_l + \tfrac{1}{2\beta})^2
 
+    Args:
+        pair: chosen and rejected completions.
+        beta: > 0, 1 / eta; larger stays nearer the reference.
+    Returns:
+        The loss of each pair, [S], before the reduction.
     Example:
         >>> z = torch.zeros(1)
         >>> sppo_hard_loss(z, z, z, z, beta=0.5)
@@ -82,6 +96,11 @@ def apo_zero_loss(pair: Pair, beta: float = 0.1) -> Tensor:
 
     For chosen answers better than what the model writes itself.
 
+    Args:
+        pair: chosen and rejected completions.
+        beta: > 0; larger stays nearer the reference.
+    Returns:
+        The loss of each pair, [S], before the reduction.
     Example:
         >>> z = torch.zeros(1)
         >>> apo_zero_loss(z, z, z, z)
@@ -99,6 +118,11 @@ def apo_down_loss(pair: Pair, beta: float = 0.1) -> Tensor:
 
     .. math:: \sigma(\beta s_w) + 1 - \sigma(\beta\Delta)
 
+    Args:
+        pair: chosen and rejected completions.
+        beta: > 0; larger stays nearer the reference.
+    Returns:
+        The loss of each pair, [S], before the reduction.
     Example:
         >>> z = torch.zeros(1)
         >>> apo_down_loss(z, z, z, z)
@@ -116,6 +140,11 @@ def cal_dpo_loss(pair: Pair, beta: float = 0.1) -> Tensor:
 
     .. math:: \ell(\Delta) + (s_w - \tfrac{1}{2\beta})^2 + (s_l + \tfrac{1}{2\beta})^2
 
+    Args:
+        pair: chosen and rejected completions.
+        beta: > 0; larger stays nearer the reference.
+    Returns:
+        The loss of each pair, [S], before the reduction.
     Example:
         >>> z = torch.zeros(1)
         >>> cal_dpo_loss(z, z, z, z, beta=0.5)
@@ -136,8 +165,12 @@ def kto_pair_loss(pair: Pair, beta: float = 0.1, *, kl: float | Tensor = 0.0) ->
     .. math:: \tfrac12 [1 - \sigma(\beta(s_w - z))] + \tfrac12 [1 - \sigma(\beta(z - s_l))]
 
     Args:
-        kl: z >= 0, nats; an estimate of KL(policy to reference), e.g. the mean log-ratio of mismatched answers,
+        pair: chosen and rejected completions.
+        beta: > 0; larger stays nearer the reference.
+        kl: z >= 0, nats; an estimate of KL(policy to reference), for example the mean log-ratio of mismatched answers,
             bounded below at 0. For answers without a partner: :func:`kto_loss`.
+    Returns:
+        The loss of each pair, [S], before the reduction.
     Example:
         >>> z = torch.zeros(1)
         >>> kto_pair_loss(z, z, z, z)
@@ -167,11 +200,14 @@ def kto_loss(
     .. math:: \lambda_D[1 - \sigma(\beta(s - z))] \text{ if desirable, else } \lambda_U[1 - \sigma(\beta(z - s))]
 
     Args:
-        policy_logps, ref_logps: [S], nats, summed over completion tokens. labels: [S] bool, True is desirable.
-        beta: > 0. kl: z >= 0, nats; an estimate of KL(policy to reference), without gradient.
-        desirable_weight, undesirable_weight: lambdas; with n_D and n_U examples of each kind the paper advises
-            lambda_D n_D / (lambda_U n_U) in [1, 4/3].
-        reduction, weight, mask: as everywhere, [S].
+        policy_logps: [S], nats, summed over completion tokens; carries gradient.
+        ref_logps: [S], the same under the reference; constant.
+        labels: [S] bool, True is desirable.
+        beta: > 0; larger stays nearer the reference.
+        kl: z >= 0, nats; an estimate of KL(policy to reference), without gradient.
+        desirable_weight: lambda_D. With n_D and n_U examples of each kind, the paper advises lambda_D n_D / (lambda_U
+            n_U) in [1, 4/3].
+        undesirable_weight: lambda_U.
     Returns:
         Scalar, or [S] for ``"none"``; at least float32; 0 if nothing counts.
     Raises:
@@ -209,8 +245,14 @@ def aot_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.0) -> 
 
     The batch that is passed is the sample: the loss depends on what is in it, so pass all the pairs of a step.
 
+    There is no ``weight``, because a quantile belongs to no single pair.
+
     Args:
-        label_smoothing: in [0, 0.5). There is no ``weight``: a quantile belongs to no single pair.
+        pair: chosen and rejected completions.
+        beta: > 0; larger stays nearer the reference.
+        label_smoothing: chance that a pair is flipped, in [0, 0.5).
+    Returns:
+        The loss of each quantile, [S], before the reduction.
     Example:
         >>> z = torch.zeros(2)
         >>> aot_loss(z, z, z, z)
@@ -229,8 +271,12 @@ def aot_unpaired_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float =
 
     .. math:: \ell(\beta[\mathrm{sort}(s_w)_i - \mathrm{sort}(s_l)_i])
 
-    Arguments as in :func:`aot_loss`.
-
+    Args:
+        pair: chosen and rejected completions.
+        beta: > 0; larger stays nearer the reference.
+        label_smoothing: chance that a pair is flipped, in [0, 0.5).
+    Returns:
+        The loss of each quantile, [S], before the reduction.
     Example:
         >>> z = torch.zeros(2)
         >>> aot_unpaired_loss(z, z, z, z)
@@ -249,7 +295,11 @@ def simpo_loss(pair: Pair, beta: float = 2.0, *, simpo_gamma: float = 0.5) -> Te
     .. math:: \ell(\beta(\bar w - \bar l) - \gamma)
 
     Args:
-        simpo_gamma: >= 0, gamma; the paper finds gamma / beta of 0.3 to 0.5 good, and beta 2 to 10.
+        pair: chosen and rejected completions.
+        beta: > 0, the scale of the reward; 2 to 10 in the paper.
+        simpo_gamma: >= 0, gamma; the paper finds gamma / beta of 0.3 to 0.5 good.
+    Returns:
+        The loss of each pair, [S], before the reduction.
     Example:
         >>> z, n = torch.zeros(1), torch.tensor([4])
         >>> simpo_loss(z - 4, z - 8, chosen_lengths=n, rejected_lengths=n, simpo_gamma=1.0)    # 2 * (-1 + 2) - 1
@@ -268,9 +318,14 @@ def cpo_loss(pair: Pair, beta: float = 0.1, *, cpo_alpha: float = 1.0) -> Tensor
 
     .. math:: \ell(\beta(\log\pi(y_w) - \log\pi(y_l))) - \alpha\log\pi(y_w)
 
+    With ``chosen_lengths`` the likelihood term is per token, as TRL's is. Without them it is the paper's sum.
+
     Args:
-        chosen_lengths: given, the likelihood term is per token, as TRL's is; without them, the paper's sum.
+        pair: chosen and rejected completions.
+        beta: > 0, the scale of the margin.
         cpo_alpha: >= 0, alpha.
+    Returns:
+        The loss of each pair, [S], before the reduction.
     Example:
         >>> z = torch.zeros(1)
         >>> cpo_loss(z - 3, z - 3)
@@ -292,7 +347,10 @@ def orpo_loss(pair: Pair, beta: float = 0.1) -> Tensor:
               p_w = e^{\bar w},\; p_l = e^{\bar l}
 
     Args:
-        beta: the paper's lambda.
+        pair: chosen and rejected completions.
+        beta: > 0, the paper's lambda.
+    Returns:
+        The loss of each pair, [S], before the reduction.
     Example:
         >>> z, n = torch.zeros(1), torch.tensor([4])
         >>> orpo_loss(z - 4, z - 4, chosen_lengths=n, rejected_lengths=n)    # 1 + 0.1 log 2
@@ -318,7 +376,11 @@ def slic_loss(pair: Pair, beta: float = 1.0, *, slic_lambda: float = 0.1) -> Ten
     .. math:: \max(0, \beta - \log\pi(y_w) + \log\pi(y_l)) - \lambda\log\pi(y_w)
 
     Args:
-        beta: the margin, nats. slic_lambda: >= 0, lambda.
+        pair: chosen and rejected completions.
+        beta: > 0, the margin, nats.
+        slic_lambda: >= 0, lambda.
+    Returns:
+        The loss of each pair, [S], before the reduction.
     Example:
         >>> z = torch.zeros(1)
         >>> slic_loss(z - 3, z - 3)
@@ -337,8 +399,13 @@ def chosen_nll_loss(pair: Pair, beta: float = 0.1) -> Tensor:
 
     .. math:: -\bar w
 
-    ``beta`` is not read. The mean is over pairs, so a short answer weighs as much as a long one.
+    The mean is over pairs, so a short answer has the same weight as a long one.
 
+    Args:
+        pair: chosen and rejected completions.
+        beta: not read.
+    Returns:
+        The loss of each pair, [S], before the reduction.
     Example:
         >>> chosen_nll_loss(torch.tensor([-6.0]), chosen_lengths=torch.tensor([3]))
         tensor(2.)

@@ -25,9 +25,11 @@ def dpo_sigmoid_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 
     .. math:: (1-\epsilon)\,\ell(\beta\Delta) + \epsilon\,\ell(-\beta\Delta)
 
     Args:
+        pair: chosen and rejected completions.
+        beta: > 0; larger stays nearer the reference.
         label_smoothing: chance that a pair is flipped, in [0, 0.5).
     Returns:
-        log 2 where policy = reference.
+        The loss of each pair, [S], before the reduction; log 2 where policy = reference.
     Example:
         >>> z = torch.zeros(2)
         >>> dpo_sigmoid_loss(z, z, z, z)
@@ -45,7 +47,11 @@ def dpo_hinge_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.
     .. math:: \max(0, 1 - \beta\Delta)
 
     Args:
+        pair: chosen and rejected completions.
+        beta: > 0; larger stays nearer the reference.
         label_smoothing: chance that a pair is flipped, in [0, 0.5).
+    Returns:
+        The loss of each pair, [S], before the reduction.
     Example:
         >>> z = torch.zeros(2)
         >>> dpo_hinge_loss(z, z, z, z)
@@ -62,12 +68,15 @@ def ipo_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.0) -> 
 
     .. math:: (\Delta - \tfrac{1}{2\beta})^2
 
+    With ``chosen_lengths`` and ``rejected_lengths``, log-ratios are averaged over tokens first, as the authors advise
+    and as TRL and our ``DPOTrainer`` do. Without them they are the paper's sums.
+
     Args:
-        chosen_lengths, rejected_lengths: given both, log-ratios are averaged over them first, as the authors advise
-            and as TRL and our ``DPOTrainer`` do; without them, the paper's sums.
+        pair: chosen and rejected completions.
+        beta: > 0, the paper's tau; larger stays nearer the reference.
         label_smoothing: chance that a pair is flipped, in [0, 0.5).
     Returns:
-        ``1 / (4 beta**2)`` where policy = reference.
+        The loss of each pair, [S], before the reduction; ``1 / (4 beta**2)`` where policy = reference.
     Example:
         >>> z = torch.zeros(2)
         >>> ipo_loss(z, z, z, z, beta=0.1)
@@ -91,6 +100,11 @@ def sigmoid_norm_loss(pair: Pair, beta: float = 0.1) -> Tensor:
 
     .. math:: \ell(\beta(s_w/|y_w| - s_l/|y_l|))
 
+    Args:
+        pair: chosen and rejected completions.
+        beta: > 0; larger stays nearer the reference.
+    Returns:
+        The loss of each pair, [S], before the reduction.
     Example:
         >>> z, n = torch.zeros(1), torch.tensor([3])
         >>> sigmoid_norm_loss(z + 3, z, z, z, beta=2.0, chosen_lengths=n, rejected_lengths=n)
@@ -111,7 +125,11 @@ def robust_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.0) 
     .. math:: \frac{(1-\epsilon)\,\ell(\beta\Delta) - \epsilon\,\ell(-\beta\Delta)}{1-2\epsilon}
 
     Args:
-        label_smoothing: that share, in [0, 0.5).
+        pair: chosen and rejected completions.
+        beta: > 0; larger stays nearer the reference.
+        label_smoothing: the share of flipped pairs, in [0, 0.5).
+    Returns:
+        The loss of each pair, [S], before the reduction.
     Example:
         >>> z = torch.zeros(1)
         >>> robust_loss(z + 5, z, z, z, label_smoothing=0.1)
@@ -133,7 +151,11 @@ def exo_pair_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 1e-
     .. math:: q\log\frac{q}{1-\epsilon} + (1-q)\log\frac{1-q}{\epsilon},\; q = \sigma(\beta\Delta)
 
     Args:
-        label_smoothing: the data's doubt, in (0, 0.5); it cannot be 0.
+        pair: chosen and rejected completions.
+        beta: > 0; larger stays nearer the reference.
+        label_smoothing: chance that a pair is flipped, in (0, 0.5); it cannot be 0.
+    Returns:
+        The loss of each pair, [S], before the reduction.
     Example:
         >>> z = torch.zeros(1)
         >>> exo_pair_loss(z, z, z, z)
@@ -157,7 +179,11 @@ def discopop_loss(pair: Pair, beta: float = 0.1, *, discopop_tau: float = 0.05) 
     .. math:: (1-m)\,\ell(h) + m\,e^{-h},\; h = \beta\Delta,\; m = \sigma(h/\tau)
 
     Args:
+        pair: chosen and rejected completions.
+        beta: > 0; larger stays nearer the reference.
         discopop_tau: > 0, tau.
+    Returns:
+        The loss of each pair, [S], before the reduction.
     Example:
         >>> z = torch.zeros(1)
         >>> discopop_loss(z, z, z, z)
@@ -180,7 +206,11 @@ def dpop_loss(pair: Pair, beta: float = 0.1, *, dpop_lambda: float = 50.0) -> Te
     .. math:: \ell(\beta(\Delta - \lambda\max(0, -s_w)))
 
     Args:
+        pair: chosen and rejected completions.
+        beta: > 0; larger stays nearer the reference.
         dpop_lambda: >= 0, lambda.
+    Returns:
+        The loss of each pair, [S], before the reduction.
     Example:
         >>> z = torch.zeros(1)
         >>> dpop_loss(z - 1, z - 2, z, z, dpop_lambda=5.0)    # 1 - 5 * 1 = -4
@@ -200,8 +230,13 @@ def odpo_loss(pair: Pair, beta: float = 0.1) -> Tensor:
 
     .. math:: \ell(\beta\Delta - m)
 
+    The column ``margin`` is m, in units of the reward: [S], or a number. Without it the loss is DPO.
+
     Args:
-        margin: [S] or a number, in units of the reward; 0 is DPO.
+        pair: chosen and rejected completions.
+        beta: > 0; larger stays nearer the reference.
+    Returns:
+        The loss of each pair, [S], before the reduction.
     Example:
         >>> z = torch.zeros(1)
         >>> odpo_loss(z, z, z, z, margin=1.0)
@@ -219,7 +254,11 @@ def rpo_loss(pair: Pair, beta: float = 0.1, *, rpo_alpha: float = 1.0) -> Tensor
     .. math:: \ell(\beta\Delta) - \alpha \log\pi(y_w)/|y_w|
 
     Args:
+        pair: chosen and rejected completions.
+        beta: > 0; larger stays nearer the reference.
         rpo_alpha: >= 0, alpha.
+    Returns:
+        The loss of each pair, [S], before the reduction.
     Example:
         >>> z, n = torch.zeros(1), torch.tensor([4])
         >>> rpo_loss(z - 8, z - 8, z - 8, z - 8, chosen_lengths=n)    # log 2 + 8 / 4
@@ -241,7 +280,8 @@ def length_desensitized_logps(
 
     Args:
         logps: [N], nats, of the scored tokens, each sequence's in order and together (as ``Targets`` has them).
-        sequence: int64 [N] in [0, S), rising. public_lengths: [S], n, the same for both answers of a pair.
+        sequence: int64 [N] in [0, S), rising.
+        public_lengths: [S], n, the same for both answers of a pair.
         ld_alpha: alpha, in [0, 1]; 1 is the plain sum, 0 leaves the rest out.
     Returns:
         [S], at least float32; use it for policy and reference in any preference loss.
@@ -279,9 +319,14 @@ def tdpo_loss(pair: Pair, beta: float = 0.1, *, tdpo_alpha: float = 0.5) -> Tens
     .. math:: \ell(\beta\Delta - \alpha\beta(K_l - \mathrm{sg}\,K_w)),\;
               K = \sum_t \mathrm{KL}(\pi_{ref}(\cdot|y_{<t})\,\|\,\pi(\cdot|y_{<t}))
 
+    The columns ``chosen_kl`` and ``rejected_kl`` are K of each answer, in nats; ``rejected_kl`` carries gradient.
+
     Args:
-        chosen_kl, rejected_kl: [S], K of each answer, nats; rejected_kl carries gradient.
+        pair: chosen and rejected completions.
+        beta: > 0; larger stays nearer the reference.
         tdpo_alpha: >= 0, alpha; 0 is DPO.
+    Returns:
+        The loss of each pair, [S], before the reduction.
     Example:
         >>> z = torch.zeros(1)
         >>> tdpo_loss(z, z, z, z, chosen_kl=z, rejected_kl=z + 2, tdpo_alpha=0.5)
@@ -309,9 +354,14 @@ def beta_dpo_loss(
     .. math:: \ell(\beta'\Delta),\; \beta' = \beta\,[1 + \alpha(\bar M - M_0)],\; M = \beta\Delta
 
     Args:
-        beta_dpo_alpha: >= 0, alpha. threshold: M_0; the paper keeps a running mean of M there.
-        batch_margin: M-bar, the mean of M over what counts on all ranks, a number; by default the mean of the batch
-            that is passed. (What a mask hides counts there as a margin of 0, so give it with a mask.)
+        pair: chosen and rejected completions.
+        beta: > 0, before it is adapted.
+        beta_dpo_alpha: >= 0, alpha.
+        threshold: M_0; the paper keeps a running mean of M there.
+        batch_margin: M-bar, a number: the mean of M over all pairs that count on all ranks. By default it is the mean
+            of the batch that is passed, in which a masked pair counts as a margin of 0: pass it with a mask.
+    Returns:
+        The loss of each pair, [S], before the reduction.
     Example:
         >>> z = torch.zeros(1)
         >>> beta_dpo_loss(z + 10, z, z, z, beta_dpo_alpha=0.5)    # beta 0.15
@@ -340,7 +390,12 @@ def f_dpo_loss(
     ``"js"`` and :math:`(1 - e^{-\alpha s})/\alpha` for ``"alpha"`` (alpha → 0 is reverse, alpha = 1 forward KL).
 
     Args:
-        f_divergence_type: one of the four. f_alpha_divergence_coef: alpha, > 0.
+        pair: chosen and rejected completions.
+        beta: > 0; larger stays nearer the reference.
+        f_divergence_type: ``"reverse_kl"``, ``"forward_kl"``, ``"js"`` or ``"alpha"``.
+        f_alpha_divergence_coef: > 0, alpha.
+    Returns:
+        The loss of each pair, [S], before the reduction.
     Example:
         >>> z = torch.zeros(1)
         >>> f_dpo_loss(z + 1, z, z, z, beta=1.0, f_divergence_type="js")

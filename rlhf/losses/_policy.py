@@ -54,10 +54,12 @@ def ppo_loss(
     .. math:: -\min(\rho A, \mathrm{clip}(\rho, 1-\epsilon, 1+\epsilon_{high}) A)
 
     Args:
-        logps, old_logps, advantages: any one shape, with ``mask`` where it is padded.
-        clip_ratio: in (0, 1), epsilon. clip_ratio_high: epsilon above, DAPO's clip-higher (0.28); as below if None.
+        logps: any shape, with ``mask`` where it is padded; nats, carries gradient.
+        old_logps: same shape, nats, under the policy that sampled.
+        advantages: same shape.
+        clip_ratio: in (0, 1), epsilon.
+        clip_ratio_high: epsilon above 1, DAPO's clip-higher (0.28); None for ``clip_ratio``.
         dual_clip: > 1; for A < 0 the loss stops at ``-dual_clip * A`` (3 is usual); None for none.
-        reduction, weight, mask: as everywhere.
     Returns:
         Scalar, or the input's shape for ``"none"``; at least float32; 0 if nothing counts.
     Raises:
@@ -81,11 +83,14 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange_va
     .. math:: \tfrac12\max[(V - R)^2, (\mathrm{clip}(V, V_{old}-\epsilon, V_{old}+\epsilon) - R)^2]
 
     Args:
-        values: any shape, carries gradient. old_values, returns: same shape, constant.
+        values: any shape, carries gradient.
+        old_values: same shape, the critic's at sampling; constant.
+        returns: same shape, constant.
         cliprange_value: > 0, epsilon, in units of the return; None for the plain squared error.
-        reduction, weight, mask: as everywhere.
-    Returns, Raises:
-        As in :func:`ppo_loss`.
+    Returns:
+        Scalar, or the input's shape for ``"none"``; at least float32; 0 if nothing counts.
+    Raises:
+        ValueError: shapes differ, or a hyper-parameter is out of range.
     Example:
         >>> value_loss(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([2.0]))    # clipped to 0.2
         tensor(1.6200)
@@ -116,11 +121,16 @@ def actor_critic_loss(
     .. math:: -(R - \mathrm{sg}(V))\log\pi(a) + c_V\,(R - V)^2 - c_H H
 
     Args:
-        logps, values: any shape, carry gradient. returns: same shape. entropy: same shape, where it is wanted.
-        vf_coef, entropy_coef: c_V and c_H, >= 0.
-        reduction, weight, mask: as everywhere.
-    Returns, Raises:
-        As in :func:`ppo_loss`.
+        logps: any shape, nats, carries gradient.
+        values: same shape, carries gradient.
+        returns: same shape, constant.
+        entropy: same shape, nats; None leaves it out.
+        vf_coef: >= 0, c_V.
+        entropy_coef: >= 0, c_H.
+    Returns:
+        Scalar, or the input's shape for ``"none"``; at least float32; 0 if nothing counts.
+    Raises:
+        ValueError: shapes differ, or a hyper-parameter is out of range.
     Example:
         >>> actor_critic_loss(torch.tensor([-1.0]), torch.tensor([2.0]), torch.tensor([3.0]))    # 1 + 0.5
         tensor(1.5000)
@@ -140,7 +150,9 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, kind: str = "k3") -> Tensor:
     k3 = :math:`e^{-r} - 1 + r` (unbiased, never negative; as a loss its gradient is that of the *forward* KL).
 
     Args:
-        logps, ref_logps: any one shape, nats, of tokens that the policy sampled. kind: ``"k1"``, ``"k2"`` or ``"k3"``.
+        logps: any shape, nats, of tokens that the policy sampled.
+        ref_logps: same shape, under the reference.
+        kind: ``"k1"``, ``"k2"`` or ``"k3"``.
     Returns:
         Same shape, at least float32. In the reward only k1 is right (detached); in the loss only k2.
     Raises:

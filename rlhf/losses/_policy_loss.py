@@ -29,9 +29,22 @@ from torch import Tensor
 
 from rlhf.losses._checks import check_floating, check_same_shape
 from rlhf.losses._policy import MAX_LOG_RATIO, clamped_log_ratio, kl_estimate
-from rlhf.losses._reduction import reduce, upcast
+from rlhf.losses._reduction import document_options, reduce, upcast
 from rlhf.losses.registry import Registry
 
+TENSORS_HELP = {
+    "logps": "[N], nats, of the tokens that the policy sampled; carries gradient.",
+    "old_logps": "[N], nats, at sampling time; None where the policy that sampled is this one.",
+    "advantages": "[N], or [S]: one for each sequence; constant.",
+    "sequence": "int64 [N] in [0, S), the sequence of each token.",
+}
+OPTIONS_HELP = {
+    "ref_logps": "[N], nats, under the reference.",
+    "beta": ">= 0, weight of the KL to the reference (k3) in each token's loss.",
+    "num_sequences": "S; by default the largest sequence + 1.",
+    "weight": "[N], a factor on each token's loss; the divisor of the mean stays.",
+    "mask": "[N] bool, True counts.",
+}
 Mean = Literal["tokens", "sequences", "sums"]
 """How terms are averaged: over tokens; over sequences, of the means over their tokens; over sequences, of the sums."""
 
@@ -173,6 +186,8 @@ class PolicyLoss:
         own = list(inspect.signature(term).parameters.values())[1:]
         self.defaults = {parameter.name: parameter.default for parameter in own}
         self.__signature__ = _signature(own)
+        docstring = document_options(term.__doc__ or "", TENSORS_HELP, instead_of="tokens")
+        self.__doc__ = document_options(docstring, OPTIONS_HELP)
 
     @property
     def hyper_parameters(self) -> tuple[str, ...]:

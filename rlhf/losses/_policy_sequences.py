@@ -37,7 +37,12 @@ def ppo_tokens_loss(
     .. math:: -\frac1N\sum_t\min(\rho_t A_t, \mathrm{clip}(\rho_t, 1-\epsilon, 1+\epsilon_{high}) A_t)
 
     Args:
-        epsilon, epsilon_high: the clip below and above. dual_clip: as in :func:`ppo_loss`.
+        tokens: the sampled tokens.
+        epsilon: in (0, 1), the clip below 1.
+        epsilon_high: the clip above 1; None for ``epsilon``.
+        dual_clip: > 1; for A < 0 the loss stops at ``-dual_clip * A``; None for none.
+    Returns:
+        The loss of each token, [N]; a call returns their average, a scalar.
     Example:
         >>> x, ids = torch.tensor([0.0, 0.0, 0.0]), torch.tensor([0, 0, 1])
         >>> ppo_tokens_loss(x, x, torch.tensor([1.0, -3.0]), ids)
@@ -57,8 +62,12 @@ def grpo_loss(
     .. math:: \frac1S\sum_s\frac{1}{|s|}\sum_{t\in s}\mathrm{clip}_t
 
     Args:
-        epsilon, epsilon_high: the clip below and above. delta: > 0, the largest ratio that counts (two-sided clip,
-            above 1 + epsilon); None for none. Its KL to the reference: ``ref_logps`` and ``beta``.
+        tokens: the sampled tokens.
+        epsilon: in (0, 1), the clip below 1.
+        epsilon_high: the clip above 1; None for ``epsilon``.
+        delta: > 0, the largest ratio that counts (two-sided clip, above 1 + epsilon); None for none.
+    Returns:
+        The loss of each token, [N]; a call returns their average, a scalar.
     Example:
         >>> x, ids = torch.tensor([0.0, 0.0, 0.0]), torch.tensor([0, 0, 1])
         >>> grpo_loss(x, x, torch.tensor([1.0, -3.0]), ids)
@@ -83,7 +92,13 @@ def dr_grpo_loss(
     .. math:: \frac{1}{S\,L_{max}}\sum_t \mathrm{clip}_t
 
     Args:
-        max_completion_length: > 0, L_max. epsilon, epsilon_high, delta: as in :func:`grpo_loss`.
+        tokens: the sampled tokens.
+        epsilon: in (0, 1), the clip below 1.
+        epsilon_high: the clip above 1; None for ``epsilon``.
+        max_completion_length: > 0, L_max.
+        delta: > 0, the largest ratio that counts (two-sided clip, above 1 + epsilon); None for none.
+    Returns:
+        The loss of each token, [N]; a call returns their average, a scalar.
     Example:
         >>> x, ids = torch.tensor([0.0, 0.0, 0.0]), torch.tensor([0, 0, 1])
         >>> dr_grpo_loss(x, x, torch.tensor([1.0, -3.0]), ids, max_completion_length=2)    # (-2 + 3) / 4
@@ -102,7 +117,12 @@ def dapo_loss(
     r"""DAPO: clip-higher, averaged over all tokens, so that long answers are not diluted.
 
     Args:
-        epsilon, epsilon_high: the clip below and above. delta: as in :func:`grpo_loss`.
+        tokens: the sampled tokens.
+        epsilon: in (0, 1), the clip below 1.
+        epsilon_high: the clip above 1; None for ``epsilon``.
+        delta: > 0, the largest ratio that counts (two-sided clip, above 1 + epsilon); None for none.
+    Returns:
+        The loss of each token, [N]; a call returns their average, a scalar.
     Example:
         >>> x, ids = torch.tensor([0.0, 0.0, 0.0]), torch.tensor([0, 0, 1])
         >>> dapo_loss(x, x, torch.tensor([1.0, -3.0]), ids)    # (-1 - 1 + 3) / 3
@@ -120,7 +140,12 @@ def bnpo_loss(
     r"""PPO's clip averaged over the tokens of the batch (TRL's ``bnpo``): DAPO's without clip-higher.
 
     Args:
-        epsilon, epsilon_high: the clip below and above. delta: as in :func:`grpo_loss`.
+        tokens: the sampled tokens.
+        epsilon: in (0, 1), the clip below 1.
+        epsilon_high: the clip above 1; None for ``epsilon``.
+        delta: > 0, the largest ratio that counts (two-sided clip, above 1 + epsilon); None for none.
+    Returns:
+        The loss of each token, [N]; a call returns their average, a scalar.
     Example:
         >>> x, ids = torch.tensor([0.0, 0.0, 0.0]), torch.tensor([0, 0, 1])
         >>> bnpo_loss(x, x, torch.tensor([1.0, -3.0]), ids)
@@ -138,7 +163,12 @@ def luspo_loss(
     r"""Length-unbiased: the mean over sequences of their summed clipped losses.
 
     Args:
-        epsilon, epsilon_high: the clip below and above. delta: as in :func:`grpo_loss`.
+        tokens: the sampled tokens.
+        epsilon: in (0, 1), the clip below 1.
+        epsilon_high: the clip above 1; None for ``epsilon``.
+        delta: > 0, the largest ratio that counts (two-sided clip, above 1 + epsilon); None for none.
+    Returns:
+        The loss of each token, [N]; a call returns their average, a scalar.
     Example:
         >>> x, ids = torch.tensor([0.0, 0.0, 0.0]), torch.tensor([0, 0, 1])
         >>> luspo_loss(x, x, torch.tensor([1.0, -3.0]), ids)    # (-2 + 3) / 2
@@ -156,7 +186,11 @@ def gspo_loss(tokens: Tokens, epsilon: float = 3e-4, epsilon_high: float | None 
     .. math:: -\frac1S\sum_s\min(\rho_s A_s, \mathrm{clip}(\rho_s) A_s),\; \rho_s = e^{\frac1{|s|}\sum_t\log\rho_t}
 
     Args:
-        epsilon, epsilon_high: the clip below and above; a thousandth of PPO's, as a mean of log-ratios moves little.
+        tokens: the sampled tokens.
+        epsilon: in (0, 1), the clip below 1; a thousandth of PPO's, because a mean of log-ratios moves little.
+        epsilon_high: the clip above 1; None for ``epsilon``.
+    Returns:
+        The loss of each token, [N]; a call returns their average, a scalar.
     Example:
         >>> x, ids = torch.tensor([0.0, 0.0, 0.0]), torch.tensor([0, 0, 1])
         >>> gspo_loss(x, x, torch.tensor([1.0, -3.0]), ids)
@@ -180,7 +214,10 @@ def gmpo_loss(tokens: Tokens, epsilon: float = 0.4) -> Tensor:
               \mathrm{clip}(\log\rho_t, -\epsilon, \epsilon)
 
     Args:
+        tokens: the sampled tokens.
         epsilon: > 0, of the log-ratio.
+    Returns:
+        The loss of each token, [N]; a call returns their average, a scalar.
     Example:
         >>> x, ids = torch.tensor([0.0, 0.0, 0.0]), torch.tensor([0, 0, 1])
         >>> gmpo_loss(x, x, torch.tensor([1.0, -3.0]), ids)
@@ -205,7 +242,10 @@ def cispo_loss(tokens: Tokens, max_ratio: float = 5.0) -> Tensor:
     .. math:: -\frac1N\sum_t\mathrm{sg}(\min(\rho_t, \rho_{max}))\,A_t\log\pi(a_t)
 
     Args:
+        tokens: the sampled tokens.
         max_ratio: > 0, the cap of the ratio *itself* (TRL's ``epsilon_high``; verl's is this minus 1).
+    Returns:
+        The loss of each token, [N]; a call returns their average, a scalar.
     Example:
         >>> x, ids = torch.tensor([-1.0, -1.0, -2.0]), torch.tensor([0, 0, 1])
         >>> cispo_loss(x, x, torch.tensor([1.0, -3.0]), ids)    # (1 + 1 - 6) / 3
@@ -225,7 +265,11 @@ def sapo_loss(tokens: Tokens, temperature: float = 1.0, temperature_negative: fl
     .. math:: -\frac{4}{\tau}\sigma(\tau(\rho - 1)) A,\; \tau \text{ by the sign of A}
 
     Args:
-        temperature, temperature_negative: > 0, tau for A > 0 and for A <= 0.
+        tokens: the sampled tokens.
+        temperature: > 0, tau for A > 0.
+        temperature_negative: > 0, tau for A <= 0.
+    Returns:
+        The loss of each token, [N]; a call returns their average, a scalar.
     Example:
         >>> x, ids = torch.tensor([0.0, 0.0]), torch.tensor([0, 1])
         >>> sapo_loss(x, x, torch.tensor([1.0, 1.0]), ids)    # 4 sigmoid(0)
@@ -251,7 +295,13 @@ def vespo_loss(
               \phi(w) = e^{\lambda(1 - w)} w^k,\; w_s = \prod_{t\in s}\rho_t
 
     Args:
-        k_pos, lambda_pos: power and decay for A >= 0; k_neg, lambda_neg: for A < 0. All >= 0.
+        tokens: the sampled tokens.
+        k_pos: >= 0, power for A >= 0.
+        lambda_pos: >= 0, decay for A >= 0.
+        k_neg: >= 0, power for A < 0.
+        lambda_neg: >= 0, decay for A < 0.
+    Returns:
+        The loss of each token, [N]; a call returns their average, a scalar.
     Example:
         >>> x, ids = torch.tensor([-1.0, -1.0, -2.0]), torch.tensor([0, 0, 1])
         >>> vespo_loss(x, x, torch.tensor([1.0, -3.0]), ids)    # phi(1) = 1: (1 + 1 - 6) / 3
@@ -276,6 +326,10 @@ def reinforce_loss(tokens: Tokens) -> Tensor:
 
     .. math:: -\frac1N\sum_t A_t\log\pi(a_t)
 
+    Args:
+        tokens: the sampled tokens.
+    Returns:
+        The loss of each token, [N]; a call returns their average, a scalar.
     Example:
         >>> reinforce_loss(torch.tensor([-1.0, -2.0]), None, torch.tensor([1.0, 3.0]), torch.tensor([0, 1]))
         tensor(3.5000)
@@ -291,6 +345,10 @@ def rloo_loss(tokens: Tokens) -> Tensor:
 
     .. math:: -\frac1S\sum_s A_s\sum_{t\in s}\log\pi(a_t)
 
+    Args:
+        tokens: the sampled tokens.
+    Returns:
+        The loss of each token, [N]; a call returns their average, a scalar.
     Example:
         >>> ids = torch.tensor([0, 0, 1])
         >>> rloo_loss(torch.tensor([-1.0, -2.0, -4.0]), None, torch.tensor([1.0, -1.0]), ids)    # (3 - 4) / 2

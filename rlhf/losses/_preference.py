@@ -26,12 +26,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf.losses._checks import check_floating, check_range, check_same_shape, check_sum
-from rlhf.losses._reduction import SHARED_OPTIONS, Reduction, hide, reduce
+from rlhf.losses._reduction import SHARED_HELP, SHARED_OPTIONS, Reduction, document_options, hide, reduce
 from rlhf.losses.registry import Registry, arguments_of
 
 SUMS = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
 POLICY_SUMS = SUMS[:2]
 LENGTHS = ("chosen_lengths", "rejected_lengths")
+SUMS_HELP = {
+    "policy_chosen": "[S], nats, summed over the tokens of the chosen completion; carries gradient.",
+    "policy_rejected": "[S], the same of the rejected completion.",
+    "ref_chosen": "[S], the chosen completion under the reference; constant.",
+    "ref_rejected": "[S], the rejected completion under the reference; constant.",
+}
+COLUMN_HELP = {
+    "chosen_lengths": "[S], tokens of the chosen completion.",
+    "rejected_lengths": "[S], tokens of the rejected completion.",
+    "margin": "[S] or a number, the wanted difference of the rewards.",
+    "chosen_kl": "[S], nats, KL of the chosen completion to the reference.",
+    "rejected_kl": "[S], nats, KL of the rejected completion to the reference.",
+}
 
 
 @dataclass(frozen=True)
@@ -119,6 +132,7 @@ class PreferenceLoss:
         self.default_beta = beta.default
         self.hyper_parameters = tuple(parameter.name for parameter in hyper_parameters)
         self.__signature__ = self._signature(beta, hyper_parameters)
+        self.__doc__ = self._document(function.__doc__ or "")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -151,6 +165,14 @@ class PreferenceLoss:
         losses = self.function(Pair(columns, mask), beta, **options)
         check_sum(self.__name__, reduction, losses.numel())
         return reduce(losses, reduction, weight, mask)
+
+    def _document(self, docstring: str) -> str:
+        """The docstring of the function, with the parameters of the call instead of the pair."""
+        sums = {name: text if name in self.sums else "not read." for name, text in SUMS_HELP.items()}
+        docstring = document_options(docstring, sums, instead_of="pair")
+        columns = {name: COLUMN_HELP.get(name, "[S], a column of the rows.") for name in self.columns}
+        shared = {name: text for name, text in SHARED_HELP.items() if name in inspect.signature(self).parameters}
+        return document_options(docstring, columns | shared)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         for name in options:
@@ -296,8 +318,10 @@ def dpo_loss(
       ``beta * (policy_logps - ref_logps)``.)
 
     Args:
-        policy_chosen, policy_rejected: [S], nats, summed over completion tokens; carry gradient.
-        ref_chosen, ref_rejected: [S], the same under the reference; constant.
+        policy_chosen: [S], nats, summed over the tokens of the chosen completion; carries gradient.
+        policy_rejected: [S], the same of the rejected completion.
+        ref_chosen: [S], the chosen completion under the reference; constant.
+        ref_rejected: [S], the rejected completion under the reference; constant.
         beta: > 0; larger stays nearer the reference.
         loss_type: a key of :data:`PREFERENCE_LOSSES`, a callable, or ``file.py:name``; or several: MPO is
             ``["sigmoid", "bco_pair", "sft"]``.

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, Literal
 
@@ -78,25 +78,29 @@ SHARED_HELP = {
 }
 
 
-def document_options(docstring: str, options: list[str]) -> str:
-    """Add a line for each option that a decorator gives to a function.
+def document_options(docstring: str, options: Mapping[str, str], instead_of: str | None = None) -> str:
+    """Describe the parameters that a decorator gives to a function.
 
     Args:
         docstring: of the function, which describes its own parameters.
-        options: names in :data:`SHARED_HELP`; the ones that the docstring describes are left out.
+        options: name to description; the ones that the docstring describes are left out.
+        instead_of: a parameter that the decorator takes away; its line gives way to those of the options.
     Returns:
-        The docstring, with the lines at the end of its ``Args``; unchanged if it has none.
+        The docstring, with the lines in that place, or at the end of its ``Args``; unchanged if it has none.
     """
     docstring = inspect.cleandoc(docstring)
     section = re.search(r"^Args:\n((?:[ ].*\n|\n)*)", docstring, re.MULTILINE)
     if section is None:
         return docstring
     lines = [
-        f"    {name}: {SHARED_HELP[name]}\n"
-        for name in options
+        f"    {name}: {text}\n"
+        for name, text in options.items()
         if not re.search(rf"^    {name}:", section[1], re.MULTILINE)
     ]
-    return docstring[: section.end()] + "".join(lines) + docstring[section.end() :]
+    start = end = section.end()
+    if instead_of is not None and (line := re.search(rf"^    {instead_of}: .*\n", section[0], re.MULTILINE)):
+        start, end = section.start() + line.start(), section.start() + line.end()
+    return docstring[:start] + "".join(lines) + docstring[end:]
 
 
 def reducible(*inputs: str, labels: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Tensor]]:
@@ -141,7 +145,7 @@ def reducible(*inputs: str, labels: str | None = None) -> Callable[[Callable[...
 
         added = SHARED_OPTIONS if labels is None else [_option("ignore_index", -100, int), *SHARED_OPTIONS]
         call.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
-        call.__doc__ = document_options(loss.__doc__ or "", [option.name for option in added])
+        call.__doc__ = document_options(loss.__doc__ or "", {option.name: SHARED_HELP[option.name] for option in added})
         return call
 
     return decorate

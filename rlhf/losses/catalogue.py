@@ -83,8 +83,12 @@ def entries() -> list[Entry]:
 
 
 def find(name: str) -> Entry:
-    """By exported name, by key of PREFERENCE_LOSSES or POLICY_LOSSES.
+    """The loss of a name.
 
+    Args:
+        name: an exported name, or a key of PREFERENCE_LOSSES or POLICY_LOSSES.
+    Returns:
+        Its entry.
     Raises:
         ValueError: no such loss; names the nearest.
     """
@@ -115,8 +119,11 @@ def advise(
     Args:
         task: regression, binary, multiclass, language-model, embeddings, distillation, preferences, reward or rl.
         imbalance: share of the rarer class, in (0, 0.5]; None where it does not matter.
-        outliers: some targets are far off. noise: share of labels thought wrong, in [0, 0.5).
+        outliers: some targets are far off.
+        noise: share of labels thought wrong, in [0, 0.5).
         pairs: preferences come as pairs, not as single answers marked good or bad.
+    Returns:
+        Recommendations, the first one first.
     Raises:
         ValueError: an unknown task, or a share out of range.
     """

@@ -182,8 +182,8 @@ class CombinedLoss(nn.Module):
         weights: name to w, default 1.
         scheme: ``"sum"`` · ``"scaled"``: each part divided by its own present value, so that all pull alike whatever
             their units (a part that is 0 stays 0) · ``"uncertainty"``: the s are learned (``log_variances``).
-    Returns:
-        From a call, ``(total, {name: value of the part})``; the values carry no gradient.
+    A call returns ``(total, {name: value of the part})``; the values carry no gradient.
+
     Raises:
         ValueError: no parts, a weight for no part, or an unknown scheme.
     Example:
