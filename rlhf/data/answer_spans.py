@@ -20,6 +20,7 @@ _EMPTY_THOUGHT = re.compile(
     re.IGNORECASE,
 )
 _OPEN_THOUGHT = re.compile(r"(?:<[\w:]*think\w*>\s*)?$", re.IGNORECASE)
+_NEVER = r"(?!)"  # a pattern that matches nothing
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -44,7 +45,6 @@ class AnswerSpans:
         self.messages = marked.messages
         self.parts = marked.parts
         self.rendering = rendering
-        self.special = special_token_pattern(template.tokenizer)
         matches = list(MARKS.finditer(rendering))
         self.mark_starts = [match.start() for match in matches]
         # A template may write a text twice: its first place counts, so it is entered last.
@@ -138,7 +138,7 @@ class AnswerSpans:
         else:
             shared = self._end_of_last(index, part, follows, content_end)
         token_ends = self._special_ends(follows, content_end, shared)
-        if not token_ends and later_positions and self.special:
+        if not token_ends and later_positions:
             token_ends = self._end_before_more(index, part, follows, content_end)
         if token_ends:
             return AnswerEnd(base + token_ends[-1], True)
@@ -174,8 +174,7 @@ class AnswerSpans:
         return _text_behind(part, self.template.render(messages))
 
     def _special_ends(self, text: str, start: int, stop: int) -> list[int]:
-        """The places behind special tokens in ``text``."""
-        return [token.end() for token in self.special.finditer(text, start, stop)] if self.special else []
+        return special_token_ends(self.template.tokenizer, text, start, stop)
 
     # The template's own marks
 
@@ -215,14 +214,26 @@ def _text_behind(part: Part, text: str) -> str:
     return text[text.index(part.mark) + 1 :] if part.mark in text else ""
 
 
-def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """A pattern of all added tokens, longest first; None if there are none."""
-    # It is cached: every row needs it, and some tokenizers have a thousand. The key changes when tokens are added.
-    return _pattern_of_added_tokens(tokenizer, len(tokenizer), tokenizer.eos_token)
+def special_token_ends(tokenizer: PreTrainedTokenizerBase, text: str, start: int, stop: int) -> list[int]:
+    """Find special tokens in a part of a text.
+
+    Args:
+        tokenizer: All of its added tokens are found.
+        text: The text.
+        start: First character of the part.
+        stop: The character behind the part.
+
+    Returns:
+        The place behind each token, in order.
+    """
+    # The pattern is cached: every row needs it, and some tokenizers have a thousand added tokens. The further arguments
+    # are a part of the key, as they change when tokens are added.
+    pattern = _pattern_of_added_tokens(tokenizer, len(tokenizer), tokenizer.eos_token)
+    return [token.end() for token in pattern.finditer(text, start, stop)]
 
 
 @lru_cache(4)
-def _pattern_of_added_tokens(tokenizer: PreTrainedTokenizerBase, *state: Any) -> re.Pattern[str] | None:
+def _pattern_of_added_tokens(tokenizer: PreTrainedTokenizerBase, *state: Any) -> re.Pattern[str]:
     contents = {str(token.content) for token in tokenizer.added_tokens_decoder.values()}
-    words = sorted(filter(str.strip, contents), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, words))) if words else None
+    longest_first = sorted(filter(str.strip, contents), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or _NEVER)

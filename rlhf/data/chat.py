@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.formats import Dialogue, Message, Turns
-from rlhf.data.messages import ASSISTANT
+from rlhf.data.messages import ASSISTANT, is_trained
 from rlhf.data.prompts import common_length
 from rlhf.data.rendering import Rendering, locate_answers, locate_lost_answer, split_prefill
 from rlhf.data.templates import PROBE, ChatTemplate
@@ -143,10 +143,9 @@ def split_turns(dialogue: Dialogue) -> list[Dialogue]:
     for completion in dialogue.completions:
         turns = [*dialogue.prompt, *_messages(completion)]
         for index in range(len(dialogue.prompt), len(turns)):
-            turn = turns[index]
-            if turn["role"] == ASSISTANT and turn.get("weight", 1):
-                answer = Dialogue(turns[:index], ([turn],), dialogue.tools, dialogue.template_kwargs)
-                dialogues.append(answer)
+            if is_trained(turns[index]):
+                answer = [turns[index]]
+                dialogues.append(Dialogue(turns[:index], (answer,), dialogue.tools, dialogue.template_kwargs))
     return dialogues
 
 
@@ -214,12 +213,11 @@ def _encode_turns(template: ChatTemplate, prompt: list[Message], completion: Tur
 
     answers = sum(message["role"] == ASSISTANT for message in messages[first:])
     scored_spans = sum(start < stop for start, stop in spans)
-    first_message = messages[first]
     return _EncodedTurns(
         ids=ids,
         is_scored=is_scored,
         border=min((start for start, _ in spans), default=len(ids)),
-        opens_with_answer=first_message["role"] == ASSISTANT and bool(first_message.get("weight", 1)),
+        opens_with_answer=is_trained(messages[first]),
         answers=answers,
         scored_answers=min(scored_spans, answers),  # an answer may have several spans
         notes=tuple(note.text for note in notes),

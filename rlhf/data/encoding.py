@@ -32,7 +32,7 @@ from rlhf.data.formats import (
     sft_dialogue,
     unpaired_dialogue,
 )
-from rlhf.data.messages import ASSISTANT, describe_type
+from rlhf.data.messages import ASSISTANT, describe_type, is_trained
 from rlhf.data.prompts import roles_of
 from rlhf.data.tables import JsonText
 from rlhf.data.tokenised_rows import NOTHING_SCORED, TokenisedRow
@@ -313,10 +313,9 @@ def _nothing_to_learn(dialogue: Dialogue) -> str | None:
     (turns,) = dialogue.completions
     if isinstance(turns, str):
         return None
-    answers = [turn for turn in turns if turn["role"] == ASSISTANT]
-    if any(turn.get("weight", 1) for turn in answers):
+    if any(is_trained(turn) for turn in turns):
         return None
-    if answers:
+    if any(turn["role"] == ASSISTANT for turn in turns):
         return "whose answers are all marked not to be learned"
     return f"without an assistant's turn (roles: {roles_of(turns)}; --roles theirs=assistant says which it is)"
 

@@ -112,6 +112,11 @@ def _check_content(message: Message, location: str) -> None:
         raise ValueError(f"{location}: the assistant's answer is empty")
 
 
+def is_trained(message: Message) -> bool:
+    """Whether a message is an answer that is trained: the assistant's, with a weight that is not 0."""
+    return message["role"] == ASSISTANT and bool(message.get("weight", 1))
+
+
 # Content
 
 

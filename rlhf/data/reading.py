@@ -2,6 +2,7 @@
 
 import glob
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -88,18 +89,18 @@ def _from_files(files: list[Path], split: str, streaming: bool) -> Rows:
         if suffix(file) not in _FORMATS:
             raise ValueError(f"{file}: cannot tell the format; rename it to one of {', '.join(_FORMATS)}")
     parquet_files = [file for file in files if suffix(file) == _PARQUET]
-    if parquet_files and len(parquet_files) < len(files):
+    if not parquet_files:
+        return _slice({"train": _from_text(files, streaming)}, split)
+    if len(parquet_files) < len(files):
         other = next(file for file in files if file not in parquet_files)
         raise ValueError(f"{parquet_files[0]} and {other.name} are of two kinds: name them as two data sets")
+    return _slice({"train": _from_parquet(files, streaming)}, split)
+
+
+def _from_text(files: list[Path], streaming: bool) -> Rows:
     if streaming:
-        stream = _from_parquet(files, streaming) if parquet_files else _stream_of_text(files)
-        return _slice_stream({"train": stream}, split)
-    rows = _from_parquet(files, streaming) if parquet_files else as_table(files)
-    return _slice({"train": rows}, split)
-
-
-def _stream_of_text(files: list[Path]) -> IterableDataset:
-    return IterableDataset.from_generator(chain_rows, gen_kwargs={"files": files})
+        return IterableDataset.from_generator(chain_rows, gen_kwargs={"files": files})
+    return as_table(files)
 
 
 def _from_parquet(files: list[Path], streaming: bool) -> Any:
@@ -127,9 +128,7 @@ def _from_folder(path: Path, split: str, name: str | None, streaming: bool) -> R
     wanted = _split_name(split)
     if wanted not in text_files:
         raise ValueError(f"{path}: no split {split!r}; it has {', '.join(text_files)}")
-    if streaming:
-        return _slice_stream({wanted: _stream_of_text(text_files[wanted])}, split)
-    return _slice({wanted: as_table(text_files[wanted])}, split)
+    return _slice({wanted: _from_text(text_files[wanted], streaming)}, split)
 
 
 def _text_files_of(path: Path) -> dict[str, list[Path]] | None:
@@ -151,7 +150,7 @@ def _from_hub(source: str, split: str, name: str | None, streaming: bool) -> Row
         if not streaming:
             return load_dataset(source, name, split=split)
         wanted = _split_name(split)  # `datasets` slices no streams
-        return _slice_stream({wanted: load_dataset(source, name, split=wanted, streaming=True)}, split)
+        return _slice({wanted: load_dataset(source, name, split=wanted, streaming=True)}, split)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source}: neither a file here nor a data set on the hub ({_first_line(error)})") from error
 
@@ -164,16 +163,20 @@ def _split_name(split: str) -> str:
     return re.split(r"\W", split)[0]
 
 
-def _slice(splits: dict[str, Dataset], split: str) -> Dataset:
-    lengths = {key: len(rows) for key, rows in splits.items()}
+def _slice(splits: Mapping[str, Rows], split: str) -> Any:
+    """The rows of a split, or of a slice of it (``train[:1000]``)."""
+    tables = {name: rows for name, rows in splits.items() if isinstance(rows, Dataset)}
+    if not tables:
+        return _slice_stream(splits, split)
+    lengths = {name: len(rows) for name, rows in tables.items()}
     instructions = ReadInstruction.from_spec(split).to_absolute(lengths)
     first = instructions[0]
     if len(instructions) == 1 and (first.from_, first.to) == (0, lengths[first.splitname]):
-        return splits[first.splitname]
-    return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in instructions])
+        return tables[first.splitname]
+    return concatenate_datasets([tables[part.splitname].select(range(part.from_, part.to)) for part in instructions])
 
 
-def _slice_stream(splits: dict[str, IterableDataset], split: str) -> IterableDataset:
+def _slice_stream(splits: Mapping[str, Any], split: str) -> IterableDataset:
     match = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", split)
     if match is None:
         raise ValueError(f"split {split!r} needs the number of rows, which a stream does not know: use train[:1000]")

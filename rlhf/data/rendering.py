@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from rlhf.data.answer_spans import AnswerSpans, special_token_pattern
+from rlhf.data.answer_spans import AnswerSpans, special_token_ends
 from rlhf.data.formats import Message
 from rlhf.data.marks import MARKS, THOUGHT_TAG, Marked, Note, lost_parts, mark_messages
-from rlhf.data.messages import ASSISTANT, REASONING_KEYS
+from rlhf.data.messages import ASSISTANT, REASONING_KEYS, is_trained
 from rlhf.data.prompts import common_length
 from rlhf.data.templates import ChatTemplate
 
@@ -70,7 +70,7 @@ def locate_answers(template: ChatTemplate, messages: list[Message], first: int, 
         ValueError: The template refuses the conversation.
     """
     text = template.render(messages)
-    scored = [index for index, message in enumerate(messages) if index >= first and _is_scored(message)]
+    scored = [index for index, message in enumerate(messages) if index >= first and is_trained(message)]
     found = _mark_and_render(template, messages, first, prefill, text, scored)
     if found is None:
         return _locate_by_prefix(template, messages, scored, text)
@@ -99,10 +99,6 @@ def locate_answers(template: ChatTemplate, messages: list[Message], first: int, 
     return Rendering(text, answers, needs_eos, notes)
 
 
-def _is_scored(message: Message) -> bool:
-    return message["role"] == ASSISTANT and bool(message.get("weight", 1))
-
-
 def _mark_and_render(
     template: ChatTemplate, messages: list[Message], first: int, prefill: int, text: str, scored: list[int]
 ) -> tuple[Marked, str] | None:
@@ -125,7 +121,6 @@ def _locate_by_prefix(template: ChatTemplate, messages: list[Message], scored: l
 
     This is right where the template rewrites no earlier turn. Of the others, only the last answer is used.
     """
-    special = special_token_pattern(template.tokenizer)
     answers: list[tuple[int, int]] = []
     needs_eos = False
     for index in scored:
@@ -137,7 +132,7 @@ def _locate_by_prefix(template: ChatTemplate, messages: list[Message], scored: l
             if index != scored[-1]:
                 continue
             start = common_length(prompt, text)
-        ends = [token.end() for token in special.finditer(text, start, stop)] if special else []
+        ends = special_token_ends(template.tokenizer, text, start, stop)
         needs_eos = not ends
         answer_end = ends[-1] if ends else start + len(text[start:stop].rstrip())
         answers.append((start, answer_end))

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.batch import IGNORE
 from rlhf.data.formats import Turns
-from rlhf.data.messages import ASSISTANT
+from rlhf.data.messages import is_trained
 
 _CONTEXT_TOKENS = 8  # tokens before one that are decoded with it
 _LONGEST_CHARACTER = 4  # bytes of a character in UTF-8, and so the most tokens that it can have
@@ -83,7 +83,7 @@ def _turn_pieces(turns: Turns, is_completion: bool) -> list[Piece]:
         return [Piece(turns, is_completion)] if turns else []
     found = []
     for turn in turns:
-        learned = is_completion and turn["role"] == ASSISTANT and bool(turn.get("weight", 1))
+        learned = is_completion and is_trained(turn)
         texts: list[Any] = [turn[key] for key in ("reasoning_content", "content", "tool_calls") if turn.get(key)]
         found.append(Piece(f"{turn['role']}: ", False, special=True))
         found.append(Piece("\n".join(map(str, texts)) + "\n", learned))
