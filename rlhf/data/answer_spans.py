@@ -1,4 +1,14 @@
-"""Where each answer begins and ends in a rendering: the characters that the model is to write."""
+"""Where each answer begins and ends in a rendering: the characters that the model is to write.
+
+In a rendering with marks (``·``), the answer ``yes`` is the text between the arrows::
+
+    <|user|>wh·y<|end|><|assistant|>ye·s<|end|><|user|>ho·w<|end|>
+                                    ^          ^
+
+The start is the place where the rendering of all messages before the answer ends. The end is the place up to which the
+rendering that ends with the answer is the same. Both are compared from a mark on, not from the beginning: a template
+may write earlier turns in another form when more messages follow.
+"""
 
 import re
 from bisect import bisect_left
@@ -19,6 +29,7 @@ _EMPTY_THOUGHT = re.compile(
     r"|<\|channel>thought\s*<channel\|>)\n{0,2}",
     re.IGNORECASE,
 )
+# A tag at the end of a header that opens a thought, or nothing.
 _OPEN_THOUGHT = re.compile(r"(?:<[\w:]*think\w*>\s*)?$", re.IGNORECASE)
 _NEVER = r"(?!)"  # a pattern that matches nothing
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -59,6 +70,29 @@ class AnswerSpans:
         written = [part for part in self.parts[index] if part.mark in self.mark_positions]
         return sorted(written, key=self._position)
 
+    def written_spans(self, scored: list[int], prefilled: int | None) -> tuple[list[tuple[int, int]], bool]:
+        """Find the answers that the template writes.
+
+        Args:
+            scored: Indices of the messages that are trained.
+            prefilled: Index of the message whose beginning is a part of the prompt, if there is one.
+
+        Returns:
+            Start and end of each answer, and whether the last one needs an EOS.
+        """
+        spans = []
+        needs_eos = False
+        for index in scored:
+            if not self.written_parts(index):
+                continue  # the template leaves the answer out; a note says so
+            start, end = self.start(index), self.end(index)
+            if index == prefilled:
+                prefill_mark = self.parts[index][0].mark
+                start = max(start, self.mark_positions[prefill_mark])
+            spans.append((start, max(start, end.position)))
+            needs_eos = not end.has_token
+        return spans, needs_eos
+
     def _position(self, part: Part) -> int:
         return self.mark_positions[part.mark]
 
@@ -69,27 +103,33 @@ class AnswerSpans:
         content_start = self._content_start(index)
         if index == 0:
             return content_start
-        # The last text before the answer that both renderings have: from there on, they are compared. (A template may
-        # move a turn, such as the system's, behind an answer.)
-        earlier = [part for before in range(index) for part in self.written_parts(before)]
-        earlier = [part for part in earlier if self._position(part) < content_start]
-        anchor = max(earlier, key=self._position, default=Part("", "", "", ""))
+        anchor = self._last_part_before(index, content_start)
         prompt = self.template.render_prompt(self.messages[:index])
         if anchor.mark not in prompt:
             return content_start
 
+        # `given` is the text that the model is given to begin with, `header` the text in the same place of the whole.
         anchor_end = self.mark_positions.get(anchor.mark, 0) + len(anchor.mark)
         given = prompt[prompt.index(anchor.mark) + len(anchor.mark) :]
-        region = self.rendering[anchor_end:content_start]
-        shared = common_length(given, region)
-        if shared < len(given):
-            # The template writes something else than it gives to begin with: go back to a whole token, and let the
-            # model write a tag that opens a thought.
-            least = len(anchor.after) if region.startswith(anchor.after) else 0
-            shared = self._whole_tokens(region, shared, least)
-            open_thought = _OPEN_THOUGHT.search(region[:shared])
-            shared -= len(open_thought.group()) if open_thought else 0
-        return anchor_end + self._behind_empty_thought(index, region, shared)
+        header = self.rendering[anchor_end:content_start]
+        header_end = common_length(given, header)
+        if header_end < len(given):
+            # The template writes another header than it gives. Go back to a whole token, and let the model write a tag
+            # that opens a thought.
+            least = len(anchor.after) if header.startswith(anchor.after) else 0
+            header_end = self._whole_tokens(header, header_end, least)
+            open_thought = _OPEN_THOUGHT.search(header[:header_end])
+            header_end -= len(open_thought.group()) if open_thought else 0
+        return anchor_end + self._behind_empty_thought(index, header, header_end)
+
+    def _last_part_before(self, index: int, position: int) -> Part:
+        """The last part of the messages before ``index`` that stands before ``position``; an empty one without any.
+
+        A template may move a turn, such as the system's, behind an answer, so that the last message is not enough.
+        """
+        parts = [part for earlier in range(index) for part in self.written_parts(earlier)]
+        parts = [part for part in parts if self._position(part) < position]
+        return max(parts, key=self._position, default=Part("", "", "", ""))
 
     def _content_start(self, index: int) -> int:
         """The place where the first text of a message begins, as far as the template writes it unchanged."""
@@ -99,16 +139,19 @@ class AnswerSpans:
         is_unchanged = start >= 0 and self.rendering[start:position] == part.before
         return start if is_unchanged else position
 
-    def _behind_empty_thought(self, index: int, region: str, position: int) -> int:
-        """Move ``position`` in the text before an answer behind a thought that the template left empty."""
+    def _behind_empty_thought(self, index: int, header: str, position: int) -> int:
+        """Move ``position`` in the header of an answer behind a thought that the template left empty.
+
+        The model is given that thought when it is asked to answer without thinking, so it is not learned.
+        """
         content = str(self.messages[index].get("content") or "")
         if _EMPTY_THOUGHT.search(content):  # the user wrote it, so it is trained
             return position
         leading_space = content[: len(content) - len(content.lstrip())]
-        stop = len(region)
-        if region.endswith(leading_space):
-            stop -= len(leading_space)
-        for thought in _EMPTY_THOUGHT.finditer(region, 0, stop):
+        stop = len(header)
+        if header.endswith(leading_space):
+            stop -= len(leading_space)  # white space of the content is trained
+        for thought in _EMPTY_THOUGHT.finditer(header, 0, stop):
             if thought.start() <= position <= thought.end():
                 position = thought.end()
         return position
@@ -124,53 +167,56 @@ class AnswerSpans:
 
     def end(self, index: int) -> AnswerEnd:
         """The place behind the token that ends answer ``index``, or behind its text where no token ends it."""
-        part = self.written_parts(index)[-1]
-        base = self._position(part) + 1
-        follows = self.rendering[base:]
-        content_end = len(part.after) if follows.startswith(part.after) else 0
-        later = range(index + 1, len(self.messages))
-        later_positions = [self._position(other) for turn in later for other in self.written_parts(turn)]
+        last_part = self.written_parts(index)[-1]
+        tail_start = self._position(last_part) + 1
+        tail = self.rendering[tail_start:]  # the rest of the content, the closing of the turn, and later turns
+        content_end = len(last_part.after) if tail.startswith(last_part.after) else 0
+        later_turns = range(index + 1, len(self.messages))
+        later_marks = [self._position(part) for turn in later_turns for part in self.written_parts(turn)]
+        has_later_turns = bool(later_marks)
 
-        # The closing of a turn is the text behind it that two renderings share: this one, and one that ends there.
-        if later_positions:
-            closing = self._closing(part, self.messages[: index + 1])
-            shared = common_length(closing, follows[: min(later_positions) - base])
+        if has_later_turns:
+            closing = self._tail_of(last_part, self.messages[: index + 1])
+            closing_end = common_length(closing, tail[: min(later_marks) - tail_start])
         else:
-            shared = self._end_of_last(index, part, follows, content_end)
-        token_ends = self._special_ends(follows, content_end, shared)
-        if not token_ends and later_positions:
-            token_ends = self._end_before_more(index, part, follows, content_end)
+            closing_end = self._end_of_last_closing(index, last_part, tail, content_end)
+        token_ends = self._special_ends(tail, content_end, closing_end)
+        if not token_ends and has_later_turns:
+            token_ends = self._end_before_later_turns(index, last_part, tail, content_end)
         if token_ends:
-            return AnswerEnd(base + token_ends[-1], True)
+            return AnswerEnd(tail_start + token_ends[-1], True)
 
-        if later_positions and shared < len(follows):
-            # Plain text closes the turn, and more follows: stop where a line or a tag is surely complete.
-            line_end = follows.rfind("\n", content_end, shared)
-            tag_end = follows.rfind(">", content_end, shared) + 1
-            return AnswerEnd(base + max(line_end, tag_end, content_end), False)
-        stop = content_end + len(follows[content_end:shared].rstrip())
-        return AnswerEnd(base + stop, False)
+        if has_later_turns and closing_end < len(tail):
+            # Plain text closes the turn. What later turns share with it by chance is not a part of it, so it ends where
+            # a line or a tag is complete.
+            line_end = tail.rfind("\n", content_end, closing_end)
+            tag_end = tail.rfind(">", content_end, closing_end) + 1
+            return AnswerEnd(tail_start + max(line_end, tag_end, content_end), False)
+        text_end = content_end + len(tail[content_end:closing_end].rstrip())
+        return AnswerEnd(tail_start + text_end, False)
 
-    def _end_of_last(self, index: int, part: Part, follows: str, content_end: int) -> int:
-        """How far the closing of the last turn goes: a template may write more behind the end of a conversation."""
-        ends = self._special_ends(follows, content_end, len(follows))
+    def _end_of_last_closing(self, index: int, last_part: Part, tail: str, content_end: int) -> int:
+        """Where the closing of the last turn ends: a template may write more at the end of a conversation."""
+        ends = self._special_ends(tail, content_end, len(tail))
         if len(ends) < 2:
-            return len(follows)
+            return len(tail)
+        # With several tokens behind the answer, the ones that stay when a question follows belong to the turn.
         question: Message = {"role": "user", "content": "?"}
         try:
-            closing = self._closing(part, [*self.messages[: index + 1], question])
+            closing = self._tail_of(last_part, [*self.messages[: index + 1], question])
         except ValueError:
-            return len(follows)
-        shared = common_length(closing, follows)
-        return shared if any(end <= shared for end in ends) else len(follows)
+            return len(tail)
+        closing_end = common_length(closing, tail)
+        return closing_end if any(end <= closing_end for end in ends) else len(tail)
 
-    def _end_before_more(self, index: int, part: Part, follows: str, content_end: int) -> list[int]:
-        """The end of a turn, for a template that ends the last turn of a conversation with another token."""
+    def _end_before_later_turns(self, index: int, last_part: Part, tail: str, content_end: int) -> list[int]:
+        """The token that ends a turn, if the template ends the last turn of a conversation with another one."""
         continued = self.template.render(self.messages[: index + 1], begin_answer=True)
-        shared = common_length(_text_behind(part, continued), follows)
-        return self._special_ends(follows, content_end, shared)[:1]
+        closing_end = common_length(_text_behind(last_part, continued), tail)
+        return self._special_ends(tail, content_end, closing_end)[:1]
 
-    def _closing(self, part: Part, messages: list[Message]) -> str:
+    def _tail_of(self, part: Part, messages: list[Message]) -> str:
+        """The text behind a mark in the rendering of other messages."""
         return _text_behind(part, self.template.render(messages))
 
     def _special_ends(self, text: str, start: int, stop: int) -> list[int]:
@@ -184,7 +230,7 @@ class AnswerSpans:
             return None
         text, marked_spans = self.template.render_with_spans(self.messages)
         if text != self.rendering:
-            return None
+            return None  # rendered in another way, its positions would be wrong
         spans = []
         for start, end in marked_spans:
             answers = [index for index in scored if self._is_inside(index, start, end)]

@@ -58,6 +58,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, split: bool =
     rows = [_encode_turns(template, dialogue.prompt, completion, split) for completion in dialogue.completions]
     if not rows:
         return Encoded(encode_prompt(tokenizer, dialogue), [], 0, 0)
+    # The prompt ends where the first of the answers begins. If a token reaches over that border, only the answers that
+    # begin with the same token share it.
     shared = min(row.border for row in rows)
     shared = min(shared, common_length(*(row.ids for row in rows)))
     return Encoded(
@@ -118,8 +120,9 @@ def encode_reply(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, reply: 
     turns, _, _ = split_prefill(asked, [{"role": ASSISTANT, "content": PROBE}])
     text = template.render_prompt([*turns, reply])
     tokens = tokenize(tokenizer, text, add_special_tokens=False)
-    answer_end = text.rindex(PROBE) + len(PROBE)
+    answer_end = text.rindex(PROBE) + len(PROBE)  # a probe stands for the answer, whose text is not needed
     ids = tokens.ids[tokens.first_token_after(answer_end) :]
+    # The answer ended with `last`. If the rendering begins with the same end of the turn, it is skipped.
     if last in ids:
         position = ids.index(last)
         is_turn_end = not str(tokenizer.decode(ids[:position])).strip()
@@ -200,11 +203,13 @@ def _encode_turns(template: ChatTemplate, prompt: list[Message], completion: Tur
     elif split:  # reasoning that earlier turns lose is learned from rows of their own
         notes = tuple(note for note in notes if note.kind != "earlier reasoning")
 
+    # The template writes special tokens itself; added once more, BOS would be there twice.
     tokens = tokenize(tokenizer, rendering.text, add_special_tokens=False)
     spans = _token_spans(tokens, rendering)
     ids, is_scored = list(tokens.ids), [False] * len(tokens.ids)
     for start, stop in spans:
         is_scored[start:stop] = [True] * (stop - start)
+    # The text behind the last answer is left out: the model never writes it, and it would only cost time.
     end = max((stop for _, stop in spans), default=len(ids))
     ids, is_scored = ids[:end], is_scored[:end]
     if spans and rendering.needs_eos and ids[-1:] != [tokenizer.eos_token_id]:
@@ -281,7 +286,7 @@ def answer_ends(rows: Any, tokenizer: PreTrainedTokenizerBase, look_at: int = 64
     for row in first_rows:
         for labels in _labels_of(row):
             for label, next_label in zip(labels, [*labels[1:], -100], strict=True):
-                if label in special and next_label == -100:
+                if label in special and next_label == -100:  # the last token of an answer
                     ends[label] = None
     return list(ends)
 

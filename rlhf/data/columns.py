@@ -93,6 +93,7 @@ def sft_columns(names: Sequence[str], text_field: str = "text") -> tuple[str, ..
     Raises:
         ValueError: No known form of rows.
     """
+    # Ids come first: text beside them is for people.
     if "input_ids" in names or {"prompt_ids", "completion_ids"} <= set(names):
         return ("input_ids", *present(names, (*_SFT_IDS[1:], "prompt_ids", "completion_ids")))
 
@@ -104,6 +105,8 @@ def sft_columns(names: Sequence[str], text_field: str = "text") -> tuple[str, ..
     if "messages" in conversation or (conversation and not (chosen and rejected)):
         return (conversation[0], *label, *present(names, ROW_OPTIONS))
 
+    # The preferred name of an answer comes before pairs and text; the others may be columns of another purpose, so that
+    # they need a prompt beside them.
     prompt = prompt_and_options(names)
     if "completion" in names:
         return ("completion", *label, *prompt)
@@ -172,6 +175,7 @@ def prompt_columns(names: Sequence[str]) -> tuple[str, ...]:
 
 def prompt_and_options(names: Sequence[str]) -> tuple[str, ...]:
     """The prompt's column, if there is one, then those that belong to it: context, history, system, tools."""
+    # Of several columns the first known one is the prompt; `input` is one only if there is no other.
     prompt = present(names, PROMPTS)[:1] or present(names, CONVERSATIONS)[:1]
     options = present(names, ROW_OPTIONS)
     if prompt and prompt[0] in PROMPTS and prompt[0] not in ("prompt", "input"):

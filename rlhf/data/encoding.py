@@ -123,6 +123,7 @@ class SftEncoder:
 
     @property
     def _is_text(self) -> bool:
+        # A `completion` without a prompt is text as well, but may be a conversation.
         return self.column == self.reading.form.text_field and self.column != "completion"
 
     def dialogue(self, row: Row) -> Dialogue | None:
@@ -136,7 +137,7 @@ class SftEncoder:
             return [TokenisedRow(_ready_sft_columns(row))]
         if self._is_text:
             return [_sft_row(encode(tokenizer, Dialogue("", (self._text(row),))))]
-        if is_labelled_bad(row):
+        if is_labelled_bad(row):  # rows for KTO train here too, without their bad answers
             return [TokenisedRow(self.blank, dropped="with label false")]
         dialogue = sft_dialogue(row, self.column, self.reading.form)
         if reason := _nothing_to_learn(dialogue):
@@ -219,6 +220,7 @@ class UnpairedEncoder:
         if check_unpaired_columns(names, replace(reading.form, columns={})):
             pairs = PairEncoder.for_columns(names, reading)
             return cls(reading, pairs.read, pairs)
+        # The label is required, so it is read even from rows whose form does not name it.
         return cls(reading, (*sft_columns(names), "label"))
 
     @property
@@ -329,6 +331,7 @@ def _ready_sft_columns(row: Row) -> dict[str, Any]:
         prompt, completion = list(row["prompt_ids"]), list(row["completion_ids"])
         return {"input_ids": prompt + completion, "labels": [IGNORE] * len(prompt) + completion}
     ids = list(row["input_ids"])
+    # Labels and masks may be given together: a token is scored if all of them say so.
     labels = ids if row.get("labels") is None else list(row["labels"])
     masks = {name: row[name] for name in _MASKS if row.get(name) is not None}
     for name, values in {"labels": labels, **masks}.items():

@@ -1,4 +1,8 @@
-"""From a row of a data file, in any of the known forms, to a dialogue: a prompt with its completions."""
+"""From a row of a data file, in any of the known forms, to a dialogue: a prompt with its completions.
+
+``columns`` chooses the columns by their names, this file reads their values, ``messages`` brings each message to the
+common form, and ``prompts`` decides where the prompt ends and the answer begins.
+"""
 
 import math
 from collections.abc import Mapping
@@ -230,6 +234,7 @@ def label(row: Row) -> bool:
 def is_labelled_bad(row: Row) -> bool:
     """Whether ``label`` marks an answer as bad. A label of another kind, such as a class or a score, does not."""
     value = row.get("label")
+    # A float is a score, of which 0.0 is not "bad".
     return not isinstance(value, float) and _parse_label(value) is False
 
 
@@ -280,7 +285,7 @@ class _RowReader:
         if value is None:
             raise ValueError(f"has no {column!r}")
         if isinstance(value, str):
-            messages = _messages_from_json(value)
+            messages = _messages_from_json(value)  # as in a CSV, whose fields are all text
             if messages is None:
                 if column not in PROMPTS and not value.strip():
                     raise ValueError(f"{column!r} is empty")
@@ -324,9 +329,11 @@ class _RowReader:
         if not isinstance(turns, str):
             return self.with_system(turns)
 
+        # Text: an instruction or question, with its context behind it.
         context_columns = [name for name in columns[1:] if name in CONTEXTS]
         contexts = [self.row[name].strip() for name in context_columns if isinstance(self.row[name], str)]
         text = "\n\n".join([turns, *filter(None, contexts)])
+        # It becomes a turn if a column's name says so, or if the row has a system text or tools beside it.
         is_turn = column in TURN_COLUMNS or answer_column in TURN_COLUMNS
         system = self.system()
         if self.row_format.template and (is_turn or system or self.tools()):
@@ -370,6 +377,7 @@ class _RowReader:
             raise ValueError(f"{names} must both be text or both be messages")
 
         prompt = self.prompt(chosen_column)
+        # Without a prompt, or with one that is empty, both answers begin with it.
         if prompt is None or (not prompt and not isinstance(chosen, str)):
             if chosen == rejected:
                 raise ValueError(f"{names} are identical: a pair without a preference teaches nothing")
@@ -399,6 +407,7 @@ class _RowReader:
         if not system:
             return turns
         if turns and turns[0]["role"] in ("system", "developer"):
+            # Both are there in some data sets, mostly with the same text.
             if str(turns[0]["content"]).strip() != system.strip():
                 raise ValueError("the column 'system' and the system turn differ: leave one of them out")
             return turns

@@ -54,6 +54,7 @@ def as_messages(
         location = f"{column!r}, message {number}"
         if not isinstance(turn, Mapping):
             raise ValueError(f"{location} is {describe_type(turn)}, expected an object with 'role' and 'content'")
+        # A key without a value is no key, in any file format.
         present = {key: item for key, item in turn.items() if item is not None}
         message = present if exact else without_nulls(present)
         if _is_exchange(message):
@@ -75,13 +76,14 @@ def _normalise(message: Message, location: str, roles: Mapping[str, str], templa
     _rename_sharegpt_keys(message)
     if not isinstance(message.get("role"), str):
         raise ValueError(f"{location} has no 'role'")
+    # Names are compared in lower case; an unknown role stays as it is written, as the template may know it.
     given_role = roles.get(message["role"], message["role"]).strip()
     is_call_turn = given_role.lower() in _CALL_ROLES
     message["role"] = _ROLES.get(given_role.lower(), given_role)
 
     if is_call_turn and "tool_calls" in template:
         _read_call_turn(message)
-    _join_parts(message, location)
+    _join_parts(message, location)  # parts may hold calls and reasoning, so they come before these
     _read_calls(message, location)
     _read_weight(message, location)
     if message["role"] == ASSISTANT:
@@ -107,6 +109,7 @@ def _check_content(message: Message, location: str) -> None:
         raise ValueError(f"{location}: 'content' is {describe_type(content)}, expected text")
     if message["role"] != ASSISTANT or "tool_calls" in message:
         return
+    # An answer that is not trained may be empty: some data sets mask their failed answers so.
     has_text = any(str(message.get(key, "")).strip() for key in ("content", *REASONING_KEYS))
     if not has_text and message.get("weight", 1):
         raise ValueError(f"{location}: the assistant's answer is empty")

@@ -78,7 +78,7 @@ class Mixture:
         weights = np.array(self.weights, dtype=float)
         if self.by == "tokens":
             mean_lengths = [num_tokens(part).mean() for part in parts]
-            weights /= np.maximum(mean_lengths, 1)
+            weights /= np.maximum(mean_lengths, 1)  # a set of long rows needs fewer of them
         return (weights / weights.sum()).tolist()
 
     def _mix_streams(self, streams: list[Any], seed: int) -> IterableDataset:
@@ -145,7 +145,7 @@ def load_datasets(
         raise ValueError(f"{unweighted} has no weight, but others have: give each one (name:0.5), or none")
     parts = tuple(load_data(source, split, name, streaming) for source, _ in weight_of)
     if len(parts) == 1:
-        return parts[0]
+        return parts[0]  # a weight of one set means nothing
     return Mixture(parts, tuple(weights) or None, mixture)  # type: ignore[arg-type]  # Mixture checks the word
 
 

@@ -29,6 +29,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     """
     bins: list[list[int]] = []
     free_spaces: list[tuple[int, int]] = []  # (free space, index of the bin), in order
+    # Items of one length keep their order, so that the bins are the same on each machine.
     for item in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         length = lengths[item]
         position = bisect_left(free_spaces, (length, -1))
@@ -52,6 +53,7 @@ def num_tokens(rows: Dataset) -> np.ndarray:
     Returns:
         int64 [rows].
     """
+    # A row has some of these columns; their lengths add up.
     lengths = _lengths_of_columns(rows, ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids", "completions"))
     return sum(lengths.values())  # type: ignore[return-value]
 

@@ -32,6 +32,7 @@ def pairs_of_labelled(dataset: Dataset, row_format: RowFormat) -> Dataset:
     Raises:
         ValueError: No prompt has both a good and a bad answer.
     """
+    # By prompt and tools, in the order of the file.
     rows_of_prompt: dict[str, dict[str, Any]] = {}
     answers: dict[str, tuple[list[Turns], list[Turns]]] = {}
     for row in dataset:

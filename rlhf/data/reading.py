@@ -51,6 +51,7 @@ def load_data(source: str, split: str = "train", name: str | None = None, stream
         ValueError: A file cannot be read; names the file and, for text formats, the row.
     """
     path = Path(source).expanduser()
+    # Names on the hub have at most one slash; any other text is a path, if only to a file that is not there.
     is_path = suffix(path) in _FORMATS or source.startswith((".", "/", "~")) or source.count("/") > 1
     try:
         if path.is_file():
@@ -122,6 +123,7 @@ def _from_folder(path: Path, split: str, name: str | None, streaming: bool) -> R
         rows = _slice(splits, split)
         return rows.to_iterable_dataset() if streaming else rows
 
+    # `datasets` finds the splits by the names of files; text is then read here, where no type is guessed.
     text_files = _text_files_of(path)
     if text_files is None:
         return load_dataset(str(path), name, split=split, streaming=streaming)

@@ -46,6 +46,7 @@ def split_prefill(prompt: list[Message], completion: list[Message]) -> tuple[lis
     if not prompt or not completion:
         return joined, len(prompt), 0
     begun, rest = prompt[-1], completion[0]
+    # Only text can be continued in the middle; calls and other parts are rendered as a whole.
     are_both_assistant = begun["role"] == rest["role"] == ASSISTANT
     are_both_text = isinstance(begun.get("content"), str) and isinstance(rest.get("content"), str)
     if not (are_both_assistant and are_both_text) or begun.get("tool_calls"):
@@ -79,22 +80,11 @@ def locate_answers(template: ChatTemplate, messages: list[Message], first: int, 
     finder = AnswerSpans(template, marked, rendering)
 
     needs_eos = False
-    spans = finder.generation_spans(scored)
+    spans = finder.generation_spans(scored)  # if the template marks answers itself, its marks count
     if spans is None:
-        spans = []
-        for index in scored:
-            if not finder.written_parts(index):
-                continue  # the template leaves the answer out; a note says so
-            start = finder.start(index)
-            end = finder.end(index)
-            if index == first and prefill:
-                prefill_end = finder.mark_positions[marked.parts[index][0].mark]
-                start = max(start, prefill_end)
-            spans.append((start, max(start, end.position)))
-            needs_eos = not end.has_token
+        spans, needs_eos = finder.written_spans(scored, prefilled=first if prefill else None)
     elif spans and finder.leaves_out_end(scored[-1], spans[-1][1]):
-        text_of_note = "the template's {% generation %} marks leave out what ends an answer: it is not learned"
-        notes = (*notes, Note(text_of_note))
+        notes = (*notes, Note("the template's {% generation %} marks leave out what ends an answer: it is not learned"))
     answers = [(finder.without_marks(start), finder.without_marks(end)) for start, end in spans]
     return Rendering(text, answers, needs_eos, notes)
 
@@ -107,6 +97,7 @@ def _mark_and_render(
     Marks must not change the text around them, or positions in the two renderings differ. They do where a template
     compares what a message holds; often it is the name of a function, so that is left unmarked in a second try.
     """
+    # Of two tries the first finds more: a call without arguments has no other mark than that of its name.
     for mark_names in (True, False):
         marked = mark_messages(messages, first, prefill, mark_names)
         rendering = template.render(marked.messages)
@@ -128,7 +119,7 @@ def _locate_by_prefix(template: ChatTemplate, messages: list[Message], scored: l
         closed = template.render(messages[: index + 1])
         start = len(prompt)
         stop = common_length(closed, text)
-        if not text.startswith(prompt):
+        if not text.startswith(prompt):  # the template rewrote an earlier turn
             if index != scored[-1]:
                 continue
             start = common_length(prompt, text)

@@ -98,6 +98,7 @@ class ChatTemplate:
         prompt = self.render(messages, begin_answer=True)
         if "add_generation_prompt" in self.source:
             return prompt
+        # Render an answer, and take what stands before it.
         answered = self.render([*messages, {"role": "assistant", "content": PROBE}])
         if PROBE not in answered or not answered.startswith(prompt):
             return prompt

@@ -137,6 +137,7 @@ def _parse_json(file: IO[str], may_be_container: bool) -> Iterator[Row]:
         file: The text.
         may_be_container: Whether a single object may hold all rows, or columns, instead of being a row.
     """
+    # The first line decides: if it is an object by itself, so is each line behind it.
     lines = iter(file)
     first_line = next((line for line in lines if line.strip()), "")
     first = _parse_line(first_line)
@@ -178,6 +179,7 @@ def _parse_lines(lines: Iterator[str]) -> Iterator[Row]:
 
 def _parse_document(text: str, may_be_container: bool) -> Iterator[Row]:
     """The elements of an array, or objects one after the other, however they are broken into lines."""
+    # One value at a time, so that an error names its row.
     decoder = json.JSONDecoder()
     position = _skip_space(text, 0)
     is_array = text[position] == "["

@@ -27,6 +27,9 @@ class TokenizedText:
     ids: list[int]
     offsets: list[tuple[int, int]] | None
 
+    # A border is a character. A token may reach over it: for the start of an answer that token belongs to the answer
+    # (`first_token_after`), and so it does for its end (`first_token_from`).
+
     def first_token_after(self, border: int) -> int:
         """Index of the first token that holds a character at or after ``border``; it may begin before."""
         if self.offsets is None:
@@ -40,7 +43,7 @@ class TokenizedText:
         """Index of the first token that begins at or after ``border``."""
         if self.offsets is None:
             count, shared = self._tokens_before(border)
-            return shared if shared == count else shared + 1
+            return shared if shared == count else shared + 1  # the token that differs reaches over the border
         return bisect_left(self.offsets, border, key=lambda offset: offset[0])
 
     def without_first(self) -> "TokenizedText":
@@ -140,6 +143,7 @@ def tokenize_plain(tokenizer: PreTrainedTokenizerBase, text: str, ends: bool) ->
         tokens = tokens.without_first()  # one is in the text, one was added
     if eos is None:
         return tokens.with_last(eos_id(tokenizer)) if ends else tokens
+    # EOS may be in the text, be added by the tokenizer, both or neither: in the end there is one, or none.
     is_written = text.rstrip().endswith(str(tokenizer.eos_token))
     is_last = tokens.ids[-1:] == [eos]
     is_added = is_last and (not is_written or tokens.ids[-2:] == [eos, eos])

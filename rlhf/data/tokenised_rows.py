@@ -86,6 +86,7 @@ def truncate(row: TokenisedRow, limits: Limits) -> TokenisedRow:
     """
     if row.dropped:
         return row
+    # Single values, such as a margin, are neither checked nor cut.
     ids = {name: value for name, value in row.columns.items() if isinstance(value, list)}
     check_vocabulary(ids, limits.vocab_size)
     prompt_length = _prompt_length(ids)

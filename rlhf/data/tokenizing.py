@@ -196,6 +196,7 @@ def tokenize_prompts(
     limits = Limits(max_prompt_length, vocab_size, drop_long_prompts)
     process = _RowProcess(tokenizer, encoder, name, limits, fit=check_prompt)
     key = (TOKENISER_VERSION, dataset._fingerprint, "prompt", tokenizer_key(tokenizer), name, (*limits, reading))
+    # Row by row, so that the other columns stay as they are written.
     return _map(dataset, partial(_process_prompt, process=process), key, num_proc, reading, max_prompt_length)
 
 
@@ -274,6 +275,7 @@ def map_rows(
     if isinstance(dataset, IterableDataset):
         return _map_stream(dataset, process)
     function = partial(_process_batch, process=process)
+    # In batches, as one row of the file may become several.
     options = {"batched": True, "batch_size": 200, "remove_columns": dataset.column_names}
     return _map(dataset, function, key, num_proc, reading, max_length, **options)
 
@@ -291,6 +293,7 @@ def _map(
     name = name_of(dataset)
     if len(dataset) == 0:
         raise ValueError(f"{name}: no rows")
+    # A fingerprint of our own: that of `datasets` would hash the tokenizer as an object, which changes when it is used.
     mapped = dataset.map(
         partial(function, places=_original_places(dataset)),
         with_indices=True,
@@ -341,7 +344,7 @@ def _map_stream(rows: IterableDataset, process: Process) -> IterableDataset:
     """
     name = name_of(rows)
     first_rows = (result for index, row in enumerate(rows.take(SAMPLE_SIZE)) for result in process(row, index))
-    first = next(first_rows, None)
+    first = next(first_rows, None)  # its columns are those of all rows
     if first is None:
         raise ValueError(f"{name}: no rows")
     columns = list(first.columns)

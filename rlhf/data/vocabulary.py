@@ -21,6 +21,7 @@ def tokenizer_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
     """
     student_tokens = {index: token for token, index in student.get_vocab().items()}
     teacher_tokens = {index: token for token, index in teacher.get_vocab().items()}
+    # By id: in one vocabulary an id may be missing.
     for index in sorted(student_tokens.keys() | teacher_tokens.keys()):
         if student_tokens.get(index) != teacher_tokens.get(index):
             of_student = _token_name(student_tokens, index)
