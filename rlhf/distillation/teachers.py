@@ -24,7 +24,7 @@ from rlhf.distillation.teacher_file import TeacherFile, open_teacher_file
 from rlhf.logprobs import Divergence, HeadObjective
 from rlhf.models import Policy, load_model, load_tokenizer
 from rlhf.models.adapter_off import adapter_off_is_start, adapter_off_stays
-from rlhf.models.policy import still
+from rlhf.models.policy import eval_mode
 from rlhf.trainers.base import Measures
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ class AdapterTeacher(RunningTeacher):
     def policy_of(self, student: Policy) -> Iterator[Policy]:
         # Dropout is off for the teacher's pass alone; the student's own pass keeps it.
         switched = student.adapter_off() if self.adapter is None else student.adapter(self.adapter)
-        with still(student), switched:
+        with eval_mode(student), switched:
             yield student
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from rlhf.kernels.matmul import linear, onednn_is_faster, product, takes
+from rlhf.kernels.matmul import linear, onednn_is_faster, product, use_onednn
 
 
 class Linear(Function):
@@ -102,7 +102,7 @@ def weights_are_here(module: nn.Module) -> bool:
 
 def _linear_forward(self: Any, x: Tensor) -> Tensor:
     # Where oneDNN does not compute, torch's own layer is as fast; the compiler and autocast know only that one.
-    if torch.compiler.is_compiling() or not takes(x, self.weight) or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or not use_onednn(x, self.weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, self.weight, self.bias)
     return Linear.apply(x, self.weight, self.bias)
 

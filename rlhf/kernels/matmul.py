@@ -1,7 +1,7 @@
 """Float32 products of matrices on a CPU, by the faster of the two libraries that torch brings.
 
-``torch.mm`` asks MKL, which keeps its AVX-512 kernels to the processors of one maker; oneDNN looks at what a processor
-can do, and where the two differ its products take half the time.
+``torch.mm`` asks MKL, which keeps its AVX-512 kernels to the processors of one maker. oneDNN asks the processor for its
+features. Where the two differ, products by oneDNN take half the time.
 """
 
 from functools import cache
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMALL = 2**19  # multiplications: below, starting oneDNN costs more than it saves
+BLOCK_NUMBERS = 2**22  # of a sum of products: 16 MiB, which stay in the cache
 
 
 @cache
@@ -19,45 +20,87 @@ def onednn_is_faster() -> bool:
     """Whether this is a processor with AVX-512 of another maker than MKL's: read, not timed, so that runs repeat."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
-    about = Path("/proc/cpuinfo")
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not about.exists():
+    processor = Path("/proc/cpuinfo")
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not processor.exists():
         return False
-    x, weight = torch.ones(64, 128), torch.ones(128, 128)
-    return "GenuineIntel" not in about.read_text() and torch.equal(_onednn(x, weight), F.linear(x, weight))
+    if "GenuineIntel" in processor.read_text():
+        return False
+    # The operator is none of torch's public ones: one small product shows that it still does what it did.
+    inputs, weight = torch.ones(64, 128), torch.ones(128, 128)
+    return torch.equal(_onednn(inputs, weight), F.linear(inputs, weight))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + bias`` without a gradient: x [..., k], weight [n, k], bias [n]."""
-    return _onednn(_dense(x), _dense(weight), bias) if takes(x, weight) else F.linear(x, weight, bias)
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``inputs @ weight.T + bias`` without a gradient.
+
+    Args:
+        inputs: [..., k].
+        weight: [n, k].
+        bias: [n].
+    Returns:
+        [..., n].
+    """
+    if not use_onednn(inputs, weight):
+        return F.linear(inputs, weight, bias)
+    return _onednn(_dense(inputs), _dense(weight), bias)
 
 
-def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """``a @ b`` without a gradient: [m, k] and [k, n]; ``out`` is memory that may be used for it."""
-    return _onednn(_dense(a), _dense(b.T)) if takes(a, b.T) else torch.mm(a, b, out=out)
+def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """``left @ right`` without a gradient.
+
+    Args:
+        left: [m, k].
+        right: [k, n].
+        out: [m, n], memory that may be used for the result.
+    Returns:
+        [m, n].
+    """
+    if not use_onednn(left, right.T):
+        return torch.mm(left, right, out=out)
+    return _onednn(_dense(left), _dense(right.T))
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b`` in place: [m, n], [m, k] and [k, n]."""
-    if not takes(a, b.T):
-        total.addmm_(a, b)
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right`` in place.
+
+    Args:
+        total: [m, n].
+        left: [m, k].
+        right: [k, n].
+    """
+    if not use_onednn(left, right.T):
+        total.addmm_(left, right)
         return
-    rows = max(2**22 // b.size(1), 1)  # 16 MiB at a time: in the cache, and no second matrix of that size
-    for start in range(0, a.size(0), rows):
+    # oneDNN cannot add to what is there. Some rows at a time need no second matrix of that size.
+    rows = max(BLOCK_NUMBERS // right.size(1), 1)
+    for start in range(0, left.size(0), rows):
         part = slice(start, start + rows)
-        total[part] += _onednn(_dense(a[part]), _dense(b.T))
+        total[part] += _onednn(_dense(left[part]), _dense(right.T))
 
 
-def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN computes ``x W^T``."""
-    float32 = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
-    return float32 and x.numel() * weight.size(0) >= SMALL and onednn_is_faster()
+def use_onednn(inputs: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN computes ``inputs @ weight.T``: large float32 products on a CPU where it is faster.
+
+    Args:
+        inputs: [..., k].
+        weight: [n, k].
+    Returns:
+        True where :func:`product` and the others ask oneDNN.
+    """
+    is_float32 = inputs.dtype == weight.dtype == torch.float32
+    is_on_cpu = inputs.device.type == weight.device.type == "cpu"
+    multiplications = inputs.numel() * weight.size(0)
+    return is_float32 and is_on_cpu and multiplications >= SMALL and onednn_is_faster()
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def _onednn(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
 
 def _dense(matrix: Tensor) -> Tensor:
-    """As it is where rows or columns follow one another in memory, else a copy (an expanded gradient, say)."""
-    columns = matrix.dim() == 2 and matrix.stride(0) == 1 and matrix.stride(1) >= matrix.size(0)
-    return matrix if columns else matrix.contiguous()
+    """The matrix itself where its rows or columns follow one another in memory, else a copy.
+
+    A gradient that was expanded, say, has strides of 0, which oneDNN does not read.
+    """
+    is_transposed = matrix.dim() == 2 and matrix.stride(0) == 1 and matrix.stride(1) >= matrix.size(0)
+    return matrix if is_transposed else matrix.contiguous()

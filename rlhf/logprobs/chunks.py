@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from rlhf.kernels.matmul import add_product, product, takes
+from rlhf.kernels.matmul import add_product, product, use_onednn
 from rlhf.logprobs.head import Head, Predictions
 
 Mode = Literal["auto", "unit", "save", "recompute"]
@@ -189,7 +189,7 @@ class ChunkedHead:
 
         Fresh memory of that size would cost a CPU a page fault for each 4 KiB.
         """
-        if self.head is None or self.rows.is_cuda or takes(self.rows, self.weight):
+        if self.head is None or self.rows.is_cuda or use_onednn(self.rows, self.weight):
             return None
         if self._memory is None:
             shape = min(self.size, len(self.rows)), self.weight.size(0)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.models.policy import still
+from rlhf.models.policy import eval_mode
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def adapter_off_is_start(model: Any) -> bool:
     Returns:
         Whether it is; True also if the weights cannot be read (sharded).
     """
-    with still(model):
+    with eval_mode(model):
         logits = probe_logits(model)
     if logits is None:
         return True
@@ -88,7 +88,7 @@ def probe_logits(model: Any) -> Tensor | None:
 
 def logits_without_adapter(model: Any) -> Tensor | None:
     """As :func:`probe_logits`, with the adapter off and without dropout."""
-    with still(model), model.disable_adapter():
+    with eval_mode(model), model.disable_adapter():
         return probe_logits(model)
 
 

@@ -2,7 +2,7 @@
 
 import logging
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,14 @@ from rlhf.models.positions import inputs_of
 logger = logging.getLogger(__name__)
 
 NAME = "rlhf_segments"
+UNKNOWN_PARTS = ("s_aux", "softcap", "position_bias")  # sinks; soft-capped scores; ALiBi and relative positions
+LARGEST_VARLEN_HEAD = 256  # that torch's variable-length attention takes
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
+# Two pairs: branches behind a prompt of several tokens, and behind one of a single token.
+TRIAL_EXAMPLES = (
+    {"prompt_ids": [5, 3, 4], "chosen_ids": [6, 7, 3, 2], "rejected_ids": [2, 4, 6]},
+    {"prompt_ids": [2], "chosen_ids": [3, 4], "rejected_ids": [7]},
+)
 
 
 def segment_attention(
@@ -40,40 +48,66 @@ def segment_attention(
     A GPU in half precision takes torch's variable-length attention, everything else SDPA for each span.
 
     Args:
-        query: [1, heads, T, D]. key, value: [1, kv_heads, T, D].
+        module: the layer.
+        query: [1, heads, T, D].
+        key: [1, kv_heads, T, D].
+        value: [1, kv_heads, T, D].
+        attention_mask: empty with segments.
+        dropout: of the attention probabilities.
+        scaling: of the scores; 1 / sqrt(D) by default.
         sliding_window: a token sees this many, itself included, counted in positions of its own sequence.
         segments: the spans; without them (generation, padded rows), transformers' own SDPA answers.
+        kwargs: what else a layer passes.
     Returns:
-        [1, T, heads, D]
+        [1, T, heads, D], and no attention probabilities.
+    Raises:
+        NotImplementedError: the layer has a part that segments do not know, such as attention sinks.
     """
     if segments is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, sliding_window=sliding_window, **kwargs
         )
-    for name in ("s_aux", "softcap", "position_bias"):  # sinks, soft-capping, ALiBi and relatives
+    for name in UNKNOWN_PARTS:
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"segments know no {name}")
     if attention_mask is not None and attention_mask.numel():
         raise NotImplementedError("segments know no mask that the model makes")
+    # Recorded for `use_segments`, which checks that a model's window reaches this function.
     segments.attention_cache.setdefault("windows", set()).add(sliding_window)
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout and query.size(-1) <= 256:
+    is_half_on_gpu = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    if is_half_on_gpu and not dropout and query.size(-1) <= LARGEST_VARLEN_HEAD:
         return _varlen(query, key, value, segments, scaling, sliding_window), None
+    return _sdpa(query, key, value, segments, dropout, scaling, sliding_window), None
+
+
+def _sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """One call of torch's attention for each span."""
     lengths = [span.length for span in segments.spans]
     # One split and one concatenation: slices of the row would each be a gradient of the row's size.
-    queries, keys, values = (t.split(lengths, dim=2) for t in (query, key, value))
+    queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     outputs = []
     for index, (length, parent, prefix) in enumerate(segments.spans):
-        k, v = keys[index], values[index]
+        span_keys, span_values = keys[index], values[index]
         if prefix:
-            k = torch.cat((keys[parent][:, :, :prefix], k), dim=2)
-            v = torch.cat((values[parent][:, :, :prefix], v), dim=2)
+            span_keys = torch.cat((keys[parent][:, :, :prefix], span_keys), dim=2)
+            span_values = torch.cat((values[parent][:, :, :prefix], span_values), dim=2)
+        # Without a mask, "causal" aligns the first query with the first key: wrong behind a prefix, whose keys come
+        # before all queries.
         mask = None
-        if prefix or (sliding_window is not None and length > sliding_window):
-            mask = _mask(segments, length, prefix, sliding_window, query)
+        if prefix or (window is not None and length > window):
+            mask = _mask(segments, length, prefix, window, query)
         output = F.scaled_dot_product_attention(
             queries[index],
-            k,
-            v,
+            span_keys,
+            span_values,
             attn_mask=mask,
             is_causal=mask is None,
             dropout_p=dropout,
@@ -82,9 +116,11 @@ def segment_attention(
         )
         outputs.append(output.transpose(1, 2))
     if len(outputs) == 1:
-        return outputs[0], None
-    kept = [output.detach() for output in outputs]
-    return mark_recomputable(torch.cat(outputs, dim=1), lambda: torch.cat(kept, dim=1)), None
+        return outputs[0]
+    # Each span's attention saves its output for the backward pass. The layer after this one would save the
+    # concatenation too; it is recomputed from them instead.
+    detached = [output.detach() for output in outputs]
+    return mark_recomputable(torch.cat(outputs, dim=1), lambda: torch.cat(detached, dim=1))
 
 
 def _varlen(
@@ -93,17 +129,17 @@ def _varlen(
     """All spans in one call of torch's variable-length attention, each with the keys of ``[prefix, span]``."""
     name = ("varlen", query.device)
     if name not in segments.attention_cache:
-        segments.attention_cache[name] = _plan(segments, query.device)
-    index, starts_q, starts_k, longest_q, longest_k = segments.attention_cache[name]
-    # Bottom-right alignment: the last query of a span sees all its keys.
+        segments.attention_cache[name] = _varlen_layout(segments, query.device)
+    layout: VarlenLayout = segments.attention_cache[name]
+    # Aligned at the bottom right: the last query of a span sees all its keys.
     output = varlen_attn(
         query[0].transpose(0, 1),
-        key[0].transpose(0, 1).index_select(0, index),
-        value[0].transpose(0, 1).index_select(0, index),
-        starts_q,
-        starts_k,
-        longest_q,
-        longest_k,
+        key[0].transpose(0, 1).index_select(0, layout.key_rows),
+        value[0].transpose(0, 1).index_select(0, layout.key_rows),
+        layout.query_starts,
+        layout.key_starts,
+        layout.longest_query,
+        layout.longest_key,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.size(1) != key.size(1),
@@ -111,34 +147,59 @@ def _varlen(
     return output.unsqueeze(0)  # type: ignore[union-attr]
 
 
-def _plan(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """Rows of the keys in their order, cumulative lengths of queries and keys, and the longest of each."""
-    starts = [0, *accumulate(span.length for span in segments.spans)]
-    index, lengths_k = [], []
-    for (length, parent, prefix), start in zip(segments.spans, starts, strict=False):
+class VarlenLayout(NamedTuple):
+    """The spans as variable-length attention reads them.
+
+    Args:
+        key_rows: int64, rows of the keys in their order; those of a shared prompt occur once for each branch.
+        query_starts: int32 [spans + 1], where the queries of each span begin.
+        key_starts: int32 [spans + 1], where its keys begin among ``key_rows``.
+        longest_query: queries of the longest span.
+        longest_key: keys of the span that has most.
+    """
+
+    key_rows: Tensor
+    query_starts: Tensor
+    key_starts: Tensor
+    longest_query: int
+    longest_key: int
+
+
+def _varlen_layout(segments: Segments, device: torch.device) -> VarlenLayout:
+    query_lengths = [span.length for span in segments.spans]
+    key_lengths = [span.prefix + span.length for span in segments.spans]
+    query_starts = [0, *accumulate(query_lengths)]
+    key_starts = [0, *accumulate(key_lengths)]
+    key_rows = []
+    for (length, parent, prefix), start in zip(segments.spans, query_starts, strict=False):
         if prefix:
-            index.append(torch.arange(starts[parent], starts[parent] + prefix))
-        index.append(torch.arange(start, start + length))
-        lengths_k.append(prefix + length)
-    starts_q, starts_k = (
-        torch.tensor(x, dtype=torch.int32).to(device, non_blocking=True) for x in (starts, [0, *accumulate(lengths_k)])
+            key_rows.append(torch.arange(query_starts[parent], query_starts[parent] + prefix))
+        key_rows.append(torch.arange(start, start + length))
+
+    def on_device(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    return VarlenLayout(
+        on_device(torch.cat(key_rows)),
+        on_device(torch.tensor(query_starts, dtype=torch.int32)),
+        on_device(torch.tensor(key_starts, dtype=torch.int32)),
+        max(query_lengths),
+        max(key_lengths),
     )
-    longest_q = max(span.length for span in segments.spans)
-    return torch.cat(index).to(device, non_blocking=True), starts_q, starts_k, longest_q, max(lengths_k)
 
 
 def _mask(segments: Segments, length: int, prefix: int, window: int | None, like: Tensor) -> Tensor:
-    """0 where a span's token sees a key of ``[prefix, span]``, else -inf."""
-    key = (length, prefix, window, like.dtype, like.device)
-    if key not in segments.attention_cache:
-        position = torch.arange(prefix, prefix + length, device=like.device)[:, None]
-        other = torch.arange(prefix + length, device=like.device)
-        hidden = other > position
+    """0 where a span's token sees a key of ``[prefix, span]``, else -inf: [length, prefix + length]."""
+    name = (length, prefix, window, like.dtype, like.device)
+    if name not in segments.attention_cache:
+        query_position = torch.arange(prefix, prefix + length, device=like.device)[:, None]
+        key_position = torch.arange(prefix + length, device=like.device)
+        is_hidden = key_position > query_position
         if window is not None:
-            hidden |= other <= position - window
-        mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
-        segments.attention_cache[key] = mask.masked_fill_(hidden, -torch.inf)
-    return segments.attention_cache[key]
+            is_hidden |= key_position <= query_position - window
+        mask = torch.zeros(is_hidden.shape, dtype=like.dtype, device=like.device)
+        segments.attention_cache[name] = mask.masked_fill_(is_hidden, -torch.inf)
+    return segments.attention_cache[name]
 
 
 AttentionInterface.register(NAME, segment_attention)
@@ -146,84 +207,103 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def choose_layout(model: nn.Module, wanted: str) -> Layout:
-    """``"segments"`` where the model can (or must) take it, else ``"rows"``; says which, and why.
+    """``"segments"`` where the model can (or must) take it, else ``"rows"``, with the reason as a warning.
 
     Args:
+        model: the model; its attention function becomes ours where it takes segments.
         wanted: ``"auto"``, ``"segments"`` or ``"rows"``.
+    Returns:
+        The layout of its batches.
     Raises:
         ValueError: segments are asked for, and the model cannot take them.
     """
     if wanted == "rows":
         return "rows"
     reason = use_segments(model)
-    if reason and wanted == "segments":
+    if reason is None:
+        return "segments"
+    if wanted == "segments":
         raise ValueError(f"--layout segments: {type(model).__name__} cannot take it, {reason}; use --layout rows")
-    if reason:
-        logger.warning("%s: padded rows, because %s (exact, slower)", type(model).__name__, reason)
-    return "rows" if reason else "segments"
+    logger.warning("%s: padded rows, because %s (exact, slower)", type(model).__name__, reason)
+    return "rows"
 
 
 def use_segments(model: nn.Module) -> str | None:
-    """Let ``model`` read batches laid out in segments, if it can; returns the reason where it cannot.
+    """Let ``model`` read batches laid out in segments, if it can.
 
     Its attention function becomes :func:`segment_attention`, which does what SDPA does for everything else. The
     model is then checked once: a shared prompt and packed sequences must give what separate rows give.
+
+    Args:
+        model: a transformers model, or PEFT around one.
+    Returns:
+        The reason where it cannot, else None.
     """
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()  # type: ignore[operator]
-    whole: Any = model.config
-    if whole._attn_implementation == NAME:
+    config: Any = model.config
+    if config._attn_implementation == NAME:
         return None
-    if reason := unfit(model):
+    reason = unsupported_reason(model)
+    if reason:
         return reason
-    if whole.get_text_config()._attn_implementation != "sdpa":
-        return f"its attention is {whole._attn_implementation}"
-    training = model.training
+    implementation = config.get_text_config()._attn_implementation
+    if implementation != "sdpa":
+        return f"its attention is {implementation}"
+    was_training = model.training
     model.eval()
-    examples = [
-        {"prompt_ids": [5, 3, 4], "chosen_ids": [6, 7, 3, 2], "rejected_ids": [2, 4, 6]},
-        {"prompt_ids": [2], "chosen_ids": [3, 4], "rejected_ids": [7]},
-    ]
-    size = whole.get_text_config().vocab_size
-    examples = [{key: [i % size for i in ids] for key, ids in example.items()} for example in examples]
     try:
-        want = _last_hidden(model, Collator()(examples))
-        model.set_attn_implementation(NAME)  # type: ignore[operator]
-        batch = Collator(layout="segments")(examples)
-        assert batch.segments is not None
-        got = _last_hidden(model, batch)
-        tolerance = 1e-4 if want.dtype in (torch.float32, torch.float64) else 5e-2
-        if not torch.allclose(got, want, rtol=0, atol=tolerance * float(want.abs().max())):
-            reason = f"its hidden states differ from those of padded rows by {float((got - want).abs().max()):.2g}"
-        elif _has_window(model) and not any(batch.segments.attention_cache["windows"]):  # longer than the examples
-            reason = "its sliding window is in its mask alone"
+        reason = _try_segments(model)
     except Exception as error:  # whatever an unknown model raises, padded rows are the answer
-        reason = f"it fails on them ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        message = str(error).splitlines()[0] if str(error) else ""
+        reason = f"it fails on them ({type(error).__name__}: {message})"
     finally:
-        model.train(training)
+        model.train(was_training)
     if reason:
         model.set_attn_implementation("sdpa")  # type: ignore[operator]
     return reason
 
 
-def unfit(model: nn.Module) -> str | None:
-    """Why no attention function of ours can serve ``model``, where that shows without running it."""
-    whole: Any = model.config
-    config = whole.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention", "attention"}
-    if kinds:
-        return f"it has layers of {', '.join(sorted(kinds))}"
+def _try_segments(model: nn.Module) -> str | None:
+    """Compare hidden states in both layouts, on two examples with shared prompts; the reason where they differ."""
+    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
+    examples = [
+        {key: [index % vocabulary for index in ids] for key, ids in example.items()} for example in TRIAL_EXAMPLES
+    ]
+    expected = _last_hidden(model, Collator()(examples))
+    model.set_attn_implementation(NAME)  # type: ignore[operator]
+    batch = Collator(layout="segments")(examples)
+    assert batch.segments is not None
+    hidden = _last_hidden(model, batch)
+    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2
+    if not torch.allclose(hidden, expected, rtol=0, atol=tolerance * float(expected.abs().max())):
+        difference = float((hidden - expected).abs().max())
+        return f"its hidden states differ from those of padded rows by {difference:.2g}"
+    # A window is longer than these examples, so a lost one would not show in the numbers.
+    if _has_window(model) and not any(batch.segments.attention_cache["windows"]):
+        return "its sliding window is in its mask alone"
+    return None
+
+
+def unsupported_reason(model: nn.Module) -> str | None:
+    """Why no attention function of ours can serve ``model``, where that shows without running it; None if it can."""
+    whole_config: Any = model.config
+    config = whole_config.get_text_config()
+    unknown_layers = set(getattr(config, "layer_types", None) or []) - ATTENTION_LAYERS
+    if unknown_layers:
+        return f"it has layers of {', '.join(sorted(unknown_layers))}"
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention cannot be replaced"
-    if any(getattr(p, "ds_id", None) is not None or p.is_meta for p in model.parameters()):
+    if any(getattr(parameter, "ds_id", None) is not None or parameter.is_meta for parameter in model.parameters()):
         return "its weights are not in memory"
     return None
 
 
 def _has_window(model: nn.Module) -> bool:
     config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    kinds = getattr(config, "layer_types", None)
-    return bool(getattr(config, "sliding_window", None)) and (not kinds or "sliding_attention" in kinds)
+    layer_types = getattr(config, "layer_types", None)
+    has_size = bool(getattr(config, "sliding_window", None))
+    return has_size and (not layer_types or "sliding_attention" in layer_types)
 
 
 @torch.no_grad()

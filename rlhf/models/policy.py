@@ -12,7 +12,7 @@ from rlhf.data import Batch
 from rlhf.kernels.recompute import fewer_activations
 from rlhf.logprobs import HeadObjective, Predictions, Scores, model_predictions, model_scores, verified_settings
 from rlhf.models.attention import NAME
-from rlhf.models.positions import inputs_of, own_positions, reads_padding, sees_ahead
+from rlhf.models.positions import finds_own_positions, inputs_of, reads_padding, sees_ahead
 from rlhf.models.routing import Balancing
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,8 @@ class Wrapper(nn.Module):
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.grad_fn is not None:  # made from a weight: only one step could go through its graph
                     module.register_buffer(name, buffer.detach(), name not in module._non_persistent_buffers_set)
-        with still(model):  # before anything shards the weights
-            own_positions(model)
+        with eval_mode(model):  # before anything shards the weights
+            finds_own_positions(model)
 
     @property
     def has_adapter(self) -> bool:
@@ -90,7 +90,7 @@ class Policy(Wrapper):
         self.balancing: Balancing | None = None  # router logits are wanted, for this
         # Before anything shards the weights: read the head and check it against the model's own logits.
         verified_settings(self.without_adapter)
-        with still(model):
+        with eval_mode(model):
             if sees_ahead(self.without_adapter):
                 logger.warning(
                     "%s sees the tokens that it is to predict: no causal model, or is_decoder is off in its config",
@@ -163,7 +163,7 @@ class Policy(Wrapper):
 
 
 @contextmanager
-def still(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
     """Without dropout, also while ``module`` trains."""
     modes = [(m, m.training) for m in module.modules()]
     module.eval()

@@ -14,12 +14,12 @@ _own: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """What ``model`` is given of a batch: positions, unless it finds its own (padding is on the right)."""
     inputs = batch.inputs()
-    if batch.segments is None and own_positions(model):
+    if batch.segments is None and finds_own_positions(model):
         del inputs["position_ids"]
     return inputs
 
 
-def own_positions(model: nn.Module) -> bool:
+def finds_own_positions(model: nn.Module) -> bool:
     """Whether a model must find its positions itself: RoBERTa's begin after the padding's row, some models read none.
 
     Checked once, by two forwards of a few tokens in evaluation mode: without positions, and with 0, 1, 2, …

@@ -17,8 +17,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from rlhf.models.attention import unfit
-from rlhf.models.positions import first_position, own_positions
+from rlhf.models.attention import unsupported_reason
+from rlhf.models.positions import finds_own_positions, first_position
 from rlhf.rollouts.cache import DECODING_ATTENTION, Cache
 from rlhf.rollouts.decoding import DecodingState
 from rlhf.rollouts.engine import Completion, Sampling, check_request
@@ -280,7 +280,7 @@ class LocalEngine:
 
     def _unsupported_reason(self, device: torch.device) -> str | None:
         """Why our attention cannot be used, if so: it must give the logits of the model's own forward."""
-        if reason := unfit(self.base):
+        if reason := unsupported_reason(self.base):
             return reason
         # Two prompts of different lengths with two completions each, so that padding and the grid are tried.
         prompts = self._in_vocabulary([[5, 3, 4, 6], [2]])
@@ -370,7 +370,7 @@ def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _position_ids(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     """An argument for ``model.generate`` where positions of ``ids`` [R, T] do not begin at 0."""
-    start = first_position(model) if own_positions(model) else None
+    start = first_position(model) if finds_own_positions(model) else None
     if start is None:
         return {}
     positions = torch.arange(ids.size(1), device=ids.device) + start

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rlhf.data import Batch
 from rlhf.models import Balancing, Policy, Routing, balancing_of, routing
-from rlhf.models.policy import still
+from rlhf.models.policy import eval_mode
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Balancer:
             return  # the batch is the step: its own forward pass counts
         counts = []
         for batch in batches:
-            with torch.no_grad(), self.accelerator.autocast(), still(model):
+            with torch.no_grad(), self.accelerator.autocast(), eval_mode(model):
                 logits = model(batch).router_logits
             batch_routing = routing(logits, batch, self.balancing.top_k)
             counts.append(torch.cat([batch_routing.chosen, batch_routing.probs, batch_routing.rows[None]]))

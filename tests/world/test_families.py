@@ -12,7 +12,7 @@ from world.families import FAMILIES, UNABLE, Found, examine, tiny_family
 
 from rlhf.data import Collator
 from rlhf.models import Policy
-from rlhf.models.positions import first_position, inputs_of, own_positions
+from rlhf.models.positions import finds_own_positions, first_position, inputs_of
 
 SOME = ["roberta", "bart", "openai-gpt", "gemma3", "rwkv"]
 
@@ -40,7 +40,7 @@ def test_every_family(family):
 def test_positions_begin_where_the_model_says(family, own, first):
     """RoBERTa's begin after the row of its padding; 0, 1, 2, … were written over them in silence."""
     model = tiny_family(family)
-    assert own_positions(model) == own
+    assert finds_own_positions(model) == own
     assert first_position(model) == first or not own
     batch = Collator()([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}])
     assert ("position_ids" in inputs_of(model, batch)) != own
@@ -58,4 +58,4 @@ def test_positions_are_checked_without_dropout():
     torch.manual_seed(0)
     model = tiny_family("gpt2", resid_pdrop=0.5, embd_pdrop=0.5).train()
     policy = Policy(model)
-    assert not own_positions(model) and policy.model.training
+    assert not finds_own_positions(model) and policy.model.training
