@@ -1,4 +1,4 @@
-"""A policy with a critic: what is the state before each token worth?"""
+"""A policy with a critic, which estimates the value of the state before each token."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from rlhf.data import Batch
-from rlhf.logprobs import Scores
+from rlhf.logprobs import HeadObjective, Scores
 from rlhf.models.policy import Policy
 from rlhf.models.reward_model import RewardModel
 
@@ -24,14 +24,16 @@ class ActorCritic(Policy):
         super().__init__(model)
         self.critic = critic
         if critic is None:
-            like: Any = self.without_adapter.get_output_embeddings().weight
+            output_weight: Any = self.without_adapter.get_output_embeddings().weight
+            hidden_size, device = output_weight.size(1), output_weight.device
+            self.value_head = nn.Linear(hidden_size, 1, device=device, dtype=torch.float32)
             # Zeros, as for reward models: the first advantages are the rewards, the first gradients of the trunk none.
-            self.value_head = nn.Linear(like.size(1), 1, device=like.device, dtype=torch.float32)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, batch: Batch, *args: Any, **kwargs: Any) -> Scores:
-        scores = super().forward(batch, *args, **kwargs)
+    def forward(self, batch: Batch, objective: HeadObjective | None = None, entropy: bool = False) -> Scores:
+        """As :class:`Policy`, with values. A critic of its own is run on the same batch."""
+        scores = super().forward(batch, objective, entropy)
         if self.critic is None:
-            return scores
+            return scores  # with the values of the value head
         return scores._replace(values=self.critic(batch, batch.targets.source))

@@ -30,15 +30,14 @@ class Wrapper(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        for module in model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                if buffer.grad_fn is not None:  # made from a weight: only one step could go through its graph
-                    module.register_buffer(name, buffer.detach(), name not in module._non_persistent_buffers_set)
-        with eval_mode(model):  # before anything shards the weights
+        _detach_buffers(model)
+        # Asked now, before anything shards the weights; the answer is kept.
+        with eval_mode(model):
             finds_own_positions(model)
 
     @property
     def has_adapter(self) -> bool:
+        """Whether PEFT is around the transformers model."""
         return hasattr(self.model, "get_base_model")
 
     @property
@@ -53,10 +52,10 @@ class Wrapper(nn.Module):
 
         Under FSDP the names stay those of this module, because torch's checkpoints look parameters up by them.
         """
-        own = "" if is_fsdp_enabled() else "model."
+        name_here = "" if is_fsdp_enabled() else "model."
         start = f"{prefix}." if prefix else ""
         for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            yield start + name.removeprefix(start).removeprefix(own), parameter
+            yield start + name.removeprefix(start).removeprefix(name_here), parameter
 
     def get_submodule(self, target: str) -> nn.Module:
         """As ``nn.Module``; a name that the model has is found too."""
@@ -66,10 +65,20 @@ class Wrapper(nn.Module):
             return self.model.get_submodule(target)
 
     def __getattr__(self, name: str) -> Any:
+        """An attribute of the model, where this module has none of that name."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("model"), name)
+
+
+def _detach_buffers(model: nn.Module) -> None:
+    """Cut the graph of buffers that were computed from a weight: only one backward pass could go through it."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.grad_fn is not None:
+                is_persistent = name not in module._non_persistent_buffers_set
+                module.register_buffer(name, buffer.detach(), is_persistent)
 
 
 Teacher = Callable[["Policy"], AbstractContextManager["Policy"]]
@@ -87,19 +96,23 @@ class Policy(Wrapper):
         self.temperature = 1.0
         self.value_head: nn.Module | None = None
         self.critic: Any = None  # of an ActorCritic
-        self.balancing: Balancing | None = None  # router logits are wanted, for this
-        # Before anything shards the weights: read the head and check it against the model's own logits.
+        self.balancing: Balancing | None = None  # set where router logits are wanted
+        # Asked now, before anything shards the weights: the head is checked against the model's own logits.
         verified_settings(self.without_adapter)
-        with eval_mode(model):
-            if sees_ahead(self.without_adapter):
+        self._warn_of_unusual_models()
+
+    def _warn_of_unusual_models(self) -> None:
+        model = self.without_adapter
+        with eval_mode(self.model):
+            if sees_ahead(model):
                 logger.warning(
                     "%s sees the tokens that it is to predict: no causal model, or is_decoder is off in its config",
-                    type(self.without_adapter).__name__,
+                    type(model).__name__,
                 )
-            elif reads_padding(self.without_adapter):
+            elif reads_padding(model):
                 logger.warning(
                     "%s reads padding: only texts of one length go together, pass --per_device_train_batch_size 1",
-                    type(self.without_adapter).__name__,
+                    type(model).__name__,
                 )
 
     def forward(self, batch: Batch, objective: HeadObjective | None = None, entropy: bool = False) -> Scores:
@@ -128,12 +141,13 @@ class Policy(Wrapper):
             )
 
     def predictions(self, batch: Batch) -> Predictions:
-        """This model's predictions of the targets before the softmax."""
+        """The model's predictions of the targets of a batch before the softmax, with gradient where one is wanted."""
         self._check_layout(batch)
         return model_predictions(self.model, batch.targets, temperature=self.temperature, **self._inputs(batch))
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs = inputs_of(self.without_adapter, batch)
+        # Where nobody wants them, a config that asks for router logits would make the model compute them in vain.
         if self.balancing is not None or getattr(self.config.get_text_config(), "output_router_logits", False):
             inputs["output_router_logits"] = self.balancing is not None
         return inputs
@@ -150,25 +164,30 @@ class Policy(Wrapper):
 
     @contextmanager
     def adapter(self, name: str) -> Iterator[None]:
-        """The trunk under another of its adapters; what learns stays as it is."""
-        learns = [(p, p.requires_grad) for p in self.model.parameters()]
-        before = self.model.active_adapter
+        """The model under another of its adapters.
+
+        Args:
+            name: of the adapter.
+        """
+        # PEFT's `set_adapter` trains the adapter that it activates and freezes the others.
+        trained_before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        active_before = self.model.active_adapter
         self.model.set_adapter(name)  # type: ignore[operator]
         try:
             yield
         finally:
-            self.model.set_adapter(before)  # type: ignore[operator]
-            for p, learned in learns:
-                p.requires_grad_(learned)
+            self.model.set_adapter(active_before)  # type: ignore[operator]
+            for parameter, was_trained in trained_before:
+                parameter.requires_grad_(was_trained)
 
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Without dropout, also while ``module`` trains."""
-    modes = [(m, m.training) for m in module.modules()]
+    """Evaluation mode for a while: no dropout. Afterwards each part of ``module`` has the mode it had."""
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        for m, training in modes:
-            m.training = training
+        for part, was_training in modes:
+            part.training = was_training

@@ -1,4 +1,7 @@
-"""Where a model's positions begin, and how long a sequence it can read."""
+"""Where a model's positions begin, and how long a sequence it can read.
+
+What a config does not say is found by a forward pass of a few tokens, once for each model.
+"""
 
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -8,11 +11,21 @@ from torch import Tensor, nn
 
 from rlhf.data import Batch
 
-_own: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_finds_own: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+TRIAL_IDS = (5, 6, 7, 3, 4, 2)
+TRIAL_LENGTH = 5
+SHORT_LENGTH = 3  # of the trial tokens, where a later one must not matter
 
 
 def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """What ``model`` is given of a batch: positions, unless it finds its own (padding is on the right)."""
+    """The arguments of ``model``'s forward for a batch.
+
+    Args:
+        model: a transformers model, or PEFT around one.
+        batch: in either layout; its padding, if any, is on the right.
+    Returns:
+        Ids, mask or segments; and positions, unless the model finds its own.
+    """
     inputs = batch.inputs()
     if batch.segments is None and finds_own_positions(model):
         del inputs["position_ids"]
@@ -23,76 +36,107 @@ def finds_own_positions(model: nn.Module) -> bool:
     """Whether a model must find its positions itself: RoBERTa's begin after the padding's row, some models read none.
 
     Checked once, by two forwards of a few tokens in evaluation mode: without positions, and with 0, 1, 2, …
+
+    Args:
+        model: a transformers model, or PEFT around one.
+    Returns:
+        True where positions must not be passed.
     """
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()  # type: ignore[operator]
-    if model not in _own:
-        _own[model] = _in_memory(model) and not _takes_positions(model)
-    return _own[model]
+    if model not in _finds_own:
+        _finds_own[model] = _is_in_memory(model) and not _accepts_positions(model)
+    return _finds_own[model]
 
 
 def first_position(model: nn.Module) -> int | None:
     """The position of a text's first token, where a table of the model begins with padding; None for 0."""
-    named = (table for name, table in model.named_modules() if "position_emb" in name)
-    tables = [table for table in named if isinstance(table, nn.Embedding) and not hasattr(table, "offset")]
-    found = [table.padding_idx + 1 for table in tables if table.padding_idx is not None]
-    return max(found, default=None)
+    firsts = []
+    for name, table in model.named_modules():
+        # Tables with an offset (OPT, BART) add it themselves.
+        if "position_emb" not in name or not isinstance(table, nn.Embedding) or hasattr(table, "offset"):
+            continue
+        if table.padding_idx is not None:
+            firsts.append(table.padding_idx + 1)
+    return max(firsts, default=None)
 
 
 def sees_ahead(model: Any) -> bool:
-    """Whether the hidden state of a token changes with what comes after it: no causal model, or not set up as one."""
-    if not _in_memory(model):
+    """Whether the hidden state of a token changes with what comes after it: no causal model, or not set up as one.
+
+    Args:
+        model: a transformers model in evaluation mode.
+    Returns:
+        False too where the model's weights are sharded, or a trial fails: training will tell.
+    """
+    if not _is_in_memory(model):
         return False
     try:
-        ids = _few_tokens(model)
-        return not _alike(_hidden(model, ids)[:, :3], _hidden(model, ids[:, :3]))
+        ids = _trial_ids(model)
+        whole = _hidden_states(model, ids)
+        beginning = _hidden_states(model, ids[:, :SHORT_LENGTH])
     except Exception:  # whatever an unknown model raises, it is found where it is trained
         return False
+    return not _agree(whole[:, :SHORT_LENGTH], beginning)
 
 
 def reads_padding(model: Any) -> bool:
-    """Whether padding on the right, masked, changes the hidden states of the tokens before it."""
-    if not _in_memory(model):
+    """Whether padding on the right, masked, changes the hidden states of the tokens before it.
+
+    Args:
+        model: a transformers model in evaluation mode.
+    Returns:
+        False too where the model's weights are sharded, or a trial fails: training will tell.
+    """
+    if not _is_in_memory(model):
         return False
     try:
-        ids = _few_tokens(model)
-        mask = (torch.arange(ids.size(1), device=ids.device) < 3)[None].long()
-        return not _alike(_hidden(model, ids, attention_mask=mask)[:, :3], _hidden(model, ids[:, :3]))
+        ids = _trial_ids(model)
+        mask = (torch.arange(TRIAL_LENGTH, device=ids.device) < SHORT_LENGTH)[None].long()
+        padded = _hidden_states(model, ids, attention_mask=mask)
+        beginning = _hidden_states(model, ids[:, :SHORT_LENGTH])
     except Exception:  # whatever an unknown model raises, it is found where it is trained
         return False
+    return not _agree(padded[:, :SHORT_LENGTH], beginning)
 
 
-def _takes_positions(model: Any) -> bool:
+def _accepts_positions(model: Any) -> bool:
+    """Whether positions 0, 1, 2, … give what the model finds by itself."""
     try:
-        ids = _few_tokens(model)
-        want = _hidden(model, ids)
+        ids = _trial_ids(model)
+        expected = _hidden_states(model, ids)
     except Exception:  # whatever an unknown model raises, it is found where it is trained
         return True
+    positions = torch.arange(ids.size(1), device=ids.device)[None]
     try:
-        return _alike(_hidden(model, ids, position_ids=torch.arange(ids.size(1), device=ids.device)[None]), want)
-    except (TypeError, ValueError):
+        return _agree(_hidden_states(model, ids, position_ids=positions), expected)
+    except (TypeError, ValueError):  # it takes none
         return False
 
 
-def _few_tokens(model: Any) -> Tensor:
+def _trial_ids(model: Any) -> Tensor:
+    """A few tokens, none of them the padding's: a model may leave that out by its id."""
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
-    ids = [i for i in (5, 6, 7, 3, 4, 2) if i != pad][:5]
+    ids = [index for index in TRIAL_IDS if index != pad][:TRIAL_LENGTH]
     return torch.tensor([ids], device=next(model.parameters()).device)
 
 
 @torch.no_grad()
-def _hidden(model: Any, ids: Tensor, **given: Tensor) -> Tensor:
-    given.setdefault("attention_mask", torch.ones_like(ids))
-    return model.base_model(input_ids=ids, use_cache=False, **given)[0]
+def _hidden_states(model: Any, ids: Tensor, **inputs: Tensor) -> Tensor:
+    inputs.setdefault("attention_mask", torch.ones_like(ids))
+    return model.base_model(input_ids=ids, use_cache=False, **inputs)[0]
 
 
-def _alike(got: Tensor, want: Tensor) -> bool:
-    tolerance = 1e-4 if want.dtype in (torch.float32, torch.float64) else 5e-2
-    return torch.allclose(got, want, rtol=0, atol=tolerance * float(want.abs().max()))
+def _agree(hidden: Tensor, expected: Tensor) -> bool:
+    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2
+    return torch.allclose(hidden, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
-def _in_memory(model: nn.Module) -> bool:
-    return not any(getattr(p, "ds_id", None) is not None or p.is_meta for p in model.parameters())
+def _is_in_memory(model: nn.Module) -> bool:
+    """Whether the weights are there: neither sharded by ZeRO-3 nor on the meta device."""
+    return not any(
+        getattr(parameter, "ds_id", None) is not None or parameter.is_meta for parameter in model.parameters()
+    )
 
 
 def max_positions(model: nn.Module) -> int | None:
@@ -100,11 +144,12 @@ def max_positions(model: nn.Module) -> int | None:
 
     Rotary, ALiBi and sinusoidal positions have no end; a table of them (GPT-2, OPT, BART, RoBERTa, …) has.
     """
-    sizes = [
-        table.num_embeddings - _first_row(table)
-        for name, table in model.named_modules()
-        if isinstance(table, nn.Embedding) and _holds_positions(name.rpartition(".")[2]) and not _of_media(name)
-    ]
+    sizes = []
+    for name, table in model.named_modules():
+        if not isinstance(table, nn.Embedding) or _is_of_media(name):
+            continue
+        if _holds_positions(name.rpartition(".")[2]):
+            sizes.append(table.num_embeddings - _first_row(table))
     return min(sizes, default=None)
 
 
@@ -118,13 +163,14 @@ def _holds_positions(name: str) -> bool:
     return name == "wpe" or "position" in name
 
 
-def _of_media(name: str) -> bool:
+def _is_of_media(name: str) -> bool:
     """Whether a module reads images or sound: its positions are not those of the text."""
     return any(word in name for word in ("vision", "visual", "image", "audio"))
 
 
 def _first_row(table: nn.Embedding) -> int:
     """The row of the first token: OPT and BART begin at 2, RoBERTa after the padding's row."""
-    if (offset := getattr(table, "offset", None)) is not None:
+    offset = getattr(table, "offset", None)
+    if offset is not None:
         return int(offset)
     return 0 if table.padding_idx is None else table.padding_idx + 1
