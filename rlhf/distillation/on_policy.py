@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,14 +10,13 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from rlhf.data import Batch
-from rlhf.data.batch import IGNORE
+from rlhf.data.batch import IGNORE, Row
 from rlhf.logprobs import Scores, TokenLoss
 from rlhf.models import Policy
 from rlhf.rollouts import Completion, Sampling
 from rlhf.rollouts.policy_sampler import PolicySampler
 from rlhf.trainers.base import Measures
 
-Row = dict[str, Any]
 Metrics = dict[str, tuple[float, float]]  # sum and count, by name
 
 ROW_NUMBER = "row_number"  # column: the number of a row in the training data

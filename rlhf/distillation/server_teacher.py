@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Batch
-from rlhf.data.batch import IGNORE
-from rlhf.distillation.teachers import Row, TopKTeacher
+from rlhf.data.batch import IGNORE, Row
+from rlhf.distillation.teachers import TopKTeacher
 from rlhf.logprobs import TopK
 from rlhf.models import Policy
 from rlhf.rollouts import ServerEngine

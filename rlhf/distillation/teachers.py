@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Batch, Packed, tokenizer_difference
+from rlhf.data.batch import Row
 from rlhf.distillation.config import DistillConfig
 from rlhf.distillation.matching import MatchingWeights
 from rlhf.distillation.objectives import TeacherObjective
@@ -28,8 +29,6 @@ from rlhf.models.policy import eval_mode
 from rlhf.trainers.base import Measures
 
 logger = logging.getLogger(__name__)
-
-Row = dict[str, Any]
 
 
 @dataclass
