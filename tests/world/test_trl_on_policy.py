@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from rlhf import DistillConfig, GRPOConfig, GRPOTrainer, RLOOConfig
-from rlhf.data import held
+from rlhf.data import in_memory
 from rlhf.losses import group_advantages
 from rlhf.online.objective import make_objective
 from rlhf.online.prompts import Prompts
@@ -272,7 +272,7 @@ def test_a_stream_goes_on_where_it_was(rows):
     again = Prompts(rows.to_iterable_dataset(), 3, True, lambda part: part)
     again.drawn = 3
     assert again.draw(4) == rest and len(first) == 3
-    assert isinstance(for_each_set(held, {"a": rows.to_iterable_dataset()})["a"], Dataset)
+    assert isinstance(for_each_set(in_memory, {"a": rows.to_iterable_dataset()})["a"], Dataset)
     with pytest.raises(ValueError, match="has no rows"):
         Prompts(IterableDataset.from_generator(lambda: iter(())), 0, False, lambda part: part).draw(1)
 
