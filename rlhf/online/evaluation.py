@@ -4,7 +4,6 @@ from abc import abstractmethod
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers.trainer_utils import PredictionOutput
@@ -13,6 +12,7 @@ from rlhf.data import in_memory
 from rlhf.online.metrics import sample_metrics
 from rlhf.online.samples import Sample
 from rlhf.trainers.base import BaseTrainer
+from rlhf.trainers.metric_sums import MetricSums
 from rlhf.trainers.preparation import for_each_set
 
 
@@ -58,11 +58,10 @@ class EvaluatesBySampling(BaseTrainer):
         return PredictionOutput(predictions=predictions, label_ids=None, metrics=metrics)  # type: ignore[arg-type]
 
     def _metrics_of(self, samples: list[Sample], prefix: str) -> dict[str, float]:
-        columns = sample_metrics(samples, self.reward_names, self.args.device)
-        table = torch.stack([torch.stack([total.sum(), count.sum()]) for total, count in columns.values()])
-        reduced = self.accelerator.reduce(table).tolist()
-        sums = {name: (total, count) for name, (total, count) in zip(columns, reduced, strict=True)}
-        return {f"{prefix}_{name}": value for name, value in self.reduce_metrics(sums).items()}
+        sums = MetricSums()
+        sums.add(sample_metrics(samples, self.reward_names, self.args.device))
+        metrics = self.reduce_metrics(sums.reduce(self.accelerator))
+        return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
     def _metric_names(self, key: str, rows: Dataset) -> list[str]:
         return []  # unknown before the rewards were called

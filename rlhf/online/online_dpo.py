@@ -1,17 +1,18 @@
-"""Online DPO: pairs of the policy's own completions, judged as they are made."""
+"""Online DPO: pairs of the policy's own completions, chosen and rejected by their rewards."""
 
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf.online.presets import OnlineDPOConfig
+from rlhf.online.samples import RolloutBatch
 from rlhf.online.trainer import PPOTrainer
 from rlhf.trainers.base import BaseConfig, Measures
 
 
 class OnlineDPOTrainer(PPOTrainer):
-    r"""DPO on the best and the worst of each prompt's completions, by reward; a tie teaches nothing and is left out.
+    r"""DPO on the best and the worst of each prompt's completions, by reward; a tie is left out.
 
     The loss is the mean over the pairs of the optimizer step; everything else is :class:`PPOTrainer`'s.
 
@@ -25,31 +26,43 @@ class OnlineDPOTrainer(PPOTrainer):
     config_class: ClassVar[type[BaseConfig]] = OnlineDPOConfig
 
     def count(self, batch: Any) -> int:
-        return sum(_both(batch.lengths))
+        return sum(_pairs_in_loss(batch))
 
     def measure(self, model: nn.Module, batch: Any) -> Measures:
-        targets = batch.targets
+        targets, ref_logps = batch.targets, batch.per_token["ref_logps"]
         logps = model(batch).logps
-        chosen, rejected = targets.sum(logps).view(-1, 2).unbind(1)
-        ref_logps = batch.per_token["ref_logps"]
-        ref_chosen, ref_rejected = targets.sum(ref_logps).view(-1, 2).unbind(1)
-        lengths = targets.counts().view(-1, 2).unbind(1)
+        # The samples of a pair are neighbours: the chosen one, then the rejected one.
+        chosen, rejected = _of_pairs(targets.sum(logps))
+        ref_chosen, ref_rejected = _of_pairs(targets.sum(ref_logps))
+        chosen_lengths, rejected_lengths = _of_pairs(targets.counts())
         losses = self.args.pair_loss(
-            chosen, rejected, ref_chosen, ref_rejected, chosen_lengths=lengths[0], rejected_lengths=lengths[1]
+            chosen, rejected, ref_chosen, ref_rejected, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths
         )
-        says = torch.tensor(_both(batch.lengths), device=losses.device)
-        losses, counted = torch.where(says, losses, 0.0), says.float()
-        margins = self.args.beta * ((chosen - ref_chosen) - (rejected - ref_rejected)).detach()
-        tokens = torch.ones_like(ref_logps)
+        in_loss = torch.tensor(_pairs_in_loss(batch), device=losses.device)
+        losses = torch.where(in_loss, losses, 0.0)
+        count = in_loss.float()
+
+        log_ratios = (logps - ref_logps).detach()
+        chosen_log_ratio, rejected_log_ratio = _of_pairs(targets.sum(log_ratios))
+        margins = self.args.beta * (chosen_log_ratio - rejected_log_ratio)
+        accuracies = (margins > 0) + 0.5 * (margins == 0)
+        kl = targets.sum(log_ratios)
         metrics = {
-            "rewards/margins": (margins * counted, counted),
-            "rewards/accuracies": (((margins > 0) + 0.5 * (margins == 0)) * counted, counted),
-            "kl": (targets.sum((logps - ref_logps).detach()), torch.ones_like(targets.sum(tokens))),
-            "entropy": (-logps.detach(), tokens),
+            "rewards/margins": (margins * count, count),
+            "rewards/accuracies": (accuracies * count, count),
+            "kl": (kl, torch.ones_like(kl)),
+            "entropy": (-logps.detach(), torch.ones_like(ref_logps)),
         }
-        return Measures(losses, counted, metrics)
+        return Measures(losses, count, metrics)
 
 
-def _both(lengths: tuple[int, ...]) -> list[bool]:
-    """Whether both answers of each pair count."""
-    return [chosen > 0 and rejected > 0 for chosen, rejected in zip(lengths[::2], lengths[1::2], strict=True)]
+def _of_pairs(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values of the chosen and of the rejected sequences, from those of all sequences [2 * pairs]."""
+    chosen, rejected = values.view(-1, 2).unbind(1)
+    return chosen, rejected
+
+
+def _pairs_in_loss(batch: RolloutBatch) -> list[bool]:
+    """Whether each pair has tokens of both samples in the loss."""
+    chosen_lengths, rejected_lengths = batch.lengths[::2], batch.lengths[1::2]
+    return [chosen > 0 and rejected > 0 for chosen, rejected in zip(chosen_lengths, rejected_lengths, strict=True)]

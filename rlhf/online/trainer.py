@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import in_memory, tokenize_prompts
-from rlhf.logprobs import TokenLoss
+from rlhf.logprobs import Scores, TokenLoss
 from rlhf.losses import truncated_importance_weights, value_loss
 from rlhf.models import ActorCritic, Policy, vocabulary_size
 from rlhf.online.collector import Rollout, RolloutCollector
@@ -358,29 +358,25 @@ class PPOTrainer(EvaluatesBySampling):
 
     def measure(self, model: nn.Module, batch: Any) -> Measures:
         objective, targets, tokens = self._objective(), batch.targets, batch.per_token
+        advantages, old_logps = tokens["advantages"], tokens.get("old_logps")
         weight = objective.token_weights(batch.lengths, targets.sequence) * tokens["in_loss"]
-        advantages = tokens["advantages"]
-        correction, old_logps = torch.ones_like(advantages), tokens.get("old_logps")
-        if self.importance_cap is not None and old_logps is not None:
-            correction = truncated_importance_weights(old_logps, tokens["sampler_logps"], self.importance_cap)
-        if "high_entropy" in tokens:
-            correction = correction * tokens["high_entropy"]
+        correction = self._importance_weights(tokens)
         ref_logps = tokens.get("ref_logps", torch.zeros_like(advantages))
-        entropy = self.args.entropy_coef > 0
+
+        # A loss of single tokens is computed while the logits of a chunk are in memory.
+        head_objective = None
+        if not objective.is_coupled:
+            columns = [advantages, weight, correction, ref_logps]
+            columns += [] if old_logps is None else [old_logps]
+            head_objective = TokenLoss(partial(_token_loss, objective), tuple(columns))
+        scores = model(batch, head_objective, self.args.entropy_coef > 0)
+        # With one step for each rollout, the policy before the step is this one.
+        before = scores.logps.detach() if old_logps is None else old_logps
+        total = scores.loss
         if objective.is_coupled:
-            scores = model(batch, entropy=entropy)
-            before = scores.logps.detach() if old_logps is None else old_logps
             total = objective.sequence_loss(
                 scores, advantages, weight, correction, before, ref_logps, targets.sequence, batch.lengths
             )
-        elif old_logps is None:  # one step for each rollout: the policy before it is this one
-            token_loss = TokenLoss(_local(objective, True), (advantages, weight, correction, ref_logps))
-            scores = model(batch, token_loss, entropy)
-            total, before = scores.loss, scores.logps.detach()
-        else:
-            token_loss = TokenLoss(_local(objective, False), (advantages, weight, correction, old_logps, ref_logps))
-            scores = model(batch, token_loss, entropy)
-            total, before = scores.loss, old_logps
 
         divisor = torch.full((), float(objective.count(batch.lengths)), device=weight.device)
         metrics, peaks = step_metrics(batch, scores.logps, before, objective.clip)
@@ -396,6 +392,13 @@ class PPOTrainer(EvaluatesBySampling):
         loss_of_sequences = (total.detach() / size).expand(size)
         counts = torch.full((size,), objective.count(batch.lengths) / size)
         return Measures(loss_of_sequences, counts, metrics, total, scores.router_logits)
+
+    def _importance_weights(self, tokens: Mapping[str, Tensor]) -> Tensor:
+        """The factor of each token for where it comes from and for its entropy, [N]."""
+        weights = torch.ones_like(tokens["advantages"])
+        if self.importance_cap is not None and "old_logps" in tokens:
+            weights = truncated_importance_weights(tokens["old_logps"], tokens["sampler_logps"], self.importance_cap)
+        return weights * tokens["high_entropy"] if "high_entropy" in tokens else weights
 
     # Evaluation
 
@@ -456,9 +459,14 @@ class PPOTrainer(EvaluatesBySampling):
                 logger.warning("step %d: %s", self.state.global_step, trouble)
 
 
-def _local(objective: Objective, on_policy: bool) -> Callable[..., Tensor]:
-    if on_policy:
-        return lambda scores, advantages, weight, correction, ref: objective.token_loss(
-            scores, advantages, weight, correction, scores.logps.detach(), ref
-        )
-    return objective.token_loss
+def _token_loss(
+    objective: Objective,
+    scores: Scores,
+    advantages: Tensor,
+    weight: Tensor,
+    correction: Tensor,
+    ref_logps: Tensor,
+    old_logps: Tensor | None = None,
+) -> Tensor:
+    before = scores.logps.detach() if old_logps is None else old_logps
+    return objective.token_loss(scores, advantages, weight, correction, before, ref_logps)
