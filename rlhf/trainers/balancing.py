@@ -52,11 +52,13 @@ class Balancer:
         self._step = Routing(chosen, probs, total[-1])
 
     def share(self, router_logits: tuple[Tensor, ...], batch: Batch) -> Tensor:
-        """A micro-batch's share of the loss, before its weight; the shares of a step add up to its loss.
+        """A micro-batch's share of the loss, before its weight.
 
         Args:
             router_logits: of each layer, with gradient.
             batch: the micro-batch that they are of.
+        Returns:
+            Scalar; the shares of a step add up to its loss.
         """
         return routing(router_logits, batch, self.balancing.top_k).loss(self._step)
 

@@ -89,6 +89,7 @@ class BaseTrainer(Evaluating, ProfiledTrainer):
         compute_loss_func: Any = None,
         model_init: Any = None,
     ) -> None:
+        # These exist so that they are refused by name; the rest is transformers.Trainer's, or TRL's.
         refuse_arguments(compute_loss_func=compute_loss_func, model_init=model_init)
         args = as_config(args, self.config_class)
         self._check_call(args, compute_metrics)
@@ -176,6 +177,8 @@ class BaseTrainer(Evaluating, ProfiledTrainer):
             tokenizer: with all special tokens.
             args: the configuration; ``self.args`` does not exist yet when training rows are tokenised.
             vocab_size: ids from it on are refused.
+        Returns:
+            Tokenised rows, as the collator reads them.
         """
 
     @abstractmethod
@@ -210,6 +213,7 @@ class BaseTrainer(Evaluating, ProfiledTrainer):
         args = self.args
         if args.torch_compile and args.layout == "segments":
             logger.warning("--torch_compile with --layout segments compiles nearly every batch anew; use --layout rows")
+        # Segments change their shape with each batch; logits of whole rows need rows.
         whole_rows = args.torch_compile or self.compute_metrics is not None
         return "rows" if whole_rows and args.layout == "auto" else args.layout
 
@@ -246,6 +250,7 @@ class BaseTrainer(Evaluating, ProfiledTrainer):
         rows = self.train_dataset if train_dataset is None else train_dataset
         by_length = self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
         if by_length and isinstance(rows, Dataset):
+            # transformers' sampler looks for a column of lengths: rows of pairs have several sequences.
             rows = Dataset.from_dict({self.args.length_column_name: num_tokens(rows)})
         return super()._get_train_sampler(rows)
 
@@ -255,6 +260,7 @@ class BaseTrainer(Evaluating, ProfiledTrainer):
         # Written on the device: a copy to it would wait for all that is under way there.
         count = torch.full((), sum(self.count(batch) for batch in batch_samples), device=device)
         if self.balancer is not None:
+            # The shares of the batches add up to the loss of a step, so a step counts once over all processes.
             self.add_metrics({"aux_loss": (count * 0, torch.ones_like(count) / self.accelerator.num_processes)})
             batches = [inputs.to(self.args.device) for inputs in batch_samples]
             self.balancer.look_ahead(self.model_wrapped, batches)
@@ -280,9 +286,11 @@ class BaseTrainer(Evaluating, ProfiledTrainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         measures = self.measure(model, inputs)
+        # Without a number, as where somebody calls this alone, the batch is the step.
         count = num_items_in_batch if num_items_in_batch is not None else measures.counts.sum()
         # Gradients are averaged over ranks, so each adds its share of the sum times their number.
         total = measures.total if measures.total is not None else measures.loss.sum()
+        # A step may count nothing, as where on-policy samples are all dropped: its loss is 0 and not NaN.
         loss = total / torch.clamp(count, min=1) + self._balancing_loss(measures, inputs)
         loss = loss * self.accelerator.num_processes
         tokens = inputs.num_tokens()
@@ -353,6 +361,7 @@ class BaseTrainer(Evaluating, ProfiledTrainer):
 
     def freeze(self, model: nn.Module) -> Policy:
         """A policy to compare with, on this device."""
+        # A copy of sharded parameters is a copy of this rank's shards.
         if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise ValueError("ZeRO-3 cannot hold a frozen copy as the reference yet: use LoRA (--use_peft), or FSDP2")
         if self.is_fsdp_enabled:

@@ -108,6 +108,7 @@ class BaseConfig(TrainingArguments):
     best_metric: ClassVar[str] = "loss"  # of evaluation, where nobody names another
 
     def __post_init__(self) -> None:
+        # Before transformers' own checks, whose errors do not name the option.
         self._check_dictionaries()
         self._check_choices()
         self._set_defaults()
@@ -158,6 +159,7 @@ class BaseConfig(TrainingArguments):
         trackers = [name.strip() for names in given for name in names.split(",")]
         self.report_to = [name for name in trackers if name]
         if self.bf16 is None:
+            # `accelerate launch --mixed_precision` decides where it is used.
             set_by_launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
             has_bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
             self.bf16 = has_bf16 and not self.fp16 and not set_by_launcher
@@ -195,6 +197,8 @@ class BaseConfig(TrainingArguments):
     def limit(self) -> int:
         """``max_length``, for a trainer that samples.
 
+        Returns:
+            A number of tokens.
         Raises:
             ValueError: it is None.
         """

@@ -25,8 +25,8 @@ class DPOTrainer(ReferencedTrainer):
         model: a model, a PEFT model, or a name or folder to load one from.
         ref_model: another reference, as a model or by name.
         args: the configuration.
-        train_dataset, eval_dataset: rows of ``prompt``, ``chosen``, ``rejected``, and ``margin`` for ``odpo``.
-        kwargs: ``processing_class``, ``peft_config``, ``callbacks``, … as in :class:`SFTTrainer`.
+        **kwargs: ``train_dataset`` and ``eval_dataset`` (rows of ``prompt``, ``chosen``, ``rejected``, and ``margin``
+            for ``odpo``), ``processing_class``, ``peft_config``, ``callbacks``, … as in :class:`SFTTrainer`.
     Logs:
         ``loss`` (log 2 at the start, for ``sigmoid``), ``rewards/chosen`` and ``rewards/rejected``
         (beta * log-ratio to the reference), ``rewards/margins`` (their difference), ``rewards/accuracies`` (share of
@@ -61,7 +61,7 @@ class DPOTrainer(ReferencedTrainer):
         return rows
 
     def count(self, batch: Batch) -> int:
-        return batch.targets.num_sequences // 2
+        return batch.targets.num_sequences // 2  # two sequences make a pair
 
     def sums(self, batch: Batch, logps: Tensor) -> Tensor:
         """Sums over each answer, [S]; with ld_alpha, tokens beyond the shorter answer of a pair count that much."""
@@ -70,6 +70,7 @@ class DPOTrainer(ReferencedTrainer):
         return batch.targets.sum(logps * tail_weights(batch.targets, self.args.ld_alpha))
 
     def reference_key(self) -> str:
+        # ld_alpha weighs the reference's sums too, so that those of another value cannot be reused.
         return "" if self.args.ld_alpha is None else f"-ld{self.args.ld_alpha}"
 
     def measure(self, model: nn.Module, batch: Batch) -> Measures:

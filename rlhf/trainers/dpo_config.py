@@ -84,6 +84,7 @@ class DPOConfig(ReferencedConfig):
 
     def _check_loss(self) -> None:
         losses = dict(zip(self.loss_type, self.losses(), strict=True))
+        # A coupled loss compares the pairs of a batch with each other: none has a loss of its own to weigh.
         coupled = [name for name, loss in losses.items() if loss.coupled]
         if self.use_weighting and coupled:
             raise ValueError(f"use_weighting weighs pairs, loss_type {coupled[0]} sorts them: leave one of both out")
@@ -116,11 +117,13 @@ class DPOConfig(ReferencedConfig):
         check_preference_columns(columns, self.reading().form)
 
     def loss(self, *sums: Tensor, **columns: Tensor) -> Tensor:
-        """The loss of each pair, [S].
+        """The loss of pairs.
 
         Args:
             sums: of log-probs, [S] each, in nats: chosen and rejected under the policy, then under the reference.
             columns: [S] each, what else a pair has; a loss is passed those that it reads.
+        Returns:
+            The loss of each pair, [S].
         """
         offered = {"discopop_tau": self.discopop_tau, **columns}
         if self.label_smoothing is not None:

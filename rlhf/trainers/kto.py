@@ -64,9 +64,9 @@ class KTOTrainer(ReferencedTrainer):
         model: a model, a PEFT model, or a name or folder to load one from.
         ref_model: another reference, as a model or by name; see :class:`ReferencedTrainer`.
         args: the configuration.
-        train_dataset, eval_dataset: rows of ``prompt``, ``completion`` and ``label`` (true: good), or pairs of
-            ``chosen`` and ``rejected``, which are taken apart.
-        kwargs: ``processing_class``, ``peft_config``, ``callbacks``, … as in :class:`SFTTrainer`.
+        **kwargs: ``train_dataset`` and ``eval_dataset`` (rows of ``prompt``, ``completion`` and ``label`` (true: good),
+            or pairs of ``chosen`` and ``rejected``, which become two rows each), ``processing_class``,
+            ``peft_config``, ``callbacks``, … as in :class:`SFTTrainer`.
     Logs:
         ``loss`` (0.5 at the start, with weights of 1), ``kl`` (z, nats), ``rewards/chosen`` and ``rewards/rejected``
         (beta * log-ratio to the reference, of good and of bad answers), ``rewards/margins`` (their difference),
@@ -87,6 +87,7 @@ class KTOTrainer(ReferencedTrainer):
     _kl: Tensor | float = 0.0  # z: of the optimizer step, or of the evaluation, that is under way
 
     def set_up(self) -> None:
+        # Answers to other prompts are a batch of their own, scored before the loss is known.
         if isinstance(self.data_collator, Collator):
             self.data_collator = replace(self.data_collator, extras={"mismatched": mismatched_batch})
         if isinstance(self.train_dataset, Dataset):
@@ -94,6 +95,7 @@ class KTOTrainer(ReferencedTrainer):
 
     @property
     def ref_columns(self) -> tuple[str, ...]:  # type: ignore[override]
+        # apo_zero_unpaired compares with 0 instead of an estimate, and needs no other answers.
         return ("ref_logps", "ref_mismatched_logps") if self.args.loss_type == "kto" else ("ref_logps",)
 
     def reference_row(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -107,6 +109,7 @@ class KTOTrainer(ReferencedTrainer):
         rows = tokenize_unpaired(dataset, tokenizer, vocab_size=vocab_size, **args.tokenize_kwargs())
         if args.loss_type != "kto":
             return rows
+        # Drawn once over the whole data set, so that z does not depend on how a step is split into batches.
         return add_mismatched(rows, args.max_length, args.dataset_num_proc)
 
     def count(self, batch: Batch) -> int:
@@ -115,12 +118,13 @@ class KTOTrainer(ReferencedTrainer):
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         # The loss of the first micro-batch needs the KL of the whole step, so it is estimated here, before any of them.
         count = super()._get_num_items_in_batch(batch_samples, device)
-        sums = [self._mismatched_kl(self.model_wrapped, batch.to(device)).sum() for batch in batch_samples]
-        self._kl = (self.accelerator.reduce(torch.stack(sums).sum()) / count).clamp(min=0)
+        kl_sums = [self._mismatched_kl(self.model_wrapped, batch.to(device)).sum() for batch in batch_samples]
+        kl_sum = self.accelerator.reduce(torch.stack(kl_sums).sum())
+        self._kl = (kl_sum / count).clamp(min=0)  # an estimate may be negative, a KL is not
         return count
 
     def _mismatched_kl(self, model: nn.Module, batch: Batch) -> Tensor:
-        """How much more likely than the reference the policy finds answers to other prompts, in nats: [S]."""
+        """Log-ratios to the reference of answers to other prompts, [S], in nats, without gradient."""
         mismatched: Any = batch.extras.get("mismatched")
         if mismatched is None:
             return torch.zeros(batch.targets.num_sequences, device=batch.input_ids.device)
@@ -136,10 +140,12 @@ class KTOTrainer(ReferencedTrainer):
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
-        args, desirable = self.args, batch.per_sequence.get("desirable")
+        args = self.args
+        desirable = batch.per_sequence.get("desirable")  # [S] bool
         if desirable is None:
             raise ValueError("these rows have no 'label': pass them to the trainer as prompt, completion and label")
-        scores, ref_logps = model(batch), self.ref_sums(model, batch)
+        ref_logps = self.ref_sums(model, batch)
+        scores = model(batch)
         logps = batch.targets.sum(scores.logps)
         losses = kto_loss(
             logps,
@@ -152,21 +158,24 @@ class KTOTrainer(ReferencedTrainer):
             reduction="none",
         )
         rewards = args.beta * (logps - ref_logps).detach()
-        one = torch.ones_like(rewards)
-        metrics = {"kl": (self._kl * one, one)}
+        ones = torch.ones_like(rewards)
+        metrics = {"kl": (self._kl * ones, ones)}
         for name, is_counted in (("chosen", desirable), ("rejected", ~desirable)):
-            counts = is_counted * one
+            counts = is_counted * ones
             metrics[f"rewards/{name}"] = (rewards * counts, counts)
             metrics[f"logps/{name}"] = (logps.detach() * counts, counts)
-        return Measures(losses, one, metrics, router_logits=scores.router_logits)
+        return Measures(losses, ones, metrics, router_logits=scores.router_logits)
 
     def reduce_metrics(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
         values = super().reduce_metrics(sums)
         if "rewards/chosen" in values:
             values["rewards/margins"] = values["rewards/chosen"] - values["rewards/rejected"]
-        # Answers of one kind may be missing since the last line: what is known of none of them is not reported.
-        missing = [name for name, value in values.items() if name.startswith(("rewards/", "logps/")) and value != value]
-        return {name: value for name, value in values.items() if name not in missing}
+        reported = {}
+        for name, value in values.items():
+            # NaN where a logging step had answers of one kind only: no value is known then.
+            if not (name.startswith(("rewards/", "logps/")) and math.isnan(value)):
+                reported[name] = value
+        return reported
 
 
 def mismatched_batch(examples: list[dict[str, Any]], collate: Collator) -> Batch | None:

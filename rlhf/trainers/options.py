@@ -121,6 +121,7 @@ def check_options(args: Any) -> None:
     Raises:
         ValueError: names the option and what to do.
     """
+    # A value equal to the default is not refused: plain TrainingArguments have all of these.
     for name, why in REFUSED.items():
         value = getattr(args, name, None)
         if value not in (_default(args, name), None, [], {}):
@@ -182,6 +183,7 @@ def as_config(args: Any, config_class: type) -> Any:
     defaults = TrainingArguments(output_dir=args.output_dir)
     changed = {}
     known = {option.name for option in fields(config_class) if option.init}
+    # What equals transformers' default was not chosen, so that ours takes its place.
     for option in fields(args):
         # remove_unused_columns must be false here, whatever was set there.
         if not option.init or option.name not in known or option.name == "remove_unused_columns":
@@ -218,7 +220,7 @@ def accepting(option: str, value: Any) -> Iterator[None]:
     try:
         yield
     except TypeError as error:
-        if not value:
+        if not value:  # then the option is not the cause
             raise
         raise ValueError(f"--{option} {value}: {error}") from error
 
@@ -229,6 +231,7 @@ def greater_is_better(metric: str) -> bool:
 
 
 def _tracker_package(tracker: str) -> str | None:
+    # transformers takes either of the two.
     if tracker == "tensorboard" and find_spec("tensorboardX") is not None:
         return "tensorboardX"
     return _PACKAGES.get(tracker)

@@ -51,6 +51,7 @@ def load_model_and_tokenizer(
     elif quantization_config is not None:
         raise ValueError("quantization_config acts when a model is loaded: pass the model by name, or load it so")
     if tokenizer is None:
+        # By the given name: an adapter's folder may hold a tokenizer, and its config names the base.
         hub = {key: model_kwargs.get(key) for key in ("revision", "trust_remote_code")}
         tokenizer = load_tokenizer(name or model.config._name_or_path, args.chat_template_path, **hub)
     set_tokens(tokenizer, args)
@@ -95,13 +96,14 @@ def prepare_model(
     """
     # transformers seeds later, but new embedding rows and LoRA's A are drawn here.
     set_seed(args.seed)
+    # Before the adapter: it must know of the new rows, to train and to save them.
     if args.add_tokens or uses_new_tokens(train_rows, tokenizer, vocabulary_size(model)):
         learn_tokens(model, peft_config, grow(model, tokenizer))
     if peft_config is not None:
         model = add_adapter(model, peft_config)
     if args.disable_dropout:
         disable_dropout(model)
-    if train_rows is not None:
+    if train_rows is not None:  # quantised weights may be evaluated
         validate_quantization_for_training(model)
         warn_of_lost_updates(model, args)
     return model
@@ -114,6 +116,8 @@ def wrapped(model: nn.Module, wrapper: Callable[[Any], Any], args: BaseConfig) -
         model: as it is trained or asked: with its adapter, and with rows for new tokens.
         wrapper: makes the module that accelerate wraps, such as :class:`Policy`.
         args: the configuration.
+    Returns:
+        What ``wrapper`` makes.
     """
     if args.optimize_model:
         optimize(model)
@@ -127,11 +131,14 @@ def uses_new_tokens(rows: Any, tokenizer: Any, vocab_size: int) -> bool:
         rows: tokenised rows; None; or a stream, which may hold any token.
         tokenizer: its end and padding count too.
         vocab_size: rows of the embeddings.
+    Returns:
+        True for a stream.
     """
     if rows is None:
         return False
     if not isinstance(rows, Dataset):
         return True
+    # Ends and padding are added after tokenising, by the collator and by generation.
     special = [token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None]
     return max([largest_token(rows), *special]) >= vocab_size
 
@@ -187,6 +194,8 @@ def sets_of(*groups: Any) -> list[Any]:
 def check_rows(rows: Any) -> None:
     """Refuse rows that cannot be tokenised.
 
+    Args:
+        rows: as the caller passed them.
     Raises:
         ValueError: another type than those of ``datasets``, or rows that change when they are read.
     """
@@ -203,6 +212,8 @@ def repeat_stream(stream: IterableDataset, args: BaseConfig, plans_rows: bool) -
         stream: tokenised rows.
         args: must have ``max_steps``, as the length of a stream is not known.
         plans_rows: whether batches are planned by the lengths of all rows.
+    Returns:
+        A stream without end.
     Raises:
         ValueError: no ``max_steps``, or planned batches.
     """
@@ -224,6 +235,7 @@ def check_positions(model: nn.Module, *groups: Any) -> None:
     Raises:
         ValueError: rows are longer than the model has positions.
     """
+    # Beyond the limit there are no embeddings of positions; beyond the trained length the model only gets worse.
     limit, trained = max_positions(model), trained_length(model)
     for rows in sets_of(*groups):
         if not (isinstance(rows, Dataset) and is_tokenised(rows)):

@@ -176,6 +176,8 @@ def seconds_of_labels(events: Iterable[Any]) -> dict[str, float]:
 
     Args:
         events: of torch's profiler; one without a label of ours is passed over.
+    Returns:
+        By label.
     """
     labelled = [event for event in events if event.name.startswith(PREFIX)]
     # An outer label begins first; where two begin together, the longer one is outside.
@@ -201,6 +203,8 @@ def table(figures: dict[str, Any]) -> str:
 
     Args:
         figures: as ``profile.json`` holds them.
+    Returns:
+        One line for each part of a step.
     """
     total = figures["step_seconds"]
     lines = [f"profile of the mean of {figures['steps']} steps, {figures['tokens']:.0f} tokens each:"]

@@ -24,11 +24,13 @@ class Reference:
     frozen: Policy | None
 
     def logps(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Log-probs of the scored tokens, [N], in nats. Gradients and autocast are up to the caller.
+        """Log-probs of the scored tokens under the reference. Gradients and autocast are up to the caller.
 
         Args:
             model: the trained policy as accelerate wrapped it, so that the hooks of DDP and FSDP run.
             batch: on the device.
+        Returns:
+            [N], in nats.
         """
         if self.frozen is not None:
             return self.frozen(batch).logps

@@ -110,6 +110,7 @@ def _open(path: Path, shape: tuple[int, int]) -> np.memmap:
         path.parent.mkdir(parents=True, exist_ok=True)
     except ValueError as error:
         logger.warning("%s: cannot be read (%s); computing it again", path, error)
+    # NaN marks what is missing, so that an interrupted pass is seen from the file alone.
     file = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     file[:] = np.nan
     return file
@@ -121,11 +122,14 @@ def reference_fingerprint(model: Any, precision: str, adapter_off: bool = False)
     Args:
         model: a transformers model, or a PEFT model around one.
         precision: mixed precision of accelerate: ``no``, ``bf16``, …
-        adapter_off: hash the model as it is without its adapter; the hash is that of the plain model.
+        adapter_off: hash the model as it is without its adapter.
+    Returns:
+        32 hexadecimal digits; with ``adapter_off`` those of the plain model.
     """
     settings = model.config.to_dict().items()
     # Private entries and use_cache do not change a log-prob.
     config = {key: value for key, value in settings if not key.startswith("_") and key != "use_cache"}
+    # Hashing reads all weights once, at some GB/s: much less than one pass over the rows.
     digest = xxhash.xxh3_128()
     about = [FORMAT, transformers.__version__, precision, config]
     digest.update(json.dumps(about, sort_keys=True, default=str).encode())
@@ -140,6 +144,7 @@ def _weights(model: Any, adapter_off: bool) -> Iterator[tuple[str, Tensor]]:
     if not (adapter_off and hasattr(model, "peft_config")):
         yield from model.named_parameters()
         return
+    # Plain names, so that runs with and without an adapter share one file.
     of_adapter = (model.base_model.prefix, "modules_to_save.")
     for name, weight in model.named_parameters():
         if any(part in name for part in of_adapter):

@@ -67,7 +67,7 @@ class ReferencedTrainer(BaseTrainer):
                 "the reference's log-probs; load the rows whole, or leave the option off"
             )
         super().__init__(model, args, **kwargs)
-        self.set_up()
+        self.set_up()  # first, as it may change how rows are collated for the reference
         precompute = args.precompute_ref_log_probs
         if precompute is None:
             precompute = not has_stream and not args.sync_ref_model and self._reads_rows_again()
@@ -122,6 +122,7 @@ class ReferencedTrainer(BaseTrainer):
         if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise ValueError("ZeRO-3 shards the weights before they could be asked: --precompute_ref_log_probs false")
         precision = self.accelerator.mixed_precision
+        # Weights of the adapter are no part of a reference that switches it off.
         adapter_off = self.reference is not None and self.reference.frozen is None
         fingerprint = reference_fingerprint(self._reference_now().model, precision, adapter_off)
         self.stored_key = fingerprint + self.reference_key()
@@ -136,10 +137,11 @@ class ReferencedTrainer(BaseTrainer):
         return self.ref_policy or self.accelerator.unwrap_model(self.model)
 
     def _with_ref_logps(self, rows: Any, name: str) -> Any:
-        if isinstance(rows, Packed):
+        if isinstance(rows, Packed):  # the columns belong to the rows that it packs
             rows.rows = self._with_ref_logps(rows.rows, name)
         if rows is None or isinstance(rows, Packed):
             return rows
+        # Trainer may keep the model on the CPU until it trains.
         policy = self._reference_now()
         device_before = next(policy.parameters()).device
         policy.to(self.args.device).eval()
@@ -186,11 +188,13 @@ class ReferencedTrainer(BaseTrainer):
         return batch.targets.sum(logps)
 
     def ref_sums(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Sums of log-probabilities under the reference, [S]: as stored, or computed now.
+        """Sums of log-probabilities under the reference: as stored, or computed now.
 
         Args:
             model: the trained policy, as accelerate wrapped it.
             batch: sequences to score.
+        Returns:
+            [S], in nats, without gradient.
         Raises:
             ValueError: nothing is stored, and the reference is not in memory.
         """

@@ -60,10 +60,10 @@ class RewardTrainer(BaseTrainer):
         model: a reward model, a causal LM (gets a new head of zeros), a PEFT model around a reward model, or a name or
             folder to load one from.
         args: the configuration.
-        train_dataset, eval_dataset: rows of ``prompt``, ``chosen``, ``rejected`` and, if there is one, ``margin``: how
-            far apart the rewards should be. Or ids: ``chosen_ids`` and ``rejected_ids``, each with its prompt.
         peft_config: train this adapter and the head instead of the weights.
-        kwargs: ``processing_class``, ``callbacks``, … as in :class:`SFTTrainer`.
+        **kwargs: ``train_dataset`` and ``eval_dataset`` (rows of ``prompt``, ``chosen``, ``rejected`` and, if there is
+            one, ``margin``: how far apart the rewards should be; or ids, ``chosen_ids`` and ``rejected_ids``, each
+            with its prompt), ``processing_class``, ``callbacks``, … as in :class:`SFTTrainer`.
     Logs:
         ``loss`` (log 2 at the start, under a new head), ``accuracy`` (share of pairs whose chosen answer has the larger
         reward; a tie counts one half), ``margin`` (reward of the chosen answer minus that of the rejected one),
@@ -107,6 +107,7 @@ class RewardTrainer(BaseTrainer):
         if {"chosen_ids", "rejected_ids"} <= columns and "prompt_ids" not in columns:
             # Whole sequences, each with its prompt: nothing is shared.
             dataset = dataset.map(lambda row: {"prompt_ids": []})
+        # A margin is used wherever rows have one, as in TRL.
         rows = tokenize_preferences(dataset, tokenizer, vocab_size=vocab_size, margin=True, **args.tokenize_kwargs())
         self._end_tokens |= last_tokens(sample(rows))
         return rows
@@ -128,9 +129,10 @@ class RewardTrainer(BaseTrainer):
         self.processing_class = tokenizer
 
     def count(self, batch: Batch) -> int:
-        return batch.targets.num_sequences // 2
+        return batch.targets.num_sequences // 2  # two sequences make a pair
 
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
+        # One reward for each answer; those of a pair are neighbours.
         chosen, rejected = model(batch).view(-1, 2).unbind(1)
         margin = batch.per_sequence.get("margin")
         losses = reward_loss(

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Batch, tokenize_sft
 from rlhf.data.columns import sft_column
-from rlhf.logprobs import Scores, TokenLoss
+from rlhf.logprobs import TokenLoss
 from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures
 
 LOSS_TYPES = ("nll", "chunked_nll", "dft")
@@ -19,7 +19,7 @@ PACKING_STRATEGIES = ("bfd", "wrapped")
 
 @dataclass
 class TextConfig(BaseConfig):
-    """What trainers on text and conversations share."""
+    """Options that trainers on text and conversations share."""
 
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate of AdamW."})
     packing: bool = field(
@@ -96,10 +96,17 @@ class TextTrainer(BaseTrainer):
     def count(self, batch: Batch) -> int:
         return len(batch.targets)
 
+    def token_loss(self, logps: Tensor) -> Tensor:
+        """The loss of each token, [N], from its log-probability, [N] in nats."""
+        return -logps
+
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
-        scores = model(batch, TokenLoss(_nll))
-        nll, tokens = -batch.targets.sum(scores.logps.detach()), batch.targets.counts()
-        return Measures(nll, tokens, {"perplexity": (nll, tokens)}, scores.loss, scores.router_logits)
+        # The loss is local to a token, so that the head computes it and its gradient chunk by chunk.
+        scores = model(batch, TokenLoss(lambda chunk: self.token_loss(chunk.logps)))
+        logps, tokens = scores.logps.detach(), batch.targets.counts()
+        losses = batch.targets.sum(self.token_loss(logps))
+        nll = -batch.targets.sum(logps)
+        return Measures(losses, tokens, {"perplexity": (nll, tokens)}, scores.loss, scores.router_logits)
 
 
 class SFTTrainer(TextTrainer):
@@ -111,11 +118,13 @@ class SFTTrainer(TextTrainer):
 
     Args:
         model: a model, a PEFT model, or a name or folder to load one from.
-        args: the configuration. train_dataset, eval_dataset: rows in any of the known columns.
-        processing_class: the tokenizer; by default the model's own.
-        peft_config: train this adapter instead of the weights.
-        formatting_func: from a row to its text, or to its text's parts; the other columns are not read then.
-        data_collator, callbacks, optimizers: as in ``transformers.Trainer``.
+        args: the configuration.
+        *positional: the other arguments of :class:`BaseTrainer`, in its order.
+        formatting_func: from a row to its text; the other columns are not read then.
+        **kwargs: the other arguments of :class:`BaseTrainer` by name: ``train_dataset`` and ``eval_dataset`` (rows in
+            any of the known columns), ``processing_class`` (the tokenizer; by default the model's own),
+            ``peft_config`` (train this adapter instead of the weights), ``data_collator``, ``callbacks``,
+            ``optimizers``, … as in ``transformers.Trainer``.
     Logs:
         ``loss``, ``perplexity`` (exp of total NLL / total tokens since the last line), ``num_tokens``, ``grad_norm``,
         ``learning_rate``; in evaluation ``eval_loss`` and ``eval_perplexity`` over the whole data set.
@@ -141,6 +150,7 @@ class SFTTrainer(TextTrainer):
         if self._formatting_func is not None:
             dataset = as_text(dataset, self._formatting_func, args.dataset_text_field)
         scores_all = scores_whole_rows(names_of(dataset), args)
+        # Before rows are joined or packed, so that neighbours in a row are not always the same.
         if args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)
         options = args.tokenize_kwargs()
@@ -154,25 +164,19 @@ class SFTTrainer(TextTrainer):
 
     @staticmethod
     def capacity(args: Any) -> int | None:
-        return args.tokens_per_batch if args.packing_strategy == "wrapped" else TextTrainer.capacity(args)
+        if args.packing_strategy == "wrapped":  # rows are full already
+            return args.tokens_per_batch
+        return TextTrainer.capacity(args)
 
-    def measure(self, model: nn.Module, batch: Batch) -> Measures:
+    def token_loss(self, logps: Tensor) -> Tensor:
+        """The loss of each token, [N], from its log-probability, [N] in nats.
+
+        Source: dft is dynamic fine-tuning, arXiv 2508.05629.
+        """
         if self.args.loss_type != "dft":
-            return super().measure(model, batch)
-        scores = model(batch, TokenLoss(_dft))
-        logps, tokens = scores.logps.detach(), batch.targets.counts()
-        metrics = {"perplexity": (-batch.targets.sum(logps), tokens)}
-        losses = -batch.targets.sum(logps * logps.exp())
-        return Measures(losses, tokens, metrics, scores.loss, scores.router_logits)
-
-
-def _nll(scores: Scores) -> Tensor:
-    return -scores.logps
-
-
-def _dft(scores: Scores) -> Tensor:
-    """Dynamic fine-tuning, arXiv 2508.05629: the gradient of a token's probability."""
-    return -scores.logps * scores.logps.detach().exp()
+            return super().token_loss(logps)
+        # The probability is a constant weight: the gradient is that of the probability itself.
+        return -logps * logps.detach().exp()
 
 
 def as_text(dataset: Any, formatting_func: Callable[[dict[str, Any]], str], text_field: str) -> Any:
@@ -209,6 +213,8 @@ def scores_whole_rows(columns: list[str], args: SFTConfig) -> bool:
     Args:
         columns: of the rows.
         args: its ``completion_only_loss`` and ``assistant_only_loss`` decide.
+    Returns:
+        False where rows are scored by default.
     Raises:
         ValueError: an option that asks for rows of another kind.
     """
