@@ -17,61 +17,61 @@ from rlhf.kernels.matmul import linear, onednn_is_faster, product, use_onednn
 
 
 class Linear(Function):
-    """``x W^T + bias``: x [..., in], W [out, in]."""
+    """``inputs W^T + bias``: inputs [..., in], W [out, in], bias [out]. As torch's own, by the faster library."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return linear(x, weight, bias)
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        return linear(inputs, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        inputs, weight = ctx.saved_tensors
         grad_rows = grad_output.flatten(0, -2)
-        grad_x = grad_weight = grad_bias = None
+        grad_inputs = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = product(grad_rows, weight).view_as(x)
+            grad_inputs = product(grad_rows, weight).view_as(inputs)
         if ctx.needs_input_grad[1]:
-            grad_weight = product(grad_rows.T, x.flatten(0, -2))
+            grad_weight = product(grad_rows.T, inputs.flatten(0, -2))
         if ctx.needs_input_grad[2]:
             grad_bias = grad_rows.sum(0)
-        return grad_x, grad_weight, grad_bias
+        return grad_inputs, grad_weight, grad_bias
 
 
 class LoraLinear(Function):
-    r"""``x W^T + bias + scale (x A^T) B^T`` with a frozen W [out, in]; A [r, in], B [out, r].
+    r"""``inputs W^T + bias + scale (inputs A^T) B^T`` with a frozen W [out, in]; A [r, in], B [out, r].
 
     Source: arXiv 2106.09685.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
     ) -> Tensor:
-        low_rank = linear(x.flatten(0, -2), lora_a)  # [tokens, r]
-        output = linear(x, weight, bias)
+        low_rank = linear(inputs.flatten(0, -2), lora_a)  # [tokens, r]
+        output = linear(inputs, weight, bias)
         # In place: a second matrix of the output's size would cost another pass over memory.
         output.view(-1, output.size(-1)).addmm_(low_rank, lora_b.T, alpha=scale)
-        ctx.save_for_backward(x, low_rank, weight, lora_a, lora_b)
+        ctx.save_for_backward(inputs, low_rank, weight, lora_a, lora_b)
         ctx.scale = scale
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, low_rank, weight, lora_a, lora_b = ctx.saved_tensors
+        inputs, low_rank, weight, lora_a, lora_b = ctx.saved_tensors
         grad_rows = grad_output.flatten(0, -2)
         grad_low_rank = product(grad_rows, lora_b).mul_(ctx.scale)
-        grad_x = grad_a = grad_b = None
+        grad_inputs = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_x = product(grad_rows, weight).addmm_(grad_low_rank, lora_a).view_as(x)
+            grad_inputs = product(grad_rows, weight).addmm_(grad_low_rank, lora_a).view_as(inputs)
         if ctx.needs_input_grad[3]:
-            grad_a = product(grad_low_rank.T, x.flatten(0, -2))
+            grad_a = product(grad_low_rank.T, inputs.flatten(0, -2))
         if ctx.needs_input_grad[4]:
             grad_b = product(grad_rows.T, low_rank).mul_(ctx.scale)
         # The frozen weight, its bias and the scale get no gradient.
-        return grad_x, None, None, grad_a, grad_b, None
+        return grad_inputs, None, None, grad_a, grad_b, None
 
 
 def speed_up_linear(model: nn.Module) -> None:
@@ -100,24 +100,24 @@ def weights_are_here(module: nn.Module) -> bool:
     return not any(weight.is_meta or hasattr(weight, "ds_id") for weight in module.parameters())
 
 
-def _linear_forward(self: Any, x: Tensor) -> Tensor:
+def _linear_forward(self: Any, inputs: Tensor) -> Tensor:
     # Where oneDNN does not compute, torch's own layer is as fast; the compiler and autocast know only that one.
-    if torch.compiler.is_compiling() or not use_onednn(x, self.weight) or torch.is_autocast_enabled("cpu"):
-        return F.linear(x, self.weight, self.bias)
-    return Linear.apply(x, self.weight, self.bias)
+    if torch.compiler.is_compiling() or not use_onednn(inputs, self.weight) or torch.is_autocast_enabled("cpu"):
+        return F.linear(inputs, self.weight, self.bias)
+    return Linear.apply(inputs, self.weight, self.bias)
 
 
-def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _lora_forward(self: Any, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     adapters = self.active_adapters
-    if args or kwargs or len(adapters) != 1 or not _is_plain_lora(self, adapters[0], x):
-        return type(self).forward(self, x, *args, **kwargs)
+    if args or kwargs or len(adapters) != 1 or not _is_plain_lora(self, adapters[0], inputs):
+        return type(self).forward(self, inputs, *args, **kwargs)
     (adapter,) = adapters
     base = self.base_layer
     lora_a, lora_b = self.lora_A[adapter], self.lora_B[adapter]
-    return LoraLinear.apply(x, base.weight, base.bias, lora_a.weight, lora_b.weight, self.scaling[adapter])
+    return LoraLinear.apply(inputs, base.weight, base.bias, lora_a.weight, lora_b.weight, self.scaling[adapter])
 
 
-def _is_plain_lora(layer: Any, adapter: str, x: Tensor) -> bool:
+def _is_plain_lora(layer: Any, adapter: str, inputs: Tensor) -> bool:
     """Whether the layer computes just the formula of :class:`LoraLinear`, so that PEFT's own forward is not needed."""
     if layer.disable_adapters or layer.merged:
         return False
@@ -128,11 +128,11 @@ def _is_plain_lora(layer: Any, adapter: str, x: Tensor) -> bool:
         # A hook would not be called, as no part is called here.
         if type(part) is not nn.Linear or part._forward_hooks or part._forward_pre_hooks:
             return False
-        if part.weight.dtype != x.dtype:
+        if part.weight.dtype != inputs.dtype:
             return False
     if any(weight.requires_grad for weight in base.parameters()):
         return False
     if lora_a.bias is not None or lora_b.bias is not None:
         return False
     drops = layer.training and getattr(layer.lora_dropout[adapter], "p", 0.0) > 0
-    return not drops and not torch.is_autocast_enabled(x.device.type)
+    return not drops and not torch.is_autocast_enabled(inputs.device.type)

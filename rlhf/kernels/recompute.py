@@ -65,7 +65,10 @@ def fewer_activations() -> Iterator[None]:
 
 
 class SwiGLU(Function):
-    """``silu(gate) * up``; saves only its inputs. Source: arXiv 2002.05202."""
+    """``silu(gate) * up`` for two tensors of one shape; saves only these.
+
+    Source: arXiv 2002.05202.
+    """
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -82,29 +85,39 @@ class SwiGLU(Function):
 
 
 class RMSNorm(Function):
-    """``weight * x / rms(x)`` along the last dimension; saves its inputs and 1 / rms. Source: arXiv 1910.07467."""
+    """``weight * hidden / rms(hidden)`` along the last dimension: hidden [..., h], weight [h].
+
+    It saves its inputs and 1 / rms, one number for each row, which is returned too: whoever recomputes the output needs
+    it, and it has no gradient.
+
+    Source: arXiv 1910.07467.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1))
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        # vector_norm reads the rows once; squaring them first would write a second matrix of their size.
+        norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+        mean_square = norm.square_().div_(hidden.size(-1))
         inverse_rms = mean_square.add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, inverse_rms)
+        ctx.save_for_backward(hidden, weight, inverse_rms)
         ctx.mark_non_differentiable(inverse_rms)
-        return (x * inverse_rms).mul_(weight), inverse_rms
+        normed = (hidden * inverse_rms).mul_(weight)
+        return normed, inverse_rms
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        x, weight, inverse_rms = ctx.saved_tensors
-        normed = x * inverse_rms
-        grad_normed = grad_output * weight
+        hidden, weight, inverse_rms = ctx.saved_tensors
+        direction = hidden * inverse_rms
+        grad_direction = grad_output * weight
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad_output * normed).flatten(0, -2).sum(0)
-        # The rms depends on x too: the part of the gradient along x drops out.
-        along_x = (grad_normed * normed).mean(-1, keepdim=True)
-        grad_x = grad_normed.sub_(normed.mul_(along_x)).mul_(inverse_rms)
-        return grad_x, grad_weight, None
+            grad_weight = (grad_output * direction).flatten(0, -2).sum(0)
+        # A step along the row itself changes its rms and not its direction, so that part of the gradient drops out.
+        along_row = (grad_direction * direction).mean(-1, keepdim=True)
+        across_row = grad_direction.sub_(direction.mul_(along_row))
+        grad_hidden = across_row.mul_(inverse_rms)
+        return grad_hidden, grad_weight, None
 
 
 def enable_recompute(model: nn.Module) -> None:
@@ -125,8 +138,9 @@ def enable_recompute(model: nn.Module) -> None:
             continue
         if not weights_are_here(module):
             continue
+        # Quantised weights have no dtype in which the two could be compared.
         if not any(weight.is_floating_point() for weight in module.parameters()):
-            continue  # quantised: there is no dtype in which to compare
+            continue
         kind = type(module)
         if kind not in agrees:
             agrees[kind] = _computes_the_same(module, forward)
@@ -136,19 +150,21 @@ def enable_recompute(model: nn.Module) -> None:
             module.forward = MethodType(forward, module)
 
 
-def _mlp_forward(self: Any, x: Tensor) -> Tensor:
-    gate, up = self.gate_proj(x), self.up_proj(x)
+def _mlp_forward(self: Any, hidden: Tensor) -> Tensor:
+    gate, up = self.gate_proj(hidden), self.up_proj(hidden)
+    # SwiGLU saves both anyway. Detached, because the graph must not hold itself.
     saved_gate, saved_up = gate.detach(), up.detach()
     gated = mark_recomputable(SwiGLU.apply(gate, up), lambda: F.silu(saved_gate).mul_(saved_up))
     return self.down_proj(gated)
 
 
-def _norm_forward(self: Any, x: Tensor) -> Tensor:
-    if x.dtype != self.weight.dtype:  # mixed precision: with the model's own casts
-        return type(self).forward(self, x)
-    normed, inverse_rms = RMSNorm.apply(x, self.weight, self.variance_epsilon)
-    saved_x, weight = x.detach(), self.weight.detach()
-    return mark_recomputable(normed, lambda: (saved_x * inverse_rms).mul_(weight))
+def _norm_forward(self: Any, hidden: Tensor) -> Tensor:
+    # In mixed precision a norm casts in its own way, which differs between models.
+    if hidden.dtype != self.weight.dtype:
+        return type(self).forward(self, hidden)
+    normed, inverse_rms = RMSNorm.apply(hidden, self.weight, self.variance_epsilon)
+    saved_hidden, weight = hidden.detach(), self.weight.detach()
+    return mark_recomputable(normed, lambda: (saved_hidden * inverse_rms).mul_(weight))
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
@@ -169,13 +185,17 @@ def _computes_the_same(module: nn.Module, forward: Callable[[Any, Tensor], Tenso
     """Whether ``forward`` gives what the module's own forward gives, for random inputs."""
     weight: Tensor = next(weight for weight in module.parameters() if weight.is_floating_point())
     width = weight.size(0) if forward is _norm_forward else int(module.gate_proj.in_features)  # type: ignore[arg-type,union-attr]
-    generator = torch.Generator().manual_seed(0)  # the run's random numbers stay as they are
-    x = torch.randn(3, width, generator=generator).to(weight)
-    training = module.training
+    # A generator of its own: the run's random numbers stay as they are.
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, width, generator=generator).to(weight)
+    was_training = module.training
     module.eval()
     try:
-        expected, result = module(x), forward(module, x)
+        expected = module(hidden)
+        result = forward(module, hidden)
     finally:
-        module.train(training)
+        module.train(was_training)
+    # In half precision the order of the casts alone moves the last bits.
     tolerance = 1e-5 if expected.dtype in (torch.float32, torch.float64) else 2e-2
-    return torch.allclose(result, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+    largest = float(expected.abs().max())
+    return torch.allclose(result, expected, rtol=tolerance, atol=tolerance * largest)
