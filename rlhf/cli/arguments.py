@@ -87,12 +87,14 @@ class ModelArguments:
         Args:
             trust_remote_code: whether model code from the hub may run.
         """
+        # A branch or tag means nothing in another repository.
         return {key: value for key, value in self.load_kwargs(trust_remote_code).items() if key != "revision"}
 
     def quantization(self) -> dict[str, Any]:
         """``quantization_config`` of bitsandbytes, where fewer bits are asked for."""
         if not (self.load_in_4bit or self.load_in_8bit):
             return {}
+        # A dictionary, as the class of transformers needs bitsandbytes to be installed.
         config: dict[str, Any] = {"quant_method": "bitsandbytes", "load_in_8bit": self.load_in_8bit}
         if self.load_in_4bit:
             # float32 products would undo what 4 bits save on a GPU.
@@ -163,6 +165,7 @@ def name_or_pattern(names: list[str] | None) -> list[str] | str | None:
 class LoadArguments(ModelArguments):
     """The same for commands that do not train: in the dtype of the checkpoint."""
 
+    # Nothing is updated here, so no bits are lost in half precision.
     dtype: str = field(
         default="auto", metadata={"help": "Of the weights; auto is the checkpoint's.", "choices": DTYPES}
     )
@@ -252,6 +255,7 @@ class ExperienceArguments:
             raise ValueError(
                 "--reward_funcs is missing: a built-in, file.py:function, a reward model's folder, https://…"
             )
+        # Imported now, so that a mistake in the file is found before rows and weights are loaded.
         environment = None
         if self.environment is not None:
             environment = load_object(self.environment, f"environment {self.environment!r}")

@@ -5,6 +5,7 @@ A class is named as ``module:Class``; it is imported when its command runs.
 
 from dataclasses import dataclass
 
+# Groups of options that several commands have.
 DATA = "rlhf.cli.arguments:DataArguments"
 MODEL = "rlhf.cli.arguments:ModelArguments"
 FROZEN_MODEL = "rlhf.cli.arguments:LoadArguments"
@@ -53,6 +54,7 @@ class TrainingCommand:
         return (LAUNCH, DATA, MODEL, *self.groups, self.config)
 
 
+# In the order of the help: by how often a command is the first one that people use.
 COMMANDS: dict[str, Command | TrainingCommand] = {
     "sft": TrainingCommand(
         "fine-tune on text, conversations, or prompts with completions",

@@ -16,6 +16,8 @@ from rlhf.models import load_tokenizer
 
 @dataclass
 class AuditArguments(RowArguments):
+    """The file, and how training would read it."""
+
     dataset_name: str | None = field(default=None, metadata={"help": "File, saved folder or hub name; or just FILE."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
     dataset_split: str = field(default="train", metadata={"help": "Split; a slice such as train[:1000] too."})
@@ -44,6 +46,7 @@ def run(argv: list[str]) -> None:
     Raises:
         ValueError, OSError: bad options, or a file that cannot be read.
     """
+    # `rlhf data FILE` is what one types first.
     if argv and not argv[0].startswith("-"):
         argv = ["--dataset_name", *argv]
     (args,) = parse("data", (AuditArguments,), argv)

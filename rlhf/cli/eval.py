@@ -24,6 +24,8 @@ from rlhf.trainers import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 @dataclass
 class EvalArguments(RowArguments):
+    """Rows to evaluate on, and a reference or a teacher to compare with."""
+
     dataset_name: str | None = field(default=None, metadata={"help": "File, saved folder or hub name."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
     dataset_split: str = field(default="train", metadata={"help": "Split; a slice such as train[:200] too."})
@@ -59,6 +61,7 @@ def run(argv: list[str]) -> None:
     rows = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
     tokenizer = load_tokenizer(name, args.chat_template_path, model_args.model_revision, trust_remote_code)
     model = load_model(name, **model_args.load_kwargs(trust_remote_code))
+    # A trainer wants a folder, and evaluation leaves nothing in it.
     with tempfile.TemporaryDirectory() as folder:
         trainer = _make_trainer(folder, model, rows, tokenizer, args, model_args)
         metrics = _without_times(trainer.evaluate())
@@ -68,6 +71,7 @@ def run(argv: list[str]) -> None:
     row_format = trainer.args.reading().for_tokenizer(tokenizer).form
     prompts = prompts_of(rows, args.num_completions, row_format)
     answers = complete(model, tokenizer, prompts, args.max_new_tokens)
+    # All processes compute; the first one shows.
     if not trainer.is_world_process_zero():
         return
     show_metrics(columns)
@@ -100,6 +104,7 @@ def _make_trainer(
     other_kwargs = model_args.other_kwargs(model_args.trust_remote_code)
     if args.teacher_model_name_or_path is not None:
         teacher_tokenizer = load_tokenizer(args.teacher_model_name_or_path)
+        # Perplexities are means over tokens, and these differ between tokenizers.
         difference = tokenizer_difference(tokenizer, teacher_tokenizer)
         if difference is not None:
             raise ValueError(
@@ -109,6 +114,7 @@ def _make_trainer(
         teacher = load_model(args.teacher_model_name_or_path, **other_kwargs)
         inputs["teacher_processing_class"] = teacher_tokenizer
         return DistillTrainer(model, teacher, DistillConfig(folder, **settings), **inputs)
+    # Without pairs there is nothing to prefer, and perplexity is all that can be said.
     if args.ref_model_name_or_path is not None and "chosen" in rows.column_names:
         reference = load_model(args.ref_model_name_or_path, **other_kwargs)
         return DPOTrainer(model, reference, DPOConfig(folder, beta=args.beta, **settings), **inputs)

@@ -50,10 +50,12 @@ def launch(command: str, argv: list[str], options: LaunchArguments) -> int:
         ValueError: fewer than one process, or this is one of several already.
         FileNotFoundError: no such file for accelerate.
     """
+    # Every launcher of several processes sets this for each of them.
     if "WORLD_SIZE" in os.environ:
         raise ValueError("these processes were launched already: give --num_processes to the launcher instead")
     words = _launcher_words(options)
 
+    # Both import torch, so only here, after the options are checked.
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -61,8 +63,9 @@ def launch(command: str, argv: list[str], options: LaunchArguments) -> int:
     try:
         launch_command(arguments)
     except ChildFailedError as error:
+        # The process has said what was wrong; a traceback of the launcher would hide it.
         _, failure = error.get_first_failure()
-        return failure.exitcode  # the process has said what was wrong
+        return failure.exitcode
     except CalledProcessError as error:
         return error.returncode
     return 0
@@ -91,6 +94,7 @@ def accelerate_file(name: str) -> Path:
     Raises:
         FileNotFoundError: there is neither.
     """
+    # A file of the user's wins over one of ours with the same name.
     path = Path(name)
     if path.is_file():
         return path

@@ -1,6 +1,7 @@
 """``rlhf losses``: the catalogue, one loss in full, or advice."""
 
 import re
+from argparse import Namespace
 
 from rich.console import Console
 from rich.table import Table
@@ -10,6 +11,31 @@ from rlhf.losses.catalogue import advise, entries, find
 
 
 def run(argv: list[str]) -> None:
+    """List the losses, show one, or advise.
+
+    Args:
+        argv: words of the command line, after the command.
+
+    Raises:
+        ValueError: an unknown loss, task or option.
+    """
+    options = _parser().parse_args(argv)
+    if options.action == "show":
+        entry = find(options.name)
+        print(f"{entry.family}\n\n{entry.signature}\n\n{entry.documentation}")
+    elif options.action == "advise":
+        Console().print(_advice(options))
+    elif options.markdown:
+        print(markdown(), end="")
+    else:
+        table = Table("family", "loss", "what it does")
+        for entry in entries():
+            table.add_row(entry.family, entry.name, entry.summary)
+        # Brackets in a summary are no styles of rich.
+        Console().print(table, markup=False)
+
+
+def _parser() -> RaisingParser:
     parser = RaisingParser("rlhf losses", description="The catalogue of losses; alone, a list.")
     parser.add_argument("--markdown", action="store_true", help="the list as the table of docs/losses.md")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", parser_class=RaisingParser)
@@ -21,27 +47,24 @@ def run(argv: list[str]) -> None:
     guide.add_argument("--outliers", action="store_true", help="some targets are far off")
     guide.add_argument("--noise", type=float, default=0.0, help="share of labels thought wrong")
     guide.add_argument("--unpaired", action="store_true", help="preferences without partners")
-    args = parser.parse_args(argv)
-    if args.action == "show":
-        entry = find(args.name)
-        print(f"{entry.family}\n\n{entry.signature}\n\n{entry.documentation}")
-    elif args.action == "advise":
-        table = Table("loss", "start with", "why")
-        found = advise(
-            args.task, imbalance=args.imbalance, outliers=args.outliers, noise=args.noise, pairs=not args.unpaired
-        )
-        for advice in found:
-            table.add_row(advice.loss, advice.start, advice.why)
-        Console().print(table)
-    elif args.markdown:
-        print(markdown(), end="")
-    else:
-        table = Table("family", "loss", "what it does")
-        for entry in entries():
-            table.add_row(entry.family, entry.name, entry.summary)
-        Console().print(table, markup=False)
+    return parser
 
 
+def _advice(options: Namespace) -> Table:
+    table = Table("loss", "start with", "why")
+    advices = advise(
+        options.task,
+        imbalance=options.imbalance,
+        outliers=options.outliers,
+        noise=options.noise,
+        pairs=not options.unpaired,
+    )
+    for advice in advices:
+        table.add_row(advice.loss, advice.start, advice.why)
+    return table
+
+
+# What the tests of each family compare with.
 _ORACLES = {
     "Regression": "NumPy, SciPy; scikit-learn's metrics and estimators",
     "Classification": "NumPy, SciPy; scikit-learn; torch's own",
@@ -55,6 +78,7 @@ _ORACLES = {
     "Advantages and control": "plain loops; scikit-learn's class weights; limits",
 }
 _SAME = "the same"
+# How TRL 1.16 computes a loss under the same name; a loss that is not here is not in TRL.
 _TRL = {
     **dict.fromkeys(["hinge", "ipo", "sigmoid_norm", "robust", "exo_pair", "discopop", "nca_pair", "bco_pair"], _SAME),
     **dict.fromkeys(["sppo_hard", "apo_zero", "apo_down", "aot", "aot_unpaired", "dft_loss", "reward_loss"], _SAME),
@@ -83,13 +107,16 @@ def markdown() -> str:
     lines = ["| loss | what it does | formula | source | tested against | TRL 1.16 |", "|---|---|---|---|---|---|"]
     family = ""
     for entry in entries():
+        # A family begins with a row of its own.
         if entry.family != family:
             family = entry.family
             lines.append(f"| **{family}** | | | | | |")
         formula = f"${_in_a_cell(entry.formula)}$" if entry.formula else ""
-        peer = _TRL.get(entry.name, "–")
-        cells = (f"`{entry.name}`", entry.summary, formula, entry.source, _ORACLES[family], peer)
+        in_trl = _TRL.get(entry.name, "–")
+        cells = (f"`{entry.name}`", entry.summary, formula, entry.source, _ORACLES[family], in_trl)
+        # A bar would end the cell.
         lines.append("| " + " | ".join(cell.replace(" | ", " / ") for cell in cells) + " |")
+    # Sphinx's roles and double backquotes mean nothing in Markdown.
     return re.sub(r"(?::func:|:data:)?`+([^`]+)`+", r"`\1`", "\n".join(lines) + "\n")
 
 
@@ -97,4 +124,5 @@ def _in_a_cell(formula: str) -> str:
     r"""TeX without ``|``, which ends a cell of a table: ``\|`` too would be cut in two."""
     for bar, name in ((r"\|", r"\Vert"), ("|", r"\vert")):
         formula = formula.replace(bar, name + " ")
+    # The space after \vert is needed only before a letter.
     return re.sub(r"(?<=ert) (?![a-zA-Z])", "", formula)

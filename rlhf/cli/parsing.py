@@ -2,7 +2,7 @@
 
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
@@ -11,6 +11,7 @@ from transformers.hf_argparser import string_to_bool
 from rlhf.cli.options import RaisingParser, check_options, expand_aliases, read_config
 from rlhf.trainers.config import BaseConfig
 
+TRAINING = "training"  # title of the options that all trainers have
 # Options of transformers that nearly every run sets.
 COMMON = frozenset(
     {
@@ -29,8 +30,9 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter):
     """Each option once, with a value by its type: ``--lora_r INT``. Dashes for underscores work, and are not shown."""
 
     def _format_action_invocation(self, action: Action) -> str:
+        # The second spelling of an option has dashes; argparse would show both.
         name = action.option_strings[0]
-        if action.dest in ("help", "config") or action.nargs == 0:
+        if action.dest in ("help", "config"):
             return super()._format_action_invocation(action)
         if action.type is string_to_bool:
             return f"{name} [true|false]"
@@ -44,12 +46,14 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: Action) -> str:
         text = action.help or ""
-        has_default = action.default not in (None, SUPPRESS)
-        return f"{text} (default: %(default)s)" if has_default and "%(default)" not in text else text
+        # None says nothing; what happens then is in the text.
+        if action.default in (None, SUPPRESS) or "%(default)" in text:
+            return text
+        return f"{text} (default: %(default)s)"
 
 
 class _OptionParser(RaisingParser, HfArgumentParser):
-    pass
+    """transformers' parser of data classes, raising where it would end the program."""
 
 
 def parse(command: str, classes: Sequence[Any], argv: list[str]) -> tuple[Any, ...]:
@@ -66,29 +70,40 @@ def parse(command: str, classes: Sequence[Any], argv: list[str]) -> tuple[Any, .
     Raises:
         ValueError: an unknown option or key (with the nearest known one), or a value that does not fit.
     """
+    parser = _make_parser(command, classes)
+    known_names = frozenset(option.name for cls in classes for option in fields(cls) if option.init)
+    # The commands did the next two already. Scripts of users, which call this alone, did not.
+    argv = expand_aliases(argv, known_names)
+    file = check_options(argv, known_names | {"config", "help"})
+    if file is not None:
+        # As defaults, so that the command line wins.
+        parser.set_defaults(**_as_typed(file, read_config(file, known_names), parser))
+    *parsed, _, remaining = parser.parse_args_into_dataclasses(
+        argv, look_for_args_file=False, return_remaining_strings=True
+    )
+    if remaining:
+        raise ValueError(f"unknown option {remaining[0]}")
+    return tuple(parsed)
+
+
+def _make_parser(command: str, classes: Sequence[Any]) -> HfArgumentParser:
     parser = _OptionParser(
         list(classes),
         prog=f"rlhf {command}",
         usage=f"rlhf {command} [--config FILE] [--OPTION VALUE ...]",
         epilog="Short names: --model, --data, --lr, --epochs. In a config file, use the whole names.",
+        # An abbreviation would be guessed, and could mean another option in a later version.
         allow_abbrev=False,
         formatter_class=_HelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of these options; the command line wins.")
     for action in parser._actions:
+        # A switch that is None by default needs no value either.
         if action.type is string_to_bool and action.nargs is None:
-            # A switch that is None by default: give it without a value, like the others.
-            action.nargs, action.const = "?", True
-    known_names = frozenset(option.name for cls in classes for option in fields(cls) if option.init)
-    _group(parser, command, classes)
-    argv = expand_aliases(argv, known_names)
-    file = check_options(argv, known_names | {"config", "help"})
-    if file is not None:
-        parser.set_defaults(**_as_typed(file, read_config(file, known_names), parser))
-    *parsed, _, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
-    if rest:
-        raise ValueError(f"unknown option {rest[0]}")
-    return tuple(parsed)
+            action.nargs = "?"
+            action.const = True
+    _sort_help(parser, command, classes)
+    return parser
 
 
 def _as_typed(file: str, values: dict[str, Any], parser: HfArgumentParser) -> dict[str, Any]:
@@ -96,36 +111,42 @@ def _as_typed(file: str, values: dict[str, Any], parser: HfArgumentParser) -> di
     actions = {action.dest: action for action in parser._actions}
     typed = {}
     for key, value in values.items():
+        # Shares of a mixture may be a dictionary: {a.jsonl: 0.7, b.jsonl: 0.3}.
         if isinstance(value, dict) and key.endswith("dataset_name"):
             value = [f"{name}:{share}" for name, share in value.items()]
         if isinstance(value, list) and key in ("columns", "roles"):
             value = ",".join(map(str, value))
         if isinstance(value, list) and actions[key].nargs not in ("+", "*"):
             raise ValueError(f"{file}: {key!r} takes one value, got a list")
+        # argparse converts and checks a default only where it is text.
         typed[key] = str(value) if isinstance(value, (bool, int, float)) else value
     return typed
 
 
-def _group(parser: HfArgumentParser, command: str, classes: Sequence[Any]) -> None:
+def _sort_help(parser: HfArgumentParser, command: str, classes: Sequence[Any]) -> None:
     """Sort the options of the help by subject: those of the command first, what transformers brings last."""
-    own, training, rest = f"options of rlhf {command}", "training", "inherited from transformers.TrainingArguments"
-    inherited = {option.name: option.default for option in fields(TrainingArguments)}
-    shared = {option.name for option in fields(BaseConfig)}
+    own, last = f"options of rlhf {command}", "inherited from transformers.TrainingArguments"
     titles = {"help": own, "config": own}
     for cls in classes:
         for option in fields(cls):
-            differs = option.name not in inherited or option.default != inherited[option.name]
-            if hasattr(cls, "title"):
-                titles[option.name] = cls.title
-            elif option.name not in shared:
-                titles[option.name] = own
-            else:
-                titles[option.name] = training if differs or option.name in COMMON else rest
-    subjects = [title for title in dict.fromkeys(titles.values()) if title not in (own, training, rest)]
+            titles[option.name] = getattr(cls, "title", None) or _title_in_config(option, own, last)
+    subjects = [title for title in dict.fromkeys(titles.values()) if title not in (own, TRAINING, last)]
+    # argparse has no public way to move an option to another group.
     for group in parser._action_groups:
         group._group_actions.clear()
-    groups = {title: parser.add_argument_group(title) for title in (own, *subjects, training, rest)}
+    groups = {title: parser.add_argument_group(title) for title in (own, *subjects, TRAINING, last)}
     for action in parser._actions:
         # --no_NAME is left out: --NAME false is the same.
         if not action.option_strings[0].startswith("--no_"):
             groups[titles[action.dest]]._group_actions.append(action)
+
+
+def _title_in_config(option: Field[Any], own: str, last: str) -> str:
+    """The group of an option of a trainer's configuration: its own, that of all trainers, or transformers'."""
+    shared = {field.name for field in fields(BaseConfig)}
+    if option.name not in shared:
+        return own
+    defaults = {field.name: field.default for field in fields(TrainingArguments)}
+    # An option that has another default here is worth a look, as one that is new.
+    differs = option.name not in defaults or option.default != defaults[option.name]
+    return TRAINING if differs or option.name in COMMON else last
