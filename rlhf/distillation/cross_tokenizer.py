@@ -13,7 +13,8 @@ from rlhf.data import Batch, Collator
 from rlhf.distillation.aligned_rows import Alignment, collate_alignment, tokenize_aligned
 from rlhf.distillation.config import Align, DistillConfig
 from rlhf.distillation.objectives import AlignedTeacherObjective
-from rlhf.distillation.teachers import LiveTeacher, known_tokenizer, load_if_named
+from rlhf.distillation.teacher_setup import known_tokenizer, load_if_named
+from rlhf.distillation.teachers import LiveTeacher
 from rlhf.logprobs import HeadObjective
 from rlhf.losses import span_logps, span_loss
 from rlhf.models import vocabulary_size

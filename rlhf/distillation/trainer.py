@@ -18,12 +18,7 @@ from rlhf.distillation.cross_tokenizer import CrossTokenizer, CrossTokenizerTeac
 from rlhf.distillation.matching import MatchingPolicy
 from rlhf.distillation.on_policy import Metrics, StudentRollouts, mark_prompts, measure_reward
 from rlhf.distillation.server_teacher import ServerTeacher, connect
-from rlhf.distillation.teachers import (
-    AdapterTeacher,
-    FileTeacher,
-    LiveTeacher,
-    RunningTeacher,
-    TeacherSource,
+from rlhf.distillation.teacher_setup import (
     adapter_off_teaches,
     check_teacher,
     check_tokenizer,
@@ -32,6 +27,7 @@ from rlhf.distillation.teachers import (
     open_rows,
     shared_vocabulary,
 )
+from rlhf.distillation.teachers import AdapterTeacher, FileTeacher, LiveTeacher, RunningTeacher, TeacherSource
 from rlhf.models import Policy
 from rlhf.rollouts import RolloutEngine
 from rlhf.rollouts.policy_sampler import PolicySampler, make_engine

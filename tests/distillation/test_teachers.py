@@ -15,7 +15,8 @@ from rlhf.distillation.alignment import Spans
 from rlhf.distillation.cross_tokenizer import span_distances
 from rlhf.distillation.on_policy import StudentRollouts, rollout_metrics
 from rlhf.distillation.teacher_file import TEACHER_ROW
-from rlhf.distillation.teachers import AdapterTeacher, FileTeacher, LiveTeacher, adapter_off_teaches, shared_vocabulary
+from rlhf.distillation.teacher_setup import adapter_off_teaches, shared_vocabulary
+from rlhf.distillation.teachers import AdapterTeacher, FileTeacher, LiveTeacher
 from rlhf.logprobs import Divergence, TopK
 from rlhf.models import Policy
 from rlhf.rollouts import Completion, Sampling
