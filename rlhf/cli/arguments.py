@@ -72,6 +72,9 @@ class ModelArguments:
 
         Args:
             trust_remote_code: whether model code from the hub may run.
+
+        Returns:
+            Keyword arguments of ``from_pretrained``.
         """
         return dict(
             revision=self.model_revision,
@@ -86,6 +89,9 @@ class ModelArguments:
 
         Args:
             trust_remote_code: whether model code from the hub may run.
+
+        Returns:
+            Keyword arguments of ``from_pretrained``.
         """
         # A branch or tag means nothing in another repository.
         return {key: value for key, value in self.load_kwargs(trust_remote_code).items() if key != "revision"}
@@ -111,6 +117,9 @@ class ModelArguments:
 
     def peft_config(self) -> LoraConfig | None:
         """The adapter to train; None without ``use_peft``.
+
+        Returns:
+            The configuration; None without ``--use_peft``.
 
         Raises:
             ValueError: fewer bits and no adapter: such weights cannot be trained.
@@ -140,6 +149,9 @@ def split_names(given: list[str] | str | None) -> list[str] | None:
 
     Args:
         given: as it was on the command line or in a file.
+
+    Returns:
+        A list of names; None if nothing is given.
     """
     if given is None:
         return None
@@ -153,6 +165,9 @@ def name_or_pattern(names: list[str] | None) -> list[str] | str | None:
 
     Args:
         names: as :func:`split_names` returns them.
+
+    Returns:
+        Names, or a pattern; None if nothing is given.
     """
     if names is None or len(names) != 1:
         return names
@@ -220,6 +235,9 @@ class ReferenceArguments:
         Args:
             model: the model's options.
             config: the trainer's configuration.
+
+        Returns:
+            Keyword arguments of the trainer.
         """
         return {"ref_model": self.ref_model_name_or_path}
 
@@ -247,6 +265,9 @@ class ExperienceArguments:
         Args:
             model: the model's options.
             config: the trainer's configuration.
+
+        Returns:
+            Keyword arguments of the trainer.
 
         Raises:
             ValueError: neither rewards nor an environment, or the environment cannot be imported.
@@ -279,6 +300,9 @@ class TeacherAdapterArguments:
         Args:
             model: the model's options.
             config: the trainer's configuration.
+
+        Returns:
+            Keyword arguments of the trainer.
 
         Raises:
             ValueError: two teachers, or no adapter for the student.

@@ -16,6 +16,9 @@ def names_of_options(option_classes: Iterable[str]) -> frozenset[str]:
 
     Args:
         option_classes: data classes, each as ``module:Class``.
+
+    Returns:
+        The names.
     """
     names: set[str] = set()
     for path in option_classes:

@@ -25,6 +25,9 @@ class LaunchArguments:
 def split_launch_options(argv: list[str]) -> tuple[LaunchArguments, list[str]]:
     """Take the options of the launcher out of a command line.
 
+    Args:
+        argv: words after the command.
+
     Returns:
         What was asked for, and the words that are left.
     """
@@ -90,6 +93,9 @@ def accelerate_file(name: str) -> Path:
 
     Args:
         name: a path, or the name of a file in ``configs/accelerate`` without its ending.
+
+    Returns:
+        The path of the file.
 
     Raises:
         FileNotFoundError: there is neither.

@@ -76,6 +76,9 @@ def expand_aliases(argv: Sequence[str], known_names: frozenset[str]) -> list[str
     Args:
         argv: words of the command line, after the command.
         known_names: names of options, without dashes.
+
+    Returns:
+        The words, with the full names.
     """
     expanded = []
     for word in argv:

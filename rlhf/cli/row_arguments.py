@@ -26,6 +26,9 @@ class RowArguments:
     def template_kwargs(self) -> dict[str, Any]:
         """Arguments of the chat template for every row.
 
+        Returns:
+            Keyword arguments of the chat template.
+
         Raises:
             ValueError: no JSON object.
         """
@@ -41,6 +44,9 @@ class RowArguments:
 
         Args:
             split_turns: whether each answer of a conversation is a row of its own.
+
+        Returns:
+            How rows are read.
         """
         row_format = RowFormat(
             columns=renames(self.columns, "columns"),

@@ -42,6 +42,9 @@ class TrlParser:
         Args:
             args: words of a command line; by default those of this process.
 
+        Returns:
+            One instance of each data class.
+
         Raises:
             ValueError: an unknown option or key (with the nearest known one), or a value that does not fit.
         """
@@ -54,6 +57,9 @@ def get_dataset(arguments: DataArguments) -> dict[str, Any]:
 
     Args:
         arguments: names of data sets and splits.
+
+    Returns:
+        Data sets by the names of their splits.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, or it cannot be read.
@@ -75,6 +81,9 @@ def get_peft_config(model_args: ModelArguments) -> LoraConfig | None:
 
     Args:
         model_args: options of the model and its adapter.
+
+    Returns:
+        The configuration; None without ``use_peft``.
     """
     return model_args.peft_config()
 
@@ -84,5 +93,8 @@ def get_quantization_config(model_args: ModelArguments) -> Any:
 
     Args:
         model_args: options of the model and its bits.
+
+    Returns:
+        The configuration; None for full precision.
     """
     return model_args.quantization().get("quantization_config")

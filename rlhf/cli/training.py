@@ -97,6 +97,9 @@ def make_distill_trainer(
         peft_config: the student's adapter.
         teacher_adapter: folder of the teacher's adapter.
         kwargs: further keyword arguments of the trainer.
+
+    Returns:
+        The trainer.
     """
     if teacher_adapter is None:
         return DistillTrainer(model, args=args, peft_config=peft_config, **kwargs)

@@ -287,7 +287,8 @@ def grad_of_logits(
     Args:
         log_probs: [c, V].
         token: int64 [c], y.
-        grad_logps: [c], g. grad_entropy: [c], e.
+        grad_logps: [c], g.
+        grad_entropy: [c], e.
         out: memory for the result where there is no e; may be ``log_probs``.
     Returns:
         [c, V].

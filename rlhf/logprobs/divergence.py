@@ -91,6 +91,10 @@ class Divergence:
     def from_top_k(self, teacher: TopK) -> TopKDivergence:
         """The objective that compares with the part of a teacher's predictions that was kept.
 
+        Args:
+            teacher: the kept part, for the same tokens.
+        Returns:
+            The objective.
         Raises:
             ValueError: a divergence that has no estimate.
         """
@@ -106,6 +110,9 @@ class Divergence:
 
     def top_k_beta(self) -> float:
         """The same divergence as ``beta`` of :class:`rlhf.logprobs.TopKDivergence`.
+
+        Returns:
+            0 for the forward KL, 1 for the reverse KL, between them the generalised JSD.
 
         Raises:
             ValueError: a divergence that has no estimate from a part of the teacher's predictions.

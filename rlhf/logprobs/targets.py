@@ -78,8 +78,15 @@ class Targets:
         completion_lengths: Tensor,
         padding_side: Literal["left", "right"] = "right",
     ) -> "Targets":
-        """The completion of each row ``[prompt, completion]`` of ``input_ids`` [B, T]; lengths are int [B].
+        """The completion of each row ``[prompt, completion]``.
 
+        Args:
+            input_ids: [B, T].
+            prompt_lengths: int [B], tokens.
+            completion_lengths: int [B], tokens.
+            padding_side: where rows are padded.
+        Returns:
+            The targets.
         Raises:
             ValueError: a row is shorter than its prompt and completion.
         """

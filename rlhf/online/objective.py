@@ -182,9 +182,11 @@ def make_objective(
 
     Args:
         name: of :data:`rlhf.losses.POLICY_LOSSES`, or ``file.py:name``.
-        epsilon, epsilon_high, delta: the clip; the loss's own defaults for what is None.
+        epsilon: the clip below 1; None for the loss's own default.
+        epsilon_high: the clip above 1; None for the loss's own default.
         max_completion_length: tokens; for a loss that divides by it.
         loss_kwargs: further hyper-parameters of the loss.
+        delta: the largest ratio; None for the loss's own default.
         level: ``"token"`` or ``"sequence"``.
         terms: the other fields of :class:`Objective`.
     Returns:

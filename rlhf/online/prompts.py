@@ -16,7 +16,8 @@ class Prompts:
 
     Args:
         rows: with ``prompt_ids``; or a stream of rows as they are in a file, which begins again when it ends.
-        seed, shuffle: of the order, another one in each epoch.
+        seed: of the order.
+        shuffle: draw in a random order, another one in each epoch.
         prepare: gives rows of a stream their ``prompt_ids``, and may leave some out.
     """
 

@@ -75,6 +75,15 @@ class LocalEngine:
     ) -> list[list[Completion]]:
         """See :class:`RolloutEngine`.
 
+        Args:
+            prompt_ids: each not empty.
+            n: completions of each prompt.
+            sampling: how tokens are drawn.
+            seed: >= 0.
+            index: the number of each prompt in a larger request.
+        Returns:
+            ``n`` completions of each prompt.
+
         Raises:
             ValueError: a prompt that does not fit the model.
             FloatingPointError: the model's logits are not finite.

@@ -43,6 +43,8 @@ class PolicySampler:
             policy: the policy itself.
             trained_model: what accelerate made of it (DDP, FSDP, DeepSpeed), which can gather its weights.
             step: optimizer steps so far. Weights are sent once for each.
+        Yields:
+            The engine.
         """
         is_responsible = self.is_local or self.accelerator.is_main_process
         if is_responsible:

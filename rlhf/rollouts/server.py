@@ -98,6 +98,15 @@ class ServerEngine:
     ) -> list[list[Completion]]:
         """See :class:`RolloutEngine`.
 
+        Args:
+            prompt_ids: each not empty.
+            n: completions of each prompt.
+            sampling: how tokens are drawn.
+            seed: >= 0.
+            index: the number of each prompt in a larger request.
+        Returns:
+            ``n`` completions of each prompt.
+
         Raises:
             ConnectionError: the server is gone.
             ServerError: it returns no token ids, other ids than were sent, or log-probs of another distribution.
@@ -150,6 +159,9 @@ class ServerEngine:
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See :class:`RolloutEngine`: saves a checkpoint, and the server loads it (SGLang, or vLLM in dev mode).
 
+        Args:
+            weights: by the names of a checkpoint.
+            version: of the policy.
         Raises:
             ValueError: there is no ``weights_dir``.
             ServerError: the server has no call to load weights, or fails to load these.
