@@ -79,7 +79,7 @@ def tokenize_sft(
     elif "label" in encoder.read and has_labels(dataset, reading.form):
         logger.info("%s: rows with a 'label'; answers with label true are learned, the others left out", name)
     limits = row_limits(max_length, vocab_size, drop_long_prompts)
-    return _tokenize(dataset, tokenizer, encoder, ("sft", encoder.column, reading), limits, num_proc)
+    return _tokenize(dataset, tokenizer, encoder, limits, num_proc)
 
 
 def tokenize_preferences(
@@ -121,8 +121,7 @@ def tokenize_preferences(
             reading = replace(reading, form=replace(reading.form, columns={}))
         encoder = PairEncoder.for_columns(names, reading, margin)
     limits = row_limits(max_length, vocab_size, drop_long_prompts)
-    rows = _tokenize(dataset, tokenizer, encoder, ("pair", encoder.with_margin, reading), limits, num_proc)
-    return _without_plain_labels(rows)
+    return _without_plain_labels(_tokenize(dataset, tokenizer, encoder, limits, num_proc))
 
 
 def tokenize_unpaired(
@@ -155,9 +154,8 @@ def tokenize_unpaired(
     reading = (reading or Reading()).for_tokenizer(tokenizer, rows=dataset)
     with error_context(name_of(dataset)):
         encoder = UnpairedEncoder.for_columns(renamed(columns_of(dataset), reading.form), reading)
-    what = ("unpaired", encoder.pairs is not None, reading)
     limits = row_limits(max_length, vocab_size, drop_long_prompts)
-    return _tokenize(dataset, tokenizer, encoder, what, limits, num_proc)
+    return _tokenize(dataset, tokenizer, encoder, limits, num_proc)
 
 
 def tokenize_prompts(
@@ -195,7 +193,7 @@ def tokenize_prompts(
         encoder = PromptEncoder.for_columns(renamed(dataset.column_names, reading.form), reading)
     limits = Limits(max_prompt_length, vocab_size, drop_long_prompts)
     process = _RowProcess(tokenizer, encoder, name, limits, fit=check_prompt)
-    key = (TOKENISER_VERSION, dataset._fingerprint, "prompt", tokenizer_key(tokenizer), name, (*limits, reading))
+    key = (TOKENISER_VERSION, dataset._fingerprint, encoder, tokenizer_key(tokenizer), name, *limits)
     # Row by row, so that the other columns stay as they are written.
     return _map(dataset, partial(_process_prompt, process=process), key, num_proc, reading, max_prompt_length)
 
@@ -219,7 +217,7 @@ class _RowProcess:
         except ValueError as error:
             if self.encoder.reading.bad_rows is None:
                 raise ValueError(f"{self.name}, row {index + 1}: {error}") from error
-            # The row stays until all bad rows are listed: `map` has to return one, and it knows the number.
+            # A blank row stands for it until all bad rows are listed: its report holds the number and the reason.
             return [TokenisedRow(self.encoder.blank, dropped=UNREADABLE, error=str(error))]
 
 
@@ -230,7 +228,6 @@ def _tokenize(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     encoder: RowEncoder,
-    what: tuple[Any, ...],
     limits: Limits,
     num_proc: int | None,
 ) -> Dataset:
@@ -238,7 +235,7 @@ def _tokenize(
     report_unread_columns(name, renamed(columns_of(dataset), encoder.reading.form), encoder.read)
     process = _RowProcess(tokenizer, encoder, name, limits)
     fingerprint = getattr(dataset, "_fingerprint", "")
-    key = (TOKENISER_VERSION, fingerprint, what, tokenizer_key(tokenizer), name, *limits)
+    key = (TOKENISER_VERSION, fingerprint, encoder, tokenizer_key(tokenizer), name, *limits)
     return map_rows(dataset, process, key, limits.max_length, num_proc, encoder.reading)
 
 

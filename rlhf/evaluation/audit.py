@@ -94,6 +94,7 @@ def command_for(rows: Any, reading: Reading) -> str:
     names = renamed(rows.column_names, reading.form)
     if "label" in names and has_labels(rows, reading.form) and reading.form.text_field not in names:
         return "kto"
+    # The first that can read the columns: pairs are also rows for SFT, and both have prompts.
     for command, columns_for in (("dpo", pair_columns), ("sft", sft_columns), ("grpo", prompt_columns)):
         try:
             columns_for(names)
@@ -144,6 +145,7 @@ def audit(
         rows = pairs_of_labelled(rows, reading.form)
         reading = replace(reading, form=replace(reading.form, columns={}))
         names = list(rows.column_names)
+    # The same encoder as in training, so that an audit cannot differ from it.
     form = replace(reading.form, text_field=text_field)
     encoder = ENCODERS[command](names, replace(reading, form=form))
 

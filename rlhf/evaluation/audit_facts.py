@@ -25,15 +25,17 @@ def facts(found: Audit) -> list[tuple[str, str]]:
     if found.errors:
         lines.append(("cannot be read", _rows([number for number, _ in found.errors])))
     if found.answers:
-        share = found.scored_answers / found.answers
-        lines.append(("answers scored", f"{found.scored_answers:,} of {found.answers:,} ({share:.0%})"))
+        lines.append(("answers scored", _share(found.scored_answers, found.answers, ".0%")))
     if found.tokens and not found.is_of_prompts:
-        share = found.scored_tokens / found.tokens
-        lines.append((f"{found.unit} scored", f"{found.scored_tokens:,} of {found.tokens:,} ({share:.1%})"))
+        lines.append((f"{found.unit} scored", _share(found.scored_tokens, found.tokens, ".1%")))
     if found.cut_rows:
         lines.append(("cut", f"{found.cut_rows:,} rows to {found.max_length:,} tokens, losing {found.cut_tokens:,}"))
     lines += [(note, _rows(numbers)) for note, numbers in found.notes.items()]
     return lines
+
+
+def _share(part: int, whole: int, percent: str) -> str:
+    return f"{part:,} of {whole:,} ({format(part / whole, percent)})"
 
 
 def _rows(numbers: Sequence[int], shown: int = 5) -> str:

@@ -63,7 +63,7 @@ def complete(
             attention_mask=torch.ones_like(prompt_ids),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            temperature=None,
+            temperature=None,  # a generation config with options of sampling would warn
             top_p=None,
             top_k=None,
             eos_token_id=end_ids or None,

@@ -61,15 +61,17 @@ def _is_target(name: str, modules: dict[str, nn.Module]) -> bool:
     layer = modules[name]
     if not isinstance(layer, nn.Linear | Conv1D):
         return False
+    # Routers and the like are classes of the model's own file.
     is_of_model = type(layer).__module__.startswith("transformers.models.")
     if is_of_model and not _computes_linear(layer):
         return False
     last_part = _last_part(name)
     parent = modules[name.rpartition(".")[0]]
+    # The kernels of Mamba and its kin read the weights of all layers but the first.
     is_in_state_space_block = hasattr(parent, "A_log") and hasattr(parent, "D")
     if is_in_state_space_block and last_part != "in_proj":
         return False
-    return last_part != "score"
+    return last_part != "score"  # the head of a reward model is trained as a whole
 
 
 def _last_part(name: str) -> str:

@@ -61,6 +61,7 @@ class RewardModel(Wrapper):
         last = flat[batch.last() if rows is None else rows]
         weight: Tensor = model.score.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
+        # In float32: rewards of two answers may differ by less than bfloat16 can tell.
         with torch.autocast(last.device.type, enabled=False):
             return F.linear(last.to(dtype), weight.to(dtype)).squeeze(1)
 
@@ -92,7 +93,7 @@ class RewardModel(Wrapper):
             row = {"prompt": prompt, "completion": completion}
             encoded = encode(tokenizer, sft_dialogue(row, "completion", RowFormat()))
             ((completion_ids, _),) = encoded.completions
-            ids = encoded.prompt_ids + completion_ids
+            ids = encoded.prompt_ids + completion_ids  # the labels do not matter: the last token is scored
             rows.append({"input_ids": ids, "labels": ids})
         collate = Collator()
         batches = (collate(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size))
@@ -118,6 +119,7 @@ def load_reward_model(name_or_path: str, **kwargs: Any) -> RewardModel:
     kwargs.setdefault("dtype", "auto")
     name = resolve(name_or_path)
     adapter = adapter_config(name, **hub_kwargs(kwargs))
+    # An adapter of a reward model is on one; any other is on a causal LM, which gets a head.
     if adapter is not None and adapter.task_type == "SEQ_CLS":
         base = load_reward_model(base_of(name, adapter), **base_kwargs(kwargs, adapter))
         return RewardModel(merged(base.model, name, **hub_kwargs(kwargs)))  # type: ignore[arg-type]

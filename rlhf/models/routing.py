@@ -110,6 +110,7 @@ def routing(router_logits: tuple[Tensor, ...], batch: Batch, top_k: int) -> Rout
     weight = _occurrences(batch).to(device, torch.float32)
     chosen = torch.zeros(num_experts, device=device)
     probs = torch.zeros(num_experts, device=device)
+    # Choices carry no gradient; through the probabilities, experts that are chosen too often get less.
     for logits in router_logits:
         layer_probs = logits.to(device).reshape(-1, num_experts).softmax(-1)
         experts = layer_probs.topk(top_k, dim=-1).indices.reshape(-1)
