@@ -73,6 +73,7 @@ class RolloutCollector:
         self.tokenizer, self.row_format = tokenizer, row_format
         self.environment_factory = environment_factory
         self.num_rollouts = 0  # so far
+        # A step takes a fixed number of completions, so a rollout takes the prompts that give so many.
         completions_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.prompts_per_step = completions_per_step // args.completions_used  # of this process
         self.prompts_per_rollout = self.prompts_per_step * args.world_size * args.num_mini_batches
@@ -100,6 +101,7 @@ class RolloutCollector:
             This process's share.
         """
         self.num_rollouts += 1
+        # Every process draws all prompts, and samples for its share: so the order needs no communication.
         rows = list(enumerate(self.prompts.draw(self.prompts_per_rollout)))
         rollout = Rollout([])
         with self.sampler.synced_engine(policy, trained_model, state.global_step):
@@ -152,6 +154,7 @@ class RolloutCollector:
         equal: list[list[Sample]] = []
         new_samples = rollout.samples
         for attempts_left in reversed(range(self.args.dynamic_sampling + 1)):
+            # In the order of prompts, whichever process sampled them.
             everyone = sorted(gather_object(new_samples), key=lambda sample: sample.group)
             for start in range(0, len(everyone), num_samples):
                 group = everyone[start : start + num_samples]
@@ -165,12 +168,14 @@ class RolloutCollector:
             mine = rows[self.args.process_index :: self.args.world_size]
             new_samples = self._sample_and_score(mine, state, rollout)
         chosen = (varied + equal)[: self.prompts_per_rollout]
+        # Groups are numbered anew, as two prompts of different draws must not share a number.
         for number, group in enumerate(chosen):
             for sample in group:
                 sample.group = number
         rollout.samples = [sample for group in self._share_of_minibatches(chosen) for sample in group]
 
     def _greedy_rewards(self, rollout: Rollout, state: Any) -> Tensor:
+        """ReMax's baseline: the reward of the most probable completion of each sample's prompt, [S]."""
         row_of_group = {sample.group: sample.row for sample in rollout.samples}
         greedy = replace(self.args.sampling(), temperature=0.0)
         samples = self._sample(list(row_of_group.items()), greedy, 1, self.num_rollouts)
@@ -241,6 +246,7 @@ class RolloutCollector:
                 dialogue = replace(dialogue, prompt=prompt)
             environments.append(environment)
             dialogues.append(dialogue)
+            # The row's own prompt is tokenised already, and stays as it is.
             prompts.append(row["prompt_ids"] if prompt is None else encode_prompt(self.tokenizer, dialogue))
         episodes = play(
             environments,
@@ -276,6 +282,7 @@ class RolloutCollector:
         return text if is_text else [{"role": "assistant", "content": text}]
 
     def _seed(self, rollout_number: int, turn: int) -> int:
+        # The engine adds the numbers of the prompt and the sample, so this is the same on every process.
         return int(np.random.SeedSequence((self.args.seed, rollout_number, turn)).generate_state(1)[0])
 
     def _dialogue(self, row: Mapping[str, Any]) -> Dialogue:
@@ -284,7 +291,10 @@ class RolloutCollector:
     # Rewards
 
     def _score(self, samples: list[Sample], state: Any) -> list[Scored]:
-        """Give samples their rewards; returns what the reward functions returned, if there are any."""
+        """Give samples their rewards; returns what the reward functions returned, if there are any.
+
+        Rewards of the environment and of functions are added up, then bounded; a cut completion is penalised last.
+        """
         for sample in samples:
             sample.reward = sample.reward_components.get("environment", float("nan"))
         scored_calls = []
@@ -305,6 +315,7 @@ class RolloutCollector:
 
     def _call_rewards(self, rewards: RewardSet, samples: list[Sample], state: Any) -> Scored:
         rows = [sample.row for sample in samples]
+        # Prompts are passed on in their own argument, as text or messages.
         columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "prompt_ids")}
         return rewards(
             [self._dialogue(row).prompt for row in rows],

@@ -57,12 +57,8 @@ class PPOConfig(TRLNames, ReferenceSyncArguments, BaseConfig):
     temperature: float = option(1.0, "Temperature of sampling, and of all log-probs.")
     stop: list[str] | None = option(None, "Strings that end a completion.")
     shuffle_dataset: bool = option(True, "Another order of prompts in each epoch.")
-    dynamic_sampling: int = option(
-        0, "Draw further prompts, at most this many times, in place of groups of equal rewards (DAPO)."
-    )
-    rollout_batch_size: int | None = option(
-        None, "Completions that each device samples at once; a whole rollout by default."
-    )
+    dynamic_sampling: int = option(0, "Rounds of further prompts in place of groups of equal rewards (DAPO).")
+    rollout_batch_size: int | None = option(None, "Completions that a device samples at once; all by default.")
     max_turns: int = option(1, "Answers in an episode, with an environment.")
     # Training
     num_mini_batches: int = option(1, "Optimizer steps in a pass over a rollout.")
@@ -72,12 +68,10 @@ class PPOConfig(TRLNames, ReferenceSyncArguments, BaseConfig):
     lam: float = option(0.95, "Lambda of gae.")
     whiten_advantages: bool = option(True, "Of gae and reinforce++: mean 0, variance 1.")
     normalize_advantages: bool = option(False, "Of rloo, group and remax: mean 0, variance 1 over the whole rollout.")
-    scale_rewards: str = option(
-        "group", "Deviation that group advantages are divided by: group (True), batch, or none (False)."
-    )
+    scale_rewards: str = option("group", "Group advantages over the deviation of: group, batch, none.")
     multi_objective_aggregation: str = option(
         "sum_then_normalize",
-        "Of several rewards in group advantages; the other way is GDPO's, each in its group first.",
+        "Order for several rewards in group advantages; normalize_then_sum is GDPO's.",
         ["sum_then_normalize", "normalize_then_sum"],
     )
     loss_type: str = option("ppo", POLICY_LOSS_HELP)
@@ -86,7 +80,7 @@ class PPOConfig(TRLNames, ReferenceSyncArguments, BaseConfig):
     epsilon_high: float | None = option(None, "Clip above; as below by default. The largest ratio of cispo.")
     delta: float | None = option(None, "Largest ratio that counts at all (two-sided clip); above 1 + epsilon.")
     importance_sampling_level: str = option(
-        "token", "A ratio for each token, or one for each sequence (GSPO).", ["token", "sequence"]
+        "token", "One ratio for each token, or sequence (GSPO).", ["token", "sequence"]
     )
     top_entropy_quantile: float = option(1.0, "Share of the tokens in the loss: those of the highest entropy. 1: all.")
     off_policy_mask_threshold: float | None = option(
@@ -104,9 +98,7 @@ class PPOConfig(TRLNames, ReferenceSyncArguments, BaseConfig):
     entropy_coef: float = option(0.0, "Weight of an entropy bonus; costs a pass over the logits.")
     vf_coef: float = option(0.1, "Weight of the critic's loss.")
     cliprange_value: float | None = option(0.2, "Clip of the critic's change; None for none.")
-    value_model: str = option(
-        "shared", "Critic: shared (a head on the policy), or a model's folder, such as the reward model's."
-    )
+    value_model: str = option("shared", "Critic: shared (a head on the policy), or a model's folder.")
     # Completions
     log_completions: bool = option(True, "Write the last rollout before each line of the log to completions.jsonl.")
     num_completions_to_print: int | None = option(0, "Print this many of them too; None prints all.")

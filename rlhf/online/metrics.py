@@ -66,19 +66,26 @@ def sample_metrics(samples: Sequence[Sample], reward_names: Sequence[str], devic
     return metrics
 
 
-def reward_function_metrics(scored: Scored, with_failures: bool) -> dict[str, tuple[Number, Number]]:
+def reward_function_metrics(calls: Sequence[Scored], with_failures: bool) -> dict[str, tuple[Number, Number]]:
     """What reward functions logged themselves, and how often each failed.
 
     Args:
-        scored: of one call of the rewards.
+        calls: what the rewards returned at each call.
         with_failures: whether a failure drops a sample rather than stopping the run.
     Returns:
-        By name, the sum and the count.
+        By name, the sum and the count over the calls.
     """
-    sums: dict[str, tuple[Number, Number]] = {name: (value, 1) for name, value in scored.metrics.items()}
-    if with_failures:
-        for name, count in scored.failed.items():
-            sums[f"rewards/{name}/failed"] = (count, len(scored.rewards))
+    sums: dict[str, tuple[Number, Number]] = {}
+
+    def add(name: str, value: float, count: int) -> None:
+        total, total_count = sums.get(name, (0.0, 0))
+        sums[name] = total + value, total_count + count
+
+    for scored in calls:
+        for name, value in scored.metrics.items():
+            add(name, value, 1)
+        for name, failures in scored.failed.items() if with_failures else ():
+            add(f"rewards/{name}/failed", failures, len(scored.rewards))
     return sums
 
 
@@ -100,12 +107,14 @@ def policy_metrics(samples: Sequence[Sample]) -> dict[str, tuple[Number, Number]
     if "old_logps" in available:
         old_logps = vector("old_logps")
         num_tokens = len(old_logps)
+        # The samples are the policy's own, so the mean of -log-prob estimates its entropy without bias.
         sums["entropy"] = -old_logps.sum(), num_tokens
         sums["sampler_kl"] = kl_estimate(vector("sampler_logps"), old_logps, "k3").sum(), num_tokens
-        if "ref_logps" in available:
+        if "ref_logps" in available:  # summed over a completion, averaged over completions
             sums["kl"] = (old_logps - vector("ref_logps")).sum(), len(samples)
     if "returns" in available:
         values, returns = vector("values"), vector("returns")
+        # The explained variance needs the variances of returns and errors, which need means of squares.
         for name, numbers in (("values", values), ("returns", returns), ("errors", returns - values)):
             sums[f"critic/{name}"] = numbers.sum(), len(numbers)
             sums[f"critic/{name}_squared"] = (numbers**2).sum(), len(numbers)
@@ -138,6 +147,7 @@ def step_metrics(
         "ratio/mean": ((ratio * mask).sum(), count),
         "approx_kl": ((kl_estimate(old_logps, logps, "k3") * mask).sum(), count),
     }
+    # A peak is kept by its largest value: a mean over steps would hide it.
     peaks = {"ratio/max": (ratio * mask).max()}
     if clip is not None:
         low, high = clip
@@ -179,6 +189,7 @@ class StepStatistics:
         sum_and_count, self.last_step_kl = self.last_step_kl, None
         if limit is None or sum_and_count is None:
             return False
+        # All processes must decide alike, or some would sample while others train.
         total, count = accelerator.reduce(sum_and_count.to(accelerator.device)).tolist()
         return bool(count > 0 and total / count > limit)
 
@@ -202,6 +213,7 @@ def derived_metrics(means: Mapping[str, float]) -> dict[str, float]:
     metrics = dict(means)
 
     def pop_variance(mean_name: str, square_name: str) -> float:
+        # Rounding can leave a variance of 0 a little below it.
         return max(metrics.pop(square_name) - metrics[mean_name] ** 2, 0.0)
 
     if "reward_squared" in metrics:

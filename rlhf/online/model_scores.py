@@ -36,6 +36,7 @@ def add_model_scores(
     """
     if reference is None and not old_logps:
         return
+    # Without dropout: these are the numbers that training's ratios are compared with.
     was_training = model.training
     model.eval()
     for samples in micro_batches:
@@ -51,6 +52,7 @@ def add_model_scores(
         for name, vector in vectors.items():
             if vector is None:
                 continue
+            # On the host, where samples are gathered over processes and saved in checkpoints.
             for sample, part in zip(samples, vector.cpu().split(lengths), strict=True):
                 sample.tokens[name] = part
     model.train(was_training)

@@ -5,71 +5,86 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+import datasets
 import numpy as np
-from datasets import Dataset, IterableDataset, disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
+from datasets import Dataset, IterableDataset
 
-BUFFER = 1000  # rows of a stream that are shuffled among each other
+from rlhf.data import Endless
+
+BUFFER_SIZE = 1000  # rows of a stream that are shuffled among each other
+
+Row = dict[str, Any]
 
 
 class Prompts:
-    """Hands out prompts, the same for any number of processes, and knows how far it is.
+    """Prompts in an order that is the same for any number of processes; knows how many were drawn.
 
     Args:
-        rows: with ``prompt_ids``; or a stream of rows as they are in a file, which begins again when it ends.
-        seed: of the order.
-        shuffle: draw in a random order, another one in each epoch.
+        rows: with ``prompt_ids``; or a stream of rows as they are in a file, which begins again at its end.
+        seed: of the order, which is another one in each epoch.
+        shuffle: whether to shuffle at all.
         prepare: gives rows of a stream their ``prompt_ids``, and may leave some out.
     """
 
-    def __init__(self, rows: Any, seed: int, shuffle: bool, prepare: Callable[[Dataset], Dataset]) -> None:
+    def __init__(
+        self, rows: Dataset | IterableDataset, seed: int, shuffle: bool, prepare: Callable[[Dataset], Dataset]
+    ) -> None:
         self.rows, self.seed, self.shuffle, self.prepare = rows, seed, shuffle, prepare
-        self.drawn = 0  # so far; of a stream, rows that were read
-        self._stream: Iterator[dict[str, Any]] | None = None
+        # A resumed run sets this number, and continues there.
+        self.drawn = 0  # rows; of a stream, those that were left out too
+        self._stream: Iterator[Row] | None = None
+        self._epoch = -1
+        self._order: np.ndarray = np.empty(0)  # of the rows in that epoch
 
-    def draw(self, count: int) -> list[dict[str, Any]]:
+    def draw(self, count: int) -> list[Row]:
+        """The next prompts.
+
+        Args:
+            count: how many; an epoch may end and the next one begin among them.
+        Returns:
+            Rows with ``prompt_ids``.
+        Raises:
+            ValueError: a stream without rows.
+        """
         if isinstance(self.rows, IterableDataset):
-            return self._read(count)
-        found = []
-        for place in range(self.drawn, self.drawn + count):
-            epoch, index = divmod(place, len(self.rows))
-            found.append(self.rows[int(self._order(epoch)[index])])
+            return self._draw_from_stream(count)
+        prompts = []
+        for position in range(self.drawn, self.drawn + count):
+            epoch, index = divmod(position, len(self.rows))
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, self._order_of(epoch)
+            prompts.append(self.rows[int(self._order[index])])
         self.drawn += count
-        return found
+        return prompts
 
-    def _order(self, epoch: int) -> Any:
-        size = len(self.rows)
+    def _order_of(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
-            return range(size)
-        return np.random.default_rng((self.seed, epoch)).permutation(size)
+            return np.arange(len(self.rows))
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
 
-    def _read(self, count: int) -> list[dict[str, Any]]:
-        if self._stream is None:  # at the start, or where a run goes on
-            self._stream = islice(self._endless(), self.drawn, None)
-        found: list[dict[str, Any]] = []
-        while len(found) < count:
-            rows = list(islice(self._stream, count - len(found)))
-            self.drawn += len(rows)
-            with _quiet():
-                found += self.prepare(Dataset.from_list(rows))
-        return found
-
-    def _endless(self) -> Iterator[dict[str, Any]]:
-        rows = self.rows.shuffle(seed=self.seed, buffer_size=BUFFER) if self.shuffle else self.rows
-        epoch, seen = 0, -1
-        while seen:
-            rows.set_epoch(epoch)
-            epoch, seen = epoch + 1, 0
-            for seen, row in enumerate(rows, start=1):  # noqa: B007  # counted
-                yield row
-        raise ValueError("the stream of prompts has no rows")
+    def _draw_from_stream(self, count: int) -> list[Row]:
+        if self._stream is None:
+            rows = self.rows.shuffle(seed=self.seed, buffer_size=BUFFER_SIZE) if self.shuffle else self.rows
+            # A stream cannot be indexed: a resumed run reads again what was read before.
+            self._stream = islice(Endless(rows), self.drawn, None)
+        prompts: list[Row] = []
+        while len(prompts) < count:
+            rows_read = list(islice(self._stream, count - len(prompts)))
+            if not rows_read:
+                raise ValueError("the stream of prompts has no rows")
+            self.drawn += len(rows_read)
+            with _no_progress_bars():
+                prompts += self.prepare(Dataset.from_list(rows_read))
+        return prompts
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    shown = is_progress_bar_enabled()
-    disable_progress_bars()
+def _no_progress_bars() -> Iterator[None]:
+    """Tokenising a few rows at each rollout needs no bar of its own."""
+    were_shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
-            enable_progress_bars()
+        if were_shown:
+            datasets.enable_progress_bars()

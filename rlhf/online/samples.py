@@ -49,6 +49,7 @@ class Sample:
     in_loss: bool = True
 
     def __len__(self) -> int:
+        """Tokens that the policy sampled."""
         return len(self.ids) if self.sampled is None else sum(self.sampled)
 
     @property
@@ -178,6 +179,7 @@ def add_advantages(
         offered: what else an estimator can read: ``gamma``, ``lam``, ``scale``, ``baselines`` [S],
             ``reward_weights`` by reward function.
     """
+    # A sample without a reward is in no baseline, and gets the advantage 0.
     task_rewards = torch.tensor([sample.reward for sample in samples], device=device)
     has_reward = ~task_rewards.isnan()
     if whitened_rewards:
@@ -188,6 +190,7 @@ def add_advantages(
     in_loss = torch.tensor([sample.in_loss for sample in samples], device=device)
     counted = mask & (has_reward & in_loss)[:, None]
 
+    # An estimator is called with those of the offered values that it names in its parameters.
     estimate = ADVANTAGE_ESTIMATORS.find(estimator)
     penalties = torch.zeros(mask.shape, device=device)
     if kl_coef:
@@ -206,12 +209,13 @@ def add_advantages(
     if "reward_components" in estimate.reads:
         offered["reward_components"] = _reward_components(samples, device)
 
-    found = estimate(**offered)
-    if isinstance(found, tuple):
-        advantages, returns = found
+    estimates = estimate(**offered)
+    if isinstance(estimates, tuple):  # an estimator with a critic has targets for it too
+        advantages, returns = estimates
         _give(samples, "returns", returns)
     else:
-        advantages = found
+        advantages = estimates
+    # [S, longest], one for each token, or [S], one for each sample.
     if advantages.dim() == 2:
         if whitened:
             advantages = whiten(advantages, mask=counted, gather=True)
@@ -242,6 +246,7 @@ def mark_high_entropy(samples: list[Sample], share: float, gather: Callable[[lis
     """
     entropies = [entropy for sample in samples if sample.in_loss for entropy in sample.tokens["entropy"].tolist()]
     all_entropies = torch.tensor(sorted(gather(entropies)), dtype=torch.float64)
+    # The quantile of all processes' tokens: the share does not depend on how samples are spread.
     threshold = float(all_entropies.quantile(1 - share)) if len(all_entropies) else 0.0
     for sample in samples:
         entropy = sample.tokens.pop("entropy")
@@ -264,6 +269,7 @@ def select_of_groups(samples: list[Sample], with_worst: bool) -> list[Sample]:
         groups.setdefault(sample.group, []).append(sample)
     selected = []
     for members in groups.values():
+        # Without any reward, any member will do: the group is left out of the loss.
         scored = [sample for sample in members if not math.isnan(sample.reward)]
         best = max(scored, key=lambda sample: sample.reward, default=members[0])
         worst = min(scored, key=lambda sample: sample.reward, default=members[-1])
@@ -289,6 +295,9 @@ def zero_std_groups(samples: Sequence[Sample]) -> tuple[int, int]:
     """How many groups have equal rewards, and how many groups there are."""
     num_groups = len({sample.group for sample in samples})
     return num_groups - len(groups_with_reward_variance(samples)), num_groups
+
+
+# Between lists of samples and dense tensors
 
 
 def _dense(vectors: list[Tensor]) -> Tensor:

@@ -421,9 +421,8 @@ class PPOTrainer(EvaluatesBySampling):
         """Add the metrics of a rollout, of which the samples ``used`` are trained on."""
         args = self.args
         self.add_metrics(sample_metrics(rollout.samples, self.reward_names, args.device))
-        for scored in rollout.scored:
-            self.add_metrics(as_metrics(reward_function_metrics(scored, args.on_reward_error == "drop"), args.device))
-        sums = policy_metrics(used)
+        sums = reward_function_metrics(rollout.scored, with_failures=args.on_reward_error == "drop")
+        sums |= policy_metrics(used)
         if args.num_generations > 1:
             sums["frac_reward_zero_std"] = rollout.zero_std_groups
         sums["tokens_per_second/rollout"] = sum(map(len, rollout.samples)), rollout_seconds

@@ -157,8 +157,8 @@ def test_what_reward_functions_logged():
         raise RuntimeError("no")
 
     scored = RewardSet([broken], on_error="drop")(["a"], ["b"])
-    assert reward_function_metrics(scored, with_failures=True)["rewards/broken/failed"] == (1, 1)
-    assert "rewards/broken/failed" not in reward_function_metrics(scored, with_failures=False)
+    assert reward_function_metrics([scored, scored], with_failures=True)["rewards/broken/failed"] == (2, 2)
+    assert "rewards/broken/failed" not in reward_function_metrics([scored], with_failures=False)
 
 
 def test_the_kl_limit_is_of_the_last_step_alone():
