@@ -180,6 +180,7 @@ def _aligned_row(encoded: tuple[TokenisedRow, TokenisedRow], sides: tuple[_Side,
         _STUDENT_SPANS: student_spans,
         _TEACHER_SPANS: teacher_spans,
     }
+    # A row that either model cannot read is dropped for both.
     dropped_for_teacher = f"{teacher.dropped} for the teacher" if teacher.dropped else ""
     return replace(
         student,
@@ -246,6 +247,7 @@ def _align_positions(
 
 def _answers(encoded: Row, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Positions of each run of labelled tokens, without a BOS, which only one side may have."""
+    # A run of labels is an answer: between two answers there are tokens of the user or of the template.
     runs: list[list[int]] = []
     previous = -2
     for position, label in enumerate(encoded["labels"]):

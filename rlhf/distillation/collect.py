@@ -45,6 +45,7 @@ def keep_top_k(model: Any, rows: Dataset, file: TeacherFile, *, tokens_per_batch
     model.eval()
     disable_dropout(model)
     optimize(model)
+    # Padding is never scored, so the id of the padding token does not matter here.
     collate = Collator(layout=choose_layout(model, layout))
     missing = set(file.missing().tolist())
     num_stored = len(rows) - len(missing)
@@ -106,6 +107,7 @@ def sample_completions(
     """
     path = folder / COMPLETIONS
     lines, start = _completed(path)
+    # Lines of the last, unfinished call are taken out, as its prompts are answered again.
     path.write_bytes(b"".join(lines))
     model.eval()
     optimize(model)
@@ -148,6 +150,7 @@ def _completed(path: Path) -> tuple[list[bytes], int]:
 def _line(rows: Dataset, row: int, completion: Completion, engine: LocalEngine) -> bytes | None:
     """The JSON line of an answer; None for one that is left out."""
     text = str(engine.tokenizer.decode(completion.ids, skip_special_tokens=True))
+    # An answer that was cut, or says nothing but special tokens, would teach the student to end there.
     if completion.finish_reason != "stop" or not text.strip():
         return None
     dialogue = prompt_dialogue(rows[row], Reading().for_tokenizer(engine.tokenizer).form)

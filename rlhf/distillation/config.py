@@ -166,6 +166,7 @@ class DistillConfig(GenerationArguments, TextConfig):
             raise ValueError("teacher_server_url needs teacher_server_model, the name that the teacher is served under")
         if self.teacher_model_name_or_path is not None or self.teacher_file is not None:
             raise ValueError("teacher_server_url stands for a teacher: leave teacher_model_name_or_path and _file out")
+        # The server applies no temperature to the log-probs of a prompt.
         if self.temperature != 1:
             raise ValueError(f"a server reports log-probs at temperature 1 alone, not {self.temperature}")
         if self.teacher_top_k < 1:
@@ -184,6 +185,7 @@ class DistillConfig(GenerationArguments, TextConfig):
             raise ValueError(
                 "packing and tokens_per_batch plan rows by their length, which answers to come have not yet"
             )
+        # A student that is trained on its own samples as labels only becomes surer of them.
         if self.crossentropy_weight:
             raise ValueError("crossentropy_weight would teach the student its own answers: leave it out with lmbda")
         # A prompt and its answer share max_length.
@@ -219,6 +221,7 @@ class DistillConfig(GenerationArguments, TextConfig):
         for name in ("teacher_file", "teacher_server_url"):
             if getattr(self, name) is not None:
                 raise ValueError(f"align {align} needs the teacher itself, not {name}: teacher_model_name_or_path")
+        # Own answers are token ids, which have no rendering in the teacher's template.
         if self.lmbda:
             raise ValueError(f"align {align} reads the text of rows, and lmbda would give ids: leave one of them out")
         if self.hidden_state_weight:

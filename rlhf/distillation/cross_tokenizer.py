@@ -130,6 +130,7 @@ class CrossTokenizerTeacher(LiveTeacher):
             teacher_logps = self.policy(alignment.batch).logps
         logps = model(batch).logps
         distances = span_distances(logps, teacher_logps, alignment, self.divergence.temperature)
+        # Divergence options do not apply: the loss only takes its weights from there.
         total = self.divergence.loss(distances, logps).sum()
         # The teacher scores its own tokens, of which there are more or fewer than of the student's.
         teacher_targets = alignment.batch.targets
@@ -168,6 +169,7 @@ def span_distances(logps: Tensor, teacher_logps: Tensor, alignment: Alignment, t
     spans, total = alignment.spans, alignment.spans.total
     student_spans = span_logps(logps, spans.student, total)
     teacher_spans = span_logps(teacher_logps, spans.teacher, total)
+    # Each span once, however many tokens it has on either side.
     losses = span_loss(student_spans, teacher_spans.to(student_spans.dtype), temperature, reduction="none")
     # Tokens that begin no span read one more entry, which is 0.
     slot = torch.where(alignment.partner >= 0, spans.student, total)

@@ -73,6 +73,7 @@ def capture_layers(model: Any, layers: list[int], batch: Batch, outputs: LayerOu
             )
         outputs[position_of[module]] = hidden.flatten(0, 1).index_select(0, source)
 
+    # Removed on every way out, an error in the forward pass too.
     with ExitStack() as hooks:
         for module in position_of:
             hooks.callback(module.register_forward_hook(record).remove)
@@ -118,6 +119,7 @@ class MatchingPolicy(Policy):
         if student_width == teacher_width:
             return
         embedding: Any = student.get_input_embeddings().weight
+        # At least float32, as they are trained and small updates of half precision are lost.
         dtype = torch.promote_types(embedding.dtype, torch.float32)
         # A generator of their own, so that drawing them changes no other random number of the run.
         generator = torch.Generator().manual_seed(seed)

@@ -31,6 +31,7 @@ class TeacherObjective(HeadObjective):
 
     def predictions(self, policy: Policy, batch: Batch) -> Predictions:
         """The teacher's predictions of the targets of ``batch``, without a gradient."""
+        # Hidden states before the head: logits are computed chunk by chunk, together with the student's.
         with record_function(REFERENCE_LABEL), torch.no_grad(), self.teacher(policy) as teacher:
             return teacher.predictions(batch)
 

@@ -47,6 +47,7 @@ def mark_prompts(rows: Dataset, max_prompt: int, drop_long_prompts: bool, num_pr
 
     marked = rows.map(mark, with_indices=True, num_proc=num_proc, desc="finding prompts")
     starts = np.array(marked[ANSWER_START])
+    # A start of 0 is a row of which everything is scored: plain text has no prompt.
     if not starts.all():
         raise ValueError(
             f"tokenised row {int(np.argmin(starts)) + 1} is all scored, so it has no prompt for the student to answer: "
@@ -113,6 +114,7 @@ class StudentRollouts:
         seconds = time.perf_counter() - started
         # One completion for each prompt.
         completions = [completion for (completion,) in groups]
+        # A row whose answer has no token that the teacher knows keeps the answer of the data.
         replaced: dict[int, Row] = {}
         for number, prompt, completion in zip(numbers, prompts, completions, strict=True):
             row = answered_row(prompt, completion, self.vocab_size)
@@ -159,6 +161,7 @@ def rollout_metrics(completions: Sequence[Completion], num_rows: int, seconds: f
     """
     count = len(completions)
     metrics: Metrics = {"own_answers": (count, num_rows)}
+    # Means over no answers would be logged as NaN.
     if count:
         tokens = sum(len(completion.ids) for completion in completions)
         truncated = sum(completion.finish_reason == "length" for completion in completions)

@@ -122,6 +122,7 @@ def copy_layers(teacher: PreTrainedModel, kept: Sequence[int]) -> PreTrainedMode
     for position, layer in enumerate(layer_list(student)[1]):
         number = numbers[position]
         _check_same_settings(teacher_layers[number], layer, number, position)
+    # A new model has the defaults of transformers; the student should generate as the teacher does.
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval()
 
@@ -193,6 +194,7 @@ def _shorter_config(config: PretrainedConfig, numbers: list[int]) -> PretrainedC
         elif is_for_each_layer:
             setattr(text_config, name, [value[layer] for layer in numbers])
     text_config.num_hidden_layers = len(numbers)
+    # Saved with the checkpoint, so that a later distillation knows which layers belong together.
     config.copied_layers = {"kept": numbers, "of": depth}
     return config
 
@@ -229,6 +231,7 @@ def _check_same_settings(original: nn.Module, copied: nn.Module, number: int, po
 
 def _settings(module: nn.Module) -> dict[str, Any]:
     """Numbers, flags and texts that a module holds beside its weights."""
+    # Tensors are left out: weights were copied, and buffers follow from the configuration.
     return {
         name: value
         for name, value in vars(module).items()

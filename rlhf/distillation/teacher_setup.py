@@ -44,6 +44,7 @@ def check_teacher(
         )
     if teacher_adapter is None:
         return
+    # The active adapter is the one that is trained, so it cannot be the fixed teacher as well.
     if teacher_adapter == getattr(student, "active_adapter", None):
         raise ValueError(f"teacher_adapter {teacher_adapter!r} is the one that learns: activate another one")
     adapters = list(getattr(student, "peft_config", {}))
@@ -93,6 +94,7 @@ def open_rows(args: DistillConfig, rows: Any, tokenizer: PreTrainedTokenizerBase
         raise ValueError(f"teacher_file {folder}: there are no training rows for it to belong to")
     numbered, file = open_teacher_file(folder, rows.rows if isinstance(rows, Packed) else rows, tokenizer)
     temperature = file.key["temperature"]
+    # Log-probs can be taken to another temperature only with all of them, and the folder has k.
     if temperature != args.temperature:
         raise ValueError(
             f"{folder}: kept at temperature {temperature}, and training is at {args.temperature}: pass --temperature "
@@ -114,6 +116,7 @@ def check_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeniz
     Raises:
         ValueError: the two tokenizers differ.
     """
+    # A module without a name says nothing of its tokenizer; sizes that differ are found later.
     if teacher is None:
         logger.warning("the teacher's tokenizer is not known (teacher_processing_class); taken to be the student's")
         return
@@ -136,6 +139,7 @@ def shared_vocabulary(student: Policy, teacher: Policy, tokenizer: PreTrainedTok
     Raises:
         ValueError: the sizes differ and the tokenizer is not known.
     """
+    # Read off the heads: a configuration may have been changed without the weights.
     sizes = [policy.without_adapter.get_output_embeddings().weight.size(0) for policy in (student, teacher)]
     if sizes[0] == sizes[1]:
         return None

@@ -89,6 +89,7 @@ class DistillTrainer(TextTrainer):
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else DistillConfig(output_dir="runs")
+        # The argument wins over the configuration, as for the student.
         teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
         adapter_is_new = kwargs.get("peft_config") is not None
         check_teacher(args, model, teacher_model, teacher_adapter, adapter_is_new)
@@ -140,6 +141,7 @@ class DistillTrainer(TextTrainer):
         student_tokenizer: Any = self.processing_class
         tokenizer = known_tokenizer(model, tokenizer)
         check_tokenizer(student_tokenizer, tokenizer)
+        # Loaded only now: another tokenizer is found before minutes are spent on weights.
         policy = self.freeze(load_if_named(model, self.args.teacher_model_init_kwargs))
         vocab_size = shared_vocabulary(self.policy, policy, tokenizer)
         if vocab_size is not None and self.args.reverse_kl_reward:
