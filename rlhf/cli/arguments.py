@@ -1,7 +1,7 @@
 """Groups of options: the model, the data, and what a trainer needs besides its configuration."""
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +9,7 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 
 from rlhf.rewards.loading import load_object
+from rlhf.rollouts.arguments import option
 
 DTYPES = ["auto", "float32", "bfloat16", "float16", "float64"]
 
@@ -19,38 +20,29 @@ class ModelArguments:
 
     title: ClassVar[str] = "model and adapter"
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A folder, or a name on the hub."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
-    dtype: str = field(
-        default="float32",
-        metadata={"help": "Of the weights; auto is the checkpoint's.", "choices": DTYPES},
+    model_name_or_path: str | None = option(None, "A folder, or a name on the hub.")
+    model_revision: str = option("main", "Branch, tag or commit on the hub.")
+    dtype: str = option("float32", "Of the weights; auto is the checkpoint's.", choices=DTYPES)
+    attn_implementation: str | None = option(None, "sdpa, eager, flash_attention_2, …")
+    use_peft: bool = option(False, "Train a LoRA adapter instead of the weights.")
+    lora_r: int = option(16, "Rank of the adapter.")
+    lora_alpha: int = option(32, "Its scale, times rank.")
+    lora_dropout: float = option(0.05, "Dropout in front of it.")
+    lora_target_modules: list[str] | None = option(
+        None, "Layers it sits on, by name or as one pattern; all-linear by default."
     )
-    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, …"})
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of the weights."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "Its scale, times rank."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of it."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Layers it sits on, by name or as one pattern; all-linear by default."}
+    lora_target_parameters: list[str] | None = option(
+        None, "Weights it sits on that are no layers, such as experts in one tensor."
     )
-    lora_target_parameters: list[str] | None = field(
-        default=None, metadata={"help": "Weights it sits on that are no layers, such as experts in one tensor."}
-    )
-    lora_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Layers that are trained whole and saved with it."}
-    )
-    lora_task_type: str = field(
-        default="CAUSAL_LM", metadata={"help": "Task in the adapter's config; SEQ_CLS for rewards."}
-    )
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r)."})
-    use_dora: bool = field(default=False, metadata={"help": "Learn the lengths of the weights besides (DoRA)."})
-    load_in_8bit: bool = field(default=False, metadata={"help": "Hold the frozen weights in 8 bits; with use_peft."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Hold the frozen weights in 4 bits; with use_peft."})
-    bnb_4bit_quant_type: str = field(
-        default="nf4", metadata={"help": "Number format of the 4 bits.", "choices": ["fp4", "nf4"]}
-    )
-    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the scales of the 4 bits too."})
-    bnb_4bit_quant_storage: str | None = field(default=None, metadata={"help": "dtype that holds the 4 bits."})
+    lora_modules_to_save: list[str] | None = option(None, "Layers that are trained whole and saved with it.")
+    lora_task_type: str = option("CAUSAL_LM", "Task in the adapter's config; SEQ_CLS for rewards.")
+    use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(lora_r).")
+    use_dora: bool = option(False, "Learn the lengths of the weights besides (DoRA).")
+    load_in_8bit: bool = option(False, "Hold the frozen weights in 8 bits; with use_peft.")
+    load_in_4bit: bool = option(False, "Hold the frozen weights in 4 bits; with use_peft.")
+    bnb_4bit_quant_type: str = option("nf4", "Number format of the 4 bits.", choices=["fp4", "nf4"])
+    use_bnb_nested_quant: bool = option(False, "Quantise the scales of the 4 bits too.")
+    bnb_4bit_quant_storage: str | None = option(None, "dtype that holds the 4 bits.")
 
     def __post_init__(self) -> None:
         if self.load_in_8bit and self.load_in_4bit:
@@ -62,10 +54,10 @@ class ModelArguments:
 
     def _refuse_adapter_options(self) -> None:
         """An option of an adapter that is not trained would be ignored without a word."""
-        for option in fields(ModelArguments):
-            about_adapter = option.name.startswith("lora_") or option.name in ("use_rslora", "use_dora")
-            if about_adapter and getattr(self, option.name) != option.default:
-                raise ValueError(f"--{option.name} is of an adapter: add --use_peft to train one, or leave it out")
+        for field in fields(ModelArguments):
+            about_adapter = field.name.startswith("lora_") or field.name in ("use_rslora", "use_dora")
+            if about_adapter and getattr(self, field.name) != field.default:
+                raise ValueError(f"--{field.name} is of an adapter: add --use_peft to train one, or leave it out")
 
     def load_kwargs(self, trust_remote_code: bool = False) -> dict[str, Any]:
         """Keyword arguments of ``from_pretrained`` for the model to train.
@@ -181,10 +173,8 @@ class LoadArguments(ModelArguments):
     """The same for commands that do not train: in the dtype of the checkpoint."""
 
     # Nothing is updated here, so no bits are lost in half precision.
-    dtype: str = field(
-        default="auto", metadata={"help": "Of the weights; auto is the checkpoint's.", "choices": DTYPES}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the hub."})
+    dtype: str = option("auto", "Of the weights; auto is the checkpoint's.", choices=DTYPES)
+    trust_remote_code: bool = option(False, "Run model code from the hub.")
 
 
 @dataclass
@@ -193,30 +183,20 @@ class DataArguments:
 
     title: ClassVar[str] = "data and output"
 
-    dataset_name: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "File (JSON, JSONL, Parquet, CSV, TSV, text; .gz and others too), pattern, folder, or hub name; "
-            "several are mixed, with shares after a colon: a.jsonl:0.7 b.parquet:0.3."
-        },
+    dataset_name: list[str] | None = option(
+        None,
+        "File (JSON, JSONL, Parquet, CSV, TSV, text; .gz and others too), pattern, folder, or hub name; "
+        "several are mixed, with shares after a colon: a.jsonl:0.7 b.parquet:0.3.",
     )
-    mixture: str = field(
-        default="rows", metadata={"help": "Unit of the shares: rows, or tokens.", "choices": ["rows", "tokens"]}
-    )
-    streaming: bool = field(
-        default=False, metadata={"help": "Read the rows while training, and keep none; needs --max_steps."}
-    )
-    shuffle_buffer_size: int = field(
-        default=1000, metadata={"help": "Rows of a stream that the next one is drawn from; 0 keeps their order."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split; a slice such as train[:1000] too."})
-    eval_dataset_name: list[str] | None = field(
-        default=None, metadata={"help": "Rows to evaluate on, like dataset_name."}
-    )
-    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
-    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace the run in output_dir."})
+    mixture: str = option("rows", "Unit of the shares: rows, or tokens.", choices=["rows", "tokens"])
+    streaming: bool = option(False, "Read the rows while training, and keep none; needs --max_steps.")
+    shuffle_buffer_size: int = option(1000, "Rows of a stream that the next one is drawn from; 0 keeps their order.")
+    dataset_config: str | None = option(None, "Configuration of a hub data set.")
+    dataset_train_split: str = option("train", "Split; a slice such as train[:1000] too.")
+    eval_dataset_name: list[str] | None = option(None, "Rows to evaluate on, like dataset_name.")
+    dataset_test_split: str | None = option(None, "Split to evaluate on.")
+    resume: bool = option(False, "Go on from the last checkpoint in output_dir.")
+    overwrite: bool = option(False, "Replace the run in output_dir.")
 
 
 @dataclass
@@ -225,9 +205,7 @@ class ReferenceArguments:
 
     title: ClassVar[str] = "reference"
 
-    ref_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Another reference than the model itself as it is at the start."}
-    )
+    ref_model_name_or_path: str | None = option(None, "Another reference than the model itself as it is at the start.")
 
     def trainer_kwargs(self, model: ModelArguments, config: TrainingArguments) -> dict[str, Any]:
         """Keyword arguments of the trainer.
@@ -248,16 +226,12 @@ class ExperienceArguments:
 
     title: ClassVar[str] = "rewards"
 
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Rewards: a built-in such as numeric_answer or length_reward(target=200), file.py:function, a "
-            "reward model's folder, https://…; several add up."
-        },
+    reward_funcs: list[str] | None = option(
+        None,
+        "Rewards: a built-in such as numeric_answer or length_reward(target=200), file.py:function, a "
+        "reward model's folder, https://…; several add up.",
     )
-    environment: str | None = field(
-        default=None, metadata={"help": "file.py:Class of an environment, for several turns (--max_turns)."}
-    )
+    environment: str | None = option(None, "file.py:Class of an environment, for several turns (--max_turns).")
 
     def trainer_kwargs(self, model: ModelArguments, config: TrainingArguments) -> dict[str, Any]:
         """Keyword arguments of the trainer.
@@ -289,9 +263,8 @@ class TeacherAdapterArguments:
 
     title: ClassVar[str] = "teacher"
 
-    teacher_adapter: str | None = field(
-        default=None,
-        metadata={"help": "Folder of an adapter of this very model: under it the model is the teacher (--use_peft)."},
+    teacher_adapter: str | None = option(
+        None, "Folder of an adapter of this very model: under it the model is the teacher (--use_peft)."
     )
 
     def trainer_kwargs(self, model: ModelArguments, config: TrainingArguments) -> dict[str, Any]:

@@ -1,40 +1,35 @@
 """``rlhf data``: what training would read of a file."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from rlhf.cli.options import require
 from rlhf.cli.parsing import parse
 from rlhf.cli.row_arguments import RowArguments
-from rlhf.data import load_data
 from rlhf.evaluation import audit, audit_page, command_for, show_audit
 from rlhf.models import load_tokenizer
+from rlhf.rollouts.arguments import option
 
 
 @dataclass
 class AuditArguments(RowArguments):
     """The file, and how training would read it."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "File, saved folder or hub name; or just FILE."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
-    dataset_split: str = field(default="train", metadata={"help": "Split; a slice such as train[:1000] too."})
-    dataset_text_field: str = field(default="text", metadata={"help": "Column of plain text."})
-    command: str | None = field(
-        default=None,
-        metadata={"help": "What the rows are for: sft, dpo, reward, kto, grpo, …; else the columns decide."},
+    dataset_text_field: str = option("text", "Column of plain text.")
+    command: str | None = option(
+        None, "What the rows are for: sft, dpo, reward, kto, grpo, …; else the columns decide."
     )
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Model whose tokenizer and template are used (--model too); none: text alone."}
+    model_name_or_path: str | None = option(
+        None, "Model whose tokenizer and template are used (--model too); none: text alone."
     )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run tokenizer code from the hub."})
-    split_turns: bool = field(default=False, metadata={"help": "Each answer of a conversation is a row of its own."})
-    max_length: int = field(default=1024, metadata={"help": "Longest sequence in tokens, as in training."})
-    samples: int = field(default=3, metadata={"help": "How many of the first rows are shown."})
-    html: str | None = field(default=None, metadata={"help": "Also write a page of the same there."})
+    model_revision: str = option("main", "Branch, tag or commit on the hub.")
+    trust_remote_code: bool = option(False, "Run tokenizer code from the hub.")
+    split_turns: bool = option(False, "Each answer of a conversation is a row of its own.")
+    max_length: int = option(1024, "Longest sequence in tokens, as in training.")
+    samples: int = option(3, "How many of the first rows are shown.")
+    html: str | None = option(None, "Also write a page of the same there.")
 
 
 def run(argv: list[str]) -> None:
@@ -50,8 +45,7 @@ def run(argv: list[str]) -> None:
     if argv and not argv[0].startswith("-"):
         argv = ["--dataset_name", *argv]
     (args,) = parse("data", (AuditArguments,), argv)
-    require(dataset_name=args.dataset_name)
-    rows: Any = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
+    rows: Any = args.load_rows()
     tokenizer = None
     if args.model_name_or_path is not None:
         tokenizer = load_tokenizer(

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from rlhf.cli.launch import LaunchArguments
 from rlhf.cli.options import require
 from rlhf.cli.parsing import parse
 from rlhf.cli.row_arguments import RowArguments
-from rlhf.data import load_data, tokenizer_difference
+from rlhf.data import tokenizer_difference
 from rlhf.data.batch import IGNORE
 from rlhf.distillation import DistillConfig, DistillTrainer
 from rlhf.evaluation import complete, model_size, model_speed, prompts_of, show_completions, show_metrics
 from rlhf.models import load_model, load_tokenizer
+from rlhf.rollouts.arguments import option
 from rlhf.trainers import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 
@@ -26,22 +27,19 @@ from rlhf.trainers import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 class EvalArguments(RowArguments):
     """Rows to evaluate on, and a reference or a teacher to compare with."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "File, saved folder or hub name."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
-    dataset_split: str = field(default="train", metadata={"help": "Split; a slice such as train[:200] too."})
-    ref_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Reference of the preference metrics; without it, perplexity only."}
+    ref_model_name_or_path: str | None = option(
+        None, "Reference of the preference metrics; without it, perplexity only."
     )
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Teacher to judge the model by: how far from it, how much smaller and faster."}
+    teacher_model_name_or_path: str | None = option(
+        None, "Teacher to judge the model by: how far from it, how much smaller and faster."
     )
-    max_length: int = field(default=1024, metadata={"help": "Longest sequence in tokens."})
-    drop_long_prompts: bool = field(default=False, metadata={"help": "Leave out rows with too long a prompt."})
-    batch_size: int = field(default=8, metadata={"help": "Rows a forward pass, on each device; moves speeds alone."})
-    beta: float = field(default=0.1, metadata={"help": "Scale of the rewards in the preference metrics."})
-    num_completions: int = field(default=0, metadata={"help": "Also answer this many prompts, greedily."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer."})
-    output_file: str | None = field(default=None, metadata={"help": "Write metrics and answers there as JSON."})
+    max_length: int = option(1024, "Longest sequence in tokens.")
+    drop_long_prompts: bool = option(False, "Leave out rows with too long a prompt.")
+    batch_size: int = option(8, "Rows a forward pass, on each device; moves speeds alone.")
+    beta: float = option(0.1, "Scale of the rewards in the preference metrics.")
+    num_completions: int = option(0, "Also answer this many prompts, greedily.")
+    max_new_tokens: int = option(128, "Longest answer.")
+    output_file: str | None = option(None, "Write metrics and answers there as JSON.")
 
 
 def run(argv: list[str]) -> None:
@@ -54,11 +52,11 @@ def run(argv: list[str]) -> None:
         ValueError, OSError: bad options or bad data.
     """
     _, args, model_args = parse("eval", (LaunchArguments, EvalArguments, LoadArguments), argv)
-    require(model_name_or_path=model_args.model_name_or_path, dataset_name=args.dataset_name)
+    require(model_name_or_path=model_args.model_name_or_path)
     if args.teacher_model_name_or_path is not None and args.ref_model_name_or_path is not None:
         raise ValueError("--teacher_model_name_or_path and --ref_model_name_or_path exclude each other: pass one")
     name, trust_remote_code = str(model_args.model_name_or_path), model_args.trust_remote_code
-    rows = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
+    rows = args.load_rows()
     tokenizer = load_tokenizer(name, args.chat_template_path, model_args.model_revision, trust_remote_code)
     model = load_model(name, **model_args.load_kwargs(trust_remote_code))
     # A trainer wants a folder, and evaluation leaves nothing in it.

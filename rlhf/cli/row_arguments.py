@@ -1,27 +1,38 @@
 """How rows are read, for commands that do not train; the training commands have the same options."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from rlhf.data import Reading, RowFormat
+from datasets import Dataset
+
+from rlhf.cli.options import require
+from rlhf.data import Reading, RowFormat, load_data
 from rlhf.data.messages import from_json
+from rlhf.rollouts.arguments import option
 from rlhf.trainers.config import renames
 
 
 @dataclass
 class RowArguments:
-    """Names of columns and roles, and arguments of the chat template."""
+    """The rows, names of their columns and roles, and arguments of the chat template."""
 
-    chat_template_path: str | None = field(default=None, metadata={"help": "Template file, or a model folder."})
-    chat_template_kwargs: str | None = field(
-        default=None, metadata={"help": 'JSON for the chat template, such as {"enable_thinking": false}.'}
-    )
-    columns: str | None = field(
-        default=None, metadata={"help": "Columns under other names: question=prompt,answer=completion."}
-    )
-    roles: str | None = field(
-        default=None, metadata={"help": "Roles under other names: customer=user,agent=assistant."}
-    )
+    dataset_name: str | None = option(None, "File, saved folder or hub name.")
+    dataset_config: str | None = option(None, "Configuration of a hub data set.")
+    dataset_split: str = option("train", "Split; a slice such as train[:1000] too.")
+    chat_template_path: str | None = option(None, "Template file, or a model folder.")
+    chat_template_kwargs: str | None = option(None, 'JSON for the chat template, such as {"enable_thinking": false}.')
+    columns: str | None = option(None, "Columns under other names: question=prompt,answer=completion.")
+    roles: str | None = option(None, "Roles under other names: customer=user,agent=assistant.")
+
+    def load_rows(self) -> Dataset:
+        """The rows as they are in the file.
+
+        Raises:
+            ValueError: no data set was named, or it cannot be read.
+            FileNotFoundError: there is no such file.
+        """
+        require(dataset_name=self.dataset_name)
+        return load_data(str(self.dataset_name), self.dataset_split, self.dataset_config)
 
     def template_kwargs(self) -> dict[str, Any]:
         """Arguments of the chat template for every row.

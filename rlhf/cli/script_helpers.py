@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from peft import LoraConfig
@@ -10,13 +10,14 @@ from peft import LoraConfig
 from rlhf.cli.arguments import DataArguments, ModelArguments
 from rlhf.cli.parsing import parse
 from rlhf.data import load_datasets
+from rlhf.rollouts.arguments import option
 
 
 @dataclass
 class ModelConfig(ModelArguments):
     """The model and its adapter: pass ``get_peft_config(config)`` to a trainer."""
 
-    dtype: str = field(default="float32", metadata={"help": "float32, bfloat16, float16, or auto (the checkpoint's)."})
+    dtype: str = option("float32", "float32, bfloat16, float16, or auto (the checkpoint's).")
 
 
 @dataclass

@@ -14,7 +14,7 @@ from rlhf.cli.arguments import LoadArguments
 from rlhf.cli.options import require
 from rlhf.cli.parsing import parse
 from rlhf.cli.row_arguments import RowArguments
-from rlhf.data import load_data, tokenize_prompts, tokenize_sft
+from rlhf.data import tokenize_prompts, tokenize_sft
 from rlhf.data.packing import hash_of_tokens
 from rlhf.distillation.collect import COMPLETIONS, keep_top_k, sample_completions
 from rlhf.distillation.teacher_file import (
@@ -38,9 +38,6 @@ _AT_LEAST = {"k": 0, "max_new_tokens": 1, "tokens_per_batch": 1, "seed": 0}
 
 @dataclass
 class TeacherArguments(RowArguments):
-    dataset_name: str | None = option(None, "File, saved folder or hub name.")
-    dataset_config: str | None = option(None, "Configuration of a hub data set.")
-    dataset_split: str = option("train", "Split; a slice such as train[:1000] too.")
     dataset_text_field: str = option("text", "Column of plain text.")
     output_dir: str | None = option(None, "Folder to write, or to go on with.")
     overwrite: bool = option(False, "Start anew, whatever the folder holds.")
@@ -90,12 +87,12 @@ class _Job:
 def run(argv: list[str]) -> None:
     args, model_args = parse("teacher", (TeacherArguments, LoadArguments), argv)
     name = model_args.model_name_or_path
-    require(model_name_or_path=name, dataset_name=args.dataset_name, output_dir=args.output_dir)
+    require(model_name_or_path=name, output_dir=args.output_dir)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("the teacher runs in one process: start it without accelerate launch")
     folder = Path(args.output_dir)
     _check_folder(folder)
-    rows = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
+    rows = args.load_rows()
     trusts_code = model_args.trust_remote_code
     tokenizer = load_tokenizer(name, args.chat_template_path, model_args.model_revision, trusts_code)
     model: Any = load_model(name, **model_args.load_kwargs(trusts_code))

@@ -8,7 +8,7 @@ from pkgutil import resolve_name
 
 import pytest
 
-from rlhf.cli.commands import COMMANDS
+from rlhf.cli.commands import COMMANDS, TrainingCommand
 from rlhf.cli.field_names import names_of_options
 from rlhf.cli.main import main
 from rlhf.cli.options import ALIASES, expand_aliases
@@ -79,3 +79,12 @@ def test_help_shows_each_option_once(name, capsys):
 def test_the_package_is_a_command():
     done = subprocess.run([sys.executable, "-m", "rlhf", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and re.fullmatch(r"\d+\.\d+\.\d+\n", done.stdout)
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_every_row_of_the_table_leads_to_code(command):
+    if isinstance(command, TrainingCommand):
+        assert callable(resolve_name(command.trainer)) and callable(resolve_name(command.load_model))
+        assert all(hasattr(resolve_name(group), "trainer_kwargs") for group in command.groups)
+    else:
+        assert callable(resolve_name(f"{command.module}:run"))
