@@ -23,8 +23,15 @@ from torch import Tensor
 
 from rlhf.losses._checks import check_range, check_same_shape
 from rlhf.losses._classification import cross_entropy_loss
-from rlhf.losses._reduction import reducible, upcast
+from rlhf.losses._reduction import document_options, reducible, upcast
 from rlhf.losses.registry import Registry
+
+LOGITS_HELP = {
+    "student_logits": "[..., V]; carries gradient.",
+    "teacher_logits": "[..., V]; constant.",
+    "temperature": "> 0, divides the logits of both sides.",
+    "scale_by_temperature": "multiply by the temperature squared, so that gradients keep their size.",
+}
 
 
 def of_logits(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -57,12 +64,17 @@ def of_logits(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         # Gradients of the divided logits are smaller by T^2.
         return values * temperature**2 if scale_by_temperature else values
 
+    # The public call: logits in place of log-probs, and the temperature after the settings of the divergence.
     student, teacher, temperature, scale, _ = inspect.signature(
         divergence_of_logits, follow_wrapped=False
     ).parameters.values()
     divergence_of_logits.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [student, teacher, *settings, temperature, *switches, scale], return_annotation=Tensor
     )
+    docstring = function.__doc__ or ""
+    for name, log_probs in (("student_logits", "log_q"), ("teacher_logits", "log_p")):
+        docstring = document_options(docstring, {name: LOGITS_HELP[name]}, instead_of=log_probs)
+    divergence_of_logits.__doc__ = document_options(docstring, LOGITS_HELP)
     return reducible("student_logits", "teacher_logits")(divergence_of_logits)
 
 
@@ -107,7 +119,11 @@ def kl_divergence(log_q: Tensor, log_p: Tensor, *, reverse: bool = False) -> Ten
     .. math:: \mathrm{KL}(p\,\|\,q) = \sum_v p_v\log\frac{p_v}{q_v}, \text{ or } \mathrm{KL}(q\,\|\,p)
 
     Args:
+        log_q: [..., V], log-probs of the student.
+        log_p: [..., V], log-probs of the teacher.
         reverse: KL(student, teacher) instead of KL(teacher, student).
+    Returns:
+        The divergence at each place, [...], nats, before the reduction.
     Example:
         >>> kl_divergence(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]).log())    # all on one of two: log 2
         tensor(0.6931)
@@ -124,7 +140,11 @@ def generalized_jsd(log_q: Tensor, log_p: Tensor, beta: float = 0.5) -> Tensor:
     .. math:: \beta\,\mathrm{KL}(p\,\|\,m) + (1-\beta)\,\mathrm{KL}(q\,\|\,m),\; m = \beta p + (1-\beta) q
 
     Args:
+        log_q: [..., V], log-probs of the student.
+        log_p: [..., V], log-probs of the teacher.
         beta: in [0, 1]; at 0 and 1 the two limits themselves, KL(p, q) and KL(q, p), as TRL has them.
+    Returns:
+        The divergence at each place, [...], nats, before the reduction.
     Example:
         >>> apart = torch.tensor([[0.0, 200.0]])
         >>> generalized_jsd(apart, -apart)    # nothing in common: log 2
@@ -140,10 +160,11 @@ def interpolated_kl(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
     r"""The generalised Jensen–Shannon divergence of log-probs, and the two KLs at its ends.
 
     Args:
-        log_q, log_p: [..., n], of student and teacher.
+        log_q: [..., n], log-probs of the student.
+        log_p: [..., n], log-probs of the teacher.
         beta: in [0, 1]; 0 is KL(p, q), 1 is KL(q, p).
     Returns:
-        [...].
+        [...], nats.
     Example:
         >>> interpolated_kl(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.0, 1.0]).log(), 0.0)
         tensor(0.6931)
@@ -162,7 +183,12 @@ def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, temperature: 
     .. math:: \tfrac12\mathrm{KL}(p\,\|\,m) + \tfrac12\mathrm{KL}(q\,\|\,m),\; m = \tfrac12(p + q)
 
     Args:
-        options: as in :func:`generalized_jsd`.
+        student_logits: [..., V]; carries gradient.
+        teacher_logits: [..., V]; constant.
+        temperature: > 0, divides the logits of both sides.
+        options: ``scale_by_temperature``, ``reduction``, ``weight``, ``mask``.
+    Returns:
+        Scalar, or [...] for ``reduction="none"``, nats.
     Example:
         >>> jensen_shannon(torch.zeros(1, 2), torch.zeros(1, 2))
         tensor(0.)
@@ -179,7 +205,12 @@ def skew_kl(log_q: Tensor, log_p: Tensor, alpha: float = 0.1, *, reverse: bool =
     .. math:: \mathrm{KL}(p\,\|\,\alpha p + (1-\alpha) q), \text{ or } \mathrm{KL}(q\,\|\,(1-\alpha) p + \alpha q)
 
     Args:
-        alpha: in [0, 1); 0 is :func:`kl_divergence`. reverse: the second form.
+        log_q: [..., V], log-probs of the student.
+        log_p: [..., V], log-probs of the teacher.
+        alpha: in [0, 1), share of the first side in the mixture; 0 is :func:`kl_divergence`.
+        reverse: the second form.
+    Returns:
+        The divergence at each place, [...], nats, before the reduction.
     Example:
         >>> apart = torch.tensor([[0.0, 200.0]])
         >>> skew_kl(apart, -apart, alpha=0.5)
@@ -189,7 +220,7 @@ def skew_kl(log_q: Tensor, log_p: Tensor, alpha: float = 0.1, *, reverse: bool =
     """
     check_range("alpha", alpha, 0.0, 1.0)
     first, second = (log_q, log_p) if reverse else (log_p, log_q)
-    if alpha == 0:
+    if alpha == 0:  # log 0 below would give a mixture of -inf
         return _kl(first, second)
     mixture = torch.logaddexp(first + math.log(alpha), second + math.log1p(-alpha))
     return _kl(first, mixture)
@@ -202,7 +233,11 @@ def alpha_divergence(log_q: Tensor, log_p: Tensor, alpha: float = 0.5) -> Tensor
     .. math:: \frac{1 - \sum_v p_v^\alpha q_v^{1-\alpha}}{\alpha(1-\alpha)}
 
     Args:
+        log_q: [..., V], log-probs of the student.
+        log_p: [..., V], log-probs of the teacher.
         alpha: in [0, 1]; 1 is KL(p, q), 0 is KL(q, p), 0.5 four times the squared Hellinger distance.
+    Returns:
+        The divergence at each place, [...], nats, before the reduction.
     Example:
         >>> apart = torch.tensor([[0.0, 200.0]])
         >>> alpha_divergence(apart, -apart)
@@ -224,6 +259,11 @@ def total_variation(log_q: Tensor, log_p: Tensor) -> Tensor:
 
     .. math:: \tfrac12\sum_v |p_v - q_v|
 
+    Args:
+        log_q: [..., V], log-probs of the student.
+        log_p: [..., V], log-probs of the teacher.
+    Returns:
+        The divergence at each place, [...], nats, before the reduction.
     Example:
         >>> apart = torch.tensor([[0.0, 200.0]])
         >>> total_variation(apart, -apart)
@@ -241,10 +281,12 @@ def uld_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float 
     .. math:: \sum_i |p_{(i)} - q_{(i)}|, \text{ each sorted from the largest, the shorter followed by zeros}
 
     Args:
-        student_logits: [..., V]. teacher_logits: [..., W], at places of the same text.
+        student_logits: [..., V]; carries gradient.
+        teacher_logits: [..., W], at places of the same text; constant.
+        temperature: > 0, divides the logits of both sides.
     Returns:
-        In [0, 2]. 0 for any two distributions that are permutations of each other: a companion of a loss that knows the
-        tokens, not one by itself.
+        [...], in [0, 2], before the reduction. It is 0 for any two distributions that are permutations of each other,
+        so it does not suffice alone: combine it with a loss that knows the tokens.
     Example:
         >>> uld_loss(torch.tensor([[0.0, 200.0]]), torch.zeros(1, 4))    # 1 against four quarters
         tensor(1.5000)
@@ -253,10 +295,17 @@ def uld_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float 
     """
     check_range("temperature", temperature, 0.0, math.inf, open_low=True)
     check_same_shape(student_logits=student_logits[..., 0], teacher_logits=teacher_logits[..., 0])
-    q, p = ((x / temperature).softmax(-1).sort(-1, descending=True).values for x in (student_logits, teacher_logits))
-    longest = max(q.size(-1), p.size(-1))
-    q, p = (F.pad(x, (0, longest - x.size(-1))) for x in (q, p))
-    return (p - q).abs().sum(-1)
+    student_sorted = _sorted_probs(student_logits / temperature)
+    teacher_sorted = _sorted_probs(teacher_logits / temperature)
+    # The tokens that only the larger vocabulary has are compared with a probability of 0.
+    vocabulary = max(student_sorted.size(-1), teacher_sorted.size(-1))
+    student_padded = F.pad(student_sorted, (0, vocabulary - student_sorted.size(-1)))
+    teacher_padded = F.pad(teacher_sorted, (0, vocabulary - teacher_sorted.size(-1)))
+    return (teacher_padded - student_padded).abs().sum(-1)
+
+
+def _sorted_probs(logits: Tensor) -> Tensor:
+    return logits.softmax(-1).sort(-1, descending=True).values
 
 
 def span_logps(logps: Tensor, span: Tensor, total: int) -> Tensor:
@@ -265,7 +314,9 @@ def span_logps(logps: Tensor, span: Tensor, total: int) -> Tensor:
     .. math:: L_s = \sum_{n:\,\mathrm{span}(n)=s} \log p_n
 
     Args:
-        logps: [N], nats. span: int64 [N], in [0, total), or -1 for a token of no span.
+        logps: [N], nats.
+        span: int64 [N], the span of each token, in [0, total), or -1 for a token of no span.
+        total: number of spans.
     Returns:
         [total], at least float32; 0 for a span without a token.
     Raises:
@@ -276,8 +327,9 @@ def span_logps(logps: Tensor, span: Tensor, total: int) -> Tensor:
     """
     check_same_shape(logps=logps, span=span)
     logps = upcast(logps)
-    # What is in no span goes to a place of its own, past the last: no wait for the device, as picking would need.
-    return logps.new_zeros(total + 1).index_add(0, torch.where(span < 0, total, span), logps)[:total]
+    # Tokens of no span are added to a further place, which is dropped. Selecting them would wait for the device.
+    place = torch.where(span < 0, total, span)
+    return logps.new_zeros(total + 1).index_add(0, place, logps)[:total]
 
 
 @reducible("student_logps", "teacher_logps")
@@ -294,10 +346,13 @@ def span_loss(
               \text{or } (L^s - L^t)^2/T^2
 
     Args:
-        student_logps, teacher_logps: [S], nats, <= 0: sums over the tokens of each span, from :func:`span_logps`.
+        student_logps: [S], nats, <= 0: sums over the tokens of each span, from :func:`span_logps`; carries gradient.
+        teacher_logps: [S], the same of the teacher; constant.
         temperature: T > 0; above 1, improbable (long) spans still count in the first form.
-        distance: ``"kl"``, between "this text" and "any other"; or ``"squared"``, of the log-probabilities, whose pull
-            does not fade where both are improbable.
+        distance: ``"kl"``, between "this text" and "any other"; or ``"squared"``, of the log-probabilities, whose
+            gradient does not vanish where both are improbable.
+    Returns:
+        The loss of each span, [S], before the reduction.
     Raises:
         ValueError: shapes differ, a temperature <= 0, or an unknown distance.
     Example:
@@ -309,23 +364,28 @@ def span_loss(
     """
     check_range("temperature", temperature, 0.0, math.inf, open_low=True)
     check_same_shape(student_logps=student_logps, teacher_logps=teacher_logps)
-    q, p = student_logps / temperature, teacher_logps / temperature
+    log_q, log_p = student_logps / temperature, teacher_logps / temperature
     if distance == "squared":
-        return (q - p) ** 2
+        return (log_q - log_p) ** 2
     if distance != "kl":
         raise ValueError(f'distance must be "kl" or "squared", got {distance!r}')
-    rest_p, rest_q = _log1mexp(p), _log1mexp(q)
-    said, unsaid = p.exp() * (p - q), rest_p.exp() * (rest_p - rest_q)
-    return torch.where(p == -math.inf, 0.0, said) + unsaid
+    # Two outcomes: this text, and any other.
+    log_p_other, log_q_other = _log1mexp(log_p), _log1mexp(log_q)
+    this_text = log_p.exp() * (log_p - log_q)
+    other_text = log_p_other.exp() * (log_p_other - log_q_other)
+    # Where p is 0 its term is 0, but 0 * inf would be NaN.
+    return torch.where(log_p == -math.inf, 0.0, this_text) + other_text
 
 
-def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x <= 0; at 0, where it is infinite, its value one rounding away."""
-    x = x.clamp(max=-torch.finfo(x.dtype).eps)
-    near = x > -math.log(2)
-    return torch.where(
-        near, torch.where(near, -torch.expm1(x), 1.0).log(), torch.log1p(-torch.where(near, -1.0, x).exp())
-    )
+def _log1mexp(log_prob: Tensor) -> Tensor:
+    """``log(1 - exp(log_prob))`` for log-probs <= 0; at 0, where it is infinite, its value one rounding away."""
+    log_prob = log_prob.clamp(max=-torch.finfo(log_prob.dtype).eps)
+    # Near 0, 1 - exp loses digits and expm1 keeps them; far from 0, log1p does.
+    near_zero = log_prob > -math.log(2)
+    # Each side gets a harmless input where the other is taken: an infinite gradient times 0 would be NaN.
+    from_expm1 = torch.where(near_zero, -torch.expm1(log_prob), 1.0).log()
+    from_log1p = torch.log1p(-torch.where(near_zero, -1.0, log_prob).exp())
+    return torch.where(near_zero, from_expm1, from_log1p)
 
 
 def distillation_loss(
@@ -343,10 +403,15 @@ def distillation_loss(
     .. math:: \alpha\,T^2\,\mathrm{KL}(p_T\,\|\,q_T) - (1-\alpha)\log q_y
 
     Args:
-        student_logits, teacher_logits: [..., V], aligned with labels (no shift).
+        student_logits: [..., V], aligned with labels (no shift); carries gradient.
+        teacher_logits: [..., V], aligned with labels; constant.
         labels: [...] integer indices; ``ignore_index`` counts in neither part.
-        alpha: weight of the soft part, in [0, 1]. temperature: > 0, of the soft part only.
+        alpha: weight of the soft part, in [0, 1].
+        temperature: > 0, of the soft part only.
+        ignore_index: label that is not scored.
         options: ``reduction``, ``weight``, ``mask``.
+    Returns:
+        Scalar, or [...] for ``reduction="none"``, nats.
     Example:
         >>> distillation_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0]))    # 0 + 0.5 log 2
         tensor(0.3466)
@@ -355,6 +420,7 @@ def distillation_loss(
     """
     check_range("alpha", alpha, 0.0, math.nextafter(1.0, 2.0))
     scored = labels != ignore_index
+    # The soft part knows no labels, so what they leave out is masked.
     mask = scored if options.get("mask") is None else scored & options["mask"].bool()
     soft = kl_divergence(
         student_logits, teacher_logits, temperature, scale_by_temperature=True, **{**options, "mask": mask}

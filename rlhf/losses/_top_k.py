@@ -24,8 +24,10 @@ def top_k_outcomes(
     """Log-probs of the kept tokens and of all others, as two distributions of the same outcomes.
 
     Args:
-        log_q, log_p: [..., k], of the kept tokens under student and teacher.
-        log_q_rest, log_p_rest: [...], log of the mass of all others.
+        log_q: [..., k], of the kept tokens under the student.
+        log_q_rest: [...], log of the student's mass of all others.
+        log_p: [..., k], of the kept tokens under the teacher.
+        log_p_rest: [...], log of the teacher's mass of all others.
         vocabulary: V; at k = V there are no others.
         tail: keep the others, as one outcome; without it the k are renormalised.
     Returns:
@@ -96,16 +98,18 @@ def top_k_kl(
     .. math:: \sum_{v\in K} p_v\log\frac{p_v}{q_v} + p_{rest}\log\frac{p_{rest}}{q_{rest}} \le \mathrm{KL}(p\,\|\,q)
 
     Args:
-        student_logits: [..., V].
+        student_logits: [..., V]; carries gradient.
         teacher_top_logps: [..., k], log-probabilities over the whole vocabulary, at this temperature.
         teacher_top_ids: int64 [..., k], which tokens they are; no token twice.
+        temperature: > 0, divides the student's logits; the teacher's are divided already.
         teacher_rest: [...], log of the mass that was not kept; by default what the k leave, which is rounding where
             they hold nearly all.
         reverse: KL(student, teacher) instead of KL(teacher, student), also never above its whole.
         tail: keep the bucket of the rest; without it the k are renormalised on both sides, and mass that the student
             puts elsewhere costs nothing.
+        scale_by_temperature: multiply by the temperature squared, so that gradients keep their size.
     Returns:
-        Equal to :func:`kl_divergence` at k = V, never above it with the tail.
+        [...], nats, before the reduction. Equal to :func:`kl_divergence` at k = V, never above it with the tail.
     Example:
         >>> top_k_kl(torch.zeros(1, 4), torch.tensor([[0.5]]).log(), torch.tensor([[2]]))
         tensor(0.1438)
@@ -141,10 +145,16 @@ def top_k_jsd(
     .. math:: \beta\,\mathrm{KL}(p'\,\|\,m) + (1-\beta)\,\mathrm{KL}(q'\,\|\,m),\; m = \beta p' + (1-\beta) q'
 
     Args:
+        student_logits: [..., V]; carries gradient.
+        teacher_top_logps: [..., k], log-probabilities over the whole vocabulary, at this temperature.
+        teacher_top_ids: int64 [..., k], which tokens they are; no token twice.
         beta: in [0, 1], as in :func:`generalized_jsd`: 0 is KL(p', q'), 1 is KL(q', p').
-        teacher_top_logps, teacher_top_ids, teacher_rest, tail: as in :func:`top_k_kl`.
+        temperature: > 0, divides the student's logits; the teacher's are divided already.
+        teacher_rest: [...], log of the mass that was not kept; by default what the k leave.
+        tail: keep the bucket of the rest; without it the k are renormalised on both sides.
+        scale_by_temperature: multiply by the temperature squared, so that gradients keep their size.
     Returns:
-        Equal to :func:`generalized_jsd` at k = V, never above it with the tail.
+        [...], nats, before the reduction. Equal to :func:`generalized_jsd` at k = V, never above it with the tail.
     Example:
         >>> top_k_jsd(torch.zeros(1, 4), torch.tensor([[0.5]]).log(), torch.tensor([[2]]))
         tensor(0.0338)
@@ -172,10 +182,12 @@ def sampled_distillation_loss(student_logits: Tensor, teacher_samples: Tensor, t
               \mathbb{E} = \mathrm{KL}(p\,\|\,q) + H(p)
 
     Args:
-        student_logits: [..., V].
+        student_logits: [..., V]; carries gradient.
         teacher_samples: int64 [..., m], drawn from the teacher at this temperature, with replacement.
+        temperature: > 0, divides the student's logits.
     Returns:
-        An estimate without bias of the forward KL up to the teacher's entropy, a constant; so is its gradient.
+        [...], nats, before the reduction. Its expectation is the forward KL plus the teacher's entropy, a constant; so
+        its gradient has no bias.
     Raises:
         ValueError: samples that are no [..., m] of integers.
     Example:

@@ -71,15 +71,15 @@ class Entry:
 
 def entries() -> list[Entry]:
     """Every public function of the catalogue, by family; the members of PREFERENCE_LOSSES under their names there."""
-    found = []
+    catalogue = []
     for name in losses.__all__:
-        thing = getattr(losses, name)
-        room = getattr(thing, "__module__", "").rpartition(".")[2]
-        if callable(thing) and room in FAMILIES and name not in EXTENSION_POINTS:
-            found.append(Entry(FAMILIES[room], name, thing))
-    found += [Entry("Preferences", name, loss) for name, loss in losses.PREFERENCE_LOSSES.items()]
+        function = getattr(losses, name)
+        file = getattr(function, "__module__", "").rpartition(".")[2]
+        if callable(function) and file in FAMILIES and name not in EXTENSION_POINTS:
+            catalogue.append(Entry(FAMILIES[file], name, function))
+    catalogue += [Entry("Preferences", name, loss) for name, loss in losses.PREFERENCE_LOSSES.items()]
     order = list(dict.fromkeys(FAMILIES.values()))
-    return sorted(found, key=lambda entry: order.index(entry.family))
+    return sorted(catalogue, key=lambda entry: order.index(entry.family))
 
 
 def find(name: str) -> Entry:
@@ -111,19 +111,130 @@ class Advice:
     why: str
 
 
+@dataclass(frozen=True)
+class Problem:
+    """What is known of a problem, as :func:`advise` takes it."""
+
+    imbalance: float | None
+    outliers: bool
+    noise: float
+    pairs: bool
+
+    @property
+    def has_rare_class(self) -> bool:
+        """Whether one class is so rare that the others would drown it."""
+        return self.imbalance is not None and self.imbalance < 0.2
+
+
+def _regression(problem: Problem) -> list[Advice]:
+    plain = Advice("mse_loss", "", "estimates the mean; the best where errors are like normal ones")
+    robust = [
+        Advice("huber_loss", "delta = the size of an ordinary residual", "an outlier's gradient is bounded"),
+        Advice("mae_loss", "", "estimates the median; ignores how far an outlier is"),
+    ]
+    return [*robust, plain] if problem.outliers else [plain, *robust]
+
+
+def _binary(problem: Problem) -> list[Advice]:
+    if problem.imbalance is None or not problem.has_rare_class:
+        return [Advice("bce_with_logits_loss", "no sigmoid before it", "calibrated probabilities")]
+    ratio = (1 - problem.imbalance) / problem.imbalance
+    return [
+        Advice("focal_loss", f"gamma=2, alpha={1 - problem.imbalance:.2g}", "easy negatives get little weight"),
+        Advice("bce_with_logits_loss", f"pos_weight={ratio:.3g}", "negatives / positives; stays convex"),
+    ]
+
+
+def _multiclass(problem: Problem) -> list[Advice]:
+    if not problem.has_rare_class:
+        smoothing = max(min(problem.noise, 0.2), 0.1 if problem.noise else 0.0)
+        return [
+            Advice("cross_entropy_loss", f"label_smoothing={smoothing:.2g}", "more smoothing with wrong labels"),
+        ]
+    weights = 'class_weights=class_weights(counts, "effective")'
+    return [
+        Advice("multiclass_focal_loss", f"gamma=2, {weights}", "rare classes keep their gradient"),
+        Advice("cross_entropy_loss", weights, "the plain alternative"),
+    ]
+
+
+def _language_model(problem: Problem) -> list[Advice]:
+    return [
+        Advice("causal_lm_loss", "num_items = scored tokens of the step", "exact under accumulation"),
+        Advice("dft_loss", "", "few, clean demonstrations: unlikely tokens have less influence"),
+    ]
+
+
+def _embeddings(problem: Problem) -> list[Advice]:
+    return [
+        Advice("info_nce_loss", "temperature=0.07, gather=True", "pairs; the larger the batch the better"),
+        Advice("siglip_loss", "scale=10, bias=-10, both learned", "pairs; small batches suffice"),
+        Advice("supervised_contrastive_loss", "temperature=0.1", "labels instead of pairs"),
+    ]
+
+
+def _distillation(problem: Problem) -> list[Advice]:
+    return [
+        Advice("kl_divergence", "temperature 1 to 4, scale_by_temperature=True", "covers the teacher"),
+        Advice("generalized_jsd", "beta 0.1 to 0.9", "on the student's own samples"),
+        Advice("distillation_loss", "alpha=0.5, temperature=2", "mixed with hard labels"),
+        Advice("top_k_kl", "k 32 or more", "a teacher kept on disk (rlhf teacher)"),
+    ]
+
+
+def _preferences(problem: Problem) -> list[Advice]:
+    if not problem.pairs:
+        return [Advice("kto_loss", "beta=0.1", "answers that are good or bad by themselves")]
+    if problem.noise:
+        return [
+            Advice("robust", f"beta=0.1, label_smoothing={problem.noise:.2g}", "unbiased when pairs are flipped"),
+            Advice("ipo", "beta=0.1", "bounded on sure pairs"),
+        ]
+    return [
+        Advice("sigmoid", "beta=0.1 (0.01 to 0.5), learning rate 5e-7 to 5e-6", "DPO, the default"),
+        Advice("simpo", "beta=2, simpo_gamma=0.5 to 1", "no reference in memory"),
+        Advice("ipo", "beta=0.1", "few or sure pairs, where DPO overfits"),
+    ]
+
+
+def _reward(problem: Problem) -> list[Advice]:
+    return [Advice("reward_loss", "center_rewards_coefficient=0.01", "Bradley–Terry, centred")]
+
+
+def _reinforcement_learning(problem: Problem) -> list[Advice]:
+    return [
+        Advice("dapo", "epsilon=0.2, epsilon_high=0.28", "verifiable rewards, groups of answers"),
+        Advice("ppo_loss", "clip_ratio=0.2, with value_loss and gae", "a critic, dense rewards"),
+        Advice("gspo", "epsilon=3e-4, epsilon_high=4e-4", "mixtures of experts; long answers"),
+    ]
+
+
+TASKS: dict[str, Callable[[Problem], list[Advice]]] = {
+    "regression": _regression,
+    "binary": _binary,
+    "multiclass": _multiclass,
+    "language-model": _language_model,
+    "embeddings": _embeddings,
+    "distillation": _distillation,
+    "preferences": _preferences,
+    "reward": _reward,
+    "rl": _reinforcement_learning,
+}
+
+
 def advise(
     task: str, *, imbalance: float | None = None, outliers: bool = False, noise: float = 0.0, pairs: bool = True
 ) -> list[Advice]:
     """From a problem to losses worth trying, the first one first.
 
     Args:
-        task: regression, binary, multiclass, language-model, embeddings, distillation, preferences, reward or rl.
+        task: a key of :data:`TASKS`.
         imbalance: share of the rarer class, in (0, 0.5]; None where it does not matter.
         outliers: some targets are far off.
         noise: share of labels thought wrong, in [0, 0.5).
         pairs: preferences come as pairs, not as single answers marked good or bad.
     Returns:
-        Recommendations, the first one first.
+        One or several losses, each with where to start and why.
     Raises:
         ValueError: an unknown task, or a share out of range.
     """
@@ -131,57 +242,6 @@ def advise(
         raise ValueError(f"imbalance is the share of the rarer class, in (0, 0.5]; got {imbalance}")
     if not 0 <= noise < 0.5:
         raise ValueError(f"noise is the share of wrong labels, in [0, 0.5); got {noise}")
-    rare = imbalance is not None and imbalance < 0.2
-    match task:
-        case "regression":
-            plain = Advice("mse_loss", "", "estimates the mean; the best where errors are like normal ones")
-            robust = [
-                Advice("huber_loss", "delta = the size of an ordinary residual", "outliers pull with bounded force"),
-                Advice("mae_loss", "", "estimates the median; ignores how far an outlier is"),
-            ]
-            return [*robust, plain] if outliers else [plain, *robust]
-        case "binary":
-            plain = Advice("bce_with_logits_loss", "no sigmoid before it", "calibrated probabilities")
-            if not rare or imbalance is None:
-                return [plain]
-            ratio = (1 - imbalance) / imbalance
-            focal = Advice("focal_loss", f"gamma=2, alpha={1 - imbalance:.2g}", "easy negatives fade")
-            weighted = Advice("bce_with_logits_loss", f"pos_weight={ratio:.3g}", "negatives / positives; stays convex")
-            return [focal, weighted]
-        case "multiclass":
-            smooth = max(min(noise, 0.2), 0.1 if noise else 0.0)
-            plain = Advice("cross_entropy_loss", f"label_smoothing={smooth:.2g}", "more smoothing with wrong labels")
-            if not rare:
-                return [plain]
-            weights = 'class_weights=class_weights(counts, "effective")'
-            return [Advice("multiclass_focal_loss", f"gamma=2, {weights}", "rare classes keep their gradient"),
-                    Advice("cross_entropy_loss", weights, "the plain alternative")]  # fmt: skip
-        case "language-model":
-            return [Advice("causal_lm_loss", "num_items = scored tokens of the step", "exact under accumulation"),
-                    Advice("dft_loss", "", "few, clean demonstrations: unlikely tokens do not shout")]  # fmt: skip
-        case "embeddings":
-            return [Advice("info_nce_loss", "temperature=0.07, gather=True", "pairs; the larger the batch the better"),
-                    Advice("siglip_loss", "scale=10, bias=-10, both learned", "pairs; small batches suffice"),
-                    Advice("supervised_contrastive_loss", "temperature=0.1", "labels instead of pairs")]  # fmt: skip
-        case "distillation":
-            return [Advice("kl_divergence", "temperature 1 to 4, scale_by_temperature=True", "covers the teacher"),
-                    Advice("generalized_jsd", "beta 0.1 to 0.9", "on the student's own samples"),
-                    Advice("distillation_loss", "alpha=0.5, temperature=2", "with hard labels beside it"),
-                    Advice("top_k_kl", "k 32 or more", "a teacher kept on disk (rlhf teacher)")]  # fmt: skip
-        case "preferences":
-            if not pairs:
-                return [Advice("kto_loss", "beta=0.1", "answers that are good or bad by themselves")]
-            if noise:
-                return [Advice("robust", f"beta=0.1, label_smoothing={noise:.2g}", "unbiased when pairs are flipped"),
-                        Advice("ipo", "beta=0.1", "does not run off to infinity on sure pairs")]  # fmt: skip
-            return [Advice("sigmoid", "beta=0.1 (0.01 to 0.5), learning rate 5e-7 to 5e-6", "DPO, the default"),
-                    Advice("simpo", "beta=2, simpo_gamma=0.5 to 1", "no reference in memory"),
-                    Advice("ipo", "beta=0.1", "few or sure pairs, where DPO overfits")]  # fmt: skip
-        case "reward":
-            return [Advice("reward_loss", "center_rewards_coefficient=0.01", "Bradley–Terry, centred")]
-        case "rl":
-            return [Advice("dapo", "epsilon=0.2, epsilon_high=0.28", "verifiable rewards, groups of answers"),
-                    Advice("ppo_loss", "clip_ratio=0.2, with value_loss and gae", "a critic, dense rewards"),
-                    Advice("gspo", "epsilon=3e-4, epsilon_high=4e-4", "mixtures of experts; long answers")]  # fmt: skip
-    tasks = "regression, binary, multiclass, language-model, embeddings, distillation, preferences, reward, rl"
-    raise ValueError(f"task must be one of {tasks}; got {task!r}")
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}; got {task!r}")
+    return TASKS[task](Problem(imbalance, outliers, noise, pairs))

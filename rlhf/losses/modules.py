@@ -61,6 +61,59 @@ from rlhf.losses._representation import (
 from rlhf.losses._rewards import plackett_luce_loss, reward_loss
 from rlhf.losses._top_k import sampled_distillation_loss, top_k_jsd, top_k_kl
 
+__all__ = [
+    "MSELoss",
+    "MAELoss",
+    "HuberLoss",
+    "SmoothL1Loss",
+    "LogCoshLoss",
+    "QuantileLoss",
+    "EpsilonInsensitiveLoss",
+    "BCEWithLogitsLoss",
+    "BCELoss",
+    "CrossEntropyLoss",
+    "LabelSmoothingLoss",
+    "CategoricalCrossEntropy",
+    "NLLLoss",
+    "FocalLoss",
+    "MulticlassFocalLoss",
+    "HingeLoss",
+    "ModifiedHuberLoss",
+    "Poly1Loss",
+    "CausalLMLoss",
+    "DFTLoss",
+    "UnlikelihoodLoss",
+    "InfoNCELoss",
+    "SupervisedContrastiveLoss",
+    "TripletLoss",
+    "BatchTripletLoss",
+    "SigLIPLoss",
+    "CosineEmbeddingLoss",
+    "KLDivergence",
+    "GeneralizedJSD",
+    "JensenShannon",
+    "SkewKL",
+    "TotalVariation",
+    "AlphaDivergence",
+    "DistillationLoss",
+    "ULDLoss",
+    "SpanLoss",
+    "HiddenStateLoss",
+    "AttentionLoss",
+    "TopKKL",
+    "TopKJSD",
+    "SampledDistillationLoss",
+    "RewardLoss",
+    "PlackettLuceLoss",
+    "KTOLoss",
+    "PPOLoss",
+    "ValueLoss",
+    "ActorCriticLoss",
+    "DPOLoss",
+    "CombinedLoss",
+    "as_compute_loss",
+]
+
 
 class LossModule(nn.Module):
     """A loss function with its hyper-parameters set."""
@@ -225,3 +278,28 @@ class CombinedLoss(nn.Module):
             s = self.log_variances[name]
             return value * torch.exp(-s) + s
         return value
+
+
+def as_compute_loss(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    """A loss in the form that ``transformers.Trainer(compute_loss_func=...)`` calls.
+
+    Args:
+        loss: called as ``loss(logits, labels, **options)``; it must take ``reduction``.
+        options: hyper-parameters, fixed.
+    Returns:
+        ``compute(outputs, labels, num_items_in_batch=None)``. Given the number of items, the summed loss is divided by
+        it, so that accumulated micro-batches give the gradient of the whole batch; without it, the mean is taken.
+    Example:
+        >>> compute = as_compute_loss(causal_lm_loss, z_loss=1e-4)
+        >>> outputs = {"logits": torch.zeros(1, 3, 4)}
+        >>> compute(outputs, torch.tensor([[0, 2, 1]]), num_items_in_batch=4)    # 2 tokens here, 4 in the step
+        tensor(0.6932)
+    """
+
+    def compute(outputs: Any, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:
+        logits = outputs["logits"]
+        if num_items_in_batch is None:
+            return loss(logits, labels, **options)
+        return loss(logits, labels, reduction="sum", **options) / num_items_in_batch
+
+    return compute
