@@ -48,6 +48,26 @@ Extra = Callable[[list[Row], "Collator"], Movable | None]
 """From the examples of a batch and their collator to an entry of :attr:`Batch.extras`; None for no entry."""
 
 
+def mismatched_batch(examples: list[Row], collate: "Collator") -> Batch | None:
+    """The same prompts with the answers to other prompts (:func:`rlhf.data.add_mismatched`), where rows have them."""
+    if "mismatched" not in examples[0]:
+        return None
+    rows = []
+    for example in examples:
+        row = {
+            "prompt_ids": example["prompt_ids"],
+            "completions": example["mismatched"],
+            "labels": example["mismatched_labels"],
+        }
+        if "ref_mismatched_logps" in example:
+            row["ref_logps"] = example["ref_mismatched_logps"]
+        rows.append(row)
+    return replace(collate, extras={})(rows)
+
+
+EXTRAS: Mapping[str, Extra] = {"mismatched": mismatched_batch}
+
+
 @dataclass(frozen=True)
 class Collator:
     """Lay out examples; one with k completions becomes sequences ``k * i`` … ``k * i + k - 1``.
@@ -65,7 +85,7 @@ class Collator:
     padding_side: Literal["left", "right"] = "right"
     layout: Layout = "rows"
     per_sequence: tuple[SequenceColumn, ...] = PER_SEQUENCE
-    extras: Mapping[str, Extra] = field(default_factory=dict)
+    extras: Mapping[str, Extra] = field(default_factory=lambda: EXTRAS)
 
     def __call__(self, rows: list[Row]) -> Batch:
         # A packed row is a list of examples.

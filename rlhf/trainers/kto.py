@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
-from rlhf.data import Batch, Collator, add_mismatched, tokenize_unpaired
+from rlhf.data import Batch, add_mismatched, tokenize_unpaired
 from rlhf.data.columns import check_unpaired_columns
 from rlhf.losses import kto_loss
 from rlhf.trainers.base import BaseConfig, Measures
@@ -87,9 +87,6 @@ class KTOTrainer(ReferencedTrainer):
     _kl: Tensor | float = 0.0  # z: of the optimizer step, or of the evaluation, that is under way
 
     def set_up(self) -> None:
-        # Answers to other prompts are a batch of their own, scored before the loss is known.
-        if isinstance(self.data_collator, Collator):
-            self.data_collator = replace(self.data_collator, extras={"mismatched": mismatched_batch})
         if isinstance(self.train_dataset, Dataset):
             warn_of_unbalanced_labels(self.train_dataset["desirable"], self.args)
 
@@ -176,23 +173,6 @@ class KTOTrainer(ReferencedTrainer):
             if not (name.startswith(("rewards/", "logps/")) and math.isnan(value)):
                 reported[name] = value
         return reported
-
-
-def mismatched_batch(examples: list[dict[str, Any]], collate: Collator) -> Batch | None:
-    """The same prompts with the answers to other prompts, where the rows have them."""
-    if "mismatched" not in examples[0]:
-        return None
-    rows = []
-    for example in examples:
-        row = {
-            "prompt_ids": example["prompt_ids"],
-            "completions": example["mismatched"],
-            "labels": example["mismatched_labels"],
-        }
-        if "ref_mismatched_logps" in example:
-            row["ref_logps"] = example["ref_mismatched_logps"]
-        rows.append(row)
-    return replace(collate, extras={})(rows)
 
 
 def warn_of_unbalanced_labels(labels: list[bool], args: KTOConfig) -> None:

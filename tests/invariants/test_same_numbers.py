@@ -160,7 +160,7 @@ def test_any_chunk_size(run, whole, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"], indirect=True)
 def test_logits_kept_or_computed_again(run, whole, monkeypatch):
-    monkeypatch.setattr(scoring, "_chunks_to_keep", lambda *_: 0)
+    monkeypatch.setattr(scoring, "_chunks_to_cache", lambda *_: 0)
     agree(whole, run())
 
 
