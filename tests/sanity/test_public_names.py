@@ -9,6 +9,7 @@ import difflib
 import enum
 import importlib
 import inspect
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,8 @@ def name_lines(module_name: str, seen: dict[int, str]) -> Iterator[str]:
         seen[id(thing)] = f"{module_name}.{name}"
         if name.endswith(("Config", "Trainer")):
             yield f"{name}" if name.endswith("Config") else f"{name}{parameters(thing)}"
+        elif typing.get_origin(thing) is not None:  # the name of a type
+            yield name
         elif inspect.isclass(thing):
             yield f"class {name}{parameters(thing)}"
             yield from methods(thing)
