@@ -133,7 +133,7 @@ class GenerationArguments(ServerArguments):
     def _take_over_server(self) -> None:
         if self.vllm_mode not in (None, "server"):
             raise ValueError(f"vllm_mode {self.vllm_mode!r} is not offered: {_SERVER_COMMAND}")
-        if self.rollout_server_url is None:
+        if self.rollout_server_url is None:  # the name here wins
             address = f"http://{self.vllm_server_host or '127.0.0.1'}:{self.vllm_server_port or 8000}"
             self.rollout_server_url = self.vllm_server_base_url or address
         if self.rollout_server_model is None or self.rollout_weights_dir is None:

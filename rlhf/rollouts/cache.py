@@ -20,7 +20,15 @@ class Cache:
 
     Prompts are padded on the left. They end in the same column, so the completion tokens of one step share a column.
     For the products with a prompt, its rows lie side by side in a grid of [prompts, rows of each]; where a prompt has
-    fewer rows than others, cells of the grid are empty.
+    fewer rows than others, cells of the grid are empty. Two prompts, of which the second has lost a row::
+
+        prompt cache      completion cache      grid
+        . . a b c         row 0: p q            0 1
+                          row 1: r s
+        d e f g h         row 2: t u            2 .
+
+    One product of a prompt's keys with the queries of its rows reads the keys once. Row by row, or with the prompt
+    copied into each row, they would be read as often as there are samples.
 
     Args:
         lengths: int64 [P], tokens of each prompt.
@@ -35,6 +43,7 @@ class Cache:
         self.segments: Segments | None = None  # of the prompts in the current prefill; None while decoding
         self.prompts_read = 0
         self.step = 0  # completion tokens before the one that is being written
+        # By attention module: transformers passes that, not the number of the layer.
         self.prompt_cache: dict[nn.Module, KeysValues] = {}  # [P, kv_heads, longest, D]
         self.completion_cache: dict[nn.Module, KeysValues] = {}  # [R, kv_heads, max_new_tokens, D]
         prompts = torch.arange(len(lengths), device=lengths.device)
@@ -82,6 +91,7 @@ class Cache:
 
     def keep_rows(self, rows: Tensor) -> None:
         """Drop all but these rows (int64, rising), and the prompts that no row needs any more."""
+        # `unique` gives the prompts that still have rows, and numbers them anew without gaps.
         prompts, self.prompt_of_row = self.prompt_of_row[rows].unique(return_inverse=True)
         if len(prompts) < len(self.lengths):
             self.lengths = self.lengths[prompts]
@@ -100,6 +110,7 @@ class Cache:
     def _lay_out_grid(self) -> None:
         """Find each row's cell in the grid, and the padding of each prompt."""
         device = self.lengths.device
+        # Rows are sorted by prompt, so a row's column is its distance from the first row of its prompt.
         rows_of_prompt = torch.bincount(self.prompt_of_row, minlength=len(self.lengths))
         self.grid_width = int(rows_of_prompt.max())
         first_row = rows_of_prompt.cumsum(0) - rows_of_prompt
@@ -146,7 +157,7 @@ class Cache:
         if self.padding is not None:
             prompt_scores.masked_fill_(self.padding[..., prompt_start:], -torch.inf)
 
-        # One softmax over both parts.
+        # One softmax over both parts, so that they compete for the same weight.
         scores = torch.cat((self._grid_to_rows(prompt_scores), completion_scores), dim=-1).mul_(scaling)
         weights = scores.softmax(-1).to(query.dtype)
         prompt_length = self.longest - prompt_start
@@ -182,6 +193,7 @@ def _matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
     if left.dtype in (torch.float32, torch.float64):
         return torch.matmul(left, right)
     if not left.is_cuda:
+        # A CPU has no half-precision product with a float32 result.
         return torch.matmul(left.float(), right.float())
     product = torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out_dtype=torch.float32)
     return product.view(*left.shape[:2], *product.shape[1:])

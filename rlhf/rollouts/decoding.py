@@ -45,6 +45,7 @@ class DecodingState:
 
         num_rows = len(prompt_numbers) * num_samples
         shape = (num_rows, sampling.max_tokens)
+        # A row that ends early leaves the rest of its columns unused.
         self.ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.logps = torch.zeros(shape, device=self.device)
         self.stopped = torch.zeros(num_rows, dtype=torch.bool, device=self.device)

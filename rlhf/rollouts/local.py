@@ -93,7 +93,7 @@ class LocalEngine:
         if not prompt_ids:
             return []
         prompts = [list(ids) for ids in prompt_ids]
-        prompt_numbers = index or range(len(prompts))
+        prompt_numbers = index or range(len(prompts))  # of a larger request, or of this one
         with self._inference() as device:
             if not self._is_checked:
                 self._choose_path(device)
@@ -107,6 +107,7 @@ class LocalEngine:
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See :class:`RolloutEngine`. Where the model is the one that is trained, ``weights`` is empty."""
+        # The tensors of a state dictionary are the model's own, so copying into them changes the model.
         model_weights = self.model.state_dict()
         with torch.no_grad():
             for name, tensor in weights:
@@ -137,6 +138,7 @@ class LocalEngine:
     def _inference(self) -> Iterator[torch.device]:
         """Evaluation mode and no gradients; the model is as before afterwards."""
         device = next(self.base.parameters()).device
+        # Module by module: a part of the model (a frozen one) may be in evaluation mode during training.
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         # A mixture of experts would compute its load-balancing loss for each token.
@@ -156,6 +158,7 @@ class LocalEngine:
 
     @contextmanager
     def _decoding_attention(self) -> Iterator[None]:
+        # Training may use another function (segments), and gets it back.
         usual = self.base.config._attn_implementation
         self.base.set_attn_implementation(DECODING_ATTENTION)
         try:
@@ -195,6 +198,7 @@ class LocalEngine:
         # The last token is drawn, but never read.
         cache = Cache(lengths, state.num_samples, max(1, max_tokens - 1))
         rows = torch.arange(len(prompts) * state.num_samples, device=device)
+        # The first sampled token comes right after the prompt, whatever the padding.
         positions = lengths.repeat_interleave(state.num_samples)
         logits = self._prefill(prompts, cache, device).repeat_interleave(state.num_samples, 0)
         while True:
@@ -229,6 +233,7 @@ class LocalEngine:
                 stop += 1
             part = prompts[start:stop]
             cache.begin_prefill(len(part))
+            # Side by side in one row: the attention function keeps prompts apart, so nothing is padded.
             ids = torch.tensor([token for prompt in part for token in prompt], device=device)
             positions = torch.cat([torch.arange(len(prompt)) for prompt in part]).to(device)
             last_tokens = torch.tensor([len(prompt) for prompt in part], device=device).cumsum(0) - 1
@@ -267,7 +272,7 @@ class LocalEngine:
                 rows = (first_rows[:, None] + samples).flatten().to(state.device)
                 ids = torch.tensor([prompts[number] for number in group], device=device)
                 ids = ids.repeat_interleave(state.num_samples, 0)
-                state.step = 0
+                state.step = 0  # each group of rows begins at its own first column
                 self.model.generate(  # type: ignore[operator]
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
@@ -319,6 +324,7 @@ class LocalEngine:
         """Largest difference of logits from ``expected`` [T, V] when two prompts are decoded, and one loses a row."""
         lengths = torch.tensor([len(ids) for ids in prompts], device=device)
         cache = Cache(lengths, 2, 2)
+        # The logits after the prompts are those of rows 0 and 2, the first of each prompt.
         found = list(zip((0, 2), lengths - 1, self._prefill(prompts, cache, device), strict=True))
         rows = torch.arange(len(sequences), device=device)
         for step in range(2):

@@ -32,7 +32,7 @@ class PolicySampler:
     def __init__(self, engine: RolloutEngine, accelerator: Accelerator) -> None:
         self.engine, self.accelerator = engine, accelerator
         self.is_local = isinstance(engine, LocalEngine)
-        self._sent_at_step: int | None = None
+        self._sent_at_step: int | None = None  # evaluation and a rollout after the same step need one transfer
         self._version = 0
 
     @contextmanager
@@ -147,6 +147,7 @@ def merged_weights(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tens
     if not hasattr(model, "peft_config"):
         return state
     adapter: Any = model.active_adapter
+    # Under PEFT a wrapped layer's weight is in its base layer, and a copied module beside the original one.
     weights = {
         _checkpoint_name(name, adapter): tensor
         for name, tensor in state.items()
@@ -155,6 +156,7 @@ def merged_weights(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tens
     for name, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer) and not isinstance(layer, LoraLayer):
             raise ValueError(f"{name}: only plain LoRA can be merged for another process, not {type(layer).__name__}")
+        # Layers without this adapter are as they are in the checkpoint.
         if not isinstance(layer, LoraLayer) or adapter not in (*layer.lora_A, *layer.lora_embedding_A):
             continue
         if adapter in layer.lora_variant:

@@ -47,13 +47,14 @@ def draw(
         logits = _penalise(logits, seen, sampling.repetition_penalty)
     if banned is not None:
         logits = logits.index_fill(1, banned, -torch.inf)
-    if sampling.temperature == 0:
+    if sampling.temperature == 0:  # the log-prob is that at temperature 1: at 0 it would always be 0
         token = logits.argmax(-1, keepdim=True)
         logp = logits.gather(1, token).squeeze(1) - logits.logsumexp(-1)
         return token.squeeze(1), logp
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
 
+    # min-p alone needs no order of the tokens: a threshold will do.
     only_min_p = sampling.top_p == 1 and not sampling.top_k
     if sampling.truncates and not only_min_p:
         candidates, tokens = _truncate(logits, sampling)
@@ -114,7 +115,7 @@ def _inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     uniform = uniform[:, None]
     largest = logits.amax(-1, keepdim=True)
     weights = (logits - largest).exp_()
-    if size % BLOCK:
+    if size % BLOCK:  # tokens that are added have weight 0, and are never drawn
         weights = functional.pad(weights, (0, -size % BLOCK))
 
     # Sums of blocks in float64 are cheap and exact enough; a float64 cumulative sum over the vocabulary is neither.

@@ -224,7 +224,7 @@ class ServerEngine:
             seed=int(np.random.SeedSequence(seed_key).generate_state(1)[0] >> 1),
             **ends,
         )
-        reason = choice.get("finish_reason")
+        reason = choice.get("finish_reason")  # others: "abort", "content_filter"
         if reason not in ("stop", "length"):
             raise ServerError(f"{self.url} ended a completion with {reason!r}, not 'stop' or 'length'")
         return Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], reason, self.version)
@@ -252,6 +252,8 @@ class ServerEngine:
         return choice
 
     def _read(self, ids: list[int], k: int) -> list[dict[int, float]]:
+        """Log-probs of the k likeliest tokens and of the given one at each position; none at the first."""
+        # A completion needs at least one token; it is thrown away.
         body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
         reply = self._request("POST", "/v1/completions", body)
         positions = reply.json()["choices"][0].get("prompt_logprobs")
@@ -278,6 +280,7 @@ class ServerEngine:
             raise ServerError(f"{self.url} {RAW_LOGPS}")
 
     def _truncates_logps(self, prompt: list[int], sampling: Sampling) -> bool:
+        """Whether log-probs are those after truncation."""
         if not sampling.reshapes:
             return True
         # With top_k 1 a single token is left, and its probability must be 1.
@@ -286,6 +289,7 @@ class ServerEngine:
         return abs(logp) < 1e-3
 
     def _scales_logps(self, prompt: list[int], sampling: Sampling) -> bool:
+        """Whether log-probs are those after the temperature."""
         if sampling.temperature in (0, 1):
             return True
         # Temperature 2 must halve the gap between the best two tokens; raw log-probs keep it.
@@ -293,6 +297,7 @@ class ServerEngine:
         return abs(gap_at_2 - gap / 2) <= abs(gap_at_2 - gap)
 
     def _gap_of_best_two(self, prompt: list[int], temperature: float) -> float:
+        """Difference of the two largest log-probs of the next token, in nats."""
         choice = self._request_completion(prompt, max_tokens=1, temperature=temperature, top_p=1.0, top_k=-1)
         best, second = sorted(choice["logprobs"]["top_logprobs"][0].values(), reverse=True)[:2]
         return float(best - second)
