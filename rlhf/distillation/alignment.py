@@ -155,7 +155,7 @@ def align_by_position(student_length: int, teacher_length: int) -> Spans:
         student_length: tokens of the student's answer.
         teacher_length: tokens of the teacher's answer.
     Returns:
-        One span for each such pair of tokens.
+        One span for each two such tokens.
     """
     total = min(student_length, teacher_length)
     positions = torch.arange(max(student_length, teacher_length))

@@ -37,11 +37,13 @@ class DistillConfig(GenerationArguments, TextConfig):
         None, "Folder that `rlhf teacher` wrote for these rows, in place of a teacher in memory."
     )
     teacher_estimate: str = option(
-        "tail", "Of the divergence, from that folder: docs/teacher-cache.md.", [*get_args(Estimate)]
+        "tail",
+        "How the divergence is estimated from a folder or a server: docs/teacher-cache.md.",
+        [*get_args(Estimate)],
     )
     teacher_server_url: str | None = option(None, "The teacher is on this server (vLLM), not in memory.")
-    teacher_server_model: str | None = option(None, "Name that it is served under.")
-    teacher_top_k: int = option(16, "Likeliest tokens that the server is asked for.")
+    teacher_server_model: str | None = option(None, "Name that the teacher is served under.")
+    teacher_top_k: int = option(16, "Likeliest tokens to ask the server for, at each position.")
     align: str | None = option(
         None,
         "A teacher with another tokenizer: compare sorted probabilities (uld), or spans of the same text.",
@@ -55,7 +57,7 @@ class DistillConfig(GenerationArguments, TextConfig):
     )
     temperature: float = option(1.0, "Divides the logits of both sides in the divergence.")
     scale_by_temperature: bool = option(
-        False, "Multiply it by the temperature squared, so that gradients keep their size."
+        False, "Multiply the divergence by the temperature squared, so that gradients keep their size."
     )
     beta: float | None = option(None, "Of generalized_jsd (0.5): 0 is KL(teacher, student), 1 KL(student, teacher).")
     alpha: float | None = option(None, "Of skew_kl (0.1) and alpha_divergence (0.5).")
@@ -70,8 +72,8 @@ class DistillConfig(GenerationArguments, TextConfig):
 
     # The student's own answers
     lmbda: float = option(0.0, "Share of the rows that the student answers itself (GKD); 0 is offline.")
-    max_completion_length: int = option(256, "Longest such answer in tokens.")
-    sampling_temperature: float = option(1.0, "Of such answers.")
+    max_completion_length: int = option(256, "Longest of the student's own answers, in tokens.")
+    sampling_temperature: float = option(1.0, "Temperature of sampling the student's own answers.")
     reverse_kl_reward: bool = option(
         False, "Reward own answers by -KL(student, teacher) of each token, in place of the divergence."
     )
@@ -180,14 +182,19 @@ class DistillConfig(GenerationArguments, TextConfig):
         if not self.lmbda:
             return
         if self.teacher_file is not None:
-            raise ValueError("teacher_file says nothing of the student's own answers: lmbda needs a teacher")
+            raise ValueError(
+                "teacher_file has no predictions for the student's own answers: lmbda needs another teacher"
+            )
         if self.packing or self.tokens_per_batch is not None:
             raise ValueError(
-                "packing and tokens_per_batch plan rows by their length, which answers to come have not yet"
+                "packing and tokens_per_batch plan rows by their length, which is unknown for answers to be "
+                "sampled: leave them out"
             )
         # A student that is trained on its own samples as labels only becomes surer of them.
         if self.crossentropy_weight:
-            raise ValueError("crossentropy_weight would teach the student its own answers: leave it out with lmbda")
+            raise ValueError(
+                "crossentropy_weight would train the student on its own answers as labels: leave it out with lmbda"
+            )
         # A prompt and its answer share max_length.
         if self.max_completion_length >= self.limit():
             raise ValueError(
@@ -201,9 +208,11 @@ class DistillConfig(GenerationArguments, TextConfig):
         if self.lmbda != 1:
             raise ValueError("reverse_kl_reward is for the student's own answers alone: set lmbda to 1")
         if self.temperature != 1 or self.sampling_temperature != 1:
-            raise ValueError("reverse_kl_reward needs temperature and sampling_temperature 1: it rewards what is drawn")
+            raise ValueError("reverse_kl_reward needs temperature and sampling_temperature 1: it is a sample of the KL")
         if self.sampling().reshapes:
-            raise ValueError("reverse_kl_reward rewards what is drawn: no top_p, top_k, min_p, repetition_penalty")
+            raise ValueError(
+                "reverse_kl_reward is a sample of the KL: leave top_p, top_k, min_p and repetition_penalty out"
+            )
 
     def _check_matching(self) -> None:
         if not self.matching().hidden_states:
@@ -226,7 +235,7 @@ class DistillConfig(GenerationArguments, TextConfig):
             raise ValueError(f"align {align} reads the text of rows, and lmbda would give ids: leave one of them out")
         if self.hidden_state_weight:
             raise ValueError(
-                f"hidden_state_weight compares token by token, and align {align} has no such pairs: leave it out"
+                f"hidden_state_weight compares token by token, and align {align} has other tokens: leave it out"
             )
         defaults = {one.name: one.default for one in fields(self)}
         given = [name for name in _OF_A_DIVERGENCE if getattr(self, name) != defaults[name]]

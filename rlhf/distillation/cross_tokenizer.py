@@ -20,7 +20,7 @@ from rlhf.losses import span_logps, span_loss
 from rlhf.models import vocabulary_size
 from rlhf.trainers.base import Measures
 
-METRIC_OF = {"uld": "uld", "spans": "span"}  # name of the mean over pairs of tokens, or over spans
+METRIC_OF = {"uld": "uld", "spans": "span"}  # name of the mean over aligned tokens, or over spans
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class CrossTokenizer:
         """
         if model is None:
             raise ValueError(
-                f"align {args.align}: the student's own trunk has its tokenizer; pass --teacher_model_name_or_path, or "
-                "leave align out"
+                f"align {args.align}: the student's own model has the same tokenizer; pass "
+                "--teacher_model_name_or_path, or leave align out"
             )
         tokenizer = known_tokenizer(model, tokenizer)
         if tokenizer is None:
@@ -143,11 +143,11 @@ class CrossTokenizerTeacher(LiveTeacher):
     ) -> Measures:
         """Sums and counts of the distances [N] and of the student's log-probs [N], without a gradient."""
         targets, tokens = batch.targets, batch.targets.counts()
-        # A pair, or a span, begins at exactly one token of the student.
-        pairs = targets.sum((alignment.partner >= 0).long())
+        # Each span begins at exactly one token of the student; with sorted probabilities a span is a single token.
+        num_spans = targets.sum((alignment.partner >= 0).long())
         in_span = targets.sum((alignment.spans.student >= 0).long())
         metrics = {
-            METRIC_OF[self.align]: (targets.sum(distances), pairs),
+            METRIC_OF[self.align]: (targets.sum(distances), num_spans),
             "aligned": (in_span, tokens),
             "perplexity": (-targets.sum(logps), tokens),
             "teacher_perplexity": teacher_nll,

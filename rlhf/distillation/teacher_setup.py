@@ -46,11 +46,11 @@ def check_teacher(
         return
     # The active adapter is the one that is trained, so it cannot be the fixed teacher as well.
     if teacher_adapter == getattr(student, "active_adapter", None):
-        raise ValueError(f"teacher_adapter {teacher_adapter!r} is the one that learns: activate another one")
+        raise ValueError(f"teacher_adapter {teacher_adapter!r} is the adapter that is trained: activate another one")
     adapters = list(getattr(student, "peft_config", {}))
     if teacher_model is not None or teacher_adapter not in adapters:
         raise ValueError(
-            f"teacher_adapter {teacher_adapter!r} is for no other teacher and a model that has it; "
+            f"teacher_adapter {teacher_adapter!r} must be an adapter of the model, without another teacher; "
             f"adapters: {', '.join(adapters) or 'none'}"
         )
 
@@ -71,8 +71,8 @@ def adapter_off_teaches(model: Any, is_new: bool) -> bool:
     # An adapter from before: the teacher is the model without it, which must not change while the adapter is trained.
     if not adapter_off_stays(model):
         raise ValueError(
-            "the model with its adapter off would learn too (bias='all', or another kind that stays on), and it is "
-            "the teacher: pass teacher_model"
+            "the model with its adapter off would be trained too (bias='all', or another kind that stays on), "
+            "and it is the teacher: pass teacher_model"
         )
     return True
 
@@ -91,14 +91,14 @@ def open_rows(args: DistillConfig, rows: Any, tokenizer: PreTrainedTokenizerBase
     """
     folder = str(args.teacher_file)
     if rows is None:
-        raise ValueError(f"teacher_file {folder}: there are no training rows for it to belong to")
+        raise ValueError(f"teacher_file {folder}: there are no training rows that it could belong to")
     numbered, file = open_teacher_file(folder, rows.rows if isinstance(rows, Packed) else rows, tokenizer)
     temperature = file.key["temperature"]
     # Log-probs can be taken to another temperature only with all of them, and the folder has k.
     if temperature != args.temperature:
         raise ValueError(
-            f"{folder}: kept at temperature {temperature}, and training is at {args.temperature}: pass --temperature "
-            f"{temperature}, or write the folder again (the mass of the rest is known at no other)"
+            f"{folder}: written at temperature {temperature}, and training is at {args.temperature}: pass "
+            f"--temperature {temperature}, or write the folder again (the mass of the rest depends on it)"
         )
     if not isinstance(rows, Packed):
         return numbered, file
@@ -118,7 +118,10 @@ def check_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeniz
     """
     # A module without a name says nothing of its tokenizer; sizes that differ are found later.
     if teacher is None:
-        logger.warning("the teacher's tokenizer is not known (teacher_processing_class); taken to be the student's")
+        logger.warning(
+            "the teacher's tokenizer is not known, so the student's is assumed: pass "
+            "teacher_processing_class to have it checked"
+        )
         return
     difference = tokenizer_difference(student, teacher)
     if difference is not None:

@@ -62,10 +62,10 @@ class DistillTrainer(TextTrainer):
         the same tokens; ``num_tokens``, ``grad_norm``, ``learning_rate``. All but the last three in evaluation too.
         From a folder or a server: ``divergence``, as it is estimated, and ``perplexity``. With
         ``args.hidden_state_weight``: ``hidden_state_loss``, before the weight, per token. With ``args.align``: ``uld``
-        or ``span``, its mean over pairs of tokens or spans; ``aligned``, the share of scored tokens in one; both
-        perplexities, the teacher's of its own tokens (of those in a pair). With ``args.lmbda``: ``own_answers``, the
-        share of rows; ``completions/mean_length``, ``completions/clipped_ratio``, ``tokens_per_second/rollout``;
-        ``reverse_kl`` of the reward form.
+        or ``span``, its mean over aligned tokens or spans; ``aligned``, the share of scored tokens in one; both
+        perplexities, the teacher's of its own tokens (with ``uld``, of the aligned ones). With ``args.lmbda``:
+        ``own_answers``, the share of rows; ``completions/mean_length``, ``completions/clipped_ratio``,
+        ``tokens_per_second/rollout``; ``reverse_kl`` of the reward form.
     Raises:
         ValueError: no teacher, a teacher with another tokenizer and no ``align``, or bad data; before any step.
 

@@ -426,7 +426,7 @@ def test_what_cannot_be(distill, tokenizer, teachers, tmp_path, conversations):
         distill(teacher=tiny_model(seed=1), teacher_tokenizer=tokenizer)
     with pytest.raises(ValueError, match="align uld needs the teacher's tokenizer: pass teacher_processing_class"):
         distill(teacher_tokenizer=None)
-    with pytest.raises(ValueError, match="the student's own trunk has its tokenizer; pass --teacher_model_name_or_pa"):
+    with pytest.raises(ValueError, match="the student's own model has the same tokenizer; pass --teacher_model_name"):
         config = DistillConfig(str(tmp_path), use_cpu=True, align="spans")
         DistillTrainer(get_peft_model(tiny_model(), LoraConfig()), args=config, processing_class=tokenizer)
     with pytest.raises(

@@ -243,14 +243,14 @@ def test_what_cannot_be(distill, caplog):
         distill(model)
     with pytest.raises(ValueError, match="the student is its own teacher"):
         distill(model, model)
-    with pytest.raises(ValueError, match=r"teacher_adapter 'x' is for .* adapters: tutor, pupil"):
+    with pytest.raises(ValueError, match=r"teacher_adapter 'x' must be an .* adapters: tutor, pupil"):
         distill(two_adapters()[0], teacher_adapter="x")
-    with pytest.raises(ValueError, match="teacher_adapter 'pupil' is the one that learns"):
+    with pytest.raises(ValueError, match="teacher_adapter 'pupil' is the adapter that is trained"):
         distill(two_adapters()[0], teacher_adapter="pupil")
     with pytest.raises(ValueError, match="stand for a teacher: leave the model and teacher_adapter out"):
         distill(model, tiny_model(seed=1), teacher_file="kept")
     distill(model, tiny_model(seed=1))
-    assert "taken to be the student's" in caplog.text
+    assert "so the student's is assumed" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_truncation_and_hard_labels(kept, distill):
 
 def test_what_does_not_belong_is_refused(kept, distill, tmp_path, rows):
     folder = kept()
-    with pytest.raises(ValueError, match=r"kept at temperature 1.0, and training is at 2.0"):
+    with pytest.raises(ValueError, match=r"written at temperature 1.0, and training is at 2.0"):
         distill(folder, temperature=2.0)
     with pytest.raises(ValueError, match="teacher_estimate must be one of tail, truncate, got 'sample'"):
         distill(folder, teacher_estimate="sample")

@@ -80,7 +80,7 @@ def test_an_adapter_is_switched_for_the_teachers_pass_alone():
 
 def test_a_model_without_its_adapter_teaches_unless_it_is_trained_too():
     assert adapter_off_teaches(get_peft_model(tiny_model(), LoraConfig()), is_new=False)
-    with pytest.raises(ValueError, match="with its adapter off would learn too"):
+    with pytest.raises(ValueError, match="with its adapter off would be trained too"):
         adapter_off_teaches(get_peft_model(tiny_model("gpt2"), LoraConfig(bias="all")), is_new=False)
 
 

@@ -254,7 +254,7 @@ def test_the_reference_is_the_start(kind, precompute, preference_rows, tokenizer
 
 def test_a_teacher_that_would_learn_is_refused(sft_rows, tokenizer, tmp_path):
     adapted = get_peft_model(tiny_model("qwen2"), lora(bias="all"))
-    with pytest.raises(ValueError, match="with its adapter off would learn too"):
+    with pytest.raises(ValueError, match="with its adapter off would be trained too"):
         DistillTrainer(
             adapted, args=DistillConfig(tmp_path, use_cpu=True), train_dataset=sft_rows, processing_class=tokenizer
         )
