@@ -108,12 +108,12 @@ class AnswerSpans:
         if anchor.mark not in prompt:
             return content_start
 
-        # `given` is the text that the model is given to begin with, `header` the text in the same place of the whole.
+        # Behind the anchor: the text that the model is given to begin with, and what the template writes there.
         anchor_end = self.mark_positions.get(anchor.mark, 0) + len(anchor.mark)
-        given = prompt[prompt.index(anchor.mark) + len(anchor.mark) :]
+        prompt_end = prompt[prompt.index(anchor.mark) + len(anchor.mark) :]
         header = self.rendering[anchor_end:content_start]
-        header_end = common_length(given, header)
-        if header_end < len(given):
+        header_end = common_length(prompt_end, header)
+        if header_end < len(prompt_end):
             # The template writes another header than it gives. Go back to a whole token, and let the model write a tag
             # that opens a thought.
             least = len(anchor.after) if header.startswith(anchor.after) else 0

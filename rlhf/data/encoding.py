@@ -67,8 +67,8 @@ class Reading:
         Returns:
             A new object.
         """
-        given = tokenizer.chat_template
-        template = given if isinstance(given, str) else " ".join((given or {}).values())
+        templates = tokenizer.chat_template  # one, several by name, or None
+        template = templates if isinstance(templates, str) else " ".join((templates or {}).values())
         features = getattr(rows, "features", None) or {}
         json_columns = [name for name, feature in features.items() if isinstance(feature, JsonText | Json)]
         exact = frozenset(self.form.columns.get(name, name) for name in json_columns)

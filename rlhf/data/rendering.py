@@ -72,10 +72,10 @@ def locate_answers(template: ChatTemplate, messages: list[Message], first: int, 
     """
     text = template.render(messages)
     scored = [index for index, message in enumerate(messages) if index >= first and is_trained(message)]
-    found = _mark_and_render(template, messages, first, prefill, text, scored)
-    if found is None:
+    marked_rendering = _mark_and_render(template, messages, first, prefill, text, scored)
+    if marked_rendering is None:
         return _locate_by_prefix(template, messages, scored, text)
-    marked, rendering = found
+    marked, rendering = marked_rendering
     notes = lost_parts(template, marked, rendering, scored)
     finder = AnswerSpans(template, marked, rendering)
 

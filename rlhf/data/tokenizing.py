@@ -292,7 +292,7 @@ def _map(
         raise ValueError(f"{name}: no rows")
     # A fingerprint of our own: that of `datasets` would hash the tokenizer as an object, which changes when it is used.
     mapped = dataset.map(
-        partial(function, places=_original_places(dataset)),
+        partial(function, original_indices=_original_indices(dataset)),
         with_indices=True,
         new_fingerprint=Hasher.hash(key),
         num_proc=num_proc,
@@ -310,27 +310,37 @@ def _map(
     return mapped if len(used) == len(mapped) else mapped.select(used)
 
 
-def _original_places(dataset: Dataset) -> np.ndarray | None:
+def _original_indices(dataset: Dataset) -> np.ndarray | None:
     """The index in the file of each row of a data set that was selected, shuffled or filtered; None if it was not."""
     indices = dataset._indices
     return None if indices is None else indices.column(0).to_numpy()
 
 
 def _process_batch(
-    batch: dict[str, list[Any]], indices: list[int], process: Process, places: np.ndarray | None
+    batch: dict[str, list[Any]], indices: list[int], process: Process, original_indices: np.ndarray | None
 ) -> dict[str, list[Any]]:
+    """The tokenised rows of a batch, by columns, with their reports."""
     results = []
     for values, index in zip(zip(*batch.values(), strict=True), indices, strict=True):
         row = dict(zip(batch, values, strict=True))
-        place = index if places is None else int(places[index])
-        results += [result.columns | result.report(place) for result in process(row, place)]
+        results += _process_row(row, index, process, original_indices)
     return {column: [result[column] for result in results] for column in results[0]}
 
 
-def _process_prompt(row: dict[str, Any], index: int, process: Process, places: np.ndarray | None) -> dict[str, Any]:
-    place = index if places is None else int(places[index])
-    (result,) = process(row, place)
-    return result.columns | result.report(place)
+def _process_prompt(
+    row: dict[str, Any], index: int, process: Process, original_indices: np.ndarray | None
+) -> dict[str, Any]:
+    """The columns that a row of a prompt gets."""
+    (result,) = _process_row(row, index, process, original_indices)
+    return result
+
+
+def _process_row(
+    row: dict[str, Any], index: int, process: Process, original_indices: np.ndarray | None
+) -> list[dict[str, Any]]:
+    """The columns of tokenised rows, with their reports. Rows are counted as in the file."""
+    file_index = index if original_indices is None else int(original_indices[index])
+    return [result.columns | result.report(file_index) for result in process(row, file_index)]
 
 
 def _map_stream(rows: IterableDataset, process: Process) -> IterableDataset:

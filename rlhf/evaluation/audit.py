@@ -150,23 +150,23 @@ def audit(
     encoder = ENCODERS[command](names, replace(reading, form=form))
 
     columns = _columns_read(rows.column_names, reading, encoder.read)
-    found = Audit(name, command, len(rows), columns, "characters" if tokenizer is None else "tokens", max_length)
+    result = Audit(name, command, len(rows), columns, "characters" if tokenizer is None else "tokens", max_length)
     for number, row in enumerate(progress(rows), start=1):
         try:
             renamed_row = canonical(row, reading.form)
             dialogue = encoder.dialogue(renamed_row)
-            tokenised = [] if tokenizer is None else _tokenise(row, encoder, tokenizer, found)
+            tokenised = [] if tokenizer is None else _tokenise(row, encoder, tokenizer, result)
         except ValueError as error:
-            found.errors.append((number, str(error)))
+            result.errors.append((number, str(error)))
             continue
-        _count_roles(found, dialogue)
+        _count_roles(result, dialogue)
         if tokenizer is not None:
-            _add_tokens(found, number, tokenised, tokenizer, samples)
+            _add_tokens(result, number, tokenised, tokenizer, samples)
         elif isinstance(encoder, SftEncoder) and is_labelled_bad(renamed_row):
-            found.dropped.setdefault("with label false", []).append(number)
+            result.dropped.setdefault("with label false", []).append(number)
         else:
-            _add_text(found, number, dialogue, samples)
-    return found
+            _add_text(result, number, dialogue, samples)
+    return result
 
 
 def _columns_read(columns: Sequence[str], reading: Reading, read: Sequence[str]) -> dict[str, str]:
@@ -180,45 +180,45 @@ def _columns_read(columns: Sequence[str], reading: Reading, read: Sequence[str])
     return result
 
 
-def _tokenise(row: Any, encoder: RowEncoder, tokenizer: PreTrainedTokenizerBase, found: Audit) -> list[TokenisedRow]:
+def _tokenise(row: Any, encoder: RowEncoder, tokenizer: PreTrainedTokenizerBase, result: Audit) -> list[TokenisedRow]:
     encoded = encoder.encode(row, tokenizer)
-    if found.is_of_prompts:
+    if result.is_of_prompts:
         return encoded  # their limit depends on the length of completions
-    limits = row_limits(found.max_length, len(tokenizer), drop_long_prompts=True)
+    limits = row_limits(result.max_length, len(tokenizer), drop_long_prompts=True)
     return [truncate(one_row, limits) for one_row in encoded]
 
 
-def _count_roles(found: Audit, dialogue: Dialogue | None) -> None:
+def _count_roles(result: Audit, dialogue: Dialogue | None) -> None:
     parts = () if dialogue is None else (dialogue.prompt, *dialogue.completions)
     for turns in parts:
         if not isinstance(turns, str):
-            found.roles.update(str(turn["role"]) for turn in turns)
+            result.roles.update(str(turn["role"]) for turn in turns)
 
 
 def _add_tokens(
-    found: Audit, number: int, rows: list[TokenisedRow], tokenizer: PreTrainedTokenizerBase, samples: int
+    result: Audit, number: int, rows: list[TokenisedRow], tokenizer: PreTrainedTokenizerBase, samples: int
 ) -> None:
     """Count the tokenised rows of row ``number``."""
     shown: list[list[Piece]] = []
     for row in rows:
-        found.answers += row.answers
-        found.scored_answers += row.scored
+        result.answers += row.answers
+        result.scored_answers += row.scored
         for note in row.notes:
-            found.notes.setdefault(note, []).append(number)
+            result.notes.setdefault(note, []).append(number)
         if row.dropped:
-            found.dropped.setdefault(row.dropped, []).append(number)
+            result.dropped.setdefault(row.dropped, []).append(number)
             continue
-        found.trained += 1
-        found.cut_rows += row.truncated > 0
-        found.cut_tokens += row.truncated
+        result.trained += 1
+        result.cut_rows += row.truncated > 0
+        result.cut_tokens += row.truncated
         for ids, labels in _whole_sequences(row.columns):
-            found.lengths.append(len(ids))
-            found.tokens += len(ids)
-            found.scored_tokens += sum(label != IGNORE for label in labels)
-            if len(found.samples) < samples:
+            result.lengths.append(len(ids))
+            result.tokens += len(ids)
+            result.scored_tokens += sum(label != IGNORE for label in labels)
+            if len(result.samples) < samples:
                 shown.append(pieces(tokenizer, ids, labels))
     if shown:
-        found.samples.append((number, shown))
+        result.samples.append((number, shown))
 
 
 def _whole_sequences(columns: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
@@ -231,20 +231,20 @@ def _whole_sequences(columns: dict[str, Any]) -> list[tuple[list[int], list[int]
     return [(first.ids, first.labels), *((prompt + other.ids, prompt_labels + other.labels) for other in others)]
 
 
-def _add_text(found: Audit, number: int, dialogue: Dialogue | None, samples: int) -> None:
+def _add_text(result: Audit, number: int, dialogue: Dialogue | None, samples: int) -> None:
     """Count a row without a tokenizer."""
-    found.trained += 1
+    result.trained += 1
     if dialogue is None:
         return
     shown = [text_pieces(dialogue.prompt, completion) for completion in dialogue.completions or ("",)]
     for row in shown:
         length = sum(len(piece.text) for piece in row)
-        found.lengths.append(length)
-        found.tokens += length
-        found.scored_tokens += sum(len(piece.text) for piece in row if piece.learned)
-        found.scored_answers += sum(piece.learned for piece in row)
+        result.lengths.append(length)
+        result.tokens += length
+        result.scored_tokens += sum(len(piece.text) for piece in row if piece.learned)
+        result.scored_answers += sum(piece.learned for piece in row)
     for completion in dialogue.completions:
         is_text = isinstance(completion, str)
-        found.answers += 1 if is_text else sum(turn["role"] == ASSISTANT for turn in completion)  # type: ignore[index]
-    if len(found.samples) < samples:
-        found.samples.append((number, shown))
+        result.answers += 1 if is_text else sum(turn["role"] == ASSISTANT for turn in completion)  # type: ignore[index]
+    if len(result.samples) < samples:
+        result.samples.append((number, shown))

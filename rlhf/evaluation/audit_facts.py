@@ -7,30 +7,30 @@ from rlhf.data.tokenised_rows import TOO_LONG
 from rlhf.evaluation.audit import Audit
 
 
-def facts(found: Audit) -> list[tuple[str, str]]:
+def facts(audit: Audit) -> list[tuple[str, str]]:
     """List the figures of an audit.
 
     Args:
-        found: The audit.
+        audit: The audit.
 
     Returns:
         Names and values, as text.
     """
-    lines = [("rows", f"{found.rows:,}")]
-    if not found.is_of_prompts:
-        lines.append(("trained on", f"{found.trained:,}"))
-    for reason, numbers in found.dropped.items():
+    lines = [("rows", f"{audit.rows:,}")]
+    if not audit.is_of_prompts:
+        lines.append(("trained on", f"{audit.trained:,}"))
+    for reason, numbers in audit.dropped.items():
         remedy = "; training stops there without --drop_long_prompts" if reason == TOO_LONG else ""
         lines.append((f"dropped {reason}", _rows(numbers) + remedy))
-    if found.errors:
-        lines.append(("cannot be read", _rows([number for number, _ in found.errors])))
-    if found.answers:
-        lines.append(("answers scored", _share(found.scored_answers, found.answers, ".0%")))
-    if found.tokens and not found.is_of_prompts:
-        lines.append((f"{found.unit} scored", _share(found.scored_tokens, found.tokens, ".1%")))
-    if found.cut_rows:
-        lines.append(("cut", f"{found.cut_rows:,} rows to {found.max_length:,} tokens, losing {found.cut_tokens:,}"))
-    lines += [(note, _rows(numbers)) for note, numbers in found.notes.items()]
+    if audit.errors:
+        lines.append(("cannot be read", _rows([number for number, _ in audit.errors])))
+    if audit.answers:
+        lines.append(("answers scored", _share(audit.scored_answers, audit.answers, ".0%")))
+    if audit.tokens and not audit.is_of_prompts:
+        lines.append((f"{audit.unit} scored", _share(audit.scored_tokens, audit.tokens, ".1%")))
+    if audit.cut_rows:
+        lines.append(("cut", f"{audit.cut_rows:,} rows to {audit.max_length:,} tokens, losing {audit.cut_tokens:,}"))
+    lines += [(note, _rows(numbers)) for note, numbers in audit.notes.items()]
     return lines
 
 

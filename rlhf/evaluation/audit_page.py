@@ -44,30 +44,30 @@ _PAGE = """<!doctype html>
 """
 
 
-def audit_page(found: Audit) -> str:
+def audit_page(audit: Audit) -> str:
     """Write an audit as HTML: columns, roles, figures, lengths, faults and the first rows, learned tokens on green.
 
     Args:
-        found: The audit.
+        audit: The audit.
 
     Returns:
         The page.
     """
-    title = f"{escape(found.name)} as rows for rlhf {escape(found.command)}"
-    columns = [(escape(name), escape(read_as) or _marked("no", "not read")) for name, read_as in found.columns.items()]
-    figures = [(escape(name), escape(value)) for name, value in facts(found)]
+    title = f"{escape(audit.name)} as rows for rlhf {escape(audit.command)}"
+    columns = [(escape(name), escape(read_as) or _marked("no", "not read")) for name, read_as in audit.columns.items()]
+    figures = [(escape(name), escape(value)) for name, value in facts(audit)]
     sections = [f"<h1>{title}</h1>", _table("Columns", columns, ("column", "read as"))]
-    if found.roles:
-        roles = [(escape(role), f"{count:,}") for role, count in found.roles.most_common()]
+    if audit.roles:
+        roles = [(escape(role), f"{count:,}") for role, count in audit.roles.most_common()]
         sections.append(_table("Roles", roles, ("role", "turns")))
     sections.append(_table("Rows", figures))
-    if found.errors:
-        errors = [(f"row {row}", _marked("bad", escape(error))) for row, error in found.errors[:_SHOWN_ERRORS]]
+    if audit.errors:
+        errors = [(f"row {row}", _marked("bad", escape(error))) for row, error in audit.errors[:_SHOWN_ERRORS]]
         sections.append(_table("Rows that cannot be read", errors))
-    sections.append(_lengths(found))
-    for number, sequences in found.samples:
+    sections.append(_lengths(audit))
+    for number, sequences in audit.samples:
         sections += [f"<h2>Row {number}</h2><pre>{_spans(sequence)}</pre>" for sequence in sequences]
-    if found.samples:
+    if audit.samples:
         sections.append('<p>Learned is what stands on <span style="background: var(--learned)">green</span>.</p>')
     return _PAGE.format(title=title, style=_STYLE, body="\n".join(sections))
 
@@ -85,9 +85,9 @@ def _table(title: str, rows: Sequence[tuple[str, str]], heads: Sequence[str] = (
     return f"<h2>{title}</h2><table>{f'<tr>{head}</tr>' if head else ''}{body}</table>"
 
 
-def _lengths(found: Audit) -> str:
+def _lengths(audit: Audit) -> str:
     """A histogram of lengths; empty if there are none."""
-    bins = histogram(found.lengths)
+    bins = histogram(audit.lengths)
     if not bins:
         return ""
     largest = max(count for _, _, count in bins)
@@ -96,7 +96,7 @@ def _lengths(found: Audit) -> str:
         width = f"{100 * count / largest:.1f}%"
         bar = f'<td><div class="bar" style="width: {width}"></div></td>'
         rows.append(f'<tr><td class="n">{interval_label(low, high)}</td>{bar}<td class="n">{count:,}</td></tr>')
-    return f"<h2>Length in {found.unit}</h2><table>{''.join(rows)}</table>"
+    return f"<h2>Length in {audit.unit}</h2><table>{''.join(rows)}</table>"
 
 
 def _spans(sequence: list[Piece]) -> str:

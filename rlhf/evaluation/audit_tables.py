@@ -20,41 +20,41 @@ _SHOWN_ERRORS = 5
 _PIECES = 400  # of a row, shown at its beginning and at its end
 
 
-def show_audit(found: Audit, console: Console | None = None) -> None:
+def show_audit(audit: Audit, console: Console | None = None) -> None:
     """Print columns, roles, figures, lengths, faults and the first rows.
 
     Args:
-        found: The audit.
+        audit: The audit.
         console: Where to print; a new one by default.
     """
     console = console or Console()
-    console.print(f"[bold]{escape(found.name)}[/bold] as rows for [bold]rlhf {found.command}[/bold]")
+    console.print(f"[bold]{escape(audit.name)}[/bold] as rows for [bold]rlhf {audit.command}[/bold]")
     columns = Table("column", "read as")
-    for name, read_as in found.columns.items():
+    for name, read_as in audit.columns.items():
         columns.add_row(escape(name), escape(read_as) if read_as else "[dim]not read[/dim]")
     console.print(columns)
-    if found.roles:
+    if audit.roles:
         roles = Table("role", "turns")
-        for role, count in found.roles.most_common():
+        for role, count in audit.roles.most_common():
             roles.add_row(escape(role), f"{count:,}")
         console.print(roles)
     figures = Table(show_header=False)
-    for name, value in facts(found):
+    for name, value in facts(audit):
         figures.add_row(escape(name), escape(value))
     console.print(figures)
-    for number, error in found.errors[:_SHOWN_ERRORS]:
+    for number, error in audit.errors[:_SHOWN_ERRORS]:
         console.print(Text(f"row {number}: {error}", "red"))
-    _show_lengths(found, console)
-    _show_samples(found, console)
+    _show_lengths(audit, console)
+    _show_samples(audit, console)
 
 
-def _show_lengths(found: Audit, console: Console) -> None:
+def _show_lengths(audit: Audit, console: Console) -> None:
     """Print a histogram of lengths, if there are any."""
-    bins = histogram(found.lengths)
+    bins = histogram(audit.lengths)
     if not bins:
         return
     largest = max(count for _, _, count in bins)
-    table = Table(f"length in {found.unit}", "", "", show_edge=False)
+    table = Table(f"length in {audit.unit}", "", "", show_edge=False)
     for low, high, count in bins:
         bar_length = round(_BAR * count / largest)
         bar_length = max(bar_length, count > 0)  # a bar for a single row, too
@@ -62,14 +62,14 @@ def _show_lengths(found: Audit, console: Console) -> None:
     console.print(table)
 
 
-def _show_samples(found: Audit, console: Console) -> None:
+def _show_samples(audit: Audit, console: Console) -> None:
     has_colours = console.color_system is not None
-    for number, sequences in found.samples:
+    for number, sequences in audit.samples:
         for sequence in sequences:
             pieces = middle_left_out(sequence, _PIECES)
             text = _shaded(pieces) if has_colours else _bracketed(pieces)
             console.print(Panel(text, title=f"row {number}", title_align="left"))
-    if found.samples:
+    if audit.samples:
         console.print(f"Learned is what stands {'on green' if has_colours else 'between ⟦ and ⟧'}.")
 
 

@@ -41,7 +41,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Seque
         Pieces that together are the text.
     """
     special_ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    found: list[Piece] = []
+    results: list[Piece] = []
     start = 0
     for stop in range(1, len(ids) + 1):
         # The text of a token is what it adds behind the tokens before it: at the beginning of a text, some tokenizers
@@ -54,9 +54,9 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Seque
             continue  # the rest of the character is in the next token
         learned = any(label != IGNORE for label in labels[start:stop])
         special = stop == start + 1 and ids[start] in special_ids
-        found.append(Piece(text, learned, special))
+        results.append(Piece(text, learned, special))
         start = stop
-    return found
+    return results
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -81,13 +81,13 @@ def text_pieces(prompt: Turns, completion: Turns) -> list[Piece]:
 def _turn_pieces(turns: Turns, is_completion: bool) -> list[Piece]:
     if isinstance(turns, str):
         return [Piece(turns, is_completion)] if turns else []
-    found = []
+    results = []
     for turn in turns:
         learned = is_completion and is_trained(turn)
         texts: list[Any] = [turn[key] for key in ("reasoning_content", "content", "tool_calls") if turn.get(key)]
-        found.append(Piece(f"{turn['role']}: ", False, special=True))
-        found.append(Piece("\n".join(map(str, texts)) + "\n", learned))
-    return found
+        results.append(Piece(f"{turn['role']}: ", False, special=True))
+        results.append(Piece("\n".join(map(str, texts)) + "\n", learned))
+    return results
 
 
 def middle_left_out(shown: list[Piece], limit: int) -> list[Piece]:

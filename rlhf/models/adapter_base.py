@@ -20,7 +20,7 @@ BASE = "base"  # the folder beside an adapter
 _QUANTISED_WEIGHTS = ("Params4bit", "Int8Params")  # of bitsandbytes
 
 
-def keep_base(model: Any, home: Path, kept: set[Path], state: dict[str, Tensor] | None = None) -> None:
+def keep_base(model: Any, home: Path, known_folders: set[Path], state: dict[str, Tensor] | None = None) -> None:
     """Save the weights under an adapter into ``home/base`` if no checkpoint holds them.
 
     The adapter's configuration gets the name of that folder. This happens to a model made in memory, one with another
@@ -29,24 +29,24 @@ def keep_base(model: Any, home: Path, kept: set[Path], state: dict[str, Tensor] 
     Args:
         model: A PEFT model; any other is left alone.
         home: The output directory.
-        kept: Folders that are known to hold the weights; grows.
+        known_folders: Folders that are known to hold the weights; grows.
         state: All weights of ``model``, if they are sharded.
     """
     if not isinstance(model, PeftModel):
         return
     base: Any = model.get_base_model()
     source, folder = base.__dict__.get("name_or_path"), (home / BASE).resolve()
-    if source and Path(source) in kept:
+    if source and Path(source) in known_folders:
         return
     weights = _plain_base(model, model.state_dict() if state is None else state)
     if source and _holds(source, weights):
-        kept.add(Path(source))
+        known_folders.add(Path(source))
         return
     base.name_or_path = ""
     for config in model.peft_config.values():
         config.base_model_name_or_path = str(folder)
-    if folder not in kept:
-        kept.add(folder)
+    if folder not in known_folders:
+        known_folders.add(folder)
         if getattr(base, "is_quantized", False):
             base, weights = _dequantised(base, weights)
         base.save_pretrained(folder, state_dict=weights)

@@ -62,9 +62,9 @@ def base_of(name: str, config: PeftConfig) -> str:
         FileNotFoundError: The model is in none of these places.
     """
     base = config.base_model_name_or_path
-    for place in (Path(str(base)).expanduser(), Path(name) / BASE, Path(name).parent / BASE):
-        if (place / "config.json").exists() or (place / "adapter_config.json").exists():
-            return str(place)
+    for folder in (Path(str(base)).expanduser(), Path(name) / BASE, Path(name).parent / BASE):
+        if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
+            return str(folder)
     if not base:
         reason = "it names no base model"
     else:

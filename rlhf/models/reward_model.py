@@ -38,9 +38,9 @@ class RewardModel(Wrapper):
         super().__init__(model)
         outputs = getattr(getattr(self.without_adapter, "score", None), "out_features", None)
         if outputs != 1:
-            found = "no head `score`" if outputs is None else f"a head `score` of {outputs} outputs"
+            head = "no head `score`" if outputs is None else f"a head `score` of {outputs} outputs"
             raise ValueError(
-                f"{type(self.without_adapter).__name__} has {found}, a reward model one output on a causal LM: "
+                f"{type(self.without_adapter).__name__} has {head}, a reward model one output on a causal LM: "
                 "use rlhf.models.load_reward_model, or from_pretrained(..., num_labels=1)"
             )
 
