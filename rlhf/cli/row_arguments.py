@@ -27,6 +27,9 @@ class RowArguments:
     def load_rows(self) -> Dataset:
         """The rows as they are in the file.
 
+        Returns:
+            The rows.
+
         Raises:
             ValueError: no data set was named, or it cannot be read.
             FileNotFoundError: there is no such file.

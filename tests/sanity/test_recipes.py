@@ -9,7 +9,7 @@ from conftest import tiny_model
 import rlhf.losses
 
 PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
-REGISTRIES = ("PREFERENCE_LOSSES", "POLICY_LOSSES", "ADVANTAGE_ESTIMATORS")
+REGISTRIES = ("PREFERENCE_LOSSES", "POLICY_LOSSES", "ADVANTAGE_ESTIMATORS", "DIVERGENCES")
 
 
 def recipes(page):
@@ -53,6 +53,7 @@ def test_there_is_a_recipe_for_each_thing_that_can_be_added():
         "Another loss",
         "A policy loss",
         "An advantage estimator",
+        "A divergence",
         "A reward",
         "A rollout engine",
         "A data format",
