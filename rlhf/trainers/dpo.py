@@ -13,6 +13,7 @@ from rlhf.trainers.dpo_config import DPOConfig
 from rlhf.trainers.metric_sums import Metrics
 from rlhf.trainers.pair_weights import tail_weights, wpo_weights
 from rlhf.trainers.referenced import ReferencedTrainer
+from rlhf.trainers.token_kl import WeightedKL
 
 
 class DPOTrainer(ReferencedTrainer):
@@ -44,9 +45,16 @@ class DPOTrainer(ReferencedTrainer):
     ref_columns: ClassVar[tuple[str, ...]] = ("ref_chosen_logps", "ref_rejected_logps")
 
     def set_up(self) -> None:
-        if self.args.use_weighting and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return
+        if self.args.use_weighting:
             raise ValueError(
                 "use_weighting reads the head once more, which is sharded under FSDP and DeepSpeed: leave it out"
+            )
+        if self.args.reads_kl():
+            raise ValueError(
+                f"loss_type {' '.join(self.args.loss_type)} reads the reference's head, which is sharded under FSDP "
+                "and DeepSpeed: take another loss"
             )
 
     def tokenize(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, vocab_size: int) -> Dataset:
@@ -74,22 +82,63 @@ class DPOTrainer(ReferencedTrainer):
         return "" if self.args.ld_alpha is None else f"-ld{self.args.ld_alpha}"
 
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
-        # The sequences of a pair are neighbours: the chosen answer, then the rejected one.
-        ref_chosen, ref_rejected = self.ref_sums(model, batch).view(-1, 2).unbind(1)
+        if self.args.reads_kl():
+            return self._measure_with_kl(model, batch)
+        ref_sums = self.ref_sums(model, batch)
         scores = model(batch)
-        chosen, rejected = self.sums(batch, scores.logps).view(-1, 2).unbind(1)
-        chosen_lengths, rejected_lengths = batch.targets.counts().view(-1, 2).unbind(1)
-        columns = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
-        if "margin" in batch.per_sequence:  # the same at both sequences of a pair
-            columns["margin"] = batch.per_sequence["margin"].view(-1, 2)[:, 0]
-        losses = self.args.loss(chosen, rejected, ref_chosen, ref_rejected, **columns)
+        sums = self.sums(batch, scores.logps)
+        losses = self._losses(batch, sums, ref_sums)
         if self.args.use_weighting:
             policy = self.accelerator.unwrap_model(model)
             losses = losses * wpo_weights(policy, batch, scores.logps.detach())
-        metrics = pair_metrics(chosen.detach(), rejected.detach(), ref_chosen, ref_rejected, self.args.beta)
-        chosen_nll = -batch.targets.sum(scores.logps.detach()).view(-1, 2)[:, 0]
-        metrics["perplexity/chosen"] = (chosen_nll, chosen_lengths)
+        metrics = self._metrics(batch, scores.logps.detach(), sums.detach(), ref_sums)
         return Measures(losses, torch.ones_like(losses), metrics, router_logits=scores.router_logits)
+
+    def _measure_with_kl(self, model: nn.Module, batch: Batch) -> Measures:
+        """The same for losses that read the KL to the reference, whose gradient goes through all predictions.
+
+        A loss is a function of sums over sequences. A first pass, without gradient, finds these and the derivatives of
+        the loss in them. A second pass takes the gradient of the sum of all tokens weighted by these derivatives.
+        """
+        assert self.reference is not None  # the configuration keeps it
+        with torch.no_grad(), self.accelerator.autocast():
+            reference = self.reference.predictions(batch)
+            nothing = torch.zeros(len(batch.targets), device=reference.rows.device)
+            scores = model(batch, WeightedKL(reference, nothing, nothing))
+        ref_sums = self.sums(batch, scores.teacher.logps)
+        metrics = self._metrics(batch, scores.logps, self.sums(batch, scores.logps), ref_sums)
+        sums = self.sums(batch, scores.logps).requires_grad_()
+        kls = batch.targets.sum(scores.teacher.kl).requires_grad_()
+        losses = self._losses(batch, sums, ref_sums, kls)
+        total = None
+        if torch.is_grad_enabled():
+            slopes = torch.autograd.grad(losses.sum(), (sums, kls), allow_unused=True, materialize_grads=True)
+            logp_weight, kl_weight = (slope[batch.targets.sequence] for slope in slopes)
+            scores = model(batch, WeightedKL(reference, logp_weight, kl_weight))
+            # The value of the loss with the gradient of the weighted sum.
+            total = losses.detach().sum() + scores.loss - scores.loss.detach()
+        losses = losses.detach()
+        return Measures(losses, torch.ones_like(losses), metrics, total, scores.router_logits)
+
+    def _losses(self, batch: Batch, sums: Tensor, ref_sums: Tensor, kls: Tensor | None = None) -> Tensor:
+        """The loss of each pair, from sums over its two sequences: the chosen answer, then the rejected one."""
+        lengths = batch.targets.counts()
+        by_sequence = {"lengths": lengths} if kls is None else {"lengths": lengths, "kl": kls}
+        columns = {}
+        for name, values in by_sequence.items():
+            columns[f"chosen_{name}"], columns[f"rejected_{name}"] = values.view(-1, 2).unbind(1)
+        if "margin" in batch.per_sequence:  # the same at both sequences of a pair
+            columns["margin"] = batch.per_sequence["margin"].view(-1, 2)[:, 0]
+        return self.args.loss(*sums.view(-1, 2).unbind(1), *ref_sums.view(-1, 2).unbind(1), **columns)
+
+    def _metrics(self, batch: Batch, logps: Tensor, sums: Tensor, ref_sums: Tensor) -> Metrics:
+        """What is logged of pairs, from log-probs without gradient."""
+        chosen, rejected = sums.view(-1, 2).unbind(1)
+        ref_chosen, ref_rejected = ref_sums.view(-1, 2).unbind(1)
+        metrics = pair_metrics(chosen, rejected, ref_chosen, ref_rejected, self.args.beta)
+        chosen_nll = -batch.targets.sum(logps).view(-1, 2)[:, 0]
+        metrics["perplexity/chosen"] = (chosen_nll, batch.targets.counts().view(-1, 2)[:, 0])
+        return metrics
 
 
 def pair_metrics(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float) -> Metrics:

@@ -14,6 +14,7 @@ from rlhf.trainers.referenced import ReferencedConfig
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 COLUMNS = ("margin",)  # of the rows, for losses that read them
 LENGTHS = ("chosen_lengths", "rejected_lengths")
+KL_COLUMNS = ("chosen_kl", "rejected_kl")
 OF_A_MARGIN = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
 REFUSED = {
     "rpo_alpha": "pass loss_type sigmoid sft and loss_weights 1.0 ALPHA, which is the same loss",
@@ -92,14 +93,25 @@ class DPOConfig(ReferencedConfig):
             raise ValueError(f"loss_type {' '.join(losses)} takes no label_smoothing: leave it out")
         for name, loss in losses.items():
             for column in loss.needs:
-                if column not in (*LENGTHS, *COLUMNS, *self.hyper_parameters()):
+                if column not in (*LENGTHS, *COLUMNS, *KL_COLUMNS, *self.hyper_parameters()):
                     raise ValueError(f"loss_type {name} needs {column}, which rows of pairs do not have")
+        if self.reads_kl():
+            self._check_kl()
         # The loss itself checks its hyper-parameters: here, rather than at the first step.
         one = torch.ones(1)
         try:
-            self.loss(one, one, one, one, **dict.fromkeys((*LENGTHS, *COLUMNS), one))
+            self.loss(one, one, one, one, **dict.fromkeys((*LENGTHS, *COLUMNS, *KL_COLUMNS), one))
         except TypeError as error:
             raise ValueError(f"loss_type {' '.join(losses)}: {error}") from error
+
+    def _check_kl(self) -> None:
+        """A KL of each token needs all predictions of the reference, and two passes that agree."""
+        losses = " ".join(self.loss_type)
+        if self.precompute_ref_log_probs:
+            raise ValueError(f"loss_type {losses} reads predictions, of which precompute_ref_log_probs keeps sums only")
+        if self.ld_alpha is not None or self.use_weighting or not self.disable_dropout:
+            raise ValueError(f"loss_type {losses} takes neither ld_alpha nor use_weighting, and disable_dropout alone")
+        self.precompute_ref_log_probs = False
 
     def losses(self) -> list[PreferenceLoss]:
         """The losses that ``loss_type`` names."""
@@ -112,6 +124,10 @@ class DPOConfig(ReferencedConfig):
     def reads_margin(self) -> bool:
         """Whether a loss reads the column ``margin`` of the rows."""
         return "margin" not in self.hyper_parameters() and any("margin" in loss.columns for loss in self.losses())
+
+    def reads_kl(self) -> bool:
+        """Whether a loss reads the KL of whole sequences to the reference."""
+        return any(column in loss.columns for loss in self.losses() for column in KL_COLUMNS)
 
     def check_columns(self, columns: list[str]) -> None:
         check_preference_columns(columns, self.reading().form)

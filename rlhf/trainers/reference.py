@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from rlhf.data import Batch
+from rlhf.logprobs import Predictions
 from rlhf.models import Policy
 
 
@@ -37,6 +38,19 @@ class Reference:
         with self.policy.adapter_off():
             logps: Tensor = model(batch).logps
         return logps
+
+    def predictions(self, batch: Batch) -> Predictions:
+        """The reference's predictions of the scored tokens, before the softmax.
+
+        Args:
+            batch: on the device.
+        Returns:
+            N rows and the head. Gradients and autocast are up to the caller.
+        """
+        if self.frozen is not None:
+            return self.frozen.predictions(batch)
+        with self.policy.adapter_off():
+            return self.policy.predictions(batch)
 
 
 @dataclass

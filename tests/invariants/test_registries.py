@@ -63,7 +63,7 @@ def dpo(tmp_path, tokenizer, preference_rows):
 MARGINS = [0.5, 1.0, 2.0, 0.0]
 
 
-@pytest.mark.parametrize("name", sorted(set(PREFERENCE_LOSSES) - {"tdpo"}))
+@pytest.mark.parametrize("name", PREFERENCE_LOSSES)
 def test_every_preference_loss_trains(dpo, name):
     loss, moved = dpo(name, MARGINS if "margin" in PREFERENCE_LOSSES[name].columns else None)
     assert math.isfinite(loss) and moved

@@ -77,6 +77,40 @@ def test_f_divergence_is_trls(first_loss, name):
     close(loss, -F.logsigmoid(BETA * margins).mean())
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_tdpo_has_the_gradient_of_its_formula(dpo, rows, accumulation):
+    """KL(reference, policy) over all tokens of a sequence, from whole logits, and autograd."""
+    size = dict(per_device_train_batch_size=6 // accumulation, gradient_accumulation_steps=accumulation)
+    trainer = dpo(rows, ref_model=tiny_model(), loss_type="tdpo", max_steps=1, optim="sgd", learning_rate=1.0,
+                  max_grad_norm=0.0, lr_scheduler_type="constant", loss_kwargs={"tdpo_alpha": 0.7}, **size)  # fmt: skip
+    policy, reference = tiny_model(seed=1), tiny_model()
+    losses = []
+    for tokens, ref_tokens in zip(
+        *(by_token(model, trainer.train_dataset) for model in (policy, reference)), strict=True
+    ):
+        (w, v), (k_w, k_v) = zip(*[
+            ((logps - ref_logps.detach()).sum(), (every_ref.exp() * (every_ref - every)).sum().nan_to_num())
+            for (logps, every), (ref_logps, every_ref) in zip(tokens, ref_tokens, strict=True)
+        ], strict=True)  # fmt: skip
+        losses.append(-F.logsigmoid(BETA * (w - v - 0.7 * (k_v - k_w.detach()))))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    trainer.train()
+    close(trainer.state.log_history[0]["loss"], loss.detach())
+    for before, after in zip(policy.parameters(), trainer.model.parameters(), strict=True):
+        want = before.detach() if before.grad is None else before.detach() - before.grad
+        torch.testing.assert_close(after.detach(), want, rtol=1e-4, atol=2e-6)
+    assert math.isfinite(trainer.evaluate(rows)["eval_loss"])
+
+
+def test_tdpo_with_the_adapter_off_as_the_reference(dpo, rows):
+    trainer = dpo(rows, loss_type="tdpo", peft_config=LoraConfig(task_type="CAUSAL_LM", r=4))
+    trainer.train()
+    first, second = (entry["loss"] for entry in trainer.state.log_history[:2])
+    close(first, math.log(2))
+    assert second < first
+
+
 @pytest.mark.parametrize("precompute", [False, True])
 def test_the_tail_of_the_longer_answer_counts_less(first_loss, precompute):
     loss, pairs = first_loss(ld_alpha=0.25, precompute_ref_log_probs=precompute)
@@ -108,6 +142,8 @@ def test_pairs_weigh_as_much_as_they_are_likely(first_loss):
         (dict(f_divergence_type="forward_kl", loss_type="simpo"), "loss_type simpo has one of its own"),
         (dict(ld_alpha=2.0), r"ld_alpha must be in \[0, 1\], got 2.0"),
         (dict(use_weighting=True, loss_type="aot"), "loss_type aot sorts them"),
+        (dict(precompute_ref_log_probs=True, loss_type="tdpo"), "loss_type tdpo reads predictions"),
+        (dict(ld_alpha=0.5, loss_type="tdpo"), "loss_type tdpo takes neither ld_alpha"),
         (dict(sync_ref_model=True, precompute_ref_log_probs=True), "choose one"),
         (dict(truncation_mode="keep_end"), "truncation_mode 'keep_end'"),
     ],
