@@ -47,6 +47,7 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("--load_in_8bit and --load_in_4bit exclude each other: pass one")
+        # On the command line names are separate words; people also join them with commas, as other tools want it.
         for name in ("lora_target_modules", "lora_target_parameters", "lora_modules_to_save"):
             setattr(self, name, split_names(getattr(self, name)))
         if not self.use_peft:
@@ -117,6 +118,7 @@ class ModelArguments:
             ValueError: fewer bits and no adapter: such weights cannot be trained.
         """
         if not self.use_peft:
+            # No optimizer can move weights of so few bits.
             if self.load_in_4bit or self.load_in_8bit:
                 bits = 4 if self.load_in_4bit else 8
                 raise ValueError(f"--load_in_{bits}bit: weights of {bits} bits are not trained, add --use_peft")
@@ -285,6 +287,7 @@ class TeacherAdapterArguments:
         for other in ("teacher_model_name_or_path", "teacher_file", "teacher_server_url"):
             if getattr(config, other) is not None:
                 raise ValueError(f"--teacher_adapter and --{other} exclude each other: pass one teacher")
+        # Trained whole, the weights under the teacher's adapter would change with the student.
         if not model.use_peft:
             raise ValueError("--teacher_adapter needs --use_peft: the student is another adapter on the same model")
         return {"teacher_adapter": self.teacher_adapter}

@@ -73,18 +73,21 @@ COMMANDS: dict[str, Command | TrainingCommand] = {
         config="rlhf.trainers:KTOConfig",
         groups=(REFERENCE,),
     ),
+    # Its teacher may be an adapter in a folder, so that a function makes the trainer.
     "distill": TrainingCommand(
         "train a student to predict what a teacher predicts",
         trainer="rlhf.cli.training:make_distill_trainer",
         config="rlhf.distillation:DistillConfig",
         groups=(TEACHER_ADAPTER,),
     ),
+    # A reward model has a scalar head in place of the vocabulary.
     "reward": TrainingCommand(
         "train a reward model on preference pairs",
         trainer="rlhf.trainers:RewardTrainer",
         config="rlhf.trainers:RewardConfig",
         load_model="rlhf.models:load_reward_model",
     ),
+    # These five are one trainer with other defaults: where advantages come from, and the loss.
     "ppo": TrainingCommand(
         "learn from rewards, with a critic (prompts and --reward_funcs)",
         trainer="rlhf.online:PPOTrainer",
@@ -115,6 +118,7 @@ COMMANDS: dict[str, Command | TrainingCommand] = {
         config="rlhf.online:BestOfNConfig",
         groups=(REFERENCE, EXPERIENCE),
     ),
+    # From here on nothing is trained.
     "student": Command(
         "make a smaller model: some of a teacher's layers, or fresh",
         module="rlhf.cli.student",

@@ -68,6 +68,7 @@ def run(argv: list[str]) -> None:
         columns = _beside_teacher(trainer, metrics, args)
     row_format = trainer.args.reading().for_tokenizer(tokenizer).form
     prompts = prompts_of(rows, args.num_completions, row_format)
+    # Greedy and one at a time, so that answers do not depend on the batch.
     answers = complete(model, tokenizer, prompts, args.max_new_tokens)
     # All processes compute; the first one shows.
     if not trainer.is_world_process_zero():
@@ -137,6 +138,7 @@ def _beside_teacher(trainer: Any, metrics: dict[str, float], args: EvalArguments
         # An answer begins at the first scored token; a plain text is scored from its beginning.
         start = next(i for i, label in enumerate(row["labels"]) if label != IGNORE)
         prompts.append(row["input_ids"][: max(1, start)])
+    # Both as the trainer holds them: on the same device, with the same faster modules.
     models = {"student": trainer.model, "teacher": trainer.teacher.policy}
     batch = trainer.data_collator(first_rows).to(trainer.args.device)
     speed = model_speed(models, trainer.processing_class, batch, prompts, args.max_new_tokens)

@@ -20,6 +20,7 @@ ALIASES = {
 
 def config_folder() -> Path:
     """The folder of the YAML files that come with the package: in an installed wheel, or in a checkout."""
+    # The wheel has a copy of the folder inside the package.
     in_wheel = Path(__file__).parents[1] / "configs"
     in_checkout = Path(__file__).parents[2] / "configs"
     return in_wheel if in_wheel.is_dir() else in_checkout
@@ -119,6 +120,7 @@ def read_config(file: str, known_names: Iterable[str]) -> dict[str, Any]:
         raise ValueError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file}: expected `option: value` lines, found a {type(values).__name__}")
+    # Before torch is imported, which reads some of them only then.
     environment = values.pop("env", None) or {}
     os.environ.update({str(name): str(value) for name, value in environment.items()})
     known_names = frozenset(known_names)

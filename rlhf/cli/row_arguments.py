@@ -25,7 +25,10 @@ class RowArguments:
     roles: str | None = option(None, "Roles under other names: customer=user,agent=assistant.")
 
     def load_rows(self) -> Dataset:
-        """The rows as they are in the file.
+        """Load the rows as they are in the file.
+
+        Returns:
+            The rows of the split.
 
         Returns:
             The rows.

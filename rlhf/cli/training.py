@@ -37,9 +37,11 @@ def run(name: str, command: TrainingCommand, argv: list[str]) -> None:
     Raises:
         ValueError, OSError: bad options, bad data, or a folder that must not be replaced.
     """
+    # The options of the launcher come first; they were used before this process began.
     classes = [resolve_name(path) for path in command.option_classes]
     _, data, model, *groups, args = parse(name, classes, argv)
     _require_training_options(data, model, args)
+    # Before rows and weights are loaded, as a group refuses what does not go together.
     trainer_kwargs: dict[str, Any] = {}
     for group in groups:
         trainer_kwargs |= group.trainer_kwargs(model, args)
@@ -81,6 +83,7 @@ def train(
         peft_config=peft_config,
         **trainer_kwargs,
     )
+    # Only now: whatever could be wrong with data or model would have been found.
     if data.overwrite:
         _clear(output_folder, trainer)
     _train_and_save(trainer, checkpoint)
@@ -162,6 +165,7 @@ def _train_and_save(trainer: BaseTrainer, checkpoint: str | None) -> None:
     trainer.save_metrics("all", metrics)
     if trainer.is_world_process_zero():
         print(f"saved {trainer.args.output_dir}")
+    # A single process has no group to end.
     if trainer.args.world_size > 1:
         _end_process_group(trainer)
 
@@ -189,6 +193,7 @@ def _check_output(folder: Path, data: DataArguments, checkpoint: str | None = No
     if data.resume and checkpoint is not None:
         raise ValueError("--resume and --resume_from_checkpoint exclude each other")
     checkpoint = checkpoint_to_resume(data.resume or checkpoint, str(folder))
+    # A run that goes on in its own folder replaces nothing.
     if checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve():
         if data.overwrite:
             raise ValueError(f"{checkpoint}: --overwrite would replace it; choose another --output_dir")
@@ -205,6 +210,7 @@ def _check_output(folder: Path, data: DataArguments, checkpoint: str | None = No
 
 def _holds_run(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir()}
+    # A run that stopped before its first checkpoint left no more than these.
     ended_early = names <= {"completions.jsonl", BAD_ROWS}
     return ended_early or "training_args.bin" in names or get_last_checkpoint(str(folder)) is not None
 
