@@ -103,7 +103,7 @@ def _chunk_size(rows: int, logits_per_row: int, device: torch.device) -> int:
 
 def _chunks_to_cache(mode: Mode, rows: int, size: int, logits_per_row: int, device: torch.device) -> int:
     chunks = -(-rows // size)
-    if mode != "auto":
+    if mode != "auto":  # "save" or "recompute": somebody decided
         return chunks if mode == "save" else 0
     if device.type != "cpu":
         return 0  # a GPU's memory is wanted elsewhere, and its matrix products are cheap
@@ -159,7 +159,7 @@ class ChunkedHead:
         logits, slope = self._logits(chunk, None if keep else self.memory(chunk))
         if logits.is_cuda:
             return logits.log_softmax(-1), slope
-        # In place: one pass over the logits, no second buffer.
+        # In place: one pass over the logits, no second buffer. Only the operator without autograd takes `out`.
         return torch.ops.aten._log_softmax.out(logits, 1, False, out=logits), slope
 
     def _logits(self, chunk: slice, out: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -177,6 +177,7 @@ class ChunkedHead:
             logits += self.bias * head.scale
         slope = None
         if head.softcap is not None:
+            # The slope of c tanh(z / c) is 1 - tanh², which is at hand now.
             logits.div_(head.softcap).tanh_()
             slope = 1 - logits**2
             logits.mul_(head.softcap)
@@ -238,6 +239,7 @@ class Gradients:
             if self.rows is not None:
                 self.rows[chunk] = grad_logits
             return
+        # From the gradient over the temperature to that of the product.
         scale = head.scale / head.temperature
         if slope is not None:
             grad_logits *= slope
@@ -251,10 +253,11 @@ class Gradients:
 
     def _add_to_weight(self, a: Tensor, b: Tensor) -> None:
         if self.weight is None:
-            self.weight = self.walk.product(a, b)
+            self.weight = self.walk.product(a, b)  # the first chunk needs no zeros to be added to
         elif self.walk.operand_dtype == self.walk.result_dtype:
             add_product(self.weight, a, b)
         else:
+            # A product in half precision cannot add to float32 memory.
             self.weight += self.walk.product(a, b)
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -294,7 +297,7 @@ def grad_of_logits(
         [c, V].
     """
     token = token[:, None]
-    token_logps = log_probs.gather(1, token)
+    token_logps = log_probs.gather(1, token)  # before `out`, which may be the same memory
     probs = torch.exp(log_probs, out=out if grad_entropy is None else None)
     if grad_logps is not None:
         # 1 - p as -expm1(log p), formed before any downcast: exact for confident tokens.
@@ -303,6 +306,7 @@ def grad_of_logits(
         if grad_logps is None:
             return probs.mul_(0)
         return probs.mul_(-grad_logps[:, None]).scatter_(1, token, at_token)
+    # The entropy reads p and log p, so the result needs memory of its own.
     entropy = -dot(probs, log_probs)[:, None]
     gradient = probs * (log_probs + entropy).mul_(-grad_entropy[:, None])
     if grad_logps is not None:
@@ -351,6 +355,7 @@ def sum_over_chunks(student: Predictions, size: int, step: Step, with_grad: bool
 
 def _sum(walk: ChunkedHead, step: Step, gradients: Gradients | None = None) -> tuple[Tensor, Tensor]:
     parts = []
+    # On the device: nothing here waits for it.
     total = walk.rows.new_zeros((), dtype=walk.result_dtype)
     for chunk in walk.chunks():
         log_probs, slope = walk.log_probs(chunk)

@@ -229,6 +229,7 @@ def _compare(
     """
     logps, teacher_logps = log_q.gather(1, token), log_p.gather(1, token)
     agrees = log_q.gather(1, log_p.argmax(1, keepdim=True)) == log_q.amax(1, keepdim=True)
+    # Reported for every divergence, so that runs can be compared.
     kl = dot(log_p.exp(), log_p - log_q)
     if fused is None:
         value = _by_autograd(log_q, log_p, token, logps, divergence, with_grad)
@@ -251,7 +252,7 @@ def _by_autograd(
     if with_grad:
         soft, hard = divergence.distillation_weight, divergence.crossentropy_weight
         at_token = soft * gradient.gather(1, token) + hard * logps.expm1()
-        log_q.exp_().mul_(hard).add_(gradient, alpha=soft)
+        log_q.exp_().mul_(hard).add_(gradient, alpha=soft)  # q - 1 at the label follows, exactly
         log_q.scatter_(1, token, at_token)
     return value.detach()
 
@@ -350,6 +351,8 @@ class SortedComparison(HeadObjective):
 
     def begin(self, token: Tensor, chunk_size: int, with_grad: bool, entropy: bool) -> Step:
         weights = self.weights
+        # Every student's token gets a row of the teacher, so that both sides have the same chunks; the row of a token
+        # without a partner is computed in vain, and masked.
         has_partner, place = self.partner >= 0, self.partner.clamp(min=0)
         teacher = ChunkedHead(self.teacher._replace(rows=self.teacher.rows[place]), chunk_size)
         teacher_token = self.teacher_token[place]

@@ -16,7 +16,8 @@ class Head:
     """``logits = cap(scale * (hidden @ weight.T + bias)) / temperature``, ``cap(z) = softcap * tanh(z / softcap)``.
 
     Args:
-        weight: [V, H]. bias: [V].
+        weight: [V, H].
+        bias: [V].
         scale: factor on the logits (Cohere, Granite, Falcon-H1, …).
         softcap: bound on the absolute logits (Gemma and relatives); None for none.
         temperature: that tokens were sampled at.
@@ -72,39 +73,67 @@ class Predictions(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """What a model's config says about its head; the weights are read anew at each forward."""
+    """The part of a head that a model's config describes; the weights are read anew in each forward pass.
+
+    Args:
+        scale: as in :class:`Head`.
+        softcap: as in :class:`Head`.
+        vocab_size: number of tokens, where the weight has rows beyond them; None where it has none.
+    """
 
     scale: float = 1.0
     softcap: float | None = None
     vocab_size: int | None = None
 
 
+# Names in the configs of transformers' models.
+SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere · Falcon-H1 · Muse
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
 def head_settings(config: Any) -> HeadSettings:
-    """Read scale, soft-cap and padded vocabulary off a transformers config, under the names that models use."""
+    """Read scale, soft-cap and padded vocabulary off a transformers config, under the names that models use.
+
+    Args:
+        config: of a model; its text part is read.
+    Returns:
+        The settings. :func:`verified_settings` checks them against the model itself.
+    """
     config = config.get_text_config()
-
-    def first(*names: str) -> float | None:
-        return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
-
     scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):  # Cohere · Falcon-H1 · Muse
-        scale *= first(name) or 1.0
-    if divisor := first("logits_scaling"):  # Granite divides by it, HyperCLOVA X multiplies
-        scale = scale * divisor if config.model_type.startswith("hyperclovax") else scale / divisor
-    softcap = first("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    for name in SCALES:
+        scale *= getattr(config, name, None) or 1.0
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling:
+        # Granite divides by it, HyperCLOVA X multiplies.
+        multiplies = config.model_type.startswith("hyperclovax")
+        scale = scale * scaling if multiplies else scale / scaling
+    softcaps = [getattr(config, name, None) for name in SOFTCAPS]
+    softcap = next((value for value in softcaps if value is not None), None)
     return HeadSettings(scale, softcap, getattr(config, "unpadded_vocab_size", None))
 
 
 def read_head(model: nn.Module, settings: HeadSettings, temperature: float = 1.0) -> Head:
-    """The head of a Hugging Face causal LM (PEFT's ``modules_to_save`` and FSDP2's shards included)."""
+    """The head of a Hugging Face causal LM (PEFT's ``modules_to_save`` and FSDP2's shards included).
+
+    Args:
+        model: the transformers model.
+        settings: of its config.
+        temperature: divides the logits.
+    Returns:
+        The head, on the tokens without padding.
+    """
     layer = model.get_output_embeddings()  # type: ignore[operator]
     weight, bias = layer.weight, getattr(layer, "bias", None)
-    if hasattr(weight, "full_tensor"):  # FSDP2: gather once a call, not once a chunk
-        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+    if hasattr(weight, "full_tensor"):
+        # Under FSDP2 the weight is sharded: gathered once in a forward pass, not once for each chunk.
+        weight = weight.full_tensor()
+        bias = None if bias is None else bias.full_tensor()
     head = Head(weight, bias, settings.scale, settings.softcap, temperature)
     return head if settings.vocab_size is None else head.first(settings.vocab_size)
 
 
+# False for a model that failed the check. Weak: a model is not kept alive by having been checked.
 _verified: WeakKeyDictionary[nn.Module, HeadSettings | Literal[False]] = WeakKeyDictionary()
 
 
@@ -113,52 +142,71 @@ def verified_settings(model: nn.Module) -> HeadSettings | None:
 
     The check runs one forward of at most 16 tokens. A model that fails it, or whose head cannot be read as one matrix
     (an adapter on the head, weights that ZeRO-3 has sharded), is reported once by a warning.
+
+    Args:
+        model: the transformers model.
+    Returns:
+        The settings, or None.
+    Raises:
+        ValueError: the model's logits are NaN.
     """
     if model not in _verified:
-        settings, problem = _verify(model)
+        settings = head_settings(model.config)
+        problem = _unreadable_reason(model) or _mismatch(model, settings)
         if problem:
             logger.warning("%s: %s; using the model's own head (exact, slower)", type(model).__name__, problem)
-        _verified[model] = settings if settings is not None and not problem else False
+        _verified[model] = False if problem else settings
     return _verified[model] or None
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
+    """A causal LM without its head."""
     return model.base_model  # type: ignore[return-value]
 
 
-def _verify(model: nn.Module) -> tuple[HeadSettings | None, str | None]:
+def _unreadable_reason(model: nn.Module) -> str | None:
+    """Why the head cannot be read as one matrix; None where it can."""
     layer = model.get_output_embeddings()  # type: ignore[operator]
     weight = getattr(layer, "weight", None)
     if layer is None or weight is None or backbone_of(model) is model:
-        return None, "no output embedding to read the head from"
-    if hasattr(layer, "base_layer"):  # `.weight` would be the frozen matrix, without the adapter
-        return None, "an adapter sits on the head"
-    if hasattr(weight, "ds_id") or weight.is_meta or weight.dim() != 2 or not weight.is_floating_point():
-        return None, "the head's weights are not in memory as one matrix"
-    settings = head_settings(model.config)
-    found: dict[str, Tensor] = {}
+        return "no output embedding to read the head from"
+    if hasattr(layer, "base_layer"):
+        # `.weight` would be the frozen matrix, without the adapter.
+        return "an adapter sits on the head"
+    is_sharded = hasattr(weight, "ds_id") or weight.is_meta
+    # Quantised weights are packed: neither two-dimensional nor floating-point.
+    if is_sharded or weight.dim() != 2 or not weight.is_floating_point():
+        return "the head's weights are not in memory as one matrix"
+    return None
 
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        found["hidden"] = output[0]
+
+@torch.no_grad()
+def _mismatch(model: nn.Module, settings: HeadSettings) -> str | None:
+    """How the formula of the head differs from the model's own logits; None where it agrees with them."""
+    weight = model.get_output_embeddings().weight  # type: ignore[operator]
+    recorded: dict[str, Tensor] = {}
+
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        recorded["hidden"] = output[0]
 
     # One forward gives both sides of the comparison, so dropout cannot make them differ.
-    handle = backbone_of(model).register_forward_hook(keep)
+    hook = backbone_of(model).register_forward_hook(record)
     try:
         ids = torch.arange(1, 17, device=weight.device)[None] % weight.size(0)
-        with torch.no_grad():
-            own = model(input_ids=ids, use_cache=False).logits.float()
-            if "hidden" not in found:  # it runs a part of its backbone (BART, OPT)
-                found["hidden"] = backbone_of(model)(input_ids=ids, use_cache=False)[0]
-            head = read_head(model, settings)
-            bias = None if head.bias is None else head.bias.float()
-            ours = Head(head.weight.float(), bias, head.scale, head.softcap).logits(found["hidden"].float())
+        model_logits = model(input_ids=ids, use_cache=False).logits.float()
+        if "hidden" not in recorded:
+            # The model ran a part of its backbone (BART, OPT), and the hook was not called.
+            recorded["hidden"] = backbone_of(model)(input_ids=ids, use_cache=False)[0]
     finally:
-        handle.remove()
-    if own.isnan().any():
+        hook.remove()
+    head = read_head(model, settings)
+    logits = Predictions(recorded["hidden"], head).logits(torch.float32)
+    if model_logits.isnan().any():
         raise ValueError(f"{type(model).__name__}: its logits are NaN; the weights are broken, or its dtype too narrow")
+    if model_logits.shape != logits.shape:
+        return f"logits have shape {tuple(model_logits.shape)}, the head gives {tuple(logits.shape)}"
     tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 2e-2  # bf16 logits keep 8 bits
-    if own.shape != ours.shape:
-        return None, f"logits have shape {tuple(own.shape)}, the head gives {tuple(ours.shape)}"
-    if not torch.allclose(own, ours, rtol=0, atol=tolerance * float(own.abs().max())):
-        return None, f"the head's formula misses the model's logits by {float((own - ours).abs().max()):.2g}"
-    return settings, None
+    if not torch.allclose(model_logits, logits, rtol=0, atol=tolerance * float(model_logits.abs().max())):
+        difference = float((model_logits - logits).abs().max())
+        return f"the head's formula misses the model's logits by {difference:.2g}"
+    return None

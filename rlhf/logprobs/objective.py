@@ -130,6 +130,7 @@ class TokenLoss(HeadObjective):
                 loss = self.function(Scores(logps, entropies), *columns).sum()
             grad_logits = log_probs
             if with_grad:
+                # Autograd runs on two numbers for each token; the step from them to the logits is in closed form.
                 grad_logps, grad_entropy = (*torch.autograd.grad(loss, inputs, allow_unused=True), None)[:2]
                 grad_logits = grad_of_logits(log_probs, token[chunk], grad_logps, grad_entropy, out=log_probs)
             return ChunkResult(torch.stack([tensor.detach() for tensor in inputs]), loss.detach(), grad_logits)
@@ -137,5 +138,5 @@ class TokenLoss(HeadObjective):
         return step
 
     def scores(self, per_token: Tensor, loss: Tensor) -> Scores:
-        entropy = per_token[1] if len(per_token) > 1 else None
+        entropy = per_token[1] if len(per_token) > 1 else None  # it was asked for in `begin`
         return Scores(per_token[0], entropy, loss)

@@ -122,6 +122,7 @@ def score_predictions(
         mode=mode,
         chunk_size=chunk_size,
     )
+    # Precision is chosen here, product by product: autocast would round log-probs.
     with torch.autocast(token.device.type, enabled=False):
         if objective is not None:
             if entropy and not isinstance(objective, TokenLoss):
@@ -183,7 +184,7 @@ class _TokenLogps(Function):
         ctx.save_for_backward(rows, weight, bias, token, *(tensor for pair in cache for tensor in pair))
         ctx.settings = None if head is None else (head.scale, head.softcap, head.temperature)
         ctx.chunk_size = chunk_size
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # None for an output that no loss reads, not a vector of zeros
         return outputs
 
     @staticmethod
@@ -220,6 +221,7 @@ class _Unit(Function):
             ones = torch.ones_like(logps[chunk])
             grad_logits = grad_of_logits(log_probs, token[chunk], ones, None, out=log_probs)
             gradients.add(chunk, grad_logits, slope)
+        # d log p / d h of each token: the backward pass multiplies rows by numbers, and needs no product of the head.
         ctx.save_for_backward(gradients.rows)
         return logps
 

@@ -1,4 +1,4 @@
-"""What is scored: the one contract for shifting and ``ignore_index``."""
+"""The scored tokens: the one contract for shifting and ``ignore_index``."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -37,6 +37,7 @@ class Targets:
                     f"Targets.{name} must be int64 [{self.source.numel()}], got {value.dtype} {tuple(value.shape)}"
                 )
         if self.num_sequences < 0:
+            # The dataclass is frozen, for everybody but its own constructor.
             object.__setattr__(self, "num_sequences", int(self.sequence.max()) + 1 if len(self) else 0)
 
     def __len__(self) -> int:
@@ -53,20 +54,35 @@ class Targets:
             ignore_index: label that is not scored.
         Returns:
             Sequence b is row b. A row's first token has nothing before it and is never scored.
+        Raises:
+            ValueError: labels or mask are no [B, T].
         """
         _check_grid("labels", labels)
-        scored = labels != ignore_index
+        is_scored = labels != ignore_index
         if attention_mask is not None:
             _check_grid("attention_mask", attention_mask, labels)
-            scored = scored & attention_mask.bool()
-            scored[:, 1:] &= attention_mask[:, :-1].bool()
-        scored[:, 0] = False
-        row, column = scored.nonzero(as_tuple=True)
-        return cls(row * labels.size(1) + column - 1, labels[row, column], row, labels.size(0))
+            is_token = attention_mask.bool()
+            is_scored = is_scored & is_token
+            # Behind padding on the left, the position before the first token is padding.
+            is_scored[:, 1:] &= is_token[:, :-1]
+        is_scored[:, 0] = False
+        row, column = is_scored.nonzero(as_tuple=True)
+        source = row * labels.size(1) + column - 1
+        return cls(source, labels[row, column], row, num_sequences=labels.size(0))
 
     @classmethod
     def from_mask(cls, input_ids: Tensor, mask: Tensor, attention_mask: Tensor | None = None) -> "Targets":
-        """The tokens of ``input_ids`` [B, T] where ``mask`` [B, T] is True, each from the position before it."""
+        """The tokens where a mask is True, each predicted from the position before it.
+
+        Args:
+            input_ids: int64 [B, T].
+            mask: [B, T], True for a scored token.
+            attention_mask: as in :meth:`from_labels`.
+        Returns:
+            Sequence b is row b.
+        Raises:
+            ValueError: the mask has another shape than the ids.
+        """
         _check_grid("mask", mask, input_ids)
         return cls.from_labels(torch.where(mask.bool(), input_ids, -100), attention_mask)
 
@@ -92,18 +108,22 @@ class Targets:
         """
         _check_grid("input_ids", input_ids)
         width = input_ids.size(1)
-        used = prompt_lengths + completion_lengths
-        if bool((used > width).any()):
-            row = int((used > width).nonzero()[0])
-            raise ValueError(f"row {row} has prompt + completion = {int(used[row])} tokens, input_ids only {width}")
+        lengths = prompt_lengths + completion_lengths
+        too_long = lengths > width
+        if bool(too_long.any()):
+            row = int(too_long.nonzero()[0])
+            raise ValueError(f"row {row} has prompt + completion = {int(lengths[row])} tokens, input_ids only {width}")
         column = torch.arange(width, device=input_ids.device)[None]
-        start = (width - used if padding_side == "left" else torch.zeros_like(used))[:, None]
-        attention_mask = (column >= start) & (column < start + used[:, None])
-        return cls.from_mask(input_ids, attention_mask & (column >= start + prompt_lengths[:, None]), attention_mask)
+        starts = width - lengths if padding_side == "left" else torch.zeros_like(lengths)
+        start, end = starts[:, None], (starts + lengths)[:, None]
+        attention_mask = (column >= start) & (column < end)
+        completion_mask = attention_mask & (column >= start + prompt_lengths[:, None])
+        return cls.from_mask(input_ids, completion_mask, attention_mask)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
+        """The same targets on another device."""
         source, token, sequence = (
-            t.to(device, non_blocking=non_blocking) for t in (self.source, self.token, self.sequence)
+            vector.to(device, non_blocking=non_blocking) for vector in (self.source, self.token, self.sequence)
         )
         return replace(self, source=source, token=token, sequence=sequence)
 

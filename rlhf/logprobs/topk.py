@@ -126,7 +126,7 @@ class TopKDivergence(HeadObjective):
         """The divergence [c], and the gradient of the loss with respect to the logits [c, V]; overwrites ``log_q``."""
         temperature, hard, ids = self.temperature, self.crossentropy_weight, teacher.ids
         hot_log_q = log_q if temperature == 1 else (log_q / temperature).log_softmax(1)
-        kept_log_q = hot_log_q.gather(1, ids)
+        kept_log_q = hot_log_q.gather(1, ids)  # before it is overwritten by the probabilities
         probs = torch.exp(hot_log_q, out=hot_log_q)
         rest = None
         if self.estimate == "tail" and ids.size(1) < probs.size(1):
@@ -213,6 +213,7 @@ def top_k_divergence(
 
     Source: arXiv 2503.16870 for the sparse estimates; the gradient above is our own.
     """
+    # The objective divides by the temperature itself, because the hard labels are scored at 1.
     objective = TopKDivergence(teacher, estimate, beta, soft, hard, head.temperature)
     return _top_k_scores(
         score(hidden, replace(head, temperature=1.0), targets, objective=objective, chunk_size=chunk_size)
@@ -322,6 +323,7 @@ def _top_k(teacher: Predictions, k: int, chunk_size: int | None = None) -> TopK:
         for chunk in walk.chunks():
             log_probs, _ = walk.log_probs(chunk)
             logps, ids = log_probs.topk(k, dim=1)
+            # The rest is summed over the others: 1 minus the kept would be rounding where they hold nearly all.
             others = log_probs.exp_().scatter_(1, ids, 0.0)
             rest = others.sum(1).clamp_(min=torch.finfo(others.dtype).tiny).log()
             parts.append(TopK(ids, logps, rest))

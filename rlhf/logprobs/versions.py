@@ -1,4 +1,4 @@
-"""What older transformers call otherwise, or do not do: the one place that asks."""
+"""Differences between versions of transformers: the one place that asks."""
 
 from typing import Any
 
@@ -10,14 +10,16 @@ _SLICES_BY_MASK = hasattr(modeling_utils, "slice_logits_to_keep")
 
 
 def kept_logits(model: nn.Module, inputs: dict[str, Any], mask: Tensor) -> Tensor:
-    """The model's own logits where the bool ``mask`` [B, T] is True: [kept, V]; older models compute all of them."""
+    """The model's own logits at some positions; older models compute all of them.
+
+    Args:
+        model: a transformers causal LM.
+        inputs: the arguments of its forward.
+        mask: bool [B, T], True for a position that is wanted.
+    Returns:
+        [positions, V], or [B, T, V] from a model that ignores the mask.
+    """
     if _SLICES_BY_MASK:
         return model(**inputs, use_cache=False, logits_to_keep=mask).logits
     logits: Tensor = model(**inputs, use_cache=False).logits
     return logits[mask.to(torch.bool)]
-
-
-def activation_checkpointing(args: Any) -> tuple[bool, dict[str, Any]]:
-    """Whether layers are computed again in the backward pass, and how; once ``gradient_checkpointing``."""
-    name = "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
-    return bool(getattr(args, name)), getattr(args, f"{name}_kwargs") or {}
