@@ -135,4 +135,4 @@ def test_the_recorded_table_of_templates_is_what_is_scored_now():
     rows = load_data(str(folder / "conversations.jsonl"))
     page = (folder / "README.md").read_text(encoding="utf-8")
     found = scored.table(scored.audits(rows, False), scored.audits(rows, True), rows)
-    assert found.split("What is told:")[0] in page
+    assert found.split("Messages:")[0] in page

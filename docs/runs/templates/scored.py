@@ -55,7 +55,7 @@ def table(found: dict[str, Audit], split: dict[str, Audit], rows: Any) -> str:
     lines.append("| share of tokens scored | " + " | ".join(shares) + " |")
     told = [f"* {family}, row {where[0]}: {note}" for family, one in found.items() for note, where in one.notes.items()]
     told += [f"* {family}, row {row}: {error}" for family, one in found.items() for row, error in one.errors]
-    return "\n".join([*lines, "", "What is told:", "", *told]) + "\n"
+    return "\n".join([*lines, "", "Messages:", "", *told]) + "\n"
 
 
 def _scored_text(found: Audit) -> str:
