@@ -22,6 +22,7 @@ def check_config(args: Any) -> None:
     Raises:
         ValueError: the option, what was found, and what to do.
     """
+    # In this order: a check may rely on those before it.
     _check_ranges(args)
     _check_sampling(args)
     _check_batch_sizes(args)
@@ -55,6 +56,7 @@ def _check_sampling(args: Any) -> None:
             f"train_sampling_strategy {args.train_sampling_strategy}: prompts are drawn in a random order, or with "
             "shuffle_dataset false in their own"
         )
+    # Greedy sampling would give a group of equal completions.
     if args.temperature <= 0:
         raise ValueError(f"temperature must be positive to explore, got {args.temperature}")
     if args.max_completion_length >= args.limit():
@@ -64,6 +66,7 @@ def _check_sampling(args: Any) -> None:
         )
     if args.dynamic_sampling and args.num_generations < 2:
         raise ValueError("dynamic_sampling looks for groups of different rewards: num_generations must be above 1")
+    # Allowed, as ratios are between the trainer's own log-probs; but the samples are then not the policy's.
     if args.sampling().reshapes:
         logger.warning(
             "top_p, top_k, min_p or repetition_penalty: samples come from another distribution than the policy's "
@@ -74,12 +77,14 @@ def _check_sampling(args: Any) -> None:
 def _check_batch_sizes(args: Any) -> None:
     if args.tokens_per_batch is not None:
         raise ValueError("tokens_per_batch is for data that is there before training: leave it out")
+    # A group stays on one process and in one step: its baseline needs all of it.
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     if step % args.completions_used:
         raise ValueError(
             f"a step takes {step} completions on each device (per_device_train_batch_size * "
             f"gradient_accumulation_steps), which is no multiple of the {args.completions_used} of a prompt"
         )
+    # A micro-batch holds whole pairs.
     if args.advantage_estimator == "pairs" and args.per_device_train_batch_size % 2:
         raise ValueError("pairs need an even per_device_train_batch_size")
 
@@ -88,6 +93,7 @@ def _check_advantages(args: Any) -> None:
     name, estimator = args.advantage_estimator, args.estimator()
     if estimator.needs_group and args.num_generations < 2:
         raise ValueError(f"{name} compares completions of a prompt: num_generations must be 2 or more")
+    # The KL is subtracted from the sum of the rewards, which an estimator of each reward does not see.
     reads_components = "reward_components" in estimator.reads
     if args.multi_objective_aggregation == "normalize_then_sum" and name != "gdpo":
         raise ValueError("normalize_then_sum is for the group estimator, with KL in the loss")

@@ -199,6 +199,7 @@ class RolloutCollector:
         batch_size: int | None = None,
     ) -> list[Sample]:
         """Completions of each row, at most ``batch_size`` at once."""
+        # A bound on the memory of the cache; random numbers do not depend on it.
         batch_size = batch_size or self.args.rollout_batch_size or len(rows) * num_samples
         rows_at_once = max(1, batch_size // num_samples)
         sample_rows = self._complete if self.environment_factory is None else self._converse
@@ -295,6 +296,7 @@ class RolloutCollector:
 
         Rewards of the environment and of functions are added up, then bounded; a cut completion is penalised last.
         """
+        # NaN is no reward at all, which is not a reward of 0.
         for sample in samples:
             sample.reward = sample.reward_components.get("environment", float("nan"))
         scored_calls = []
@@ -307,6 +309,7 @@ class RolloutCollector:
                 sample.reward_components |= dict(zip(scored.names, components[index], strict=True))
                 sample.extra = {name: column[index] for name, column in scored.extra.items()}
         for sample in samples:
+            # NaN stays NaN in both.
             if self.args.reward_bounds is not None:
                 sample.reward = float(np.clip(sample.reward, *self.args.reward_bounds))
             if self.args.missing_eos_penalty is not None and sample.truncated:

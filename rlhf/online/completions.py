@@ -25,6 +25,7 @@ def show_completions(samples: Sequence[Sample], args: PPOConfig, step: int) -> N
         step: optimizer steps so far.
     """
     if args.log_unique_prompts:
+        # Reversed, so that the first sample of a group is the one that stays in the dictionary.
         first_of_group = {sample.group: sample for sample in reversed(samples)}
         samples = list(first_of_group.values())[::-1]
     if args.log_completions and samples:
@@ -55,7 +56,7 @@ def _entry(sample: Sample, step: int) -> dict[str, Any]:
         "completion": sample.completion,
         "reward": _rounded(sample.reward),
         "rewards": {name: _rounded(value) for name, value in sample.reward_components.items()},
-        **sample.extra,
+        **sample.extra,  # columns that reward functions logged
         "advantage": None if advantages is None else _rounded(float(advantages.mean())),
         "tokens": len(sample),
         "truncated": sample.truncated,

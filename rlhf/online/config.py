@@ -40,6 +40,7 @@ class PPOConfig(TRLNames, ReferenceSyncArguments, BaseConfig):
 
     learning_rate: float = option(3e-6, "Peak learning rate of AdamW.")
     disable_dropout: bool = option(True, "Train without dropout.")
+
     # Rewards
     reward_weights: list[float] | None = option(None, "One for each reward; 1 by default.")
     on_reward_error: str = option("stop", "stop, or drop the sample.", ["stop", "drop"])
@@ -115,12 +116,14 @@ class PPOConfig(TRLNames, ReferenceSyncArguments, BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # A function becomes a name, so that a configuration can be written to a file.
         self.advantage_estimator = ADVANTAGE_ESTIMATORS.name_of(self.advantage_estimator)
         losses: Registry[Any] = PREFERENCE_LOSSES if self.advantage_estimator == "pairs" else POLICY_LOSSES
         self.loss_type = losses.name_of(self.loss_type)
         take_over_names(self)
         if self.multi_objective_aggregation == "normalize_then_sum" and self.advantage_estimator == "group":
             self.advantage_estimator = "gdpo"
+        # In the loss k3 has the lower variance; in the reward only k1 has the right gradient.
         if self.kl_estimator is None:
             self.kl_estimator = "k1" if self.kl_in == "reward" else "k3"
         check_config(self)
@@ -169,7 +172,7 @@ class PPOConfig(TRLNames, ReferenceSyncArguments, BaseConfig):
     def sampling(self) -> Sampling:
         """How completions are drawn."""
         options: dict[str, Any] = {"min_tokens": self.min_completion_length, "stop": tuple(self.stop or ())}
-        options |= self.generation_options()
+        options |= self.generation_options()  # generation_kwargs may set min_tokens and stop too
         return Sampling(**options, temperature=self.temperature, max_tokens=self.max_completion_length)
 
     def objective(self, beta: float | None = None) -> Objective:

@@ -41,6 +41,7 @@ class EvaluatesBySampling(BaseTrainer):
         samples = self.answer_rows(self._tokenised_rows(rows))
         metrics = self._metrics_of(samples, metric_key_prefix)
         self.log(metrics)
+        # As transformers' own evaluate: callbacks, such as early stopping, see the metrics.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -50,6 +51,7 @@ class EvaluatesBySampling(BaseTrainer):
         """As :meth:`evaluate`; ``predictions`` has the ``completions`` and the ``reward`` of each, in order."""
         samples = self.answer_rows(self._tokenised_rows(for_each_set(in_memory, test_dataset)))
         metrics = self._metrics_of(samples, metric_key_prefix)
+        # Each process answered every n-th row; the group is the number of the row.
         all_samples = sorted(gather_object(samples), key=lambda sample: sample.group)
         predictions = {
             "completions": [sample.completion for sample in all_samples],

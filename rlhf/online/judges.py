@@ -20,6 +20,7 @@ def load_rewards(reward_funcs: Any, tokenizers: Any, args: PPOConfig) -> RewardS
         The rewards with their weights.
     """
     functions = reward_functions(reward_funcs, tokenizers)
+    # Reward models are run by us, so they are made faster like the policy.
     if args.optimize_model:
         for function in functions:
             if isinstance(function, ModelReward):
@@ -43,6 +44,7 @@ def load_critic(folder: str, args: PPOConfig) -> RewardModel:
     """
     critic = load_reward_model(folder, **args.model_kwargs())
     warn_of_lost_updates(critic, args)
+    # Values are recorded before training and compared in it: dropout would make them differ.
     disable_dropout(critic)
     if args.optimize_model:
         optimize(critic)

@@ -77,6 +77,7 @@ class Objective:
         Returns:
             [N].
         """
+        # Of a mean over sequences, each token gets the share of one sequence that it is.
         if self.loss.mean == "sequences":
             length = torch.tensor(lengths, device=sequence.device, dtype=dtype)[sequence]
             return 1 / length.clamp(min=1)
@@ -136,6 +137,7 @@ class Objective:
             Scalar.
         """
         tokens = Tokens.of_sequences(scores.logps, old, advantages, sequence, len(lengths), mask=weight > 0)
+        # A bad sequence that the policy has left since it was sampled is not pushed down further.
         if self.off_policy_threshold is not None:
             fall = -tokens.spread(tokens.mean(tokens.logps - tokens.old_logps)).detach()
             is_stale = (fall > self.off_policy_threshold) & (advantages < 0)
@@ -156,6 +158,7 @@ class Objective:
             Scalar.
         """
         total = scores.logps.new_zeros(())
+        # The samples come from an older policy: the ratio gives the estimate the gradient of the KL of this one.
         if self.beta:
             ratio = Tokens(scores.logps, old, old).ratio
             if self.kl_estimator == "k2":
@@ -197,6 +200,7 @@ def make_objective(
     loss = POLICY_LOSSES.find(name)
     if level not in ("token", "sequence"):
         raise ValueError(f"importance_sampling_level must be token or sequence, got {level!r}")
+    # A loss without token ratios has nothing that the sequence's ratio could replace.
     if level == "sequence" and not loss.token_ratios:
         raise ValueError(f"loss_type {name} has no ratios of tokens: leave importance_sampling_level out")
     clip = {"epsilon": epsilon, "epsilon_high": epsilon_high, "delta": delta}

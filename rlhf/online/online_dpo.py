@@ -39,12 +39,14 @@ class OnlineDPOTrainer(PPOTrainer):
             chosen, rejected, ref_chosen, ref_rejected, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths
         )
         in_loss = torch.tensor(_pairs_in_loss(batch), device=losses.device)
+        # A tie, or a sample without a reward, gives no preference. The divisor is the number of the other pairs.
         losses = torch.where(in_loss, losses, 0.0)
         count = in_loss.float()
 
         log_ratios = (logps - ref_logps).detach()
         chosen_log_ratio, rejected_log_ratio = _of_pairs(targets.sum(log_ratios))
         margins = self.args.beta * (chosen_log_ratio - rejected_log_ratio)
+        # A tie counts one half, as in offline DPO: policy = reference gives 0.5.
         accuracies = (margins > 0) + 0.5 * (margins == 0)
         kl = targets.sum(log_ratios)
         metrics = {

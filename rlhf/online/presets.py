@@ -23,6 +23,7 @@ def preset(config: type[Config]) -> type[Config]:
     """
     for name in config.__annotations__:
         default = getattr(config, name)
+        # A field was written out, because its text differs as well.
         if not isinstance(default, Field):
             metadata = PPOConfig.__dataclass_fields__[name].metadata
             setattr(config, name, field(default=default, metadata=metadata))
@@ -60,7 +61,7 @@ class RLOOConfig(PPOConfig):
     num_generations: int = 2
     num_iterations: int = 1
     advantage_estimator: str = "rloo"
-    loss_type: str = "rloo"
+    loss_type: str = "rloo"  # no ratio: each rollout is used for one step
 
 
 class RLOOTrainer(PPOTrainer):
@@ -77,7 +78,7 @@ class BestOfNConfig(PPOConfig):
     num_generations: int = 8
     num_iterations: int = 1
     advantage_estimator: str = "best_of_n"
-    loss_type: str = "reinforce"
+    loss_type: str = "reinforce"  # with an advantage of 1 this is cross-entropy
     beta: float = 0.0
     kl_in: str = "loss"
 

@@ -98,6 +98,7 @@ def collate_samples(samples: list[Sample], collate: Any, is_first_step: bool = F
         previous = prompt
     names = sorted(set.intersection(*(set(sample.tokens) for sample in samples)))
     per_token = {name: torch.cat([sample.tokens[name] for sample in samples]) for name in names}
+    # A sequence out of the loss stays in the batch, so that all processes run as many micro-batches.
     per_token["in_loss"] = torch.cat([torch.full((len(sample),), sample.in_loss) for sample in samples])
     lengths = tuple(len(sample) * sample.in_loss for sample in samples)
     batch: Batch = collate(rows)
@@ -127,6 +128,7 @@ class MinibatchSchedule:
 
     def divide(self, samples: list[Sample]) -> None:
         """Divide the samples of a new rollout."""
+        # Samples are in the order of minibatches already, each process's share of every one.
         micro_batches = _split(samples, self.micro_batch_size)
         self.minibatches = _split(micro_batches, self.micro_batches_per_step)
 
@@ -188,6 +190,7 @@ def add_advantages(
     lengths = torch.tensor([len(sample) for sample in samples], device=device)
     mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
     in_loss = torch.tensor([sample.in_loss for sample in samples], device=device)
+    # The tokens that get an advantage: those of samples with a reward, in the loss.
     counted = mask & (has_reward & in_loss)[:, None]
 
     # An estimator is called with those of the offered values that it names in its parameters.

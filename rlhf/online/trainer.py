@@ -114,6 +114,7 @@ class PPOTrainer(EvaluatesBySampling):
             raise ValueError("`train_dataset` is required: rows with a prompt (--dataset_name)")
         # Tokenising checks the rewards against a row, so they come first.
         self.rewards = None if reward_funcs is None else load_rewards(reward_funcs, reward_processing_classes, args)
+        # A critic is a part of the wrapper, so it is loaded before the model is wrapped.
         has_critic = args.uses_critic
         critic_folder = args.value_model if has_critic and args.value_model != "shared" else None
         if has_critic:
@@ -123,7 +124,7 @@ class PPOTrainer(EvaluatesBySampling):
             model,
             args,
             train_dataset=train_dataset,
-            eval_dataset=for_each_set(in_memory, eval_dataset),
+            eval_dataset=for_each_set(in_memory, eval_dataset),  # evaluation answers all of its rows
             processing_class=processing_class,
             **kwargs,
         )
@@ -161,6 +162,7 @@ class PPOTrainer(EvaluatesBySampling):
             logger.info("%s: going on with the value head that was saved beside the model", folder)
         if self.policy.critic is not None:
             self.share_layout(self.policy.critic.model)
+        # Log-probs are those of the distribution that is sampled from.
         self.policy.temperature = temperature
 
     @property
@@ -227,6 +229,7 @@ class PPOTrainer(EvaluatesBySampling):
         if isinstance(rows, IterableDataset):  # it has no length, and transformers asks for max_steps
             steps = args.max_steps
         else:
+            # An epoch is as many rollouts as draw each prompt once, rounded up.
             rollouts = -(-len(rows) // self.collector.prompts_per_rollout)  # type: ignore[arg-type]
             steps = rollouts * args.num_iterations * args.num_mini_batches
         micro_batches = range(steps * args.gradient_accumulation_steps)
@@ -253,6 +256,7 @@ class PPOTrainer(EvaluatesBySampling):
         with self.label("rollout"):
             rollout = self.collector.collect(self.policy, self.model_wrapped, self.state)
         rollout_seconds = time.perf_counter() - start
+        # Before selection: a masked sample can still be the best or the worst of its group, and is then left out.
         if args.mask_truncated_completions:
             for sample in rollout.samples:
                 sample.in_loss = not sample.truncated
@@ -286,8 +290,10 @@ class PPOTrainer(EvaluatesBySampling):
             reward_weights=self.collector.reward_weights,
             device=args.device,
         )
+        # Metrics come before beta moves: they report the beta that this rollout's rewards used.
         self._add_rollout_metrics(rollout, samples, rollout_seconds, training_seconds)
         self._update_beta(samples)
+        # The order follows the seed and the rollout alone, so that a resumed run and all processes agree.
         self.schedule.order_steps(args.num_mini_batches, args.seed + self.collector.num_rollouts)
         self._training_since = time.perf_counter()
 
@@ -378,6 +384,7 @@ class PPOTrainer(EvaluatesBySampling):
                 scores, advantages, weight, correction, before, ref_logps, targets.sequence, batch.lengths
             )
 
+        # The policy's part of the loss, before the critic's is added.
         divisor = torch.full((), float(objective.count(batch.lengths)), device=weight.device)
         metrics, peaks = step_metrics(batch, scores.logps, before, objective.clip)
         self.step_statistics.add(metrics, peaks)
@@ -389,6 +396,7 @@ class PPOTrainer(EvaluatesBySampling):
             metrics["value_loss"] = critic_loss.detach(), divisor
             total = total + self.args.vf_coef * critic_loss
         size = len(batch.lengths)
+        # The gradient is that of `total`; these shares only add up to it, as base classes expect.
         loss_of_sequences = (total.detach() / size).expand(size)
         counts = torch.full((size,), objective.count(batch.lengths) / size)
         return Measures(loss_of_sequences, counts, metrics, total, scores.router_logits)
@@ -440,6 +448,7 @@ class PPOTrainer(EvaluatesBySampling):
         return derived_metrics(super().reduce_metrics(sums))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # Lines of training; those of evaluation come through here too.
         if "loss" in logs or "train_loss" in logs:
             logs |= self.step_statistics.pop_peaks(self.accelerator)
         super().log(logs, start_time)

@@ -123,6 +123,7 @@ def take_over_names(args: Any) -> None:
             logger.warning("%s is called %s here", name, name_here)
             setattr(args, name_here, getattr(args, name))
             setattr(args, name, None)
+    # A flag of the command line arrives as text.
     args.scale_rewards = _SCALE_REWARDS.get(str(args.scale_rewards).lower(), args.scale_rewards)
     if args.max_tool_calling_iterations is not None:
         args.max_turns = args.max_tool_calling_iterations + 1  # the last answer calls no tool
@@ -174,7 +175,7 @@ def _take_over_loss_options(args: Any) -> None:
             continue
         if args.loss_type != loss:
             raise ValueError(f"{name} is for loss_type {loss}, not for {args.loss_type}")
-        options.setdefault(name_here, value)
+        options.setdefault(name_here, value)  # loss_kwargs wins
     if args.loss_type == "cispo" and args.epsilon_high is not None:
         # TRL's epsilon_high of CISPO bounds the ratio itself, not its distance from 1.
         options.setdefault("max_ratio", args.epsilon_high)
