@@ -144,6 +144,7 @@ class SftEncoder:
             return [TokenisedRow(self.blank, dropped=reason)]
         if not self.reading.split_turns:
             return [_sft_row(encode(tokenizer, dialogue))]
+        # Each answer behind all that comes before it, as the model meets it in a conversation.
         rows = [_sft_row(encode(tokenizer, answer, split=True)) for answer in split_turns(dialogue)]
         return rows or [TokenisedRow(self.blank, dropped=NOTHING_SCORED)]
 
@@ -251,6 +252,7 @@ class UnpairedEncoder:
         chosen_labels, rejected_labels = columns["labels"]
         chosen = self._columns(columns["prompt_ids"], columns["chosen_ids"], chosen_labels, True)
         rejected = self._columns(columns["prompt_ids"], columns["rejected_ids"], rejected_labels, False)
+        # Both are told what the template left out of the pair.
         return [replace(pair, columns=chosen), replace(pair, columns=rejected)]
 
     def _columns(self, prompt: list[int], ids: list[int], labels: list[int], is_good: bool) -> dict[str, Any]:
@@ -339,6 +341,7 @@ def _ready_sft_columns(row: Row) -> dict[str, Any]:
             raise ValueError(f"{name!r} has {len(values)} entries, 'input_ids' {len(ids)}")
     for mask in masks.values():
         labels = [token if is_scored else IGNORE for token, is_scored in zip(labels, mask, strict=True)]
+    # Padding is no text, so it must not count towards max_length.
     if "attention_mask" in masks:  # remove padding: batches are padded anew
         is_text = masks["attention_mask"]
         ids = [token for token, keep in zip(ids, is_text, strict=True) if keep]

@@ -143,6 +143,7 @@ def _mark_call(call: Any, part_name: str, parts: list[Part], marks: Iterator[str
         return _mark_stretches(value, part_name, parts, marks) if isinstance(value, str) else value
 
     function = dict(call["function"])
+    # Keys of arguments stay: a template may sort or look them up.
     for key in ("name", "arguments") if mark_names else ("arguments",):
         if key in function:
             function[key] = mark(function[key])
@@ -173,6 +174,8 @@ def lost_parts(template: ChatTemplate, marked: Marked, rendering: str, scored: l
             continue
         is_reasoning = all(_is_reasoning(part, parts) for part in lost)
         is_earlier = message["role"] == ASSISTANT and index < last_scored
+        # Templates of models that think write the reasoning of the last answer only. That is meant so, and no loss if
+        # each answer is a row of its own.
         if is_earlier and is_reasoning and written_names:
             text = "the chat template leaves out the reasoning of earlier answers (--split_turns learns it)"
             notes.append(Note(text, "earlier reasoning"))
@@ -202,6 +205,7 @@ def _lost_note(message: Message, lost: list[Part], is_reasoning: bool) -> Note:
         f"the chat template leaves out {names} of the role {message['role']!r}{where}, which is lost; "
         f"{remedy}--chat_template_path takes another template"
     )
+    # A whole turn that is left out may hold reasoning beside its content.
     holds_reasoning = is_reasoning or bool(keys.keys() & set(REASONING_KEYS))
     return Note(text, "lost reasoning" if holds_reasoning else "other")
 

@@ -62,7 +62,7 @@ class Mixture:
             The mixed rows.
         """
         parts = [tokenize(part) for part in self.parts]
-        if isinstance(parts[0], IterableDataset):
+        if isinstance(parts[0], IterableDataset):  # of one kind: all parts are streams, or none is
             return self._mix_streams(parts, seed)
         marked = [part.add_column(_SOURCE, [index] * len(part)) for index, part in enumerate(_with_all_columns(parts))]
         if self.weights is None:
@@ -165,6 +165,7 @@ def shuffled(rows: Rows | Mixture, seed: int, buffer: int) -> Any:
     if not isinstance(rows, IterableDataset) or buffer == 0:
         return rows
     in_new_order = rows.shuffle(seed=seed, buffer_size=buffer)
+    # `shuffle` returns a new stream, which has lost its name.
     in_new_order.info.dataset_name = rows.info.dataset_name
     return in_new_order
 

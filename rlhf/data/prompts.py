@@ -71,6 +71,7 @@ def split_prompt(prompt: Turns, completion: Turns) -> tuple[Turns, Turns]:
 
 
 def _split_text(prompt: str, completion: str) -> tuple[str, str]:
+    # White space around a repeated prompt differs often.
     core = prompt.strip()
     text = completion.lstrip()
     is_repeated = len(prompt.split()) >= _MIN_REPEATED_WORDS and text.startswith(core)
@@ -139,6 +140,7 @@ def common_prompt(chosen: Turns, rejected: Turns) -> Turns:
     if isinstance(chosen, str) and isinstance(rejected, str):
         return _common_text(chosen, rejected)
     count = 0
+    # The last message of each stays its answer, even if both are the same.
     while count < min(len(chosen), len(rejected)) - 1 and chosen[count] == rejected[count]:
         count += 1
     if count == 0:
@@ -148,6 +150,7 @@ def common_prompt(chosen: Turns, rejected: Turns) -> Turns:
 
 def _common_text(chosen: str, rejected: str) -> str:
     common = chosen[: common_length(chosen, rejected)]
+    # The prompt of a dialogue in plain text (HH-RLHF) ends with the header of the last answer.
     last_turn = chosen.rfind(_ASSISTANT) + len(_ASSISTANT)
     is_dialogue = _HUMAN in common and _ASSISTANT in common
     if is_dialogue and last_turn <= len(common) and rejected.rfind(_ASSISTANT) < last_turn:

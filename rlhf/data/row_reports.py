@@ -33,16 +33,19 @@ def report_rows(name: str, report: dict[str, list[Any]], max_length: int) -> Non
         max_length: The limit, for the message.
     """
     reasons, truncated = report["_drop"], report["_cut"]
+    # Rows that cannot be read have a line of their own, with the file that lists them.
     for reason in sorted(set(reasons) - {"", UNREADABLE}):
         logger.warning("%s: dropped %d of %d rows %s", name, reasons.count(reason), len(reasons), reason)
     if any(truncated):
         rows_cut = sum(count > 0 for count in truncated)
         message = "%s: %d of %d rows cut to max_length %d, losing %d tokens in all"
         logger.warning(message, name, rows_cut, len(truncated), max_length, sum(truncated))
+    # Fewer answers are scored if the user masks some, or if the template leaves some out.
     answers, scored = sum(report["_answers"]), sum(report["_scored"])
     if scored < answers:
         logger.warning("%s: %d of %d answers are scored", name, scored, answers)
 
+    # One line for each note, with its first row: the rest is mostly the same.
     rows_of_note: dict[str, list[int]] = {}
     for index, notes in zip(report["_row"], report["_notes"], strict=True):
         for note in notes:
@@ -68,6 +71,7 @@ def list_bad_rows(name: str, report: dict[str, list[Any]], rows: int, file: str 
         return
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Another data set, or a run before, may have written the file; a row that is in it is not added again.
     known_lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     lines = [json.dumps({"file": name, "row": row, "error": error}, ensure_ascii=False) for row, error in bad]
     all_lines = dict.fromkeys([*known_lines, *lines])  # each once, in order

@@ -62,9 +62,9 @@ class Endless(TorchIterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         epoch = 0
         has_rows = True
-        while has_rows:
+        while has_rows:  # an empty stream ends, instead of turning without end
             has_rows = False
-            self.rows.set_epoch(epoch)
+            self.rows.set_epoch(epoch)  # seeds the order of this pass
             for row in self.rows:
                 has_rows = True
                 yield row

@@ -182,8 +182,10 @@ def _reason_to_drop(columns: dict[str, list[Any]]) -> str:
     labels = columns["labels"]
     if "input_ids" in columns:
         labels = [labels[1:]]  # nothing predicts the first token of a text
+    # Of several answers each needs a scored token: a pair without one has no margin.
     if any(all(label == IGNORE for label in answer) for answer in labels):
         return NOTHING_SCORED
+    # Answers may differ only behind the place where they are cut.
     if "chosen_ids" in columns and columns["chosen_ids"] == columns["rejected_ids"]:
         return "whose answers are the same once cut"
     return ""

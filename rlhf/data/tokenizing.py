@@ -115,6 +115,7 @@ def tokenize_preferences(
     reading = (reading or Reading()).for_tokenizer(tokenizer, rows=dataset)
     with error_context(name_of(dataset)):
         names = renamed(columns_of(dataset), reading.form)
+        # The answers to a prompt may stand far apart, so a stream cannot be paired.
         if "label" in names and "chosen" not in names and isinstance(dataset, Dataset):
             dataset = pairs_of_labelled(dataset, reading.form)
             names = columns_of(dataset)
@@ -187,6 +188,7 @@ def tokenize_prompts(
     """
     reading = (reading or Reading()).for_tokenizer(tokenizer, rows=dataset)
     name = name_of(dataset)
+    # The number of steps of an epoch depends on the number of prompts.
     if isinstance(dataset, IterableDataset):
         raise ValueError(f"{name}: prompts to answer are counted before training: leave out --streaming")
     with error_context(name):
@@ -299,6 +301,7 @@ def _map(
         desc=f"Tokenising {name}",
         **options,
     )
+    # The report is a part of the table, so that a run that reads the cache says the same.
     report = {column: mapped[column][:] for column in REPORT_COLUMNS}
     list_bad_rows(name, report, len(dataset), reading.bad_rows)
     report_rows(name, report, max_length)
@@ -376,6 +379,7 @@ def _without_plain_labels(rows: Dataset) -> Dataset:
     """Remove ``labels`` if every token of every answer is scored."""
     if isinstance(rows, IterableDataset):
         return rows
+    # Without the column, answers are their own labels, and rows of pairs of ids need none.
     has_masked = any(IGNORE in answer for labels in rows["labels"] for answer in labels)
     return rows if has_masked else rows.remove_columns("labels")
 
