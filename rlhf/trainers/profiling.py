@@ -38,7 +38,7 @@ class Profiler(TrainerCallback):
         self.profile: Any = None
         self.step: ExitStack | None = None  # labels that last until the end of the step; None between steps
         self.recording = ExitStack()  # the profiler and its hooks, while steps are timed
-        self.open_modules: list[tuple[nn.Module, ExitStack]] = []  # those whose forward runs now, with their labels
+        self.running: list[tuple[nn.Module, ExitStack]] = []  # modules whose forward runs now, with their labels
 
     @contextmanager
     def label(self, name: str) -> Iterator[None]:
@@ -63,9 +63,6 @@ class Profiler(TrainerCallback):
         if self.args.device.type != "cpu":
             torch.accelerator.synchronize(self.args.device)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.steps_done = 0
-
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.step is not None:
             self.step.enter_context(self.label("optimizer"))
@@ -88,12 +85,9 @@ class Profiler(TrainerCallback):
             self._report()
 
     def _start(self) -> None:
-        self.tokens = 0
         # Hooks of all modules, as the profiler knows neither the policy nor its reference.
-        before = global_hooks.register_module_forward_pre_hook(self._enter_module)
-        after = global_hooks.register_module_forward_hook(self._leave_module, always_call=True)
-        self.recording.callback(before.remove)
-        self.recording.callback(after.remove)
+        self.recording.enter_context(global_hooks.register_module_forward_pre_hook(self._enter_module))
+        self.recording.enter_context(global_hooks.register_module_forward_hook(self._leave_module, always_call=True))
         self.profile = self.recording.enter_context(profile())
 
     def _enter_module(self, module: nn.Module, inputs: Any) -> None:
@@ -104,7 +98,7 @@ class Profiler(TrainerCallback):
             self.tokens += inputs[0].input_ids.numel()
         labels = ExitStack()
         labels.enter_context(self.label(name))
-        self.open_modules.append((module, labels))
+        self.running.append((module, labels))
 
     def _label_of(self, module: nn.Module) -> str | None:
         learns = torch.is_grad_enabled()
@@ -112,16 +106,13 @@ class Profiler(TrainerCallback):
             # Without a gradient a policy is only asked, as a reference or a teacher. With one, all that it does
             # outside its backbone belongs to the head.
             return "head" if learns else "reference"
-        if not learns or not self.open_modules:
-            return None
-        policy: Any = self.open_modules[-1][0]
+        policy = self.running[-1][0] if self.running else None
         is_backbone = isinstance(policy, Wrapper) and module is backbone_of(policy.without_adapter)
-        return "forward" if is_backbone else None
+        return "forward" if learns and is_backbone else None
 
     def _leave_module(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self.open_modules and self.open_modules[-1][0] is module:
-            _, labels = self.open_modules.pop()
-            labels.close()
+        if self.running and self.running[-1][0] is module:
+            self.running.pop()[1].close()
 
     def _report(self) -> None:
         self.recording.close()
@@ -134,7 +125,6 @@ class Profiler(TrainerCallback):
             "seconds": {name: spent / steps for name, spent in seconds.items()},
             "tokens": self.tokens / steps,
             "tokens_per_second": self.tokens / total,
-            "device": self.args.device.type,
         }
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -206,11 +196,11 @@ def table(figures: dict[str, Any]) -> str:
     Returns:
         One line for each part of a step.
     """
-    total = figures["step_seconds"]
+    total, speed = figures["step_seconds"], figures["tokens_per_second"]
     lines = [f"profile of the mean of {figures['steps']} steps, {figures['tokens']:.0f} tokens each:"]
     for name, spent in figures["seconds"].items():
         shown = "other" if name == "step" else name
         if spent:
             lines.append(f"  {shown:<14}{1000 * spent:>10.1f} ms{100 * spent / total:>7.1f} %")
-    lines.append(f"  {'step':<14}{1000 * total:>10.1f} ms, {figures['tokens_per_second']:.0f} tokens/s")
+    lines.append(f"  {'step':<14}{1000 * total:>10.1f} ms, {speed:.0f} tokens/s")
     return "\n".join(lines)

@@ -113,7 +113,7 @@ def test_each_part_gets_its_own_time(make, monkeypatch):
         assert seconds <= found["seconds"][name] < seconds + 0.1, name
     assert found["seconds"]["rollout"] == 0
     close(found["step_seconds"], sum(found["seconds"].values()))
-    assert found["steps"] == 1 and found["device"] == "cpu"
+    assert found["steps"] == 1
 
 
 @pytest.mark.parametrize("peft", [False, True])
@@ -156,7 +156,7 @@ def test_the_command_prints_a_table_and_writes_the_figures(tmp_path, model_folde
         assert f"\n  {label:<14}" in shown
     assert f"\n  {'reference':<14}" not in shown
     found = json.loads((tmp_path / "run" / "profile.json").read_text())
-    assert found.keys() == {"steps", "step_seconds", "seconds", "tokens", "tokens_per_second", "device"}
+    assert found.keys() == {"steps", "step_seconds", "seconds", "tokens", "tokens_per_second"}
     assert tuple(found["seconds"]) == profiling.LABELS
     close(found["tokens_per_second"], found["tokens"] / found["step_seconds"])
     trace = json.loads((tmp_path / "run" / "trace.json").read_text())
