@@ -126,6 +126,7 @@ def _read_value(value: Any) -> Value:
         value = value.item()
     if not isinstance(value, Real):
         return ContractError(f"it returned {shorten(repr(value))}, a {type(value).__name__}, expected a number")
+    # A NaN in one reward would spread over its whole group of samples.
     if not math.isfinite(value):
         return ContractError(f"it returned {float(value)}, expected a finite number (None where it does not apply)")
     return float(value)
@@ -134,6 +135,7 @@ def _read_value(value: Any) -> Value:
 def describe_error(error: Exception) -> str:
     """An error in one line; the type is named only where the reward function itself raised it."""
     message = " ".join(str(error).split())
+    # Our own errors are whole sentences; of another, "KeyError: 'x'" says more than "'x'".
     is_ours = isinstance(error, TimedOut | ContractError)
     return message if is_ours else f"{type(error).__name__}: {message}"
 

@@ -28,6 +28,7 @@ class HttpReward:
         self.url = url
         self.batch_size = batch_size
         self.retries = retries
+        # The name in the log and in messages.
         self.__name__ = url.partition("://")[2]
         try:
             host = httpx2.URL(url).host
@@ -35,6 +36,7 @@ class HttpReward:
             raise ValueError(f"{url}: no address ({error})") from error
         if not host:
             raise ValueError(f"{url}: no address (no host in it)")
+        # One client keeps its connections open over all rollouts.
         self._client = httpx2.Client(timeout=timeout)
 
     def check(self, row: Mapping[str, Any]) -> None:
@@ -50,6 +52,7 @@ class HttpReward:
             response = self._client.post(self.url, json={"prompts": [], "completions": []})
         except httpx2.TransportError as error:
             raise ConnectionError(f"{self.url}: the reward server does not answer ({_describe(error)})") from error
+        # These do not depend on what was sent, so that they would come for every batch.
         if response.status_code in (401, 403, 404, 405):
             raise ValueError(f"{self.url}: the reward server answers {_status(response)}; check the address")
         if response.is_success:  # else it may only dislike an empty batch
@@ -120,6 +123,7 @@ class HttpReward:
             rewards = None
         if not isinstance(rewards, list):
             raise ValueError(f'{self.url}: expected {{"rewards": […]}}, got {response.text[:200]!r}')
+        # A shorter list would give rewards to the wrong completions.
         if len(rewards) != count:
             raise ValueError(f"{self.url}: {len(rewards)} rewards for {count} completions")
         return rewards

@@ -30,6 +30,7 @@ def completion_text(completion: Turns) -> str:
     """
     if isinstance(completion, str):
         return completion
+    # With tools a completion has several turns, some of them the tools': the answer is the assistant's last.
     answers = [turn for turn in completion if turn.get("role", "assistant") == "assistant"]
     content = answers[-1].get("content") if answers else None
     if isinstance(content, list):  # blocks of text and images
@@ -60,6 +61,7 @@ def exact_match(column: str = "answer", *, pattern: str | None = None, ignore_ca
             occurrences = list(regex.finditer(text))
             if not occurrences:
                 return 0.0
+            # The last one: a model may try several answers before it settles.
             text = occurrences[-1].group(1 if regex.groups else 0) or ""
         stated, expected = text.strip(), str(answer).strip()
         if ignore_case:
@@ -120,6 +122,7 @@ def math_answer(column: str = "solution") -> RewardFunction:
     Raises:
         ValueError: math-verify is not installed.
     """
+    # Imported where it is used: it is an extra, and brings SymPy.
     try:
         from math_verify import parse, verify
     except ImportError:
@@ -130,6 +133,7 @@ def math_answer(column: str = "solution") -> RewardFunction:
         logging.getLogger(name).setLevel(logging.ERROR)
 
     def equal(text: str, solution: Any) -> float | None:
+        # No solution that can be read: the reward does not apply, whatever the completion says.
         gold = parse(str(solution), parsing_timeout=None)
         if not gold:
             return None
@@ -164,6 +168,7 @@ def think_format() -> RewardFunction:
         >>> think_format()(["<think>six sevens</think> 42", "42"])
         [1.0, 0.0]
     """
+    # One <think> at the start, none after it, and an end.
     reward = matches(r"\A<think>(?!.*<think>).*?</think>")
     reward.__name__ = "think_format"
     return reward
@@ -212,6 +217,7 @@ def repetition_penalty(ngram_size: int = 3, max_penalty: float = -1.0) -> Reward
     def penalty(ids: Sequence[int]) -> float:
         starts = range(len(ids) - ngram_size + 1)
         ngrams = [tuple(ids[start : start + ngram_size]) for start in starts]
+        # All but the first occurrence of each n-gram.
         repeated = len(ngrams) - len(set(ngrams))
         return max_penalty * repeated / len(ngrams) if repeated else 0.0
 

@@ -97,6 +97,7 @@ class RewardSet:
             raise ValueError(f"on_error must be stop or drop, got {on_error!r}")
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout must be positive or None, got {timeout}")
+        # Weights first: models are loaded only where the rest of the call is right.
         self.weights = _checked_weights(weights, len(functions))
         self.functions = [load_reward(spec) if isinstance(spec, str) else spec for spec in functions]
         self.names = unique_names(self.functions)
@@ -154,6 +155,7 @@ class RewardSet:
             ValueError: columns of other lengths.
         """
         columns = {name: column for name, column in columns.items() if name not in _RENAMED}
+        # Only where there are any: a function that requires them then fails by their name.
         if completion_ids is not None:
             columns["completion_ids"] = completion_ids
         batch = _Batch(prompts, completions, columns, trainer_state)
@@ -212,6 +214,7 @@ class RewardSet:
         joint_error = ContractError(
             f"{describe_error(error)}, for {len(batch)} samples at once but for none of them alone{hint}"
         )
+        # Its traceback shows the line of the function that raised.
         joint_error.__cause__ = error
         return [joint_error] * len(batch)
 
@@ -246,6 +249,7 @@ class RewardSet:
                 len(not_scored), len(batch), batch.show(not_scored[0]),
             )  # fmt: skip
         usable = applies & ~broken
+        # NaN, where a function does not apply, adds nothing. Unusable samples become NaN, so that no use goes unseen.
         rewards = (components * weights).nansum(dim=1).masked_fill(~usable, math.nan)
         return Scored(
             rewards=rewards.float(),
@@ -305,6 +309,7 @@ class _Batch:
 
     def row(self, index: int) -> "_Batch":
         """A batch of one sample."""
+        # A slice, not an index: functions get lists of one, as of many.
         one = slice(index, index + 1)
         columns = {name: column[one] for name, column in self.columns.items()}
         return _Batch(self.prompts[one], self.completions[one], columns, self.trainer_state)
@@ -322,6 +327,7 @@ def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]
         return [1.0] * count
     if len(weights) != count:
         raise ValueError(f"{len(weights)} weights for {count} rewards: give one for each")
+    # Weights of 0 alone would leave every sample unusable.
     if not all(math.isfinite(weight) for weight in weights) or not any(weights):
         raise ValueError(f"weights must be finite and not all 0, got {list(weights)}")
     return [float(weight) for weight in weights]

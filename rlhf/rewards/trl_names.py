@@ -13,6 +13,7 @@ from rlhf.rewards.functions import (
     think_format,
 )
 
+# TRL has factories for these two, as we have, and plain functions for the others.
 get_repetition_penalty_reward = repetition_penalty
 get_soft_overlong_punishment = soft_overlong_punishment
 
@@ -56,6 +57,7 @@ def reasoning_accuracy_reward(
 
 def _after_reasoning(text: str, delimiters: Sequence[str]) -> str:
     """The text after the last delimiter; empty where there is none."""
+    # The last end of all delimiters: a model may think again after its first answer.
     ends = [text.rfind(delimiter) + len(delimiter) for delimiter in delimiters if delimiter in text]
     return text[max(ends) :] if ends else ""
 
@@ -72,6 +74,7 @@ def reasoning_accuracy(reasoning_delimiters: Sequence[str] = ("</think>",)) -> R
     def reward(completions: Sequence[Turns], solution: Sequence[Any], **columns: Any) -> list[float | None]:
         return reasoning_accuracy_reward(completions, solution, reasoning_delimiters)
 
+    # The name under which its values are logged.
     reward.__name__ = "reasoning_accuracy"
     return reward
 

@@ -88,6 +88,7 @@ class DPOTrainer(ReferencedTrainer):
         scores = model(batch)
         sums = self.sums(batch, scores.logps)
         losses = self._losses(batch, sums, ref_sums)
+        # Weights carry no gradient; the policy runs once more, for the whole distribution at each token.
         if self.args.use_weighting:
             policy = self.accelerator.unwrap_model(model)
             losses = losses * wpo_weights(policy, batch, scores.logps.detach())

@@ -41,6 +41,7 @@ class MetricSums:
         Returns:
             By name, the sum and the count.
         """
+        # Every process reduces the same table, or they would wait for each other for ever.
         # A reward function may log a name that other processes do not have.
         names = sorted({name for names in gather_object([list(self._sums)]) for name in names})
         zero = torch.zeros_like(next(iter(self._sums.values())))

@@ -40,6 +40,7 @@ def wpo_weights(policy: Any, batch: Batch, logps: Tensor) -> Tensor:
 
     Source: WPO, arXiv 2406.11827, eq. 2, with its alignment to the policy's own answers.
     """
+    # Less the log of the mean probability of tokens that the policy samples itself: about 0 for such tokens.
     aligned = logps - log_sum_squared_probs(policy.predictions(batch))
     means = batch.targets.sum(aligned) / batch.targets.counts().clamp(min=1)
     return means.exp().view(-1, 2).prod(1)
@@ -55,7 +56,9 @@ def log_sum_squared_probs(predictions: Predictions, chunk_size: int = 256) -> Te
         [N], float32.
     """
     chunks = []
+    # Logits of all tokens would need [N, vocabulary] in memory.
     for rows in predictions.rows.split(chunk_size):
         logits = predictions._replace(rows=rows).logits(torch.float32)
+        # log p^2 = 2 log p, summed in the log domain: p^2 of unlikely tokens underflows.
         chunks.append((2 * logits.log_softmax(-1)).logsumexp(-1))
     return torch.cat(chunks) if chunks else predictions.rows.new_zeros(0)

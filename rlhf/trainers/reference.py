@@ -35,6 +35,7 @@ class Reference:
         """
         if self.frozen is not None:
             return self.frozen(batch).logps
+        # The wrapped model runs the forward pass: parameters sharded by FSDP are gathered by its hooks.
         with self.policy.adapter_off():
             logps: Tensor = model(batch).logps
         return logps

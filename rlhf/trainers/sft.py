@@ -159,6 +159,7 @@ class SFTTrainer(TextTrainer):
             options["max_length"] = None  # examples are joined first, and the stream of tokens is cut
         rows = tokenize_sft(dataset, tokenizer, vocab_size=vocab_size, **options)
         if scores_all:
+            # Labels equal to the ids: every token counts but the first, which nothing predicts.
             rows = rows.map(lambda row: {"labels": row["input_ids"]})
         return wrapped(rows, args.max_length) if is_wrapped else rows
 
@@ -198,6 +199,7 @@ def as_text(dataset: Any, formatting_func: Callable[[dict[str, Any]], str], text
             raise ValueError(f"formatting_func must give the text of one row, got a {type(text).__name__}")
         return {text_field: text}
 
+    # Other columns might be read as well, or instead: a row of `messages` is a conversation.
     other_columns = [name for name in names_of(dataset) if name != text_field]
     return dataset.map(text_of, remove_columns=other_columns)
 
@@ -247,6 +249,7 @@ def wrapped(rows: Any, length: int) -> Any:
 
     def cut(block: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
         pieces = {}
+        # Both in the same places, so that a label stays with its token.
         for name in ("input_ids", "labels"):
             stream = [token for row in block[name] for token in row]
             pieces[name] = [stream[start : start + length] for start in range(0, len(stream), length)]
