@@ -103,3 +103,9 @@ def test_files_classes_and_functions_are_short_enough_to_read():
     over = too_long()
     assert {place: size for place, size in over.items() if place not in EXCEPTIONS} == {}
     assert set(EXCEPTIONS) - set(over) == set(), "no longer over a limit: remove the entry"
+
+
+def test_files_of_tests_have_names_of_their_own():
+    # pytest imports a file of tests by its name alone.
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert {name for name in names if names.count(name) > 1} == set()
