@@ -207,6 +207,7 @@ class DistillConfig(GenerationArguments, TextConfig):
         """The reward is a sample of the reverse KL, so answers must be drawn from the student as it is."""
         if self.lmbda != 1:
             raise ValueError("reverse_kl_reward is for the student's own answers alone: set lmbda to 1")
+        # Answers of another distribution than q would need weights, which the reward form does not have.
         if self.temperature != 1 or self.sampling_temperature != 1:
             raise ValueError("reverse_kl_reward needs temperature and sampling_temperature 1: it is a sample of the KL")
         if self.sampling().reshapes:

@@ -189,6 +189,7 @@ def open_teacher_file(
     file = TeacherFile(folder)
     expected = {**tokenizer_key(tokenizer), **data_key(rows)}
     check_key(file.folder, file.key, expected, "run `rlhf teacher` on these rows")
+    # A row without predictions would be trained on zeros.
     num_missing = len(file.missing())
     if num_missing:
         raise ValueError(
@@ -262,6 +263,7 @@ def read_key(folder: Path) -> Key:
         raise ValueError(
             f"{path}: not valid JSON ({error}); write the folder again (rlhf teacher --overwrite)"
         ) from error
+    # Before anything else of the key is trusted: another format may mean other things by the same names.
     if key.get("format") != FORMAT:
         raise ValueError(f"{path}: format {key.get('format')}, this version reads {FORMAT}: write the folder again")
     return key
@@ -304,6 +306,7 @@ def write_key(folder: Path, key: Key) -> None:
 def _layout_of(key: Key) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and type of each array."""
     rows, tokens, k = key["rows"], key["tokens"], key["k"]
+    # Ids take most of the room beside the log-probs, and half as much where they fit into 16 bits.
     id_type = np.dtype(np.uint16 if key["vocabulary"] <= 2**16 else np.uint32)
     return {
         "ids": ((tokens, k), id_type),

@@ -96,6 +96,7 @@ class TeacherSource(ABC):
             sums["kl"] = targets.sum(comparison.kl)
             sums["agreement"] = targets.sum(comparison.agrees.to(logps.dtype))
             sums["teacher_perplexity"] = -targets.sum(comparison.logps)
+        # A server reports the log-probs of the tokens themselves too; a folder does not keep them.
         if "teacher_logps" in batch.per_token:
             sums["teacher_perplexity"] = -targets.sum(batch.per_token["teacher_logps"])
         if comparison.hidden_states is not None:
@@ -118,6 +119,7 @@ class RunningTeacher(TeacherSource):
         return TeacherObjective(self.policy_of, self.divergence)
 
     def token_logps(self, student: Policy, batch: Batch) -> Tensor:
+        # Outside of the student's forward pass, as the objective there asks for these numbers alone.
         with torch.no_grad(), self.policy_of(student) as teacher:
             logps: Tensor = teacher(batch).logps
         return logps
@@ -179,4 +181,5 @@ class FileTeacher(TopKTeacher):
     file: TeacherFile
 
     def collator(self, collator: Any) -> Any:
+        # Read by the workers of the data loader: the arrays are memory-mapped, so each opens them without a copy.
         return replace(collator, extras={**collator.extras, "teacher": self.file.of_examples})
