@@ -33,7 +33,9 @@ class SequenceColumn(NamedTuple):
         numbers: list[float] = []
         for row in rows:
             of_row = [row[column] for column in self.read_from]
-            numbers += of_row if len(of_row) > 1 else of_row * len(sequences(row))
+            if len(of_row) == 1:  # one number for all sequences of the row, such as a pair's margin
+                of_row *= len(sequences(row))
+            numbers += of_row
         return torch.tensor(numbers, dtype=self.dtype)
 
 
@@ -107,27 +109,26 @@ class Collator:
         sources: list[Tensor] = []
         tokens: list[Tensor] = []
         owners: list[Tensor] = []
-        start = 0  # of the current span in the row
         for example in examples:
-            first_span, first_start = len(spans), start
+            first_span, example_start = len(spans), len(ids)
             for sequence in sequences(example):
                 prefix, length = sequence.prefix, len(sequence.ids)
                 spans.append(Span(length, first_span, prefix) if prefix else Span(length))
                 labels = torch.tensor(sequence.labels, dtype=torch.int64)  # int64 for an empty list too
                 scored = (labels != IGNORE).nonzero().squeeze(1)
-                source = start + scored - 1
+                if not prefix:
+                    # Nothing comes before the first token of a sequence, so nothing predicts it.
+                    scored = scored[scored > 0]
+                source = len(ids) + scored - 1
                 if prefix:
                     # The first token of a branch is predicted by the last one of the prompt.
-                    source[scored == 0] = first_start + prefix - 1
-                else:
-                    # Nothing comes before the first token of a sequence, so nothing predicts it.
-                    scored, source = scored[scored > 0], source[scored > 0]
+                    source[scored == 0] = example_start + prefix - 1
                 ids += sequence.ids
+                # Positions count from the start of the prompt, also in a branch.
                 positions.append(torch.arange(prefix, prefix + length))
                 sources.append(source)
                 tokens.append(labels[scored])
                 owners.append(torch.full_like(scored, len(owners)))
-                start += length
         targets = Targets(torch.cat(sources), torch.cat(tokens), torch.cat(owners), len(owners))
         input_ids = torch.tensor(ids)[None]
         position_ids = torch.cat(positions)[None]

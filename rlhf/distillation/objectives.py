@@ -1,5 +1,7 @@
 """Objectives with a live teacher: its forward pass comes first, then the student's, then the walk over the head."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +11,12 @@ from torch.profiler import record_function
 from rlhf.data import Batch
 from rlhf.logprobs import Divergence, HeadObjective, Predictions, SortedComparison
 from rlhf.models import Policy
-from rlhf.models.policy import Teacher
 
 REFERENCE_LABEL = "rlhf.reference"  # of `--profile`: the time of models that are only asked
+
+
+PolicyOfTeacher = Callable[[Policy], AbstractContextManager[Policy]]
+"""From the student's policy to the teacher's, for a while: another one, or the same under other weights."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class TeacherObjective(HeadObjective):
         divergence: what is compared, and the weights of the loss.
     """
 
-    teacher: Teacher
+    teacher: PolicyOfTeacher
     divergence: Divergence
 
     def prepare(self, policy: Policy, batch: Batch) -> HeadObjective:

@@ -52,6 +52,7 @@ def _forward_kl(log_q: Tensor, log_p: Tensor) -> Terms:
 def _reverse_kl(log_q: Tensor, log_p: Tensor) -> Terms:
     log_ratio = torch.sub(log_q, log_p, out=log_p)
     q = log_q.exp_()
+    # g = log q/p up to a constant, so the sum of q g is the divergence itself.
     q_times_grad = log_ratio.mul_(q)
     value = q_times_grad.sum(1)
     return Terms(value, q, q_times_grad, value[:, None])
@@ -63,6 +64,7 @@ def _jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Terms:
     q = log_q.exp_()
     value = beta * dot(p, log_ratio)
     log_m_over_q = log_ratio.expm1_().mul_(beta).log1p_()
+    # KL(p, m) and KL(q, m) from one logarithm: log p/m = log p/q - log m/q.
     mixture = p.mul_(beta).add_(q, alpha=1 - beta)
     value -= dot(mixture, log_m_over_q)
     q_times_grad = log_m_over_q.mul_(q).mul_(beta - 1)
@@ -91,6 +93,7 @@ def _reverse_skew_kl(log_q: Tensor, log_p: Tensor, alpha: float) -> Terms:
 
 
 def _alpha(log_q: Tensor, log_p: Tensor, alpha: float) -> Terms:
+    # p^alpha q^(1 - alpha), from logarithms: neither power underflows by itself.
     overlap = log_p.sub_(log_q).mul_(alpha).add_(log_q).exp_()
     q = log_q.exp_()
     # The sum of q in place of 1: it has the rounding that the sum of the overlap has.

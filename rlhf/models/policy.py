@@ -1,8 +1,8 @@
 """The modules that are trained: around a transformers model, with a :class:`Batch` going in."""
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -79,10 +79,6 @@ def _detach_buffers(model: nn.Module) -> None:
             if buffer.grad_fn is not None:
                 is_persistent = name not in module._non_persistent_buffers_set
                 module.register_buffer(name, buffer.detach(), is_persistent)
-
-
-Teacher = Callable[["Policy"], AbstractContextManager["Policy"]]
-"""From the student's policy to that of the teacher, for a while: another one, or the same under other weights."""
 
 
 class Policy(Wrapper):
