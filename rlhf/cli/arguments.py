@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from transformers import TrainingArguments
 
-from rlhf.rewards.loading import load_object
+from rlhf.losses.registry import load_object
 from rlhf.rollouts.arguments import option
 
 DTYPES = ["auto", "float32", "bfloat16", "float16", "float64"]

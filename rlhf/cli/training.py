@@ -18,9 +18,9 @@ from rlhf.data.errors import error_context
 from rlhf.data.streams import name_of
 from rlhf.distillation import DistillConfig, DistillTrainer
 from rlhf.models import add_adapter_beside, load_tokenizer
-from rlhf.trainers.base import BaseConfig, BaseTrainer
+from rlhf.trainers.base import BaseTrainer
 from rlhf.trainers.checkpointing import checkpoint_to_resume
-from rlhf.trainers.config import BAD_ROWS
+from rlhf.trainers.config import BAD_ROWS, BaseConfig
 
 TEACHER_ADAPTER = "teacher"  # name of the teacher's adapter on the student's model
 Rows: TypeAlias = Dataset | IterableDataset | Mixture

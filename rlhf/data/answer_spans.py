@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.formats import Message
 from rlhf.data.marks import MARKS, Marked, Part
+from rlhf.data.messages import Message
 from rlhf.data.prompts import common_length
 from rlhf.data.templates import ChatTemplate
 

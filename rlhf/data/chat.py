@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.formats import Dialogue, Message, Turns
-from rlhf.data.messages import ASSISTANT, is_trained
+from rlhf.data.formats import Dialogue
+from rlhf.data.messages import ASSISTANT, Message, Turns, is_trained
 from rlhf.data.prompts import common_length
 from rlhf.data.rendering import Rendering, locate_answers, locate_lost_answer, split_prefill
 from rlhf.data.templates import PROBE, ChatTemplate

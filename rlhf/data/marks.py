@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from rlhf.data.formats import Message
-from rlhf.data.messages import ASSISTANT, REASONING_KEYS
+from rlhf.data.messages import ASSISTANT, REASONING_KEYS, Message
 from rlhf.data.templates import PROBE, ChatTemplate
 
 _FIRST_MARK, _LAST_MARK = 0xF0000, ord(PROBE)  # a private plane of Unicode

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 from rlhf.data.answer_spans import AnswerSpans, special_token_ends
-from rlhf.data.formats import Message
 from rlhf.data.marks import MARKS, THOUGHT_TAG, Marked, Note, lost_parts, mark_messages
-from rlhf.data.messages import ASSISTANT, REASONING_KEYS, is_trained
+from rlhf.data.messages import ASSISTANT, REASONING_KEYS, Message, is_trained
 from rlhf.data.prompts import common_length
 from rlhf.data.templates import ChatTemplate
 

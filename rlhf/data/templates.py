@@ -10,7 +10,8 @@ from jinja2 import TemplateError, UndefinedError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from rlhf.data.formats import Dialogue, Message
+from rlhf.data.formats import Dialogue
+from rlhf.data.messages import Message
 
 PROBE = "\U000ffffd"  # a private character of Unicode: stands for a text whose place in a rendering is wanted
 _TEMPLATE_ERRORS = (TemplateError, TypeError, KeyError, AttributeError, ValueError)

@@ -18,7 +18,7 @@ from rlhf.distillation.teachers import LiveTeacher
 from rlhf.logprobs import HeadObjective
 from rlhf.losses import span_logps, span_loss
 from rlhf.models import vocabulary_size
-from rlhf.trainers.base import Measures
+from rlhf.trainers.evaluating import Measures
 
 METRIC_OF = {"uld": "uld", "spans": "span"}  # name of the mean over aligned tokens, or over spans
 

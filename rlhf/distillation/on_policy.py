@@ -15,7 +15,7 @@ from rlhf.logprobs import Scores, TokenLoss
 from rlhf.models import Policy
 from rlhf.rollouts import Completion, Sampling
 from rlhf.rollouts.policy_sampler import PolicySampler
-from rlhf.trainers.base import Measures
+from rlhf.trainers.evaluating import Measures
 
 Metrics = dict[str, tuple[float, float]]  # sum and count, by name
 

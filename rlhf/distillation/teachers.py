@@ -22,7 +22,7 @@ from rlhf.distillation.teacher_file import TeacherFile
 from rlhf.logprobs import Divergence, HeadObjective
 from rlhf.models import Policy
 from rlhf.models.policy import eval_mode
-from rlhf.trainers.base import Measures
+from rlhf.trainers.evaluating import Measures
 
 
 @dataclass

@@ -31,7 +31,8 @@ from rlhf.distillation.teachers import AdapterTeacher, FileTeacher, LiveTeacher,
 from rlhf.models import Policy
 from rlhf.rollouts import RolloutEngine
 from rlhf.rollouts.policy_sampler import PolicySampler, make_engine
-from rlhf.trainers.base import BaseConfig, Measures
+from rlhf.trainers.config import BaseConfig
+from rlhf.trainers.evaluating import Measures
 from rlhf.trainers.sft import TextTrainer
 
 

@@ -8,7 +8,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Dialogue, RowFormat, answer_end_ids, encode_prompt
-from rlhf.data.formats import Turns, canonical, prompt_dialogue
+from rlhf.data.formats import canonical, prompt_dialogue
+from rlhf.data.messages import Turns
 
 
 def prompts_of(rows: Dataset, count: int, form: RowFormat | None = None) -> list[Dialogue]:

@@ -7,8 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.batch import IGNORE
-from rlhf.data.formats import Turns
-from rlhf.data.messages import is_trained
+from rlhf.data.messages import Turns, is_trained
 
 _CONTEXT_TOKENS = 8  # tokens before one that are decoded with it
 _LONGEST_CHARACTER = 4  # bytes of a character in UTF-8, and so the most tokens that it can have

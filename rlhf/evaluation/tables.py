@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from rlhf.data.formats import Turns
+from rlhf.data.messages import Turns
 
 
 def show_metrics(columns: Mapping[str, Mapping[str, float]]) -> None:

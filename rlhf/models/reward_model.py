@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from rlhf.data import Batch, Collator, RowFormat, encode
-from rlhf.data.formats import Turns, sft_dialogue
+from rlhf.data.formats import sft_dialogue
+from rlhf.data.messages import Turns
 from rlhf.kernels.recompute import fewer_activations
 from rlhf.models.adapter_files import adapter_config, base_of, merged
 from rlhf.models.loading import HUB, base_kwargs, hub_kwargs, load_model

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Dialogue, encode_prompt
 from rlhf.data.columns import RowFormat
-from rlhf.data.formats import Turns, canonical, prompt_dialogue
+from rlhf.data.formats import canonical, prompt_dialogue
+from rlhf.data.messages import Turns
 from rlhf.models import Policy
 from rlhf.online.config import PPOConfig
 from rlhf.online.prompts import Prompts

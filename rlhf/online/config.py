@@ -21,7 +21,7 @@ from rlhf.online.objective import Objective, make_objective
 from rlhf.online.trl_names import TRLNames, take_over_names
 from rlhf.rollouts import Sampling
 from rlhf.rollouts.arguments import option
-from rlhf.trainers.base import BaseConfig
+from rlhf.trainers.config import BaseConfig
 from rlhf.trainers.reference import ReferenceSyncArguments
 
 COMPLETIONS_USED = {"best_of_n": 1, "pairs": 2}  # of each prompt, selected by their rewards

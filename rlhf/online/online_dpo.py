@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from rlhf.online.presets import OnlineDPOConfig
 from rlhf.online.samples import RolloutBatch
 from rlhf.online.trainer import PPOTrainer
-from rlhf.trainers.base import BaseConfig, Measures
+from rlhf.trainers.config import BaseConfig
+from rlhf.trainers.evaluating import Measures
 
 
 class OnlineDPOTrainer(PPOTrainer):

@@ -7,7 +7,7 @@ from rlhf.losses import PREFERENCE_LOSSES
 from rlhf.online.config import PPOConfig
 from rlhf.online.trainer import PPOTrainer
 from rlhf.rollouts.arguments import option
-from rlhf.trainers.base import BaseConfig
+from rlhf.trainers.config import BaseConfig
 
 Config = TypeVar("Config", bound=PPOConfig)
 

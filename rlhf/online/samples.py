@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf.data import Batch
 from rlhf.data.batch import IGNORE
-from rlhf.data.formats import Turns
+from rlhf.data.messages import Turns
 from rlhf.losses import ADVANTAGE_ESTIMATORS, rewards_of_tokens, whiten
 
 

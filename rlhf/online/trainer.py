@@ -49,7 +49,8 @@ from rlhf.online.samples import (
 from rlhf.online.trl_names import refuse_trainer_arguments
 from rlhf.rollouts import Environment, RolloutEngine
 from rlhf.rollouts.policy_sampler import PolicySampler, make_engine
-from rlhf.trainers.base import BaseConfig, Measures
+from rlhf.trainers.config import BaseConfig
+from rlhf.trainers.evaluating import Measures
 from rlhf.trainers.preparation import for_each_set
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx2
 
-from rlhf.data.formats import Turns
+from rlhf.data.messages import Turns
 
 
 class HttpReward:

@@ -11,7 +11,7 @@ from fractions import Fraction
 from inspect import Parameter, Signature
 from typing import Any
 
-from rlhf.data.formats import Turns
+from rlhf.data.messages import Turns
 from rlhf.rewards.numbers import stated_number
 
 RewardFunction = Callable[..., Any]  # (prompts, completions, **columns) -> list[float | None], or a coroutine of it

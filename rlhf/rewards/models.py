@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from rlhf.data.chat import encode
-from rlhf.data.formats import Dialogue, Turns
+from rlhf.data.formats import Dialogue
+from rlhf.data.messages import Turns
 from rlhf.models import load_tokenizer
 from rlhf.models.adapter_files import adapter_config, base_of, merged
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf.data.formats import Turns
+from rlhf.data.messages import Turns
 from rlhf.rewards.calling import TimedOut, call, finish, is_async, start
 from rlhf.rewards.contract import (
     SUPPLIED,

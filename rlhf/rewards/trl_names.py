@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf.data.formats import Turns
+from rlhf.data.messages import Turns
 from rlhf.rewards.functions import (
     RewardFunction,
     completion_text,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Dialogue, encode_reply
-from rlhf.data.formats import Message, Turns
+from rlhf.data.messages import Message, Turns
 from rlhf.rollouts.engine import Completion, RolloutEngine, Sampling
 
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import Batch, tokenize_preferences
-from rlhf.trainers.base import BaseConfig, Measures
+from rlhf.trainers.config import BaseConfig
 from rlhf.trainers.dpo_config import DPOConfig
+from rlhf.trainers.evaluating import Measures
 from rlhf.trainers.metric_sums import Metrics
 from rlhf.trainers.pair_weights import tail_weights, wpo_weights
 from rlhf.trainers.referenced import ReferencedTrainer

@@ -14,7 +14,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from rlhf.data import Batch, add_mismatched, tokenize_unpaired
 from rlhf.data.columns import check_unpaired_columns
 from rlhf.losses import kto_loss
-from rlhf.trainers.base import BaseConfig, Measures
+from rlhf.trainers.config import BaseConfig
+from rlhf.trainers.evaluating import Measures
 from rlhf.trainers.referenced import ReferencedConfig, ReferencedTrainer
 
 logger = logging.getLogger(__name__)

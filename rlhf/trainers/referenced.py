@@ -8,7 +8,8 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
 from rlhf.data import Batch, Packed
-from rlhf.trainers.base import BaseConfig, BaseTrainer
+from rlhf.trainers.base import BaseTrainer
+from rlhf.trainers.config import BaseConfig
 from rlhf.trainers.options import as_config
 from rlhf.trainers.preparation import sets_of
 from rlhf.trainers.reference import Reference, ReferenceSyncArguments

@@ -20,7 +20,9 @@ from rlhf.evaluation import calibration_bins, calibration_error
 from rlhf.losses import reward_loss
 from rlhf.models import RewardModel, add_scalar_head, load_reward_model, vocabulary_size
 from rlhf.models.reward_model import spare_pad_token
-from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures
+from rlhf.trainers.base import BaseTrainer
+from rlhf.trainers.config import BaseConfig
+from rlhf.trainers.evaluating import Measures
 from rlhf.trainers.metric_sums import Metrics
 from rlhf.trainers.options import as_config
 

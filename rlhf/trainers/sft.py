@@ -11,7 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data import Batch, tokenize_sft
 from rlhf.data.columns import sft_column
 from rlhf.logprobs import TokenLoss
-from rlhf.trainers.base import BaseConfig, BaseTrainer, Measures
+from rlhf.trainers.base import BaseTrainer
+from rlhf.trainers.config import BaseConfig
+from rlhf.trainers.evaluating import Measures
 
 LOSS_TYPES = ("nll", "chunked_nll", "dft")
 PACKING_STRATEGIES = ("bfd", "wrapped")
