@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf.losses._checks import check_range, check_same_shape
+from rlhf.losses._policy import MAX_LOG_RATIO
 from rlhf.losses._reduction import upcast
 from rlhf.losses.registry import Registry, arguments_of
 
@@ -129,12 +130,13 @@ def gae(
     rewards, values = torch.where(visible, rewards, 0.0), torch.where(visible, values, 0.0)
     advantages = torch.zeros_like(rewards)
     running = following = torch.zeros_like(rewards[..., 0])
-    for t in reversed(range(rewards.size(-1))):
-        here = visible[..., t]
-        delta = rewards[..., t] + gamma * following - values[..., t]
-        running = torch.where(here, delta + gamma * lam * running, running)
-        following = torch.where(here, values[..., t], following)
-        advantages[..., t] = torch.where(here, running, 0.0)
+    for step in reversed(range(rewards.size(-1))):
+        counts = visible[..., step]
+        delta = rewards[..., step] + gamma * following - values[..., step]
+        # At a token that does not count, both pass through to the token before it.
+        running = torch.where(counts, delta + gamma * lam * running, running)
+        following = torch.where(counts, values[..., step], following)
+        advantages[..., step] = torch.where(counts, running, 0.0)
     return advantages, torch.where(visible, advantages + values, 0.0)
 
 
@@ -175,7 +177,9 @@ def whiten(
 
     count = _total(visible, gather).clamp(min=1)
     mean = _total(values, gather) / count
-    variance = _total(torch.where(visible, (values - mean) ** 2, 0.0), gather) / count  # two passes: no cancellation
+    # In a second pass: the mean square less the squared mean would cancel.
+    squares = torch.where(visible, (values - mean) ** 2, 0.0)
+    variance = _total(squares, gather) / count
     whitened = (values - mean) / (variance + eps).sqrt()
     return torch.where(visible, whitened if shift_mean else whitened + mean, 0.0).to(values.dtype)
 
@@ -221,8 +225,10 @@ def group_advantages(
             return centred / (variance.sqrt()[groups] + eps)
         case "batch":
             count = _total(known, gather)
-            apart = torch.where(known, rewards - _total(rewards, gather) / count.clamp(min=1), 0.0)
-            variance = _total(apart**2, gather) / (count - 1).clamp(min=1)
+            batch_mean = _total(rewards, gather) / count.clamp(min=1)
+            deviations = torch.where(known, rewards - batch_mean, 0.0)
+            variance = _total(deviations**2, gather) / (count - 1).clamp(min=1)
+            # A single reward has no deviation.
             return (centred / (variance.sqrt() + eps)).to(centred.dtype) if count > 1 else centred
     raise ValueError(f'scale must be "group", "batch" or "none", got {scale!r}')
 
@@ -248,8 +254,11 @@ def rloo_advantages(rewards: Tensor, group: Tensor) -> Tensor:
     Source: arXiv 2402.14740.
     """
     rewards, known, groups, counts = _grouped(rewards, group)
-    others = (_sums(rewards, groups, len(counts))[groups] - rewards) / (counts[groups] - 1).clamp(min=1)
-    return torch.where(known & (counts[groups] > 1), rewards - others, 0.0)
+    group_sums = _sums(rewards, groups, len(counts))[groups]
+    mean_of_others = (group_sums - rewards) / (counts[groups] - 1).clamp(min=1)
+    # A completion whose partners have no rewards has no baseline.
+    has_others = counts[groups] > 1
+    return torch.where(known & has_others, rewards - mean_of_others, 0.0)
 
 
 @advantage_estimator("reinforce++")
@@ -418,7 +427,8 @@ def truncated_importance_weights(
     check_same_shape(old_logps=old_logps, sampling_logps=sampling_logps)
     if beyond not in ("cap", "zero"):
         raise ValueError(f'beyond must be "cap" or "zero", got {beyond!r}')
-    ratio = (upcast(old_logps) - upcast(sampling_logps)).detach().clamp(max=20).exp()
+    log_ratio = (upcast(old_logps) - upcast(sampling_logps)).detach()
+    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
     return ratio.clamp(max=cap) if beyond == "cap" else torch.where(ratio > cap, 0.0, ratio)
 
 
@@ -446,6 +456,7 @@ class AdaptiveKLController:
 
     def update(self, kl: float, n_steps: int) -> float:
         """Take the mean KL of ``n_steps`` sequences (of all ranks); returns the new coefficient."""
+        # A single rollout far off must not change the coefficient by more than a horizon's worth of 20 %.
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.value *= 1 + error * n_steps / self.horizon
         return self.value
@@ -463,11 +474,12 @@ def _grouped(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     return torch.where(known, rewards, 0.0), known, groups, counts
 
 
-def _total(x: Tensor, gather: bool) -> Tensor:
-    x = x.double().sum()
+def _total(values: Tensor, gather: bool) -> Tensor:
+    """The sum, in float64, so that it does not depend on how many processes share the values."""
+    total = values.double().sum()
     if gather and dist.is_available() and dist.is_initialized():
-        dist.all_reduce(x)
-    return x
+        dist.all_reduce(total)
+    return total
 
 
 def _sums(values: Tensor, groups: Tensor, size: int) -> Tensor:

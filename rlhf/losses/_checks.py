@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 _level: Literal["off", "warn", "error"] = "off"
-_sizes: dict[str, int] = {}  # elements that each loss was last summed over, inside a context
+# The number of elements that each loss was last summed over, inside a context.
+_sizes: dict[str, int] = {}
 
 
 class Checks:
@@ -57,9 +58,18 @@ def suspect(message: str) -> None:
 def check_floating(name: str, value: Tensor) -> None:
     if not value.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {value.dtype}: pass log-probabilities or logits")
-    if checking() and not (finite := value.isfinite()).all():
-        where = tuple((~finite).nonzero()[0].tolist())
-        suspect(f"{name}{list(where)} is {float(value[where])}: look for an overflow or a division by zero upstream")
+    if not checking():
+        return
+    finite = value.isfinite()
+    if not finite.all():
+        position = first_true(~finite)
+        cause = "look for an overflow or a division by zero upstream"
+        suspect(f"{name}{list(position)} is {float(value[position])}: {cause}")
+
+
+def first_true(condition: Tensor) -> tuple[int, ...]:
+    """The position of the first element that is True."""
+    return tuple(condition.nonzero()[0].tolist())
 
 
 def check_same_shape(**named: Tensor | None) -> None:
@@ -75,25 +85,34 @@ def check_labels(name: str, labels: Tensor, classes: int, ignore_index: int) -> 
         raise ValueError(
             f"{name} must hold class indices (integers), got {labels.dtype}: for one-hot rows pass {name}.argmax(-1)"
         )
-    if labels.numel() and (labels.device.type == "cpu" or checking()):
-        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
-        if wrong.any():
-            where = tuple(wrong.nonzero()[0].tolist())
-            raise ValueError(
-                f"{name}{list(where)} is {int(labels[where])}, outside the vocabulary [0, {classes}): "
-                f"fix the label, or set it to ignore_index ({ignore_index})"
-            )
+    if not labels.numel() or not is_cheap_to_read(labels):
+        return
+    is_outside = (labels < 0) | (labels >= classes)
+    is_wrong = is_outside & (labels != ignore_index)
+    if is_wrong.any():
+        position = first_true(is_wrong)
+        raise ValueError(
+            f"{name}{list(position)} is {int(labels[position])}, outside the vocabulary [0, {classes}): "
+            f"fix the label, or set it to ignore_index ({ignore_index})"
+        )
+
+
+def is_cheap_to_read(values: Tensor) -> bool:
+    """Whether values may be looked at: on an accelerator that waits for the device, so only on request."""
+    return values.device.type == "cpu" or checking()
 
 
 def check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
     """Raise unless ``low <= value < high`` (``low < value`` with ``open_low``)."""
-    if not (low < value if open_low else low <= value) or not value < high:
-        raise ValueError(f"{name} must be in {'(' if open_low else '['}{low}, {high}), got {value}")
+    above_low = low < value if open_low else low <= value
+    if not above_low or not value < high:  # so that NaN fails too
+        bracket = "(" if open_low else "["
+        raise ValueError(f"{name} must be in {bracket}{low}, {high}), got {value}")
 
 
 def check_probabilities(name: str, value: Tensor) -> None:
     """Raise unless all values lie in [0, 1]; like label ranges, read on CPU always and elsewhere on request."""
-    if value.numel() and (value.device.type == "cpu" or checking()):
+    if value.numel() and is_cheap_to_read(value):
         low, high = float(value.detach().min()), float(value.detach().max())
         if low < 0 or high > 1:
             raise ValueError(f"{name} must be probabilities in [0, 1], got values from {low:.4g} to {high:.4g}")
@@ -101,6 +120,7 @@ def check_probabilities(name: str, value: Tensor) -> None:
 
 def check_binary(logits: Tensor, targets: Tensor, weighted: bool) -> None:
     """What looks like a mistake in a binary classification from logits."""
+    # A handful of values can look like anything.
     if not checking() or logits.numel() < 8:
         return
     if logits.min() >= 0 and logits.max() <= 1:
@@ -116,13 +136,19 @@ def check_binary(logits: Tensor, targets: Tensor, weighted: bool) -> None:
 
 def check_softmax(logits: Tensor) -> None:
     """What looks like probabilities where logits belong."""
-    if checking() and logits.numel() >= 8 and logits.min() >= 0 and ((logits.sum(-1) - 1).abs() < 1e-3).all():
+    if not checking() or logits.numel() < 8:
+        return
+    sums_to_one = ((logits.sum(-1) - 1).abs() < 1e-3).all()
+    if logits.min() >= 0 and sums_to_one:
         suspect("logits are not negative and sum to 1: was a softmax applied before? this loss applies its own")
 
 
 def check_continuous(targets: Tensor) -> None:
     """What looks like labels where values belong."""
-    if checking() and targets.numel() >= 8 and ((targets == 0) | (targets == 1)).all() and len(targets.unique()) == 2:
+    if not checking() or targets.numel() < 8:
+        return
+    is_binary = ((targets == 0) | (targets == 1)).all()
+    if is_binary and len(targets.unique()) == 2:
         suspect("targets are all 0 or 1: for labels use bce_with_logits_loss or cross_entropy_loss")
 
 
@@ -131,6 +157,7 @@ def check_sum(loss: str, reduction: str, size: int) -> None:
     if not checking() or reduction != "sum":
         return
     before = _sizes.setdefault(loss, size)
+    # The gradient of a sum grows with the batch, and with it the step.
     if before != size:
         _sizes[loss] = size
         suspect(

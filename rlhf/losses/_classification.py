@@ -145,6 +145,7 @@ def categorical_cross_entropy(probabilities: Tensor, targets: Tensor) -> Tensor:
     check_same_shape(probabilities=probabilities, targets=targets)
     check_probabilities("probabilities", probabilities)
     check_probabilities("targets", targets)
+    # log 0 would make NaN of a target of 0 times it.
     tiny = torch.finfo(probabilities.dtype).tiny
     return -(targets * probabilities.clamp(min=tiny).log()).sum(-1)
 
@@ -205,9 +206,10 @@ def focal_loss(logits: Tensor, targets: Tensor, alpha: float | None = 0.25, gamm
     check_probabilities("targets", targets)
     check_binary(logits, targets, weighted=True)
     check_range("gamma", gamma, 0.0, math.inf)
-    # The power is taken of an exponential, which has a gradient at p_t = 1.
-    log_p, log_1p = F.logsigmoid(logits), F.logsigmoid(-logits)
-    positive, negative = log_p * torch.exp(gamma * log_1p), log_1p * torch.exp(gamma * log_p)
+    log_prob, log_other = F.logsigmoid(logits), F.logsigmoid(-logits)
+    # (1 - p)^gamma as an exponential, which has a gradient at p = 1; a power has none there for gamma < 1.
+    positive = log_prob * torch.exp(gamma * log_other)
+    negative = log_other * torch.exp(gamma * log_prob)
     if alpha is None:
         return -torch.lerp(negative, positive, targets)
     check_range("alpha", alpha, 0.0, math.nextafter(1.0, 2.0))
@@ -343,18 +345,23 @@ def class_weights(counts: Tensor, scheme: str = "balanced", *, beta: float = 0.9
 
     Source: King and Zeng 2001; effective number arXiv 1901.05555.
     """
-    n = counts if counts.dtype == torch.float64 else counts.float()
-    if (n <= 0).any():
-        raise ValueError(f"counts[{int((n <= 0).nonzero()[0])}] is 0: leave the class out, or give it a weight by hand")
+    counts = counts if counts.dtype == torch.float64 else counts.float()
+    is_empty = counts <= 0
+    if is_empty.any():
+        first = int(is_empty.nonzero()[0])
+        raise ValueError(f"counts[{first}] is 0: leave the class out, or give it a weight by hand")
     match scheme:
         case "inverse":
-            return 1 / n
+            return 1 / counts
         case "balanced":
-            return n.sum() / (len(n) * n)
+            return counts.sum() / (len(counts) * counts)
         case "effective":
             check_range("beta", beta, 0.0, 1.0)
-            weights = (1 - beta) / -torch.expm1(n * math.log(beta)) if beta else torch.ones_like(n)
-            return weights * len(n) / weights.sum()
+            if not beta:  # each class counts once, however large
+                return torch.ones_like(counts)
+            # (1 - beta) / (1 - beta^n); expm1 keeps the digits of beta near 1.
+            weights = (1 - beta) / -torch.expm1(counts * math.log(beta))
+            return weights * len(counts) / weights.sum()
     raise ValueError(f'scheme must be "inverse", "balanced" or "effective", got {scheme!r}')
 
 

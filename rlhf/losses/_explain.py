@@ -7,6 +7,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from rlhf.losses._checks import first_true
+
+LARGE_NORM = 1e3  # of a gradient: far beyond what clipping at 1.0 leaves
+
 
 def explain(
     loss: Tensor | Sequence[float],
@@ -28,15 +32,18 @@ def explain(
         >>> explain(torch.tensor(float("nan")), inputs={"logits": torch.tensor([0.0, float("inf")])})
         ['logits[1] is inf: the loss cannot be a number; look for an overflow or a division by zero upstream']
     """
-    reasons = [reason for name, value in (inputs or {}).items() for reason in _of_input(name, value)]
+    reasons: list[str] = []
+    for name, value in (inputs or {}).items():
+        reasons += _of_input(name, value)
     history = [float(loss.detach())] if isinstance(loss, Tensor) else [float(value) for value in loss]
     if isinstance(loss, Tensor) and not loss.requires_grad and not reasons:
         reasons.append("the loss has no gradient: it was detached, or computed under no_grad or from frozen parameters")
     if model is not None:
         reasons += _of_model(model)
+    # Only where nothing better was found: the cause is then between the inputs and the loss.
     if not math.isfinite(history[-1]) and not reasons:
-        good = next((i for i in range(len(history) - 1, -1, -1) if math.isfinite(history[i])), None)
-        since = "" if good is None else f" since step {good + 2} of those given"
+        finite_steps = [step for step, value in enumerate(history) if math.isfinite(value)]
+        since = f" since step {finite_steps[-1] + 2} of those given" if finite_steps else ""
         reasons.append(
             f"the loss is {history[-1]}{since} and its inputs show no cause: lower the learning rate, clip gradients, "
             "or compute in float32; log(0) and 0/0 inside the model are the usual ways"
@@ -51,36 +58,40 @@ def _of_input(name: str, value: Tensor) -> list[str]:
         return [f"{name} is -100 everywhere: nothing is scored"] if value.numel() and (value == -100).all() else []
     finite = value.isfinite()
     if not finite.all():
-        where = tuple((~finite).nonzero()[0].tolist())
+        position = first_true(~finite)
         cause = "look for an overflow or a division by zero upstream"
-        return [f"{name}{list(where)} is {float(value[where])}: the loss cannot be a number; {cause}"]
-    if value.numel() > 1 and float(value.detach().std()) == 0:
-        return [
-            f"{name} is the same everywhere ({float(value.detach().flatten()[0]):.4g}): a dead layer, or zero weights?"
-        ]
+        return [f"{name}{list(position)} is {float(value[position])}: the loss cannot be a number; {cause}"]
+    value = value.detach()
+    if value.numel() > 1 and float(value.std()) == 0:
+        return [f"{name} is the same everywhere ({float(value.flatten()[0]):.4g}): a dead layer, or zero weights?"]
     return []
 
 
 def _of_model(model: nn.Module) -> list[str]:
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
         return ["no parameter requires a gradient: the model is frozen"]
-    for name, p in model.named_parameters():
-        if not p.isfinite().all():
-            return [f"parameter {name} holds {_kind(p)}: an earlier update broke it; go back to a checkpoint before"]
-    gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            advice = "an earlier update broke it; go back to a checkpoint before"
+            return [f"parameter {name} holds {_kind(parameter)}: {advice}"]
+    gradients = {name: parameter.grad for name, parameter in trained.items() if parameter.grad is not None}
     if not gradients:
         return []
     for name, gradient in gradients.items():
         if not gradient.isfinite().all():
             return [f"the gradient of {name} holds {_kind(gradient)}: clip it, lower the scale, or compute in float32"]
-    norm = math.sqrt(sum(float(gradient.double().norm()) ** 2 for gradient in gradients.values()))
+    norms = [float(gradient.double().norm()) for gradient in gradients.values()]
+    norm = math.hypot(*norms)
     if norm == 0:
         return ["all gradients are 0: a saturated or clipped loss, or nothing that counts"]
-    without = len(trained) - len(gradients)
-    missing = [f"{without} of {len(trained)} trained parameters have no gradient: the loss does not reach them"]
-    large = [f"the gradient's norm is {norm:.3g}: clip it (1.0 is usual) or lower the learning rate"]
-    return (missing if without else []) + (large if norm > 1e3 else [])
+    reasons = []
+    missing = len(trained) - len(gradients)
+    if missing:
+        reasons.append(f"{missing} of {len(trained)} trained parameters have no gradient: the loss does not reach them")
+    if norm > LARGE_NORM:
+        reasons.append(f"the gradient's norm is {norm:.3g}: clip it (1.0 is usual) or lower the learning rate")
+    return reasons
 
 
 def _of_history(history: Sequence[float], num_classes: int | None) -> list[str]:
@@ -88,18 +99,21 @@ def _of_history(history: Sequence[float], num_classes: int | None) -> list[str]:
         return []
     first, last = history[0], history[-1]
     size = max(abs(first), abs(last), 1e-12)
-    steps = [b - a for a, b in pairwise(history)]
+    steps = [after - before for before, after in pairwise(history)]
     if max(history) - min(history) < 1e-6 * size:
         return ["the loss does not move at all: is optimizer.step() called, and on these parameters?"]
     if last > first + 0.1 * size:
         return [f"the loss grows, from {first:.4g} to {last:.4g}: lower the learning rate, or look at the loss's sign"]
-    turns = sum(a * b < 0 for a, b in pairwise(steps))
+    turns = sum(before * after < 0 for before, after in pairwise(steps))
+    # Most steps go back on the one before, and some of them far.
     if turns > 0.7 * len(steps) and max(map(abs, steps)) > 0.3 * size:
         return ["the loss jumps up and down: lower the learning rate or enlarge the batch"]
     if first - last < 0.01 * size:
-        if num_classes and abs(last - math.log(num_classes)) < 0.02 * math.log(num_classes):
-            guess = f"log({num_classes}) = {math.log(num_classes):.4g}"
-            return [f"the loss stays at {guess}, that of a guess: are labels and inputs in the same order?"]
+        # A guess among equals costs log(classes).
+        guess = math.log(num_classes) if num_classes else 0.0
+        if num_classes and abs(last - guess) < 0.02 * guess:
+            value = f"log({num_classes}) = {guess:.4g}"
+            return [f"the loss stays at {value}, that of a guess: are labels and inputs in the same order?"]
         return ["the loss hardly falls: raise the learning rate, or check that the targets can be learned"]
     return []
 

@@ -121,7 +121,8 @@ def causal_lm_loss(
     check_range("z_loss", z_loss, 0.0, math.inf)
     losses = _token_nll(logits, labels, ignore_index, shift, label_smoothing)
     if z_loss:
-        losses = losses + z_loss * upcast(logits[..., :-1, :] if shift else logits).logsumexp(-1) ** 2
+        dense = upcast(logits[..., :-1, :] if shift else logits)
+        losses = losses + z_loss * dense.logsumexp(-1) ** 2
     return _reduce_tokens(losses, labels, ignore_index, shift, reduction, weight, mask, num_items)
 
 
@@ -163,7 +164,8 @@ def dft_loss(
     Source: arXiv 2508.05629.
     """
     nll = _token_nll(logits, labels, ignore_index, shift)
-    return _reduce_tokens(nll * (-nll.detach()).exp(), labels, ignore_index, shift, reduction, weight, mask, num_items)
+    probability = (-nll.detach()).exp()  # a constant: the gradient of the product is that of the weighted loss
+    return _reduce_tokens(probability * nll, labels, ignore_index, shift, reduction, weight, mask, num_items)
 
 
 def unlikelihood_loss(
@@ -208,8 +210,9 @@ def unlikelihood_loss(
     check_labels("labels", labels, logits.size(-1), ignore_index)
     dense, tokens = (logits[..., :-1, :], labels[..., 1:]) if shift else (logits, labels)
     log_probs = upcast(dense).log_softmax(-1)
-    own = torch.where(tokens == ignore_index, 0, tokens.long())[..., None]
-    losses = -log_probs.scatter(-1, own, -math.inf).logsumexp(-1)  # of all the other tokens: exact where p rounds to 1
+    index = torch.where(tokens == ignore_index, 0, tokens.long())[..., None]
+    # log(1 - p) from all the other tokens: exact where p rounds to 1.
+    losses = -log_probs.scatter(-1, index, -math.inf).logsumexp(-1)
     return _reduce_tokens(losses, labels, ignore_index, shift, reduction, weight, mask, num_items)
 
 
@@ -267,12 +270,13 @@ def _reduce_tokens(
     mask: Tensor | None,
     num_items: int | Tensor | None,
 ) -> Tensor:
-    cut = slice(1, None) if shift else slice(None)
-    scored = labels[..., cut] != ignore_index
+    # The first token is predicted by none, so that its label, weight and mask fall away.
+    predicted = slice(1, None) if shift else slice(None)
+    scored = labels[..., predicted] != ignore_index
     check_same_shape(labels=labels, weight=weight, mask=mask)
     if mask is not None:
-        scored = scored & mask[..., cut].bool()
-    weight = None if weight is None else weight[..., cut]
+        scored = scored & mask[..., predicted].bool()
+    weight = None if weight is None else weight[..., predicted]
     if num_items is None or reduction != "mean":
         return reduce(losses, reduction, weight, scored)
     return reduce(losses, "sum", weight, scored) / num_items

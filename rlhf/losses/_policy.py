@@ -32,10 +32,12 @@ def clipped_surrogate(
     if delta is not None:
         check_range("delta", delta, 0.0, math.inf, open_low=True)
         ratio = ratio.clamp(max=delta)
+    # The smaller of the two: a ratio beyond the clip adds nothing where it would help, and counts where it hurts.
     surrogate = torch.minimum(ratio * advantages, clipped)
     if dual_clip is not None:
         check_range("dual_clip", dual_clip, 1.0, math.inf, open_low=True)
-        surrogate = torch.where(advantages < 0, torch.maximum(surrogate, dual_clip * advantages), surrogate)
+        bounded = torch.maximum(surrogate, dual_clip * advantages)
+        surrogate = torch.where(advantages < 0, bounded, surrogate)
     return -surrogate
 
 
@@ -101,8 +103,9 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange_va
     losses = (values - returns) ** 2
     if cliprange_value is not None:
         check_range("cliprange_value", cliprange_value, 0.0, math.inf, open_low=True)
-        near = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
-        losses = torch.maximum(losses, (near - returns) ** 2)
+        clipped_values = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+        # The larger of the two errors: moving further than the clip is never rewarded.
+        losses = torch.maximum(losses, (clipped_values - returns) ** 2)
     return losses / 2
 
 
@@ -139,7 +142,9 @@ def actor_critic_loss(
     """
     check_range("vf_coef", vf_coef, 0.0, math.inf)
     check_same_shape(logps=logps, values=values, returns=returns, entropy=entropy)
-    losses = -(returns - values).detach() * logps + vf_coef * (returns - values) ** 2
+    # A constant for the policy: the critic learns from its own term alone.
+    advantages = (returns - values).detach()
+    losses = -advantages * logps + vf_coef * (returns - values) ** 2
     return losses if entropy is None else losses - entropy_coef * entropy
 
 
@@ -164,12 +169,13 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, kind: str = "k3") -> Tensor:
     Source: Schulman 2020, "Approximating KL divergence".
     """
     check_same_shape(logps=logps, ref_logps=ref_logps)
-    r = upcast(logps) - upcast(ref_logps)
+    log_ratio = upcast(logps) - upcast(ref_logps)
     match kind:
         case "k1":
-            return r
+            return log_ratio
         case "k2":
-            return r**2 / 2
+            return log_ratio**2 / 2
         case "k3":
-            return torch.expm1(-r.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) + r
+            # expm1, as the exponential less 1 loses all digits where the two nearly agree.
+            return torch.expm1(-log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) + log_ratio
     raise ValueError(f'kind must be "k1", "k2" or "k3", got {kind!r}')

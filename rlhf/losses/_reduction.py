@@ -14,9 +14,9 @@ from rlhf.losses._checks import check_floating, check_labels, check_same_shape, 
 Reduction = Literal["mean", "sum", "none"]
 
 
-def upcast(x: Tensor) -> Tensor:
+def upcast(tensor: Tensor) -> Tensor:
     """Half precision becomes float32; float32 and float64 stay."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def reduce(
@@ -39,10 +39,13 @@ def reduce(
         Scalar, or ``values``'s shape for ``"none"``. Nothing counts: a zero that can be differentiated.
     """
     check_same_shape(values=values, weight=weight, mask=mask)
+    # Selected, not multiplied by 0: what is masked may be NaN.
     if mask is not None:
         values = torch.where(mask.bool(), values, 0.0)
     if weight is not None:
-        weight = weight.to(values.dtype) if mask is None else torch.where(mask.bool(), weight.to(values.dtype), 0.0)
+        weight = weight.to(values.dtype)
+        if mask is not None:
+            weight = torch.where(mask.bool(), weight, 0.0)
         values = values * weight
     match reduction:
         case "none":
@@ -53,9 +56,9 @@ def reduce(
             counted = weight if weight is not None else mask
             if counts is not None:
                 counted = counts if counted is None else counted * counts
-            total = values.new_tensor(values.numel()) if counted is None else counted.sum().to(values.dtype)
+            divisor = values.new_tensor(values.numel()) if counted is None else counted.sum().to(values.dtype)
             # Nothing counts: 0 / 1 keeps the graph, where 0 / 0 would be NaN.
-            return values.sum() / torch.where(total == 0, 1.0, total)
+            return values.sum() / torch.where(divisor == 0, 1.0, divisor)
     raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
 
 
@@ -132,15 +135,17 @@ def reducible(*inputs: str, labels: str | None = None) -> Callable[[Callable[...
             if len(args) > len(positional):
                 signature.bind(*args, **kwargs)  # raises, naming what is too many
             given = dict(zip(positional, args, strict=False), **kwargs)
-            hidden = mask  # an ignored label hides its loss, but is not worth a copy of the logits, as in torch
+            # An ignored label hides its loss, but is not worth a copy of the logits, as in torch.
+            hidden = mask
             if labels is not None:
                 mask = _take_labels(given, inputs[0], labels, mask)
             for name in inputs:
                 if given.get(name) is not None:
                     given[name] = hide(name, given[name], hidden)
-            values = loss(**given)
-            check_sum(loss.__name__, reduction, (values[0] if isinstance(values, tuple) else values).numel())
-            values, counts = values if isinstance(values, tuple) else (values, None)
+            result = loss(**given)
+            # Some losses also return what each element adds to the divisor of the mean.
+            values, counts = result if isinstance(result, tuple) else (result, None)
+            check_sum(loss.__name__, reduction, values.numel())
             return reduce(values, reduction, weight, mask, counts)
 
         added = SHARED_OPTIONS if labels is None else [_option("ignore_index", -100, int), *SHARED_OPTIONS]

@@ -142,8 +142,9 @@ def log_cosh_loss(predictions: Tensor, targets: Tensor) -> Tensor:
 
     Source: Green 1990; the second form does not overflow.
     """
-    r = _residual(predictions, targets)
-    return r + F.softplus(-2 * r) - math.log(2)  # even in r; softplus carries the derivative at 0 that |r| lacks
+    residual = _residual(predictions, targets)
+    # log cosh without overflow; unlike a form with |residual| it has a derivative at 0.
+    return residual + F.softplus(-2 * residual) - math.log(2)
 
 
 @reducible("predictions", "targets")

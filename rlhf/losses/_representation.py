@@ -59,29 +59,33 @@ def info_nce_loss(
         check_range("temperature", temperature, 0.0, math.inf, open_low=True)
     visible = None if mask is None else mask.bool()
     check_same_shape(queries=queries[:, 0], mask=visible, weight=weight)
-    queries, keys = (_ready(x, visible, normalize) for x in (queries, keys))
-    all_queries, all_keys, candidates, first = queries, keys, visible, 0
+    queries = _prepared(queries, visible, normalize)
+    keys = _prepared(keys, visible, normalize)
+    # Candidates are the rows of this process, or of all processes one after another.
+    all_queries, all_keys, candidates, first_row = queries, keys, visible, 0
     if gather and dist.is_available() and dist.is_initialized():
-        all_queries, all_keys = (torch.cat(_all_gather(x)) for x in (queries, keys))
+        all_queries, all_keys = torch.cat(_all_gather(queries)), torch.cat(_all_gather(keys))
         candidates = None if visible is None else torch.cat(_all_gather(visible.float())).bool()
-        first = dist.get_rank() * len(queries)
-    own = torch.arange(len(queries), device=queries.device) + first
-    # A row that is masked scores against itself alone, so that its softmax is not empty; its loss is dropped below.
+        first_row = dist.get_rank() * len(queries)
+    partner = torch.arange(len(queries), device=queries.device) + first_row
     allowed = None
     if candidates is not None:
-        allowed = candidates[None] | (torch.arange(len(candidates), device=own.device)[None] == own[:, None])
+        # A masked row is compared with itself alone, so that its softmax is not empty; its loss is dropped below.
+        is_partner = torch.arange(len(candidates), device=partner.device)[None] == partner[:, None]
+        allowed = candidates[None] | is_partner
 
-    def one_side(x: Tensor, y: Tensor, extra: Tensor | None) -> Tensor:
-        logits = (x / temperature) @ y.T
+    def one_side(rows: Tensor, columns: Tensor, further: Tensor | None) -> Tensor:
+        """The cross-entropy of finding each row's partner among the columns and further candidates, [N]."""
+        logits = (rows / temperature) @ columns.T
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -math.inf)
-        if extra is not None:
-            logits = torch.cat([logits, x @ extra.T / temperature], 1)
-        return F.cross_entropy(logits, own, reduction="none")
+        if further is not None:
+            logits = torch.cat([logits, rows @ further.T / temperature], 1)
+        return F.cross_entropy(logits, partner, reduction="none")
 
     if negatives is not None:
         _check_embeddings(negatives=negatives)
-        negatives = _ready(negatives, None, normalize)
+        negatives = _prepared(negatives, None, normalize)
     losses = one_side(queries, all_keys, negatives)
     if symmetric:
         losses = (losses + one_side(keys, all_queries, None)) / 2
@@ -124,13 +128,17 @@ def supervised_contrastive_loss(
     check_range("temperature", temperature, 0.0, math.inf, open_low=True)
     visible = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
     check_same_shape(embeddings=embeddings[:, 0], labels=labels, mask=visible, weight=weight)
-    z = _ready(embeddings, visible, normalize)
-    others = visible[None] & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+    prepared = _prepared(embeddings, visible, normalize)
+    is_self = torch.eye(len(prepared), dtype=torch.bool, device=prepared.device)
+    others = visible[None] & ~is_self
     positives = others & (labels[:, None] == labels[None])
-    logits = (z @ z.T / temperature).masked_fill(~others, -torch.finfo(z.dtype).max)
-    counts = positives.sum(1)
+    # Not -inf: a row without others would have an empty softmax, and its gradient would be NaN.
+    smallest = -torch.finfo(prepared.dtype).max
+    logits = (prepared @ prepared.T / temperature).masked_fill(~others, smallest)
+    num_positives = positives.sum(1)
     log_probs = torch.where(positives, logits.log_softmax(1), 0.0)
-    return reduce(-log_probs.sum(1) / counts.clamp(min=1), reduction, weight, visible & (counts > 0))
+    losses = -log_probs.sum(1) / num_positives.clamp(min=1)
+    return reduce(losses, reduction, weight, visible & (num_positives > 0))
 
 
 def triplet_loss(
@@ -169,8 +177,10 @@ def triplet_loss(
     """
     check_range("margin", margin, 0.0, math.inf)
     check_same_shape(anchors=anchors, positives=positives, negatives=negatives)
-    a, p, n = (_ready(x, mask, False) for x in (anchors, positives, negatives))
-    return reduce(F.relu(_distance(a, p, distance) - _distance(a, n, distance) + margin), reduction, weight, mask)
+    anchors = _prepared(anchors, mask, normalize=False)
+    to_positive = _distance(anchors, _prepared(positives, mask, normalize=False), distance)
+    to_negative = _distance(anchors, _prepared(negatives, mask, normalize=False), distance)
+    return reduce(F.relu(to_positive - to_negative + margin), reduction, weight, mask)
 
 
 def batch_triplet_loss(
@@ -206,30 +216,32 @@ def batch_triplet_loss(
     """
     _check_embeddings(embeddings=embeddings)
     check_range("margin", margin, 0.0, math.inf)
-    x = upcast(embeddings)
-    d = _distance(x[:, None], x[None], distance)
-    same = labels[:, None] == labels[None]
-    positive = same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
+    embeddings = upcast(embeddings)
+    distances = _distance(embeddings[:, None], embeddings[None], distance)
+    same_class = labels[:, None] == labels[None]
+    is_self = torch.eye(len(embeddings), dtype=torch.bool, device=embeddings.device)
+    is_positive = same_class & ~is_self
     if mining == "hard":
-        farthest = d.masked_fill(~positive, -math.inf).amax(1)
-        nearest = d.masked_fill(same, math.inf).amin(1)
-        counts = positive.any(1) & ~same.all(1)
-        gaps = torch.where(counts, farthest, 0.0) - torch.where(counts, nearest, 0.0)
-        return reduce(F.relu(gaps + margin), reduction, mask=counts)
-    to_positive, to_negative = d[:, :, None], d[:, None, :]  # [anchor, positive, negative]
-    valid = positive[:, :, None] & ~same[:, None, :]
+        farthest_positive = distances.masked_fill(~is_positive, -math.inf).amax(1)
+        nearest_negative = distances.masked_fill(same_class, math.inf).amin(1)
+        has_triplet = is_positive.any(1) & ~same_class.all(1)
+        # Without a triplet both are infinite, and their difference would be NaN.
+        gaps = torch.where(has_triplet, farthest_positive, 0.0) - torch.where(has_triplet, nearest_negative, 0.0)
+        return reduce(F.relu(gaps + margin), reduction, mask=has_triplet)
+    # [anchor, positive, negative]
+    to_positive, to_negative = distances[:, :, None], distances[:, None, :]
+    is_triplet = is_positive[:, :, None] & ~same_class[:, None, :]
     if mining == "all":
-        return reduce(F.relu(to_positive - to_negative + margin), reduction, mask=valid)
+        return reduce(F.relu(to_positive - to_negative + margin), reduction, mask=is_triplet)
     if mining != "semi-hard":
         raise ValueError(f'mining must be "all", "hard" or "semi-hard", got {mining!r}')
-    beyond = valid & (to_negative > to_positive)
-    nearest = to_negative.masked_fill(~beyond, math.inf).amin(2)
-    farthest = to_negative.masked_fill(~valid, -math.inf).amax(2)
-    chosen = torch.where(beyond.any(2), nearest, farthest)
-    counts = valid.any(2)
-    return reduce(
-        F.relu(torch.where(counts, d - torch.where(counts, chosen, 0.0), 0.0) + margin), reduction, mask=counts
-    )
+    is_beyond = is_triplet & (to_negative > to_positive)
+    nearest_beyond = to_negative.masked_fill(~is_beyond, math.inf).amin(2)
+    farthest_negative = to_negative.masked_fill(~is_triplet, -math.inf).amax(2)
+    negative = torch.where(is_beyond.any(2), nearest_beyond, farthest_negative)
+    has_triplet = is_triplet.any(2)
+    gaps = torch.where(has_triplet, distances - torch.where(has_triplet, negative, 0.0), 0.0)
+    return reduce(F.relu(gaps + margin), reduction, mask=has_triplet)
 
 
 def siglip_loss(
@@ -269,10 +281,13 @@ def siglip_loss(
     _check_embeddings(queries=queries, keys=keys)
     check_same_shape(queries=queries, keys=keys)
     visible = torch.ones_like(queries[:, 0], dtype=torch.bool) if mask is None else mask.bool()
-    q, k = (_ready(x, visible, normalize) for x in (queries, keys))
-    signs = 2 * torch.eye(len(q), dtype=q.dtype, device=q.device) - 1
-    losses = -F.logsigmoid(signs * (q @ k.T * scale + bias))
-    return reduce(torch.where(visible[None], losses, 0.0).sum(1), reduction, weight, None if mask is None else visible)
+    queries = _prepared(queries, visible, normalize)
+    keys = _prepared(keys, visible, normalize)
+    # +1 on the diagonal, where a query meets its own key, -1 elsewhere.
+    signs = 2 * torch.eye(len(queries), dtype=queries.dtype, device=queries.device) - 1
+    losses = -F.logsigmoid(signs * (queries @ keys.T * scale + bias))
+    by_query = torch.where(visible[None], losses, 0.0).sum(1)
+    return reduce(by_query, reduction, weight, None if mask is None else visible)
 
 
 @reducible("first", "second")
@@ -312,24 +327,29 @@ def _check_embeddings(**named: Tensor) -> None:
             raise ValueError(f"{name} must be floating point [N, D], got {value.dtype} {tuple(value.shape)}")
 
 
-def _ready(x: Tensor, mask: Tensor | None, normalize: bool) -> Tensor:
-    x = upcast(x) if mask is None else torch.where(mask.bool()[..., None], upcast(x), 0.0)
-    return F.normalize(x, dim=-1) if normalize else x
+def _prepared(embeddings: Tensor, mask: Tensor | None, normalize: bool) -> Tensor:
+    """In at least float32, 0 where the mask is False, and of length 1 where that is wanted."""
+    embeddings = upcast(embeddings)
+    if mask is not None:
+        embeddings = torch.where(mask.bool()[..., None], embeddings, 0.0)
+    return F.normalize(embeddings, dim=-1) if normalize else embeddings
 
 
-def _distance(a: Tensor, b: Tensor, kind: Distance) -> Tensor:
+def _distance(first: Tensor, second: Tensor, kind: Distance) -> Tensor:
     if kind == "cosine":
-        return 1 - F.cosine_similarity(a, b, dim=-1)
-    squared = ((a - b) ** 2).sum(-1)
+        return 1 - F.cosine_similarity(first, second, dim=-1)
+    squared = ((first - second) ** 2).sum(-1)
     if kind == "squared":
         return squared
     if kind != "euclidean":
         raise ValueError(f'distance must be "euclidean", "squared" or "cosine", got {kind!r}')
-    apart = squared > 0  # the root has no slope at 0, where the gradient is taken as 0
-    return torch.where(apart, torch.where(apart, squared, 1.0).sqrt(), 0.0)
+    # The root has no slope at 0; there the gradient is taken as 0.
+    is_apart = squared > 0
+    return torch.where(is_apart, torch.where(is_apart, squared, 1.0).sqrt(), 0.0)
 
 
-def _all_gather(x: Tensor) -> list[Tensor]:
-    from torch.distributed.nn.functional import all_gather  # differentiable
+def _all_gather(rows: Tensor) -> list[Tensor]:
+    # Unlike torch.distributed.all_gather, this one passes gradients back.
+    from torch.distributed.nn.functional import all_gather
 
-    return list(all_gather(x))
+    return list(all_gather(rows))

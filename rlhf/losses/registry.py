@@ -47,6 +47,7 @@ class Registry(dict[str, Entry], Generic[Entry]):
         if not callable(given):
             raise ValueError(f"{self.option} must be a name or a callable, got {given!r}")
         for name, entry in (self | self._given).items():
+            # A decorated function is found by what it was before, too.
             if entry is given or getattr(entry, "__wrapped__", None) is given:
                 return name
         name = f"{given.__module__}:{getattr(given, '__qualname__', type(given).__name__)}"
@@ -71,6 +72,7 @@ class Registry(dict[str, Entry], Generic[Entry]):
             if ":" not in name:
                 raise ValueError(self._unknown(name))
             loaded = load_object(name, f"{self.option} {name!r}")
+            # A decorator in the file has registered it already.
             self._given[name] = loaded if loaded in self.values() else self._adapt(loaded)
         return self._given[name]
 
