@@ -1,6 +1,7 @@
 """What on-policy training learns from: completions with their rewards, and from those to advantages."""
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,10 @@ from rlhf.data import Batch
 from rlhf.data.batch import IGNORE
 from rlhf.data.messages import Turns
 from rlhf.losses import ADVANTAGE_ESTIMATORS, rewards_of_tokens, whiten
+
+# A checkpoint that an older version saved within a rollout holds samples of this module, with these fields.
+sys.modules["rlhf.trainers.experience"] = sys.modules[__name__]
+_OLD_FIELDS = {"each": "reward_components", "learned": "in_loss"}
 
 
 @dataclass
@@ -47,6 +52,15 @@ class Sample:
     reward_components: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     in_loss: bool = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a sample of a checkpoint, also under the names that fields had in older versions."""
+        for old_name, name in _OLD_FIELDS.items():
+            if old_name in state:
+                state[name] = state.pop(old_name)
+        if "kept" in state["tokens"]:
+            state["tokens"]["high_entropy"] = state["tokens"].pop("kept")
+        self.__dict__.update(state)
 
     def __len__(self) -> int:
         """Tokens that the policy sampled."""
