@@ -306,7 +306,7 @@ def write_key(folder: Path, key: Key) -> None:
 def _layout_of(key: Key) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and type of each array."""
     rows, tokens, k = key["rows"], key["tokens"], key["k"]
-    # Ids take most of the room beside the log-probs, and half as much where they fit into 16 bits.
+    # Two bytes where they suffice: ids otherwise take twice the room of the log-probs.
     id_type = np.dtype(np.uint16 if key["vocabulary"] <= 2**16 else np.uint32)
     return {
         "ids": ((tokens, k), id_type),
