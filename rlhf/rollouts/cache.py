@@ -53,7 +53,13 @@ class Cache:
     # Prefill
 
     def begin_prefill(self, count: int) -> Segments:
-        """Start to read the next ``count`` prompts, laid out in one flat row."""
+        """Start to read the next prompts, laid out in one flat row.
+
+        Args:
+            count: how many.
+        Returns:
+            Their spans in the row.
+        """
         lengths = self.lengths[self.prompts_read : self.prompts_read + count].tolist()
         self.segments = Segments(tuple(Span(length) for length in lengths))
         return self.segments
@@ -65,7 +71,13 @@ class Cache:
         self.segments = None
 
     def store_prompts(self, layer: nn.Module, keys: Tensor, values: Tensor) -> None:
-        """Keep the keys and values [1, kv_heads, T, D] of the prompts that are being read."""
+        """Keep the keys and values of the prompts that are being read.
+
+        Args:
+            layer: the attention module.
+            keys: [1, kv_heads, T, D], of T tokens of all these prompts.
+            values: alike.
+        """
         assert self.segments is not None
         if layer not in self.prompt_cache:
             shape = (len(self.lengths), keys.size(1), self.longest)
@@ -80,7 +92,13 @@ class Cache:
     # Decoding
 
     def append(self, layer: nn.Module, keys: Tensor, values: Tensor) -> None:
-        """Keep the keys and values [R, kv_heads, 1, D] of this step's tokens."""
+        """Keep the keys and values of this step's tokens.
+
+        Args:
+            layer: the attention module.
+            keys: [R, kv_heads, 1, D].
+            values: alike.
+        """
         if layer not in self.completion_cache:
             shape = (*keys.shape[:2], self.max_new_tokens)
             # Empty will do: columns are written before they are read.
@@ -90,7 +108,11 @@ class Cache:
             cached[:, :, self.step] = new[:, :, 0]
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Drop all but these rows (int64, rising), and the prompts that no row needs any more."""
+        """Drop all other rows, and the prompts that no row needs any more.
+
+        Args:
+            rows: int64, rising: indices among the rows that are left now.
+        """
         # `unique` gives the prompts that still have rows, and numbers them anew without gaps.
         prompts, self.prompt_of_row = self.prompt_of_row[rows].unique(return_inverse=True)
         if len(prompts) < len(self.lengths):
@@ -167,7 +189,13 @@ class Cache:
         return output.to(query.dtype).reshape(rows, heads, 1, -1)
 
     def _rows_to_grid(self, tensor: Tensor) -> Tensor:
-        """[R, kv_heads, G, X] by row to [P, kv_heads, grid_width * G, X] by prompt."""
+        """From rows to prompts: the rows of a prompt become rows of one matrix.
+
+        Args:
+            tensor: [R, kv_heads, G, X], for G query heads that share a key head.
+        Returns:
+            [P, kv_heads, grid_width * G, X]; cells without a row are 0.
+        """
         prompts = len(self.lengths)
         if not self.grid_is_full:
             grid = tensor.new_zeros(prompts * self.grid_width, *tensor.shape[1:])
@@ -189,7 +217,14 @@ class Cache:
 
 
 def _matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` with a float32 result for half-precision operands, as fused attention has it."""
+    """A product with a float32 result for half-precision operands, as fused attention has it.
+
+    Args:
+        left: [A, B, M, K].
+        right: [A, B, K, N].
+    Returns:
+        [A, B, M, N].
+    """
     if left.dtype in (torch.float32, torch.float64):
         return torch.matmul(left, right)
     if not left.is_cuda:

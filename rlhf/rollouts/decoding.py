@@ -106,7 +106,14 @@ class DecodingState:
         return token
 
     def _seen_tokens_of(self, rows: Tensor, vocab_size: int) -> Tensor | None:
-        """The tokens that each row holds so far, bool [R, V]; None without a repetition penalty."""
+        """The tokens that occurred in each row so far, its prompt included.
+
+        Args:
+            rows: int64 [R].
+            vocab_size: V.
+        Returns:
+            bool [R, V]; None without a repetition penalty.
+        """
         if self.sampling.repetition_penalty == 1:
             return None
         if self.seen_tokens is None:

@@ -59,6 +59,7 @@ class Sampling:
     @property
     def truncates(self) -> bool:
         """Whether tokens are removed, which makes log-probs differ from a full softmax."""
+        # At temperature 0 the most probable token is in every truncated set.
         return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
 
     @property
@@ -158,6 +159,7 @@ def check_request(prompt_ids: Sequence[Sequence[int]], n: int, seed: int) -> Non
         raise ValueError(f"n must be at least 1 completion a prompt, got {n}")
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
+    # The first token of a completion is predicted by the last one of the prompt.
     for index, ids in enumerate(prompt_ids):
         if not len(ids):
             raise ValueError(f"prompt {index} is empty: give it at least one token, such as the tokenizer's BOS")

@@ -123,9 +123,11 @@ def play(
     """
     _check_room(environments, prompt_ids, sampling, max_length)
     episodes = [Episode(list(ids)) for ids in prompt_ids]
+    # Episodes that go on; the others ended in an earlier turn.
     active = list(range(len(episodes)))
     for turn in range(max_turns):
         contexts = [episodes[number].prompt_ids + episodes[number].ids for number in active]
+        # One request for each turn: an engine batches it, and a server shares what rows have in common.
         answers = engine.generate(contexts, 1, sampling, seeds(turn), [index[number] for number in active])
         still_active = []
         for number, (answer,) in zip(active, answers, strict=True):
@@ -142,6 +144,7 @@ def play(
                 message = {"role": "user", "content": message}
             observation_ids = encode_reply(tokenizer, dialogues[number], message, answer.ids[-1])
             length = len(episode.prompt_ids) + len(episode.ids) + len(observation_ids)
+            # There must be room for a whole answer, or the engine would refuse the request.
             if turn + 1 == max_turns or length + sampling.max_tokens > max_length:
                 episode.truncated = True
                 continue

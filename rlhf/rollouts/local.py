@@ -193,6 +193,13 @@ class LocalEngine:
     # Decoding with our attention and our cache
 
     def _decode(self, prompts: list[list[int]], state: DecodingState, device: torch.device) -> None:
+        """Sample all completions: one forward for the prompts, then one for each token.
+
+        Args:
+            prompts: ids of each.
+            state: gets the tokens.
+            device: the model's.
+        """
         max_tokens = state.sampling.max_tokens
         lengths = torch.tensor([len(ids) for ids in prompts], device=device)
         # The last token is drawn, but never read.
@@ -220,6 +227,10 @@ class LocalEngine:
     def _prefill(self, prompts: list[list[int]], cache: Cache, device: torch.device) -> Tensor:
         """Read the prompts into the cache, as many at once as :data:`PREFILL_TOKENS` allows.
 
+        Args:
+            prompts: ids of each.
+            cache: empty.
+            device: the model's.
         Returns:
             The logits after each prompt, [P, V].
         """
@@ -243,6 +254,16 @@ class LocalEngine:
         return torch.cat(logits)
 
     def _forward(self, ids: Tensor, positions: Tensor, cache: Cache, logits_to_keep: Tensor | int = 1) -> Tensor:
+        """One forward of the model with our cache.
+
+        Args:
+            ids: [1, T] for prompts laid out flat, [R, 1] for one token of each row.
+            positions: alike, each in its own sequence.
+            cache: gets the keys and values.
+            logits_to_keep: positions in the row whose logits are needed, or how many of the last ones.
+        Returns:
+            [1, P, V] or [R, 1, V].
+        """
         return self.model(
             input_ids=ids,
             position_ids=positions,
@@ -256,7 +277,13 @@ class LocalEngine:
     # Decoding by model.generate
 
     def _decode_by_generate(self, prompts: list[list[int]], state: DecodingState, device: torch.device) -> None:
-        """The exact fallback: transformers runs the model, we choose the tokens."""
+        """The exact fallback: transformers runs the model, we choose the tokens.
+
+        Args:
+            prompts: ids of each.
+            state: gets the tokens.
+            device: the model's.
+        """
         config = GenerationConfig(
             max_new_tokens=state.sampling.max_tokens,
             do_sample=False,
@@ -321,7 +348,16 @@ class LocalEngine:
     def _largest_difference(
         self, prompts: list[list[int]], sequences: list[Tensor], expected: list[Tensor], device: torch.device
     ) -> float:
-        """Largest difference of logits from ``expected`` [T, V] when two prompts are decoded, and one loses a row."""
+        """Decode two prompts, of which one loses a row, and compare logits.
+
+        Args:
+            prompts: ids of the two.
+            sequences: [1, T] each, prompt and completion of each row.
+            expected: [T, V] each, logits of the model's own forward on them.
+            device: the model's.
+        Returns:
+            The largest difference.
+        """
         lengths = torch.tensor([len(ids) for ids in prompts], device=device)
         cache = Cache(lengths, 2, 2)
         # The logits after the prompts are those of rows 0 and 2, the first of each prompt.

@@ -65,7 +65,15 @@ def draw(
 
 
 def _penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make tokens that were seen less likely: positive logits are divided, negative ones multiplied."""
+    """Make tokens that were seen less likely.
+
+    Args:
+        logits: [R, V].
+        seen: bool [R, V].
+        penalty: > 0; positive logits are divided by it, negative ones multiplied.
+    Returns:
+        [R, V].
+    """
     penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, penalised, logits)
 
@@ -81,6 +89,9 @@ def _apply_min_p(logits: Tensor, min_p: float) -> Tensor:
 def _truncate(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Apply top-k, then top-p.
 
+    Args:
+        logits: [R, V], at the temperature.
+        sampling: with one of the two, at least.
     Returns:
         Logits of the candidates in falling order, [R, C], -inf outside top-p; and their tokens, [R, C].
     """
@@ -110,6 +121,12 @@ def _inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Invert the distribution function: the token whose interval of [0, 1) holds ``uniform``, and its log-prob.
 
     A token of probability 0 has an empty interval and is never drawn.
+
+    Args:
+        logits: [R, V].
+        uniform: float64 [R] in [0, 1).
+    Returns:
+        int64 [R] and float32 [R], nats.
     """
     rows, size = logits.shape
     uniform = uniform[:, None]
@@ -137,7 +154,14 @@ def _inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _first_above(ends: Tensor, share: Tensor) -> Tensor:
-    """Index of the first of ``ends`` [R, C] that lies above ``share`` [R, 1] of the last one: [R, 1]."""
+    """Find where a cumulative sum passes a share of its total.
+
+    Args:
+        ends: float64 [R, C], rising in each row.
+        share: float64 [R, 1], of the last entry.
+    Returns:
+        int64 [R, 1], the index of the first entry above it.
+    """
     # With a share of 1 rounding could reach the last entry, and with it entries of weight 0 at the end.
     share = share.clamp(max=1 - FLOAT64_MARGIN)
     index = torch.searchsorted(ends, share * ends[:, -1:], right=True)

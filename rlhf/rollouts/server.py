@@ -119,6 +119,7 @@ class ServerEngine:
         prompt_of_request = [prompt for prompt in prompts for _ in range(n)]
         seed_of_request = [(seed, number, sample) for number in prompt_numbers for sample in range(n)]
         complete = partial(self._complete, sampling)
+        # In the order of the requests, whichever is answered first.
         completions = list(self._pool.map(complete, prompt_of_request, seed_of_request))
         return [completions[start : start + n] for start in range(0, len(completions), n)]
 
@@ -168,6 +169,7 @@ class ServerEngine:
         """
         if self.weights_dir is None:
             raise ValueError("update_weights needs weights_dir=, a folder that this process and the server both see")
+        # A folder of its own: the server may still read the one before.
         folder = (self.weights_dir / f"version-{version}").resolve()
         folder.mkdir(parents=True, exist_ok=True)
         save_torch_state_dict(dict(weights), folder)
@@ -230,7 +232,14 @@ class ServerEngine:
         return Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], reason, self.version)
 
     def _request_completion(self, prompt: list[int], **options: Any) -> dict[str, Any]:
-        """One completion as the server returns it, once its ids and log-probs are checked."""
+        """One completion as the server returns it, once its ids and log-probs are checked.
+
+        Args:
+            prompt: token ids.
+            options: of sampling, under the server's names.
+        Returns:
+            The first entry of ``choices``.
+        """
         # An option that is not sent would be taken from the generation config of the served model.
         neutral = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
         body = {"model": self.model, "prompt": prompt, "n": 1, "logprobs": 2, "return_token_ids": True}
@@ -270,7 +279,12 @@ class ServerEngine:
         return logps_of_positions
 
     def _check_logps(self, prompt: list[int], sampling: Sampling) -> None:
-        """Find with a few short requests whether log-probs are those of the distribution sampled from."""
+        """Find with a few short requests whether log-probs are those of the distribution sampled from.
+
+        Args:
+            prompt: any one of those to come.
+            sampling: as it will be used. The answer is remembered for this temperature and kind of truncation.
+        """
         key = (sampling.temperature, sampling.reshapes)
         if key not in self._logps_are_right:
             self._logps_are_right[key] = self._truncates_logps(prompt, sampling) and self._scales_logps(
