@@ -36,7 +36,7 @@ def tokenizer_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
     return None
 
 
-def tokenizer_rules(tokenizer: Any) -> dict[str, Any]:
+def tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Collect all that decides how a tokenizer turns text into ids.
 
     Args:
@@ -57,7 +57,7 @@ def _token_name(vocabulary: dict[int, str], index: int) -> str:
     return repr(vocabulary[index]) if index in vocabulary else "missing"
 
 
-def _merges(tokenizer: Any) -> list[Any]:
+def _merges(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """The merges of a BPE tokenizer, in order; none for any other."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from rlhf.data import Dialogue, encode_prompt
 from rlhf.data.columns import RowFormat
@@ -91,7 +91,7 @@ class RolloutCollector:
         weights = {} if self.rewards is None else dict(zip(self.rewards.names, self.rewards.weights, strict=True))
         return weights if self.environment_factory is None else weights | {"environment": 1.0}
 
-    def collect(self, policy: Policy, trained_model: nn.Module, state: Any) -> Rollout:
+    def collect(self, policy: Policy, trained_model: nn.Module, state: TrainerState) -> Rollout:
         """The next rollout.
 
         Args:
@@ -114,7 +114,7 @@ class RolloutCollector:
                 rollout.greedy_rewards = self._greedy_rewards(rollout, state)
         return rollout
 
-    def answer(self, policy: Policy, trained_model: nn.Module, rows: Any, state: Any) -> list[Sample]:
+    def answer(self, policy: Policy, trained_model: nn.Module, rows: Any, state: TrainerState) -> list[Sample]:
         """Scored completions of each of these rows, for evaluation.
 
         Args:
@@ -143,7 +143,7 @@ class RolloutCollector:
         starts = [(minibatch * world_size + rank) * size for minibatch in range(self.args.num_mini_batches)]
         return [item for start in starts for item in items[start : start + size]]
 
-    def _resample_zero_std_groups(self, rollout: Rollout, state: Any) -> None:
+    def _resample_zero_std_groups(self, rollout: Rollout, state: TrainerState) -> None:
         """Replace groups of equal rewards by those of further prompts (DAPO).
 
         All processes share their groups, so that the choice does not depend on their number. Groups of equal rewards
@@ -175,7 +175,7 @@ class RolloutCollector:
                 sample.group = number
         rollout.samples = [sample for group in self._share_of_minibatches(chosen) for sample in group]
 
-    def _greedy_rewards(self, rollout: Rollout, state: Any) -> Tensor:
+    def _greedy_rewards(self, rollout: Rollout, state: TrainerState) -> Tensor:
         """ReMax's baseline: the reward of the most probable completion of each sample's prompt, [S]."""
         row_of_group = {sample.group: sample.row for sample in rollout.samples}
         greedy = replace(self.args.sampling(), temperature=0.0)
@@ -186,7 +186,7 @@ class RolloutCollector:
 
     # Completions
 
-    def _sample_and_score(self, rows: list[NumberedRow], state: Any, rollout: Rollout) -> list[Sample]:
+    def _sample_and_score(self, rows: list[NumberedRow], state: TrainerState, rollout: Rollout) -> list[Sample]:
         samples = self._sample(rows, self.args.sampling(), self.args.num_generations, self.num_rollouts)
         rollout.scored += self._score(samples, state)
         return samples
@@ -292,7 +292,7 @@ class RolloutCollector:
 
     # Rewards
 
-    def _score(self, samples: list[Sample], state: Any) -> list[Scored]:
+    def _score(self, samples: list[Sample], state: TrainerState) -> list[Scored]:
         """Give samples their rewards; returns what the reward functions returned, if there are any.
 
         Rewards of the environment and of functions are added up, then bounded; a cut completion is penalised last.
@@ -317,7 +317,7 @@ class RolloutCollector:
                 sample.reward -= self.args.missing_eos_penalty
         return scored_calls
 
-    def _call_rewards(self, rewards: RewardSet, samples: list[Sample], state: Any) -> Scored:
+    def _call_rewards(self, rewards: RewardSet, samples: list[Sample], state: TrainerState) -> Scored:
         rows = [sample.row for sample in samples]
         # Prompts are passed on in their own argument, as text or messages.
         columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "prompt_ids")}

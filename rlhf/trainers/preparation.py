@@ -124,7 +124,7 @@ def wrapped(model: nn.Module, wrapper: Callable[[Any], Any], args: BaseConfig) -
     return wrapper(model)
 
 
-def uses_new_tokens(rows: Any, tokenizer: Any, vocab_size: int) -> bool:
+def uses_new_tokens(rows: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> bool:
     """Whether training reads a token without a row in the embeddings.
 
     Args:
@@ -143,7 +143,7 @@ def uses_new_tokens(rows: Any, tokenizer: Any, vocab_size: int) -> bool:
     return max([largest_token(rows), *special]) >= vocab_size
 
 
-def padding_token(tokenizer: Any) -> int:
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id to pad with. Any would do: lengths, not ids, tell where a sequence ends."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as global_hooks
 from torch.profiler import profile, record_function
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf.logprobs.head import backbone_of
 from rlhf.models.policy import Wrapper
@@ -63,11 +63,13 @@ class Profiler(TrainerCallback):
         if self.args.device.type != "cpu":
             torch.accelerator.synchronize(self.args.device)
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.step is not None:
             self.step.enter_context(self.label("optimizer"))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.steps_done += 1
         if self.step is not None:
             self.step.close()
@@ -77,7 +79,9 @@ class Profiler(TrainerCallback):
         elif self.steps_done == WARM_UP + args.profile:
             self._report()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.steps_done <= WARM_UP:
             self.recording.close()
             print(f"profile: training ended at step {self.steps_done}, and the first {WARM_UP} are not timed")

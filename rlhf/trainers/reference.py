@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf.data import Batch
 from rlhf.logprobs import Predictions
@@ -104,7 +104,9 @@ class SyncReference(TrainerCallback):
         self.steps = args.ref_model_sync_steps
 
     @torch.no_grad()
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         """Move the reference, at the steps that are due."""
         if state.global_step % self.steps:
             return
