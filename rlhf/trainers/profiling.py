@@ -22,7 +22,7 @@ PREFIX = "rlhf."
 
 
 class Profiler(TrainerCallback):
-    """Times ``args.profile`` steps after the first two, prints the share of each part, and writes two files.
+    """Times ``self.args.profile`` steps after the first two, prints the share of each part, and writes two files.
 
     ``profile.json`` in ``output_dir`` has the seconds; ``trace.json`` has every operation, for a viewer such as
     Perfetto. No number of the run changes. A label waits for the device where it begins and ends, so that what was
@@ -76,7 +76,7 @@ class Profiler(TrainerCallback):
             self.step = None
         if self.steps_done == WARM_UP:
             self._start()
-        elif self.steps_done == WARM_UP + args.profile:
+        elif self.steps_done == WARM_UP + self.args.profile:
             self._report()
 
     def on_train_end(
