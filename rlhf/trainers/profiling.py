@@ -22,7 +22,7 @@ PREFIX = "rlhf."
 
 
 class Profiler(TrainerCallback):
-    """Times ``self.args.profile`` steps after the first two, prints the share of each part, and writes two files.
+    """Times ``args.profile`` steps after the first two, prints the share of each part, and writes two files.
 
     ``profile.json`` in ``output_dir`` has the seconds; ``trace.json`` has every operation, for a viewer such as
     Perfetto. No number of the run changes. A label waits for the device where it begins and ends, so that what was
