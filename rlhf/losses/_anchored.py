@@ -359,6 +359,7 @@ def orpo_loss(pair: Pair, beta: float = 0.1) -> Tensor:
     Source: arXiv 2403.07691 eq. 6 and 7. Differs from TRL, whose likelihood term covers the prompt as well.
     """
     chosen, rejected = pair.chosen_per_token(), pair.rejected_per_token()
+    # Odds, not probabilities: they tell apart answers that are both nearly certain.
     log_odds_ratio = _log_odds(chosen) - _log_odds(rejected)
     return -chosen + beta * logistic(log_odds_ratio)
 

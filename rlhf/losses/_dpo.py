@@ -90,6 +90,7 @@ def ipo_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.0) -> 
     if pair.has(*LENGTHS):
         chosen_ratio = per_token(chosen_ratio, pair["chosen_lengths"])
         rejected_ratio = per_token(rejected_ratio, pair["rejected_lengths"])
+    # Not infinity, which a logistic loss drives sure pairs to: IPO's regularisation does not vanish for them.
     target = 1 / (2 * beta)
     return smoothed(lambda margin: (margin - target) ** 2, chosen_ratio - rejected_ratio, label_smoothing)
 

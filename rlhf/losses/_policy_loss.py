@@ -100,10 +100,12 @@ class Tokens:
                 f"logps must be flat [N] with integer sequence ids, got {tuple(logps.shape)} and {sequence.dtype}: "
                 "select the tokens that count (logps[mask]) and number their rows"
             )
+        # In the first step after sampling the ratio is 1, but its gradient is not 0.
         old_logps = logps.detach() if old_logps is None else old_logps
         check_same_shape(logps=logps, old_logps=old_logps, sequence=sequence, mask=mask)
         if num_sequences is None:
             num_sequences = int(sequence.max()) + 1 if sequence.numel() else 0
+        # One advantage for each sequence; where S = N, a sequence is a token anyway.
         if advantages.shape == (num_sequences,) != logps.shape:
             advantages = advantages[sequence]
         check_same_shape(logps=logps, advantages=advantages)
@@ -215,6 +217,7 @@ class PolicyLoss:
         mask: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
+        # Hyper-parameters may follow the tensors by position, as in the formula of a paper.
         options |= dict(zip(self.hyper_parameters, positional, strict=False))
         self.check_options(options)
         tokens = Tokens.of_sequences(logps, old_logps, advantages, sequence, num_sequences, mask)
@@ -236,6 +239,7 @@ class PolicyLoss:
                 by_sequence = tokens.mean(losses)
             case "sums":
                 by_sequence = tokens.sum(losses)
+        # A sequence without a token that counts is not one of those that the mean is over.
         return reduce(by_sequence, mask=tokens.lengths > 0)
 
 

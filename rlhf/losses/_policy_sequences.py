@@ -200,6 +200,7 @@ def gspo_loss(tokens: Tokens, epsilon: float = 3e-4, epsilon_high: float | None 
     """
     check_range("epsilon", epsilon, 0.0, 1.0, open_low=True)
     high = epsilon if epsilon_high is None else epsilon_high
+    # The geometric mean of the tokens' ratios; their product would be far from 1 for a long sequence.
     ratio = tokens.mean(tokens.log_ratio).exp()
     losses = clipped_surrogate(ratio, tokens.mean(tokens.advantages), epsilon, high)
     return tokens.spread(losses)
@@ -254,6 +255,7 @@ def cispo_loss(tokens: Tokens, max_ratio: float = 5.0) -> Tensor:
     Source: arXiv 2506.13585 eq. 4 and 5.
     """
     check_range("max_ratio", max_ratio, 0.0, math.inf, open_low=True)
+    # The gradient flows through the log-prob alone, so that a clipped ratio still passes it on.
     constant_ratio = tokens.ratio.detach().clamp(max=max_ratio)
     return -constant_ratio * tokens.advantages * tokens.logps
 
@@ -316,6 +318,7 @@ def vespo_loss(
     gains = tokens.advantages >= 0
     power = torch.full_like(log_weight, k_neg).masked_fill(gains, k_pos)
     decay = torch.full_like(log_weight, lambda_neg).masked_fill(gains, lambda_pos)
+    # exp(decay (1 - w)) w^power, in logarithms: neither factor overflows.
     phi = (decay + power * log_weight - decay * log_weight.exp()).exp()
     return -phi * tokens.advantages * tokens.logps
 

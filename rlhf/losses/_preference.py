@@ -128,7 +128,10 @@ class PreferenceLoss:
         update_wrapper(self, function)
         self.function = function
         self.sums, self.needs, self.optional, self.coupled = tuple(sums), tuple(needs), tuple(optional), coupled
-        beta, *hyper_parameters = list(inspect.signature(function).parameters.values())[1:]
+        parameters = list(inspect.signature(function).parameters.values())
+        if len(parameters) < 2 or parameters[1].name != "beta":
+            raise ValueError(f"loss_type {self.__name__} must be a function (pair, beta, ...) of rlhf.losses.Pair")
+        _, beta, *hyper_parameters = parameters
         self.default_beta = beta.default
         self.hyper_parameters = tuple(parameter.name for parameter in hyper_parameters)
         self.__signature__ = self._signature(beta, hyper_parameters)
@@ -156,6 +159,7 @@ class PreferenceLoss:
         check_range("beta", beta, 0.0, math.inf, open_low=True)
         if self.coupled and weight is not None:
             raise TypeError(f"{self.__name__} takes no weight: its values belong to no single pair")
+        # What is left of the options after the columns are hyper-parameters.
         further = {name: options.pop(name, None) for name in self.columns}
         self._check_options(options)
         given = dict(zip(SUMS, (policy_chosen, policy_rejected, ref_chosen, ref_rejected), strict=True))
@@ -182,6 +186,7 @@ class PreferenceLoss:
 
     def _check_columns(self, sums: Mapping[str, Tensor | None], further: Mapping[str, Any]) -> None:
         for name, value in sums.items():
+            # The commonest mistake gets its own message.
             if value is None and name.startswith("ref_"):
                 raise ValueError("ref_chosen and ref_rejected are needed: this loss is relative to a reference")
             if value is None:
@@ -215,7 +220,11 @@ def _hidden(name: str, value: Any, mask: Tensor | None) -> Any:
     return hide(name, value, mask) if torch.is_tensor(value) and value.is_floating_point() else value
 
 
-PREFERENCE_LOSSES: Registry[PreferenceLoss] = Registry("loss_type", PreferenceLoss)
+def _adapted(loss: Callable[..., Tensor]) -> PreferenceLoss:
+    return loss if isinstance(loss, PreferenceLoss) else PreferenceLoss(loss)
+
+
+PREFERENCE_LOSSES: Registry[PreferenceLoss] = Registry("loss_type", _adapted)
 """Preference losses by name. Filled by :func:`preference_loss`."""
 
 

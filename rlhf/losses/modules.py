@@ -133,6 +133,7 @@ class LossModule(nn.Module):
                 )
         self.names = tuple(options)
         for name, value in options.items():
+            # So that tensors follow the module to a device and into its state.
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
             else:
@@ -146,15 +147,25 @@ class LossModule(nn.Module):
 
 
 def _module(name: str, function: Callable[..., Tensor]) -> type[LossModule]:
-    own = [p for p in inspect.signature(function).parameters.values() if p.name not in ("weight", "mask")]
-    names = [p.name for p in own if p.kind is p.KEYWORD_ONLY or (p.default is not p.empty and p.default is not None)]
-    if any(p.kind is p.VAR_KEYWORD for p in own):
-        names += [n for n in ("reduction", "ignore_index") if n not in names]
-    first = (function.__doc__ or "").strip().splitlines()[0]
-    return type(name, (LossModule,), {
-        "function": staticmethod(function), "hyper_parameters": tuple(names), "__module__": __name__,
-        "__doc__": f"{first} See :func:`rlhf.losses.{function.__name__}`.",
-    })  # fmt: skip
+    """The class of a loss, whose hyper-parameters are those of the function."""
+    names = []
+    takes_more = False
+    for parameter in inspect.signature(function).parameters.values():
+        # Tensors have no default, or None; so do weight and mask, which belong to a call.
+        is_setting = parameter.default is not parameter.empty and parameter.default is not None
+        if parameter.name not in ("weight", "mask") and (is_setting or parameter.kind is parameter.KEYWORD_ONLY):
+            names.append(parameter.name)
+        takes_more |= parameter.kind is parameter.VAR_KEYWORD
+    if takes_more:  # it passes these on to another loss
+        names += [option for option in ("reduction", "ignore_index") if option not in names]
+    summary = (function.__doc__ or "").strip().splitlines()[0]
+    members = {
+        "function": staticmethod(function),
+        "hyper_parameters": tuple(names),
+        "__module__": __name__,
+        "__doc__": f"{summary} See :func:`rlhf.losses.{function.__name__}`.",
+    }
+    return type(name, (LossModule,), members)
 
 
 MSELoss = _module("MSELoss", mse_loss)
@@ -259,7 +270,10 @@ class CombinedLoss(nn.Module):
         if scheme not in ("sum", "scaled", "uncertainty"):
             raise ValueError(f'scheme must be "sum", "scaled" or "uncertainty", got {scheme!r}')
         self.parts = dict(parts)
-        self.modules_of_parts = nn.ModuleDict({k: v for k, v in parts.items() if isinstance(v, nn.Module)})
+        # Registered, so that their parameters are found; parts may also be plain functions.
+        self.modules_of_parts = nn.ModuleDict(
+            {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+        )
         self.weights = {name: (weights or {}).get(name, 1.0) for name in parts}
         self.scheme = scheme
         if scheme == "uncertainty":
@@ -275,8 +289,9 @@ class CombinedLoss(nn.Module):
             size = value.detach().abs()
             return value / torch.where(size > 0, size, 1.0)
         if self.scheme == "uncertainty":
-            s = self.log_variances[name]
-            return value * torch.exp(-s) + s
+            log_variance = self.log_variances[name]
+            # Without the second term the variance would grow for ever.
+            return value * torch.exp(-log_variance) + log_variance
         return value
 
 
@@ -298,6 +313,7 @@ def as_compute_loss(loss: Callable[..., Tensor], **options: Any) -> Callable[...
 
     def compute(outputs: Any, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:
         logits = outputs["logits"]
+        # Trainer gives the number of items of the whole step, over accumulated micro-batches.
         if num_items_in_batch is None:
             return loss(logits, labels, **options)
         return loss(logits, labels, reduction="sum", **options) / num_items_in_batch

@@ -96,6 +96,7 @@ def test_wrong_losses_and_options_are_named(tmp_path):
     for options, message in (
         (dict(loss_type="sigmod"), "loss_type 'sigmod' is unknown: .*did you mean sigmoid"),
         (dict(loss_type=3), "loss_type must be a name or a callable, got 3"),
+        (dict(loss_type=lambda chosen, rejected: chosen), r"must be a function \(pair, beta, \.\.\.\)"),
         (dict(loss_kwargs={"taun": 1}, loss_type="discopop"), "takes no taun; it takes discopop_tau"),
         (dict(loss_type="simpo", label_smoothing=0.1), "loss_type simpo takes no label_smoothing"),
     ):
