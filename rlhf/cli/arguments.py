@@ -9,6 +9,7 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 
 from rlhf.losses.registry import load_object
+from rlhf.models import load_model
 from rlhf.rollouts.arguments import option
 
 DTYPES = ["auto", "float32", "bfloat16", "float16", "float64"]
@@ -218,8 +219,15 @@ class ReferenceArguments:
 
         Returns:
             Keyword arguments of the trainer.
+
+        Raises:
+            ValueError, OSError: there is no such model.
         """
-        return {"ref_model": self.ref_model_name_or_path}
+        if self.ref_model_name_or_path is None:
+            return {}
+        # Loaded now, so that a wrong name is found before rows are read and the model is loaded.
+        trust_remote_code = config.trust_remote_code  # type: ignore[attr-defined]
+        return {"ref_model": load_model(self.ref_model_name_or_path, **model.other_kwargs(trust_remote_code))}
 
 
 @dataclass
