@@ -118,7 +118,12 @@ def work(case: str, folder: str) -> dict[str, Any]:
 
 def run(checkout: Path, case: str, model: str) -> dict[str, Any]:
     """One measurement of a checkout in a process of its own."""
-    environment = os.environ | {"PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {
+        "PYTHONPATH": str(checkout),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "THP_MEM_ALLOC_ENABLE": "1",  # large pages, as our commands set them
+    }
     command = [sys.executable, str(Path(__file__).resolve()), "--model", model, "--work", case]
     done = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True)
     if done.returncode:
