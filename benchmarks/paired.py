@@ -1,6 +1,6 @@
 """Did a change cost anything? The head and a step of SFT, DPO and GRPO, with two checkouts side by side.
 
-    git worktree add ../before v0.1.0
+    git worktree add ../before COMMIT
     python benchmarks/paired.py --before ../before --model SmolLM2-135M-Instruct [--rounds 5] [--case dpo ...]
 
 Each measurement runs in a process of its own, and the checkouts take turns. Both train the same random words with the
