@@ -17,5 +17,6 @@ def optimize(model: nn.Module) -> None:
     Args:
         model: a transformers model, or PEFT around one. Its results stay the same up to rounding.
     """
+    # First, so that its check of each class runs on the layers as they were loaded.
     enable_recompute(model)
     speed_up_linear(model)

@@ -112,9 +112,11 @@ def _lora_forward(self: Any, inputs: Tensor, *args: Any, **kwargs: Any) -> Tenso
     if args or kwargs or len(adapters) != 1 or not _is_plain_lora(self, adapters[0], inputs):
         return type(self).forward(self, inputs, *args, **kwargs)
     (adapter,) = adapters
-    base = self.base_layer
+    base_layer = self.base_layer
     lora_a, lora_b = self.lora_A[adapter], self.lora_B[adapter]
-    return LoraLinear.apply(inputs, base.weight, base.bias, lora_a.weight, lora_b.weight, self.scaling[adapter])
+    return LoraLinear.apply(
+        inputs, base_layer.weight, base_layer.bias, lora_a.weight, lora_b.weight, self.scaling[adapter]
+    )
 
 
 def _is_plain_lora(layer: Any, adapter: str, inputs: Tensor) -> bool:
@@ -123,16 +125,16 @@ def _is_plain_lora(layer: Any, adapter: str, inputs: Tensor) -> bool:
         return False
     if adapter not in layer.lora_A or adapter in layer.lora_variant:  # a variant, such as DoRA, has another formula
         return False
-    base, lora_a, lora_b = layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter]
-    for part in (base, lora_a, lora_b):
+    base_layer, lora_a, lora_b = layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter]
+    for sublayer in (base_layer, lora_a, lora_b):
         # A hook would not be called, as no part is called here.
-        if type(part) is not nn.Linear or part._forward_hooks or part._forward_pre_hooks:
+        if type(sublayer) is not nn.Linear or sublayer._forward_hooks or sublayer._forward_pre_hooks:
             return False
-        if part.weight.dtype != inputs.dtype:
+        if sublayer.weight.dtype != inputs.dtype:
             return False
-    if any(weight.requires_grad for weight in base.parameters()):
+    if any(weight.requires_grad for weight in base_layer.parameters()):
         return False
     if lora_a.bias is not None or lora_b.bias is not None:
         return False
-    drops = layer.training and getattr(layer.lora_dropout[adapter], "p", 0.0) > 0
-    return not drops and not torch.is_autocast_enabled(inputs.device.type)
+    has_dropout = layer.training and getattr(layer.lora_dropout[adapter], "p", 0.0) > 0
+    return not has_dropout and not torch.is_autocast_enabled(inputs.device.type)

@@ -20,10 +20,10 @@ def onednn_is_faster() -> bool:
     """Whether this is a processor with AVX-512 of another maker than MKL's: read, not timed, so that runs repeat."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
-    processor = Path("/proc/cpuinfo")
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not processor.exists():
+    processor_file = Path("/proc/cpuinfo")
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not processor_file.exists():
         return False
-    if "GenuineIntel" in processor.read_text():
+    if "GenuineIntel" in processor_file.read_text():
         return False
     # The operator is none of torch's public ones: one small product shows that it still does what it did.
     inputs, weight = torch.ones(64, 128), torch.ones(128, 128)
@@ -57,6 +57,7 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """
     if not use_onednn(left, right.T):
         return torch.mm(left, right, out=out)
+    # The operator multiplies by a transpose, as a linear layer does; it cannot write into `out`.
     return _onednn(_dense(left), _dense(right.T))
 
 
@@ -72,10 +73,10 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
         return
     # oneDNN cannot add to what is there. Some rows at a time need no second matrix of that size.
-    rows = max(BLOCK_NUMBERS // right.size(1), 1)
-    for start in range(0, left.size(0), rows):
-        part = slice(start, start + rows)
-        total[part] += _onednn(_dense(left[part]), _dense(right.T))
+    rows_per_block = max(BLOCK_NUMBERS // right.size(1), 1)
+    for start in range(0, left.size(0), rows_per_block):
+        block = slice(start, start + rows_per_block)
+        total[block] += _onednn(_dense(left[block]), _dense(right.T))
 
 
 def use_onednn(inputs: Tensor, weight: Tensor) -> bool:
@@ -89,11 +90,13 @@ def use_onednn(inputs: Tensor, weight: Tensor) -> bool:
     """
     is_float32 = inputs.dtype == weight.dtype == torch.float32
     is_on_cpu = inputs.device.type == weight.device.type == "cpu"
+    # Inputs [m, k] and a weight [n, k] take m k n multiplications.
     multiplications = inputs.numel() * weight.size(0)
     return is_float32 and is_on_cpu and multiplications >= SMALL and onednn_is_faster()
 
 
 def _onednn(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    # "none" and the two after it: no activation is fused into the product.
     return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
 

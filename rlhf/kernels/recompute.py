@@ -39,6 +39,7 @@ def mark_recomputable(tensor: Tensor, recompute: Callable[[], Tensor]) -> Tensor
     Returns:
         The same tensor.
     """
+    # On the tensor itself, because the hooks below get nothing but the tensor that is saved.
     tensor._recompute = recompute  # type: ignore[attr-defined]
     return tensor
 
@@ -72,6 +73,7 @@ class SwiGLU(Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        # Not silu(gate), which torch would save for the product: it is recomputed from the gate.
         ctx.save_for_backward(gate, up)
         return F.silu(gate).mul_(up)
 
@@ -141,12 +143,14 @@ def enable_recompute(model: nn.Module) -> None:
         # Quantised weights have no dtype in which the two could be compared.
         if not any(weight.is_floating_point() for weight in module.parameters()):
             continue
-        kind = type(module)
-        if kind not in agrees:
-            agrees[kind] = _computes_the_same(module, forward)
-            if not agrees[kind]:
-                logger.warning("%s computes something else than its parts suggest; left as it is", kind.__name__)
-        if agrees[kind]:
+        module_class = type(module)
+        if module_class not in agrees:
+            agrees[module_class] = _computes_the_same(module, forward)
+            if not agrees[module_class]:
+                logger.warning(
+                    "%s computes something else than its parts suggest; left as it is", module_class.__name__
+                )
+        if agrees[module_class]:
             module.forward = MethodType(forward, module)
 
 
@@ -174,8 +178,8 @@ def _is_rms_norm(module: nn.Module) -> bool:
 
 
 def _is_swiglu(module: nn.Module) -> bool:
-    parts = {name for name, _ in module.named_children()}
-    if parts != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+    part_names = {name for name, _ in module.named_children()}
+    if part_names != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         return False
     return isinstance(module.act_fn, (nn.SiLU, SiLUActivation))
 
@@ -184,11 +188,12 @@ def _is_swiglu(module: nn.Module) -> bool:
 def _computes_the_same(module: nn.Module, forward: Callable[[Any, Tensor], Tensor]) -> bool:
     """Whether ``forward`` gives what the module's own forward gives, for random inputs."""
     weight: Tensor = next(weight for weight in module.parameters() if weight.is_floating_point())
-    width = weight.size(0) if forward is _norm_forward else int(module.gate_proj.in_features)  # type: ignore[arg-type,union-attr]
+    hidden_size = weight.size(0) if forward is _norm_forward else int(module.gate_proj.in_features)  # type: ignore[arg-type,union-attr]
     # A generator of its own: the run's random numbers stay as they are.
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(3, width, generator=generator).to(weight)
+    hidden = torch.randn(3, hidden_size, generator=generator).to(weight)
     was_training = module.training
+    # Dropout would make the two differ.
     module.eval()
     try:
         expected = module(hidden)
@@ -197,5 +202,5 @@ def _computes_the_same(module: nn.Module, forward: Callable[[Any, Tensor], Tenso
         module.train(was_training)
     # In half precision the order of the casts alone moves the last bits.
     tolerance = 1e-5 if expected.dtype in (torch.float32, torch.float64) else 2e-2
-    largest = float(expected.abs().max())
-    return torch.allclose(result, expected, rtol=tolerance, atol=tolerance * largest)
+    largest_output = float(expected.abs().max())
+    return torch.allclose(result, expected, rtol=tolerance, atol=tolerance * largest_output)

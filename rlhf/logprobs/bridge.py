@@ -55,12 +55,14 @@ def model_scores(
     if settings is not None:
         predictions = _under_head(model, settings, hidden, targets, temperature)
     else:
+        # Such a model runs as a whole, so its router logits are read off the backbone inside.
         with _record_router_logits(model, inputs) as recorded:
             predictions = _under_own_head(model, targets, temperature, inputs)
         router_logits = recorded.get("router_logits")
     scores = score_predictions(
         predictions, targets.token, objective=objective, entropy=entropy, mode=mode, chunk_size=chunk_size
     )
+    # A backbone whose config asks for router logits returns them unasked.
     if not inputs.get("output_router_logits"):
         router_logits = None
     return scores._replace(values=values, router_logits=router_logits)
@@ -113,6 +115,7 @@ def read_values(head: nn.Module, hidden: Tensor, targets: Targets) -> Tensor:
     """The output of ``head``, in float32, for the hidden state before each target: [N]."""
     rows = hidden.reshape(-1, hidden.size(-1)).index_select(0, targets.source)
     with torch.autocast(rows.device.type, enabled=False):
+        # A value head has float32 weights under a model in half precision, too.
         return head(rows.to(torch.promote_types(rows.dtype, torch.float32))).squeeze(-1)
 
 
@@ -130,6 +133,7 @@ def _record_router_logits(model: nn.Module, inputs: dict[str, Any]) -> Iterator[
     def record(module: nn.Module, args: Any, output: Any) -> None:
         recorded["router_logits"] = output.router_logits
 
+    # The hooks ask the backbone and not the whole model, which would add a balancing loss of its own.
     backbone = backbone_of(model)
     hooks = [
         backbone.register_forward_pre_hook(ask_for_them, with_kwargs=True),
@@ -156,17 +160,19 @@ def own_logits(
         Logits [R, V], at least float32, and for each target its row in them, int64 [N]; None where the rows are the
         targets in their order.
     """
+    # Answers that share a prompt share its last position: its logits are computed once.
     positions, row_of_target = targets.source.unique(return_inverse=True)
-    shape = inputs["input_ids"].shape
-    mask = torch.zeros(shape.numel(), dtype=torch.bool, device=positions.device)
-    mask[positions] = True
+    batch_shape = inputs["input_ids"].shape
+    is_wanted = torch.zeros(batch_shape.numel(), dtype=torch.bool, device=positions.device)
+    is_wanted[positions] = True
     if "output_router_logits" in inputs:
         # Of router logits the model would make a loss, under a mask that is not its own.
         inputs = inputs | {"output_router_logits": False}
-    logits = kept_logits(model, inputs, mask.view(shape))
+    logits = kept_logits(model, inputs, is_wanted.view(batch_shape))
     if logits.dim() == 3:  # it keeps all (ProphetNet)
         logits = logits.flatten(0, 1)[positions]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # Divided after the cast, so that half precision rounds once.
     if temperature != 1:
         logits = logits / temperature
     # Picking rows copies all logits: it is left out where every position predicts one target, in order.

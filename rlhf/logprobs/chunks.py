@@ -27,10 +27,10 @@ def check_tokens(token: Tensor, vocabulary: int) -> None:
     """
     if token.device.type != "cpu" or not token.numel():
         return
-    low, high = int(token.min()), int(token.max())
-    if low < 0 or high >= vocabulary:
-        wrong = low if low < 0 else high
-        raise ValueError(f"target token {wrong} is outside the vocabulary [0, {vocabulary})")
+    lowest, highest = int(token.min()), int(token.max())
+    if lowest < 0 or highest >= vocabulary:
+        wrong_token = lowest if lowest < 0 else highest
+        raise ValueError(f"target token {wrong_token} is outside the vocabulary [0, {vocabulary})")
 
 
 class ChunkPlan(NamedTuple):
@@ -76,39 +76,43 @@ def plan_chunks(
     Raises:
         ValueError: ``"unit"`` is asked for where the head or the entropy needs a gradient.
     """
+    # Unit saves only the gradient of the log-probs in the rows: none of the head, and none of an entropy.
     if mode == "unit" and (head_needs_grad or entropy):
         raise ValueError('mode "unit" is for a frozen head without entropy; use "auto"')
-    size = chunk_size or _chunk_size(rows, logits_per_row, device)
+    rows_per_chunk = chunk_size or _chunk_size(rows, logits_per_row, device)
     if not needs_grad:
-        return ChunkPlan("tile", size)
+        return ChunkPlan("tile", rows_per_chunk)
     if has_objective:
-        return ChunkPlan("local", size)
+        # The objective takes its gradient while the logits live, so the backward pass needs none of them.
+        return ChunkPlan("local", rows_per_chunk)
     unit_is_possible = not head_needs_grad and not entropy
     if mode == "unit" or (mode == "auto" and unit_is_possible):
-        return ChunkPlan("unit", size)
-    cached = _chunks_to_cache(mode, rows, size, logits_per_row, device)
-    return ChunkPlan("save" if cached else "recompute", size, cached)
+        return ChunkPlan("unit", rows_per_chunk)
+    chunks_cached = _chunks_to_cache(mode, rows, rows_per_chunk, logits_per_row, device)
+    return ChunkPlan("save" if chunks_cached else "recompute", rows_per_chunk, chunks_cached)
 
 
 def _chunk_size(rows: int, logits_per_row: int, device: torch.device) -> int:
     # Each chunk reads and writes the whole gradient of the weight once more: below 512 rows that costs time.
     on_cpu = device.type == "cpu"
+    # The budget bounds one chunk of float32 logits, 4 bytes each.
     memory_budget = 2**29 if on_cpu else 2**30  # bytes
-    smallest, largest = (64, 512) if on_cpu else (512, 8192)
-    size = min(max(memory_budget // (logits_per_row * 4), smallest), largest)
+    fewest_rows, most_rows = (64, 512) if on_cpu else (512, 8192)
+    rows_per_chunk = min(max(memory_budget // (logits_per_row * 4), fewest_rows), most_rows)
     # Balanced chunks: the last one is not a sliver.
-    chunks = max(-(-rows // size), 1)
-    return max(-(-rows // chunks), 1)
+    num_chunks = max(-(-rows // rows_per_chunk), 1)
+    return max(-(-rows // num_chunks), 1)
 
 
-def _chunks_to_cache(mode: Mode, rows: int, size: int, logits_per_row: int, device: torch.device) -> int:
-    chunks = -(-rows // size)
+def _chunks_to_cache(mode: Mode, rows: int, rows_per_chunk: int, logits_per_row: int, device: torch.device) -> int:
+    num_chunks = -(-rows // rows_per_chunk)
     if mode != "auto":  # "save" or "recompute": somebody decided
-        return chunks if mode == "save" else 0
+        return num_chunks if mode == "save" else 0
     if device.type != "cpu":
         return 0  # a GPU's memory is wanted elsewhere, and its matrix products are cheap
+    # Three quarters of the free memory stay free: the backward pass of the backbone comes on top.
     memory_budget = min(2**31, psutil.virtual_memory().available // 4)
-    return min(chunks, memory_budget // (size * logits_per_row * 4))
+    return min(num_chunks, memory_budget // (rows_per_chunk * logits_per_row * 4))
 
 
 def needs_grad(predictions: Predictions) -> tuple[bool, bool]:
@@ -116,6 +120,7 @@ def needs_grad(predictions: Predictions) -> tuple[bool, bool]:
     rows, head = predictions
     parameters = [] if head is None else [head.weight, head.bias]
     head_needs_grad = any(parameter is not None and parameter.requires_grad for parameter in parameters)
+    # Under `torch.no_grad()` a trainable weight still requires a gradient, but none is computed.
     return torch.is_grad_enabled() and (rows.requires_grad or head_needs_grad), head_needs_grad
 
 
@@ -129,6 +134,7 @@ class ChunkedHead:
 
     def __init__(self, predictions: Predictions, size: int) -> None:
         rows, head = predictions
+        # Detached: the gradients are computed here by hand, so autograd must not record the products.
         self.rows, self.head, self.size = rows.detach(), head, size
         dtypes = {rows.dtype} if head is None else {rows.dtype, head.weight.dtype}
         self.result_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
@@ -142,6 +148,7 @@ class ChunkedHead:
 
     def chunks(self) -> list[slice]:
         """At least one chunk, which may be empty."""
+        # A batch without a scored token still needs a result of the right shape and type to concatenate.
         starts = range(0, max(len(self.rows), 1), self.size)
         return [slice(start, start + self.size) for start in starts]
 
@@ -195,6 +202,7 @@ class ChunkedHead:
         if self._memory is None:
             shape = min(self.size, len(self.rows)), self.weight.size(0)
             self._memory = self.rows.new_empty(shape, dtype=self.result_dtype)
+        # The last chunk may be shorter than the others.
         return self._memory[: len(self.rows[chunk])]
 
     def product(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -202,6 +210,7 @@ class ChunkedHead:
         a, b = a.to(self.operand_dtype), b.to(self.operand_dtype)
         if self.operand_dtype == self.result_dtype:
             return product(a, b, out)
+        # The float32 accumulator is returned as it is: rounded to half precision, it keeps 8 to 11 bits.
         return torch.mm(a, b, out_dtype=self.result_dtype)
 
     def empty(self) -> Tensor:
@@ -222,6 +231,7 @@ class Gradients:
     def __init__(self, walk: ChunkedHead, needs_input_grad: tuple[bool, ...]) -> None:
         self.walk = walk
         self.needs_weight, self.needs_bias = needs_input_grad[1:3]
+        # Every row is in exactly one chunk, so its gradient is written once and not summed.
         self.rows = torch.empty_like(walk.rows) if needs_input_grad[0] else None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
@@ -248,26 +258,27 @@ class Gradients:
         if self.needs_weight:
             self._add_to_weight(grad_logits.T, walk.rows[chunk].to(walk.operand_dtype) * scale)
         if self.needs_bias:
-            of_chunk = grad_logits.sum(0).mul_(scale)
-            self.bias = of_chunk if self.bias is None else self.bias.add_(of_chunk)
+            bias_grad = grad_logits.sum(0).mul_(scale)
+            self.bias = bias_grad if self.bias is None else self.bias.add_(bias_grad)
 
-    def _add_to_weight(self, a: Tensor, b: Tensor) -> None:
+    def _add_to_weight(self, left: Tensor, right: Tensor) -> None:
         if self.weight is None:
-            self.weight = self.walk.product(a, b)  # the first chunk needs no zeros to be added to
+            self.weight = self.walk.product(left, right)  # the first chunk needs no zeros to be added to
         elif self.walk.operand_dtype == self.walk.result_dtype:
-            add_product(self.weight, a, b)
+            add_product(self.weight, left, right)
         else:
             # A product in half precision cannot add to float32 memory.
-            self.weight += self.walk.product(a, b)
+            self.weight += self.walk.product(left, right)
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of rows, weight and bias, in the types of these."""
         head = self.walk.head
         if head is None:
             return self.rows, None, None
-        weight = None if self.weight is None else self.weight.to(head.weight.dtype)
-        bias = None if self.bias is None or head.bias is None else self.bias.to(head.bias.dtype)
-        return self.rows, weight, bias
+        # Rounded once, after the last chunk.
+        grad_weight = None if self.weight is None else self.weight.to(head.weight.dtype)
+        grad_bias = None if self.bias is None or head.bias is None else self.bias.to(head.bias.dtype)
+        return self.rows, grad_weight, grad_bias
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -275,9 +286,11 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
     Not by ``bmm``, which on a CPU may add the terms one after another: over 50,000 of them 1e-4 of the sum is lost.
     """
-    block = max(IN_CACHE // a.size(1), 1) if a.device.type == "cpu" else max(len(a), 1)
-    starts = range(0, max(len(a), 1), block)
-    return torch.cat([torch.linalg.vecdot(a[start : start + block], b[start : start + block]) for start in starts])
+    block_rows = max(IN_CACHE // a.size(1), 1) if a.device.type == "cpu" else max(len(a), 1)
+    starts = range(0, max(len(a), 1), block_rows)
+    return torch.cat(
+        [torch.linalg.vecdot(a[start : start + block_rows], b[start : start + block_rows]) for start in starts]
+    )
 
 
 def grad_of_logits(
@@ -308,10 +321,11 @@ def grad_of_logits(
         return probs.mul_(-grad_logps[:, None]).scatter_(1, token, at_token)
     # The entropy reads p and log p, so the result needs memory of its own.
     entropy = -dot(probs, log_probs)[:, None]
+    # p (log p + H) sums to 0 over the vocabulary, as the gradient of a softmax must.
     gradient = probs * (log_probs + entropy).mul_(-grad_entropy[:, None])
     if grad_logps is not None:
-        exact = gradient.gather(1, token) + at_token
-        gradient.sub_(grad_logps[:, None] * probs).scatter_(1, token, exact)
+        grad_at_token = gradient.gather(1, token) + at_token
+        gradient.sub_(grad_logps[:, None] * probs).scatter_(1, token, grad_at_token)
     return gradient
 
 
@@ -353,18 +367,19 @@ def sum_over_chunks(student: Predictions, size: int, step: Step, with_grad: bool
         return _sum(ChunkedHead(student, size), step)
 
 
-def _sum(walk: ChunkedHead, step: Step, gradients: Gradients | None = None) -> tuple[Tensor, Tensor]:
-    parts = []
+def _sum(chunked_head: ChunkedHead, step: Step, gradients: Gradients | None = None) -> tuple[Tensor, Tensor]:
+    # Of a chunk, only the numbers for each token stay; its logits do not outlive the step.
+    per_token_parts = []
     # On the device: nothing here waits for it.
-    total = walk.rows.new_zeros((), dtype=walk.result_dtype)
-    for chunk in walk.chunks():
-        log_probs, slope = walk.log_probs(chunk)
-        result = step(chunk, log_probs)
-        parts.append(result.per_token)
-        total += result.loss
+    total_loss = chunked_head.rows.new_zeros((), dtype=chunked_head.result_dtype)
+    for chunk in chunked_head.chunks():
+        log_probs, slope = chunked_head.log_probs(chunk)
+        chunk_result = step(chunk, log_probs)
+        per_token_parts.append(chunk_result.per_token)
+        total_loss += chunk_result.loss
         if gradients is not None:
-            gradients.add(chunk, result.grad_logits, slope)
-    return torch.cat(parts, 1), total
+            gradients.add(chunk, chunk_result.grad_logits, slope)
+    return torch.cat(per_token_parts, 1), total_loss
 
 
 class _Sum(Function):
@@ -372,17 +387,19 @@ class _Sum(Function):
     def forward(
         ctx: Any, rows: Tensor, weight: Tensor | None, bias: Tensor | None, head: Head | None, size: int, step: Step
     ) -> tuple[Tensor, Tensor]:
-        walk = ChunkedHead(Predictions(rows, head), size)
-        gradients = Gradients(walk, ctx.needs_input_grad)
-        per_token, total = _sum(walk, step, gradients)
+        # Weight and bias are arguments of their own beside `head`: autograd sees tensors only where they are arguments.
+        chunked_head = ChunkedHead(Predictions(rows, head), size)
+        gradients = Gradients(chunked_head, ctx.needs_input_grad)
+        per_token, total_loss = _sum(chunked_head, step, gradients)
         ctx.save_for_backward(*gradients.results())
+        # Without this, a loss made of these numbers would silently get no gradient, instead of an error.
         ctx.mark_non_differentiable(per_token)
-        return per_token, total
+        return per_token, total_loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # In place: the gradients were taken in the forward pass for this one use.
         grad_loss = grads[1]
-        scaled = [None if saved is None else saved.mul_(grad_loss.to(saved.dtype)) for saved in ctx.saved_tensors]
-        return *scaled, None, None, None
+        scaled_grads = [None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in ctx.saved_tensors]
+        return *scaled_grads, None, None, None

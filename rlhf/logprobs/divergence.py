@@ -81,6 +81,7 @@ class Divergence:
         if function not in FUSED:
             return None
         parameters = inspect.signature(function).parameters
+        # The fused form has no defaults of its own, so the two cannot come to differ.
         defaults = {name: parameter.default for name, parameter in parameters.items()}
         return FUSED[function](defaults | self.options)
 
@@ -117,6 +118,7 @@ class Divergence:
         Raises:
             ValueError: a divergence that has no estimate from a part of the teacher's predictions.
         """
+        # The KLs are the limits of the generalised JSD, so one number stands for all three.
         betas = {"kl_divergence": float(self.options.get("reverse", False)), "generalized_jsd": 0.5}
         if self.name not in betas:
             raise ValueError(f"{self.name} has no estimate from what is kept of a teacher; {' and '.join(betas)} have")
@@ -172,45 +174,47 @@ class TeacherDivergence(HeadObjective):
     divergence: Divergence
 
     def check(self, student: Predictions, token: Tensor) -> Predictions:
-        teacher, known = self.teacher, self.divergence.vocab_size
+        teacher, common_tokens = self.teacher, self.divergence.vocab_size
         if not len(student.rows) == len(teacher.rows) == len(token):
             raise ValueError(
                 f"student, teacher and token must agree, got {len(student.rows)}, {len(teacher.rows)} and "
                 f"{len(token)} rows"
             )
-        if known is None and student.vocabulary != teacher.vocabulary:
+        if common_tokens is None and student.vocabulary != teacher.vocabulary:
             raise ValueError(
                 f"the student's head has {student.vocabulary} tokens, the teacher's {teacher.vocabulary}: if they "
                 "differ by padding alone, give vocab_size, the number of tokens that both know"
             )
-        if known is None:
+        if common_tokens is None:
             return student
-        if not 0 < known <= min(student.vocabulary, teacher.vocabulary):
+        if not 0 < common_tokens <= min(student.vocabulary, teacher.vocabulary):
             raise ValueError(
-                f"vocab_size is {known}, the student's head has {student.vocabulary} tokens, the teacher's "
+                f"vocab_size is {common_tokens}, the student's head has {student.vocabulary} tokens, the teacher's "
                 f"{teacher.vocabulary}"
             )
         # Over the same tokens: logits that one side lacks are never made up.
-        return student.first(known)
+        return student.first(common_tokens)
 
     def logits_per_token(self, vocabulary: int) -> int:
         return 2 * vocabulary  # logits of two models live at a time
 
     def begin(self, token: Tensor, chunk_size: int, with_grad: bool, entropy: bool) -> Step:
-        known = self.divergence.vocab_size
-        teacher = ChunkedHead(self.teacher if known is None else self.teacher.first(known), chunk_size)
+        common_tokens = self.divergence.vocab_size
+        teacher = ChunkedHead(self.teacher if common_tokens is None else self.teacher.first(common_tokens), chunk_size)
         fused = self.divergence.fused()
 
         def step(chunk: slice, log_q: Tensor) -> ChunkResult:
+            # Both sides in the precision of the student, whose gradient this is.
             log_p = teacher.log_probs(chunk)[0].to(log_q.dtype)
             labels = token[chunk, None]
             # Some rows at a time, so that a CPU's passes over them are served by its cache.
-            block = max(IN_CACHE // log_q.size(1), 1) if log_q.device.type == "cpu" else max(len(log_q), 1)
-            starts = range(0, max(len(log_q), 1), block)
+            rows_per_block = max(IN_CACHE // log_q.size(1), 1) if log_q.device.type == "cpu" else max(len(log_q), 1)
+            starts = range(0, max(len(log_q), 1), rows_per_block)
             columns = []
-            for rows in [slice(start, start + block) for start in starts]:
+            for rows in [slice(start, start + rows_per_block) for start in starts]:
                 columns.append(_compare(log_q[rows], log_p[rows], labels[rows], self.divergence, fused, with_grad))
             per_token = torch.cat(columns, 1)
+            # By now `log_q` holds the gradient, which the blocks wrote over it.
             return ChunkResult(per_token, self.divergence.loss(per_token[0], per_token[2]).sum(), log_q)
 
         return step
@@ -228,14 +232,15 @@ def _compare(
     ``log_p`` is overwritten; ``log_q`` is too, by the gradient of the loss with respect to the logits.
     """
     logps, teacher_logps = log_q.gather(1, token), log_p.gather(1, token)
+    # By value on the student's side: between two equally likely tokens, argmax would choose by the index.
     agrees = log_q.gather(1, log_p.argmax(1, keepdim=True)) == log_q.amax(1, keepdim=True)
     # Reported for every divergence, so that runs can be compared.
     kl = dot(log_p.exp(), log_p - log_q)
     if fused is None:
-        value = _by_autograd(log_q, log_p, token, logps, divergence, with_grad)
+        divergences = _by_autograd(log_q, log_p, token, logps, divergence, with_grad)
     else:
-        value = _by_fused(log_q, log_p, token, logps, divergence, fused, with_grad)
-    columns = [value, kl, logps.squeeze(1), teacher_logps.squeeze(1), agrees.squeeze(1).to(value.dtype)]
+        divergences = _by_fused(log_q, log_p, token, logps, divergence, fused, with_grad)
+    columns = [divergences, kl, logps.squeeze(1), teacher_logps.squeeze(1), agrees.squeeze(1).to(divergences.dtype)]
     return torch.stack(columns)
 
 
@@ -246,15 +251,16 @@ def _by_autograd(
     with torch.set_grad_enabled(with_grad):
         # Log-probs are the logits but for a constant, which changes neither a divergence nor its gradient.
         logits = log_q.detach().requires_grad_(with_grad)
-        value = divergence.dense(logits, log_p)
+        divergences = divergence.dense(logits, log_p)
         if with_grad:
-            (gradient,) = torch.autograd.grad(value.sum(), logits)
+            (gradient,) = torch.autograd.grad(divergences.sum(), logits)
     if with_grad:
-        soft, hard = divergence.distillation_weight, divergence.crossentropy_weight
-        at_token = soft * gradient.gather(1, token) + hard * logps.expm1()
-        log_q.exp_().mul_(hard).add_(gradient, alpha=soft)  # q - 1 at the label follows, exactly
+        # Only now may `log_q` be overwritten: autograd read its memory through `logits`.
+        soft_weight, hard_weight = divergence.distillation_weight, divergence.crossentropy_weight
+        at_token = soft_weight * gradient.gather(1, token) + hard_weight * logps.expm1()
+        log_q.exp_().mul_(hard_weight).add_(gradient, alpha=soft_weight)  # q - 1 at the label follows, exactly
         log_q.scatter_(1, token, at_token)
-    return value.detach()
+    return divergences.detach()
 
 
 def _by_fused(
@@ -267,22 +273,24 @@ def _by_fused(
     with_grad: bool,
 ) -> Tensor:
     """The divergence [c]; writes the gradient of the loss over ``log_q``."""
-    hot_q, hot_p, temperature = log_q, log_p, divergence.temperature
+    tempered_log_q, tempered_log_p, temperature = log_q, log_p, divergence.temperature
     if temperature != 1:
-        hot_q, hot_p = ((side / temperature).log_softmax(1) for side in (log_q, log_p))
-    terms = fused(hot_q, hot_p)
+        # The softmax of log-probs over T is that of logits over T: a constant for each row cancels.
+        tempered_log_q, tempered_log_p = ((log_probs / temperature).log_softmax(1) for log_probs in (log_q, log_p))
+    terms = fused(tempered_log_q, tempered_log_p)
     if with_grad:
-        hard = divergence.crossentropy_weight
-        soft = divergence.distillation_weight * divergence.factor / temperature
+        hard_weight = divergence.crossentropy_weight
+        # The chain rule: the logits enter D divided by the temperature.
+        soft_weight = divergence.distillation_weight * divergence.factor / temperature
         # q - 1 as expm1(log q), formed before any downcast: exact for confident tokens.
         gradient_at_token = terms.q_times_grad.gather(1, token) - terms.mean_grad * terms.probs.gather(1, token)
-        at_token = soft * gradient_at_token + hard * logps.expm1()
+        at_token = soft_weight * gradient_at_token + hard_weight * logps.expm1()
         if terms.probs is log_q:  # at temperature 1 the hard labels' q is the same
-            log_q.mul_(hard - soft * terms.mean_grad).add_(terms.q_times_grad, alpha=soft)
+            log_q.mul_(hard_weight - soft_weight * terms.mean_grad).add_(terms.q_times_grad, alpha=soft_weight)
         else:
-            soft_gradient = terms.probs.mul_(-soft * terms.mean_grad).add_(terms.q_times_grad, alpha=soft)
-            log_q.exp_().mul_(hard).add_(soft_gradient)
-        if hard:
+            soft_grad = terms.probs.mul_(-soft_weight * terms.mean_grad).add_(terms.q_times_grad, alpha=soft_weight)
+            log_q.exp_().mul_(hard_weight).add_(soft_grad)
+        if hard_weight:
             log_q.scatter_(1, token, at_token)
     return terms.value * divergence.factor
 
@@ -353,29 +361,31 @@ class SortedComparison(HeadObjective):
         weights = self.weights
         # Every student's token gets a row of the teacher, so that both sides have the same chunks; the row of a token
         # without a partner is computed in vain, and masked.
-        has_partner, place = self.partner >= 0, self.partner.clamp(min=0)
-        teacher = ChunkedHead(self.teacher._replace(rows=self.teacher.rows[place]), chunk_size)
-        teacher_token = self.teacher_token[place]
+        has_partner, partner_position = self.partner >= 0, self.partner.clamp(min=0)
+        teacher = ChunkedHead(self.teacher._replace(rows=self.teacher.rows[partner_position]), chunk_size)
+        teacher_token = self.teacher_token[partner_position]
 
         def step(chunk: slice, log_q: Tensor) -> ChunkResult:
             log_p = teacher.log_probs(chunk)[0].to(log_q.dtype)
             logps = log_q.gather(1, token[chunk, None]).squeeze(1)
             teacher_logps = log_p.gather(1, teacher_token[chunk, None]).squeeze(1)
+            # Without a partner, the log-prob is that of an unrelated token.
             teacher_logps = torch.where(has_partner[chunk], teacher_logps, 0.0)
             grad_logits = log_q
             with torch.set_grad_enabled(with_grad):
                 # Log-probs are the logits but for a constant, which changes nothing.
                 logits = log_q.detach().requires_grad_(with_grad)
-                value = uld_loss(logits, log_p, weights.temperature, reduction="none", mask=has_partner[chunk])
+                divergences = uld_loss(logits, log_p, weights.temperature, reduction="none", mask=has_partner[chunk])
                 if with_grad:
-                    (gradient,) = torch.autograd.grad(value.sum(), logits)
+                    (gradient,) = torch.autograd.grad(divergences.sum(), logits)
                     grad_logits = gradient.mul_(weights.distillation_weight)
-            value = value.detach()
+            divergences = divergences.detach()
             if with_grad and weights.crossentropy_weight:
+                # Last, because it overwrites `log_q`, which the gradient above was computed from.
                 slope_of_logps = torch.full_like(logps, -weights.crossentropy_weight)
                 grad_logits.add_(grad_of_logits(log_q, token[chunk], slope_of_logps, None, out=log_q))
-            loss = weights.loss(value, logps).sum()
-            return ChunkResult(torch.stack([value, logps, teacher_logps]), loss, grad_logits)
+            loss = weights.loss(divergences, logps).sum()
+            return ChunkResult(torch.stack([divergences, logps, teacher_logps]), loss, grad_logits)
 
         return step
 

@@ -44,9 +44,9 @@ Fused = Callable[[Tensor, Tensor], Terms]
 
 def _forward_kl(log_q: Tensor, log_p: Tensor) -> Terms:
     p = log_p.exp()
-    value = dot(p, log_p.sub_(log_q))
+    divergences = dot(p, log_p.sub_(log_q))
     # g = -p/q, so the sum of q g is -1.
-    return Terms(value, log_q.exp_(), p.neg_(), -1.0)
+    return Terms(divergences, log_q.exp_(), p.neg_(), -1.0)
 
 
 def _reverse_kl(log_q: Tensor, log_p: Tensor) -> Terms:
@@ -54,21 +54,21 @@ def _reverse_kl(log_q: Tensor, log_p: Tensor) -> Terms:
     q = log_q.exp_()
     # g = log q/p up to a constant, so the sum of q g is the divergence itself.
     q_times_grad = log_ratio.mul_(q)
-    value = q_times_grad.sum(1)
-    return Terms(value, q, q_times_grad, value[:, None])
+    divergences = q_times_grad.sum(1)
+    return Terms(divergences, q, q_times_grad, divergences[:, None])
 
 
 def _jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Terms:
     p = log_p.exp()
     log_ratio = log_p.sub_(log_q).clamp_(max=MAX_LOG_RATIO)
     q = log_q.exp_()
-    value = beta * dot(p, log_ratio)
+    divergences = beta * dot(p, log_ratio)
     log_m_over_q = log_ratio.expm1_().mul_(beta).log1p_()
     # KL(p, m) and KL(q, m) from one logarithm: log p/m = log p/q - log m/q.
     mixture = p.mul_(beta).add_(q, alpha=1 - beta)
-    value -= dot(mixture, log_m_over_q)
+    divergences -= dot(mixture, log_m_over_q)
     q_times_grad = log_m_over_q.mul_(q).mul_(beta - 1)
-    return Terms(value, q, q_times_grad, q_times_grad.sum(1, keepdim=True))
+    return Terms(divergences, q, q_times_grad, q_times_grad.sum(1, keepdim=True))
 
 
 def _skew_kl(log_q: Tensor, log_p: Tensor, alpha: float) -> Terms:
@@ -76,20 +76,20 @@ def _skew_kl(log_q: Tensor, log_p: Tensor, alpha: float) -> Terms:
     log_ratio = torch.sub(log_q, log_p, out=log_p).clamp_(max=MAX_LOG_RATIO)
     q = log_q.exp_()
     log_m_over_p = log_ratio.expm1_().mul_(1 - alpha).log1p_()
-    value = -dot(p, log_m_over_p)
+    divergences = -dot(p, log_m_over_p)
     # g = (alpha - 1) (p/m - 1), which is 0 where q = p.
     q_times_grad = log_m_over_p.neg_().expm1_().mul_(q).mul_(alpha - 1)
-    return Terms(value, q, q_times_grad, q_times_grad.sum(1, keepdim=True))
+    return Terms(divergences, q, q_times_grad, q_times_grad.sum(1, keepdim=True))
 
 
 def _reverse_skew_kl(log_q: Tensor, log_p: Tensor, alpha: float) -> Terms:
     log_ratio = log_p.sub_(log_q).clamp_(max=MAX_LOG_RATIO)
     log_m_over_q = log_ratio.expm1_().mul_(1 - alpha).log1p_()
     q = log_q.exp_()
-    value = -dot(q, log_m_over_q)
+    divergences = -dot(q, log_m_over_q)
     # g = -(alpha (q/m - 1) + log m/q), which is 0 where q = p.
     q_times_grad = log_m_over_q.neg().expm1_().mul_(alpha).add_(log_m_over_q).mul_(q).neg_()
-    return Terms(value, q, q_times_grad, q_times_grad.sum(1, keepdim=True))
+    return Terms(divergences, q, q_times_grad, q_times_grad.sum(1, keepdim=True))
 
 
 def _alpha(log_q: Tensor, log_p: Tensor, alpha: float) -> Terms:
@@ -97,17 +97,17 @@ def _alpha(log_q: Tensor, log_p: Tensor, alpha: float) -> Terms:
     overlap = log_p.sub_(log_q).mul_(alpha).add_(log_q).exp_()
     q = log_q.exp_()
     # The sum of q in place of 1: it has the rounding that the sum of the overlap has.
-    one, total = q.sum(1, keepdim=True), overlap.sum(1, keepdim=True)
-    value = ((one - total) / (alpha * (1 - alpha))).squeeze(1)
-    return Terms(value, q, overlap.mul_(-1 / alpha), total / one / -alpha)
+    total_q, total_overlap = q.sum(1, keepdim=True), overlap.sum(1, keepdim=True)
+    divergences = ((total_q - total_overlap) / (alpha * (1 - alpha))).squeeze(1)
+    return Terms(divergences, q, overlap.mul_(-1 / alpha), total_overlap / total_q / -alpha)
 
 
 def _total_variation(log_q: Tensor, log_p: Tensor) -> Terms:
     q = log_q.exp_()
     difference = log_p.exp_().sub_(q)
-    value = difference.abs().sum(1) / 2  # vector_norm adds one after another, as bmm does
+    divergences = difference.abs().sum(1) / 2  # vector_norm adds one after another, as bmm does
     q_times_grad = difference.sign_().mul_(q).mul_(-0.5)
-    return Terms(value, q, q_times_grad, q_times_grad.sum(1, keepdim=True))
+    return Terms(divergences, q, q_times_grad, q_times_grad.sum(1, keepdim=True))
 
 
 def _of_kl(options: dict[str, Any]) -> Fused:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 logger = logging.getLogger(__name__)
 
 
+# Compared by identity: a comparison of tensors has no single truth value.
 @dataclass(frozen=True, eq=False)
 class Head:
     """``logits = cap(scale * (hidden @ weight.T + bias)) / temperature``, ``cap(z) = softcap * tanh(z / softcap)``.
@@ -102,6 +103,7 @@ def head_settings(config: Any) -> HeadSettings:
     config = config.get_text_config()
     scale = 1.0
     for name in SCALES:
+        # A config may have the name and no value.
         scale *= getattr(config, name, None) or 1.0
     scaling = getattr(config, "logits_scaling", None)
     if scaling:
@@ -130,6 +132,7 @@ def read_head(model: nn.Module, settings: HeadSettings, temperature: float = 1.0
         weight = weight.full_tensor()
         bias = None if bias is None else bias.full_tensor()
     head = Head(weight, bias, settings.scale, settings.softcap, temperature)
+    # The model's own forward drops the logits of padding rows as well.
     return head if settings.vocab_size is None else head.first(settings.vocab_size)
 
 
@@ -190,17 +193,19 @@ def _mismatch(model: nn.Module, settings: HeadSettings) -> str | None:
         recorded["hidden"] = output[0]
 
     # One forward gives both sides of the comparison, so dropout cannot make them differ.
-    hook = backbone_of(model).register_forward_hook(record)
+    recording_hook = backbone_of(model).register_forward_hook(record)
     try:
-        ids = torch.arange(1, 17, device=weight.device)[None] % weight.size(0)
-        model_logits = model(input_ids=ids, use_cache=False).logits.float()
+        # Any ids serve; the remainder keeps them inside a vocabulary of fewer than 17 tokens.
+        probe_ids = torch.arange(1, 17, device=weight.device)[None] % weight.size(0)
+        model_logits = model(input_ids=probe_ids, use_cache=False).logits.float()
         if "hidden" not in recorded:
             # The model ran a part of its backbone (BART, OPT), and the hook was not called.
-            recorded["hidden"] = backbone_of(model)(input_ids=ids, use_cache=False)[0]
+            recorded["hidden"] = backbone_of(model)(input_ids=probe_ids, use_cache=False)[0]
     finally:
-        hook.remove()
+        recording_hook.remove()
     head = read_head(model, settings)
     logits = Predictions(recorded["hidden"], head).logits(torch.float32)
+    # NaN equals nothing, so the comparison below would blame the formula of the head.
     if model_logits.isnan().any():
         raise ValueError(f"{type(model).__name__}: its logits are NaN; the weights are broken, or its dtype too narrow")
     if model_logits.shape != logits.shape:

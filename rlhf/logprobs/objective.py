@@ -122,7 +122,9 @@ class TokenLoss(HeadObjective):
 
     def begin(self, token: Tensor, chunk_size: int, with_grad: bool, entropy: bool) -> Step:
         def step(chunk: slice, log_probs: Tensor) -> ChunkResult:
+            # A leaf of its own: the graph of the loss ends here and not at the logits.
             logps = log_probs.gather(1, token[chunk, None]).squeeze(1).requires_grad_(with_grad)
+            # Computed before the gradient, which is written over the log-probs.
             entropies = (-dot(log_probs.exp(), log_probs)).requires_grad_(with_grad) if entropy else None
             inputs = [logps] if entropies is None else [logps, entropies]
             with torch.set_grad_enabled(with_grad):
@@ -131,6 +133,7 @@ class TokenLoss(HeadObjective):
             grad_logits = log_probs
             if with_grad:
                 # Autograd runs on two numbers for each token; the step from them to the logits is in closed form.
+                # A loss may ignore one of the two, and without an entropy there is one gradient alone.
                 grad_logps, grad_entropy = (*torch.autograd.grad(loss, inputs, allow_unused=True), None)[:2]
                 grad_logits = grad_of_logits(log_probs, token[chunk], grad_logps, grad_entropy, out=log_probs)
             return ChunkResult(torch.stack([tensor.detach() for tensor in inputs]), loss.detach(), grad_logits)

@@ -75,6 +75,7 @@ def score(
     """
     if hidden.size(-1) != head.weight.size(1):
         raise ValueError(f"hidden states have size {hidden.size(-1)}, the head {head.weight.size(1)}")
+    # Only rows that predict a scored token go through the head: prompts and padding cost no product.
     rows = hidden.reshape(-1, hidden.size(-1)).index_select(0, targets.source)
     return score_predictions(
         Predictions(rows, head), targets.token, objective=objective, entropy=entropy, mode=mode, chunk_size=chunk_size
@@ -107,6 +108,7 @@ def score_predictions(
     """
     if objective is not None:
         student = objective.check(student, token)
+    # After the objective's check, which may have reduced the vocabulary.
     check_tokens(token, student.vocabulary)
     with_grad, head_needs_grad = needs_grad(student)
     if student.head is None:
@@ -125,6 +127,7 @@ def score_predictions(
     # Precision is chosen here, product by product: autocast would round log-probs.
     with torch.autocast(token.device.type, enabled=False):
         if objective is not None:
+            # Other objectives return no entropy: asking for one must not be ignored without a word.
             if entropy and not isinstance(objective, TokenLoss):
                 raise ValueError(f"entropy goes with log-probs or a TokenLoss, not with {type(objective).__name__}")
             step = objective.begin(token, plan.chunk_size, with_grad, entropy)
@@ -146,22 +149,23 @@ DenseLogProbs = tuple[Tensor, Tensor | None]  # of a chunk, [c, V], with the slo
 
 
 def _scan(
-    walk: ChunkedHead, token: Tensor, entropy: bool, chunks_cached: int = 0
+    chunked_head: ChunkedHead, token: Tensor, entropy: bool, chunks_cached: int = 0
 ) -> tuple[tuple[Tensor, Tensor | None], list[DenseLogProbs]]:
     """Forward over all chunks; returns logps and entropy [N], and the dense log-probs of the first chunks."""
-    logps = walk.empty()
-    entropies = walk.empty() if entropy else None
-    cache = []
+    logps = chunked_head.empty()
+    entropies = chunked_head.empty() if entropy else None
+    cached_log_probs = []
     with torch.no_grad():
-        for index, chunk in enumerate(walk.chunks()):
+        for index, chunk in enumerate(chunked_head.chunks()):
             is_cached = index < chunks_cached
-            log_probs, slope = walk.log_probs(chunk, keep=is_cached)
+            # A cached chunk needs memory of its own: the next chunk overwrites the shared one.
+            log_probs, slope = chunked_head.log_probs(chunk, keep=is_cached)
             logps[chunk] = log_probs.gather(1, token[chunk, None]).squeeze(1)
             if entropies is not None:
                 entropies[chunk] = -dot(log_probs.exp(), log_probs)
             if is_cached:
-                cache.append((log_probs, slope))
-    return (logps, entropies), cache
+                cached_log_probs.append((log_probs, slope))
+    return (logps, entropies), cached_log_probs
 
 
 class _TokenLogps(Function):
@@ -181,7 +185,7 @@ class _TokenLogps(Function):
     ) -> tuple[Tensor, Tensor | None]:
         outputs, cache = _scan(ChunkedHead(Predictions(rows, head), chunk_size), token, entropy, chunks_cached)
         # Weight and bias are saved as tensors, not in `head`: autograd then notices if somebody overwrites them.
-        ctx.save_for_backward(rows, weight, bias, token, *(tensor for pair in cache for tensor in pair))
+        ctx.save_for_backward(rows, weight, bias, token, *(tensor for tensors in cache for tensor in tensors))
         ctx.settings = None if head is None else (head.scale, head.softcap, head.temperature)
         ctx.chunk_size = chunk_size
         ctx.set_materialize_grads(False)  # None for an output that no loss reads, not a vector of zeros
@@ -190,20 +194,21 @@ class _TokenLogps(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        rows, weight, bias, token, *cache = ctx.saved_tensors
+        rows, weight, bias, token, *cached_tensors = ctx.saved_tensors
+        # Rebuilt from the saved tensors, with the settings that are no tensors.
         head = None if ctx.settings is None else Head(weight, bias, *ctx.settings)
-        walk = ChunkedHead(Predictions(rows, head), ctx.chunk_size)
-        gradients = Gradients(walk, ctx.needs_input_grad)
-        for index, chunk in enumerate(walk.chunks()):
-            if 2 * index < len(cache):
-                log_probs, slope = cache[2 * index], cache[2 * index + 1]
-                out = walk.memory(chunk)  # the cache stays whole: somebody may go backward again
+        chunked_head = ChunkedHead(Predictions(rows, head), ctx.chunk_size)
+        gradients = Gradients(chunked_head, ctx.needs_input_grad)
+        for index, chunk in enumerate(chunked_head.chunks()):
+            if 2 * index < len(cached_tensors):
+                log_probs, slope = cached_tensors[2 * index], cached_tensors[2 * index + 1]
+                gradient_memory = chunked_head.memory(chunk)  # the cache stays whole: somebody may go backward again
             else:
-                log_probs, slope = walk.log_probs(chunk)
-                out = log_probs
-            grad_logps_here = None if grad_logps is None else grad_logps[chunk]
-            grad_entropy_here = None if grad_entropy is None else grad_entropy[chunk]
-            grad_logits = grad_of_logits(log_probs, token[chunk], grad_logps_here, grad_entropy_here, out)
+                log_probs, slope = chunked_head.log_probs(chunk)
+                gradient_memory = log_probs
+            chunk_grad_logps = None if grad_logps is None else grad_logps[chunk]
+            chunk_grad_entropy = None if grad_entropy is None else grad_entropy[chunk]
+            grad_logits = grad_of_logits(log_probs, token[chunk], chunk_grad_logps, chunk_grad_entropy, gradient_memory)
             gradients.add(chunk, grad_logits, slope)
         return *gradients.results(), None, None, None, None, None
 
@@ -213,13 +218,14 @@ class _Unit(Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, head: Head, token: Tensor, chunk_size: int) -> Tensor:
-        walk = ChunkedHead(Predictions(rows, head), chunk_size)
-        gradients, logps = Gradients(walk, (True, False, False)), walk.empty()
-        for chunk in walk.chunks():
-            log_probs, slope = walk.log_probs(chunk)
+        chunked_head = ChunkedHead(Predictions(rows, head), chunk_size)
+        gradients, logps = Gradients(chunked_head, (True, False, False)), chunked_head.empty()
+        for chunk in chunked_head.chunks():
+            log_probs, slope = chunked_head.log_probs(chunk)
             logps[chunk] = log_probs.gather(1, token[chunk, None]).squeeze(1)
-            ones = torch.ones_like(logps[chunk])
-            grad_logits = grad_of_logits(log_probs, token[chunk], ones, None, out=log_probs)
+            # With a gradient of 1 for each log-prob, the rows get the derivatives themselves.
+            unit_grads = torch.ones_like(logps[chunk])
+            grad_logits = grad_of_logits(log_probs, token[chunk], unit_grads, None, out=log_probs)
             gradients.add(chunk, grad_logits, slope)
         # d log p / d h of each token: the backward pass multiplies rows by numbers, and needs no product of the head.
         ctx.save_for_backward(gradients.rows)
@@ -228,5 +234,6 @@ class _Unit(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
-        (unit,) = ctx.saved_tensors
-        return (unit * grad_logps[:, None]).to(unit.dtype), None, None, None
+        (unit_gradients,) = ctx.saved_tensors
+        # The product is taken in float32, then rounded once to the type of the rows.
+        return (unit_gradients * grad_logps[:, None]).to(unit_gradients.dtype), None, None, None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 
+# Compared by identity: a comparison of tensors has no single truth value.
 @dataclass(frozen=True, eq=False)
 class Targets:
     """Row ``source`` of the flattened hidden states predicts ``token`` of ``sequence``.
@@ -31,13 +32,14 @@ class Targets:
 
     def __post_init__(self) -> None:
         for name in ("source", "token", "sequence"):
-            value = getattr(self, name)
-            if value.dim() != 1 or value.dtype != torch.int64 or value.shape != self.source.shape:
+            vector = getattr(self, name)
+            if vector.dim() != 1 or vector.dtype != torch.int64 or vector.shape != self.source.shape:
                 raise ValueError(
-                    f"Targets.{name} must be int64 [{self.source.numel()}], got {value.dtype} {tuple(value.shape)}"
+                    f"Targets.{name} must be int64 [{self.source.numel()}], got {vector.dtype} {tuple(vector.shape)}"
                 )
         if self.num_sequences < 0:
             # The dataclass is frozen, for everybody but its own constructor.
+            # Reading the largest sequence makes the host wait for a GPU: collators give the number.
             object.__setattr__(self, "num_sequences", int(self.sequence.max()) + 1 if len(self) else 0)
 
     def __len__(self) -> int:
@@ -65,6 +67,7 @@ class Targets:
             is_scored = is_scored & is_token
             # Behind padding on the left, the position before the first token is padding.
             is_scored[:, 1:] &= is_token[:, :-1]
+        # Flattened, the position before it would be the last one of the row above.
         is_scored[:, 0] = False
         row, column = is_scored.nonzero(as_tuple=True)
         source = row * labels.size(1) + column - 1
@@ -109,15 +112,16 @@ class Targets:
         _check_grid("input_ids", input_ids)
         width = input_ids.size(1)
         lengths = prompt_lengths + completion_lengths
-        too_long = lengths > width
-        if bool(too_long.any()):
-            row = int(too_long.nonzero()[0])
+        exceeds_width = lengths > width
+        if bool(exceeds_width.any()):
+            row = int(exceeds_width.nonzero()[0])
             raise ValueError(f"row {row} has prompt + completion = {int(lengths[row])} tokens, input_ids only {width}")
-        column = torch.arange(width, device=input_ids.device)[None]
+        positions = torch.arange(width, device=input_ids.device)[None]
         starts = width - lengths if padding_side == "left" else torch.zeros_like(lengths)
-        start, end = starts[:, None], (starts + lengths)[:, None]
-        attention_mask = (column >= start) & (column < end)
-        completion_mask = attention_mask & (column >= start + prompt_lengths[:, None])
+        row_start, row_end = starts[:, None], (starts + lengths)[:, None]
+        # The ends are given by lengths and not by the pad's id, which an answer may contain.
+        attention_mask = (positions >= row_start) & (positions < row_end)
+        completion_mask = attention_mask & (positions >= row_start + prompt_lengths[:, None])
         return cls.from_mask(input_ids, completion_mask, attention_mask)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
@@ -129,6 +133,7 @@ class Targets:
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of ``values`` [N] over each sequence: [S], 0 for a sequence without a scored token."""
+        # By sums into zeros, so that a sequence without a scored token has its row, too.
         return values.new_zeros(self.num_sequences).index_add(0, self.sequence, values)
 
     def counts(self) -> Tensor:
@@ -139,5 +144,5 @@ class Targets:
 
 def _check_grid(name: str, value: Tensor, like: Tensor | None = None) -> None:
     if value.dim() != 2 or (like is not None and value.shape != like.shape):
-        want = "[batch, seq]" if like is None else f"{tuple(like.shape)}"
-        raise ValueError(f"{name} must be {want}, got {tuple(value.shape)}")
+        expected_shape = "[batch, seq]" if like is None else f"{tuple(like.shape)}"
+        raise ValueError(f"{name} must be {expected_shape}, got {tuple(value.shape)}")

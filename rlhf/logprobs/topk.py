@@ -100,11 +100,12 @@ class TopKDivergence(HeadObjective):
             raise ValueError(
                 f"{len(token)} tokens are scored, but the teacher's ids are {tuple(ids.shape)}: expected a row for each"
             )
+        # On a GPU, looking at the ids would make the host wait.
         if ids.device.type == "cpu" and len(ids):
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= vocabulary:
-                wrong = low if low < 0 else high
-                raise ValueError(f"teacher id {wrong} is outside the student's vocabulary [0, {vocabulary})")
+            lowest, highest = int(ids.min()), int(ids.max())
+            if lowest < 0 or highest >= vocabulary:
+                wrong_id = lowest if lowest < 0 else highest
+                raise ValueError(f"teacher id {wrong_id} is outside the student's vocabulary [0, {vocabulary})")
         return student
 
     def begin(self, token: Tensor, chunk_size: int, with_grad: bool, entropy: bool) -> Step:
@@ -124,58 +125,63 @@ class TopKDivergence(HeadObjective):
 
     def _divergence(self, log_q: Tensor, token: Tensor, teacher: TopK, with_grad: bool) -> tuple[Tensor, Tensor]:
         """The divergence [c], and the gradient of the loss with respect to the logits [c, V]; overwrites ``log_q``."""
-        temperature, hard, ids = self.temperature, self.crossentropy_weight, teacher.ids
-        hot_log_q = log_q if temperature == 1 else (log_q / temperature).log_softmax(1)
-        kept_log_q = hot_log_q.gather(1, ids)  # before it is overwritten by the probabilities
-        probs = torch.exp(hot_log_q, out=hot_log_q)
+        temperature, hard_weight, ids = self.temperature, self.crossentropy_weight, teacher.ids
+        tempered_log_q = log_q if temperature == 1 else (log_q / temperature).log_softmax(1)
+        top_k_log_q = tempered_log_q.gather(1, ids)  # before it is overwritten by the probabilities
+        probs = torch.exp(tempered_log_q, out=tempered_log_q)
         rest = None
         if self.estimate == "tail" and ids.size(1) < probs.size(1):
             # Summed over the others alone: 1 minus the kept would be rounding.
+            # The lower bound keeps the logarithm of an empty rest, and its slope, finite.
             rest = probs.scatter_(1, ids, 0.0).sum(1).clamp_(min=torch.finfo(probs.dtype).tiny)
-        value, slopes, slope_of_rest = self._slopes(kept_log_q, rest, teacher, probs.size(1), with_grad)
+        divergences, slopes, slope_of_rest = self._slopes(top_k_log_q, rest, teacher, probs.size(1), with_grad)
         if not with_grad:
-            return value, probs
+            return divergences, probs
         if self.estimate == "truncate":
             # Renormalised probabilities do not see a common factor, so the slopes add up to 0.
-            slope_sum = torch.zeros_like(value)
+            slope_sum = torch.zeros_like(divergences)
         else:
             slope_sum = slopes.sum(1) if slope_of_rest is None else slopes.sum(1) + slope_of_rest
         # At temperature 1 the hard labels have the same q, so one pass over it serves both.
-        factor = (hard if temperature == 1 else 0.0) - slope_sum
+        probs_factor = (hard_weight if temperature == 1 else 0.0) - slope_sum
         if rest is not None and slope_of_rest is not None:
-            gradient = probs.mul_((slope_of_rest / rest + factor)[:, None])
+            gradient = probs.mul_((slope_of_rest / rest + probs_factor)[:, None])
             # The kept probabilities were set to 0 for the sum of the rest.
-            gradient.scatter_(1, ids, slopes + kept_log_q.exp() * factor[:, None])
+            gradient.scatter_(1, ids, slopes + top_k_log_q.exp() * probs_factor[:, None])
         else:
-            gradient = probs.mul_(factor[:, None]).scatter_add_(1, ids, slopes)
-        if hard and temperature != 1:
-            gradient.add_(log_q.exp_(), alpha=hard)
-        if hard:
-            gradient.scatter_add_(1, token[:, None], gradient.new_full((1, 1), -hard).expand(len(token), 1))
-        return value, gradient
+            # The probabilities of the top k are intact here, so their slopes are added on top.
+            gradient = probs.mul_(probs_factor[:, None]).scatter_add_(1, ids, slopes)
+        if hard_weight and temperature != 1:
+            # The divergence has the q of its temperature; the hard labels need that of temperature 1.
+            gradient.add_(log_q.exp_(), alpha=hard_weight)
+        if hard_weight:
+            gradient.scatter_add_(1, token[:, None], gradient.new_full((1, 1), -hard_weight).expand(len(token), 1))
+        return divergences, gradient
 
     def _slopes(
         self, log_q: Tensor, rest: Tensor | None, teacher: TopK, vocabulary: int, with_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
         """The divergence [c]; the slopes of the loss in the kept tokens' logits [c, k] and in that of the rest [c]."""
-        p, p_rest = teacher.logps.to(log_q.dtype), teacher.rest.to(log_q.dtype)
+        teacher_logps, teacher_rest = teacher.logps.to(log_q.dtype), teacher.rest.to(log_q.dtype)
         has_tail = self.estimate == "tail"
         with torch.set_grad_enabled(with_grad):
+            # New leaves: autograd runs on the k + 1 outcomes of a token, not on the vocabulary.
             log_q = log_q.detach().requires_grad_(with_grad)
             log_rest = None if rest is None else rest.log().requires_grad_(with_grad)
             # Without a tail nobody reads the rest.
-            student, other = top_k_outcomes(
-                log_q, p_rest if log_rest is None else log_rest, p, p_rest, vocabulary, has_tail
+            student_outcomes, teacher_outcomes = top_k_outcomes(
+                log_q, teacher_rest if log_rest is None else log_rest, teacher_logps, teacher_rest, vocabulary, has_tail
             )
-            value = interpolated_kl(student, other, self.beta)
+            divergences = interpolated_kl(student_outcomes, teacher_outcomes, self.beta)
             if not with_grad:
-                return value, log_q, None
+                return divergences, log_q, None
+            # The chain rule: the logits enter the divergence divided by the temperature.
             weight = self.distillation_weight / self.temperature
             if self.scale_by_temperature:
                 weight *= self.temperature**2
             leaves = [log_q] if log_rest is None else [log_q, log_rest]
-            slopes = torch.autograd.grad(weight * value.sum(), leaves)
-        return value.detach(), slopes[0], slopes[1] if log_rest is not None else None
+            slopes = torch.autograd.grad(weight * divergences.sum(), leaves)
+        return divergences.detach(), slopes[0], slopes[1] if log_rest is not None else None
 
 
 def top_k_divergence(
@@ -317,15 +323,17 @@ def _top_k(teacher: Predictions, k: int, chunk_size: int | None = None) -> TopK:
     plan = plan_chunks(
         len(teacher.rows), vocabulary, device, needs_grad=False, head_needs_grad=False, chunk_size=chunk_size
     )
-    parts = []
+    chunk_results = []
+    # Autocast would round the product of the head to half precision.
     with torch.autocast(device.type, enabled=False):
-        walk = ChunkedHead(teacher, plan.chunk_size)
-        for chunk in walk.chunks():
-            log_probs, _ = walk.log_probs(chunk)
+        chunked_head = ChunkedHead(teacher, plan.chunk_size)
+        for chunk in chunked_head.chunks():
+            # The slope of a soft-cap is for gradients, and a teacher gets none.
+            log_probs, _ = chunked_head.log_probs(chunk)
             logps, ids = log_probs.topk(k, dim=1)
             # The rest is summed over the others: 1 minus the kept would be rounding where they hold nearly all.
-            others = log_probs.exp_().scatter_(1, ids, 0.0)
-            rest = others.sum(1).clamp_(min=torch.finfo(others.dtype).tiny).log()
-            parts.append(TopK(ids, logps, rest))
-    ids, logps, rest = (torch.cat(columns) for columns in zip(*parts, strict=True))
+            other_probs = log_probs.exp_().scatter_(1, ids, 0.0)
+            rest = other_probs.sum(1).clamp_(min=torch.finfo(other_probs.dtype).tiny).log()
+            chunk_results.append(TopK(ids, logps, rest))
+    ids, logps, rest = (torch.cat(columns) for columns in zip(*chunk_results, strict=True))
     return TopK(ids, logps, rest)

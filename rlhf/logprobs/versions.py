@@ -21,5 +21,7 @@ def kept_logits(model: nn.Module, inputs: dict[str, Any], mask: Tensor) -> Tenso
     """
     if _SLICES_BY_MASK:
         return model(**inputs, use_cache=False, logits_to_keep=mask).logits
+    # Older versions know positions that are the same in each row only.
     logits: Tensor = model(**inputs, use_cache=False).logits
+    # Indexed here, so that callers get the same rows from every version.
     return logits[mask.to(torch.bool)]

@@ -34,23 +34,25 @@ def keep_base(model: Any, home: Path, known_folders: set[Path], state: dict[str,
     """
     if not isinstance(model, PeftModel):
         return
-    base: Any = model.get_base_model()
-    source, folder = base.__dict__.get("name_or_path"), (home / BASE).resolve()
-    if source and Path(source) in known_folders:
+    base_model: Any = model.get_base_model()
+    checkpoint_name, base_folder = base_model.__dict__.get("name_or_path"), (home / BASE).resolve()
+    # Each save of a run comes here; the checkpoint is read for the first one alone.
+    if checkpoint_name and Path(checkpoint_name) in known_folders:
         return
     weights = _plain_base(model, model.state_dict() if state is None else state)
-    if source and _holds(source, weights):
-        known_folders.add(Path(source))
+    if checkpoint_name and _holds(checkpoint_name, weights):
+        known_folders.add(Path(checkpoint_name))
         return
-    base.name_or_path = ""
+    base_model.name_or_path = ""
     for config in model.peft_config.values():
-        config.base_model_name_or_path = str(folder)
-    if folder not in known_folders:
-        known_folders.add(folder)
-        if getattr(base, "is_quantized", False):
-            base, weights = _dequantised(base, weights)
-        base.save_pretrained(folder, state_dict=weights)
-        logger.info("%s: the weights that the adapter sits on; no other checkpoint holds them", folder)
+        # Absolute, so that the adapter loads from any working directory.
+        config.base_model_name_or_path = str(base_folder)
+    if base_folder not in known_folders:
+        known_folders.add(base_folder)
+        if getattr(base_model, "is_quantized", False):
+            base_model, weights = _dequantised(base_model, weights)
+        base_model.save_pretrained(base_folder, state_dict=weights)
+        logger.info("%s: the weights that the adapter sits on; no other checkpoint holds them", base_folder)
 
 
 def name_lengths(model: Any, folder: Path) -> None:
@@ -62,14 +64,16 @@ def name_lengths(model: Any, folder: Path) -> None:
         model: The model that was saved.
         folder: Holds the adapter.
     """
-    for name, config in getattr(model, "peft_config", {}).items():
-        file = folder / ("" if name == "default" else name) / "adapter_model.safetensors"
-        if not getattr(config, "use_dora", False) or not file.exists():
+    for adapter_name, config in getattr(model, "peft_config", {}).items():
+        adapter_file = folder / ("" if adapter_name == "default" else adapter_name) / "adapter_model.safetensors"
+        if not getattr(config, "use_dora", False) or not adapter_file.exists():
             continue
-        weights = load_file(file)
+        weights = load_file(adapter_file)
+        # The keys are listed first, because the loop changes them.
         for key in [key for key in weights if key.endswith("lora_magnitude_vector")]:
             weights[f"{key}.weight"] = weights.pop(key)
-        save_file(weights, file, {"format": "pt"})
+        # With the format, as PEFT writes it: older loaders of transformers refuse a file without one.
+        save_file(weights, adapter_file, {"format": "pt"})
 
 
 def _holds(name: str, weights: dict[str, Tensor]) -> bool:
@@ -93,9 +97,9 @@ def _holds(name: str, weights: dict[str, Tensor]) -> bool:
 
 def _checkpoint_files(name: str) -> Iterator[Path]:
     is_folder = Path(name).is_dir()
-    config = Path(name, "config.json") if is_folder else try_to_load_from_cache(name, "config.json")
-    if isinstance(config, str | Path):
-        yield from Path(config).parent.glob("*.safetensors")
+    config_file = Path(name, "config.json") if is_folder else try_to_load_from_cache(name, "config.json")
+    if isinstance(config_file, str | Path):
+        yield from Path(config_file).parent.glob("*.safetensors")
 
 
 def _is_same_matrix(saved: Any, weight: Tensor) -> bool:
@@ -103,6 +107,8 @@ def _is_same_matrix(saved: Any, weight: Tensor) -> bool:
     has_same_shape = list(weight.shape) == saved.get_shape()
     if weight.dim() < 2 or not has_same_shape or not weight.is_floating_point() or weight.is_meta:
         return True
+    # The model may have been loaded in another type than the checkpoint has.
+    # One row: reading whole matrices would take as long as loading the model.
     return torch.equal(saved[:1].to(weight.dtype), weight[:1].cpu())
 
 
@@ -116,19 +122,19 @@ def _plain_base(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     Returns:
         The weights under the names that they have without the adapter.
     """
-    of_adapter = (model.base_model.prefix, ".modules_to_save.", ".trainable_tokens_", ".token_indices")
+    adapter_markers = (model.base_model.prefix, ".modules_to_save.", ".trainable_tokens_", ".token_indices")
     wrappers = ("base_model.model.", "token_adapter.", "base_layer.", "original_module.")
     weights = {}
-    for name, weight in state.items():
-        if any(part in name for part in of_adapter):
+    for parameter_name, weight in state.items():
+        if any(part in parameter_name for part in adapter_markers):
             continue
         for part in wrappers:
-            name = name.replace(part, "")
-        weights[name] = weight
+            parameter_name = parameter_name.replace(part, "")
+        weights[parameter_name] = weight
     return weights
 
 
-def _dequantised(base: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+def _dequantised(quantised_model: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
     """Turn quantised weights into ordinary ones: weights of few bits cannot be loaded on every machine.
 
     Args:
@@ -138,19 +144,22 @@ def _dequantised(base: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, 
     Returns:
         A model without weights and without quantisation, and the weights that fill it.
     """
-    whole = dict(weights)
-    for name, module in base.named_modules():
+    full_weights = dict(weights)
+    for module_name, module in quantised_model.named_modules():
         is_quantised = type(getattr(module, "weight", None)).__name__ in _QUANTISED_WEIGHTS
+        # A LoRA layer shows the weight of the layer inside, which is visited by itself.
         if not is_quantised or hasattr(module, "base_layer"):
             continue
-        name = name.replace(".base_layer", "")
+        module_name = module_name.replace(".base_layer", "")
         # Beside its weight, a quantised layer has scales and tables.
-        for key in [key for key in whole if key.startswith(f"{name}.") and key != f"{name}.bias"]:
-            del whole[key]
-        whole[f"{name}.weight"] = dequantize_module_weight(module).detach().to(base.dtype)
-    config = copy.deepcopy(base.config)
+        for key in [key for key in full_weights if key.startswith(f"{module_name}.") and key != f"{module_name}.bias"]:
+            del full_weights[key]
+        full_weights[f"{module_name}.weight"] = dequantize_module_weight(module).detach().to(quantised_model.dtype)
+    # A copy: the model itself stays quantised and may still be trained.
+    config = copy.deepcopy(quantised_model.config)
     del config.quantization_config
     with torch.device("meta"):
-        shell = type(base)(config)
-    shell.generation_config = base.generation_config
-    return shell, whole
+        # Without memory: the shell only writes the files, and the weights are passed to it.
+        empty_model = type(quantised_model)(config)
+    empty_model.generation_config = quantised_model.generation_config
+    return empty_model, full_weights

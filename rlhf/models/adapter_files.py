@@ -39,8 +39,8 @@ def adapter_config(name: str, **hub: Any) -> PeftConfig | None:
     if (folder / "config.json").exists():
         return None
     if folder.is_dir() and not (folder / "adapter_config.json").exists():
-        inner = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
-        hint = f"; adapters are in its folders {', '.join(inner)}: name one of them" if inner else ""
+        folders = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+        hint = f"; adapters are in its folders {', '.join(folders)}: name one of them" if folders else ""
         raise FileNotFoundError(f"{name}: the folder holds no model (no config.json){hint}")
     if find_adapter_config_file(name, **hub) is None:
         return None
@@ -61,17 +61,18 @@ def base_of(name: str, config: PeftConfig) -> str:
     Raises:
         FileNotFoundError: The model is in none of these places.
     """
-    base = config.base_model_name_or_path
-    for folder in (Path(str(base)).expanduser(), Path(name) / BASE, Path(name).parent / BASE):
+    base_name = config.base_model_name_or_path
+    # A checkpoint of a run shares the `base` folder of the run, which is one folder up.
+    for folder in (Path(str(base_name)).expanduser(), Path(name) / BASE, Path(name).parent / BASE):
         if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
             return str(folder)
-    if not base:
+    if not base_name:
         reason = "it names no base model"
     else:
         try:
-            return resolve(str(base))  # it may be on the hub
+            return resolve(str(base_name))  # it may be on the hub
         except FileNotFoundError:
-            reason = f"its base model {base} is gone"
+            reason = f"its base model {base_name} is gone"
     raise FileNotFoundError(
         f"{name}: {reason}; write where it is into {name}/adapter_config.json (base_model_name_or_path)"
     )
@@ -93,9 +94,10 @@ def load_adapter(model: PreTrainedModel, adapter: str, name: str = "default", **
         ValueError: The adapter cannot be loaded, or does not fit.
     """
     with loading(adapter, f"an adapter of {model.config._name_or_path}"):
-        rows = _vocabulary_of(adapter)
-        if rows is not None and rows != vocabulary_size(model):
-            resize(model, rows)
+        vocabulary_rows = _vocabulary_of(adapter)
+        if vocabulary_rows is not None and vocabulary_rows != vocabulary_size(model):
+            # PEFT does not load rows of tokens that the model lacks.
+            resize(model, vocabulary_rows)
         return PeftModel.from_pretrained(model, adapter, adapter_name=name, **hub)
 
 
@@ -118,6 +120,7 @@ def merged(model: PreTrainedModel, adapter: str, **hub: Any) -> PreTrainedModel:
     _untie_adapted(model)
     with one_line(f"{adapter}: cannot be merged"):
         merged_model: PreTrainedModel = adapted.merge_and_unload()
+    # Weights of few bits are integers, which cannot have a gradient.
     if not getattr(merged_model, "is_quantized", False):
         merged_model.requires_grad_(True)  # PEFT froze the base
     merged_model.config._name_or_path = adapter  # where its tokenizer and its value head are
@@ -127,13 +130,14 @@ def merged(model: PreTrainedModel, adapter: str, **hub: Any) -> PreTrainedModel:
 
 def _vocabulary_of(adapter: str) -> int | None:
     """Rows of the embeddings that an adapter's file holds; None if it holds none."""
-    file = Path(adapter) / "adapter_model.safetensors"
-    if not file.exists():
+    adapter_file = Path(adapter) / "adapter_model.safetensors"
+    if not adapter_file.exists():
         return None
-    with safe_open(file, framework="pt") as weights:
-        for name in weights.keys():  # noqa: SIM118  # not a dict
-            if name.endswith(_EMBEDDINGS):
-                return int(weights.get_slice(name).get_shape()[0])
+    with safe_open(adapter_file, framework="pt") as weights:
+        for weight_name in weights.keys():  # noqa: SIM118  # not a dict
+            if weight_name.endswith(_EMBEDDINGS):
+                # The shape is in the header of the file: no weight is read.
+                return int(weights.get_slice(weight_name).get_shape()[0])
     return None
 
 
@@ -148,5 +152,7 @@ def _untie_adapted(model: PreTrainedModel) -> None:
     head = getattr(head, "base_layer", head)
     if embeddings.weight is head.weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        # Both, because a model with an image part has a text config inside its own.
+        # Still set, it would tie the weights again when the merged model is loaded.
         model.config.get_text_config().tie_word_embeddings = False
         model.config.tie_word_embeddings = False

@@ -18,9 +18,10 @@ def fill_in_targets(model: nn.Module, config: Any) -> None:
     Raises:
         ValueError: The model has no layer that fits.
     """
-    unnamed = (None, "all-linear", ["all-linear"], {"all-linear"})
-    if not isinstance(config, LoraConfig) or config.target_modules not in unnamed:
+    names_no_layer = (None, "all-linear", ["all-linear"], {"all-linear"})
+    if not isinstance(config, LoraConfig) or config.target_modules not in names_no_layer:
         return
+    # Experts that `target_parameters` names are then adapted alone.
     has_other_targets = config.target_modules is None and config.target_parameters
     if not has_other_targets:
         config.target_modules = linear_layers(model)  # type: ignore[assignment]  # a set is fine, too
@@ -47,14 +48,16 @@ def linear_layers(model: Any) -> set[str]:
     """
     modules = dict(model.named_modules())
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    targets = [name for name, module in modules.items() if module is not head and _is_target(name, modules)]
-    if not targets:
-        leaves = [module for module in modules.values() if not list(module.children())]
-        seen = sorted({type(module).__name__ for module in leaves})
-        raise ValueError(f"no linear layer for the adapter to sit on: name some (lora_target_modules); layers: {seen}")
+    target_names = [name for name, module in modules.items() if module is not head and _is_target(name, modules)]
+    if not target_names:
+        leaf_modules = [module for module in modules.values() if not list(module.children())]
+        leaf_types = sorted({type(module).__name__ for module in leaf_modules})
+        raise ValueError(
+            f"no linear layer for the adapter to sit on: name some (lora_target_modules); layers: {leaf_types}"
+        )
     # The last part of a name stands for all layers with that ending, so it must not be the ending of another module.
-    other_endings = {_last_part(name) for name in modules.keys() - set(targets)}
-    return {name if _last_part(name) in other_endings else _last_part(name) for name in targets}
+    other_endings = {_last_part(name) for name in modules.keys() - set(target_names)}
+    return {name if _last_part(name) in other_endings else _last_part(name) for name in target_names}
 
 
 def _is_target(name: str, modules: dict[str, nn.Module]) -> bool:
@@ -83,9 +86,10 @@ def _computes_linear(layer: Any) -> bool:
     """Whether a layer that inherits from a linear one computes the same (Falcon's does, routers do not)."""
     if not isinstance(layer, nn.Linear) or layer.weight.is_meta:
         return False
-    ones = torch.ones(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
-    output = layer(ones)
-    expected = nn.functional.linear(ones, layer.weight, layer.bias)
+    # Not random: a draw would move the random numbers of the run.
+    probe_input = torch.ones(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
+    output = layer(probe_input)
+    expected = nn.functional.linear(probe_input, layer.weight, layer.bias)
     if not isinstance(output, Tensor) or output.shape != expected.shape:
         return False
     return torch.allclose(output, expected, rtol=1e-2, atol=1e-3)

@@ -27,8 +27,8 @@ def adapter_off_stays(model: Any) -> bool:
     Returns:
         False if it changes; True also if the weights cannot be read (sharded).
     """
-    before = logits_without_adapter(model)
-    return before is None or are_same(before, _logits_after_moving(model))
+    logits_before = logits_without_adapter(model)
+    return logits_before is None or are_same(logits_before, _logits_after_moving(model))
 
 
 def adapter_off_is_start(model: Any) -> bool:
@@ -55,11 +55,11 @@ def adapter_off_is_start(model: Any) -> bool:
     if is_start and adapter_off_stays(model):
         return True
     configs = [model.peft_config[name] for name in model.active_adapters]
-    kinds = [f"{config.peft_type.value} adapter, bias {getattr(config, 'bias', 'none')!r}" for config in configs]
+    descriptions = [f"{config.peft_type.value} adapter, bias {getattr(config, 'bias', 'none')!r}" for config in configs]
     logger.warning(
         "the model with its adapter off is not the model that training starts from (%s): a frozen copy is the "
         "reference; to save that memory, merge the adapter first, or train a new LoRA adapter without biases",
-        "; ".join(kinds),
+        "; ".join(descriptions),
     )
     return False
 
@@ -74,20 +74,22 @@ def probe_logits(model: Any) -> Tensor | None:
     Returns:
         [1, 16, V] (or [1, 16, d]), float32; None if the weights are sharded or on the meta device.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in inner.parameters()):
+    # The transformers model itself, as the policy calls it: PEFT's layers are inside.
+    base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in base_model.parameters()):
         return None
-    embeddings = inner.get_input_embeddings().weight
-    ids = torch.arange(1, _PROBE_TOKENS + 1, device=embeddings.device) % embeddings.size(0)
-    inputs = {"input_ids": ids[None], "use_cache": False}
-    is_reward_model = hasattr(inner, "score")
+    embeddings = base_model.get_input_embeddings().weight
+    probe_ids = torch.arange(1, _PROBE_TOKENS + 1, device=embeddings.device) % embeddings.size(0)
+    inputs = {"input_ids": probe_ids[None], "use_cache": False}
+    is_reward_model = hasattr(base_model, "score")
     # The head of a new reward model is zero, so its rewards would tell nothing.
-    output: Tensor = inner.base_model(**inputs)[0] if is_reward_model else inner(**inputs).logits
+    output: Tensor = base_model.base_model(**inputs)[0] if is_reward_model else base_model(**inputs).logits
     return output.float()
 
 
 def logits_without_adapter(model: Any) -> Tensor | None:
     """As :func:`probe_logits`, with the adapter off and without dropout."""
+    # Dropout would make two passes of one model differ.
     with eval_mode(model), model.disable_adapter():
         return probe_logits(model)
 
@@ -96,14 +98,16 @@ def logits_without_adapter(model: Any) -> Tensor | None:
 def _logits_after_moving(model: Any) -> Tensor | None:
     """As :func:`logits_without_adapter`, while all weights that are trained are moved."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    values = [parameter.detach().clone() for parameter in trained]
+    originals = [parameter.detach().clone() for parameter in trained]
     try:
         for parameter in trained:
+            # Unmoved, a weight that acts with the adapter off would not show: a new adapter changes nothing yet.
             parameter.add_(_SHIFT)
         return logits_without_adapter(model)
     finally:
-        for parameter, value in zip(trained, values, strict=True):
-            parameter.copy_(value)
+        for parameter, original in zip(trained, originals, strict=True):
+            # From copies: subtracting the shift again would leave a rounding error.
+            parameter.copy_(original)
 
 
 def are_same(first: Tensor, second: Tensor | None) -> bool:

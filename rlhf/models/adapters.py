@@ -35,13 +35,13 @@ def check_adapter(model: nn.Module, peft_config: PeftConfig | None) -> None:
     Raises:
         ValueError: A second adapter on a PEFT model, or a kind that is not supported.
     """
-    present = dict(getattr(model, "peft_config", None) or {})
-    if present and peft_config is not None:
+    current_configs = dict(getattr(model, "peft_config", None) or {})
+    if current_configs and peft_config is not None:
         raise ValueError(
             "the model has an adapter already, and peft_config is for another: pass one of them, or merge the first "
             "(model = model.merge_and_unload())"
         )
-    configs = list(present.values()) if peft_config is None else [peft_config]
+    configs = list(current_configs.values()) if peft_config is None else [peft_config]
     for config in configs:
         _check_kind(config)
 
@@ -74,6 +74,7 @@ def add_adapter(model: Any, peft_config: PeftConfig) -> PeftModel:
     fill_in_targets(model, peft_config)
     if peft_config.task_type is None and model.get_output_embeddings() is not None:
         peft_config.task_type = "CAUSAL_LM"  # AutoPeftModelForCausalLM loads no other
+    # Taken first: some kinds of adapters change the frozen weights when they are added.
     logits_before = probe_logits(model)
     with one_line("the adapter"):
         adapted: Any = get_peft_model(model, peft_config)
@@ -110,9 +111,12 @@ def add_adapter_beside(model: PreTrainedModel, folder: str, name: str, peft_conf
     if config is None:
         raise ValueError(f"{folder}: holds no adapter (no adapter_config.json)")
     check_adapter(model, peft_config)
-    base = config.base_model_name_or_path
-    if base != model.config._name_or_path:
-        logger.warning("%s: an adapter that was trained on %s goes on %s", folder, base, model.config._name_or_path)
+    base_name = config.base_model_name_or_path
+    if base_name != model.config._name_or_path:
+        logger.warning(
+            "%s: an adapter that was trained on %s goes on %s", folder, base_name, model.config._name_or_path
+        )
+    # Before the frozen adapter is there: the matrices inside it are linear layers, too.
     fill_in_targets(model, peft_config)
     adapted = load_adapter(model, resolve(folder), name)
     adapted.add_adapter("default", peft_config)
@@ -139,18 +143,19 @@ def learn_tokens(model: Any, peft_config: PeftConfig | None, tokens: list[int]) 
     config: Any = peft_config
     targets = [] if isinstance(config.target_modules, str) else config.target_modules or []  # text is a pattern
     adapted = [*targets, *(config.modules_to_save or [])]
-    remaining = [name for name in _embedding_names(model) if not _is_covered(name, adapted)]
-    if remaining:
-        config.trainable_token_indices = {name.rpartition(".")[2]: tokens for name in remaining}
+    not_adapted = [name for name in _embedding_names(model) if not _is_covered(name, adapted)]
+    if not_adapted:
+        config.trainable_token_indices = {name.rpartition(".")[2]: tokens for name in not_adapted}
 
 
 def _embedding_names(model: Any) -> list[str]:
     """Names of the embeddings and of the head; of tied ones the embeddings alone, as PEFT lets the head follow."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     has_own_head = head is not None and head.weight is not embeddings.weight
-    wanted = [embeddings, head] if has_own_head else [embeddings]
-    return [name for name, module in model.named_modules() if any(module is one for one in wanted)]
+    layers = [embeddings, head] if has_own_head else [embeddings]
+    return [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
 
 
 def _is_covered(name: str, adapted: list[str]) -> bool:
+    # PEFT matches the name of a target from the right, at a dot.
     return any(name == target or name.endswith(f".{target}") for target in adapted)

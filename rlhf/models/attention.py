@@ -87,7 +87,7 @@ def _sdpa(
     segments: Segments,
     dropout: float,
     scaling: float | None,
-    window: int | None,
+    sliding_window: int | None,
 ) -> Tensor:
     """One call of torch's attention for each span."""
     lengths = [span.length for span in segments.spans]
@@ -102,8 +102,8 @@ def _sdpa(
         # Without a mask, "causal" aligns the first query with the first key: wrong behind a prefix, whose keys come
         # before all queries.
         mask = None
-        if prefix or (window is not None and length > window):
-            mask = _mask(segments, length, prefix, window, query)
+        if prefix or (sliding_window is not None and length > sliding_window):
+            mask = _mask(segments, length, prefix, sliding_window, query)
         output = F.scaled_dot_product_attention(
             queries[index],
             span_keys,
@@ -124,13 +124,14 @@ def _sdpa(
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, sliding_window: int | None
 ) -> Tensor:  # fmt: skip
     """All spans in one call of torch's variable-length attention, each with the keys of ``[prefix, span]``."""
-    name = ("varlen", query.device)
-    if name not in segments.attention_cache:
-        segments.attention_cache[name] = _varlen_layout(segments, query.device)
-    layout: VarlenLayout = segments.attention_cache[name]
+    # Every layer reads the same layout, so the first layer makes it for all of them.
+    cache_key = ("varlen", query.device)
+    if cache_key not in segments.attention_cache:
+        segments.attention_cache[cache_key] = _varlen_layout(segments, query.device)
+    layout: VarlenLayout = segments.attention_cache[cache_key]
     # Aligned at the bottom right: the last query of a span sees all its keys.
     output = varlen_attn(
         query[0].transpose(0, 1),
@@ -141,7 +142,8 @@ def _varlen(
         layout.longest_query,
         layout.longest_key,
         scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),
+        # Here a window counts the keys before the query, and not the query itself.
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         enable_gqa=query.size(1) != key.size(1),
     )
     return output.unsqueeze(0)  # type: ignore[union-attr]
@@ -173,6 +175,7 @@ def _varlen_layout(segments: Segments, device: torch.device) -> VarlenLayout:
     key_rows = []
     for (length, parent, prefix), start in zip(segments.spans, query_starts, strict=False):
         if prefix:
+            # The keys of a span must be consecutive, so those of a shared prompt are copied for each branch.
             key_rows.append(torch.arange(query_starts[parent], query_starts[parent] + prefix))
         key_rows.append(torch.arange(start, start + length))
 
@@ -188,21 +191,23 @@ def _varlen_layout(segments: Segments, device: torch.device) -> VarlenLayout:
     )
 
 
-def _mask(segments: Segments, length: int, prefix: int, window: int | None, like: Tensor) -> Tensor:
+def _mask(segments: Segments, length: int, prefix: int, sliding_window: int | None, query: Tensor) -> Tensor:
     """0 where a span's token sees a key of ``[prefix, span]``, else -inf: [length, prefix + length]."""
-    name = (length, prefix, window, like.dtype, like.device)
-    if name not in segments.attention_cache:
-        query_position = torch.arange(prefix, prefix + length, device=like.device)[:, None]
-        key_position = torch.arange(prefix + length, device=like.device)
+    cache_key = (length, prefix, sliding_window, query.dtype, query.device)
+    if cache_key not in segments.attention_cache:
+        query_position = torch.arange(prefix, prefix + length, device=query.device)[:, None]
+        key_position = torch.arange(prefix + length, device=query.device)
         is_hidden = key_position > query_position
-        if window is not None:
-            is_hidden |= key_position <= query_position - window
-        mask = torch.zeros(is_hidden.shape, dtype=like.dtype, device=like.device)
-        segments.attention_cache[name] = mask.masked_fill_(is_hidden, -torch.inf)
-    return segments.attention_cache[name]
+        if sliding_window is not None:
+            # A window counts the token itself, as in transformers.
+            is_hidden |= key_position <= query_position - sliding_window
+        mask = torch.zeros(is_hidden.shape, dtype=query.dtype, device=query.device)
+        segments.attention_cache[cache_key] = mask.masked_fill_(is_hidden, -torch.inf)
+    return segments.attention_cache[cache_key]
 
 
 AttentionInterface.register(NAME, segment_attention)
+# transformers looks for a mask under the same name; padded rows still need the mask of SDPA.
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
@@ -260,6 +265,7 @@ def use_segments(model: nn.Module) -> str | None:
     finally:
         model.train(was_training)
     if reason:
+        # The trial has set our function, which this model must not run with.
         model.set_attn_implementation("sdpa")  # type: ignore[operator]
     return reason
 
@@ -267,6 +273,7 @@ def use_segments(model: nn.Module) -> str | None:
 def _try_segments(model: nn.Module) -> str | None:
     """Compare hidden states in both layouts, on two examples with shared prompts; the reason where they differ."""
     vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
+    # The remainder keeps the ids inside a very small vocabulary.
     examples = [
         {key: [index % vocabulary for index in ids] for key, ids in example.items()} for example in TRIAL_EXAMPLES
     ]
@@ -288,8 +295,8 @@ def _try_segments(model: nn.Module) -> str | None:
 def unsupported_reason(model: nn.Module) -> str | None:
     """Why no attention function of ours can serve ``model``, where that shows without running it; None if it can."""
     whole_config: Any = model.config
-    config = whole_config.get_text_config()
-    unknown_layers = set(getattr(config, "layer_types", None) or []) - ATTENTION_LAYERS
+    text_config = whole_config.get_text_config()
+    unknown_layers = set(getattr(text_config, "layer_types", None) or []) - ATTENTION_LAYERS
     if unknown_layers:
         return f"it has layers of {', '.join(sorted(unknown_layers))}"
     if not getattr(model, "_supports_attention_backend", False):
@@ -300,9 +307,9 @@ def unsupported_reason(model: nn.Module) -> str | None:
 
 
 def _has_window(model: nn.Module) -> bool:
-    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    layer_types = getattr(config, "layer_types", None)
-    has_size = bool(getattr(config, "sliding_window", None))
+    text_config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    layer_types = getattr(text_config, "layer_types", None)
+    has_size = bool(getattr(text_config, "sliding_window", None))
     return has_size and (not layer_types or "sliding_attention" in layer_types)
 
 

@@ -23,11 +23,12 @@ def mend_generation_config(model: nn.Module) -> None:
     if config is None:
         return
     try:
+        # The check that transformers makes when it saves: a run would fail at its first checkpoint.
         config.validate(strict=True)
         return
     except ValueError as error:
         reason = str(error)
-    set_options = [name for name in _SAMPLING_OPTIONS if getattr(config, name, None) is not None]
+    set_options = [option for option in _SAMPLING_OPTIONS if getattr(config, option, None) is not None]
     if not config.do_sample and set_options:
         config.do_sample = True
         logger.warning(
@@ -51,9 +52,10 @@ def add_answer_ends(model: nn.Module, ends: list[int]) -> None:
     if config is None:
         return
     configured = config.eos_token_id  # an id, a list of them, or None
-    known = list(configured) if isinstance(configured, list) else [configured]
-    known = [token for token in known if token is not None]
-    new = [token for token in ends if token not in known]
-    if new:
-        all_ends = [*known, *new]
+    known_ends = list(configured) if isinstance(configured, list) else [configured]
+    known_ends = [token_id for token_id in known_ends if token_id is not None]
+    new_ends = [token_id for token_id in ends if token_id not in known_ends]
+    if new_ends:
+        all_ends = [*known_ends, *new_ends]
+        # A single id stays a number, as checkpoints have it.
         config.eos_token_id = all_ends if len(all_ends) > 1 else all_ends[0]

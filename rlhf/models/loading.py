@@ -29,15 +29,17 @@ def load_model(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
         FileNotFoundError: A path that is no folder, or a folder without a model.
         ValueError: Neither a folder here nor a model on the hub, or a package is missing.
     """
+    # Older versions of transformers load float32 by default, whatever the checkpoint has.
     kwargs.setdefault("dtype", "auto")
-    name = resolve(name_or_path)
-    hub = hub_kwargs(kwargs)
-    adapter = adapter_config(name, **hub)
+    location = resolve(name_or_path)
+    hub_arguments = hub_kwargs(kwargs)
+    adapter = adapter_config(location, **hub_arguments)
     if adapter is not None:
-        base = load_model(base_of(name, adapter), **base_kwargs(kwargs, adapter))
-        return merged(base, name, **hub)
+        # The base of an adapter may have an adapter itself, so this function is called again.
+        base_model = load_model(base_of(location, adapter), **base_kwargs(kwargs, adapter))
+        return merged(base_model, location, **hub_arguments)
     with loading(name_or_path, "a causal LM"):
-        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        return AutoModelForCausalLM.from_pretrained(location, **kwargs)
 
 
 def hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -62,8 +64,8 @@ def base_kwargs(kwargs: dict[str, Any], adapter: Any) -> dict[str, Any]:
     Returns:
         New arguments.
     """
-    others = {name: value for name, value in kwargs.items() if name != "revision"}
-    return others if adapter.revision is None else {**others, "revision": adapter.revision}
+    base_arguments = {name: value for name, value in kwargs.items() if name != "revision"}
+    return base_arguments if adapter.revision is None else {**base_arguments, "revision": adapter.revision}
 
 
 def load_tokenizer(
@@ -90,15 +92,18 @@ def load_tokenizer(
         ValueError: There is no tokenizer.
     """
     arguments = {"revision": revision, "trust_remote_code": trust_remote_code}
-    hub = {name: value for name, value in arguments.items() if value is not None}
-    name = resolve(name_or_path)
+    # An argument that is not given is left to the defaults of transformers.
+    hub_arguments = {name: value for name, value in arguments.items() if value is not None}
+    location = resolve(name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(location, **hub_arguments)
+    # OSError: a file is missing. ValueError: the config is of no model with a known tokenizer.
     except (OSError, ValueError) as error:
-        is_adapter = (Path(name) / "adapter_config.json").exists()
-        adapter = adapter_config(name, **hub_kwargs(hub)) if is_adapter else None
+        # Asked only now: a tokenizer in the adapter's own folder comes first, as it may have new tokens.
+        is_adapter = (Path(location) / "adapter_config.json").exists()
+        adapter = adapter_config(location, **hub_kwargs(hub_arguments)) if is_adapter else None
         if adapter is not None:
-            return load_tokenizer(base_of(name, adapter), chat_template_path, **base_kwargs(hub, adapter))
+            return load_tokenizer(base_of(location, adapter), chat_template_path, **base_kwargs(hub_arguments, adapter))
         raise ValueError(f"{name_or_path}: no tokenizer found there; copy the base model's files in") from error
     if chat_template_path is not None:
         tokenizer.chat_template = _read_chat_template(chat_template_path)
@@ -108,6 +113,7 @@ def load_tokenizer(
 def _read_chat_template(name_or_path: str) -> Any:
     """The chat template in a ``.jinja`` file, or of another model."""
     path = Path(name_or_path).expanduser()
+    # A name of the hub is no file here, so the two cannot be mixed up.
     if path.is_file():
         return path.read_text(encoding="utf-8")
     return load_tokenizer(name_or_path).chat_template

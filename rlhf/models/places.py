@@ -45,22 +45,25 @@ def one_line(location: str) -> Iterator[None]:
     try:
         yield
     except _PEFT_ERRORS as error:
-        text = " ".join(str(error).split())
-        raise ValueError(f"{location}: {text[:400]}") from error
+        message = " ".join(str(error).split())
+        # PEFT may list every layer of the model.
+        raise ValueError(f"{location}: {message[:400]}") from error
 
 
 def _missing_package(error: ImportError) -> str:
-    text = " ".join(str(error).split())
-    if "bitsandbytes" in text:
+    message = " ".join(str(error).split())
+    if "bitsandbytes" in message:
         return "4 and 8 bits need bitsandbytes: install the extra `quant`, or pip install bitsandbytes"
-    return f"a package is missing ({text[:200]})"
+    return f"a package is missing ({message[:200]})"
 
 
 def _reason(error: Exception) -> str:
     lines = str(error).splitlines()
+    # Further lines of transformers are general advice, or one line for each weight.
     first_line = lines[0] if lines else type(error).__name__
     if "ignore_mismatched_sizes" in first_line:
         return "its weights have other shapes than its config.json says; the report above lists them"
+    # The message names the class with its module, and not what is wrong with it.
     match = re.search(r"Unrecognized configuration class <class '[\w.]*\.(\w+)'>", first_line)
     if match:
         return f"its config is a {match[1]}, of no such model"
@@ -80,12 +83,14 @@ def resolve(name_or_path: str) -> str:
         FileNotFoundError: A path to nothing.
         ValueError: The folder's ``config.json`` is no JSON.
     """
-    folder = Path(name_or_path).expanduser()
-    if folder.is_dir():
-        _check_config(folder / "config.json")
-        return str(folder)
+    model_folder = Path(name_or_path).expanduser()
+    if model_folder.is_dir():
+        _check_config(model_folder / "config.json")
+        return str(model_folder)
+    # A name on the hub is `model` or `owner/model`.
+    # A path to nothing must not be looked for there: the error would be about the network.
     is_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
-    if is_path or folder.exists():
+    if is_path or model_folder.exists():
         raise FileNotFoundError(f"{name_or_path}: no such model folder")
     return name_or_path
 

@@ -52,10 +52,10 @@ class Wrapper(nn.Module):
 
         Under FSDP the names stay those of this module, because torch's checkpoints look parameters up by them.
         """
-        name_here = "" if is_fsdp_enabled() else "model."
-        start = f"{prefix}." if prefix else ""
+        model_prefix = "" if is_fsdp_enabled() else "model."
+        caller_prefix = f"{prefix}." if prefix else ""
         for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            yield start + name.removeprefix(start).removeprefix(name_here), parameter
+            yield caller_prefix + name.removeprefix(caller_prefix).removeprefix(model_prefix), parameter
 
     def get_submodule(self, target: str) -> nn.Module:
         """As ``nn.Module``; a name that the model has is found too."""
@@ -69,6 +69,7 @@ class Wrapper(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            # Not `self.model`: before it is set, that would come back here without end.
             return getattr(super().__getattr__("model"), name)
 
 
@@ -125,6 +126,7 @@ class Policy(Wrapper):
         """
         self._check_layout(batch)
         with fewer_activations():
+            # First: beside the policy's saved activations, a teacher's forward would need more memory at its peak.
             prepared = None if objective is None else objective.prepare(self, batch)
             return model_scores(
                 self.model,
@@ -149,6 +151,7 @@ class Policy(Wrapper):
         return inputs
 
     def _check_layout(self, batch: Batch) -> None:
+        # Another attention function would ignore the spans, and sequences would attend to each other.
         if batch.segments is not None and self.config._attn_implementation != NAME:
             raise ValueError("the batch is laid out in segments, the model is not ready for them: use_segments(model)")
 
@@ -180,10 +183,11 @@ class Policy(Wrapper):
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while: no dropout. Afterwards each part of ``module`` has the mode it had."""
-    modes = [(part, part.training) for part in module.modules()]
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        for part, was_training in modes:
-            part.training = was_training
+        for submodule, was_training in modes:
+            # Not by `train`, which sets all parts below as well.
+            submodule.training = was_training

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlhf.data import Batch
 
+# Weak: a model is not kept alive by having been asked.
 _finds_own: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 TRIAL_IDS = (5, 6, 7, 3, 4, 2)
 TRIAL_LENGTH = 5
@@ -43,6 +44,7 @@ def finds_own_positions(model: nn.Module) -> bool:
         True where positions must not be passed.
     """
     if hasattr(model, "get_base_model"):
+        # The answer is kept for the transformers model, whatever is around it.
         model = model.get_base_model()  # type: ignore[operator]
     if model not in _finds_own:
         _finds_own[model] = _is_in_memory(model) and not _accepts_positions(model)
@@ -51,14 +53,14 @@ def finds_own_positions(model: nn.Module) -> bool:
 
 def first_position(model: nn.Module) -> int | None:
     """The position of a text's first token, where a table of the model begins with padding; None for 0."""
-    firsts = []
-    for name, table in model.named_modules():
+    first_positions = []
+    for name, embedding in model.named_modules():
         # Tables with an offset (OPT, BART) add it themselves.
-        if "position_emb" not in name or not isinstance(table, nn.Embedding) or hasattr(table, "offset"):
+        if "position_emb" not in name or not isinstance(embedding, nn.Embedding) or hasattr(embedding, "offset"):
             continue
-        if table.padding_idx is not None:
-            firsts.append(table.padding_idx + 1)
-    return max(firsts, default=None)
+        if embedding.padding_idx is not None:
+            first_positions.append(embedding.padding_idx + 1)
+    return max(first_positions, default=None)
 
 
 def sees_ahead(model: Any) -> bool:
@@ -72,12 +74,12 @@ def sees_ahead(model: Any) -> bool:
     if not _is_in_memory(model):
         return False
     try:
-        ids = _trial_ids(model)
-        whole = _hidden_states(model, ids)
-        beginning = _hidden_states(model, ids[:, :SHORT_LENGTH])
+        trial_ids = _trial_ids(model)
+        whole_hidden = _hidden_states(model, trial_ids)
+        short_hidden = _hidden_states(model, trial_ids[:, :SHORT_LENGTH])
     except Exception:  # whatever an unknown model raises, it is found where it is trained
         return False
-    return not _agree(whole[:, :SHORT_LENGTH], beginning)
+    return not _agree(whole_hidden[:, :SHORT_LENGTH], short_hidden)
 
 
 def reads_padding(model: Any) -> bool:
@@ -91,43 +93,45 @@ def reads_padding(model: Any) -> bool:
     if not _is_in_memory(model):
         return False
     try:
-        ids = _trial_ids(model)
-        mask = (torch.arange(TRIAL_LENGTH, device=ids.device) < SHORT_LENGTH)[None].long()
-        padded = _hidden_states(model, ids, attention_mask=mask)
-        beginning = _hidden_states(model, ids[:, :SHORT_LENGTH])
+        trial_ids = _trial_ids(model)
+        attention_mask = (torch.arange(TRIAL_LENGTH, device=trial_ids.device) < SHORT_LENGTH)[None].long()
+        padded_hidden = _hidden_states(model, trial_ids, attention_mask=attention_mask)
+        short_hidden = _hidden_states(model, trial_ids[:, :SHORT_LENGTH])
     except Exception:  # whatever an unknown model raises, it is found where it is trained
         return False
-    return not _agree(padded[:, :SHORT_LENGTH], beginning)
+    return not _agree(padded_hidden[:, :SHORT_LENGTH], short_hidden)
 
 
 def _accepts_positions(model: Any) -> bool:
     """Whether positions 0, 1, 2, … give what the model finds by itself."""
     try:
-        ids = _trial_ids(model)
-        expected = _hidden_states(model, ids)
+        trial_ids = _trial_ids(model)
+        expected = _hidden_states(model, trial_ids)
     except Exception:  # whatever an unknown model raises, it is found where it is trained
         return True
-    positions = torch.arange(ids.size(1), device=ids.device)[None]
+    positions = torch.arange(trial_ids.size(1), device=trial_ids.device)[None]
     try:
-        return _agree(_hidden_states(model, ids, position_ids=positions), expected)
+        return _agree(_hidden_states(model, trial_ids, position_ids=positions), expected)
     except (TypeError, ValueError):  # it takes none
         return False
 
 
 def _trial_ids(model: Any) -> Tensor:
     """A few tokens, none of them the padding's: a model may leave that out by its id."""
-    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
-    ids = [index for index in TRIAL_IDS if index != pad][:TRIAL_LENGTH]
-    return torch.tensor([ids], device=next(model.parameters()).device)
+    pad_id = getattr(model.config.get_text_config(), "pad_token_id", None)
+    trial_ids = [token_id for token_id in TRIAL_IDS if token_id != pad_id][:TRIAL_LENGTH]
+    return torch.tensor([trial_ids], device=next(model.parameters()).device)
 
 
 @torch.no_grad()
 def _hidden_states(model: Any, ids: Tensor, **inputs: Tensor) -> Tensor:
+    # Given, as in training: without it, some models make a mask of their own from the ids.
     inputs.setdefault("attention_mask", torch.ones_like(ids))
     return model.base_model(input_ids=ids, use_cache=False, **inputs)[0]
 
 
 def _agree(hidden: Tensor, expected: Tensor) -> bool:
+    # Relative to the largest value: numbers near 0 are differences of larger ones.
     tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2
     return torch.allclose(hidden, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
@@ -144,13 +148,14 @@ def max_positions(model: nn.Module) -> int | None:
 
     Rotary, ALiBi and sinusoidal positions have no end; a table of them (GPT-2, OPT, BART, RoBERTa, …) has.
     """
-    sizes = []
-    for name, table in model.named_modules():
-        if not isinstance(table, nn.Embedding) or _is_of_media(name):
+    table_lengths = []
+    for name, embedding in model.named_modules():
+        if not isinstance(embedding, nn.Embedding) or _is_of_media(name):
             continue
         if _holds_positions(name.rpartition(".")[2]):
-            sizes.append(table.num_embeddings - _first_row(table))
-    return min(sizes, default=None)
+            table_lengths.append(embedding.num_embeddings - _first_row(embedding))
+    # An encoder and a decoder have a table each; the shorter one is the limit.
+    return min(table_lengths, default=None)
 
 
 def trained_length(model: Any) -> int | None:
@@ -168,9 +173,9 @@ def _is_of_media(name: str) -> bool:
     return any(word in name for word in ("vision", "visual", "image", "audio"))
 
 
-def _first_row(table: nn.Embedding) -> int:
+def _first_row(embedding: nn.Embedding) -> int:
     """The row of the first token: OPT and BART begin at 2, RoBERTa after the padding's row."""
-    offset = getattr(table, "offset", None)
+    offset = getattr(embedding, "offset", None)
     if offset is not None:
         return int(offset)
-    return 0 if table.padding_idx is None else table.padding_idx + 1
+    return 0 if embedding.padding_idx is None else embedding.padding_idx + 1

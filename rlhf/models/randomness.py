@@ -22,20 +22,22 @@ def disable_dropout(model: nn.Module) -> None:
         model: Changed in place.
     """
     for module in model.modules():
+        # The base class of all of torch's dropout layers.
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name, _ in _probabilities(module):
-            setattr(module, name, 0.0)
+        for attribute, _ in _probabilities(module):
+            setattr(module, attribute, 0.0)
     config = getattr(model, "config", None)
     if config is None:
         return
-    saved: list[tuple[Any, str, float]] = getattr(model, _SAVED, [])
+    saved_values: list[tuple[Any, str, float]] = getattr(model, _SAVED, [])
     text_config = config.get_text_config()
-    for part in [config] if text_config is config else [config, text_config]:
-        for name, value in _probabilities(part):
-            saved.append((part, name, value))
-            setattr(part, name, 0.0)
-    object.__setattr__(model, _SAVED, saved)  # past nn.Module, which would look for parameters in it
+    # A model with an image part has a text config inside its own, with probabilities in both.
+    for holder in [config] if text_config is config else [config, text_config]:
+        for attribute, probability in _probabilities(holder):
+            saved_values.append((holder, attribute, probability))
+            setattr(holder, attribute, 0.0)
+    object.__setattr__(model, _SAVED, saved_values)  # past nn.Module, which would look for parameters in it
 
 
 def _probabilities(holder: Any) -> list[tuple[str, float]]:
@@ -51,14 +53,14 @@ def configured_dropout(model: nn.Module) -> Iterator[None]:
     Args:
         model: Its configuration is restored inside the context.
     """
-    saved = getattr(model, _SAVED, [])
-    for holder, name, value in saved:
-        setattr(holder, name, value)
+    saved_values = getattr(model, _SAVED, [])
+    for holder, attribute, probability in saved_values:
+        setattr(holder, attribute, probability)
     try:
         yield
     finally:
-        for holder, name, _ in saved:
-            setattr(holder, name, 0.0)
+        for holder, attribute, _ in saved_values:
+            setattr(holder, attribute, 0.0)
 
 
 def add_embedding_noise(wrapper: nn.Module, alpha: float) -> None:
@@ -77,6 +79,7 @@ def add_embedding_noise(wrapper: nn.Module, alpha: float) -> None:
     current_batch: list[Batch] = []
 
     def remember_batch(module: nn.Module, args: tuple[Any, ...]) -> None:
+        # The list stays the same object, which the other hook reads.
         current_batch[:] = args[:1]
 
     def add_noise(module: nn.Module, args: Any, embeddings: Tensor) -> Tensor:
@@ -97,6 +100,7 @@ def _sequence_lengths(batch: Batch) -> Tensor:
     if batch.segments is None:
         return batch.attention_mask.sum(1, keepdim=True).expand_as(batch.input_ids).float()
     spans = batch.segments.spans
+    # A branch has its own tokens and those of the prompt that it shares.
     whole_lengths = torch.tensor([float(span.length + span.prefix) for span in spans])
     span_lengths = torch.tensor([span.length for span in spans])
     return whole_lengths.repeat_interleave(span_lengths)[None]

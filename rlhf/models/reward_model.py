@@ -58,13 +58,13 @@ class RewardModel(Wrapper):
         model = self.without_adapter
         with fewer_activations():
             hidden = model.base_model(**inputs_of(model, batch), use_cache=False)[0]
-        flat = hidden.reshape(-1, hidden.size(-1))
-        last = flat[batch.last() if rows is None else rows]
+        flat_hidden = hidden.reshape(-1, hidden.size(-1))
+        last_hidden = flat_hidden[batch.last() if rows is None else rows]
         weight: Tensor = model.score.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        head_dtype = torch.promote_types(weight.dtype, torch.float32)
         # In float32: rewards of two answers may differ by less than bfloat16 can tell.
-        with torch.autocast(last.device.type, enabled=False):
-            return F.linear(last.to(dtype), weight.to(dtype)).squeeze(1)
+        with torch.autocast(last_hidden.device.type, enabled=False):
+            return F.linear(last_hidden.to(head_dtype), weight.to(head_dtype)).squeeze(1)
 
     @torch.no_grad()
     def rewards(
@@ -94,9 +94,10 @@ class RewardModel(Wrapper):
             row = {"prompt": prompt, "completion": completion}
             encoded = encode(tokenizer, sft_dialogue(row, "completion", RowFormat()))
             ((completion_ids, _),) = encoded.completions
-            ids = encoded.prompt_ids + completion_ids  # the labels do not matter: the last token is scored
-            rows.append({"input_ids": ids, "labels": ids})
+            input_ids = encoded.prompt_ids + completion_ids  # the labels do not matter: the last token is scored
+            rows.append({"input_ids": input_ids, "labels": input_ids})
         collate = Collator()
+        # A generator: one batch is on the device at a time.
         batches = (collate(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size))
         return torch.cat([self(batch.to(self.device)) for batch in batches])
 
@@ -118,21 +119,23 @@ def load_reward_model(name_or_path: str, **kwargs: Any) -> RewardModel:
         ValueError: No model, or an architecture without a sequence-classification class in transformers.
     """
     kwargs.setdefault("dtype", "auto")
-    name = resolve(name_or_path)
-    adapter = adapter_config(name, **hub_kwargs(kwargs))
+    location = resolve(name_or_path)
+    # Asked first: a folder of an adapter has no config of a model to read.
+    adapter = adapter_config(location, **hub_kwargs(kwargs))
     # An adapter of a reward model is on one; any other is on a causal LM, which gets a head.
     if adapter is not None and adapter.task_type == "SEQ_CLS":
-        base = load_reward_model(base_of(name, adapter), **base_kwargs(kwargs, adapter))
-        return RewardModel(merged(base.model, name, **hub_kwargs(kwargs)))  # type: ignore[arg-type]
+        base_model = load_reward_model(base_of(location, adapter), **base_kwargs(kwargs, adapter))
+        return RewardModel(merged(base_model.model, location, **hub_kwargs(kwargs)))  # type: ignore[arg-type]
     if adapter is not None:
         return RewardModel(add_scalar_head(load_model(name_or_path, **kwargs)))
     with loading(name_or_path, "a reward model"):
-        config = AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in HUB if key in kwargs})
+        config = AutoConfig.from_pretrained(location, **{key: kwargs[key] for key in HUB if key in kwargs})
     _check_architecture(config)
     architectures = config.architectures or []
+    # Any other checkpoint has no trained head: transformers would draw one at random.
     if any(architecture.endswith("ForSequenceClassification") for architecture in architectures):
         with loading(name_or_path, "a reward model"):
-            return RewardModel(AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **kwargs))
+            return RewardModel(AutoModelForSequenceClassification.from_pretrained(location, num_labels=1, **kwargs))
     return RewardModel(add_scalar_head(load_model(name_or_path, **kwargs)))
 
 
@@ -161,14 +164,17 @@ def add_scalar_head(model: PreTrainedModel) -> PreTrainedModel:
     setattr(classifier, classifier.base_model_prefix, model.base_model)
     embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     width = classifier.score.in_features
+    # Without bias, as in transformers' classes: a constant cancels in the loss of a pair.
     classifier.score = nn.Linear(width, 1, bias=False, device=embeddings.device, dtype=embeddings.dtype)
     nn.init.zeros_(classifier.score.weight)
     classifier.name_or_path = model.name_or_path  # empty, if no checkpoint holds the weights
+    # A new module is in training mode, whatever the model was in.
     return classifier.train(model.training)
 
 
 def _check_architecture(config: Any) -> None:
     code_of_model = getattr(config, "auto_map", None) or {}
+    # A model with code of its own names its classes in its config.
     has_own_class = "AutoModelForSequenceClassification" in code_of_model
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not has_own_class:
         raise ValueError(
@@ -191,9 +197,11 @@ def spare_pad_token(tokenizer: PreTrainedTokenizerBase, ends: Iterable[int], voc
     Returns:
         The id of the tokenizer's own pad, of its BOS, or of another special token; None if there is none.
     """
-    others = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
-    used = {*ends, None}
-    for token in (tokenizer.pad_token_id, tokenizer.bos_token_id, *others):
-        if token not in used and token < vocab_size:
-            return token
+    special_ids = [token_id for token_id, added_token in tokenizer.added_tokens_decoder.items() if added_token.special]
+    # A tokenizer may have no pad and no BOS: both are None then.
+    excluded = {*ends, None}
+    for candidate in (tokenizer.pad_token_id, tokenizer.bos_token_id, *special_ids):
+        # A token that was added to the tokenizer may have no embedding yet.
+        if candidate not in excluded and candidate < vocab_size:
+            return candidate
     return None

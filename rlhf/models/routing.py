@@ -48,6 +48,7 @@ class Routing(NamedTuple):
         Returns:
             Scalar.
         """
+        # The counts are of the whole step; the probabilities, which have the gradient, of this batch alone.
         whole = step or self
         num_experts = len(self.probs)
         return num_experts * (whole.chosen * self.probs).sum() / whole.rows**2
@@ -69,6 +70,7 @@ def balancing_of(model: Any, coef: float | None = None) -> Balancing | None:
     config = model.config.get_text_config()
     if coef is None:
         is_on = getattr(config, "output_router_logits", False)
+        # Models name it differently, and some keep a copy on the model itself.
         weight = _first_attribute(model, config, "router_aux_loss_coef", "aux_loss_coef") if is_on else None
     else:
         weight = coef
@@ -107,25 +109,29 @@ def routing(router_logits: tuple[Tensor, ...], batch: Batch, top_k: int) -> Rout
     """
     device = router_logits[0].device
     num_experts = router_logits[0].size(-1)
-    weight = _occurrences(batch).to(device, torch.float32)
+    occurrences = _occurrences(batch).to(device, torch.float32)
     chosen = torch.zeros(num_experts, device=device)
     probs = torch.zeros(num_experts, device=device)
     # Choices carry no gradient; through the probabilities, experts that are chosen too often get less.
     for logits in router_logits:
+        # The layers of a model may be spread over several devices.
         layer_probs = logits.to(device).reshape(-1, num_experts).softmax(-1)
         experts = layer_probs.topk(top_k, dim=-1).indices.reshape(-1)
-        chosen = chosen.scatter_add(0, experts, weight.repeat_interleave(top_k))
-        probs = probs + (layer_probs.float() * weight[:, None]).sum(0)
-    return Routing(chosen, probs, weight.sum() * len(router_logits))
+        chosen = chosen.scatter_add(0, experts, occurrences.repeat_interleave(top_k))
+        # Summed in float32: a sum in bfloat16 stops growing after a few hundred tokens.
+        probs = probs + (layer_probs.float() * occurrences[:, None]).sum(0)
+    return Routing(chosen, probs, occurrences.sum() * len(router_logits))
 
 
 def _occurrences(batch: Batch) -> Tensor:
     """In how many sequences each token of the flattened rows is: 0 for padding, 2 for the prompt of a pair; [B * T]."""
     if batch.segments is None:
+        # In padded rows a shared prompt is repeated, so that its tokens count once in each row.
         return batch.attention_mask.reshape(-1)
     spans = batch.segments.spans
     lengths = torch.tensor([span.length for span in spans])
     starts = (lengths.cumsum(0) - lengths).tolist()
+    # A prompt lies in one span with its first answer; each further answer adds one.
     counts = torch.ones(int(lengths.sum()), dtype=torch.int64)
     for span in spans:
         if span.prefix:

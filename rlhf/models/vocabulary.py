@@ -18,6 +18,7 @@ def vocabulary_size(model: Any) -> int:
         The number of rows; it may be larger than the tokenizer's vocabulary.
     """
     module: Any = model.get_input_embeddings()
+    # PEFT keeps the embeddings under one name for LoRA, and under the other where they are trained as a whole.
     for name in ("base_layer", "original_module"):
         module = getattr(module, name, module)
     return int(module.weight.size(0))
@@ -33,11 +34,11 @@ def grown_size(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     Returns:
         As many rows as now, or one for each token if tokens were added to the tokenizer.
     """
-    size = vocabulary_size(model)
-    added = [index for index in tokenizer.added_tokens_decoder if index >= size]
+    num_rows = vocabulary_size(model)
+    added_ids = [token_id for token_id in tokenizer.added_tokens_decoder if token_id >= num_rows]
     # A tokenizer of another model may be larger, too: then the ids behind the embeddings are not all added tokens.
-    are_all_added = len(tokenizer) - size == len(added)
-    return len(tokenizer) if added and are_all_added else size
+    are_all_added = len(tokenizer) - num_rows == len(added_ids)
+    return len(tokenizer) if added_ids and are_all_added else num_rows
 
 
 def grow(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -52,11 +53,15 @@ def grow(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     Returns:
         The new ids.
     """
-    size, wanted = vocabulary_size(model), grown_size(model, tokenizer)
-    if wanted > size:
-        logger.info("the tokenizer has %d more tokens than the model: its embeddings grow to %d", wanted - size, wanted)
-        resize(model, wanted)
-    return list(range(size, wanted))
+    num_rows, wanted_rows = vocabulary_size(model), grown_size(model, tokenizer)
+    if wanted_rows > num_rows:
+        logger.info(
+            "the tokenizer has %d more tokens than the model: its embeddings grow to %d",
+            wanted_rows - num_rows,
+            wanted_rows,
+        )
+        resize(model, wanted_rows)
+    return list(range(num_rows, wanted_rows))
 
 
 def resize(model: Any, rows: int) -> None:
@@ -67,5 +72,6 @@ def resize(model: Any, rows: int) -> None:
         rows: The new number.
     """
     model.resize_token_embeddings(rows)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.name_or_path = ""  # no checkpoint holds these weights
+    # Set on the transformers model, where saving an adapter looks for the name.
+    base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base_model.name_or_path = ""  # no checkpoint holds these weights
