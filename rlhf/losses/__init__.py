@@ -206,4 +206,5 @@ __all__ = [
     "value_loss",
     "whiten",
 ]
+# The classes are listed once, in their own module.
 __all__ += modules.__all__

@@ -28,6 +28,7 @@ from rlhf.losses._policy import MAX_LOG_RATIO
 from rlhf.losses._reduction import upcast
 from rlhf.losses.registry import Registry, arguments_of
 
+# The contract between rollouts and estimators: an estimator may require these names and no others.
 OFFERED = (
     "rewards", "group", "task_rewards", "reward_components", "reward_weights", "token_rewards", "penalties", "mask",
     "values", "baselines", "gamma", "lam", "scale", "gather",
@@ -52,9 +53,11 @@ class AdvantageEstimator:
         self.function, self.needs_group = function, needs_group
         parameters = inspect.signature(function).parameters.values()
         self.reads = tuple(parameter.name for parameter in parameters if parameter.name in OFFERED)
+        # A parameter with a default may have any name: it is a setting of the estimator, such as eps.
+        # One without would only fail in the first rollout, after minutes of sampling: so it is refused here.
         for parameter in parameters:
-            named = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-            if named and parameter.default is parameter.empty and parameter.name not in OFFERED:
+            is_named = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            if is_named and parameter.default is parameter.empty and parameter.name not in OFFERED:
                 raise ValueError(
                     f"advantage_estimator {self.__name__} reads {parameter.name}, which is none of {', '.join(OFFERED)}"
                 )
@@ -122,6 +125,7 @@ def gae(
 
     Source: arXiv 1506.02438 eq. 16.
     """
+    # check_range excludes the upper end, but 1 (no discount) is the usual value for both.
     check_range("gamma", gamma, 0.0, 1.0 + 1e-12)
     check_range("lam", lam, 0.0, 1.0 + 1e-12)
     check_same_shape(rewards=rewards, values=values, mask=mask)
@@ -129,14 +133,16 @@ def gae(
     visible = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask.bool()
     rewards, values = torch.where(visible, rewards, 0.0), torch.where(visible, values, 0.0)
     advantages = torch.zeros_like(rewards)
-    running = following = torch.zeros_like(rewards[..., 0])
-    for step in reversed(range(rewards.size(-1))):
-        counts = visible[..., step]
-        delta = rewards[..., step] + gamma * following - values[..., step]
+    # The value after the last token is 0, for a completion cut off at the length limit too: nothing is bootstrapped.
+    running_advantage = next_value = torch.zeros_like(rewards[..., 0])
+    # From the end: each advantage is built on the one after it.
+    for position in reversed(range(rewards.size(-1))):
+        is_visible = visible[..., position]
+        delta = rewards[..., position] + gamma * next_value - values[..., position]
         # At a token that does not count, both pass through to the token before it.
-        running = torch.where(counts, delta + gamma * lam * running, running)
-        following = torch.where(counts, values[..., step], following)
-        advantages[..., step] = torch.where(counts, running, 0.0)
+        running_advantage = torch.where(is_visible, delta + gamma * lam * running_advantage, running_advantage)
+        next_value = torch.where(is_visible, values[..., position], next_value)
+        advantages[..., position] = torch.where(is_visible, running_advantage, 0.0)
     return advantages, torch.where(visible, advantages + values, 0.0)
 
 
@@ -175,12 +181,15 @@ def whiten(
     visible = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.bool()
     values = torch.where(visible, values, 0.0)
 
-    count = _total(visible, gather).clamp(min=1)
-    mean = _total(values, gather) / count
+    # The totals run over hidden elements too, which are 0 by now; a NaN reward there would make every result NaN.
+    # If nothing counts, the divisor is 1 and all results are 0.
+    num_visible = _total(visible, gather).clamp(min=1)
+    mean = _total(values, gather) / num_visible
     # In a second pass: the mean square less the squared mean would cancel.
-    squares = torch.where(visible, (values - mean) ** 2, 0.0)
-    variance = _total(squares, gather) / count
+    squared_deviations = torch.where(visible, (values - mean) ** 2, 0.0)
+    variance = _total(squared_deviations, gather) / num_visible
     whitened = (values - mean) / (variance + eps).sqrt()
+    # The totals are float64; the result goes back to the dtype of the values.
     return torch.where(visible, whitened if shift_mean else whitened + mean, 0.0).to(values.dtype)
 
 
@@ -214,22 +223,25 @@ def group_advantages(
 
     Source: arXiv 2402.03300 §4.1; without scale arXiv 2503.20783. The deviation is the unbiased one, as TRL's.
     """
-    rewards, known, groups, counts = _grouped(rewards, group)
-    mean = _sums(rewards, groups, len(counts)) / counts.clamp(min=1)
-    centred = torch.where(known, rewards - mean[groups], 0.0)
+    rewards, has_reward, group_index, num_known = _grouped(rewards, group)
+    group_mean = _sums(rewards, group_index, len(num_known)) / num_known.clamp(min=1)
+    centred = torch.where(has_reward, rewards - group_mean[group_index], 0.0)
     match scale:
+        # Dr. GRPO: dividing by the deviation favours prompts that are nearly always or nearly never solved.
         case "none":
             return centred
         case "group":
-            variance = _sums(centred**2, groups, len(counts)) / (counts - 1).clamp(min=1)
-            return centred / (variance.sqrt()[groups] + eps)
+            # A group with one known reward has no deviation: its advantage is 0 / eps = 0, not 0 / 0.
+            variance = _sums(centred**2, group_index, len(num_known)) / (num_known - 1).clamp(min=1)
+            return centred / (variance.sqrt()[group_index] + eps)
         case "batch":
-            count = _total(known, gather)
-            batch_mean = _total(rewards, gather) / count.clamp(min=1)
-            deviations = torch.where(known, rewards - batch_mean, 0.0)
-            variance = _total(deviations**2, gather) / (count - 1).clamp(min=1)
+            num_rewards = _total(has_reward, gather)
+            batch_mean = _total(rewards, gather) / num_rewards.clamp(min=1)
+            # The deviation is from the mean of the batch, although the numerator is centred in its group; so is TRL's.
+            deviations = torch.where(has_reward, rewards - batch_mean, 0.0)
+            variance = _total(deviations**2, gather) / (num_rewards - 1).clamp(min=1)
             # A single reward has no deviation.
-            return (centred / (variance.sqrt() + eps)).to(centred.dtype) if count > 1 else centred
+            return (centred / (variance.sqrt() + eps)).to(centred.dtype) if num_rewards > 1 else centred
     raise ValueError(f'scale must be "group", "batch" or "none", got {scale!r}')
 
 
@@ -253,12 +265,14 @@ def rloo_advantages(rewards: Tensor, group: Tensor) -> Tensor:
 
     Source: arXiv 2402.14740.
     """
-    rewards, known, groups, counts = _grouped(rewards, group)
-    group_sums = _sums(rewards, groups, len(counts))[groups]
-    mean_of_others = (group_sums - rewards) / (counts[groups] - 1).clamp(min=1)
+    rewards, has_reward, group_index, num_known = _grouped(rewards, group)
+    # The mean of the others does not depend on this completion, so the gradient stays unbiased.
+    # A mean over the whole group would shrink the gradient by (k - 1) / k.
+    group_sums = _sums(rewards, group_index, len(num_known))[group_index]
+    mean_of_others = (group_sums - rewards) / (num_known[group_index] - 1).clamp(min=1)
     # A completion whose partners have no rewards has no baseline.
-    has_others = counts[groups] > 1
-    return torch.where(known & has_others, rewards - mean_of_others, 0.0)
+    has_others = num_known[group_index] > 1
+    return torch.where(has_reward & has_others, rewards - mean_of_others, 0.0)
 
 
 @advantage_estimator("reinforce++")
@@ -308,6 +322,7 @@ def reward_to_go_of_group(
 
     Source: arXiv 2501.03262.
     """
+    # Centred before the penalties are added: a penalty belongs to its token, and the group does not share it.
     centred = group_advantages(task_rewards, group, "none")
     return reward_to_go(rewards_of_tokens(centred, penalties, mask), mask, gamma)
 
@@ -328,6 +343,8 @@ def remax_advantages(rewards: Tensor, baselines: Tensor) -> Tensor:
 
     Source: arXiv 2310.10505.
     """
+    # The greedy reward does not depend on the sampled completion, so subtracting it adds no bias.
+    # Without either reward there is nothing to compare, and the advantage is 0.
     return (rewards - baselines.to(rewards)).nan_to_num(0.0)
 
 
@@ -375,10 +392,13 @@ def gdpo_advantages(
 
     Source: arXiv 2601.05242.
     """
-    total = torch.zeros_like(rewards)
+    # In the plain sum a reward with a large range would hide the others.
+    weighted_sum = torch.zeros_like(rewards)
     for name, weight in reward_weights.items():
-        total = total + weight * group_advantages(reward_components[name], group)
-    return whiten(total, mask=~rewards.isnan(), gather=gather)
+        # A missing component gets 0 here: it counts neither for nor against the completion.
+        weighted_sum = weighted_sum + weight * group_advantages(reward_components[name], group)
+    # TRL divides by the unbiased deviation plus 1e-4 instead: a constant factor near 1, the same for all completions.
+    return whiten(weighted_sum, mask=~rewards.isnan(), gather=gather)
 
 
 def rewards_of_tokens(task_rewards: Tensor, penalties: Tensor, mask: Tensor) -> Tensor:
@@ -395,9 +415,11 @@ def rewards_of_tokens(task_rewards: Tensor, penalties: Tensor, mask: Tensor) -> 
         >>> rewards_of_tokens(torch.tensor([2.0]), penalties, mask)
         tensor([[-0.1000,  1.8000,  0.0000]])
     """
-    last = mask.sum(1) - 1
+    # A completion without a token that counts gives -1, the last column: hidden, so nothing reads the reward there.
+    last_token = mask.sum(1) - 1
     token_rewards = penalties.clone()
-    token_rewards[torch.arange(len(last), device=last.device), last] += task_rewards.nan_to_num(0.0)
+    # A NaN reward would spread from the last token to all tokens before it.
+    token_rewards[torch.arange(len(last_token), device=last_token.device), last_token] += task_rewards.nan_to_num(0.0)
     return token_rewards
 
 
@@ -427,8 +449,11 @@ def truncated_importance_weights(
     check_same_shape(old_logps=old_logps, sampling_logps=sampling_logps)
     if beyond not in ("cap", "zero"):
         raise ValueError(f'beyond must be "cap" or "zero", got {beyond!r}')
+    # The weight is a constant: the gradient of the policy's ratio is the loss's own matter.
     log_ratio = (upcast(old_logps) - upcast(sampling_logps)).detach()
+    # No bound below: a token that the trainer thinks impossible rightly gets the weight 0.
     ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+    # A weight of 0 removes the token from the sum but not from the divisor, so the others do not gain weight.
     return ratio.clamp(max=cap) if beyond == "cap" else torch.where(ratio > cap, 0.0, ratio)
 
 
@@ -457,21 +482,24 @@ class AdaptiveKLController:
     def update(self, kl: float, n_steps: int) -> float:
         """Take the mean KL of ``n_steps`` sequences (of all ranks); returns the new coefficient."""
         # A single rollout far off must not change the coefficient by more than a horizon's worth of 20 %.
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.value *= 1 + error * n_steps / self.horizon
+        relative_error = min(max(kl / self.target - 1, -0.2), 0.2)
+        # In sequences, so that the speed of adaptation does not depend on the batch size.
+        self.value *= 1 + relative_error * n_steps / self.horizon
         return self.value
 
 
 def _grouped(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_same_shape(rewards=rewards, group=group)
     rewards = upcast(rewards)
-    known = ~rewards.isnan()
-    _, groups, sizes = group.unique(return_inverse=True, return_counts=True)
-    if (sizes == 1).any():
-        lonely = int(group[(sizes[groups] == 1).nonzero()[0]])
-        raise ValueError(f"group {lonely} has one completion: at least two are needed to compare")
-    counts = _sums(known.to(rewards.dtype), groups, len(sizes))
-    return torch.where(known, rewards, 0.0), known, groups, counts
+    has_reward = ~rewards.isnan()
+    # Ids of prompts need not run from 0 without gaps.
+    _, group_index, group_sizes = group.unique(return_inverse=True, return_counts=True)
+    # Sizes, not counts: a group whose other rewards are missing is no mistake of the caller, and gets 0.
+    if (group_sizes == 1).any():
+        single_group = int(group[(group_sizes[group_index] == 1).nonzero()[0]])
+        raise ValueError(f"group {single_group} has one completion: at least two are needed to compare")
+    num_known = _sums(has_reward.to(rewards.dtype), group_index, len(group_sizes))
+    return torch.where(has_reward, rewards, 0.0), has_reward, group_index, num_known
 
 
 def _total(values: Tensor, gather: bool) -> Tensor:

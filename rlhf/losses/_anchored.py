@@ -35,6 +35,8 @@ def nca_pair_loss(pair: Pair, beta: float = 0.1) -> Tensor:
     Source: arXiv 2402.05369 (K = 2).
     """
     chosen_ratio, rejected_ratio = pair.log_ratios()
+    # The noise term bounds the rise that the data term asks for.
+    # For the chosen answer the sum of both is smallest at a log-ratio of log(2) / beta.
     data_term = logistic(beta * chosen_ratio)
     noise_term = 0.5 * logistic(-beta * chosen_ratio) + 0.5 * logistic(-beta * rejected_ratio)
     return data_term + noise_term
@@ -60,6 +62,7 @@ def bco_pair_loss(pair: Pair, beta: float = 0.1, *, shift: float | Tensor = 0.0)
     Source: arXiv 2404.04656.
     """
     chosen_ratio, rejected_ratio = pair.log_ratios()
+    # Two cross-entropies and no margin: a rising chosen answer does not make up for a rising rejected one.
     chosen_loss = logistic(beta * chosen_ratio - shift)
     rejected_loss = logistic(shift - beta * rejected_ratio)
     return chosen_loss + rejected_loss
@@ -84,8 +87,9 @@ def sppo_hard_loss(pair: Pair, beta: float = 0.1) -> Tensor:
     Source: arXiv 2405.00675 (P = 1 and 0); ``beta`` is 1 / eta.
     """
     chosen_ratio, rejected_ratio = pair.log_ratios()
-    target = 0.5 / beta
-    return (chosen_ratio - target) ** 2 + (rejected_ratio + target) ** 2
+    target_ratio = 0.5 / beta
+    # A fixed target for each side: the margin cannot grow for ever, and the chosen likelihood cannot fall with it.
+    return (chosen_ratio - target_ratio) ** 2 + (rejected_ratio + target_ratio) ** 2
 
 
 @preference_loss("apo_zero")
@@ -109,6 +113,8 @@ def apo_zero_loss(pair: Pair, beta: float = 0.1) -> Tensor:
     Source: arXiv 2408.06266.
     """
     chosen_ratio, rejected_ratio = pair.log_ratios()
+    # sigmoid(-h) is 1 - sigmoid(h) with all digits where it is small.
+    # Both terms saturate, so that clear pairs and hopeless pairs have almost no gradient.
     return torch.sigmoid(-beta * chosen_ratio) + torch.sigmoid(beta * rejected_ratio)
 
 
@@ -131,6 +137,7 @@ def apo_down_loss(pair: Pair, beta: float = 0.1) -> Tensor:
     Source: arXiv 2408.06266.
     """
     chosen_ratio, _ = pair.log_ratios()
+    # The rejected answer is in the margin alone, so it falls relative to the chosen one.
     return torch.sigmoid(beta * chosen_ratio) + torch.sigmoid(-beta * pair.margin())
 
 
@@ -153,8 +160,9 @@ def cal_dpo_loss(pair: Pair, beta: float = 0.1) -> Tensor:
     Source: arXiv 2412.14516.
     """
     chosen_ratio, rejected_ratio = pair.log_ratios()
-    target = 0.5 / beta
-    calibration = (chosen_ratio - target) ** 2 + (rejected_ratio + target) ** 2
+    target_ratio = 0.5 / beta
+    # DPO's term reads the margin alone and lets both likelihoods fall together; the squares hold each in place.
+    calibration = (chosen_ratio - target_ratio) ** 2 + (rejected_ratio + target_ratio) ** 2
     return logistic(pair.margin()) + calibration
 
 
@@ -179,6 +187,7 @@ def kto_pair_loss(pair: Pair, beta: float = 0.1, *, kl: float | Tensor = 0.0) ->
     Source: arXiv 2402.01306 eq. 8, lambda = 1.
     """
     chosen_ratio, rejected_ratio = pair.log_ratios()
+    # Gains and losses are relative to the policy's average drift, so moving all answers alike earns nothing.
     chosen_loss = torch.sigmoid(-beta * (chosen_ratio - kl))
     rejected_loss = torch.sigmoid(-beta * (kl - rejected_ratio))
     return 0.5 * chosen_loss + 0.5 * rejected_loss
@@ -220,20 +229,24 @@ def kto_loss(
     """
     check_range("beta", beta, 0.0, math.inf, open_low=True)
     check_same_shape(policy_logps=policy_logps, ref_logps=ref_logps, labels=labels)
+    # Not converted: .bool() would take labels of -1 and +1 as desirable, both of them.
     if labels.dtype != torch.bool:
         raise ValueError(f"labels must be bool (True is desirable), got {labels.dtype}: pass labels > 0")
-    logits = beta * (policy_logps - ref_logps - kl)
-    desirable_loss = desirable_weight * torch.sigmoid(-logits)
-    undesirable_loss = undesirable_weight * torch.sigmoid(logits)
+    scaled_ratio = beta * (policy_logps - ref_logps - kl)
+    # These weights stay out of the divisor of the mean, unlike the argument weight: the paper's mean is over examples.
+    desirable_loss = desirable_weight * torch.sigmoid(-scaled_ratio)
+    undesirable_loss = undesirable_weight * torch.sigmoid(scaled_ratio)
     return torch.where(labels, desirable_loss, undesirable_loss)
 
 
 def _aot(better: Tensor, worse: Tensor, pair: Pair, beta: float, label_smoothing: float) -> Tensor:
     """The loss of each quantile, [S], at the places that the mask leaves."""
+    # Hidden pairs leave before the sort: their 0 would be a quantile of the sample.
     visible = torch.ones_like(better, dtype=torch.bool) if pair.mask is None else pair.mask.bool()
     # The i-th smallest of one sample against the i-th smallest of the other: no pair is compared with its own partner.
-    gaps = better[visible].sort().values - worse[visible].sort().values
-    losses = smoothed(logistic, beta * gaps, label_smoothing)
+    quantile_gaps = better[visible].sort().values - worse[visible].sort().values
+    losses = smoothed(logistic, beta * quantile_gaps, label_smoothing)
+    # Element i is the i-th quantile, not pair i: only the mean or the sum has a meaning.
     return torch.zeros_like(better).masked_scatter(visible, losses)
 
 
@@ -260,6 +273,7 @@ def aot_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.0) -> 
 
     Source: arXiv 2406.05882.
     """
+    # The sample to beat is the reference's margins, so policy and reference are sorted apart.
     policy_margin = pair.chosen - pair.rejected
     ref_margin = pair["ref_chosen"] - pair["ref_rejected"]
     return _aot(policy_margin, ref_margin, pair, beta, label_smoothing)
@@ -308,6 +322,7 @@ def simpo_loss(pair: Pair, beta: float = 2.0, *, simpo_gamma: float = 0.5) -> Te
     Source: arXiv 2405.14734 eq. 6.
     """
     check_range("simpo_gamma", simpo_gamma, 0.0, math.inf)
+    # gamma is a margin of rewards, after beta. TRL subtracts gamma / beta from the log-probs before: the same.
     reward_margin = beta * (pair.chosen_per_token() - pair.rejected_per_token())
     return logistic(reward_margin - simpo_gamma)
 
@@ -334,7 +349,9 @@ def cpo_loss(pair: Pair, beta: float = 0.1, *, cpo_alpha: float = 1.0) -> Tensor
     Source: arXiv 2401.08417.
     """
     check_range("cpo_alpha", cpo_alpha, 0.0, math.inf)
+    # The margin is of sums, also where the likelihood is per token: TRL mixes the two in the same way.
     preference = logistic(beta * (pair.chosen - pair.rejected))
+    # Without a reference nothing else keeps the chosen answer's likelihood from falling with the rejected one's.
     log_likelihood = pair.chosen_per_token() if pair.has("chosen_lengths") else pair.chosen
     return preference - cpo_alpha * log_likelihood
 
@@ -361,12 +378,15 @@ def orpo_loss(pair: Pair, beta: float = 0.1) -> Tensor:
     chosen, rejected = pair.chosen_per_token(), pair.rejected_per_token()
     # Odds, not probabilities: they tell apart answers that are both nearly certain.
     log_odds_ratio = _log_odds(chosen) - _log_odds(rejected)
+    # The likelihood is the main term here; beta only scales the preference.
     return -chosen + beta * logistic(log_odds_ratio)
 
 
 def _log_odds(logp: Tensor) -> Tensor:
     """``log(p / (1 - p))``; the log-prob stops one rounding step short of 0, so that certainty stays finite."""
+    # Past the clamp the gradient is 0: an answer that is certain has nothing to gain.
     logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
+    # 1 - exp(logp) would round to 0 well before the answer is certain.
     return logp - torch.log(-torch.expm1(logp))
 
 
@@ -390,6 +410,7 @@ def slic_loss(pair: Pair, beta: float = 1.0, *, slic_lambda: float = 0.1) -> Ten
     Source: arXiv 2305.10425 eq. 1, with the chosen answer as the regularising target.
     """
     check_range("slic_lambda", slic_lambda, 0.0, math.inf)
+    # On sums of log-probs, as in the paper; here beta is nats of margin and not a scale of rewards.
     hinge = F.relu(beta - pair.chosen + pair.rejected)
     return hinge - slic_lambda * pair.chosen
 
@@ -413,4 +434,5 @@ def chosen_nll_loss(pair: Pair, beta: float = 0.1) -> Tensor:
 
     Source: MPO, arXiv 2411.10442. TRL divides by the tokens of the micro-batch instead.
     """
+    # beta is not read, but a mixture calls all of its losses with the same arguments.
     return -pair.chosen_per_token()

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+# A module's state instead of an argument, so that checks() reaches losses deep inside a trainer.
 _level: Literal["off", "warn", "error"] = "off"
 # The number of elements that each loss was last summed over, inside a context.
 _sizes: dict[str, int] = {}
@@ -32,12 +33,13 @@ class Checks:
     @contextmanager
     def _within(self, level: Literal["off", "warn", "error"]) -> Iterator[None]:
         global _level
-        before, _level = _level, level
+        previous_level, _level = _level, level
+        # Sizes are compared within one context: the next may be about other data.
         _sizes.clear()
         try:
             yield
         finally:
-            _level = before
+            _level = previous_level
 
 
 checks = Checks()
@@ -60,11 +62,12 @@ def check_floating(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must be floating point, got {value.dtype}: pass log-probabilities or logits")
     if not checking():
         return
-    finite = value.isfinite()
-    if not finite.all():
-        position = first_true(~finite)
-        cause = "look for an overflow or a division by zero upstream"
-        suspect(f"{name}{list(position)} is {float(value[position])}: {cause}")
+    # From here on values are read, which waits for an accelerator.
+    is_finite = value.isfinite()
+    if not is_finite.all():
+        position = first_true(~is_finite)
+        likely_cause = "look for an overflow or a division by zero upstream"
+        suspect(f"{name}{list(position)} is {float(value[position])}: {likely_cause}")
 
 
 def first_true(condition: Tensor) -> tuple[int, ...]:
@@ -73,10 +76,11 @@ def first_true(condition: Tensor) -> tuple[int, ...]:
 
 
 def check_same_shape(**named: Tensor | None) -> None:
+    # Equal, not broadcastable: [B, 1] against [B] would silently become [B, B].
     shapes = {name: tuple(value.shape) for name, value in named.items() if value is not None}
     if len(set(shapes.values())) > 1:
-        seen = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(f"shapes must be equal, got {seen}")
+        seen_shapes = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"shapes must be equal, got {seen_shapes}")
 
 
 def check_labels(name: str, labels: Tensor, classes: int, ignore_index: int) -> None:
@@ -87,6 +91,7 @@ def check_labels(name: str, labels: Tensor, classes: int, ignore_index: int) -> 
         )
     if not labels.numel() or not is_cheap_to_read(labels):
         return
+    # On CUDA such a label is a device-side assert without its position, after which the process cannot go on.
     is_outside = (labels < 0) | (labels >= classes)
     is_wrong = is_outside & (labels != ignore_index)
     if is_wrong.any():
@@ -113,9 +118,10 @@ def check_range(name: str, value: float, low: float, high: float, *, open_low: b
 def check_probabilities(name: str, value: Tensor) -> None:
     """Raise unless all values lie in [0, 1]; like label ranges, read on CPU always and elsewhere on request."""
     if value.numel() and is_cheap_to_read(value):
-        low, high = float(value.detach().min()), float(value.detach().max())
-        if low < 0 or high > 1:
-            raise ValueError(f"{name} must be probabilities in [0, 1], got values from {low:.4g} to {high:.4g}")
+        smallest, largest = float(value.detach().min()), float(value.detach().max())
+        # NaN passes both comparisons; finding it is what checks() is for.
+        if smallest < 0 or largest > 1:
+            raise ValueError(f"{name} must be probabilities in [0, 1], got values from {smallest:.4g} to {largest:.4g}")
 
 
 def check_binary(logits: Tensor, targets: Tensor, weighted: bool) -> None:
@@ -127,10 +133,12 @@ def check_binary(logits: Tensor, targets: Tensor, weighted: bool) -> None:
         suspect("logits all lie in [0, 1]: was a sigmoid applied before? this loss applies its own")
     if not ((targets == 0) | (targets == 1)).all():
         suspect("targets are neither 0 nor 1: for continuous targets use a regression loss")
-    positives = float(targets.float().mean())
-    if not weighted and targets.numel() >= 100 and 0 < positives < 0.05:
+    positive_share = float(targets.float().mean())
+    # In fewer than 100 targets such a share is easily an accident of the batch.
+    if not weighted and targets.numel() >= 100 and 0 < positive_share < 0.05:
         suspect(
-            f"{positives:.1%} of the targets are positive and weigh as all others: set pos_weight, or use focal_loss"
+            f"{positive_share:.1%} of the targets are positive and weigh as all others: "
+            "set pos_weight, or use focal_loss"
         )
 
 
@@ -138,6 +146,7 @@ def check_softmax(logits: Tensor) -> None:
     """What looks like probabilities where logits belong."""
     if not checking() or logits.numel() < 8:
         return
+    # The tolerance covers the rounding of a softmax in float16.
     sums_to_one = ((logits.sum(-1) - 1).abs() < 1e-3).all()
     if logits.min() >= 0 and sums_to_one:
         suspect("logits are not negative and sum to 1: was a softmax applied before? this loss applies its own")
@@ -148,6 +157,7 @@ def check_continuous(targets: Tensor) -> None:
     if not checking() or targets.numel() < 8:
         return
     is_binary = ((targets == 0) | (targets == 1)).all()
+    # All 0 or all 1 may be a constant target; the two together look like labels.
     if is_binary and len(targets.unique()) == 2:
         suspect("targets are all 0 or 1: for labels use bce_with_logits_loss or cross_entropy_loss")
 
@@ -156,10 +166,11 @@ def check_sum(loss: str, reduction: str, size: int) -> None:
     """Sums over batches of different sizes pull with different force."""
     if not checking() or reduction != "sum":
         return
-    before = _sizes.setdefault(loss, size)
+    previous_size = _sizes.setdefault(loss, size)
     # The gradient of a sum grows with the batch, and with it the step.
-    if before != size:
+    if previous_size != size:
         _sizes[loss] = size
         suspect(
-            f'{loss} is summed over {size} elements after {before}: with reduction="sum" a step grows with the batch'
+            f"{loss} is summed over {size} elements after {previous_size}: "
+            'with reduction="sum" a step grows with the batch'
         )

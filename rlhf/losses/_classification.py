@@ -33,9 +33,13 @@ def bce_with_logits_loss(logits: Tensor, targets: Tensor, pos_weight: float | Te
     """
     check_same_shape(logits=logits, targets=targets)
     check_probabilities("targets", targets)
+    # A tensor counts as a weight unread: comparing it would wait for an accelerator.
     check_binary(logits, targets, weighted=isinstance(pos_weight, Tensor) or pos_weight != 1)
-    weights = None if isinstance(pos_weight, float | int) and pos_weight == 1 else logits.new_tensor(pos_weight)
-    return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none")
+    # Without a weight torch takes a shorter path, with fewer passes over the logits.
+    positive_weights = (
+        None if isinstance(pos_weight, float | int) and pos_weight == 1 else logits.new_tensor(pos_weight)
+    )
+    return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=positive_weights, reduction="none")
 
 
 @reducible("probabilities", "targets")
@@ -89,15 +93,23 @@ def cross_entropy_loss(
     """
     check_range("label_smoothing", label_smoothing, 0.0, 1.0)
     check_softmax(logits)
-    soft = targets.shape == logits.shape
-    if soft:
+    # Class indices never have the dimension of the classes, so the shape tells soft targets from hard ones.
+    has_soft_targets = targets.shape == logits.shape
+    if has_soft_targets:
         check_probabilities("targets", targets)
-    weights = None if class_weights is None else class_weights.to(logits.dtype)
-    flat = targets.reshape(-1, logits.size(-1)) if soft else targets.reshape(-1)
+    # The logits may have been taken to float32, and torch wants one dtype.
+    cast_weights = None if class_weights is None else class_weights.to(logits.dtype)
+    # torch wants the classes in dimension 1; as [N, C] they are there without a transposition.
+    flat_targets = targets.reshape(-1, logits.size(-1)) if has_soft_targets else targets.reshape(-1)
     losses = F.cross_entropy(
-        logits.reshape(-1, logits.size(-1)), flat, weight=weights, label_smoothing=label_smoothing, reduction="none"
+        logits.reshape(-1, logits.size(-1)),
+        flat_targets,
+        weight=cast_weights,
+        label_smoothing=label_smoothing,
+        reduction="none",
     )
-    return losses.view(logits.shape[:-1]), None if soft or weights is None else weights[targets]
+    # As in torch, the mean divides by the class weights of the targets; a soft target has no class of its own.
+    return losses.view(logits.shape[:-1]), None if has_soft_targets or cast_weights is None else cast_weights[targets]
 
 
 def label_smoothing_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.1, **options: Any) -> Tensor:
@@ -146,8 +158,8 @@ def categorical_cross_entropy(probabilities: Tensor, targets: Tensor) -> Tensor:
     check_probabilities("probabilities", probabilities)
     check_probabilities("targets", targets)
     # log 0 would make NaN of a target of 0 times it.
-    tiny = torch.finfo(probabilities.dtype).tiny
-    return -(targets * probabilities.clamp(min=tiny).log()).sum(-1)
+    smallest = torch.finfo(probabilities.dtype).tiny
+    return -(targets * probabilities.clamp(min=smallest).log()).sum(-1)
 
 
 @reducible("log_probs", labels="targets")
@@ -174,11 +186,12 @@ def nll_loss(
     """
     if targets.shape == log_probs.shape:
         raise ValueError("targets must be class indices: for soft targets use cross_entropy_loss on logits")
+    # An ignored label is class 0 by now, so the index is valid; its loss is masked.
     losses = -log_probs.gather(-1, targets[..., None]).squeeze(-1)
     if class_weights is None:
         return losses, None
-    counts = class_weights.to(log_probs.dtype)[targets]
-    return losses * counts, counts
+    target_weights = class_weights.to(log_probs.dtype)[targets]
+    return losses * target_weights, target_weights
 
 
 @reducible("logits", "targets")
@@ -210,8 +223,11 @@ def focal_loss(logits: Tensor, targets: Tensor, alpha: float | None = 0.25, gamm
     # (1 - p)^gamma as an exponential, which has a gradient at p = 1; a power has none there for gamma < 1.
     positive = log_prob * torch.exp(gamma * log_other)
     negative = log_other * torch.exp(gamma * log_prob)
+    # The factor is not detached: as in the paper, the gradient flows through it too.
+    # lerp is the paper's case distinction for targets of 0 and 1, and mixes both losses for soft targets.
     if alpha is None:
         return -torch.lerp(negative, positive, targets)
+    # 0.25 gives rare positives the smaller weight: at gamma 2 easy negatives have lost most of theirs already.
     check_range("alpha", alpha, 0.0, math.nextafter(1.0, 2.0))
     return torch.lerp((alpha - 1) * negative, -alpha * positive, targets)
 
@@ -244,10 +260,11 @@ def multiclass_focal_loss(
     if targets.shape == logits.shape:
         raise ValueError("targets must be class indices: the focal factor is defined for one true class")
     log_probs = logits.log_softmax(-1)
-    logp = log_probs.gather(-1, targets[..., None]).squeeze(-1)
+    target_logp = log_probs.gather(-1, targets[..., None]).squeeze(-1)
     # log(1 - p_y) from the other classes: exact, and differentiable, where p_y rounds to 1.
-    others = log_probs.scatter(-1, targets[..., None], -math.inf).logsumexp(-1)
-    losses = -logp * torch.exp(gamma * others) if gamma else -logp
+    other_logp = log_probs.scatter(-1, targets[..., None], -math.inf).logsumexp(-1)
+    # At gamma 0 the product would be 0 * -inf, a NaN, where all other classes have probability 0.
+    losses = -target_logp * torch.exp(gamma * other_logp) if gamma else -target_logp
     return losses if class_weights is None else losses * class_weights.to(logits.dtype)[targets]
 
 
@@ -295,6 +312,7 @@ def modified_huber_loss(scores: Tensor, targets: Tensor) -> Tensor:
     Source: Zhang 2004; as in ``sklearn.linear_model.SGDClassifier``.
     """
     margin = _margin(scores, targets)
+    # At a margin of -1 both pieces have the value 4 and the slope -4, so the gradient is continuous.
     return torch.where(margin >= -1, F.relu(1 - margin) ** 2, -4 * margin)
 
 
@@ -318,11 +336,13 @@ def poly1_loss(logits: Tensor, targets: Tensor, epsilon: float = 1.0) -> Tensor:
 
     Source: arXiv 2204.12511.
     """
+    # Below -1 the slope at p = 1 changes its sign, and certain predictions would be pushed away.
     check_range("epsilon", epsilon, -1.0, math.inf)
     if targets.shape == logits.shape:
         raise ValueError("targets must be class indices: the polynomial is in the probability of one true class")
-    logp = logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
-    return -logp - epsilon * logp.expm1()
+    target_logp = logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
+    # expm1(logp) is p - 1 with all digits where p is near 1.
+    return -target_logp - epsilon * target_logp.expm1()
 
 
 def class_weights(counts: Tensor, scheme: str = "balanced", *, beta: float = 0.999) -> Tensor:
@@ -347,9 +367,10 @@ def class_weights(counts: Tensor, scheme: str = "balanced", *, beta: float = 0.9
     """
     counts = counts if counts.dtype == torch.float64 else counts.float()
     is_empty = counts <= 0
+    # The weight of a class that never occurs would be infinite.
     if is_empty.any():
-        first = int(is_empty.nonzero()[0])
-        raise ValueError(f"counts[{first}] is 0: leave the class out, or give it a weight by hand")
+        first_empty = int(is_empty.nonzero()[0])
+        raise ValueError(f"counts[{first_empty}] is 0: leave the class out, or give it a weight by hand")
     match scheme:
         case "inverse":
             return 1 / counts
@@ -361,13 +382,15 @@ def class_weights(counts: Tensor, scheme: str = "balanced", *, beta: float = 0.9
                 return torch.ones_like(counts)
             # (1 - beta) / (1 - beta^n); expm1 keeps the digits of beta near 1.
             weights = (1 - beta) / -torch.expm1(counts * math.log(beta))
+            # A mean weight of 1 keeps the size of the loss, and so the learning rate, as it was.
             return weights * len(counts) / weights.sum()
     raise ValueError(f'scheme must be "inverse", "balanced" or "effective", got {scheme!r}')
 
 
 def _margin(scores: Tensor, targets: Tensor) -> Tensor:
     check_same_shape(scores=scores, targets=targets)
-    hidden = (targets == 0) & (scores == 0)  # by a mask
-    if targets.device.type == "cpu" and not (hidden | (targets.abs() == 1)).all():
+    is_masked = (targets == 0) & (scores == 0)  # by a mask
+    # Reading targets is free on the CPU and waits on an accelerator.
+    if targets.device.type == "cpu" and not (is_masked | (targets.abs() == 1)).all():
         raise ValueError("targets must be -1 or +1: for labels of 0 and 1 pass 2 * targets - 1")
     return scores * targets

@@ -44,6 +44,7 @@ def of_logits(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         weight=None, mask=None)``. Its other parameters are those of the function.
     """
     parameters = list(inspect.signature(function).parameters.values())[2:]
+    # Settings may be positional, before the temperature: generalized_jsd(student, teacher, 0.5, 2.0).
     settings = [parameter for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     switches = [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
 
@@ -60,6 +61,7 @@ def of_logits(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         check_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
         if temperature != 1:  # a division by 1 would be two passes over the logits
             student_logits, teacher_logits = student_logits / temperature, teacher_logits / temperature
+        # log_softmax keeps tokens whose probability would underflow to 0, and its logarithm to -inf.
         values = function(student_logits.log_softmax(-1), teacher_logits.log_softmax(-1), **options)
         # Gradients of the divided logits are smaller by T^2.
         return values * temperature**2 if scale_by_temperature else values
@@ -68,6 +70,7 @@ def of_logits(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     student, teacher, temperature, scale, _ = inspect.signature(
         divergence_of_logits, follow_wrapped=False
     ).parameters.values()
+    # reducible, below, binds positional arguments by this signature.
     divergence_of_logits.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [student, teacher, *settings, temperature, *switches, scale], return_annotation=Tensor
     )
@@ -109,6 +112,7 @@ def divergence(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Ten
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p, q) of log-probs. Where p is 0 its term is 0, whatever q."""
+    # Masked in place, as a copy would be as large as the logits. The backward pass does not read the product.
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).masked_fill_(log_p == -math.inf, 0.0).sum(-1)
 
 
@@ -169,12 +173,15 @@ def interpolated_kl(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
         >>> interpolated_kl(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.0, 1.0]).log(), 0.0)
         tensor(0.6931)
     """
+    # At the ends the mixture is one of the two sides, and the divergence 0.
+    # As in TRL the KLs take its place: the divergence divided by beta or 1 - beta tends to them.
     if beta == 0:
         return _kl(log_p, log_q)
     if beta == 1:
         return _kl(log_q, log_p)
-    mixture = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    return beta * _kl(log_p, mixture) + (1 - beta) * _kl(log_q, mixture)
+    # Mixed as logarithms: tokens with a probability below the smallest float stay apart.
+    log_mixture = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    return beta * _kl(log_p, log_mixture) + (1 - beta) * _kl(log_q, log_mixture)
 
 
 def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, **options: Any) -> Tensor:
@@ -219,11 +226,11 @@ def skew_kl(log_q: Tensor, log_p: Tensor, alpha: float = 0.1, *, reverse: bool =
     Source: DistiLLM, arXiv 2402.03898.
     """
     check_range("alpha", alpha, 0.0, 1.0)
-    first, second = (log_q, log_p) if reverse else (log_p, log_q)
+    first_logps, second_logps = (log_q, log_p) if reverse else (log_p, log_q)
     if alpha == 0:  # log 0 below would give a mixture of -inf
-        return _kl(first, second)
-    mixture = torch.logaddexp(first + math.log(alpha), second + math.log1p(-alpha))
-    return _kl(first, mixture)
+        return _kl(first_logps, second_logps)
+    log_mixture = torch.logaddexp(first_logps + math.log(alpha), second_logps + math.log1p(-alpha))
+    return _kl(first_logps, log_mixture)
 
 
 @divergence("alpha_divergence")
@@ -246,6 +253,7 @@ def alpha_divergence(log_q: Tensor, log_p: Tensor, alpha: float = 0.5) -> Tensor
     Source: Amari 1985; Minka 2005.
     """
     check_range("alpha", alpha, 0.0, math.nextafter(1.0, 2.0))
+    # There the formula is 0 / 0; its limits are the two KLs.
     if alpha in (0, 1):
         return _kl(log_p, log_q) if alpha == 1 else _kl(log_q, log_p)
     log_overlap = (alpha * log_p + (1 - alpha) * log_q).logsumexp(-1)
@@ -294,6 +302,7 @@ def uld_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float 
     Source: arXiv 2402.12030 §3, without its factor of the hard-label mixture.
     """
     check_range("temperature", temperature, 0.0, math.inf, open_low=True)
+    # All dimensions must agree but the vocabularies.
     check_same_shape(student_logits=student_logits[..., 0], teacher_logits=teacher_logits[..., 0])
     student_sorted = _sorted_probs(student_logits / temperature)
     teacher_sorted = _sorted_probs(teacher_logits / temperature)
@@ -305,6 +314,7 @@ def uld_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float 
 
 
 def _sorted_probs(logits: Tensor) -> Tensor:
+    # The gradient flows through the sorted values; the order itself has none.
     return logits.softmax(-1).sort(-1, descending=True).values
 
 
@@ -328,8 +338,8 @@ def span_logps(logps: Tensor, span: Tensor, total: int) -> Tensor:
     check_same_shape(logps=logps, span=span)
     logps = upcast(logps)
     # Tokens of no span are added to a further place, which is dropped. Selecting them would wait for the device.
-    place = torch.where(span < 0, total, span)
-    return logps.new_zeros(total + 1).index_add(0, place, logps)[:total]
+    span_index = torch.where(span < 0, total, span)
+    return logps.new_zeros(total + 1).index_add(0, span_index, logps)[:total]
 
 
 @reducible("student_logps", "teacher_logps")
@@ -419,11 +429,13 @@ def distillation_loss(
     Source: arXiv 1503.02531 §2.
     """
     check_range("alpha", alpha, 0.0, math.nextafter(1.0, 2.0))
-    scored = labels != ignore_index
+    is_scored = labels != ignore_index
     # The soft part knows no labels, so what they leave out is masked.
-    mask = scored if options.get("mask") is None else scored & options["mask"].bool()
-    soft = kl_divergence(
+    mask = is_scored if options.get("mask") is None else is_scored & options["mask"].bool()
+    # Scaled by T^2, so that alpha means the same mixture at any temperature.
+    soft_loss = kl_divergence(
         student_logits, teacher_logits, temperature, scale_by_temperature=True, **{**options, "mask": mask}
     )
-    hard = cross_entropy_loss(student_logits, labels, ignore_index=ignore_index, **options)
-    return alpha * soft + (1 - alpha) * hard
+    # Hard labels are learned at temperature 1, as in the paper.
+    hard_loss = cross_entropy_loss(student_logits, labels, ignore_index=ignore_index, **options)
+    return alpha * soft_loss + (1 - alpha) * hard_loss

@@ -59,6 +59,7 @@ def dpo_hinge_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.
 
     Source: SLiC-HF, arXiv 2305.10425; on log-ratios in RSO, arXiv 2309.06657.
     """
+    # With smoothing, a pair beyond the margin keeps the slope of its flipped label and is pulled back.
     return smoothed(lambda logits: F.relu(1 - logits), beta * pair.margin(), label_smoothing)
 
 
@@ -84,6 +85,7 @@ def ipo_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.0) -> 
 
     Source: arXiv 2310.12036 eq. 17; ``beta`` is its tau.
     """
+    # One of the lengths alone would compare a mean with a sum.
     if pair.has("chosen_lengths") != pair.has("rejected_lengths"):
         raise ValueError("chosen_lengths and rejected_lengths go together: pass both or neither")
     chosen_ratio, rejected_ratio = pair.log_ratios()
@@ -91,8 +93,9 @@ def ipo_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.0) -> 
         chosen_ratio = per_token(chosen_ratio, pair["chosen_lengths"])
         rejected_ratio = per_token(rejected_ratio, pair["rejected_lengths"])
     # Not infinity, which a logistic loss drives sure pairs to: IPO's regularisation does not vanish for them.
-    target = 1 / (2 * beta)
-    return smoothed(lambda margin: (margin - target) ** 2, chosen_ratio - rejected_ratio, label_smoothing)
+    target_margin = 1 / (2 * beta)
+    # Under label smoothing the margin of least loss is (1 - 2 epsilon) / (2 beta).
+    return smoothed(lambda margin: (margin - target_margin) ** 2, chosen_ratio - rejected_ratio, label_smoothing)
 
 
 @preference_loss("sigmoid_norm", needs=LENGTHS)
@@ -116,6 +119,7 @@ def sigmoid_norm_loss(pair: Pair, beta: float = 0.1) -> Tensor:
     chosen_ratio, rejected_ratio = pair.log_ratios()
     chosen_mean = per_token(chosen_ratio, pair["chosen_lengths"])
     rejected_mean = per_token(rejected_ratio, pair["rejected_lengths"])
+    # A mean is smaller than a sum by the length, so beta must be larger: Tulu 3 takes 5.
     return logistic(beta * (chosen_mean - rejected_mean))
 
 
@@ -138,10 +142,12 @@ def robust_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.0) 
 
     Source: arXiv 2403.00409.
     """
+    # At a share of 0.5 labels hold no information, and the divisor is 0.
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)
-    logits = beta * pair.margin()
+    reward_margin = beta * pair.margin()
     # The expected loss under flips, solved for the loss without them: hence the minus, and the divisor.
-    difference = (1 - label_smoothing) * logistic(logits) - label_smoothing * logistic(-logits)
+    difference = (1 - label_smoothing) * logistic(reward_margin) - label_smoothing * logistic(-reward_margin)
+    # Not bounded below: the margin of a sure pair never stops growing, which is the price of no bias.
     return difference / (1 - 2 * label_smoothing)
 
 
@@ -164,12 +170,13 @@ def exo_pair_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 1e-
 
     Source: arXiv 2402.00856.
     """
+    # The reverse KL to labels that are certain is infinite: hence a small smoothing by default.
     check_range("label_smoothing", label_smoothing, 0.0, 0.5, open_low=True)
-    logits = beta * pair.margin()
-    prefers_chosen = torch.sigmoid(logits)
-    prefers_rejected = torch.sigmoid(-logits)  # 1 - prefers_chosen would lose the digits of a small probability
-    chosen_log_ratio = -logistic(logits) - math.log1p(-label_smoothing)
-    rejected_log_ratio = -logistic(-logits) - math.log(label_smoothing)
+    reward_margin = beta * pair.margin()
+    prefers_chosen = torch.sigmoid(reward_margin)
+    prefers_rejected = torch.sigmoid(-reward_margin)  # 1 - prefers_chosen would lose the digits of a small probability
+    chosen_log_ratio = -logistic(reward_margin) - math.log1p(-label_smoothing)
+    rejected_log_ratio = -logistic(-reward_margin) - math.log(label_smoothing)
     return prefers_chosen * chosen_log_ratio + prefers_rejected * rejected_log_ratio
 
 
@@ -193,10 +200,10 @@ def discopop_loss(pair: Pair, beta: float = 0.1, *, discopop_tau: float = 0.05) 
     Source: arXiv 2406.08414.
     """
     check_range("discopop_tau", discopop_tau, 0.0, math.inf, open_low=True)
-    logits = beta * pair.margin()
-    logistic_part = torch.sigmoid(-logits / discopop_tau) * logistic(logits)
+    reward_margin = beta * pair.margin()
+    logistic_part = torch.sigmoid(-reward_margin / discopop_tau) * logistic(reward_margin)
     # sigmoid(logits / tau) * exp(-logits), its factors joined: exp alone would overflow for a hopeless pair.
-    exponential_part = torch.exp(-logits - logistic(logits / discopop_tau))
+    exponential_part = torch.exp(-reward_margin - logistic(reward_margin / discopop_tau))
     return logistic_part + exponential_part
 
 
@@ -221,6 +228,7 @@ def dpop_loss(pair: Pair, beta: float = 0.1, *, dpop_lambda: float = 50.0) -> Te
     """
     check_range("dpop_lambda", dpop_lambda, 0.0, math.inf)
     chosen_ratio, _ = pair.log_ratios()
+    # One-sided: a chosen answer that is likelier than under the reference costs nothing.
     penalty = F.relu(-chosen_ratio)
     return logistic(beta * (pair.margin() - dpop_lambda * penalty))
 
@@ -245,6 +253,7 @@ def odpo_loss(pair: Pair, beta: float = 0.1) -> Tensor:
 
     Source: arXiv 2402.10571.
     """
+    # After beta: the offset is a difference of rewards, not of log-probs.
     return logistic(beta * pair.margin() - pair.get("margin", 0.0))
 
 
@@ -269,6 +278,8 @@ def rpo_loss(pair: Pair, beta: float = 0.1, *, rpo_alpha: float = 1.0) -> Tensor
     """
     check_range("rpo_alpha", rpo_alpha, 0.0, math.inf)
     preference = logistic(beta * pair.margin())
+    # The policy's likelihood and not its log-ratio, which can rise while the answer stays unlikely.
+    # Per token, so that alpha means the same for short and for long answers.
     return preference - rpo_alpha * pair.chosen_per_token()
 
 
@@ -295,14 +306,15 @@ def length_desensitized_logps(
 
     Source: arXiv 2409.06411.
     """
+    # check_range excludes the upper end; one float further includes 1.
     check_range("ld_alpha", ld_alpha, 0.0, math.nextafter(1.0, 2.0))
     check_same_shape(logps=logps, sequence=sequence)
     logps = upcast(logps)
     num_sequences = len(public_lengths)
     lengths = torch.bincount(sequence, minlength=num_sequences)
     # Tokens of a sequence lie together, so a position is the distance from where its sequence starts.
-    starts = lengths.cumsum(0) - lengths
-    position = torch.arange(len(logps), device=logps.device) - starts[sequence]
+    first_positions = lengths.cumsum(0) - lengths
+    position = torch.arange(len(logps), device=logps.device) - first_positions[sequence]
     weighted = torch.where(position < public_lengths[sequence], logps, ld_alpha * logps)
     return logps.new_zeros(num_sequences).index_add(0, sequence, weighted)
 
@@ -373,10 +385,14 @@ def beta_dpo_loss(
     check_range("beta_dpo_alpha", beta_dpo_alpha, 0.0, math.inf)
     margin = pair.margin()
     if batch_margin is None:
+        # Detached: otherwise raising beta would be another way to lower the loss.
         batch_margin = beta * margin.detach().mean()
-    scale = torch.as_tensor(1 + beta_dpo_alpha * (batch_margin - threshold), dtype=margin.dtype, device=margin.device)
+    # A caller's mean may be a plain number or a tensor; clamp needs the latter.
+    beta_scale = torch.as_tensor(
+        1 + beta_dpo_alpha * (batch_margin - threshold), dtype=margin.dtype, device=margin.device
+    )
     # A batch of very bad pairs would turn the loss around: beta stays positive.
-    return logistic(beta * scale.clamp(min=1e-3) * margin)
+    return logistic(beta * beta_scale.clamp(min=1e-3) * margin)
 
 
 @preference_loss("f_dpo")
@@ -407,14 +423,17 @@ def f_dpo_loss(
     """
     check_range("f_alpha_divergence_coef", f_alpha_divergence_coef, 0.0, math.inf, open_low=True)
     alpha = f_alpha_divergence_coef
-    scores: dict[str, Callable[[Tensor], Tensor]] = {
+    score_functions: dict[str, Callable[[Tensor], Tensor]] = {
         "reverse_kl": lambda log_ratio: log_ratio,
+        # Constants that TRL adds (1 and log 2) cancel in the difference of two scores.
         "forward_kl": lambda log_ratio: -torch.exp((-log_ratio).clamp(max=MAX_EXPONENT)),
+        # Bounded above, as forward_kl is: a chosen answer far above the reference gains nothing more.
         "js": F.logsigmoid,
+        # expm1 keeps the digits as alpha goes to 0, where the score tends to the log-ratio.
         "alpha": lambda log_ratio: -torch.expm1((-alpha * log_ratio).clamp(max=MAX_EXPONENT)) / alpha,
     }
-    if f_divergence_type not in scores:
-        raise ValueError(f"f_divergence_type must be one of {', '.join(scores)}, got {f_divergence_type!r}")
-    score = scores[f_divergence_type]
+    if f_divergence_type not in score_functions:
+        raise ValueError(f"f_divergence_type must be one of {', '.join(score_functions)}, got {f_divergence_type!r}")
+    score_function = score_functions[f_divergence_type]
     chosen_ratio, rejected_ratio = pair.log_ratios()
-    return logistic(beta * (score(chosen_ratio) - score(rejected_ratio)))
+    return logistic(beta * (score_function(chosen_ratio) - score_function(rejected_ratio)))

@@ -33,6 +33,7 @@ def explain(
         ['logits[1] is inf: the loss cannot be a number; look for an overflow or a division by zero upstream']
     """
     reasons: list[str] = []
+    # Inputs come first: a NaN there explains all that follows.
     for name, value in (inputs or {}).items():
         reasons += _of_input(name, value)
     history = [float(loss.detach())] if isinstance(loss, Tensor) else [float(value) for value in loss]
@@ -43,11 +44,12 @@ def explain(
     # Only where nothing better was found: the cause is then between the inputs and the loss.
     if not math.isfinite(history[-1]) and not reasons:
         finite_steps = [step for step, value in enumerate(history) if math.isfinite(value)]
-        since = f" since step {finite_steps[-1] + 2} of those given" if finite_steps else ""
+        since_step = f" since step {finite_steps[-1] + 2} of those given" if finite_steps else ""
         reasons.append(
-            f"the loss is {history[-1]}{since} and its inputs show no cause: lower the learning rate, clip gradients, "
-            "or compute in float32; log(0) and 0/0 inside the model are the usual ways"
+            f"the loss is {history[-1]}{since_step} and its inputs show no cause: lower the learning rate, "
+            "clip gradients, or compute in float32; log(0) and 0/0 inside the model are the usual ways"
         )
+    # Three losses or fewer show no trend.
     return reasons + (_of_history(history, num_classes) if len(history) > 3 else [])
 
 
@@ -55,12 +57,13 @@ def _of_input(name: str, value: Tensor) -> list[str]:
     if value.dtype == torch.bool and not value.any():
         return [f"{name} is False everywhere: nothing counts, and the loss is 0 whatever the model does"]
     if not value.is_floating_point():
+        # -100 is the label that transformers and torch ignore.
         return [f"{name} is -100 everywhere: nothing is scored"] if value.numel() and (value == -100).all() else []
-    finite = value.isfinite()
-    if not finite.all():
-        position = first_true(~finite)
-        cause = "look for an overflow or a division by zero upstream"
-        return [f"{name}{list(position)} is {float(value[position])}: the loss cannot be a number; {cause}"]
+    is_finite = value.isfinite()
+    if not is_finite.all():
+        position = first_true(~is_finite)
+        likely_cause = "look for an overflow or a division by zero upstream"
+        return [f"{name}{list(position)} is {float(value[position])}: the loss cannot be a number; {likely_cause}"]
     value = value.detach()
     if value.numel() > 1 and float(value.std()) == 0:
         return [f"{name} is the same everywhere ({float(value.flatten()[0]):.4g}): a dead layer, or zero weights?"]
@@ -81,38 +84,43 @@ def _of_model(model: nn.Module) -> list[str]:
     for name, gradient in gradients.items():
         if not gradient.isfinite().all():
             return [f"the gradient of {name} holds {_kind(gradient)}: clip it, lower the scale, or compute in float32"]
-    norms = [float(gradient.double().norm()) for gradient in gradients.values()]
-    norm = math.hypot(*norms)
-    if norm == 0:
+    # In float64, as the squares of a large gradient overflow in half precision.
+    gradient_norms = [float(gradient.double().norm()) for gradient in gradients.values()]
+    total_norm = math.hypot(*gradient_norms)
+    if total_norm == 0:
         return ["all gradients are 0: a saturated or clipped loss, or nothing that counts"]
     reasons = []
     missing = len(trained) - len(gradients)
     if missing:
         reasons.append(f"{missing} of {len(trained)} trained parameters have no gradient: the loss does not reach them")
-    if norm > LARGE_NORM:
-        reasons.append(f"the gradient's norm is {norm:.3g}: clip it (1.0 is usual) or lower the learning rate")
+    if total_norm > LARGE_NORM:
+        reasons.append(f"the gradient's norm is {total_norm:.3g}: clip it (1.0 is usual) or lower the learning rate")
     return reasons
 
 
 def _of_history(history: Sequence[float], num_classes: int | None) -> list[str]:
     if not all(map(math.isfinite, history)):
         return []
-    first, last = history[0], history[-1]
-    size = max(abs(first), abs(last), 1e-12)
-    steps = [after - before for before, after in pairwise(history)]
-    if max(history) - min(history) < 1e-6 * size:
+    first_loss, last_loss = history[0], history[-1]
+    # The floor makes losses of exactly 0 count as constant: 0 < 0 would be False.
+    loss_size = max(abs(first_loss), abs(last_loss), 1e-12)
+    changes = [later - earlier for earlier, later in pairwise(history)]
+    if max(history) - min(history) < 1e-6 * loss_size:
         return ["the loss does not move at all: is optimizer.step() called, and on these parameters?"]
-    if last > first + 0.1 * size:
-        return [f"the loss grows, from {first:.4g} to {last:.4g}: lower the learning rate, or look at the loss's sign"]
-    turns = sum(before * after < 0 for before, after in pairwise(steps))
+    if last_loss > first_loss + 0.1 * loss_size:
+        return [
+            f"the loss grows, from {first_loss:.4g} to {last_loss:.4g}: "
+            "lower the learning rate, or look at the loss's sign"
+        ]
+    reversals = sum(earlier * later < 0 for earlier, later in pairwise(changes))
     # Most steps go back on the one before, and some of them far.
-    if turns > 0.7 * len(steps) and max(map(abs, steps)) > 0.3 * size:
+    if reversals > 0.7 * len(changes) and max(map(abs, changes)) > 0.3 * loss_size:
         return ["the loss jumps up and down: lower the learning rate or enlarge the batch"]
-    if first - last < 0.01 * size:
+    if first_loss - last_loss < 0.01 * loss_size:
         # A guess among equals costs log(classes).
-        guess = math.log(num_classes) if num_classes else 0.0
-        if num_classes and abs(last - guess) < 0.02 * guess:
-            value = f"log({num_classes}) = {guess:.4g}"
+        guess_loss = math.log(num_classes) if num_classes else 0.0
+        if num_classes and abs(last_loss - guess_loss) < 0.02 * guess_loss:
+            value = f"log({num_classes}) = {guess_loss:.4g}"
             return [f"the loss stays at {value}, that of a guess: are labels and inputs in the same order?"]
         return ["the loss hardly falls: raise the learning rate, or check that the targets can be learned"]
     return []

@@ -27,6 +27,7 @@ def shift(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         ((1, 2, 4), tensor([[2, 1]]))
     """
     _check_dense(logits, labels)
+    # The last position predicts a token beyond the text, and nothing predicts the first label.
     return logits[..., :-1, :], labels[..., 1:]
 
 
@@ -68,11 +69,12 @@ def sequence_logps(
         >>> sequence_logps(torch.zeros(1, 3, 4), torch.tensor([[0, 2, 1]]))    # -2 log 4
         tensor([-2.7726])
     """
-    sums = token_logps(logits, labels, ignore_index, shift=shift).sum(-1)
+    sequence_sums = token_logps(logits, labels, ignore_index, shift=shift).sum(-1)
     if not average:
-        return sums
-    scored = (labels[..., 1:] if shift else labels) != ignore_index
-    return sums / scored.sum(-1).clamp(min=1)
+        return sequence_sums
+    is_scored = (labels[..., 1:] if shift else labels) != ignore_index
+    # A sequence without a scored token has the sum 0, and 0 / 1 is 0 where 0 / 0 is NaN.
+    return sequence_sums / is_scored.sum(-1).clamp(min=1)
 
 
 def causal_lm_loss(
@@ -119,11 +121,13 @@ def causal_lm_loss(
     """
     check_range("label_smoothing", label_smoothing, 0.0, 1.0)
     check_range("z_loss", z_loss, 0.0, math.inf)
-    losses = _token_nll(logits, labels, ignore_index, shift, label_smoothing)
+    token_losses = _token_nll(logits, labels, ignore_index, shift, label_smoothing)
     if z_loss:
-        dense = upcast(logits[..., :-1, :] if shift else logits)
-        losses = losses + z_loss * dense.logsumexp(-1) ** 2
-    return _reduce_tokens(losses, labels, ignore_index, shift, reduction, weight, mask, num_items)
+        # A second pass over the logits, because torch's cross-entropy does not return the normaliser.
+        # In float32: the square of log Z loses the digits that matter in half precision.
+        predicting_logits = upcast(logits[..., :-1, :] if shift else logits)
+        token_losses = token_losses + z_loss * predicting_logits.logsumexp(-1) ** 2
+    return _reduce_tokens(token_losses, labels, ignore_index, shift, reduction, weight, mask, num_items)
 
 
 def dft_loss(
@@ -163,9 +167,10 @@ def dft_loss(
 
     Source: arXiv 2508.05629.
     """
-    nll = _token_nll(logits, labels, ignore_index, shift)
-    probability = (-nll.detach()).exp()  # a constant: the gradient of the product is that of the weighted loss
-    return _reduce_tokens(probability * nll, labels, ignore_index, shift, reduction, weight, mask, num_items)
+    # The probability is a factor and no weight: a weighted mean would divide it out again.
+    token_nll = _token_nll(logits, labels, ignore_index, shift)
+    probability = (-token_nll.detach()).exp()  # a constant: the gradient of the product is that of the weighted loss
+    return _reduce_tokens(probability * token_nll, labels, ignore_index, shift, reduction, weight, mask, num_items)
 
 
 def unlikelihood_loss(
@@ -208,12 +213,13 @@ def unlikelihood_loss(
     _check_dense(logits, labels)
     check_floating("logits", logits)
     check_labels("labels", labels, logits.size(-1), ignore_index)
-    dense, tokens = (logits[..., :-1, :], labels[..., 1:]) if shift else (logits, labels)
-    log_probs = upcast(dense).log_softmax(-1)
-    index = torch.where(tokens == ignore_index, 0, tokens.long())[..., None]
+    predicting_logits, unwanted_tokens = (logits[..., :-1, :], labels[..., 1:]) if shift else (logits, labels)
+    log_probs = upcast(predicting_logits).log_softmax(-1)
+    # scatter needs a valid index everywhere; what is ignored is masked below.
+    token_index = torch.where(unwanted_tokens == ignore_index, 0, unwanted_tokens.long())[..., None]
     # log(1 - p) from all the other tokens: exact where p rounds to 1.
-    losses = -log_probs.scatter(-1, index, -math.inf).logsumexp(-1)
-    return _reduce_tokens(losses, labels, ignore_index, shift, reduction, weight, mask, num_items)
+    token_losses = -log_probs.scatter(-1, token_index, -math.inf).logsumexp(-1)
+    return _reduce_tokens(token_losses, labels, ignore_index, shift, reduction, weight, mask, num_items)
 
 
 def perplexity(logits: Tensor, labels: Tensor, ignore_index: int = -100, *, shift: bool = True) -> Tensor:
@@ -235,6 +241,7 @@ def perplexity(logits: Tensor, labels: Tensor, ignore_index: int = -100, *, shif
         >>> perplexity(torch.zeros(1, 3, 4), torch.tensor([[0, 2, 1]]))
         tensor(4.)
     """
+    # The exponential of the mean; a mean of exponentials would be larger and dominated by the worst token.
     return causal_lm_loss(logits, labels, ignore_index, shift=shift).exp()
 
 
@@ -272,14 +279,16 @@ def _reduce_tokens(
 ) -> Tensor:
     # The first token is predicted by none, so that its label, weight and mask fall away.
     predicted = slice(1, None) if shift else slice(None)
-    scored = labels[..., predicted] != ignore_index
+    is_scored = labels[..., predicted] != ignore_index
     check_same_shape(labels=labels, weight=weight, mask=mask)
+    # Ignored labels and the mask become one, so that neither is in the divisor.
     if mask is not None:
-        scored = scored & mask[..., predicted].bool()
+        is_scored = is_scored & mask[..., predicted].bool()
     weight = None if weight is None else weight[..., predicted]
+    # num_items replaces the divisor of a mean; a sum has none.
     if num_items is None or reduction != "mean":
-        return reduce(losses, reduction, weight, scored)
-    return reduce(losses, "sum", weight, scored) / num_items
+        return reduce(losses, reduction, weight, is_scored)
+    return reduce(losses, "sum", weight, is_scored) / num_items
 
 
 def _check_dense(logits: Tensor, labels: Tensor) -> None:
@@ -298,12 +307,14 @@ def _token_nll(
     check_labels("labels", labels, logits.size(-1), ignore_index)
     if shift:
         logits, labels = logits[..., :-1, :], labels[..., 1:]
-    flat = upcast(logits).reshape(-1, logits.size(-1))
-    nll = F.cross_entropy(
-        flat,
+    # For half-precision logits this is a float32 copy of the whole vocabulary, which trainers avoid.
+    flat_logits = upcast(logits).reshape(-1, logits.size(-1))
+    flat_nll = F.cross_entropy(
+        flat_logits,
+        # torch refuses int32 labels.
         labels.reshape(-1).long(),
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         reduction="none",
     )
-    return nll.view(torch.Size(labels.shape))
+    return flat_nll.view(torch.Size(labels.shape))

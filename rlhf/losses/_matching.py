@@ -44,7 +44,9 @@ def hidden_state_loss(
                 f"projection must be [{teacher_hidden.size(-1)}, {student_hidden.size(-1)}] (the teacher's width, the "
                 f"student's), got {tuple(projection.shape)}"
             )
+        # reducible took the hidden states to float32, and F.linear wants one dtype.
         student_hidden = F.linear(student_hidden, upcast(projection))
+    # If only the widths differ, a projection is missing; any other difference is a wrong shape.
     elif student_hidden.shape[:-1] == teacher_hidden.shape[:-1] and student_hidden.shape != teacher_hidden.shape:
         raise ValueError(
             f"the student is {student_hidden.size(-1)} wide, the teacher {teacher_hidden.size(-1)}: pass a projection "
@@ -52,6 +54,7 @@ def hidden_state_loss(
         )
     check_same_shape(student_hidden=student_hidden, teacher_hidden=teacher_hidden)
     if distance == "squared":
+        # A mean over the width, so that wide models do not have larger losses.
         return ((student_hidden - teacher_hidden) ** 2).mean(-1)
     if distance != "cosine":
         raise ValueError(f'distance must be "squared" or "cosine", got {distance!r}')
@@ -90,7 +93,8 @@ def attention_loss(
         return ((student_attention - teacher_attention) ** 2).sum(-1)
     if distance != "kl":
         raise ValueError(f'distance must be "kl" or "squared", got {distance!r}')
+    # Masked keys are 0 on both sides, and 0 * log 0 would be NaN.
     smallest = torch.finfo(student_attention.dtype).tiny
     attended = teacher_attention != 0  # a NaN stays one
-    ratio = teacher_attention.clamp(min=smallest).log() - student_attention.clamp(min=smallest).log()
-    return torch.where(attended, teacher_attention * ratio, 0.0).sum(-1)
+    log_ratio = teacher_attention.clamp(min=smallest).log() - student_attention.clamp(min=smallest).log()
+    return torch.where(attended, teacher_attention * log_ratio, 0.0).sum(-1)

@@ -16,6 +16,7 @@ MAX_LOG_RATIO = 20.0  # e^20 is 5e8: no clip reaches so far, and float32 has roo
 
 def clamped_log_ratio(logps: Tensor, old_logps: Tensor) -> Tensor:
     """``log(pi / pi_old)`` within ±20, so that its exponential stays finite."""
+    # In logarithms: once the exponential has overflowed, a clamp leaves a NaN in the gradient.
     return (logps - old_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
@@ -28,14 +29,17 @@ def clipped_surrogate(
     delta: float | None = None,
 ) -> Tensor:
     """The pessimistic surrogate, negated; ``delta`` bounds the ratio from above before it is compared."""
+    # Clipped before delta bounds the ratio, as in TRL, so that delta cannot narrow the ordinary clip.
     clipped = ratio.clamp(1 - low, 1 + high) * advantages
     if delta is not None:
+        # For A < 0 the clip does not bound a large ratio, and one token can dominate the step.
         check_range("delta", delta, 0.0, math.inf, open_low=True)
         ratio = ratio.clamp(max=delta)
     # The smaller of the two: a ratio beyond the clip adds nothing where it would help, and counts where it hurts.
     surrogate = torch.minimum(ratio * advantages, clipped)
     if dual_clip is not None:
         check_range("dual_clip", dual_clip, 1.0, math.inf, open_low=True)
+        # For A >= 0 the minimum is bounded already.
         bounded = torch.maximum(surrogate, dual_clip * advantages)
         surrogate = torch.where(advantages < 0, bounded, surrogate)
     return -surrogate
@@ -74,8 +78,10 @@ def ppo_loss(
     """
     check_range("clip_ratio", clip_ratio, 0.0, 1.0, open_low=True)
     check_same_shape(logps=logps, old_logps=old_logps, advantages=advantages)
-    high = clip_ratio if clip_ratio_high is None else clip_ratio_high
-    return clipped_surrogate(clamped_log_ratio(logps, old_logps).exp(), advantages, clip_ratio, high, dual_clip)
+    epsilon_above = clip_ratio if clip_ratio_high is None else clip_ratio_high
+    return clipped_surrogate(
+        clamped_log_ratio(logps, old_logps).exp(), advantages, clip_ratio, epsilon_above, dual_clip
+    )
 
 
 @reducible("values", "old_values", "returns")
@@ -100,13 +106,14 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange_va
     Source: the PPO authors' code (openai/baselines, ppo2).
     """
     check_same_shape(values=values, old_values=old_values, returns=returns)
-    losses = (values - returns) ** 2
+    squared_errors = (values - returns) ** 2
     if cliprange_value is not None:
         check_range("cliprange_value", cliprange_value, 0.0, math.inf, open_low=True)
+        # Clipped around the old values, which must be those at sampling, before any step of this rollout.
         clipped_values = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
         # The larger of the two errors: moving further than the clip is never rewarded.
-        losses = torch.maximum(losses, (clipped_values - returns) ** 2)
-    return losses / 2
+        squared_errors = torch.maximum(squared_errors, (clipped_values - returns) ** 2)
+    return squared_errors / 2
 
 
 @reducible("logps", "values", "returns", "entropy")
@@ -177,5 +184,6 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, kind: str = "k3") -> Tensor:
             return log_ratio**2 / 2
         case "k3":
             # expm1, as the exponential less 1 loses all digits where the two nearly agree.
+            # Only the exponential is clamped, so that the linear part has a gradient at any log-ratio.
             return torch.expm1(-log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) + log_ratio
     raise ValueError(f'kind must be "k1", "k2" or "k3", got {kind!r}')

@@ -49,6 +49,7 @@ Mean = Literal["tokens", "sequences", "sums"]
 """How terms are averaged: over tokens; over sequences, of the means over their tokens; over sequences, of the sums."""
 
 
+# eq=False: equality of two tensors is a tensor, so that a comparison of fields would raise.
 @dataclass(frozen=True, eq=False)
 class Tokens:
     """Sampled tokens, as a policy loss reads them. What the mask hides is 0.
@@ -104,11 +105,13 @@ class Tokens:
         old_logps = logps.detach() if old_logps is None else old_logps
         check_same_shape(logps=logps, old_logps=old_logps, sequence=sequence, mask=mask)
         if num_sequences is None:
+            # Reading the largest id waits for an accelerator; pass num_sequences to avoid that.
             num_sequences = int(sequence.max()) + 1 if sequence.numel() else 0
         # One advantage for each sequence; where S = N, a sequence is a token anyway.
         if advantages.shape == (num_sequences,) != logps.shape:
             advantages = advantages[sequence]
         check_same_shape(logps=logps, advantages=advantages)
+        # Where hidden tokens are 0 on all sides, their ratio is 1 and their loss 0, whatever NaN they held.
         visible = torch.ones_like(sequence, dtype=torch.bool) if mask is None else mask.bool()
 
         def prepared(name: str, values: Tensor) -> Tensor:
@@ -148,6 +151,7 @@ class Tokens:
 
     def mean(self, values: Tensor) -> Tensor:
         """Over the tokens of each sequence that count, [N] to [S]."""
+        # A sequence with all of its tokens hidden has the sum 0, and 0 / 1 is no NaN.
         return self.sum(values) / self.lengths.clamp(min=1)
 
     def spread(self, values: Tensor) -> Tensor:
@@ -156,6 +160,7 @@ class Tokens:
 
     def with_sequence_ratios(self) -> "Tokens":
         """The same with one ratio for all tokens of a sequence: the geometric mean of theirs (GSPO)."""
+        # Clamped after the mean: it is the mean that is exponentiated.
         mean_log_ratio = self.mean(self.logps - self.old_logps)
         return replace(self, sequence_log_ratio=self.spread(mean_log_ratio).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
 
@@ -185,9 +190,10 @@ class PolicyLoss:
             raise ValueError(f"mean must be one of {', '.join(get_args(Mean))}, got {mean!r}")
         update_wrapper(self, term)
         self.term, self.mean, self.coupled, self.token_ratios = term, mean, coupled, token_ratios
-        own = list(inspect.signature(term).parameters.values())[1:]
-        self.defaults = {parameter.name: parameter.default for parameter in own}
-        self.__signature__ = _signature(own)
+        # Without the tokens: the call makes them from the tensors that it gets.
+        loss_parameters = list(inspect.signature(term).parameters.values())[1:]
+        self.defaults = {parameter.name: parameter.default for parameter in loss_parameters}
+        self.__signature__ = _signature(loss_parameters)
         docstring = document_options(term.__doc__ or "", TENSORS_HELP, instead_of="tokens")
         self.__doc__ = document_options(docstring, OPTIONS_HELP)
 
@@ -200,8 +206,8 @@ class PolicyLoss:
         """Raise TypeError for a name that is no hyper-parameter of this loss."""
         for name in options:
             if name not in self.defaults:
-                taken = ", ".join(self.defaults) or "nothing"
-                raise TypeError(f"unknown argument {name!r}: {self.__name__} takes {taken}")
+                accepted = ", ".join(self.defaults) or "nothing"
+                raise TypeError(f"unknown argument {name!r}: {self.__name__} takes {accepted}")
 
     def __call__(
         self,
@@ -222,14 +228,16 @@ class PolicyLoss:
         self.check_options(options)
         tokens = Tokens.of_sequences(logps, old_logps, advantages, sequence, num_sequences, mask)
         check_same_shape(logps=logps, weight=weight, ref_logps=ref_logps)
-        losses = self.term(tokens, **options)
+        token_losses = self.term(tokens, **options)
+        # k3 is what GRPO and TRL use, although as a loss its gradient is that of the forward KL.
         if beta and ref_logps is not None:
             # Hidden places are 0 on both sides, and so is their KL, whatever the reference holds there.
             visible_ref = torch.where(tokens.mask, ref_logps, 0.0) if tokens.mask is not None else ref_logps
-            losses = losses + beta * kl_estimate(tokens.logps, visible_ref, "k3")
+            token_losses = token_losses + beta * kl_estimate(tokens.logps, visible_ref, "k3")
         if weight is not None:
-            losses = losses * weight
-        return self._average(losses, tokens)
+            # The KL term is weighted too. The trainer and TRL add the KL after the weight.
+            token_losses = token_losses * weight
+        return self._average(token_losses, tokens)
 
     def _average(self, losses: Tensor, tokens: Tokens) -> Tensor:
         match self.mean:
@@ -237,6 +245,7 @@ class PolicyLoss:
                 return reduce(losses, mask=tokens.mask)
             case "sequences":
                 by_sequence = tokens.mean(losses)
+            # Dr. GRPO is such a mean: its term holds the constant divisor.
             case "sums":
                 by_sequence = tokens.sum(losses)
         # A sequence without a token that counts is not one of those that the mean is over.
@@ -245,15 +254,17 @@ class PolicyLoss:
 
 def _signature(own: list[inspect.Parameter]) -> inspect.Signature:
     """That of the call: the tensors, the loss's own arguments, and what all losses take."""
-    shared = list(inspect.signature(PolicyLoss.__call__).parameters.values())[1:]
-    tensors = [parameter for parameter in shared if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
-    options = [parameter for parameter in shared if parameter.kind is parameter.KEYWORD_ONLY]
+    # Without self; *positional is left out, as the hyper-parameters stand there by name.
+    call_parameters = list(inspect.signature(PolicyLoss.__call__).parameters.values())[1:]
+    tensors = [parameter for parameter in call_parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    options = [parameter for parameter in call_parameters if parameter.kind is parameter.KEYWORD_ONLY]
     return inspect.Signature([*tensors, *own, *options], return_annotation=Tensor)
 
 
 def _registered(loss: Any) -> PolicyLoss:
     if isinstance(loss, PolicyLoss):
         return loss
+    # A bare function does not tell how its terms are averaged, and a wrong guess would train without an error.
     name = getattr(loss, "__name__", repr(loss))
     raise ValueError(
         f"loss_type {name} is not registered: decorate it with @policy_loss({name!r}, mean=...), which decides how the "

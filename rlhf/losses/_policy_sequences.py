@@ -24,8 +24,8 @@ def _clipped(
 ) -> Tensor:
     """PPO's surrogate of each token, [N]; the clip above is the one below where it is None."""
     check_range("epsilon", epsilon, 0.0, 1.0, open_low=True)
-    high = epsilon if epsilon_high is None else epsilon_high
-    return clipped_surrogate(tokens.ratio, tokens.advantages, epsilon, high, dual_clip, delta)
+    epsilon_above = epsilon if epsilon_high is None else epsilon_high
+    return clipped_surrogate(tokens.ratio, tokens.advantages, epsilon, epsilon_above, dual_clip, delta)
 
 
 @policy_loss("ppo", mean="tokens")
@@ -53,6 +53,7 @@ def ppo_tokens_loss(
     return _clipped(tokens, epsilon, epsilon_high, dual_clip=dual_clip)
 
 
+# All sequences have the same weight, so a token of a long one has less: the length bias that Dr. GRPO removes.
 @policy_loss("grpo", mean="sequences")
 def grpo_loss(
     tokens: Tokens, epsilon: float = 0.2, epsilon_high: float | None = None, *, delta: float | None = None
@@ -84,6 +85,7 @@ def dr_grpo_loss(
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
     *,
+    # No default: the value sets the size of the step.
     max_completion_length: int,
     delta: float | None = None,
 ) -> Tensor:
@@ -107,9 +109,11 @@ def dr_grpo_loss(
     Source: arXiv 2503.20783. Its advantages are not divided by the group's standard deviation.
     """
     check_range("max_completion_length", max_completion_length, 0, math.inf, open_low=True)
+    # The mean is over sequences of sums, so this constant is the only length in the divisor.
     return _clipped(tokens, epsilon, epsilon_high, delta=delta) / max_completion_length
 
 
+# epsilon_high above epsilon: an unlikely token may rise further before it is clipped, which keeps entropy up.
 @policy_loss("dapo", mean="tokens")
 def dapo_loss(
     tokens: Tokens, epsilon: float = 0.2, epsilon_high: float | None = 0.28, *, delta: float | None = None
@@ -156,6 +160,7 @@ def bnpo_loss(
     return _clipped(tokens, epsilon, epsilon_high, delta=delta)
 
 
+# TRL advises the ratio of the sequence for this loss; in our trainer that is importance_sampling_level.
 @policy_loss("luspo", mean="sums")
 def luspo_loss(
     tokens: Tokens, epsilon: float = 0.2, epsilon_high: float | None = None, *, delta: float | None = None
@@ -199,13 +204,16 @@ def gspo_loss(tokens: Tokens, epsilon: float = 3e-4, epsilon_high: float | None 
     Source: arXiv 2507.18071 eq. 5 and 7.
     """
     check_range("epsilon", epsilon, 0.0, 1.0, open_low=True)
-    high = epsilon if epsilon_high is None else epsilon_high
+    epsilon_above = epsilon if epsilon_high is None else epsilon_high
     # The geometric mean of the tokens' ratios; their product would be far from 1 for a long sequence.
-    ratio = tokens.mean(tokens.log_ratio).exp()
-    losses = clipped_surrogate(ratio, tokens.mean(tokens.advantages), epsilon, high)
-    return tokens.spread(losses)
+    sequence_ratio = tokens.mean(tokens.log_ratio).exp()
+    # The ratio is that of the whole sequence, so advantages that differ by token are averaged.
+    sequence_losses = clipped_surrogate(sequence_ratio, tokens.mean(tokens.advantages), epsilon, epsilon_above)
+    return tokens.spread(sequence_losses)
 
 
+# No sequence ratio in place of the tokens': each token is clipped before the mean, which sets it apart from GSPO.
+# The clip of exp(±0.4), 0.67 to 1.49, is wider than PPO's, because a geometric mean damps outliers.
 @policy_loss("gmpo", mean="sequences", coupled=True, token_ratios=False)
 def gmpo_loss(tokens: Tokens, epsilon: float = 0.4) -> Tensor:
     r"""GMPO: the geometric mean of token ratios, each clipped in logarithm first.
@@ -227,13 +235,13 @@ def gmpo_loss(tokens: Tokens, epsilon: float = 0.4) -> Tensor:
     Source: arXiv 2507.20673.
     """
     check_range("epsilon", epsilon, 0.0, math.inf, open_low=True)
-    sign = tokens.advantages.sign()
+    advantage_sign = tokens.advantages.sign()
     # With the sign of the advantage, the pessimistic choice between two log-ratios is a minimum for both signs.
-    signed = sign * tokens.log_ratio
-    signed_and_clipped = sign * tokens.log_ratio.clamp(-epsilon, epsilon)
-    pessimistic = sign * torch.minimum(signed, signed_and_clipped)
-    losses = -tokens.mean(pessimistic).exp() * tokens.mean(tokens.advantages)
-    return tokens.spread(losses)
+    signed_log_ratio = advantage_sign * tokens.log_ratio
+    signed_clipped_log_ratio = advantage_sign * tokens.log_ratio.clamp(-epsilon, epsilon)
+    pessimistic = advantage_sign * torch.minimum(signed_log_ratio, signed_clipped_log_ratio)
+    sequence_losses = -tokens.mean(pessimistic).exp() * tokens.mean(tokens.advantages)
+    return tokens.spread(sequence_losses)
 
 
 @policy_loss("cispo", mean="tokens")
@@ -256,6 +264,7 @@ def cispo_loss(tokens: Tokens, max_ratio: float = 5.0) -> Tensor:
     """
     check_range("max_ratio", max_ratio, 0.0, math.inf, open_low=True)
     # The gradient flows through the log-prob alone, so that a clipped ratio still passes it on.
+    # Bounded above alone, as in the paper's experiments.
     constant_ratio = tokens.ratio.detach().clamp(max=max_ratio)
     return -constant_ratio * tokens.advantages * tokens.logps
 
@@ -281,6 +290,7 @@ def sapo_loss(tokens: Tokens, temperature: float = 1.0, temperature_negative: fl
     """
     check_range("temperature", temperature, 0.0, math.inf, open_low=True)
     check_range("temperature_negative", temperature_negative, 0.0, math.inf, open_low=True)
+    # Negative advantages get the narrower gate: lowering one token raises all others, which is less stable.
     tau = torch.full_like(tokens.logps, temperature_negative).masked_fill(tokens.advantages > 0, temperature)
     # 4 / tau makes the slope at ratio 1 that of the plain ratio.
     gate = torch.sigmoid(tau * (tokens.ratio - 1)) * 4 / tau
@@ -313,16 +323,20 @@ def vespo_loss(
     """
     for name, value in dict(k_pos=k_pos, lambda_pos=lambda_pos, k_neg=k_neg, lambda_neg=lambda_neg).items():
         check_range(name, value, 0.0, math.inf)
-    log_ratio = tokens.sum(tokens.log_ratio.detach()).clamp(math.log(1e-8), MAX_LOG_RATIO)
-    log_weight = tokens.spread(log_ratio)
-    gains = tokens.advantages >= 0
-    power = torch.full_like(log_weight, k_neg).masked_fill(gains, k_pos)
-    decay = torch.full_like(log_weight, lambda_neg).masked_fill(gains, lambda_pos)
+    # The product of the ratios, not their geometric mean: the weight is smooth, so an extreme ratio does no harm.
+    # The weight is a constant; the gradient flows through the log-probs alone.
+    sequence_log_ratio = tokens.sum(tokens.log_ratio.detach()).clamp(math.log(1e-8), MAX_LOG_RATIO)
+    log_weight = tokens.spread(sequence_log_ratio)
+    is_nonnegative = tokens.advantages >= 0
+    power = torch.full_like(log_weight, k_neg).masked_fill(is_nonnegative, k_pos)
+    # TRL raises lambda to at least 1e-4; here 0 means no decay.
+    decay = torch.full_like(log_weight, lambda_neg).masked_fill(is_nonnegative, lambda_pos)
     # exp(decay (1 - w)) w^power, in logarithms: neither factor overflows.
     phi = (decay + power * log_weight - decay * log_weight.exp()).exp()
     return -phi * tokens.advantages * tokens.logps
 
 
+# Without a ratio nothing corrects for an older policy: one step for each rollout.
 @policy_loss("reinforce", mean="tokens", token_ratios=False)
 def reinforce_loss(tokens: Tokens) -> Tensor:
     r"""REINFORCE: the policy gradient itself, averaged over tokens; ``old_logps`` is not read.
@@ -342,6 +356,7 @@ def reinforce_loss(tokens: Tokens) -> Tensor:
     return -tokens.advantages * tokens.logps
 
 
+# Sums, because the log-prob of an answer is the sum of its tokens'. TRL's RLOOTrainer adds PPO's clip.
 @policy_loss("rloo", mean="sums", token_ratios=False)
 def rloo_loss(tokens: Tokens) -> Tensor:
     r"""REINFORCE on whole answers: the mean over sequences of advantage times summed log-prob.

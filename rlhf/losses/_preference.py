@@ -29,6 +29,7 @@ from rlhf.losses._checks import check_floating, check_range, check_same_shape, c
 from rlhf.losses._reduction import SHARED_HELP, SHARED_OPTIONS, Reduction, document_options, hide, reduce
 from rlhf.losses.registry import Registry, arguments_of
 
+# In the order of the call: the signatures of all losses are built from it.
 SUMS = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
 POLICY_SUMS = SUMS[:2]
 LENGTHS = ("chosen_lengths", "rejected_lengths")
@@ -63,6 +64,7 @@ class Pair:
     def __getitem__(self, name: str) -> Tensor:
         value = self.columns.get(name)
         if value is None:
+            # Only declared columns are checked, masked and passed on by trainers, so an undeclared one is never here.
             raise ValueError(f"this loss reads {name}, which was not given: name it where the loss is registered")
         return value
 
@@ -132,6 +134,7 @@ class PreferenceLoss:
         if len(parameters) < 2 or parameters[1].name != "beta":
             raise ValueError(f"loss_type {self.__name__} must be a function (pair, beta, ...) of rlhf.losses.Pair")
         _, beta, *hyper_parameters = parameters
+        # Each loss has its own: beta scales rewards in DPO (0.1) and SimPO (2), and is a margin in SLiC (1).
         self.default_beta = beta.default
         self.hyper_parameters = tuple(parameter.name for parameter in hyper_parameters)
         self.__signature__ = self._signature(beta, hyper_parameters)
@@ -157,32 +160,36 @@ class PreferenceLoss:
     ) -> Tensor:
         beta = self.default_beta if beta is None else beta
         check_range("beta", beta, 0.0, math.inf, open_low=True)
+        # In a coupled loss element i is a quantile of the batch, so the weight of pair i would go to another pair.
         if self.coupled and weight is not None:
             raise TypeError(f"{self.__name__} takes no weight: its values belong to no single pair")
         # What is left of the options after the columns are hyper-parameters.
-        further = {name: options.pop(name, None) for name in self.columns}
+        further_columns = {name: options.pop(name, None) for name in self.columns}
         self._check_options(options)
-        given = dict(zip(SUMS, (policy_chosen, policy_rejected, ref_chosen, ref_rejected), strict=True))
-        sums = {name: given[name] for name in self.sums}
-        self._check_columns(sums, further)
-        columns = {name: _hidden(name, value, mask) for name, value in (sums | further).items()}
-        losses = self.function(Pair(columns, mask), beta, **options)
-        check_sum(self.__name__, reduction, losses.numel())
-        return reduce(losses, reduction, weight, mask)
+        all_sums = dict(zip(SUMS, (policy_chosen, policy_rejected, ref_chosen, ref_rejected), strict=True))
+        # A mixture passes all four sums to each loss; the ones that a loss does not read are dropped unchecked.
+        sums = {name: all_sums[name] for name in self.sums}
+        self._check_columns(sums, further_columns)
+        columns = {name: _hidden(name, value, mask) for name, value in (sums | further_columns).items()}
+        pair_losses = self.function(Pair(columns, mask), beta, **options)
+        check_sum(self.__name__, reduction, pair_losses.numel())
+        return reduce(pair_losses, reduction, weight, mask)
 
     def _document(self, docstring: str) -> str:
         """The docstring of the function, with the parameters of the call instead of the pair."""
-        sums = {name: text if name in self.sums else "not read." for name, text in SUMS_HELP.items()}
-        docstring = document_options(docstring, sums, instead_of="pair")
-        columns = {name: COLUMN_HELP.get(name, "[S], a column of the rows.") for name in self.columns}
-        shared = {name: text for name, text in SHARED_HELP.items() if name in inspect.signature(self).parameters}
-        return document_options(docstring, columns | shared)
+        sums_help = {name: help_text if name in self.sums else "not read." for name, help_text in SUMS_HELP.items()}
+        docstring = document_options(docstring, sums_help, instead_of="pair")
+        columns_help = {name: COLUMN_HELP.get(name, "[S], a column of the rows.") for name in self.columns}
+        shared_help = {
+            name: help_text for name, help_text in SHARED_HELP.items() if name in inspect.signature(self).parameters
+        }
+        return document_options(docstring, columns_help | shared_help)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         for name in options:
             if name not in self.hyper_parameters:
-                taken = ", ".join((*self.hyper_parameters, *self.columns)) or "nothing besides beta"
-                raise TypeError(f"{self.__name__} takes no {name}; it takes {taken}")
+                accepted = ", ".join((*self.hyper_parameters, *self.columns)) or "nothing besides beta"
+                raise TypeError(f"{self.__name__} takes no {name}; it takes {accepted}")
 
     def _check_columns(self, sums: Mapping[str, Tensor | None], further: Mapping[str, Any]) -> None:
         for name, value in sums.items():
@@ -192,8 +199,8 @@ class PreferenceLoss:
             if value is None:
                 raise TypeError(f"{self.__name__} needs {name}")
             check_floating(name, value)
-        if missing := [name for name in self.needs if further[name] is None]:
-            raise TypeError(f"{self.__name__} needs {', '.join(missing)}")
+        if missing_columns := [name for name in self.needs if further[name] is None]:
+            raise TypeError(f"{self.__name__} needs {', '.join(missing_columns)}")
         check_same_shape(**sums)
 
     def _signature(
@@ -205,18 +212,21 @@ class PreferenceLoss:
 
         # What follows a parameter with a default must have one too, whether the loss reads it or not.
         first_unread = next((index for index, name in enumerate(SUMS) if name not in self.sums), len(SUMS))
-        positional = [
+        positional_parameters = [
             parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, index < first_unread)
             for index, name in enumerate(SUMS)
         ]
-        keyword_only = [parameter(name, inspect.Parameter.KEYWORD_ONLY, name in self.needs) for name in self.columns]
-        shared = [option for option in SHARED_OPTIONS if not (self.coupled and option.name == "weight")]
-        parameters = [*positional, beta, *keyword_only, *hyper_parameters, *shared]
+        keyword_parameters = [
+            parameter(name, inspect.Parameter.KEYWORD_ONLY, name in self.needs) for name in self.columns
+        ]
+        shared_options = [option for option in SHARED_OPTIONS if not (self.coupled and option.name == "weight")]
+        parameters = [*positional_parameters, beta, *keyword_parameters, *hyper_parameters, *shared_options]
         return inspect.Signature(parameters, return_annotation=Tensor)
 
 
 def _hidden(name: str, value: Any, mask: Tensor | None) -> Any:
     """A column with 0 where the mask is False; numbers and integer columns as they are."""
+    # hide() takes floating point alone. Lengths are integers, and a number has no rows to hide.
     return hide(name, value, mask) if torch.is_tensor(value) and value.is_floating_point() else value
 
 
@@ -266,18 +276,22 @@ def preference_loss(
 
 def logistic(logits: Tensor) -> Tensor:
     """The logistic loss, ``-log sigmoid(logits)``."""
+    # The logarithm of a sigmoid would be -inf below logits of about -100.
     return -F.logsigmoid(logits)
 
 
 def per_token(logps: Tensor, lengths: Tensor) -> Tensor:
     """Sums [S] divided by numbers of tokens [S]; an empty completion counts as one token."""
     check_same_shape(logps=logps, lengths=lengths)
+    # The sum of an empty completion is 0, and 0 / 0 would be NaN.
     return logps / lengths.clamp(min=1)
 
 
 def smoothed(loss: Callable[[Tensor], Tensor], logits: Tensor, label_smoothing: float) -> Tensor:
     """Expected loss when each pair is flipped with probability ``label_smoothing`` (cDPO note, eq. 3)."""
+    # At 0.5 the labels hold no information; above it the flipped ones would be right.
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)
+    # Returned early: 0 times an infinite loss of the flipped pair is NaN, and half of the work is saved.
     if label_smoothing == 0:
         return loss(logits)
     return (1 - label_smoothing) * loss(logits) + label_smoothing * loss(-logits)
@@ -293,15 +307,16 @@ def _accepts_indices(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def call(*args: Any, **kwargs: Any) -> Tensor:
         by_position = dict(zip(_INDEX_FORM, args, strict=False))
         by_name = {name: kwargs[name] for name in _INDEX_FORM if name in kwargs}
-        named = by_position | by_name
-        chosen, rejected = named.get("yw_idx"), named.get("yl_idx")
+        index_form = by_position | by_name
+        chosen, rejected = index_form.get("yw_idx"), index_form.get("yl_idx")
         # Only indices are integers: in the paired form this place holds the reference's log-probs.
-        if len(named) < 4 or not torch.is_tensor(chosen) or chosen.is_floating_point():
+        if len(index_form) < 4 or not torch.is_tensor(chosen) or chosen.is_floating_point():
             return loss(*args, **kwargs)
-        policy, ref = named["policy_logps"], named["ref_logps"]
-        check_same_shape(policy_logps=policy, ref_logps=ref)
-        options = {name: value for name, value in kwargs.items() if name not in _INDEX_FORM}
-        return loss(policy[chosen], policy[rejected], ref[chosen], ref[rejected], *args[4:], **options)
+        policy_logps, ref_logps = index_form["policy_logps"], index_form["ref_logps"]
+        check_same_shape(policy_logps=policy_logps, ref_logps=ref_logps)
+        other_options = {name: value for name, value in kwargs.items() if name not in _INDEX_FORM}
+        sums = (policy_logps[chosen], policy_logps[rejected], ref_logps[chosen], ref_logps[rejected])
+        return loss(*sums, *args[4:], **other_options)
 
     return call
 
@@ -349,20 +364,25 @@ def dpo_loss(
 
     Source: arXiv 2305.18290, eq. 7 and appendix B; mixtures: MPO, arXiv 2411.10442.
     """
-    given = [loss_type] if isinstance(loss_type, str) or callable(loss_type) else list(loss_type)
-    names = [PREFERENCE_LOSSES.name_of(loss) for loss in given]
-    weights = [1.0] * len(names) if loss_weights is None else list(loss_weights)
-    if len(weights) != len(names) or not names:
-        raise ValueError(f"loss_weights must have one entry for each of {names}, got {weights}")
-    losses = [PREFERENCE_LOSSES.find(name) for name in names]
+    given_losses = [loss_type] if isinstance(loss_type, str) or callable(loss_type) else list(loss_type)
+    loss_names = [PREFERENCE_LOSSES.name_of(loss) for loss in given_losses]
+    weights = [1.0] * len(loss_names) if loss_weights is None else list(loss_weights)
+    if len(weights) != len(loss_names) or not loss_names:
+        raise ValueError(f"loss_weights must have one entry for each of {loss_names}, got {weights}")
+    losses = [PREFERENCE_LOSSES.find(name) for name in loss_names]
     sums = (policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
+    # A single loss checks its options itself, with an error that lists what it takes.
     if len(losses) == 1:
         return weights[0] * losses[0](*sums, **options)
-    taken = [arguments_of(loss, options) for loss in losses]
-    if unknown := sorted(set(options).difference(*taken)):
-        raise TypeError(f"none of {', '.join(names)} takes {', '.join(unknown)}; {_what_they_take(names)}")
-    parts = [w * loss(*sums, **own) for w, loss, own in zip(weights, losses, taken, strict=True)]
-    return torch.stack(parts).sum(0)
+    # The losses of a mixture take different options, so each gets its own; one that none of them takes is a mistake.
+    options_of_losses = [arguments_of(loss, options) for loss in losses]
+    if unknown := sorted(set(options).difference(*options_of_losses)):
+        raise TypeError(f"none of {', '.join(loss_names)} takes {', '.join(unknown)}; {_what_they_take(loss_names)}")
+    weighted_losses = [
+        loss_weight * loss(*sums, **loss_options)
+        for loss_weight, loss, loss_options in zip(weights, losses, options_of_losses, strict=True)
+    ]
+    return torch.stack(weighted_losses).sum(0)
 
 
 def _what_they_take(names: Sequence[str]) -> str:

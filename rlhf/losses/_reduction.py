@@ -16,6 +16,7 @@ Reduction = Literal["mean", "sum", "none"]
 
 def upcast(tensor: Tensor) -> Tensor:
     """Half precision becomes float32; float32 and float64 stay."""
+    # bfloat16 has 8 bits of mantissa: a sum in it stops growing after a few hundred terms of one size.
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
@@ -45,6 +46,7 @@ def reduce(
     if weight is not None:
         weight = weight.to(values.dtype)
         if mask is not None:
+            # A hidden weight must not be in the divisor, and may be NaN too.
             weight = torch.where(mask.bool(), weight, 0.0)
         values = values * weight
     match reduction:
@@ -92,17 +94,18 @@ def document_options(docstring: str, options: Mapping[str, str], instead_of: str
         The docstring, with the lines in that place, or at the end of its ``Args``; unchanged if it has none.
     """
     docstring = inspect.cleandoc(docstring)
+    # The section ends at the first line that is not indented.
     section = re.search(r"^Args:\n((?:[ ].*\n|\n)*)", docstring, re.MULTILINE)
     if section is None:
         return docstring
     lines = [
-        f"    {name}: {text}\n"
-        for name, text in options.items()
+        f"    {name}: {description}\n"
+        for name, description in options.items()
         if not re.search(rf"^    {name}:", section[1], re.MULTILINE)
     ]
     start = end = section.end()
-    if instead_of is not None and (line := re.search(rf"^    {instead_of}: .*\n", section[0], re.MULTILINE)):
-        start, end = section.start() + line.start(), section.start() + line.end()
+    if instead_of is not None and (replaced_line := re.search(rf"^    {instead_of}: .*\n", section[0], re.MULTILINE)):
+        start, end = section.start() + replaced_line.start(), section.start() + replaced_line.end()
     return docstring[:start] + "".join(lines) + docstring[end:]
 
 
@@ -121,8 +124,10 @@ def reducible(*inputs: str, labels: str | None = None) -> Callable[[Callable[...
 
     def decorate(loss: Callable[..., Any]) -> Callable[..., Tensor]:
         signature = inspect.signature(loss)
-        own = list(signature.parameters.values())
-        positional = [p.name for p in own if p.kind is p.POSITIONAL_OR_KEYWORD]
+        loss_parameters = list(signature.parameters.values())
+        positional = [
+            parameter.name for parameter in loss_parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        ]
 
         @wraps(loss)
         def call(
@@ -134,23 +139,26 @@ def reducible(*inputs: str, labels: str | None = None) -> Callable[[Callable[...
         ) -> Tensor:
             if len(args) > len(positional):
                 signature.bind(*args, **kwargs)  # raises, naming what is too many
-            given = dict(zip(positional, args, strict=False), **kwargs)
+            arguments = dict(zip(positional, args, strict=False), **kwargs)
             # An ignored label hides its loss, but is not worth a copy of the logits, as in torch.
-            hidden = mask
+            hiding_mask = mask
             if labels is not None:
-                mask = _take_labels(given, inputs[0], labels, mask)
+                mask = _take_labels(arguments, inputs[0], labels, mask)
             for name in inputs:
-                if given.get(name) is not None:
-                    given[name] = hide(name, given[name], hidden)
-            result = loss(**given)
+                if arguments.get(name) is not None:
+                    arguments[name] = hide(name, arguments[name], hiding_mask)
+            loss_output = loss(**arguments)
             # Some losses also return what each element adds to the divisor of the mean.
-            values, counts = result if isinstance(result, tuple) else (result, None)
+            values, counts = loss_output if isinstance(loss_output, tuple) else (loss_output, None)
             check_sum(loss.__name__, reduction, values.numel())
             return reduce(values, reduction, weight, mask, counts)
 
-        added = SHARED_OPTIONS if labels is None else [_option("ignore_index", -100, int), *SHARED_OPTIONS]
-        call.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
-        call.__doc__ = document_options(loss.__doc__ or "", {option.name: SHARED_HELP[option.name] for option in added})
+        added_options = SHARED_OPTIONS if labels is None else [_option("ignore_index", -100, int), *SHARED_OPTIONS]
+        # help(), the modules and the catalogue read the signature; *args would tell them nothing.
+        call.__signature__ = signature.replace(parameters=[*loss_parameters, *added_options])  # type: ignore[attr-defined]
+        call.__doc__ = document_options(
+            loss.__doc__ or "", {option.name: SHARED_HELP[option.name] for option in added_options}
+        )
         return call
 
     return decorate
@@ -170,9 +178,10 @@ def _take_labels(given: dict[str, Any], scores: str, name: str, mask: Tensor | N
             f"{tuple(logits.shape)}, to go with {scores} {tuple(logits.shape)}; got {tuple(labels.shape)}"
         )
     check_labels(name, labels, logits.size(-1), ignore_index)
-    scored = labels != ignore_index
+    is_scored = labels != ignore_index
     check_same_shape(mask=mask, **{name: labels})
-    mask = scored if mask is None else mask.bool() & scored
+    mask = is_scored if mask is None else mask.bool() & is_scored
+    # Class 0 exists for any number of classes; the loss there is masked.
     given[name] = torch.where(mask, labels.long(), 0)
     return mask
 
@@ -186,4 +195,5 @@ def hide(name: str, value: Tensor, mask: Tensor | None) -> Tensor:
     if value.dim() == mask.dim() + 1:
         visible = visible[..., None]
     check_same_shape(mask=mask, **{name: value if value.dim() == mask.dim() else value[..., 0]})
+    # Selected before the loss is computed: masking only the result would leave 0 * NaN in the gradient.
     return torch.where(visible, value, 0.0)

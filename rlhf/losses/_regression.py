@@ -40,6 +40,7 @@ def mse_loss(predictions: Tensor, targets: Tensor) -> Tensor:
     Source: Gauss 1809. As ``torch.nn.functional.mse_loss``, with a mask, and without broadcasting.
     """
     _check(predictions, targets)
+    # torch only warns of shapes that broadcast; the check above raises.
     return F.mse_loss(predictions, targets, reduction="none")
 
 
@@ -64,6 +65,7 @@ def mae_loss(predictions: Tensor, targets: Tensor) -> Tensor:
     Source: Boscovich 1757, Laplace 1793. As ``torch.nn.functional.l1_loss``.
     """
     _check(predictions, targets)
+    # At a residual of 0 torch's gradient is 0, the middle of the subgradients.
     return F.l1_loss(predictions, targets, reduction="none")
 
 
@@ -89,6 +91,7 @@ def huber_loss(predictions: Tensor, targets: Tensor, delta: float = 1.0) -> Tens
 
     Source: Huber 1964, eq. 2.6. As ``torch.nn.functional.huber_loss``.
     """
+    # At 0 the loss and its gradient would be 0 everywhere.
     check_range("delta", delta, 0.0, math.inf, open_low=True)
     _check(predictions, targets)
     return F.huber_loss(predictions, targets, delta=delta, reduction="none")
@@ -119,6 +122,7 @@ def smooth_l1_loss(predictions: Tensor, targets: Tensor, beta: float = 1.0) -> T
     """
     check_range("beta", beta, 0.0, math.inf)
     _check(predictions, targets)
+    # At beta 0 torch takes the absolute error instead of dividing by 0.
     return F.smooth_l1_loss(predictions, targets, beta=beta, reduction="none")
 
 
@@ -144,6 +148,7 @@ def log_cosh_loss(predictions: Tensor, targets: Tensor) -> Tensor:
     """
     residual = _residual(predictions, targets)
     # log cosh without overflow; unlike a form with |residual| it has a derivative at 0.
+    # Its gradient is exactly tanh(residual).
     return residual + F.softplus(-2 * residual) - math.log(2)
 
 
@@ -169,8 +174,9 @@ def quantile_loss(predictions: Tensor, targets: Tensor, quantile: float = 0.5) -
     Source: Koenker and Bassett 1978.
     """
     check_range("quantile", quantile, 0.0, 1.0, open_low=True)
-    error = -_residual(predictions, targets)
-    return torch.maximum(quantile * error, (quantile - 1) * error)
+    # Positive where the prediction is too low, which a high quantile punishes more.
+    shortfall = -_residual(predictions, targets)
+    return torch.maximum(quantile * shortfall, (quantile - 1) * shortfall)
 
 
 @reducible("predictions", "targets")
@@ -195,4 +201,5 @@ def epsilon_insensitive_loss(predictions: Tensor, targets: Tensor, epsilon: floa
     Source: Vapnik 1995; the loss of ``sklearn.svm.SVR``.
     """
     check_range("epsilon", epsilon, 0.0, math.inf)
+    # Inside the tube the gradient is 0: only the points outside of it (support vectors) train.
     return F.relu(_residual(predictions, targets).abs() - epsilon)

@@ -55,6 +55,7 @@ def info_nce_loss(
     """
     _check_embeddings(queries=queries, keys=keys)
     check_same_shape(queries=queries, keys=keys)
+    # A learned temperature is not read: that would wait for an accelerator at each step.
     if not isinstance(temperature, Tensor):
         check_range("temperature", temperature, 0.0, math.inf, open_low=True)
     visible = None if mask is None else mask.bool()
@@ -66,6 +67,7 @@ def info_nce_loss(
     if gather and dist.is_available() and dist.is_initialized():
         all_queries, all_keys = torch.cat(_all_gather(queries)), torch.cat(_all_gather(keys))
         candidates = None if visible is None else torch.cat(_all_gather(visible.float())).bool()
+        # all_gather wants the same number of rows on each rank, so the rows of this one start here.
         first_row = dist.get_rank() * len(queries)
     partner = torch.arange(len(queries), device=queries.device) + first_row
     allowed = None
@@ -76,6 +78,7 @@ def info_nce_loss(
 
     def one_side(rows: Tensor, columns: Tensor, further: Tensor | None) -> Tensor:
         """The cross-entropy of finding each row's partner among the columns and further candidates, [N]."""
+        # Dividing [N, D] rows is cheaper than dividing [N, N] logits.
         logits = (rows / temperature) @ columns.T
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -math.inf)
@@ -86,10 +89,10 @@ def info_nce_loss(
     if negatives is not None:
         _check_embeddings(negatives=negatives)
         negatives = _prepared(negatives, None, normalize)
-    losses = one_side(queries, all_keys, negatives)
+    query_losses = one_side(queries, all_keys, negatives)
     if symmetric:
-        losses = (losses + one_side(keys, all_queries, None)) / 2
-    return reduce(losses, reduction, weight, visible)
+        query_losses = (query_losses + one_side(keys, all_queries, None)) / 2
+    return reduce(query_losses, reduction, weight, visible)
 
 
 def supervised_contrastive_loss(
@@ -130,15 +133,17 @@ def supervised_contrastive_loss(
     check_same_shape(embeddings=embeddings[:, 0], labels=labels, mask=visible, weight=weight)
     prepared = _prepared(embeddings, visible, normalize)
     is_self = torch.eye(len(prepared), dtype=torch.bool, device=prepared.device)
-    others = visible[None] & ~is_self
-    positives = others & (labels[:, None] == labels[None])
+    # The similarity of an example with itself is the largest there is, and would win every softmax.
+    is_other = visible[None] & ~is_self
+    is_positive = is_other & (labels[:, None] == labels[None])
     # Not -inf: a row without others would have an empty softmax, and its gradient would be NaN.
     smallest = -torch.finfo(prepared.dtype).max
-    logits = (prepared @ prepared.T / temperature).masked_fill(~others, smallest)
-    num_positives = positives.sum(1)
-    log_probs = torch.where(positives, logits.log_softmax(1), 0.0)
-    losses = -log_probs.sum(1) / num_positives.clamp(min=1)
-    return reduce(losses, reduction, weight, visible & (num_positives > 0))
+    logits = (prepared @ prepared.T / temperature).masked_fill(~is_other, smallest)
+    num_positives = is_positive.sum(1)
+    log_probs = torch.where(is_positive, logits.log_softmax(1), 0.0)
+    # The mean over positives is outside of the logarithm: L_out, which the paper finds better than L_in.
+    anchor_losses = -log_probs.sum(1) / num_positives.clamp(min=1)
+    return reduce(anchor_losses, reduction, weight, visible & (num_positives > 0))
 
 
 def triplet_loss(
@@ -217,6 +222,7 @@ def batch_triplet_loss(
     _check_embeddings(embeddings=embeddings)
     check_range("margin", margin, 0.0, math.inf)
     embeddings = upcast(embeddings)
+    # [N, N], and mining compares [N, N, N] below: meant for batches of hundreds.
     distances = _distance(embeddings[:, None], embeddings[None], distance)
     same_class = labels[:, None] == labels[None]
     is_self = torch.eye(len(embeddings), dtype=torch.bool, device=embeddings.device)
@@ -238,9 +244,10 @@ def batch_triplet_loss(
     is_beyond = is_triplet & (to_negative > to_positive)
     nearest_beyond = to_negative.masked_fill(~is_beyond, math.inf).amin(2)
     farthest_negative = to_negative.masked_fill(~is_triplet, -math.inf).amax(2)
-    negative = torch.where(is_beyond.any(2), nearest_beyond, farthest_negative)
+    # The fallback keeps every anchor and positive in the mean, as TensorFlow's semi-hard loss does.
+    mined_negative = torch.where(is_beyond.any(2), nearest_beyond, farthest_negative)
     has_triplet = is_triplet.any(2)
-    gaps = torch.where(has_triplet, distances - torch.where(has_triplet, negative, 0.0), 0.0)
+    gaps = torch.where(has_triplet, distances - torch.where(has_triplet, mined_negative, 0.0), 0.0)
     return reduce(F.relu(gaps + margin), reduction, mask=has_triplet)
 
 
@@ -284,8 +291,10 @@ def siglip_loss(
     queries = _prepared(queries, visible, normalize)
     keys = _prepared(keys, visible, normalize)
     # +1 on the diagonal, where a query meets its own key, -1 elsewhere.
-    signs = 2 * torch.eye(len(queries), dtype=queries.dtype, device=queries.device) - 1
-    losses = -F.logsigmoid(signs * (queries @ keys.T * scale + bias))
+    pair_signs = 2 * torch.eye(len(queries), dtype=queries.dtype, device=queries.device) - 1
+    losses = -F.logsigmoid(pair_signs * (queries @ keys.T * scale + bias))
+    # Summed over keys: the paper divides by the number of queries alone.
+    # Only N of the N^2 pairs match, hence a bias that starts at -10.
     by_query = torch.where(visible[None], losses, 0.0).sum(1)
     return reduce(by_query, reduction, weight, None if mask is None else visible)
 
@@ -314,9 +323,10 @@ def cosine_embedding_loss(first: Tensor, second: Tensor, targets: Tensor, margin
     check_range("margin", margin, -1.0, math.nextafter(1.0, 2.0))
     check_same_shape(first=first, second=second)
     check_same_shape(targets=targets, first=first[..., 0])
-    size = first.size(-1)
+    width = first.size(-1)
+    # torch takes [N, D] alone.
     losses = F.cosine_embedding_loss(
-        first.reshape(-1, size), second.reshape(-1, size), targets.reshape(-1), margin, reduction="none"
+        first.reshape(-1, width), second.reshape(-1, width), targets.reshape(-1), margin, reduction="none"
     )
     return losses.view(targets.shape)
 
@@ -332,12 +342,14 @@ def _prepared(embeddings: Tensor, mask: Tensor | None, normalize: bool) -> Tenso
     embeddings = upcast(embeddings)
     if mask is not None:
         embeddings = torch.where(mask.bool()[..., None], embeddings, 0.0)
+    # A row of zeros, such as a hidden one, stays zero: torch divides by at least 1e-12.
     return F.normalize(embeddings, dim=-1) if normalize else embeddings
 
 
 def _distance(first: Tensor, second: Tensor, kind: Distance) -> Tensor:
     if kind == "cosine":
         return 1 - F.cosine_similarity(first, second, dim=-1)
+    # From differences: |a|^2 + |b|^2 - 2ab would cancel for points that are near.
     squared = ((first - second) ** 2).sum(-1)
     if kind == "squared":
         return squared

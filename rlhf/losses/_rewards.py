@@ -42,6 +42,7 @@ def reward_loss(
     check_range("center_rewards_coefficient", center_rewards_coefficient, 0.0, math.inf)
     check_same_shape(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
     losses = smoothed(logistic, chosen_rewards - rejected_rewards - margin, label_smoothing)
+    # Differences leave a constant of all rewards open, and it drifts; RL adds rewards to a KL, where it matters.
     return losses + center_rewards_coefficient * (chosen_rewards + rejected_rewards) ** 2
 
 
@@ -65,5 +66,6 @@ def plackett_luce_loss(scores: Tensor) -> Tensor:
     """
     if scores.dim() == 0 or scores.size(-1) < 2:
         raise ValueError(f"scores must be [..., k] with k >= 2 answers, best first; got {tuple(scores.shape)}")
-    rest = torch.logcumsumexp(scores.flip(-1), -1).flip(-1)  # over each answer and those below it
-    return (rest - scores)[..., :-1].sum(-1)
+    log_remaining = torch.logcumsumexp(scores.flip(-1), -1).flip(-1)  # over each answer and those below it
+    # The last answer has no other left to be compared with: its term is 0.
+    return (log_remaining - scores)[..., :-1].sum(-1)

@@ -37,21 +37,23 @@ def top_k_outcomes(
         >>> top_k_outcomes(half, rest, half, rest, 4, tail=True)[0].exp()
         tensor([0.5000, 0.5000])
     """
+    # log_softmax of log-probs subtracts the logarithm of their sum: it renormalises them.
     if not tail:
         return log_q.log_softmax(-1), log_p.log_softmax(-1)
     if log_q.size(-1) == vocabulary:
         return log_q, log_p
-    least = math.log(torch.finfo(log_p.dtype).tiny)  # a rest of nothing: log 0 would make NaN of 0 * log 0
-    log_p_rest = log_p_rest.clamp(min=least)
+    smallest_log = math.log(torch.finfo(log_p.dtype).tiny)  # a rest of nothing: log 0 would make NaN of 0 * log 0
+    log_p_rest = log_p_rest.clamp(min=smallest_log)
     return torch.cat([log_q, log_q_rest[..., None]], -1), torch.cat([log_p, log_p_rest[..., None]], -1)
 
 
 def _log_rest(top_logps: Tensor) -> Tensor:
     """Log of the mass that the k kept tokens leave, [...]."""
-    mass = -torch.expm1(top_logps.logsumexp(-1))
+    # expm1 keeps the digits of a small rest.
+    rest_mass = -torch.expm1(top_logps.logsumexp(-1))
     # Below this it is the rounding of a whole distribution.
-    least = torch.finfo(mass.dtype).eps * top_logps.size(-1)
-    return torch.where(mass > least, mass, torch.finfo(mass.dtype).tiny).log()
+    smallest_mass = torch.finfo(rest_mass.dtype).eps * top_logps.size(-1)
+    return torch.where(rest_mass > smallest_mass, rest_mass, torch.finfo(rest_mass.dtype).tiny).log()
 
 
 def _divergence_of_top_k(
@@ -74,6 +76,8 @@ def _divergence_of_top_k(
     log_q_rest = teacher_rest  # not read without a tail
     vocabulary = log_q.size(-1)
     if tail and teacher_top_ids.size(-1) < vocabulary:
+        # The student's rest is summed from its tokens: 1 less the kept mass would lose its digits where that is near 1.
+        # For the teacher there is no other way, as its other tokens were not kept.
         log_q_rest = log_q.scatter(-1, teacher_top_ids, -math.inf).logsumexp(-1)
     log_q_kept = log_q.gather(-1, teacher_top_ids)
     outcomes = top_k_outcomes(log_q_kept, log_q_rest, teacher_top_logps, teacher_rest, vocabulary, tail)
@@ -121,6 +125,7 @@ def top_k_kl(
         teacher_top_logps,
         teacher_top_ids,
         teacher_rest,
+        # The two KLs are the ends of the Jensen–Shannon family, so that one function serves both losses.
         beta=1.0 if reverse else 0.0,
         temperature=temperature,
         tail=tail,
@@ -197,9 +202,11 @@ def sampled_distillation_loss(student_logits: Tensor, teacher_samples: Tensor, t
     Source: arXiv 2503.16870 §4; for whole sequences arXiv 1606.07947.
     """
     check_range("temperature", temperature, 0.0, math.inf, open_low=True)
+    # gather reads a smaller index without an error, and would score the wrong positions.
     if teacher_samples.is_floating_point() or teacher_samples.shape[:-1] != student_logits.shape[:-1]:
         raise ValueError(
             f"teacher_samples must be integers [..., m] beside student_logits {tuple(student_logits.shape)}, "
             f"got {teacher_samples.dtype} {tuple(teacher_samples.shape)}"
         )
+    # A token drawn twice counts twice, without which the estimate would be biased.
     return -(student_logits / temperature).log_softmax(-1).gather(-1, teacher_samples).mean(-1)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from rlhf import losses
 
+# By file: a public loss is in the catalogue as soon as it stands in one of these files.
+# The order is that of the table in the docs.
 FAMILIES = {
     "_regression": "Regression",
     "_classification": "Classification",
@@ -56,13 +58,13 @@ class Entry:
     @property
     def formula(self) -> str:
         """TeX; empty where the docstring has none."""
-        found = re.search(r"\.\. math::(.*?)\n\n", self.documentation + "\n\n", re.DOTALL)
-        return " ".join(found.group(1).split()) if found else ""
+        math_block = re.search(r"\.\. math::(.*?)\n\n", self.documentation + "\n\n", re.DOTALL)
+        return " ".join(math_block.group(1).split()) if math_block else ""
 
     @property
     def source(self) -> str:
-        found = re.search(r"^Source: (.*?)(?:\n\n|\Z)", self.documentation, re.DOTALL | re.MULTILINE)
-        return " ".join(found.group(1).split()) if found else ""
+        source_line = re.search(r"^Source: (.*?)(?:\n\n|\Z)", self.documentation, re.DOTALL | re.MULTILINE)
+        return " ".join(source_line.group(1).split()) if source_line else ""
 
     @property
     def signature(self) -> str:
@@ -74,12 +76,15 @@ def entries() -> list[Entry]:
     catalogue = []
     for name in losses.__all__:
         function = getattr(losses, name)
-        file = getattr(function, "__module__", "").rpartition(".")[2]
-        if callable(function) and file in FAMILIES and name not in EXTENSION_POINTS:
-            catalogue.append(Entry(FAMILIES[file], name, function))
+        # Decorators keep the module of what they wrap, so this is the file that defines the loss.
+        defining_file = getattr(function, "__module__", "").rpartition(".")[2]
+        if callable(function) and defining_file in FAMILIES and name not in EXTENSION_POINTS:
+            catalogue.append(Entry(FAMILIES[defining_file], name, function))
+    # Only few of them are exported, so they are listed by the names that options take.
     catalogue += [Entry("Preferences", name, loss) for name, loss in losses.PREFERENCE_LOSSES.items()]
-    order = list(dict.fromkeys(FAMILIES.values()))
-    return sorted(catalogue, key=lambda entry: order.index(entry.family))
+    family_order = list(dict.fromkeys(FAMILIES.values()))
+    # The sort is stable: within a family the order of registration or export stays.
+    return sorted(catalogue, key=lambda entry: family_order.index(entry.family))
 
 
 def find(name: str) -> Entry:
@@ -94,12 +99,15 @@ def find(name: str) -> Entry:
     """
     from difflib import get_close_matches
 
-    known = {entry.name: entry for entry in entries()}
-    known |= {name: Entry("Policy gradients", name, loss) for name, loss in losses.POLICY_LOSSES.items()}
-    if name in known:
-        return known[name]
-    near = get_close_matches(name, known, n=1)
-    raise ValueError(f"no loss {name!r}" + (f"; did you mean {near[0]}?" if near else "; `rlhf losses` lists them"))
+    known_entries = {entry.name: entry for entry in entries()}
+    # They are listed as grpo_loss and so on, but people also ask for the name in --loss_type.
+    known_entries |= {name: Entry("Policy gradients", name, loss) for name, loss in losses.POLICY_LOSSES.items()}
+    if name in known_entries:
+        return known_entries[name]
+    close_matches = get_close_matches(name, known_entries, n=1)
+    raise ValueError(
+        f"no loss {name!r}" + (f"; did you mean {close_matches[0]}?" if close_matches else "; `rlhf losses` lists them")
+    )
 
 
 @dataclass(frozen=True)
@@ -126,27 +134,30 @@ class Problem:
         return self.imbalance is not None and self.imbalance < 0.2
 
 
+# Each takes the whole problem, also where it reads nothing of it, so that TASKS can call them alike.
 def _regression(problem: Problem) -> list[Advice]:
-    plain = Advice("mse_loss", "", "estimates the mean; the best where errors are like normal ones")
-    robust = [
+    squared_error = Advice("mse_loss", "", "estimates the mean; the best where errors are like normal ones")
+    robust_losses = [
         Advice("huber_loss", "delta = the size of an ordinary residual", "an outlier's gradient is bounded"),
         Advice("mae_loss", "", "estimates the median; ignores how far an outlier is"),
     ]
-    return [*robust, plain] if problem.outliers else [plain, *robust]
+    return [*robust_losses, squared_error] if problem.outliers else [squared_error, *robust_losses]
 
 
 def _binary(problem: Problem) -> list[Advice]:
     if problem.imbalance is None or not problem.has_rare_class:
         return [Advice("bce_with_logits_loss", "no sigmoid before it", "calibrated probabilities")]
-    ratio = (1 - problem.imbalance) / problem.imbalance
+    # With this weight both classes have the same total weight.
+    class_ratio = (1 - problem.imbalance) / problem.imbalance
     return [
         Advice("focal_loss", f"gamma=2, alpha={1 - problem.imbalance:.2g}", "easy negatives get little weight"),
-        Advice("bce_with_logits_loss", f"pos_weight={ratio:.3g}", "negatives / positives; stays convex"),
+        Advice("bce_with_logits_loss", f"pos_weight={class_ratio:.3g}", "negatives / positives; stays convex"),
     ]
 
 
 def _multiclass(problem: Problem) -> list[Advice]:
     if not problem.has_rare_class:
+        # At least 0.1, the usual amount; more than 0.2 rarely helps, however many labels are wrong.
         smoothing = max(min(problem.noise, 0.2), 0.1 if problem.noise else 0.0)
         return [
             Advice("cross_entropy_loss", f"label_smoothing={smoothing:.2g}", "more smoothing with wrong labels"),
@@ -240,6 +251,7 @@ def advise(
     """
     if imbalance is not None and not 0 < imbalance <= 0.5:
         raise ValueError(f"imbalance is the share of the rarer class, in (0, 0.5]; got {imbalance}")
+    # With half of the labels wrong nothing can be learned from them.
     if not 0 <= noise < 0.5:
         raise ValueError(f"noise is the share of wrong labels, in [0, 0.5); got {noise}")
     if task not in TASKS:

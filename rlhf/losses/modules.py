@@ -131,6 +131,7 @@ class LossModule(nn.Module):
                 raise TypeError(
                     f"{type(self).__name__} has no argument {name!r}; it takes {', '.join(self.hyper_parameters)}"
                 )
+        # Only what was given: defaults stay with the function alone.
         self.names = tuple(options)
         for name, value in options.items():
             # So that tensors follow the module to a device and into its state.
@@ -140,6 +141,7 @@ class LossModule(nn.Module):
                 setattr(self, name, value)
 
     def forward(self, *tensors: Tensor, **more: Any) -> Tensor:
+        # An option of the call overrides the module's.
         return type(self).function(*tensors, **{name: getattr(self, name) for name in self.names} | more)
 
     def extra_repr(self) -> str:
@@ -148,26 +150,28 @@ class LossModule(nn.Module):
 
 def _module(name: str, function: Callable[..., Tensor]) -> type[LossModule]:
     """The class of a loss, whose hyper-parameters are those of the function."""
-    names = []
+    setting_names = []
     takes_more = False
     for parameter in inspect.signature(function).parameters.values():
         # Tensors have no default, or None; so do weight and mask, which belong to a call.
         is_setting = parameter.default is not parameter.empty and parameter.default is not None
         if parameter.name not in ("weight", "mask") and (is_setting or parameter.kind is parameter.KEYWORD_ONLY):
-            names.append(parameter.name)
+            setting_names.append(parameter.name)
         takes_more |= parameter.kind is parameter.VAR_KEYWORD
     if takes_more:  # it passes these on to another loss
-        names += [option for option in ("reduction", "ignore_index") if option not in names]
+        setting_names += [option for option in ("reduction", "ignore_index") if option not in setting_names]
     summary = (function.__doc__ or "").strip().splitlines()[0]
     members = {
         "function": staticmethod(function),
-        "hyper_parameters": tuple(names),
+        "hyper_parameters": tuple(setting_names),
+        # So that pickle finds the class by its name here.
         "__module__": __name__,
         "__doc__": f"{summary} See :func:`rlhf.losses.{function.__name__}`.",
     }
     return type(name, (LossModule,), members)
 
 
+# Written out instead of made in a loop, so that editors and type checkers know the names.
 MSELoss = _module("MSELoss", mse_loss)
 MAELoss = _module("MAELoss", mae_loss)
 HuberLoss = _module("HuberLoss", huber_loss)
@@ -217,6 +221,7 @@ ValueLoss = _module("ValueLoss", value_loss)
 ActorCriticLoss = _module("ActorCriticLoss", actor_critic_loss)
 
 
+# Not made by _module: its hyper-parameters depend on loss_type, so the call checks them.
 class DPOLoss(nn.Module):
     """Any preference loss by name: ``DPOLoss(beta=0.1, loss_type="sigmoid", label_smoothing=0.1)``.
 
@@ -277,17 +282,20 @@ class CombinedLoss(nn.Module):
         self.weights = {name: (weights or {}).get(name, 1.0) for name in parts}
         self.scheme = scheme
         if scheme == "uncertainty":
+            # 0 is a variance of 1: training starts from the plain sum.
             self.log_variances = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in parts})
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        values = {name: loss(*args, **kwargs) for name, loss in self.parts.items()}
-        terms = [self.weights[name] * self._term(name, value) for name, value in values.items()]
-        return torch.stack(terms).sum(), {name: value.detach() for name, value in values.items()}
+        part_values = {name: loss(*args, **kwargs) for name, loss in self.parts.items()}
+        # Weights apply after the scheme, so that they compare parts of one scale.
+        weighted_terms = [self.weights[name] * self._term(name, value) for name, value in part_values.items()]
+        return torch.stack(weighted_terms).sum(), {name: value.detach() for name, value in part_values.items()}
 
     def _term(self, name: str, value: Tensor) -> Tensor:
         if self.scheme == "scaled":
-            size = value.detach().abs()
-            return value / torch.where(size > 0, size, 1.0)
+            # Detached: the gradient is that of log |value|, free of units.
+            magnitude = value.detach().abs()
+            return value / torch.where(magnitude > 0, magnitude, 1.0)
         if self.scheme == "uncertainty":
             log_variance = self.log_variances[name]
             # Without the second term the variance would grow for ever.
@@ -316,6 +324,7 @@ def as_compute_loss(loss: Callable[..., Tensor], **options: Any) -> Callable[...
         # Trainer gives the number of items of the whole step, over accumulated micro-batches.
         if num_items_in_batch is None:
             return loss(logits, labels, **options)
+        # A mean of each micro-batch would give a token of a short one more weight.
         return loss(logits, labels, reduction="sum", **options) / num_items_in_batch
 
     return compute

@@ -77,9 +77,9 @@ class Registry(dict[str, Entry], Generic[Entry]):
         return self._given[name]
 
     def _unknown(self, name: str) -> str:
-        near = difflib.get_close_matches(name, self, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{self.option} {name!r} is unknown: one of {', '.join(self)}, or file.py:name{hint}"
+        close_matches = difflib.get_close_matches(name, self, n=1)
+        suggestion = f"; did you mean {close_matches[0]}?" if close_matches else ""
+        return f"{self.option} {name!r} is unknown: one of {', '.join(self)}, or file.py:name{suggestion}"
 
 
 def arguments_of(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
@@ -106,25 +106,26 @@ def load_object(name: str, what: str) -> Any:
     Raises:
         ValueError: it cannot be imported, or there is nothing of that name. FileNotFoundError: no such file.
     """
-    place, attribute = split_place(name)
-    module = _import_file(what, place) if place.endswith(".py") else _import(what, place)
+    location, attribute = split_place(name)
+    module = _import_file(what, location) if location.endswith(".py") else _import(what, location)
     if not hasattr(module, attribute):
-        near = difflib.get_close_matches(attribute, dir(module), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{what}: no {attribute!r} in {module.__file__}{hint}")
+        close_matches = difflib.get_close_matches(attribute, dir(module), n=1)
+        suggestion = f"; did you mean {close_matches[0]}?" if close_matches else ""
+        raise ValueError(f"{what}: no {attribute!r} in {module.__file__}{suggestion}")
     return getattr(module, attribute)
 
 
 def split_place(name: str) -> tuple[str, str]:
     """``(file or module, attribute)`` of what :func:`load_object` takes; no file or module for a bare name."""
-    place, _, attribute = name.rpartition(":") if ":" in name else name.rpartition(".")
-    return place, attribute
+    location, _, attribute = name.rpartition(":") if ":" in name else name.rpartition(".")
+    return location, attribute
 
 
 def _import(what: str, module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
+        # A module that is missing inside the user's own module is another mistake than a wrong name.
         if error.name and (module == error.name or module.startswith(error.name + ".")):
             raise ValueError(f"{what}: no module {error.name!r}; for a file write file.py:function") from error
         raise ValueError(f"{what}: importing {module} fails ({error})") from error
@@ -133,15 +134,16 @@ def _import(what: str, module: str) -> ModuleType:
 
 
 def _import_file(what: str, file: str) -> ModuleType:
-    path = Path(file).expanduser().resolve()
-    if not path.is_file():
+    file_path = Path(file).expanduser().resolve()
+    if not file_path.is_file():
         raise FileNotFoundError(f"{what}: {file}: no such file")
-    spec = importlib.util.spec_from_file_location(f"_user_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # data classes in the file look themselves up
+    # With a prefix: a user's file called json.py must not replace that module for everybody.
+    module_spec = importlib.util.spec_from_file_location(f"_user_{file_path.stem}", file_path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # data classes in the file look themselves up
     try:
-        spec.loader.exec_module(module)
+        module_spec.loader.exec_module(module)
     except Exception as error:
         raise ValueError(f"{what}: running {file} fails ({type(error).__name__}: {error})") from error
     return module
