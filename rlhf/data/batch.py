@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf.logprobs import Targets
 
+# The label that PyTorch's cross-entropy ignores by default, and so all of transformers.
 IGNORE = -100
 Layout = Literal["segments", "rows"]
 Row = dict[str, Any]
@@ -28,6 +29,7 @@ class Span(NamedTuple):
     """
 
     length: int
+    # Not 0, which is the first span.
     parent: int = -1
     prefix: int = 0
 
@@ -40,6 +42,7 @@ class Segments:
     fills it, all other layers reuse it.
     """
 
+    # No generated `==` (eq=False above): it would compare tensors, whose comparison is no single truth value.
     spans: tuple[Span, ...]
     attention_cache: dict[Any, Any] = field(default_factory=dict)
 
@@ -72,6 +75,7 @@ class Batch:
     extras: Mapping[str, Movable] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # A tensor of another length may broadcast inside a loss and give a wrong value without an error.
         _check_lengths("per_token", self.per_token, len(self.targets), "scored tokens")
         _check_lengths("per_sequence", self.per_sequence, self.targets.num_sequences, "sequences")
 
@@ -106,6 +110,7 @@ class Batch:
         """
         if self.segments is None:
             rows, width = self.attention_mask.shape
+            # `argmax` finds the first 1 from the right; with padding on the left that is at 0.
             padding_on_the_right = self.attention_mask.flip(1).argmax(1)
             ends = torch.arange(1, rows + 1, device=padding_on_the_right.device) * width
             return ends - 1 - padding_on_the_right
@@ -151,7 +156,9 @@ def sequences(row: Row) -> list[Sequence]:
     completions: list[list[int]] = (
         row["completions"] if "completions" in row else [row["chosen_ids"], row["rejected_ids"]]
     )
+    # Without labels, every token of an answer is scored: its ids are its labels.
     first, *others = zip(completions, row.get("labels", completions), strict=True)
     first_ids, first_labels = first
+    # Only the first sequence holds the prompt, so that a flat row computes it once for all answers.
     whole = Sequence(prompt + first_ids, [IGNORE] * len(prompt) + first_labels)
     return [whole, *(Sequence(ids, labels, len(prompt)) for ids, labels in others)]

@@ -40,6 +40,7 @@ class SequenceColumn(NamedTuple):
 
 
 PER_SEQUENCE = (
+    # Pairs store a reference log-prob for each of both answers, other rows a single one.
     SequenceColumn("ref_logps", ("ref_chosen_logps", "ref_rejected_logps")),
     SequenceColumn("ref_logps", ("ref_logps",)),
     SequenceColumn("margin", ("margin",)),
@@ -64,6 +65,7 @@ def mismatched_batch(examples: list[Row], collate: "Collator") -> Batch | None:
         if "ref_mismatched_logps" in example:
             row["ref_logps"] = example["ref_mismatched_logps"]
         rows.append(row)
+    # Extras belong to the actual answers: computed here, they would describe the wrong ones.
     return replace(collate, extras={})(rows)
 
 
@@ -93,6 +95,7 @@ class Collator:
         # A packed row is a list of examples.
         examples = [example for row in rows for example in row.get("examples", [row])]
         batch = self._flat(examples) if self.layout == "segments" else self._padded(examples)
+        # The first example stands for all: the rows of a data set have the same columns.
         columns = [column for column in self.per_sequence if column.is_in(examples[0])]
         extras = {name: make(examples, self) for name, make in self.extras.items()}
         return replace(
@@ -132,6 +135,7 @@ class Collator:
         targets = Targets(torch.cat(sources), torch.cat(tokens), torch.cat(owners), len(owners))
         input_ids = torch.tensor(ids)[None]
         position_ids = torch.cat(positions)[None]
+        # Nothing is padding here. Which tokens see each other is decided by the segments, not by this mask.
         return Batch(input_ids, torch.ones_like(input_ids), position_ids, targets, Segments(tuple(spans)))
 
     def _padded(self, examples: list[Row]) -> Batch:
@@ -149,6 +153,7 @@ class Collator:
             input_ids[index, used] = torch.tensor(ids)
             labels[index, used] = torch.tensor(labels_of_row)
             attention_mask[index, used] = 1
+            # Counted from the first token, so that padding on the left shifts no position.
             position_ids[index, used] = torch.arange(len(ids))
         return Batch(input_ids, attention_mask, position_ids, Targets.from_labels(labels, attention_mask))
 

@@ -68,6 +68,7 @@ class Reading:
             A new object.
         """
         templates = tokenizer.chat_template  # one, several by name, or None
+        # The template is only searched for words, such as `tool_calls`, so that several may be joined.
         template = templates if isinstance(templates, str) else " ".join((templates or {}).values())
         features = getattr(rows, "features", None) or {}
         json_columns = [name for name, feature in features.items() if isinstance(feature, JsonText | Json)]
@@ -119,6 +120,7 @@ class SftEncoder:
 
     @property
     def blank(self) -> dict[str, Any]:
+        # One id, not none: Arrow cannot tell the type of an empty list.
         return {"input_ids": [0], "labels": [IGNORE]}
 
     @property
@@ -173,6 +175,7 @@ class PairEncoder:
 
     @classmethod
     def for_columns(cls, names: Sequence[str], reading: Reading, margin: bool = False) -> "PairEncoder":
+        # The option may be on for a mixture of which only some files have margins.
         with_margin = margin and "margin" in names
         read = pair_columns(names)
         return cls(reading, (*read, "margin") if with_margin else read, with_margin)
@@ -218,6 +221,7 @@ class UnpairedEncoder:
 
     @classmethod
     def for_columns(cls, names: Sequence[str], reading: Reading) -> "UnpairedEncoder":
+        # The names are the new ones already, so nothing is renamed in this check.
         if check_unpaired_columns(names, replace(reading.form, columns={})):
             pairs = PairEncoder.for_columns(names, reading)
             return cls(reading, pairs.read, pairs)
@@ -240,6 +244,7 @@ class UnpairedEncoder:
         is_good = label(row)
         if "completion_ids" in row:
             ids = list(row["completion_ids"])
+            # Ready ids come without a mask: all of them are scored, so they are their own labels.
             return [TokenisedRow(self._columns(list(row["prompt_ids"]), ids, ids, is_good))]
         encoded = encode(tokenizer, unpaired_dialogue(row, self.reading.form))
         ((ids, _),) = encoded.completions
@@ -285,6 +290,7 @@ class PromptEncoder:
     def encode(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> list[TokenisedRow]:
         row = canonical(row, self.reading.form)
         ids = encode_prompt(tokenizer, prompt_dialogue(row, self.reading.form))
+        # Generation has to begin with at least one id.
         if not ids:
             raise ValueError("'prompt' is empty")
         return [TokenisedRow({"prompt_ids": ids})]
@@ -300,6 +306,7 @@ def _counted(columns: dict[str, Any], encoded: Encoded) -> TokenisedRow:
 def _sft_row(encoded: Encoded) -> TokenisedRow:
     ((ids, _),) = encoded.completions
     (labels,) = _answer_labels(encoded)
+    # A prompt of its own serves pairs, which share it. Supervised rows are one sequence.
     prompt = encoded.prompt_ids
     return _counted({"input_ids": prompt + ids, "labels": [IGNORE] * len(prompt) + labels}, encoded)
 
@@ -351,6 +358,7 @@ def _ready_sft_columns(row: Row) -> dict[str, Any]:
 
 def _ready_pair_columns(row: Row) -> dict[str, Any]:
     ids = {name: list(row[name]) for name in PAIR_IDS}
+    # An answer without ids has no log-prob that could be compared.
     answers = ("chosen_ids", "rejected_ids")
     for name in answers:
         if not ids[name]:

@@ -75,6 +75,7 @@ def canonical(row: Row, row_format: RowFormat) -> dict[str, Any]:
         ValueError: The row holds images, video or audio.
     """
     row = rename_row(row, row_format)
+    # The text alone would teach answers about an image that the model never gets.
     for name in MEDIA:
         is_note = isinstance(row.get(name), str)  # such as a path or an address
         if row.get(name) and not is_note:
@@ -102,6 +103,7 @@ def sft_dialogue(row: Row, column: str, row_format: RowFormat) -> Dialogue:
     reader = _RowReader(row, row_format)
     if column in CONVERSATIONS:
         return reader.dialogue([], [reader.conversation(column)])
+    # The prompt that both answers begin with is found by comparing them, exactly as for DPO.
     if column in CHOSEN and present(list(row), REJECTED):
         prompt, chosen, _ = reader.pair()
         return reader.dialogue(prompt, [chosen])
@@ -142,6 +144,7 @@ def unpaired_dialogue(row: Row, row_format: RowFormat) -> Dialogue:
     Raises:
         ValueError: The row is malformed.
     """
+    # In a file of several forms, a row has nulls in the columns of the other forms.
     filled = [name for name, value in row.items() if value is not None]
     candidates = present(filled, ANSWERS) or present(filled, CONVERSATIONS)
     if not candidates:
@@ -178,6 +181,7 @@ def prompt_dialogue(row: Row, row_format: RowFormat) -> Dialogue:
         prompt, _ = reader.prompt_and_completion(answers[0])
     elif column in CONVERSATIONS:
         turns = reader.conversation(column)
+        # A conversation that ends with a question is a prompt as it is.
         prompt = turns if turns[-1]["role"] != ASSISTANT else last_answer(turns)[0]
         if not prompt:
             raise ValueError(f"{column!r} begins with the assistant's answer: there is nothing to answer")
@@ -202,6 +206,7 @@ def margin(row: Row) -> float:
         ValueError: The value is no finite number.
     """
     value = row["margin"]
+    # In Python, true and false are integers; and its JSON parser reads NaN and Infinity as numbers.
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value):
         description = value if isinstance(value, float) else describe_type(value)
@@ -248,6 +253,7 @@ def has_labels(rows: Any, row_format: RowFormat) -> bool:
     Returns:
         True if one of them has such a label.
     """
+    # A sample is enough to tell labels from classes or scores, however large the file is.
     first_rows = (rename_row(rows[index], row_format) for index in range(min(len(rows), 100)))
     return any(is_labelled_bad(row) or row.get("label") in (True, "true", "True") for row in first_rows)
 
@@ -270,6 +276,7 @@ class _RowReader:
     def dialogue(self, prompt: Turns, completions: list[Turns]) -> Dialogue:
         """Add the row's system turn, tools and options of the template."""
         tools = None
+        # Plain text has no turns: `prompt` has joined the system text to it, and tools need a template.
         if not isinstance(prompt, str):
             tools = self.tools()
             prompt = self.with_system(prompt) if prompt else prompt
@@ -285,8 +292,10 @@ class _RowReader:
         if value is None:
             raise ValueError(f"has no {column!r}")
         if isinstance(value, str):
+            # Nulls in JSON text were never touched by Arrow, so these are the user's.
             messages = _messages_from_json(value)  # as in a CSV, whose fields are all text
             if messages is None:
+                # A prompt may be empty, but an answer without text has no token to learn.
                 if column not in PROMPTS and not value.strip():
                     raise ValueError(f"{column!r} is empty")
                 return value
@@ -311,6 +320,7 @@ class _RowReader:
         calls = from_json(value) if column == "answers" and isinstance(value, str) else None
         are_calls = isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)
         if self.row_format.template and are_calls:
+            # ShareGPT's turn for calls: `as_messages` knows every form in which these are written.
             turn = {"role": "function_call", "content": value}
             return as_messages([turn], column, self.row_format.roles, self.row_format.template, exact=True)
         return self.turns(column)
@@ -423,6 +433,7 @@ class _RowReader:
         options = self.row.get(TEMPLATE_OPTIONS)
         if isinstance(options, str):
             options = from_json(options) if options.strip() else None
+        # Arrow gives each row the options of all rows, as nulls, and a template may test for their presence.
         elif TEMPLATE_OPTIONS not in self.row_format.exact:
             options = without_nulls(options)
         if options and not isinstance(options, Mapping):

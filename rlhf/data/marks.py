@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from rlhf.data.messages import ASSISTANT, REASONING_KEYS, Message
 from rlhf.data.templates import PROBE, ChatTemplate
 
+# PROBE is the last of them: no string gets it as a mark, but it is found and removed like one.
 _FIRST_MARK, _LAST_MARK = 0xF0000, ord(PROBE)  # a private plane of Unicode
 MARKS = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_LAST_MARK)}]")
 THOUGHT_TAG = re.compile(r"</?[\w:]*think\w*>|\[/?THINK\]", re.IGNORECASE)
@@ -75,11 +76,13 @@ def mark_messages(messages: list[Message], first: int, prefill: int, mark_names:
     marks = map(chr, range(_FIRST_MARK, _LAST_MARK))
     for index, message in enumerate(messages):
         parts: list[Part] = []
+        # A copy, as the same messages are also rendered without marks.
         message = dict(message)
         for key in (*REASONING_KEYS, "content"):
             text = message.get(key)
             if not isinstance(text, str):
                 continue
+            # The mark stands at the border itself, which is what has to be found again.
             if prefill and index == first and key == "content":
                 message[key] = _mark_at(text, prefill, key, parts, marks)
             else:
@@ -216,6 +219,7 @@ def _unknown_keys(template: ChatTemplate, messages: list[Message]) -> list[Note]
     if template.tools and "tools" not in source:
         notes.append(Note("the template does not write 'tools'"))
     keys = {key for message in messages for key in message} - _KNOWN_KEYS
+    # A search for the word, not a parse: at worst a note is missing, and none is wrong.
     notes += [Note(f"message key {key!r} is not read") for key in sorted(keys) if key not in source]
     return notes
 

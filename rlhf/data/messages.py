@@ -23,6 +23,7 @@ _ROLES = {
     "system": "system",
     "developer": "developer",
 }
+# Each toolkit has another word for it: OpenAI's files `weight`, axolotl's `training`.
 _WEIGHT_KEYS = ("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_weight", "mask")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _MEDIA = ("image", "video", "audio")
@@ -135,6 +136,7 @@ def _join_parts(message: Message, location: str) -> None:
     texts: list[str] = []
     for part in parts:
         _read_part({"type": "text", "text": part} if isinstance(part, str) else part, message, texts, location)
+    # Nothing between the parts: templates that read parts write them one after the other.
     message["content"] = "".join(texts)
 
 
@@ -151,6 +153,7 @@ def _read_part(part: Any, message: Message, texts: list[str], location: str) -> 
     if any(media in part_type for media in _MEDIA):
         raise ValueError(f"{prefix} {part_type!r}: only text is supported; leave such rows out")
 
+    # The key that is named like the type comes first: {"type": "thinking", "thinking": ...}.
     value_keys = (part_type, "text", "value", "content", "thinking")
     value = next((part[key] for key in value_keys if key in part), None)
     if part_type in ("tool_call", "tool_calls") and value is not None:
@@ -184,8 +187,10 @@ def _read_weight(message: Message, location: str) -> None:
         if key not in message:
             continue
         weight = message.pop(key)
+        # Other turns are never trained; some files still give each message a weight.
         if message["role"] != ASSISTANT:
             continue
+        # A fraction cannot be kept: a label can only score a token or leave it out.
         if not isinstance(weight, bool | int | float) or weight not in (0, 1):
             raise ValueError(f"{location}: {key!r} is {weight!r}, expected 0 or 1 (or true, false)")
         if not weight:
@@ -207,6 +212,7 @@ def _read_call_turn(message: Message) -> None:
 
 def _read_calls(message: Message, location: str) -> None:
     """Bring tool calls to OpenAI's form, with arguments as objects."""
+    # OpenAI's older form, of a single call.
     legacy_call = message.pop("function_call", None)
     calls = message.pop("tool_calls", None)
     if isinstance(calls, str) and calls.strip():
@@ -238,8 +244,10 @@ def _normalise_call(call: Any, location: str) -> Message:
             function["name"] = function["function"]
     if "name" not in function:
         raise ValueError(f"{location}: a tool call has no 'name'")
+    # Llama 3 writes a call's arguments under the name that their schema has.
     parameters = function.pop("parameters", {})
     arguments = function.setdefault("arguments", parameters)
+    # OpenAI gives arguments as JSON text; templates of open models loop over an object.
     if isinstance(arguments, str) and isinstance(parsed := from_json(arguments), Mapping):
         function["arguments"] = parsed
     return {"type": "function", **outer, "function": function}
@@ -284,6 +292,7 @@ def _normalise_tool(tool: Any, column: str, exact: bool) -> Message:
     is_flat = "name" in tool and "function" not in tool
     result = {"type": "function", "function": dict(tool)} if is_flat else dict(tool)
     function = result.get("function")
+    # Schemas of different tools have different keys, so some files hold them as JSON text.
     if isinstance(function, Mapping) and isinstance(function.get("parameters"), str):
         result["function"] = {**function, "parameters": from_json(function["parameters"])}
     return result
@@ -305,6 +314,7 @@ def from_json(text: str) -> Any:
         return json.loads(text)
     text = text.strip()
     if text[:1] + text[-1:] in ("[]", "{}"):
+        # Python warns of invalid escapes in any text that it parses.
         with suppress(ValueError, SyntaxError, MemoryError, RecursionError), warnings.catch_warnings(action="ignore"):
             return ast.literal_eval(text)
     return None

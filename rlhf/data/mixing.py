@@ -46,6 +46,7 @@ class Mixture:
         if self.weights is not None and (len(self.weights) != len(self.parts) or min(self.weights) <= 0):
             raise ValueError(f"give each data set a weight above 0, or none: {names}; weights {self.weights}")
         streams = [part for part in self.parts if isinstance(part, IterableDataset)]
+        # `datasets` mixes neither kind with the other.
         if streams and len(streams) < len(self.parts):
             raise ValueError(f"streams mix with streams only: {names}")
         if streams and self.by == "tokens":
@@ -64,6 +65,7 @@ class Mixture:
         parts = [tokenize(part) for part in self.parts]
         if isinstance(parts[0], IterableDataset):  # of one kind: all parts are streams, or none is
             return self._mix_streams(parts, seed)
+        # The source stays a column while rows are mixed, so that the log shows the real shares.
         marked = [part.add_column(_SOURCE, [index] * len(part)) for index, part in enumerate(_with_all_columns(parts))]
         if self.weights is None:
             mixed = concatenate_datasets(marked)
@@ -108,6 +110,7 @@ class Mixture:
 
 def _interleave(parts: list[Any], probabilities: list[float], seed: int) -> Any:
     """Draw rows from the parts until one of them is used up."""
+    # To go on with the other sets would change the shares; to begin a set again would repeat rows.
     return interleave_datasets(parts, probabilities=probabilities, seed=seed, stopping_strategy="first_exhausted")
 
 
@@ -184,8 +187,10 @@ def _with_all_columns(parts: Sequence[Any]) -> list[Any]:
     filled = []
     for part in parts:
         missing = all_names - set(part.column_names)
+        # A loss without margins is one with margins of 0.
         if "margin" in missing:
             part = part.add_column("margin", [0.0] * len(part))
+        # Labels are left out where every token is scored: there, ids are labels.
         if "labels" in missing and "chosen_ids" in all_names:
             part = part.map(lambda row: {"labels": [row["chosen_ids"], row["rejected_ids"]]})
         filled.append(part)

@@ -32,6 +32,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     # Items of one length keep their order, so that the bins are the same on each machine.
     for item in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         length = lengths[item]
+        # −1 is less than any index: a bin with exactly this space is found too.
         position = bisect_left(free_spaces, (length, -1))
         if position < len(free_spaces):
             free_space, bin_index = free_spaces.pop(position)
@@ -39,6 +40,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
         else:
             free_space, bin_index = capacity, len(bins)
             bins.append([item])
+        # Full bins, and those of too long an item, leave the list: each search stays short.
         if free_space > length:
             insort(free_spaces, (free_space - length, bin_index))
     return bins
@@ -86,6 +88,7 @@ def _lengths_of_columns(rows: Dataset, names: Sequence[str]) -> dict[str, np.nda
         column = table[name]
         if name == "completions":  # a list of one completion
             column = pc.list_flatten(column)
+        # Arrow counts in int32 or int64, by the type of the list; sums need one type.
         lengths[name] = pc.list_value_length(column).to_numpy().astype(np.int64)
     return lengths
 
@@ -108,6 +111,7 @@ def largest_token(rows: Dataset) -> int:
         while pa.types.is_nested(column.type):
             column = pc.list_flatten(column)
         if len(column):
+            # The maximum of nulls is None.
             largest = max(largest, pc.max(column).as_py() or -1)
     return largest
 
@@ -130,6 +134,7 @@ def hash_of_tokens(rows: Dataset, columns: Sequence[str]) -> str:
             # The lengths tell [[1], [2]] from [[1, 2]].
             for chunk in chunks:
                 digest.update(np.ascontiguousarray(pc.list_value_length(chunk).to_numpy()).data)
+            # `flatten` respects the offset of a slice; `values` would return the whole buffer behind it.
             chunks = [chunk.flatten() for chunk in chunks]
         for chunk in chunks:
             digest.update(np.ascontiguousarray(chunk.to_numpy()).data)

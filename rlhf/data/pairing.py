@@ -38,6 +38,7 @@ def pairs_of_labelled(dataset: Dataset, row_format: RowFormat) -> Dataset:
     for row in dataset:
         row = canonical(row, row_format)
         dialogue = unpaired_dialogue(row, row_format)
+        # Messages are dicts, which cannot be keys themselves. Tools are a part of the question.
         key = json.dumps([dialogue.prompt, dialogue.tools], sort_keys=True, default=str)
         tools = {"tools": json.dumps(dialogue.tools)} if dialogue.tools else {}
         rows_of_prompt.setdefault(key, {"prompt": dialogue.prompt, **tools})
@@ -90,6 +91,7 @@ def add_mismatched(rows: Any, max_length: int | None, num_proc: int | None = Non
         exchange,
         batched=True,
         batch_size=BLOCK,
+        # All that the result depends on; the version stands for the code.
         new_fingerprint=Hasher.hash((rows._fingerprint, "mismatched", max_length, _VERSION)),
         num_proc=num_proc,
         desc="Pairing prompts with other answers",
@@ -101,6 +103,7 @@ def _exchange_answers(block: dict[str, list[Any]], max_length: int | None) -> di
     mismatched, labels = [], []
     for row, prompt in enumerate(prompts):
         other = _row_of_another_prompt(prompts, row)
+        # This answer has to fit behind another prompt than its own, which may be longer.
         free_space = None if max_length is None else max(max_length - len(prompt), 0)
         mismatched.append([block["completions"][other][0][:free_space]])
         labels.append([block["labels"][other][0][:free_space]])
@@ -110,6 +113,7 @@ def _exchange_answers(block: dict[str, list[Any]], max_length: int | None) -> di
 def _row_of_another_prompt(prompts: list[list[int]], row: int) -> int:
     """The nearest row before ``row`` (around the end) with another prompt; the row before, if there is none."""
     count = len(prompts)
+    # Answers to one prompt mostly stand together, so the row before may have the same one.
     for distance in range(1, count):
         other = (row - distance) % count
         if prompts[other] != prompts[row]:

@@ -24,6 +24,7 @@ def last_answer(turns: list[Message]) -> tuple[list[Message], list[Message]]:
         ValueError: There is no assistant's turn; lists the roles.
     """
     end = len(turns)
+    # A conversation may end with a question that nobody has answered: it is left out.
     while end and turns[end - 1]["role"] != ASSISTANT:
         end -= 1
     if end == 0:
@@ -121,6 +122,7 @@ def _are_same_turns(first: Sequence[Message], second: Sequence[Message], shortes
 
 
 def _comparable(turn: Message) -> tuple[object, ...]:
+    # A turn of calls alone has no content.
     return turn["role"], str(turn["content"] or "").strip(), turn.get("tool_calls")
 
 

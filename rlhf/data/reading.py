@@ -79,6 +79,7 @@ def load_data(source: str, split: str = "train", name: str | None = None, stream
 
 def _matching_files(pattern: Path) -> list[Path]:
     paths = map(Path, glob.glob(str(pattern), recursive=True))
+    # `glob` lists files in the order of the disk, which differs between machines.
     files = sorted(path for path in paths if path.is_file())
     if not files:
         raise FileNotFoundError(f"{pattern}: no file matches")
@@ -105,10 +106,12 @@ def _from_text(files: list[Path], streaming: bool) -> Rows:
 
 
 def _from_parquet(files: list[Path], streaming: bool) -> Any:
+    # `datasets` takes names as patterns: a bracket in a folder's name would match nothing.
     names = [glob.escape(str(file)) for file in files]
     try:
         return load_dataset("parquet", data_files=names, split="train", streaming=streaming)
     except _LOADING_ERRORS as error:
+        # The outer error of `datasets` only tells that a table could not be made.
         cause = error.__cause__ or error
         raise ValueError(f"{files[0]}: cannot be read ({_first_line(cause)})") from error
 
@@ -173,6 +176,7 @@ def _slice(splits: Mapping[str, Rows], split: str) -> Any:
     lengths = {name: len(rows) for name, rows in tables.items()}
     instructions = ReadInstruction.from_spec(split).to_absolute(lengths)
     first = instructions[0]
+    # `select` would give the whole table a new fingerprint, and later caches new keys.
     if len(instructions) == 1 and (first.from_, first.to) == (0, lengths[first.splitname]):
         return tables[first.splitname]
     return concatenate_datasets([tables[part.splitname].select(range(part.from_, part.to)) for part in instructions])

@@ -50,6 +50,7 @@ def split_prefill(prompt: list[Message], completion: list[Message]) -> tuple[lis
     are_both_text = isinstance(begun.get("content"), str) and isinstance(rest.get("content"), str)
     if not (are_both_assistant and are_both_text) or begun.get("tool_calls"):
         return joined, len(prompt), 0
+    # Keys of the answer come last: its weight decides whether the turn is trained.
     whole = {**begun, **rest, "content": begun["content"] + rest["content"]}
     return [*prompt[:-1], whole, *completion[1:]], len(prompt) - 1, len(begun["content"])
 
@@ -82,8 +83,10 @@ def locate_answers(template: ChatTemplate, messages: list[Message], first: int, 
     spans = finder.generation_spans(scored)  # if the template marks answers itself, its marks count
     if spans is None:
         spans, needs_eos = finder.written_spans(scored, prefilled=first if prefill else None)
+    # The marks are the template author's choice, so they are followed, but a model that learns no end never stops.
     elif spans and finder.leaves_out_end(scored[-1], spans[-1][1]):
         notes = (*notes, Note("the template's {% generation %} marks leave out what ends an answer: it is not learned"))
+    # Spans were found in the text with marks; ids are made of the text without.
     answers = [(finder.without_marks(start), finder.without_marks(end)) for start, end in spans]
     return Rendering(text, answers, needs_eos, notes)
 
@@ -147,11 +150,13 @@ def locate_lost_answer(template: ChatTemplate, messages: list[Message]) -> Rende
     if usual.answers:
         start, end = usual.answers[-1]
         written = usual.text[start:end]
+    # The reasoning brings the line breaks behind it along.
     answer = _reasoning_text(messages[-1]) + written.lstrip()
     prompt = template.render_prompt(messages[:-1])
     # The prompt may end with a beginning of the answer already, such as <think>.
     overlap = next(length for length in range(len(answer), -1, -1) if prompt.endswith(answer[:length]))
     text = prompt + answer[overlap:]
+    # An answer that the template leaves out as a whole has no end of the template's either.
     return Rendering(text, [(len(prompt), len(text))], usual.needs_eos or not usual.answers)
 
 
@@ -159,6 +164,7 @@ def _reasoning_text(message: Message) -> str:
     """The reasoning of an answer as text: from a key of its own, or all before the last tag in its content."""
     reasoning = next((message[key] for key in REASONING_KEYS if message.get(key)), None)
     if reasoning is not None:
+        # The form of most models that think: the template cannot be asked, as it leaves reasoning out.
         return f"<think>\n{reasoning}\n</think>\n\n"
     content = str(message.get("content") or "")
     last_stretch = THOUGHT_TAG.split(content)[-1]

@@ -75,6 +75,7 @@ def list_bad_rows(name: str, report: dict[str, list[Any]], rows: int, file: str 
     known_lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     lines = [json.dumps({"file": name, "row": row, "error": error}, ensure_ascii=False) for row, error in bad]
     all_lines = dict.fromkeys([*known_lines, *lines])  # each once, in order
+    # Written even if the run stops below: the user needs the list to mend the rows.
     path.write_text("\n".join(all_lines) + "\n", encoding="utf-8")
 
     first_row, first_error = bad[0]
@@ -111,6 +112,7 @@ class StreamReport:
             return
         self.counts[event] += 1
         count = self.counts[event]
+        # A stream has no end at which rows could be summed up, and a line for each would flood the log.
         is_power_of_ten = str(count).strip("0") == "1"
         if is_power_of_ten:
             logger.warning("%s, row %d: %s (%d so far)", self.name, index + 1, event, count)

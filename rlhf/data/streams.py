@@ -18,6 +18,7 @@ def columns_of(rows: Dataset | IterableDataset) -> list[str]:
     """The columns of a data set; of a stream that does not know them, those of its first rows."""
     if isinstance(rows, Dataset) or rows.column_names is not None:
         return list(rows.column_names or [])
+    # Rows from a generator have no schema, and each may have other keys.
     first_rows = rows.take(SAMPLE_SIZE)
     return list(dict.fromkeys(column for row in first_rows for column in row))
 

@@ -72,6 +72,7 @@ def as_table(files: list[Path]) -> Dataset:
     Raises:
         ValueError: A row cannot be read; names the file, the row and the fault.
     """
+    # Size and time stand for the content: to hash a file takes as long as to read it.
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = Hasher.hash((_VERSION, stats))
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "rows"
@@ -81,6 +82,7 @@ def as_table(files: list[Path]) -> Dataset:
         if not table.exists():
             _write_table(files, table)
     rows = Dataset.from_file(str(table))
+    # Later caches build on this fingerprint, so it names the files and not the place of the table.
     return Dataset(rows.data, info=DatasetInfo(features=rows.features), fingerprint=key)
 
 
@@ -113,6 +115,7 @@ def _write_table(files: list[Path], table: Path) -> None:
                 ]
                 writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
                 rows_written += len(batch)
+        # Renamed when it is complete: a run that is killed leaves no half table.
         unfinished.replace(table)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -134,7 +137,9 @@ def _type_of(value: Any) -> _Type:
         return _type_of_list(value)
     if isinstance(value, dict):
         types = {key: _type_of(item) for key, item in value.items()}
+        # Without keys there is nothing to derive a type from.
         return _JSON if not types or _JSON in types.values() else types
+    # Arrow has no larger integers.
     is_large = type(value) is int and not -(2**63) <= value < 2**63
     return _JSON if is_large else _SCALARS[type(value)]
 

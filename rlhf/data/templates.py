@@ -14,6 +14,7 @@ from rlhf.data.formats import Dialogue
 from rlhf.data.messages import Message
 
 PROBE = "\U000ffffd"  # a private character of Unicode: stands for a text whose place in a rendering is wanted
+# Besides Jinja's own errors, those of Python where a message lacks what the template reads.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, KeyError, AttributeError, ValueError)
 _OWN_KEYS = ("weight",)  # keys of a message that are ours; no template gets them
 
@@ -72,6 +73,7 @@ class ChatTemplate:
         Raises:
             ValueError: The template refuses the conversation.
         """
+        # Many templates read the first message without a test.
         if not messages:
             return ""
         readable = self.readable(messages)
@@ -118,6 +120,7 @@ class ChatTemplate:
             The text, and the first and last character (exclusive) of each marked span.
         """
         options = {**self.tokenizer.special_tokens_map, **self.options}
+        # Called directly: `apply_chat_template` returns these spans for tokens only, and needs offsets for that.
         rendered: Any = render_jinja_template(  # its annotation is text; it returns a list of texts and one of spans
             [self.readable(messages)],
             tools=self.tools,
@@ -195,6 +198,7 @@ def _with_parts(message: Message) -> Message:
     return {**message, "content": [{"type": "text", "text": content}]}
 
 
+# Every row asks for it, and the answer takes two renderings.
 @lru_cache(8)
 def _wants_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
     """Whether a template writes content that is a list of parts, but not content that is text (vision models)."""

@@ -92,7 +92,9 @@ def _open_text(path: Path) -> Iterator[IO[str]]:
     open_bytes = _opener(path)
     with open_bytes(path) as file:
         byte_order_mark = file.read(2)
+    # `utf-8-sig` drops the mark that Excel writes at the beginning of UTF-8.
     encoding = "utf-16" if byte_order_mark in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    # Line breaks stay as they are (newline=""): inside quotes, they are a part of a CSV field.
     with open_bytes(path) as file, TextIOWrapper(file, encoding, newline="") as text:
         yield text
 
@@ -104,6 +106,7 @@ def _opener(path: Path) -> Callable[[Path], Any]:
 def _first_broken_line(path: Path) -> int:
     """The number of the first line that is not UTF-8."""
     number = 0
+    # Read again as bytes: the decoder's error has a position in its buffer, not in the file.
     with _opener(path)(path) as file:
         for line in file:
             number += 1
@@ -149,6 +152,7 @@ def _parse_json(file: IO[str], may_be_container: bool) -> Iterator[Row]:
     if second_line is not None:
         yield first
         yield from _parse_lines(chain([second_line], lines))
+    # An only line may be an only row, or hold all rows.
     elif may_be_container:
         yield from _rows_of_container(first)
     else:
@@ -190,6 +194,7 @@ def _parse_document(text: str, may_be_container: bool) -> Iterator[Row]:
         try:
             value, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
+            # Counted from the beginning of the row: a position in the whole file helps nobody.
             raise _invalid_json(number, error.msg, error.pos - position) from None
         position = _skip_space(text, end)
         if is_array:
@@ -258,6 +263,7 @@ def _are_columns(values: list[Any]) -> bool:
 
 def _as_row(value: Any, number: int) -> Row:
     if isinstance(value, str):
+        # An array of texts is plain text, a row each.
         return {"text": value}
     if not isinstance(value, dict):
         raise ValueError(f"row {number} is a {type(value).__name__}, not an object with columns")
@@ -282,10 +288,12 @@ def _read_csv(file: IO[str], delimiters: str = _DELIMITERS) -> Iterator[Row]:
     columns = _column_names(_split_record(header, delimiter))
     number = 0
     try:
+        # Strict: otherwise a quote that is never closed takes all rows behind it for one field.
         for fields in csv.reader(file, delimiter=delimiter, strict=True):
             if not fields:  # an empty line
                 continue
             number += 1
+            # A field too many means text that was split inside: its halves would be read as other columns.
             if len(fields) != len(columns):
                 raise ValueError(
                     f"row {number} has {len(fields)} fields, the first line {len(columns)} (split at {delimiter!r}): "
@@ -327,6 +335,7 @@ def _read_text(file: IO[str]) -> Iterator[Row]:
     """A row for each line that is not empty."""
     for line in file:
         if line.strip():
+            # Files are opened with their line breaks as written, so either may end a line.
             yield {"text": line.rstrip("\r\n")}
 
 

@@ -54,6 +54,7 @@ class TokenizedText:
 
     def with_last(self, token: int) -> "TokenizedText":
         """With one more token, which stands behind the text."""
+        # A place of its own behind the text keeps the offsets in order, as binary search needs.
         behind = (len(self.text), len(self.text) + 1)
         return self._replaced([*self.ids, token], self.offsets and [*self.offsets, behind])
 
@@ -62,6 +63,7 @@ class TokenizedText:
 
     def _tokens_before(self, border: int) -> tuple[int, int]:
         """How many tokens the text before ``border`` has, and how many of them begin the ids of the whole text."""
+        # Cut there, the text may be split otherwise near the border, so only the common ids count.
         before = tokenize(self.tokenizer, self.text[:border], self.add_special_tokens).ids
         return len(before), common_length(before, self.ids)
 
@@ -139,6 +141,7 @@ def tokenize_plain(tokenizer: PreTrainedTokenizerBase, text: str, ends: bool) ->
     tokens = tokenize(tokenizer, text, add_special_tokens=True)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     has_two_bos = bos is not None and tokens.ids[:2] == [bos, bos]
+    # Two that are both in the text are the user's.
     if has_two_bos and not text.startswith(str(tokenizer.bos_token) * 2):
         tokens = tokens.without_first()  # one is in the text, one was added
     if eos is None:

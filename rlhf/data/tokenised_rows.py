@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 
 from rlhf.data.batch import IGNORE
 
+# A number, so that limits are compared and subtracted without a special case.
 UNLIMITED = 1 << 40  # where max_length is None
+# Each completes "dropped 3 of 8 rows ..." in the log.
 TOO_LONG = "with too long a prompt"
 UNREADABLE = "that cannot be read"
 NOTHING_SCORED = "without a scored token"
@@ -90,6 +92,7 @@ def truncate(row: TokenisedRow, limits: Limits) -> TokenisedRow:
     ids = {name: value for name, value in row.columns.items() if isinstance(value, list)}
     check_vocabulary(ids, limits.vocab_size)
     prompt_length = _prompt_length(ids)
+    # At the limit itself it is too long as well: no token of the answer would fit.
     is_too_long = prompt_length >= limits.max_length
     if is_too_long and not limits.drop_long_prompts:
         raise ValueError(
@@ -97,6 +100,7 @@ def truncate(row: TokenisedRow, limits: Limits) -> TokenisedRow:
             "--drop_long_prompts to leave such rows out"
         )
     has_own_prompt = "prompt_ids" in ids
+    # `input_ids` begin with the prompt, so the whole length is theirs.
     free_space = max(limits.max_length - prompt_length, 0) if has_own_prompt else limits.max_length
     shortened = {name: value if name == "prompt_ids" else _shorten(value, free_space) for name, value in ids.items()}
     return replace(
@@ -168,12 +172,14 @@ def _flat(value: list[Any]) -> list[int]:
 
 
 def _count_ids(columns: dict[str, list[Any]]) -> int:
+    # Labels mirror the ids and would count each token twice.
     return sum(len(_flat(value)) for name, value in columns.items() if name != "labels")
 
 
 def _prompt_length(columns: dict[str, list[Any]]) -> int:
     if "prompt_ids" in columns:
         return len(columns["prompt_ids"])
+    # In one sequence, all before the first scored token is the prompt.
     scored = (index for index, label in enumerate(columns["labels"]) if label != IGNORE)
     return next(scored, 0)
 

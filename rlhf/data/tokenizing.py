@@ -236,6 +236,7 @@ def _tokenize(
     name = name_of(dataset)
     report_unread_columns(name, renamed(columns_of(dataset), encoder.reading.form), encoder.read)
     process = _RowProcess(tokenizer, encoder, name, limits)
+    # A stream has none, and what it becomes is never cached.
     fingerprint = getattr(dataset, "_fingerprint", "")
     key = (TOKENISER_VERSION, fingerprint, encoder, tokenizer_key(tokenizer), name, *limits)
     return map_rows(dataset, process, key, limits.max_length, num_proc, encoder.reading)
@@ -243,6 +244,7 @@ def _tokenize(
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> Any:
     """All of a tokenizer that decides what a row becomes, for a cache key."""
+    # By content: two folders with the same tokenizer share the cache, and a changed one does not.
     rules = json.dumps(tokenizer_rules(tokenizer), sort_keys=True)
     return tokenizer.chat_template, tokenizer.special_tokens_map, rules
 
@@ -275,6 +277,7 @@ def map_rows(
         return _map_stream(dataset, process)
     function = partial(_process_batch, process=process)
     # In batches, as one row of the file may become several.
+    # The columns of the file have another number of rows then, so they are removed.
     options = {"batched": True, "batch_size": 200, "remove_columns": dataset.column_names}
     return _map(dataset, function, key, num_proc, reading, max_length, **options)
 
@@ -310,6 +313,7 @@ def _map(
     if not used:
         raise ValueError(f"{name}: no row is left to train on ({reasons[0]}); check the columns and max_length")
     mapped = mapped.remove_columns(list(report))
+    # `filter` would run over all rows again. Where none is dropped, a table without an index is faster to read.
     return mapped if len(used) == len(mapped) else mapped.select(used)
 
 
@@ -367,9 +371,11 @@ def _map_stream(rows: IterableDataset, process: Process) -> IterableDataset:
             report.add(result, indices[0])
         return {column: [result.columns[column] for result in results if not result.dropped] for column in columns}
 
+    # A batch of one, as a row may become none or several, and no later row is read before it is needed.
     mapped = rows.map(process_one, with_indices=True, batched=True, batch_size=1, remove_columns=columns_of(rows))
     mapped = mapped.select_columns(columns)  # without a column that only later rows have
     mapped.info.dataset_name = name
+    # Otherwise an empty stream would only show at the first step of training.
     if not list(mapped.take(1)):
         raise ValueError(f"{name}: no row is left to train on; check the columns and max_length")
     return mapped

@@ -62,4 +62,5 @@ def _merges(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return []
+    # Models of other kinds, such as Unigram, have no merges.
     return json.loads(backend.to_str())["model"].get("merges") or []

@@ -20,7 +20,8 @@ from rlhf.evaluation.pieces import Piece, pieces, text_pieces
 EncoderFactory = Callable[[Sequence[str], Reading], RowEncoder]
 
 PROMPT_COMMANDS = ("grpo", "rloo", "ppo", "online-dpo", "best-of-n")
-# How each command reads rows.
+# How each command reads rows. `distill` and `teacher` read those of `sft`: a student learns the same answers, scored by
+# its teacher.
 ENCODERS: dict[str, EncoderFactory] = {
     **dict.fromkeys(("sft", "distill", "teacher"), SftEncoder.for_columns),
     **dict.fromkeys(("dpo", "reward"), PairEncoder.for_columns),
@@ -92,6 +93,7 @@ def command_for(rows: Any, reading: Reading) -> str:
         ``"kto"``, ``"dpo"``, ``"sft"`` or ``"grpo"``.
     """
     names = renamed(rows.column_names, reading.form)
+    # Beside plain text, 0 and 1 are mostly classes of the text, as in data for classifiers, and judge no answer.
     if "label" in names and has_labels(rows, reading.form) and reading.form.text_field not in names:
         return "kto"
     # The first that can read the columns: pairs are also rows for SFT, and both have prompts.
@@ -142,7 +144,9 @@ def audit(
         reading = reading.for_tokenizer(tokenizer, text_field, rows)
     names = renamed(rows.column_names, reading.form)
     if command in ("dpo", "reward") and "label" in names and "chosen" not in rows.column_names:
+        # Both commands make pairs of such rows before they train, so an audit has to count pairs.
         rows = pairs_of_labelled(rows, reading.form)
+        # The pairs have the new names already; to rename once more would fail on the old ones.
         reading = replace(reading, form=replace(reading.form, columns={}))
         names = list(rows.column_names)
     # The same encoder as in training, so that an audit cannot differ from it.
@@ -156,12 +160,14 @@ def audit(
             renamed_row = canonical(row, reading.form)
             dialogue = encoder.dialogue(renamed_row)
             tokenised = [] if tokenizer is None else _tokenise(row, encoder, tokenizer, result)
+        # Training stops at such a row or leaves it out; an audit goes on, so that one pass finds all of them.
         except ValueError as error:
             result.errors.append((number, str(error)))
             continue
         _count_roles(result, dialogue)
         if tokenizer is not None:
             _add_tokens(result, number, tokenised, tokenizer, samples)
+        # With a tokenizer, the encoder itself drops these rows.
         elif isinstance(encoder, SftEncoder) and is_labelled_bad(renamed_row):
             result.dropped.setdefault("with label false", []).append(number)
         else:
@@ -184,6 +190,8 @@ def _tokenise(row: Any, encoder: RowEncoder, tokenizer: PreTrainedTokenizerBase,
     encoded = encoder.encode(row, tokenizer)
     if result.is_of_prompts:
         return encoded  # their limit depends on the length of completions
+    # No model is loaded, so the tokenizer's size stands for the rows of the embeddings.
+    # Training may stop at a long prompt; an audit counts it as dropped and goes on.
     limits = row_limits(result.max_length, len(tokenizer), drop_long_prompts=True)
     return [truncate(one_row, limits) for one_row in encoded]
 
@@ -201,6 +209,7 @@ def _add_tokens(
     """Count the tokenised rows of row ``number``."""
     shown: list[list[Piece]] = []
     for row in rows:
+        # Answers of dropped rows count here too, as in the log of training.
         result.answers += row.answers
         result.scored_answers += row.scored
         for note in row.notes:
@@ -224,9 +233,11 @@ def _add_tokens(
 def _whole_sequences(columns: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
     """Ids and labels of each sequence of a tokenised row, with its prompt."""
     prompt = columns.get("prompt_ids", [])
+    # A prompt for on-policy training has no answer yet, and nothing of it is scored.
     if set(columns) == {"prompt_ids"}:
         return [(prompt, [IGNORE] * len(prompt))]
     first, *others = sequences(columns)
+    # A pair stores its prompt once, but the model reads it before each answer.
     prompt_labels = [IGNORE] * len(prompt)
     return [(first.ids, first.labels), *((prompt + other.ids, prompt_labels + other.labels) for other in others)]
 
@@ -236,6 +247,7 @@ def _add_text(result: Audit, number: int, dialogue: Dialogue | None, samples: in
     result.trained += 1
     if dialogue is None:
         return
+    # A prompt without an answer is shown as well, behind it an empty answer.
     shown = [text_pieces(dialogue.prompt, completion) for completion in dialogue.completions or ("",)]
     for row in shown:
         length = sum(len(piece.text) for piece in row)

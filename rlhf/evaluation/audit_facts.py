@@ -17,9 +17,11 @@ def facts(audit: Audit) -> list[tuple[str, str]]:
         Names and values, as text.
     """
     lines = [("rows", f"{audit.rows:,}")]
+    # Of prompts nothing is trained: a count of 0 would look like a fault.
     if not audit.is_of_prompts:
         lines.append(("trained on", f"{audit.trained:,}"))
     for reason, numbers in audit.dropped.items():
+        # An audit leaves these rows out by itself, training only if the user asks for it.
         remedy = "; training stops there without --drop_long_prompts" if reason == TOO_LONG else ""
         lines.append((f"dropped {reason}", _rows(numbers) + remedy))
     if audit.errors:
@@ -61,9 +63,11 @@ def histogram(lengths: Sequence[int], bins: int = 12) -> list[tuple[int, int, in
     """
     if not lengths:
         return []
+    # The end is exclusive: plus one keeps the longest sequence inside.
     low, high = min(lengths), max(lengths) + 1
     width = -(-(high - low) // bins)  # rounded up
     counts = Counter((length - low) // width for length in lengths)
+    # Rounding up may leave the last intervals without a length; they are not listed.
     starts = range(low, low + (max(counts) + 1) * width, width)
     return [(start, start + width, counts[index]) for index, start in enumerate(starts)]
 

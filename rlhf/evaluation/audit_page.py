@@ -7,8 +7,10 @@ from rlhf.evaluation.audit import Audit
 from rlhf.evaluation.audit_facts import facts, histogram, interval_label
 from rlhf.evaluation.pieces import Piece, middle_left_out
 
+# Each token is an element of its own, so a very long row would make the page slow to open.
 _PIECES = 2000  # of a row, shown at its beginning and at its end
 _SHOWN_ERRORS = 20
+# A part of the page, which must open offline and as a single file.
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fff; --line: #d0d0d0; --soft: #f3f3f3;
   --learned: #bfeec0; --learned2: #9fe0a1; --special: #8a2be2; --bar: #5b8def; --bad: #b00020; }
@@ -54,6 +56,7 @@ def audit_page(audit: Audit) -> str:
         The page.
     """
     title = f"{escape(audit.name)} as rows for rlhf {escape(audit.command)}"
+    # All text comes from a data file, in which HTML tags are common.
     columns = [(escape(name), escape(read_as) or _marked("no", "not read")) for name, read_as in audit.columns.items()]
     figures = [(escape(name), escape(value)) for name, value in facts(audit)]
     sections = [f"<h1>{title}</h1>", _table("Columns", columns, ("column", "read as"))]
@@ -105,5 +108,6 @@ def _spans(sequence: list[Piece]) -> str:
     for piece in middle_left_out(sequence, _PIECES):
         classes = [css_class for css_class, applies in (("l", piece.learned), ("s", piece.special)) if applies]
         text = escape(piece.text)
+        # Every piece is a span: the style counts them to give neighbours different shades.
         spans.append(_marked(" ".join(classes), text) if classes else f"<span>{text}</span>")
     return "".join(spans)

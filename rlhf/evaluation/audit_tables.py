@@ -31,6 +31,7 @@ def show_audit(audit: Audit, console: Console | None = None) -> None:
     console.print(f"[bold]{escape(audit.name)}[/bold] as rows for [bold]rlhf {audit.command}[/bold]")
     columns = Table("column", "read as")
     for name, read_as in audit.columns.items():
+        # Rich reads words in square brackets as styles, and names may hold some.
         columns.add_row(escape(name), escape(read_as) if read_as else "[dim]not read[/dim]")
     console.print(columns)
     if audit.roles:
@@ -43,6 +44,7 @@ def show_audit(audit: Audit, console: Console | None = None) -> None:
         figures.add_row(escape(name), escape(value))
     console.print(figures)
     for number, error in audit.errors[:_SHOWN_ERRORS]:
+        # Errors quote the data, so they are printed as they are.
         console.print(Text(f"row {number}: {error}", "red"))
     _show_lengths(audit, console)
     _show_samples(audit, console)
@@ -63,6 +65,7 @@ def _show_lengths(audit: Audit, console: Console) -> None:
 
 
 def _show_samples(audit: Audit, console: Console) -> None:
+    # Colours are lost in a pipe or a log file: there, brackets show what is learned.
     has_colours = console.color_system is not None
     for number, sequences in audit.samples:
         for sequence in sequences:
@@ -80,6 +83,7 @@ def _shaded(pieces: list[Piece]) -> Text:
         shades = _LEARNED if piece.learned else _CONTEXT
         style = shades[number % 2]
         if piece.special:
+            # The magenta of special tokens would replace the black that is readable on green.
             style = f"{'bold' if piece.learned else _SPECIAL} {style}".strip()
         text.append(piece.text, style)
     return text
@@ -88,6 +92,7 @@ def _shaded(pieces: list[Piece]) -> Text:
 def _bracketed(pieces: list[Piece]) -> Text:
     """The pieces as one text, learned ones in brackets."""
     text = Text()
+    # Neighbours are joined: a pair of brackets around each token would hide the text.
     for learned, run in groupby(pieces, key=lambda piece: piece.learned):
         joined = "".join(piece.text for piece in run)
         text.append(f"⟦{joined}⟧" if learned else joined)

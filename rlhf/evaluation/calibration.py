@@ -20,8 +20,10 @@ def calibration_bins(margins: Tensor) -> tuple[Tensor, Tensor]:
         pair; the second holds 1 there. Summed over any pairs, they make :func:`calibration_error`.
     """
     confidence = torch.sigmoid(margins.abs())
+    # A tie is half right and has confidence 1/2, so it counts as perfectly calibrated.
     correct = (margins > 0) + 0.5 * (margins == 0)
     scaled = 2 * (confidence - 0.5)  # from [1/2, 1] to [0, 1]
+    # Confidence is exactly 1 in float32 above a margin of about 17: it belongs to the last bin.
     index = (scaled * BINS).long().clamp(max=BINS - 1)
     in_bin = F.one_hot(index, BINS).to(margins.dtype)
     gap = correct - confidence
@@ -45,4 +47,5 @@ def calibration_error(gaps: Sequence[float], counts: Sequence[float]) -> float:
     total = sum(counts)
     if not total:
         return float("nan")
+    # The sum of gaps in a bin is n_b (acc_b − conf_b). Signs go only now, as batches and processes are summed first.
     return sum(map(abs, gaps)) / total

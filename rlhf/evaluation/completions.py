@@ -32,6 +32,7 @@ def prompts_of(rows: Dataset, count: int, form: RowFormat | None = None) -> list
             prompt = prompt_dialogue(canonical(row, form), form)
         except ValueError:
             continue
+        # Many data sets hold several answers to one prompt, and so the prompt several times.
         if prompt.prompt and prompt not in prompts:
             prompts.append(prompt)
     return prompts
@@ -61,6 +62,7 @@ def complete(
         prompt_ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
         output = model.generate(
             input_ids=prompt_ids,
+            # Without a mask, `generate` guesses one from the pad id, which may occur in the prompt.
             attention_mask=torch.ones_like(prompt_ids),
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -68,8 +70,10 @@ def complete(
             top_p=None,
             top_k=None,
             eos_token_id=end_ids or None,
+            # A single prompt is never padded; the id only keeps `generate` from warning.
             pad_token_id=min(end_ids, default=0),
         )
+        # `generate` returns the prompt too.
         answer_ids = output[0, prompt_ids.size(1) :]
         completions.append(str(tokenizer.decode(answer_ids, skip_special_tokens=True)))
     return completions

@@ -26,6 +26,7 @@ def model_size(model: nn.Module) -> dict[str, float]:
     Returns:
         Parameters in millions, and their memory in MiB.
     """
+    # `parameters()` yields a shared tensor once, so that tied embeddings are not counted twice.
     parameters = list(model.parameters())
     count = sum(parameter.numel() for parameter in parameters)
     size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
@@ -49,10 +50,12 @@ def tokens_per_second(work: Mapping[str, Callable[[], int]]) -> dict[str, float]
     for _ in range(1 + ROUNDS):
         for name, run in work.items():
             _synchronize()
+            # Before the clock starts, the queue of the accelerator is empty: earlier work must not count.
             began = time.perf_counter()
             tokens[name] = run()
             _synchronize()
             seconds[name].append(time.perf_counter() - began)
+    # The first round compiles kernels and fills caches.
     return {name: tokens[name] / statistics.median(times[1:]) for name, times in seconds.items()}
 
 
@@ -84,8 +87,10 @@ def model_speed(
         ValueError: No token ends a completion.
     """
     context = _shortest_context(models)
+    # At least half of the context stays for the prompt.
     new_tokens = min(max_new_tokens, context // 2)
     prompts = [ids[-(context - new_tokens) :] for ids in prompts]
+    # A model that ends its answers early would be timed on less work than the others.
     sampling = Sampling(temperature=0.0, min_tokens=new_tokens, max_tokens=new_tokens)
     engines = {name: LocalEngine(policy.model, tokenizer) for name, policy in models.items()}
     forward = tokens_per_second({name: partial(_forward, policy, batch) for name, policy in models.items()})
@@ -96,7 +101,9 @@ def model_speed(
 
 
 def _shortest_context(models: Mapping[str, Policy]) -> int:
+    # A vision model keeps the limits of its language model in a config of its own.
     configs = [policy.config.get_text_config() for policy in models.values()]
+    # A model without positions, such as Mamba, names no limit.
     lengths = [getattr(config, "max_position_embeddings", None) for config in configs]
     return min((length for length in lengths if length is not None), default=_UNLIMITED)
 

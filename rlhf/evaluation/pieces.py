@@ -39,6 +39,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Seque
     Returns:
         Pieces that together are the text.
     """
+    # The header tokens of a template are often added tokens that no special token's attribute names.
     special_ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     results: list[Piece] = []
     start = 0
@@ -49,6 +50,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Seque
         text_before = _decode(tokenizer, ids[context_start:start])
         text = _decode(tokenizer, ids[context_start:stop])[len(text_before) :]
         is_incomplete = text.endswith("\N{REPLACEMENT CHARACTER}")
+        # Bytes that are no character at all must not swallow the rest of the row.
         if is_incomplete and stop - start < _LONGEST_CHARACTER and stop < len(ids):
             continue  # the rest of the character is in the next token
         learned = any(label != IGNORE for label in labels[start:stop])
@@ -61,6 +63,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Seque
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     if not ids:
         return ""
+    # Cleaning up removes spaces before punctuation: the pieces would no longer make the text.
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
@@ -84,6 +87,7 @@ def _turn_pieces(turns: Turns, is_completion: bool) -> list[Piece]:
     for turn in turns:
         learned = is_completion and is_trained(turn)
         texts: list[Any] = [turn[key] for key in ("reasoning_content", "content", "tool_calls") if turn.get(key)]
+        # The template writes its own header here; without a tokenizer, the role stands for it.
         results.append(Piece(f"{turn['role']}: ", False, special=True))
         results.append(Piece("\n".join(map(str, texts)) + "\n", learned))
     return results

@@ -14,6 +14,7 @@ def show_metrics(columns: Mapping[str, Mapping[str, float]]) -> None:
     Args:
         columns: From the name of a model to its metrics.
     """
+    # Not every model has every metric: a teacher has no figure that compares it with itself.
     names = dict.fromkeys(name for metrics in columns.values() for name in metrics)
     table = Table("", *columns)
     for name in names:
@@ -23,6 +24,7 @@ def show_metrics(columns: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def _format(value: float) -> str:
+    # Four digits of 12340 would be printed as 1.234e+04.
     is_large = 1e4 <= value < 1e9
     return f"{value:.0f}" if is_large else f"{value:.4g}"
 
@@ -40,6 +42,7 @@ def show_completions(prompts: Sequence[Turns], columns: Mapping[str, Sequence[st
     for index, prompt in enumerate(prompts):
         answers = [completions[index].strip() for completions in columns.values()]
         table.add_row(_as_text(prompt).strip(), *answers)
+    # Answers are text of a model: words in square brackets are no styles.
     Console().print(table, markup=False)
 
 
