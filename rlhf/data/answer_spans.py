@@ -56,10 +56,10 @@ class AnswerSpans:
         self.messages = marked.messages
         self.parts = marked.parts
         self.rendering = rendering
-        matches = list(MARKS.finditer(rendering))
-        self.mark_starts = [match.start() for match in matches]
+        mark_matches = list(MARKS.finditer(rendering))
+        self.mark_starts = [mark_match.start() for mark_match in mark_matches]
         # A template may write a text twice: its first place counts, so it is entered last.
-        self.mark_positions = {match.group(): match.start() for match in reversed(matches)}
+        self.mark_positions = {mark_match.group(): mark_match.start() for mark_match in reversed(mark_matches)}
 
     def without_marks(self, position: int) -> int:
         """The same position in the rendering without marks."""
@@ -80,18 +80,18 @@ class AnswerSpans:
         Returns:
             Start and end of each answer, and whether the last one needs an EOS.
         """
-        spans = []
+        answer_spans = []
         needs_eos = False
-        for index in scored:
-            if not self.written_parts(index):
+        for message_index in scored:
+            if not self.written_parts(message_index):
                 continue  # the template leaves the answer out; a note says so
-            start, end = self.start(index), self.end(index)
-            if index == prefilled:
-                prefill_mark = self.parts[index][0].mark
-                start = max(start, self.mark_positions[prefill_mark])
-            spans.append((start, max(start, end.position)))
-            needs_eos = not end.has_token
-        return spans, needs_eos
+            answer_start, answer_end = self.start(message_index), self.end(message_index)
+            if message_index == prefilled:
+                prefill_mark = self.parts[message_index][0].mark
+                answer_start = max(answer_start, self.mark_positions[prefill_mark])
+            answer_spans.append((answer_start, max(answer_start, answer_end.position)))
+            needs_eos = not answer_end.has_token
+        return answer_spans, needs_eos
 
     def _position(self, part: Part) -> int:
         return self.mark_positions[part.mark]
@@ -103,41 +103,41 @@ class AnswerSpans:
         content_start = self._content_start(index)
         if index == 0:
             return content_start
-        anchor = self._last_part_before(index, content_start)
+        anchor_part = self._last_part_before(index, content_start)
         prompt = self.template.render_prompt(self.messages[:index])
-        if anchor.mark not in prompt:
+        if anchor_part.mark not in prompt:
             return content_start
 
         # Behind the anchor: the text that the model is given to begin with, and what the template writes there.
-        anchor_end = self.mark_positions.get(anchor.mark, 0) + len(anchor.mark)
-        prompt_end = prompt[prompt.index(anchor.mark) + len(anchor.mark) :]
-        header = self.rendering[anchor_end:content_start]
-        header_end = common_length(prompt_end, header)
+        anchor_end = self.mark_positions.get(anchor_part.mark, 0) + len(anchor_part.mark)
+        prompt_end = prompt[prompt.index(anchor_part.mark) + len(anchor_part.mark) :]
+        answer_header = self.rendering[anchor_end:content_start]
+        header_end = common_length(prompt_end, answer_header)
         if header_end < len(prompt_end):
             # The template writes another header than it gives. Go back to a whole token, and let the model write a tag
             # that opens a thought.
-            least = len(anchor.after) if header.startswith(anchor.after) else 0
-            header_end = self._whole_tokens(header, header_end, least)
-            open_thought = _OPEN_THOUGHT.search(header[:header_end])
+            least = len(anchor_part.after) if answer_header.startswith(anchor_part.after) else 0
+            header_end = self._whole_tokens(answer_header, header_end, least)
+            open_thought = _OPEN_THOUGHT.search(answer_header[:header_end])
             header_end -= len(open_thought.group()) if open_thought else 0
-        return anchor_end + self._behind_empty_thought(index, header, header_end)
+        return anchor_end + self._behind_empty_thought(index, answer_header, header_end)
 
     def _last_part_before(self, index: int, position: int) -> Part:
         """The last part of the messages before ``index`` that stands before ``position``; an empty one without any.
 
         A template may move a turn, such as the system's, behind an answer, so that the last message is not enough.
         """
-        parts = [part for earlier in range(index) for part in self.written_parts(earlier)]
-        parts = [part for part in parts if self._position(part) < position]
-        return max(parts, key=self._position, default=Part("", "", "", ""))
+        earlier_parts = [part for earlier in range(index) for part in self.written_parts(earlier)]
+        earlier_parts = [part for part in earlier_parts if self._position(part) < position]
+        return max(earlier_parts, key=self._position, default=Part("", "", "", ""))
 
     def _content_start(self, index: int) -> int:
         """The place where the first text of a message begins, as far as the template writes it unchanged."""
         part = self.written_parts(index)[0]
         position = self._position(part)
-        start = position - len(part.before)
-        is_unchanged = start >= 0 and self.rendering[start:position] == part.before
-        return start if is_unchanged else position
+        content_start = position - len(part.before)
+        is_unchanged = content_start >= 0 and self.rendering[content_start:position] == part.before
+        return content_start if is_unchanged else position
 
     def _behind_empty_thought(self, index: int, header: str, position: int) -> int:
         """Move ``position`` in the header of an answer behind a thought that the template left empty.
@@ -148,20 +148,20 @@ class AnswerSpans:
         if _EMPTY_THOUGHT.search(content):  # the user wrote it, so it is trained
             return position
         leading_space = content[: len(content) - len(content.lstrip())]
-        stop = len(header)
+        thought_limit = len(header)
         if header.endswith(leading_space):
-            stop -= len(leading_space)  # white space of the content is trained
-        for thought in _EMPTY_THOUGHT.finditer(header, 0, stop):
-            if thought.start() <= position <= thought.end():
-                position = thought.end()
+            thought_limit -= len(leading_space)  # white space of the content is trained
+        for empty_thought in _EMPTY_THOUGHT.finditer(header, 0, thought_limit):
+            if empty_thought.start() <= position <= empty_thought.end():
+                position = empty_thought.end()
         return position
 
     def _whole_tokens(self, text: str, stop: int, least: int) -> int:
         """Move ``stop`` back to a place, not before ``least``, that splits neither a special token nor a word."""
-        ends = [least]
-        ends += [match.end() for match in re.finditer(r"[\s>\]]", text[:stop])]
-        ends += [end for end in self._special_ends(text, 0, len(text)) if end <= stop]
-        return max(ends)
+        possible_ends = [least]
+        possible_ends += [match.end() for match in re.finditer(r"[\s>\]]", text[:stop])]
+        possible_ends += [token_end for token_end in self._special_ends(text, 0, len(text)) if token_end <= stop]
+        return max(possible_ends)
 
     # The end
 
@@ -169,36 +169,36 @@ class AnswerSpans:
         """The place behind the token that ends answer ``index``, or behind its text where no token ends it."""
         last_part = self.written_parts(index)[-1]
         tail_start = self._position(last_part) + 1
-        tail = self.rendering[tail_start:]  # the rest of the content, the closing of the turn, and later turns
-        content_end = len(last_part.after) if tail.startswith(last_part.after) else 0
+        text_behind = self.rendering[tail_start:]  # the rest of the content, the closing of the turn, and later turns
+        content_end = len(last_part.after) if text_behind.startswith(last_part.after) else 0
         later_turns = range(index + 1, len(self.messages))
-        later_marks = [self._position(part) for turn in later_turns for part in self.written_parts(turn)]
+        later_marks = [self._position(part) for turn_index in later_turns for part in self.written_parts(turn_index)]
         has_later_turns = bool(later_marks)
 
         if has_later_turns:
             closing = self._tail_of(last_part, self.messages[: index + 1])
-            closing_end = common_length(closing, tail[: min(later_marks) - tail_start])
+            closing_end = common_length(closing, text_behind[: min(later_marks) - tail_start])
         else:
-            closing_end = self._end_of_last_closing(index, last_part, tail, content_end)
-        token_ends = self._special_ends(tail, content_end, closing_end)
+            closing_end = self._end_of_last_closing(index, last_part, text_behind, content_end)
+        token_ends = self._special_ends(text_behind, content_end, closing_end)
         if not token_ends and has_later_turns:
-            token_ends = self._end_before_later_turns(index, last_part, tail, content_end)
+            token_ends = self._end_before_later_turns(index, last_part, text_behind, content_end)
         if token_ends:
             return AnswerEnd(tail_start + token_ends[-1], True)
 
-        if has_later_turns and closing_end < len(tail):
+        if has_later_turns and closing_end < len(text_behind):
             # Plain text closes the turn. What later turns share with it by chance is not a part of it, so it ends where
             # a line or a tag is complete.
-            line_end = tail.rfind("\n", content_end, closing_end)
-            tag_end = tail.rfind(">", content_end, closing_end) + 1
+            line_end = text_behind.rfind("\n", content_end, closing_end)
+            tag_end = text_behind.rfind(">", content_end, closing_end) + 1
             return AnswerEnd(tail_start + max(line_end, tag_end, content_end), False)
-        text_end = content_end + len(tail[content_end:closing_end].rstrip())
+        text_end = content_end + len(text_behind[content_end:closing_end].rstrip())
         return AnswerEnd(tail_start + text_end, False)
 
     def _end_of_last_closing(self, index: int, last_part: Part, tail: str, content_end: int) -> int:
         """Where the closing of the last turn ends: a template may write more at the end of a conversation."""
-        ends = self._special_ends(tail, content_end, len(tail))
-        if len(ends) < 2:
+        token_ends = self._special_ends(tail, content_end, len(tail))
+        if len(token_ends) < 2:
             return len(tail)
         # With several tokens behind the answer, the ones that stay when a question follows belong to the turn.
         question: Message = {"role": "user", "content": "?"}
@@ -207,7 +207,7 @@ class AnswerSpans:
         except ValueError:
             return len(tail)
         closing_end = common_length(closing, tail)
-        return closing_end if any(end <= closing_end for end in ends) else len(tail)
+        return closing_end if any(end <= closing_end for end in token_ends) else len(tail)
 
     def _end_before_later_turns(self, index: int, last_part: Part, tail: str, content_end: int) -> list[int]:
         """The token that ends a turn, if the template ends the last turn of a conversation with another one."""
@@ -228,15 +228,15 @@ class AnswerSpans:
         """The spans of the answers in ``scored`` that the template marks itself; None if it has no such marks."""
         if not _GENERATION.search(self.template.source):
             return None
-        text, marked_spans = self.template.render_with_spans(self.messages)
-        if text != self.rendering:
+        rendered_text, marked_spans = self.template.render_with_spans(self.messages)
+        if rendered_text != self.rendering:
             return None  # rendered in another way, its positions would be wrong
-        spans = []
+        answer_spans = []
         for start, end in marked_spans:
             answers = [index for index in scored if self._is_inside(index, start, end)]
             if answers:  # some templates mark a header, or an empty thought of their own
-                spans.append((max(start, self.start(answers[0])), self._without_trailing_space(start, end)))
-        return spans
+                answer_spans.append((max(start, self.start(answers[0])), self._without_trailing_space(start, end)))
+        return answer_spans
 
     def leaves_out_end(self, index: int, stop: int) -> bool:
         """Whether the token that ends answer ``index`` comes behind ``stop``."""
@@ -248,10 +248,10 @@ class AnswerSpans:
 
     def _without_trailing_space(self, start: int, end: int) -> int:
         """``end`` without the white space behind a special token: generation stops at the token."""
-        text = self.rendering[start:end]
-        ends = self._special_ends(text, 0, len(text))
-        if ends and not text[ends[-1] :].strip():
-            return start + ends[-1]
+        span_text = self.rendering[start:end]
+        token_ends = self._special_ends(span_text, 0, len(span_text))
+        if token_ends and not span_text[token_ends[-1] :].strip():
+            return start + token_ends[-1]
         return end
 
 

@@ -99,9 +99,9 @@ class Batch:
         """Tokens of all sequences, each with its prompt: the same number in any layout."""
         if self.segments is None:
             return self.attention_mask.sum()
-        count = sum(span.length + span.prefix for span in self.segments.spans)
+        num_tokens = sum(span.length + span.prefix for span in self.segments.spans)
         # Filled on the device: copying a number from the host would wait for the device.
-        return self.input_ids.new_full((), count)
+        return self.input_ids.new_full((), num_tokens)
 
     def last(self) -> Tensor:
         """Row of the flattened hidden states that holds the last token of each sequence: int64 [S].
@@ -109,13 +109,13 @@ class Batch:
         Read off positions, never off ids: right where the padding is a token that occurs in the text.
         """
         if self.segments is None:
-            rows, width = self.attention_mask.shape
+            num_rows, row_width = self.attention_mask.shape
             # `argmax` finds the first 1 from the right; with padding on the left that is at 0.
             padding_on_the_right = self.attention_mask.flip(1).argmax(1)
-            ends = torch.arange(1, rows + 1, device=padding_on_the_right.device) * width
-            return ends - 1 - padding_on_the_right
-        ends = torch.tensor([span.length for span in self.segments.spans]).cumsum(0) - 1
-        return ends.to(self.input_ids.device)
+            sequence_ends = torch.arange(1, num_rows + 1, device=padding_on_the_right.device) * row_width
+            return sequence_ends - 1 - padding_on_the_right
+        sequence_ends = torch.tensor([span.length for span in self.segments.spans]).cumsum(0) - 1
+        return sequence_ends.to(self.input_ids.device)
 
     def inputs(self) -> dict[str, Any]:
         """The arguments of a causal LM's forward."""
@@ -128,9 +128,9 @@ class Batch:
 
 
 def _check_lengths(name: str, columns: Mapping[str, Tensor], expected: int, counted: str) -> None:
-    for column, tensor in columns.items():
+    for column_name, tensor in columns.items():
         if len(tensor) != expected:
-            raise ValueError(f"{name}[{column!r}] has {len(tensor)} values, the batch has {expected} {counted}")
+            raise ValueError(f"{name}[{column_name!r}] has {len(tensor)} values, the batch has {expected} {counted}")
 
 
 class Sequence(NamedTuple):
@@ -152,13 +152,16 @@ def sequences(row: Row) -> list[Sequence]:
     """
     if "prompt_ids" not in row:
         return [Sequence(row["input_ids"], row["labels"])]
-    prompt = row["prompt_ids"]
+    prompt_ids = row["prompt_ids"]
     completions: list[list[int]] = (
         row["completions"] if "completions" in row else [row["chosen_ids"], row["rejected_ids"]]
     )
     # Without labels, every token of an answer is scored: its ids are its labels.
-    first, *others = zip(completions, row.get("labels", completions), strict=True)
+    first, *other_answers = zip(completions, row.get("labels", completions), strict=True)
     first_ids, first_labels = first
     # Only the first sequence holds the prompt, so that a flat row computes it once for all answers.
-    whole = Sequence(prompt + first_ids, [IGNORE] * len(prompt) + first_labels)
-    return [whole, *(Sequence(ids, labels, len(prompt)) for ids, labels in others)]
+    first_sequence = Sequence(prompt_ids + first_ids, [IGNORE] * len(prompt_ids) + first_labels)
+    return [
+        first_sequence,
+        *(Sequence(answer_ids, answer_labels, len(prompt_ids)) for answer_ids, answer_labels in other_answers),
+    ]

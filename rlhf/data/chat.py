@@ -55,19 +55,21 @@ def encode(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, split: bool =
     if isinstance(dialogue.prompt, str):
         return _encode_text(tokenizer, dialogue)
     template = ChatTemplate.of(tokenizer, dialogue)
-    rows = [_encode_turns(template, dialogue.prompt, completion, split) for completion in dialogue.completions]
-    if not rows:
+    encoded_answers = [
+        _encode_turns(template, dialogue.prompt, completion, split) for completion in dialogue.completions
+    ]
+    if not encoded_answers:
         return Encoded(encode_prompt(tokenizer, dialogue), [], 0, 0)
     # The prompt ends where the first of the answers begins. If a token reaches over that border, only the answers that
     # begin with the same token share it.
-    shared = min(row.border for row in rows)
-    shared = min(shared, common_length(*(row.ids for row in rows)))
+    shared_length = min(encoded_answer.border for encoded_answer in encoded_answers)
+    shared_length = min(shared_length, common_length(*(encoded_answer.ids for encoded_answer in encoded_answers)))
     return Encoded(
-        prompt_ids=rows[0].ids[:shared],
-        completions=[row.behind(shared) for row in rows],
-        answers=sum(row.answers for row in rows),
-        scored=sum(row.scored_answers for row in rows),
-        notes=tuple(dict.fromkeys(note for row in rows for note in row.notes)),
+        prompt_ids=encoded_answers[0].ids[:shared_length],
+        completions=[encoded_answer.behind(shared_length) for encoded_answer in encoded_answers],
+        answers=sum(encoded_answer.answers for encoded_answer in encoded_answers),
+        scored=sum(encoded_answer.scored_answers for encoded_answer in encoded_answers),
+        notes=tuple(dict.fromkeys(note for encoded_answer in encoded_answers for note in encoded_answer.notes)),
     )
 
 
@@ -91,10 +93,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Turns | Dialogue) 
     template = ChatTemplate.of(tokenizer, dialogue)
     is_continued = bool(dialogue.prompt) and dialogue.prompt[-1]["role"] == ASSISTANT
     if is_continued:
-        text = template.render(dialogue.prompt, continue_last=True)
+        rendered_text = template.render(dialogue.prompt, continue_last=True)
     else:
-        text = template.render_prompt(dialogue.prompt)
-    return tokenize(tokenizer, text, add_special_tokens=False).ids
+        rendered_text = template.render_prompt(dialogue.prompt)
+    return tokenize(tokenizer, rendered_text, add_special_tokens=False).ids
 
 
 def encode_reply(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, reply: Message, last: int) -> list[int]:
@@ -116,19 +118,19 @@ def encode_reply(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, reply: 
         return tokenize(tokenizer, str(reply["content"]), add_special_tokens=False).ids
     template = ChatTemplate.of(tokenizer, dialogue)
     # Without the system's turn: some templates write it before the last question, and so behind the answer.
-    asked = [turn for turn in dialogue.prompt if turn["role"] != "system"] or [{"role": "user", "content": "?"}]
-    turns, _, _ = split_prefill(asked, [{"role": ASSISTANT, "content": PROBE}])
-    text = template.render_prompt([*turns, reply])
-    tokens = tokenize(tokenizer, text, add_special_tokens=False)
-    answer_end = text.rindex(PROBE) + len(PROBE)  # a probe stands for the answer, whose text is not needed
-    ids = tokens.ids[tokens.first_token_after(answer_end) :]
+    question = [turn for turn in dialogue.prompt if turn["role"] != "system"] or [{"role": "user", "content": "?"}]
+    turns, _, _ = split_prefill(question, [{"role": ASSISTANT, "content": PROBE}])
+    rendered_text = template.render_prompt([*turns, reply])
+    rendered_tokens = tokenize(tokenizer, rendered_text, add_special_tokens=False)
+    answer_end = rendered_text.rindex(PROBE) + len(PROBE)  # a probe stands for the answer, whose text is not needed
+    reply_ids = rendered_tokens.ids[rendered_tokens.first_token_after(answer_end) :]
     # The answer ended with `last`. If the rendering begins with the same end of the turn, it is skipped.
-    if last in ids:
-        position = ids.index(last)
-        is_turn_end = not str(tokenizer.decode(ids[:position])).strip()
+    if last in reply_ids:
+        position = reply_ids.index(last)
+        is_turn_end = not str(tokenizer.decode(reply_ids[:position])).strip()
         if is_turn_end:
-            return ids[position + 1 :]
-    return ids
+            return reply_ids[position + 1 :]
+    return reply_ids
 
 
 def split_turns(dialogue: Dialogue) -> list[Dialogue]:
@@ -144,11 +146,13 @@ def split_turns(dialogue: Dialogue) -> list[Dialogue]:
         return [dialogue]
     dialogues = []
     for completion in dialogue.completions:
-        turns = [*dialogue.prompt, *_messages(completion)]
-        for index in range(len(dialogue.prompt), len(turns)):
-            if is_trained(turns[index]):
-                answer = [turns[index]]
-                dialogues.append(Dialogue(turns[:index], (answer,), dialogue.tools, dialogue.template_kwargs))
+        conversation = [*dialogue.prompt, *_messages(completion)]
+        for turn_index in range(len(dialogue.prompt), len(conversation)):
+            if is_trained(conversation[turn_index]):
+                answer = [conversation[turn_index]]
+                dialogues.append(
+                    Dialogue(conversation[:turn_index], (answer,), dialogue.tools, dialogue.template_kwargs)
+                )
     return dialogues
 
 
@@ -159,13 +163,16 @@ def _encode_text(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> Enco
     prompt = str(dialogue.prompt)
     if not dialogue.completions:
         return Encoded(encode_prompt(tokenizer, prompt), [], 0, 0)
-    texts = [prompt + str(completion) for completion in dialogue.completions]
-    rows = [tokenize_plain(tokenizer, text, ends=True) for text in texts]
+    whole_texts = [prompt + str(completion) for completion in dialogue.completions]
+    encoded_texts = [tokenize_plain(tokenizer, whole_text, ends=True) for whole_text in whole_texts]
     # If a token reaches over the border in one answer, the others begin there too: all are scored on the same text.
-    shared = min(row.first_token_after(len(prompt)) for row in rows)
-    shared = min(shared, common_length(*(row.ids for row in rows)))
-    completions = [(row.ids[shared:], [True] * (len(row.ids) - shared)) for row in rows]
-    return Encoded(rows[0].ids[:shared], completions, len(rows), len(rows))
+    shared_length = min(encoded_text.first_token_after(len(prompt)) for encoded_text in encoded_texts)
+    shared_length = min(shared_length, common_length(*(encoded_text.ids for encoded_text in encoded_texts)))
+    completions = [
+        (encoded_text.ids[shared_length:], [True] * (len(encoded_text.ids) - shared_length))
+        for encoded_text in encoded_texts
+    ]
+    return Encoded(encoded_texts[0].ids[:shared_length], completions, len(encoded_texts), len(encoded_texts))
 
 
 # Conversations
@@ -204,24 +211,24 @@ def _encode_turns(template: ChatTemplate, prompt: list[Message], completion: Tur
         notes = tuple(note for note in notes if note.kind != "earlier reasoning")
 
     # The template writes special tokens itself; added once more, BOS would be there twice.
-    tokens = tokenize(tokenizer, rendering.text, add_special_tokens=False)
-    spans = _token_spans(tokens, rendering)
-    ids, is_scored = list(tokens.ids), [False] * len(tokens.ids)
-    for start, stop in spans:
-        is_scored[start:stop] = [True] * (stop - start)
+    rendered_tokens = tokenize(tokenizer, rendering.text, add_special_tokens=False)
+    spans = _token_spans(rendered_tokens, rendering)
+    token_ids, is_scored = list(rendered_tokens.ids), [False] * len(rendered_tokens.ids)
+    for span_start, span_stop in spans:
+        is_scored[span_start:span_stop] = [True] * (span_stop - span_start)
     # The text behind the last answer is left out: the model never writes it, and it would only cost time.
-    end = max((stop for _, stop in spans), default=len(ids))
-    ids, is_scored = ids[:end], is_scored[:end]
-    if spans and rendering.needs_eos and ids[-1:] != [tokenizer.eos_token_id]:
-        ids.append(eos_id(tokenizer))
+    scored_end = max((span_stop for _, span_stop in spans), default=len(token_ids))
+    token_ids, is_scored = token_ids[:scored_end], is_scored[:scored_end]
+    if spans and rendering.needs_eos and token_ids[-1:] != [tokenizer.eos_token_id]:
+        token_ids.append(eos_id(tokenizer))
         is_scored.append(True)
 
     answers = sum(message["role"] == ASSISTANT for message in messages[first:])
-    scored_spans = sum(start < stop for start, stop in spans)
+    scored_spans = sum(span_start < span_stop for span_start, span_stop in spans)
     return _EncodedTurns(
-        ids=ids,
+        ids=token_ids,
         is_scored=is_scored,
-        border=min((start for start, _ in spans), default=len(ids)),
+        border=min((span_start for span_start, _ in spans), default=len(token_ids)),
         opens_with_answer=is_trained(messages[first]),
         answers=answers,
         scored_answers=min(scored_spans, answers),  # an answer may have several spans
@@ -231,7 +238,10 @@ def _encode_turns(template: ChatTemplate, prompt: list[Message], completion: Tur
 
 def _token_spans(tokens: TokenizedText, rendering: Rendering) -> list[tuple[int, int]]:
     """First and last token (exclusive) of each answer."""
-    return [(tokens.first_token_after(start), tokens.first_token_from(end)) for start, end in rendering.answers]
+    return [
+        (tokens.first_token_after(answer_start), tokens.first_token_from(answer_end))
+        for answer_start, answer_end in rendering.answers
+    ]
 
 
 def _messages(turns: Turns) -> list[Message]:
@@ -252,16 +262,16 @@ def answer_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     Returns:
         One or two ids; none without EOS and template.
     """
-    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    end_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if not tokenizer.chat_template:
-        return ends
-    probe = Dialogue([{"role": "user", "content": "?"}], ([{"role": ASSISTANT, "content": "!"}],))
+        return end_ids
+    shortest_dialogue = Dialogue([{"role": "user", "content": "?"}], ([{"role": ASSISTANT, "content": "!"}],))
     try:
-        encoded = encode(tokenizer, probe)
+        encoded = encode(tokenizer, shortest_dialogue)
     except ValueError:  # the template refuses so short a conversation
-        return ends
-    ids, _ = encoded.completions[0]
-    return ends if ids[-1] in ends else [*ends, ids[-1]]
+        return end_ids
+    completion_ids, _ = encoded.completions[0]
+    return end_ids if completion_ids[-1] in end_ids else [*end_ids, completion_ids[-1]]
 
 
 def answer_ends(rows: Any, tokenizer: PreTrainedTokenizerBase, look_at: int = 64) -> list[int]:
@@ -281,14 +291,14 @@ def answer_ends(rows: Any, tokenizer: PreTrainedTokenizerBase, look_at: int = 64
     if first_rows and not _labels_of(first_rows[0]):
         is_text = isinstance(first_rows[0].get("prompt"), str)
         return [] if is_text else answer_end_ids(tokenizer)
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    ends: dict[int, None] = {}  # a dict keeps the order
+    special_ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    end_tokens: dict[int, None] = {}  # a dict keeps the order
     for row in first_rows:
         for labels in _labels_of(row):
             for label, next_label in zip(labels, [*labels[1:], -100], strict=True):
-                if label in special and next_label == -100:  # the last token of an answer
-                    ends[label] = None
-    return list(ends)
+                if label in special_ids and next_label == -100:  # the last token of an answer
+                    end_tokens[label] = None
+    return list(end_tokens)
 
 
 def _labels_of(row: dict[str, Any]) -> list[list[int]]:

@@ -32,10 +32,10 @@ class SequenceColumn(NamedTuple):
         """The numbers of all sequences, [S]."""
         numbers: list[float] = []
         for row in rows:
-            of_row = [row[column] for column in self.read_from]
-            if len(of_row) == 1:  # one number for all sequences of the row, such as a pair's margin
-                of_row *= len(sequences(row))
-            numbers += of_row
+            row_values = [row[column] for column in self.read_from]
+            if len(row_values) == 1:  # one number for all sequences of the row, such as a pair's margin
+                row_values *= len(sequences(row))
+            numbers += row_values
         return torch.tensor(numbers, dtype=self.dtype)
 
 
@@ -97,69 +97,71 @@ class Collator:
         batch = self._flat(examples) if self.layout == "segments" else self._padded(examples)
         # The first example stands for all: the rows of a data set have the same columns.
         columns = [column for column in self.per_sequence if column.is_in(examples[0])]
-        extras = {name: make(examples, self) for name, make in self.extras.items()}
+        extras = {name: make_extra(examples, self) for name, make_extra in self.extras.items()}
         return replace(
             batch,
             per_sequence={column.name: column.stack(examples) for column in columns},
-            extras={name: extra for name, extra in extras.items() if extra is not None},
+            extras={name: extra_entry for name, extra_entry in extras.items() if extra_entry is not None},
         )
 
     def _flat(self, examples: list[Row]) -> Batch:
         """All sequences in one row, [1, T], without padding."""
         spans: list[Span] = []
-        ids: list[int] = []
-        positions: list[Tensor] = []
-        sources: list[Tensor] = []
-        tokens: list[Tensor] = []
-        owners: list[Tensor] = []
+        flat_ids: list[int] = []
+        position_spans: list[Tensor] = []
+        predicting_rows: list[Tensor] = []
+        target_ids: list[Tensor] = []
+        target_sequences: list[Tensor] = []
         for example in examples:
-            first_span, example_start = len(spans), len(ids)
+            first_span, example_start = len(spans), len(flat_ids)
             for sequence in sequences(example):
-                prefix, length = sequence.prefix, len(sequence.ids)
-                spans.append(Span(length, first_span, prefix) if prefix else Span(length))
+                prefix, sequence_length = sequence.prefix, len(sequence.ids)
+                spans.append(Span(sequence_length, first_span, prefix) if prefix else Span(sequence_length))
                 labels = torch.tensor(sequence.labels, dtype=torch.int64)  # int64 for an empty list too
-                scored = (labels != IGNORE).nonzero().squeeze(1)
+                scored_positions = (labels != IGNORE).nonzero().squeeze(1)
                 if not prefix:
                     # Nothing comes before the first token of a sequence, so nothing predicts it.
-                    scored = scored[scored > 0]
-                source = len(ids) + scored - 1
+                    scored_positions = scored_positions[scored_positions > 0]
+                sequence_sources = len(flat_ids) + scored_positions - 1
                 if prefix:
                     # The first token of a branch is predicted by the last one of the prompt.
-                    source[scored == 0] = example_start + prefix - 1
-                ids += sequence.ids
+                    sequence_sources[scored_positions == 0] = example_start + prefix - 1
+                flat_ids += sequence.ids
                 # Positions count from the start of the prompt, also in a branch.
-                positions.append(torch.arange(prefix, prefix + length))
-                sources.append(source)
-                tokens.append(labels[scored])
-                owners.append(torch.full_like(scored, len(owners)))
-        targets = Targets(torch.cat(sources), torch.cat(tokens), torch.cat(owners), len(owners))
-        input_ids = torch.tensor(ids)[None]
-        position_ids = torch.cat(positions)[None]
+                position_spans.append(torch.arange(prefix, prefix + sequence_length))
+                predicting_rows.append(sequence_sources)
+                target_ids.append(labels[scored_positions])
+                target_sequences.append(torch.full_like(scored_positions, len(target_sequences)))
+        targets = Targets(
+            torch.cat(predicting_rows), torch.cat(target_ids), torch.cat(target_sequences), len(target_sequences)
+        )
+        input_ids = torch.tensor(flat_ids)[None]
+        position_ids = torch.cat(position_spans)[None]
         # Nothing is padding here. Which tokens see each other is decided by the segments, not by this mask.
         return Batch(input_ids, torch.ones_like(input_ids), position_ids, targets, Segments(tuple(spans)))
 
     def _padded(self, examples: list[Row]) -> Batch:
         """A row for each sequence, [S, T], each with its prompt."""
-        whole = [sequence for example in examples for sequence in _with_prompt(example)]
-        width = max(len(ids) for ids, _ in whole)
-        shape = (len(whole), width)
-        input_ids = torch.full(shape, self.pad_token_id)
-        labels = torch.full(shape, IGNORE)
-        attention_mask = torch.zeros(shape, dtype=torch.int64)
-        position_ids = torch.zeros(shape, dtype=torch.int64)
-        for index, (ids, labels_of_row) in enumerate(whole):
-            first = 0 if self.padding_side == "right" else width - len(ids)
-            used = slice(first, first + len(ids))
-            input_ids[index, used] = torch.tensor(ids)
-            labels[index, used] = torch.tensor(labels_of_row)
-            attention_mask[index, used] = 1
+        whole_sequences = [sequence for example in examples for sequence in _with_prompt(example)]
+        row_width = max(len(token_ids) for token_ids, _ in whole_sequences)
+        batch_shape = (len(whole_sequences), row_width)
+        input_ids = torch.full(batch_shape, self.pad_token_id)
+        labels = torch.full(batch_shape, IGNORE)
+        attention_mask = torch.zeros(batch_shape, dtype=torch.int64)
+        position_ids = torch.zeros(batch_shape, dtype=torch.int64)
+        for row_index, (token_ids, labels_of_row) in enumerate(whole_sequences):
+            first_column = 0 if self.padding_side == "right" else row_width - len(token_ids)
+            used_columns = slice(first_column, first_column + len(token_ids))
+            input_ids[row_index, used_columns] = torch.tensor(token_ids)
+            labels[row_index, used_columns] = torch.tensor(labels_of_row)
+            attention_mask[row_index, used_columns] = 1
             # Counted from the first token, so that padding on the left shifts no position.
-            position_ids[index, used] = torch.arange(len(ids))
+            position_ids[row_index, used_columns] = torch.arange(len(token_ids))
         return Batch(input_ids, attention_mask, position_ids, Targets.from_labels(labels, attention_mask))
 
 
 def _with_prompt(example: Row) -> Iterator[tuple[list[int], list[int]]]:
     """Ids and labels of each sequence, with its prompt before them."""
-    first, *_ = parts = sequences(example)
-    for ids, labels, prefix in parts:
-        yield first.ids[:prefix] + ids, [IGNORE] * prefix + labels
+    first_sequence, *_ = sequence_parts = sequences(example)
+    for token_ids, token_labels, prefix_length in sequence_parts:
+        yield first_sequence.ids[:prefix_length] + token_ids, [IGNORE] * prefix_length + token_labels

@@ -59,16 +59,16 @@ def renamed(columns: Sequence[str], row_format: RowFormat) -> list[str]:
     Raises:
         ValueError: A column that is to be renamed is not there.
     """
-    missing = [name for name in row_format.columns if name not in columns]
-    if missing:
-        raise ValueError(f"--columns: no column {missing[0]!r}; found {', '.join(columns)}")
-    return list(rename_row({name: name for name in columns}, row_format))
+    missing_columns = [column_name for column_name in row_format.columns if column_name not in columns]
+    if missing_columns:
+        raise ValueError(f"--columns: no column {missing_columns[0]!r}; found {', '.join(columns)}")
+    return list(rename_row({column_name: column_name for column_name in columns}, row_format))
 
 
 def rename_row(row: Row, row_format: RowFormat) -> dict[str, Any]:
     """Give the values of a row their new names; a renamed column replaces one that has its new name already."""
-    new_values = {new_name: row[name] for name, new_name in row_format.columns.items() if name in row}
-    other_values = {name: value for name, value in row.items() if name not in row_format.columns}
+    new_values = {new_name: row[column] for column, new_name in row_format.columns.items() if column in row}
+    other_values = {column: value for column, value in row.items() if column not in row_format.columns}
     return other_values | new_values
 
 
@@ -140,10 +140,10 @@ def pair_columns(names: Sequence[str]) -> tuple[str, ...]:
         return PAIR_IDS
     chosen = present(names, CHOSEN)
     rejected = present(names, REJECTED)
-    missing = [repr(known[0]) for known, columns in ((CHOSEN, chosen), (REJECTED, rejected)) if not columns]
-    if missing:
+    missing_names = [repr(known[0]) for known, columns in ((CHOSEN, chosen), (REJECTED, rejected)) if not columns]
+    if missing_names:
         raise ValueError(
-            f"no column {' and '.join(missing)}: found {', '.join(names)}; "
+            f"no column {' and '.join(missing_names)}: found {', '.join(names)}; "
             "preference data needs 'chosen' and 'rejected', and a 'prompt' unless both begin with it; "
             "--columns theirs=chosen says what yours are"
         )
@@ -193,11 +193,11 @@ def sft_column(columns: Sequence[str], row_format: RowFormat) -> str:
 
 def check_preference_columns(columns: Sequence[str], row_format: RowFormat | None = None) -> None:
     """Raise where rows hold neither pairs, nor answers with a ``label`` that can be paired."""
-    names = renamed(columns, row_format or RowFormat())
-    if "label" in names and not present(names, CHOSEN):
-        sft_columns(names)
+    column_names = renamed(columns, row_format or RowFormat())
+    if "label" in column_names and not present(column_names, CHOSEN):
+        sft_columns(column_names)
         return
-    pair_columns(names)
+    pair_columns(column_names)
 
 
 def check_prompt_columns(columns: Sequence[str], row_format: RowFormat) -> None:
@@ -207,9 +207,9 @@ def check_prompt_columns(columns: Sequence[str], row_format: RowFormat) -> None:
 
 def check_unpaired_columns(columns: Sequence[str], row_format: RowFormat) -> bool:
     """Whether rows are pairs, each of which becomes two rows; raises where rows are neither labelled nor pairs."""
-    names = renamed(columns, row_format)
-    are_pairs = "chosen" in names or "chosen_ids" in names
-    if not are_pairs and "label" not in names:
+    column_names = renamed(columns, row_format)
+    are_pairs = "chosen" in column_names or "chosen_ids" in column_names
+    if not are_pairs and "label" not in column_names:
         raise ValueError(
             f"no column 'label': found {', '.join(columns)}; KTO needs 'prompt', 'completion' and 'label' (true or "
             "false), or pairs"

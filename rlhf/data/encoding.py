@@ -71,9 +71,9 @@ class Reading:
         # The template is only searched for words, such as `tool_calls`, so that several may be joined.
         template = templates if isinstance(templates, str) else " ".join((templates or {}).values())
         features = getattr(rows, "features", None) or {}
-        json_columns = [name for name, feature in features.items() if isinstance(feature, JsonText | Json)]
-        exact = frozenset(self.form.columns.get(name, name) for name in json_columns)
-        return replace(self, form=replace(self.form, template=template, text_field=text_field, exact=exact))
+        json_columns = [column for column, feature in features.items() if isinstance(feature, JsonText | Json)]
+        exact_columns = frozenset(self.form.columns.get(column, column) for column in json_columns)
+        return replace(self, form=replace(self.form, template=template, text_field=text_field, exact=exact_columns))
 
 
 class RowEncoder(Protocol):
@@ -151,12 +151,12 @@ class SftEncoder:
         return rows or [TokenisedRow(self.blank, dropped=NOTHING_SCORED)]
 
     def _text(self, row: Row) -> str:
-        text = row[self.column]
-        if not isinstance(text, str):
-            raise ValueError(f"{self.column!r} is {describe_type(text)}, expected text")
-        if not text.strip():
+        plain_text = row[self.column]
+        if not isinstance(plain_text, str):
+            raise ValueError(f"{self.column!r} is {describe_type(plain_text)}, expected text")
+        if not plain_text.strip():
             raise ValueError(f"{self.column!r} is empty, expected text")
-        return text
+        return plain_text
 
 
 @dataclass(frozen=True)
@@ -186,21 +186,21 @@ class PairEncoder:
 
     @property
     def blank(self) -> dict[str, Any]:
-        ids = {"prompt_ids": [0], "chosen_ids": [0], "rejected_ids": [0], "labels": [[IGNORE], [IGNORE]]}
-        return {**ids, "margin": 0.0} if self.with_margin else {**ids}
+        id_columns = {"prompt_ids": [0], "chosen_ids": [0], "rejected_ids": [0], "labels": [[IGNORE], [IGNORE]]}
+        return {**id_columns, "margin": 0.0} if self.with_margin else {**id_columns}
 
     def dialogue(self, row: Row) -> Dialogue | None:
         return None if self.has_ids else pair_dialogue(row, self.reading.form)
 
     def encode(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> list[TokenisedRow]:
         row = canonical(row, self.reading.form)
-        extra = {"margin": margin(row)} if self.with_margin else {}
+        extra_columns = {"margin": margin(row)} if self.with_margin else {}
         if self.has_ids:
-            return [TokenisedRow({**_ready_pair_columns(row), **extra})]
+            return [TokenisedRow({**_ready_pair_columns(row), **extra_columns})]
         encoded = encode(tokenizer, pair_dialogue(row, self.reading.form))
-        (chosen, _), (rejected, _) = encoded.completions
-        ids = {"prompt_ids": encoded.prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected}
-        return [_counted({**ids, "labels": _answer_labels(encoded), **extra}, encoded)]
+        (chosen_ids, _), (rejected_ids, _) = encoded.completions
+        id_columns = {"prompt_ids": encoded.prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
+        return [_counted({**id_columns, "labels": _answer_labels(encoded), **extra_columns}, encoded)]
 
 
 @dataclass(frozen=True)
@@ -243,22 +243,22 @@ class UnpairedEncoder:
         row = canonical(row, self.reading.form)
         is_good = label(row)
         if "completion_ids" in row:
-            ids = list(row["completion_ids"])
+            answer_ids = list(row["completion_ids"])
             # Ready ids come without a mask: all of them are scored, so they are their own labels.
-            return [TokenisedRow(self._columns(list(row["prompt_ids"]), ids, ids, is_good))]
+            return [TokenisedRow(self._columns(list(row["prompt_ids"]), answer_ids, answer_ids, is_good))]
         encoded = encode(tokenizer, unpaired_dialogue(row, self.reading.form))
-        ((ids, _),) = encoded.completions
-        (labels,) = _answer_labels(encoded)
-        return [_counted(self._columns(encoded.prompt_ids, ids, labels, is_good), encoded)]
+        ((answer_ids, _),) = encoded.completions
+        (answer_labels,) = _answer_labels(encoded)
+        return [_counted(self._columns(encoded.prompt_ids, answer_ids, answer_labels, is_good), encoded)]
 
     def _split(self, pair: TokenisedRow) -> list[TokenisedRow]:
         """The two rows of a pair, the chosen one first. Each has the counts of the whole pair."""
         columns = pair.columns
         chosen_labels, rejected_labels = columns["labels"]
-        chosen = self._columns(columns["prompt_ids"], columns["chosen_ids"], chosen_labels, True)
-        rejected = self._columns(columns["prompt_ids"], columns["rejected_ids"], rejected_labels, False)
+        chosen_columns = self._columns(columns["prompt_ids"], columns["chosen_ids"], chosen_labels, True)
+        rejected_columns = self._columns(columns["prompt_ids"], columns["rejected_ids"], rejected_labels, False)
         # Both are told what the template left out of the pair.
-        return [replace(pair, columns=chosen), replace(pair, columns=rejected)]
+        return [replace(pair, columns=chosen_columns), replace(pair, columns=rejected_columns)]
 
     def _columns(self, prompt: list[int], ids: list[int], labels: list[int], is_good: bool) -> dict[str, Any]:
         return {"prompt_ids": prompt, "completions": [ids], "labels": [labels], "desirable": is_good}
@@ -289,11 +289,11 @@ class PromptEncoder:
 
     def encode(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> list[TokenisedRow]:
         row = canonical(row, self.reading.form)
-        ids = encode_prompt(tokenizer, prompt_dialogue(row, self.reading.form))
+        prompt_ids = encode_prompt(tokenizer, prompt_dialogue(row, self.reading.form))
         # Generation has to begin with at least one id.
-        if not ids:
+        if not prompt_ids:
             raise ValueError("'prompt' is empty")
-        return [TokenisedRow({"prompt_ids": ids})]
+        return [TokenisedRow({"prompt_ids": prompt_ids})]
 
 
 # Columns of a tokenised row
@@ -304,18 +304,20 @@ def _counted(columns: dict[str, Any], encoded: Encoded) -> TokenisedRow:
 
 
 def _sft_row(encoded: Encoded) -> TokenisedRow:
-    ((ids, _),) = encoded.completions
-    (labels,) = _answer_labels(encoded)
+    ((answer_ids, _),) = encoded.completions
+    (answer_labels,) = _answer_labels(encoded)
     # A prompt of its own serves pairs, which share it. Supervised rows are one sequence.
-    prompt = encoded.prompt_ids
-    return _counted({"input_ids": prompt + ids, "labels": [IGNORE] * len(prompt) + labels}, encoded)
+    prompt_ids = encoded.prompt_ids
+    return _counted(
+        {"input_ids": prompt_ids + answer_ids, "labels": [IGNORE] * len(prompt_ids) + answer_labels}, encoded
+    )
 
 
 def _answer_labels(encoded: Encoded) -> list[list[int]]:
     """The labels of each completion: its ids, −100 for those that are not scored."""
     return [
-        [token if is_scored else IGNORE for token, is_scored in zip(ids, scored, strict=True)]
-        for ids, scored in encoded.completions
+        [token_id if is_scored else IGNORE for token_id, is_scored in zip(answer_ids, scored, strict=True)]
+        for answer_ids, scored in encoded.completions
     ]
 
 
@@ -337,30 +339,30 @@ def _nothing_to_learn(dialogue: Dialogue) -> str | None:
 def _ready_sft_columns(row: Row) -> dict[str, Any]:
     """Ids and labels from ``labels``, from masks, or from a prompt and its completion."""
     if "input_ids" not in row:
-        prompt, completion = list(row["prompt_ids"]), list(row["completion_ids"])
-        return {"input_ids": prompt + completion, "labels": [IGNORE] * len(prompt) + completion}
-    ids = list(row["input_ids"])
+        prompt_ids, completion_ids = list(row["prompt_ids"]), list(row["completion_ids"])
+        return {"input_ids": prompt_ids + completion_ids, "labels": [IGNORE] * len(prompt_ids) + completion_ids}
+    token_ids = list(row["input_ids"])
     # Labels and masks may be given together: a token is scored if all of them say so.
-    labels = ids if row.get("labels") is None else list(row["labels"])
-    masks = {name: row[name] for name in _MASKS if row.get(name) is not None}
-    for name, values in {"labels": labels, **masks}.items():
-        if len(values) != len(ids):
-            raise ValueError(f"{name!r} has {len(values)} entries, 'input_ids' {len(ids)}")
-    for mask in masks.values():
-        labels = [token if is_scored else IGNORE for token, is_scored in zip(labels, mask, strict=True)]
+    labels = token_ids if row.get("labels") is None else list(row["labels"])
+    token_masks = {column_name: row[column_name] for column_name in _MASKS if row.get(column_name) is not None}
+    for column_name, column_values in {"labels": labels, **token_masks}.items():
+        if len(column_values) != len(token_ids):
+            raise ValueError(f"{column_name!r} has {len(column_values)} entries, 'input_ids' {len(token_ids)}")
+    for token_mask in token_masks.values():
+        labels = [token_id if is_scored else IGNORE for token_id, is_scored in zip(labels, token_mask, strict=True)]
     # Padding is no text, so it must not count towards max_length.
-    if "attention_mask" in masks:  # remove padding: batches are padded anew
-        is_text = masks["attention_mask"]
-        ids = [token for token, keep in zip(ids, is_text, strict=True) if keep]
-        labels = [token for token, keep in zip(labels, is_text, strict=True) if keep]
-    return {"input_ids": ids, "labels": labels}
+    if "attention_mask" in token_masks:  # remove padding: batches are padded anew
+        is_not_padding = token_masks["attention_mask"]
+        token_ids = [token_id for token_id, is_token in zip(token_ids, is_not_padding, strict=True) if is_token]
+        labels = [token_id for token_id, is_token in zip(labels, is_not_padding, strict=True) if is_token]
+    return {"input_ids": token_ids, "labels": labels}
 
 
 def _ready_pair_columns(row: Row) -> dict[str, Any]:
-    ids = {name: list(row[name]) for name in PAIR_IDS}
+    id_columns = {column_name: list(row[column_name]) for column_name in PAIR_IDS}
     # An answer without ids has no log-prob that could be compared.
-    answers = ("chosen_ids", "rejected_ids")
-    for name in answers:
-        if not ids[name]:
-            raise ValueError(f"{name!r} is empty")
-    return {**ids, "labels": [ids[name] for name in answers]}
+    answer_columns = ("chosen_ids", "rejected_ids")
+    for column_name in answer_columns:
+        if not id_columns[column_name]:
+            raise ValueError(f"{column_name!r} is empty")
+    return {**id_columns, "labels": [id_columns[column_name] for column_name in answer_columns]}

@@ -76,10 +76,10 @@ def canonical(row: Row, row_format: RowFormat) -> dict[str, Any]:
     """
     row = rename_row(row, row_format)
     # The text alone would teach answers about an image that the model never gets.
-    for name in MEDIA:
-        is_note = isinstance(row.get(name), str)  # such as a path or an address
-        if row.get(name) and not is_note:
-            raise ValueError(f"{name!r} is not empty: only text is supported; leave such rows out")
+    for media_column in MEDIA:
+        is_note = isinstance(row.get(media_column), str)  # such as a path or an address
+        if row.get(media_column) and not is_note:
+            raise ValueError(f"{media_column!r} is not empty: only text is supported; leave such rows out")
     return row
 
 
@@ -100,15 +100,15 @@ def sft_dialogue(row: Row, column: str, row_format: RowFormat) -> Dialogue:
     Raises:
         ValueError: The row is malformed.
     """
-    reader = _RowReader(row, row_format)
+    row_reader = _RowReader(row, row_format)
     if column in CONVERSATIONS:
-        return reader.dialogue([], [reader.conversation(column)])
+        return row_reader.dialogue([], [row_reader.conversation(column)])
     # The prompt that both answers begin with is found by comparing them, exactly as for DPO.
     if column in CHOSEN and present(list(row), REJECTED):
-        prompt, chosen, _ = reader.pair()
-        return reader.dialogue(prompt, [chosen])
-    prompt, completion = reader.prompt_and_completion(column)
-    return reader.dialogue(prompt, [completion])
+        prompt, chosen, _ = row_reader.pair()
+        return row_reader.dialogue(prompt, [chosen])
+    prompt, completion = row_reader.prompt_and_completion(column)
+    return row_reader.dialogue(prompt, [completion])
 
 
 def pair_dialogue(row: Row, row_format: RowFormat) -> Dialogue:
@@ -124,11 +124,11 @@ def pair_dialogue(row: Row, row_format: RowFormat) -> Dialogue:
     Raises:
         ValueError: The row is malformed, or its answers are identical.
     """
-    reader = _RowReader(row, row_format)
-    prompt, chosen, rejected = reader.pair()
+    row_reader = _RowReader(row, row_format)
+    prompt, chosen, rejected = row_reader.pair()
     if chosen == rejected:
         raise ValueError("'chosen' and 'rejected' are identical: a pair without a preference teaches nothing")
-    return reader.dialogue(prompt, [chosen, rejected])
+    return row_reader.dialogue(prompt, [chosen, rejected])
 
 
 def unpaired_dialogue(row: Row, row_format: RowFormat) -> Dialogue:
@@ -145,16 +145,16 @@ def unpaired_dialogue(row: Row, row_format: RowFormat) -> Dialogue:
         ValueError: The row is malformed.
     """
     # In a file of several forms, a row has nulls in the columns of the other forms.
-    filled = [name for name, value in row.items() if value is not None]
-    candidates = present(filled, ANSWERS) or present(filled, CONVERSATIONS)
+    filled_columns = [column_name for column_name, value in row.items() if value is not None]
+    candidates = present(filled_columns, ANSWERS) or present(filled_columns, CONVERSATIONS)
     if not candidates:
         raise ValueError(f"no 'completion' (nor 'messages'): found {', '.join(row)}")
     column = candidates[0]
     if column not in CONVERSATIONS:
         return sft_dialogue(row, column, row_format)
-    reader = _RowReader(row, row_format)
-    prompt, completion = last_answer(reader.conversation(column))
-    return reader.dialogue(prompt, [completion])
+    row_reader = _RowReader(row, row_format)
+    prompt, completion = last_answer(row_reader.conversation(column))
+    return row_reader.dialogue(prompt, [completion])
 
 
 def prompt_dialogue(row: Row, row_format: RowFormat) -> Dialogue:
@@ -170,24 +170,24 @@ def prompt_dialogue(row: Row, row_format: RowFormat) -> Dialogue:
     Raises:
         ValueError: The row is malformed, or has no prompt.
     """
-    reader = _RowReader(row, row_format)
+    row_reader = _RowReader(row, row_format)
     column = prompt_columns(list(row))[0]
-    answers = [name for name in ("completion", "response", *CHOSEN) if row.get(name) is not None]
+    answer_columns = [name for name in ("completion", "response", *CHOSEN) if row.get(name) is not None]
     prompt: Turns
     if column in CHOSEN and present(list(row), REJECTED):
-        prompt, _, _ = reader.pair()
-    elif answers:
+        prompt, _, _ = row_reader.pair()
+    elif answer_columns:
         # An answer may repeat the prompt, or hold it: the split is that of training.
-        prompt, _ = reader.prompt_and_completion(answers[0])
+        prompt, _ = row_reader.prompt_and_completion(answer_columns[0])
     elif column in CONVERSATIONS:
-        turns = reader.conversation(column)
+        turns = row_reader.conversation(column)
         # A conversation that ends with a question is a prompt as it is.
         prompt = turns if turns[-1]["role"] != ASSISTANT else last_answer(turns)[0]
         if not prompt:
             raise ValueError(f"{column!r} begins with the assistant's answer: there is nothing to answer")
     else:
-        prompt = reader.prompt(answer_column="") or ""
-    return reader.dialogue(prompt, [])
+        prompt = row_reader.prompt(answer_column="") or ""
+    return row_reader.dialogue(prompt, [])
 
 
 # Numbers and labels beside the text
@@ -205,15 +205,15 @@ def margin(row: Row) -> float:
     Raises:
         ValueError: The value is no finite number.
     """
-    value = row["margin"]
+    margin_value = row["margin"]
     # In Python, true and false are integers; and its JSON parser reads NaN and Infinity as numbers.
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
-        description = value if isinstance(value, float) else describe_type(value)
+    is_number = isinstance(margin_value, int | float) and not isinstance(margin_value, bool)
+    if not is_number or not math.isfinite(margin_value):
+        description = margin_value if isinstance(margin_value, float) else describe_type(margin_value)
         raise ValueError(
             f"'margin' is {description}, expected a finite number (leave the column out where there is none)"
         )
-    return float(value)
+    return float(margin_value)
 
 
 def label(row: Row) -> bool:
@@ -228,19 +228,19 @@ def label(row: Row) -> bool:
     Raises:
         ValueError: The value is none of these.
     """
-    value = row.get("label")
-    is_good = _parse_label(value)
+    label_value = row.get("label")
+    is_good = _parse_label(label_value)
     if is_good is None:
-        description = value if isinstance(value, int | float) else describe_type(value)
+        description = label_value if isinstance(label_value, int | float) else describe_type(label_value)
         raise ValueError(f"'label' is {description}, expected true or false")
     return is_good
 
 
 def is_labelled_bad(row: Row) -> bool:
     """Whether ``label`` marks an answer as bad. A label of another kind, such as a class or a score, does not."""
-    value = row.get("label")
+    label_value = row.get("label")
     # A float is a score, of which 0.0 is not "bad".
-    return not isinstance(value, float) and _parse_label(value) is False
+    return not isinstance(label_value, float) and _parse_label(label_value) is False
 
 
 def has_labels(rows: Any, row_format: RowFormat) -> bool:
@@ -287,26 +287,26 @@ class _RowReader:
 
     def turns(self, column: str) -> Turns:
         """The text or the messages of a column; a list of messages may be JSON text."""
-        value = self.row.get(column)
+        column_value = self.row.get(column)
         exact = column in self.row_format.exact
-        if value is None:
+        if column_value is None:
             raise ValueError(f"has no {column!r}")
-        if isinstance(value, str):
+        if isinstance(column_value, str):
             # Nulls in JSON text were never touched by Arrow, so these are the user's.
-            messages = _messages_from_json(value)  # as in a CSV, whose fields are all text
+            messages = _messages_from_json(column_value)  # as in a CSV, whose fields are all text
             if messages is None:
                 # A prompt may be empty, but an answer without text has no token to learn.
-                if column not in PROMPTS and not value.strip():
+                if column not in PROMPTS and not column_value.strip():
                     raise ValueError(f"{column!r} is empty")
-                return value
-            value, exact = messages, True
-        if _is_message(value):
-            value = [value]
-        if not isinstance(value, list):
-            raise ValueError(f"{column!r} is {describe_type(value)}, expected text or a list of messages")
-        if not value:
+                return column_value
+            column_value, exact = messages, True
+        if _is_message(column_value):
+            column_value = [column_value]
+        if not isinstance(column_value, list):
+            raise ValueError(f"{column!r} is {describe_type(column_value)}, expected text or a list of messages")
+        if not column_value:
             raise ValueError(f"{column!r} is empty")
-        return as_messages(value, column, self.row_format.roles, self.row_format.template, exact)
+        return as_messages(column_value, column, self.row_format.roles, self.row_format.template, exact)
 
     def conversation(self, column: str) -> list[Message]:
         turns = self.turns(column)
@@ -316,12 +316,12 @@ class _RowReader:
 
     def answer(self, column: str) -> Turns:
         """The completion in a column. In ``answers``, a list of objects is the assistant's calls."""
-        value = self.row[column]
-        calls = from_json(value) if column == "answers" and isinstance(value, str) else None
+        column_value = self.row[column]
+        calls = from_json(column_value) if column == "answers" and isinstance(column_value, str) else None
         are_calls = isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)
         if self.row_format.template and are_calls:
             # ShareGPT's turn for calls: `as_messages` knows every form in which these are written.
-            turn = {"role": "function_call", "content": value}
+            turn = {"role": "function_call", "content": column_value}
             return as_messages([turn], column, self.row_format.roles, self.row_format.template, exact=True)
         return self.turns(column)
 
@@ -329,7 +329,7 @@ class _RowReader:
 
     def prompt(self, answer_column: str) -> Turns | None:
         """The prompt that belongs to the answer in ``answer_column``; None if the row has none."""
-        columns = prompt_and_options([name for name in self.row if name != answer_column])
+        columns = prompt_and_options([column_name for column_name in self.row if column_name != answer_column])
         if not columns or columns[0] in ROW_OPTIONS:
             return None
         column = columns[0]
@@ -340,20 +340,22 @@ class _RowReader:
             return self.with_system(turns)
 
         # Text: an instruction or question, with its context behind it.
-        context_columns = [name for name in columns[1:] if name in CONTEXTS]
-        contexts = [self.row[name].strip() for name in context_columns if isinstance(self.row[name], str)]
-        text = "\n\n".join([turns, *filter(None, contexts)])
+        context_columns = [column_name for column_name in columns[1:] if column_name in CONTEXTS]
+        contexts = [
+            self.row[column_name].strip() for column_name in context_columns if isinstance(self.row[column_name], str)
+        ]
+        prompt_text = "\n\n".join([turns, *filter(None, contexts)])
         # It becomes a turn if a column's name says so, or if the row has a system text or tools beside it.
         is_turn = column in TURN_COLUMNS or answer_column in TURN_COLUMNS
-        system = self.system()
-        if self.row_format.template and (is_turn or system or self.tools()):
-            return self.with_system([*self.history(), {"role": "user", "content": text}])
+        system_text = self.system()
+        if self.row_format.template and (is_turn or system_text or self.tools()):
+            return self.with_system([*self.history(), {"role": "user", "content": prompt_text}])
         if self.row.get("history"):
             raise ValueError("'history' needs a chat template: pass --chat_template_path")
-        if system:
-            text = f"{system}\n\n{text}"
+        if system_text:
+            prompt_text = f"{system_text}\n\n{prompt_text}"
         # Without a template, a line break separates a question from its answer.
-        return f"{text}\n" if is_turn and not text.endswith("\n") else text
+        return f"{prompt_text}\n" if is_turn and not prompt_text.endswith("\n") else prompt_text
 
     def history(self) -> list[Message]:
         """Earlier exchanges, each a question and its answer."""
@@ -382,82 +384,82 @@ class _RowReader:
         chosen_column, rejected_column = pair_columns(list(self.row))[:2]
         chosen = self.turns(chosen_column)
         rejected = self.turns(rejected_column)
-        names = f"{chosen_column!r} and {rejected_column!r}"
+        column_names = f"{chosen_column!r} and {rejected_column!r}"
         if type(chosen) is not type(rejected):
-            raise ValueError(f"{names} must both be text or both be messages")
+            raise ValueError(f"{column_names} must both be text or both be messages")
 
         prompt = self.prompt(chosen_column)
         # Without a prompt, or with one that is empty, both answers begin with it.
         if prompt is None or (not prompt and not isinstance(chosen, str)):
             if chosen == rejected:
-                raise ValueError(f"{names} are identical: a pair without a preference teaches nothing")
+                raise ValueError(f"{column_names} are identical: a pair without a preference teaches nothing")
             prompt = common_prompt(chosen, rejected)
             return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
 
         chosen_prompt, chosen = split_prompt(prompt, chosen)
         rejected_prompt, rejected = split_prompt(prompt, rejected)
         if chosen_prompt != rejected_prompt:
-            raise ValueError(f"the conversations of {names} have different prompts")
+            raise ValueError(f"the conversations of {column_names} have different prompts")
         return _move_shared_turns(chosen_prompt, chosen, rejected)
 
     # Options of the whole row
 
     def system(self) -> str:
-        filled = [name for name in SYSTEMS if self.row.get(name) is not None]
-        if not filled:
+        filled_columns = [column_name for column_name in SYSTEMS if self.row.get(column_name) is not None]
+        if not filled_columns:
             return ""
-        text = self.row[filled[0]]
-        if not isinstance(text, str):
-            raise ValueError(f"{filled[0]!r} is {describe_type(text)}, expected text")
-        return text if text.strip() else ""
+        system_text = self.row[filled_columns[0]]
+        if not isinstance(system_text, str):
+            raise ValueError(f"{filled_columns[0]!r} is {describe_type(system_text)}, expected text")
+        return system_text if system_text.strip() else ""
 
     def with_system(self, turns: list[Message]) -> list[Message]:
         """Put the system turn of the row's own column in front."""
-        system = self.system()
-        if not system:
+        system_text = self.system()
+        if not system_text:
             return turns
         if turns and turns[0]["role"] in ("system", "developer"):
             # Both are there in some data sets, mostly with the same text.
-            if str(turns[0]["content"]).strip() != system.strip():
+            if str(turns[0]["content"]).strip() != system_text.strip():
                 raise ValueError("the column 'system' and the system turn differ: leave one of them out")
             return turns
-        return [{"role": "system", "content": system}, *turns]
+        return [{"role": "system", "content": system_text}, *turns]
 
     def tools(self) -> list[Any] | None:
-        columns = present(list(self.row), TOOLS)
-        if not columns:
+        tool_columns = present(list(self.row), TOOLS)
+        if not tool_columns:
             return None
-        return read_tools(self.row[columns[0]], columns[0], columns[0] in self.row_format.exact)
+        return read_tools(self.row[tool_columns[0]], tool_columns[0], tool_columns[0] in self.row_format.exact)
 
     def template_options(self) -> Mapping[str, Any]:
-        options = self.row.get(TEMPLATE_OPTIONS)
-        if isinstance(options, str):
-            options = from_json(options) if options.strip() else None
+        row_options = self.row.get(TEMPLATE_OPTIONS)
+        if isinstance(row_options, str):
+            row_options = from_json(row_options) if row_options.strip() else None
         # Arrow gives each row the options of all rows, as nulls, and a template may test for their presence.
         elif TEMPLATE_OPTIONS not in self.row_format.exact:
-            options = without_nulls(options)
-        if options and not isinstance(options, Mapping):
-            raise ValueError(f"{TEMPLATE_OPTIONS!r} is {describe_type(options)}, expected an object")
-        return options or {}
+            row_options = without_nulls(row_options)
+        if row_options and not isinstance(row_options, Mapping):
+            raise ValueError(f"{TEMPLATE_OPTIONS!r} is {describe_type(row_options)}, expected an object")
+        return row_options or {}
 
 
 def _move_shared_turns(prompt: Turns, chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:
     """Move messages that both answers of a pair begin with to the prompt: they hold no preference."""
     if isinstance(prompt, str) or isinstance(chosen, str) or isinstance(rejected, str):
         return prompt, chosen, rejected
-    count = 0
-    while count < min(len(chosen), len(rejected)) - 1 and chosen[count] == rejected[count]:
-        count += 1
-    return [*prompt, *chosen[:count]], chosen[count:], rejected[count:]
+    num_shared = 0
+    while num_shared < min(len(chosen), len(rejected)) - 1 and chosen[num_shared] == rejected[num_shared]:
+        num_shared += 1
+    return [*prompt, *chosen[:num_shared]], chosen[num_shared:], rejected[num_shared:]
 
 
 def _messages_from_json(text: str) -> list[Any] | None:
     """The messages that a text holds as JSON; None for any other text."""
     if not text.lstrip().startswith("["):
         return None
-    value = from_json(text)
-    are_messages = isinstance(value, list) and bool(value) and all(map(_is_message, value))
-    return value if are_messages else None
+    parsed_value = from_json(text)
+    are_messages = isinstance(parsed_value, list) and bool(parsed_value) and all(map(_is_message, parsed_value))
+    return parsed_value if are_messages else None
 
 
 def _is_message(value: Any) -> bool:

@@ -73,34 +73,34 @@ def mark_messages(messages: list[Message], first: int, prefill: int, mark_names:
         New messages with marks.
     """
     marked = Marked()
-    marks = map(chr, range(_FIRST_MARK, _LAST_MARK))
+    unused_marks = map(chr, range(_FIRST_MARK, _LAST_MARK))
     for index, message in enumerate(messages):
-        parts: list[Part] = []
+        message_parts: list[Part] = []
         # A copy, as the same messages are also rendered without marks.
         message = dict(message)
-        for key in (*REASONING_KEYS, "content"):
-            text = message.get(key)
-            if not isinstance(text, str):
+        for message_key in (*REASONING_KEYS, "content"):
+            message_text = message.get(message_key)
+            if not isinstance(message_text, str):
                 continue
             # The mark stands at the border itself, which is what has to be found again.
-            if prefill and index == first and key == "content":
-                message[key] = _mark_at(text, prefill, key, parts, marks)
+            if prefill and index == first and message_key == "content":
+                message[message_key] = _mark_at(message_text, prefill, message_key, message_parts, unused_marks)
             else:
-                message[key] = _mark_stretches(text, key, parts, marks)
+                message[message_key] = _mark_stretches(message_text, message_key, message_parts, unused_marks)
         if isinstance(message.get("tool_calls"), list):
             message["tool_calls"] = [
-                _mark_call(call, f"tool_calls[{number}]", parts, marks, mark_names)
+                _mark_call(call, f"tool_calls[{number}]", message_parts, unused_marks, mark_names)
                 for number, call in enumerate(message["tool_calls"])
             ]
         marked.messages.append(message)
-        marked.parts.append(parts)
+        marked.parts.append(message_parts)
     return marked
 
 
 def _mark_at(text: str, position: int, name: str, parts: list[Part], marks: Iterator[str]) -> str:
-    part = Part(name, next(marks), text[:position].lstrip(), text[position:].rstrip())
-    parts.append(part)
-    return text[:position] + part.mark + text[position:]
+    marked_part = Part(name, next(marks), text[:position].lstrip(), text[position:].rstrip())
+    parts.append(marked_part)
+    return text[:position] + marked_part.mark + text[position:]
 
 
 def _mark_stretches(text: str, name: str, parts: list[Part], marks: Iterator[str]) -> str:
@@ -108,28 +108,28 @@ def _mark_stretches(text: str, name: str, parts: list[Part], marks: Iterator[str
 
     A template may write what stands behind ``</think>`` and leave out what stands before it.
     """
-    ends = [tag.start() for tag in THOUGHT_TAG.finditer(text)] + [len(text)]
-    pieces = []
-    start = 0
-    for end in ends:
-        pieces.append(_mark_stretch(text[start:end], name, parts, marks))
-        start = end
-    return "".join(pieces)
+    stretch_ends = [tag.start() for tag in THOUGHT_TAG.finditer(text)] + [len(text)]
+    marked_stretches = []
+    stretch_start = 0
+    for stretch_end in stretch_ends:
+        marked_stretches.append(_mark_stretch(text[stretch_start:stretch_end], name, parts, marks))
+        stretch_start = stretch_end
+    return "".join(marked_stretches)
 
 
 def _mark_stretch(stretch: str, name: str, parts: list[Part], marks: Iterator[str]) -> str:
     """Mark a stretch in the middle of its text, behind the tag that it may begin with."""
-    tag = THOUGHT_TAG.match(stretch)
-    tag_length = tag.end() if tag else 0
-    core = stretch[tag_length:].strip()
-    if not core:
+    thought_tag = THOUGHT_TAG.match(stretch)
+    tag_length = thought_tag.end() if thought_tag else 0
+    stripped_text = stretch[tag_length:].strip()
+    if not stripped_text:
         return stretch
     # The middle: templates strip white space off the ends, and a border may be found from either side.
-    middle = len(core) // 2
-    part = Part(name, next(marks), core[:middle], core[middle:])
-    parts.append(part)
-    position = stretch.index(core, tag_length) + middle
-    return stretch[:position] + part.mark + stretch[position:]
+    middle = len(stripped_text) // 2
+    marked_part = Part(name, next(marks), stripped_text[:middle], stripped_text[middle:])
+    parts.append(marked_part)
+    position = stretch.index(stripped_text, tag_length) + middle
+    return stretch[:position] + marked_part.mark + stretch[position:]
 
 
 def _mark_call(call: Any, part_name: str, parts: list[Part], marks: Iterator[str], mark_names: bool) -> Any:
@@ -139,16 +139,16 @@ def _mark_call(call: Any, part_name: str, parts: list[Part], marks: Iterator[str
 
     def mark(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: mark(item) for key, item in value.items()}
+            return {argument_key: mark(item) for argument_key, item in value.items()}
         if isinstance(value, list):
             return [mark(item) for item in value]
         return _mark_stretches(value, part_name, parts, marks) if isinstance(value, str) else value
 
     function = dict(call["function"])
     # Keys of arguments stay: a template may sort or look them up.
-    for key in ("name", "arguments") if mark_names else ("arguments",):
-        if key in function:
-            function[key] = mark(function[key])
+    for function_key in ("name", "arguments") if mark_names else ("arguments",):
+        if function_key in function:
+            function[function_key] = mark(function[function_key])
     return {**call, "function": function}
 
 
@@ -171,18 +171,18 @@ def lost_parts(template: ChatTemplate, marked: Marked, rendering: str, scored: l
     last_scored = scored[-1] if scored else -1
     written_marks = set(MARKS.findall(rendering))
     for index, (message, parts) in enumerate(zip(marked.messages, marked.parts, strict=True)):
-        lost, written_names = _split_lost(parts, written_marks)
-        if not lost:
+        parts_lost, written_names = _split_lost(parts, written_marks)
+        if not parts_lost:
             continue
-        is_reasoning = all(_is_reasoning(part, parts) for part in lost)
+        is_reasoning = all(_is_reasoning(part, parts) for part in parts_lost)
         is_earlier = message["role"] == ASSISTANT and index < last_scored
         # Templates of models that think write the reasoning of the last answer only. That is meant so, and no loss if
         # each answer is a row of its own.
         if is_earlier and is_reasoning and written_names:
-            text = "the chat template leaves out the reasoning of earlier answers (--split_turns learns it)"
-            notes.append(Note(text, "earlier reasoning"))
+            note_text = "the chat template leaves out the reasoning of earlier answers (--split_turns learns it)"
+            notes.append(Note(note_text, "earlier reasoning"))
         else:
-            notes.append(_lost_note(message, lost, is_reasoning))
+            notes.append(_lost_note(message, parts_lost, is_reasoning))
     return tuple(dict.fromkeys(notes))
 
 
@@ -192,24 +192,24 @@ def _split_lost(parts: list[Part], written_marks: set[str]) -> tuple[list[Part],
     # Reasoning may be given under several keys, of which a template reads one.
     if written_names & set(REASONING_KEYS):
         written_names |= set(REASONING_KEYS)
-    missing = [part for part in parts if part.mark not in written_marks]
+    unwritten_parts = [part for part in parts if part.mark not in written_marks]
     # One written word shows that a call is there; of a content, each stretch counts.
-    lost = [part for part in missing if part.name == "content" or part.name not in written_names]
-    return lost, written_names
+    parts_lost = [part for part in unwritten_parts if part.name == "content" or part.name not in written_names]
+    return parts_lost, written_names
 
 
 def _lost_note(message: Message, lost: list[Part], is_reasoning: bool) -> Note:
-    keys = dict.fromkeys(part.name.split("[")[0] for part in lost)
-    names = ", ".join(map(repr, keys))
-    where = " before </think>" if is_reasoning and lost[0].name == "content" else ""
+    lost_keys = dict.fromkeys(part.name.split("[")[0] for part in lost)
+    key_names = ", ".join(map(repr, lost_keys))
+    location = " before </think>" if is_reasoning and lost[0].name == "content" else ""
     remedy = "--split_turns learns it, " if is_reasoning and message["role"] == ASSISTANT else ""
-    text = (
-        f"the chat template leaves out {names} of the role {message['role']!r}{where}, which is lost; "
+    note_text = (
+        f"the chat template leaves out {key_names} of the role {message['role']!r}{location}, which is lost; "
         f"{remedy}--chat_template_path takes another template"
     )
     # A whole turn that is left out may hold reasoning beside its content.
-    holds_reasoning = is_reasoning or bool(keys.keys() & set(REASONING_KEYS))
-    return Note(text, "lost reasoning" if holds_reasoning else "other")
+    holds_reasoning = is_reasoning or bool(lost_keys.keys() & set(REASONING_KEYS))
+    return Note(note_text, "lost reasoning" if holds_reasoning else "other")
 
 
 def _unknown_keys(template: ChatTemplate, messages: list[Message]) -> list[Note]:
@@ -218,13 +218,13 @@ def _unknown_keys(template: ChatTemplate, messages: list[Message]) -> list[Note]
     notes = []
     if template.tools and "tools" not in source:
         notes.append(Note("the template does not write 'tools'"))
-    keys = {key for message in messages for key in message} - _KNOWN_KEYS
+    unknown_keys = {key for message in messages for key in message} - _KNOWN_KEYS
     # A search for the word, not a parse: at worst a note is missing, and none is wrong.
-    notes += [Note(f"message key {key!r} is not read") for key in sorted(keys) if key not in source]
+    notes += [Note(f"message key {key!r} is not read") for key in sorted(unknown_keys) if key not in source]
     return notes
 
 
 def _is_reasoning(part: Part, parts: list[Part]) -> bool:
     """Whether a part is reasoning: under a key of its own, or before the last stretch of a content with tags."""
-    contents = [other for other in parts if other.name == "content"]
-    return part.name in REASONING_KEYS or (len(contents) > 1 and part is not contents[-1])
+    content_parts = [other for other in parts if other.name == "content"]
+    return part.name in REASONING_KEYS or (len(content_parts) > 1 and part is not content_parts[-1])

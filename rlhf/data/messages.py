@@ -51,13 +51,13 @@ def as_messages(
         ValueError: A message is malformed; the error names it.
     """
     messages: list[Message] = []
-    for number, turn in enumerate(value, start=1):
-        location = f"{column!r}, message {number}"
+    for message_number, turn in enumerate(value, start=1):
+        location = f"{column!r}, message {message_number}"
         if not isinstance(turn, Mapping):
             raise ValueError(f"{location} is {describe_type(turn)}, expected an object with 'role' and 'content'")
         # A key without a value is no key, in any file format.
-        present = {key: item for key, item in turn.items() if item is not None}
-        message = present if exact else without_nulls(present)
+        given_values = {key: item for key, item in turn.items() if item is not None}
+        message = given_values if exact else without_nulls(given_values)
         if _is_exchange(message):
             question = {"role": "user", "content": message["input"]}
             answer = {"role": ASSISTANT, "content": message["output"]}
@@ -126,18 +126,18 @@ def is_trained(message: Message) -> bool:
 
 def _join_parts(message: Message, location: str) -> None:
     """Join content that is a list of parts: text to one text, reasoning and calls under their own keys."""
-    parts = message.get("content")
-    if isinstance(parts, Mapping) and "type" in parts:
-        parts = [parts]
-    if not isinstance(parts, list):
+    content_parts = message.get("content")
+    if isinstance(content_parts, Mapping) and "type" in content_parts:
+        content_parts = [content_parts]
+    if not isinstance(content_parts, list):
         return
-    if message["role"] == "tool" and not all(map(_is_part, parts)):
+    if message["role"] == "tool" and not all(map(_is_part, content_parts)):
         return  # a tool's result that is a list, not a list of parts
-    texts: list[str] = []
-    for part in parts:
-        _read_part({"type": "text", "text": part} if isinstance(part, str) else part, message, texts, location)
+    part_texts: list[str] = []
+    for part in content_parts:
+        _read_part({"type": "text", "text": part} if isinstance(part, str) else part, message, part_texts, location)
     # Nothing between the parts: templates that read parts write them one after the other.
-    message["content"] = "".join(texts)
+    message["content"] = "".join(part_texts)
 
 
 def _is_part(part: Any) -> bool:
@@ -150,20 +150,20 @@ def _read_part(part: Any, message: Message, texts: list[str], location: str) -> 
     if not isinstance(part, Mapping):
         raise ValueError(f"{prefix} {describe_type(part)}, expected an object with 'type' and 'text'")
     part_type = str(part.get("type", "text"))
-    if any(media in part_type for media in _MEDIA):
+    if any(media_type in part_type for media_type in _MEDIA):
         raise ValueError(f"{prefix} {part_type!r}: only text is supported; leave such rows out")
 
     # The key that is named like the type comes first: {"type": "thinking", "thinking": ...}.
     value_keys = (part_type, "text", "value", "content", "thinking")
-    value = next((part[key] for key in value_keys if key in part), None)
-    if part_type in ("tool_call", "tool_calls") and value is not None:
-        calls = from_json(value) if isinstance(value, str) else value
-        calls = calls if isinstance(calls, list) else [calls]
-        message["tool_calls"] = [*message.get("tool_calls", []), *calls]
-    elif part_type in ("reasoning", "thinking") and isinstance(value, str):
-        message["reasoning_content"] = message.get("reasoning_content", "") + value
-    elif part_type in ("text", "input_text", "output_text") and isinstance(value, str):
-        texts.append(value)
+    part_value = next((part[value_key] for value_key in value_keys if value_key in part), None)
+    if part_type in ("tool_call", "tool_calls") and part_value is not None:
+        tool_calls = from_json(part_value) if isinstance(part_value, str) else part_value
+        tool_calls = tool_calls if isinstance(tool_calls, list) else [tool_calls]
+        message["tool_calls"] = [*message.get("tool_calls", []), *tool_calls]
+    elif part_type in ("reasoning", "thinking") and isinstance(part_value, str):
+        message["reasoning_content"] = message.get("reasoning_content", "") + part_value
+    elif part_type in ("text", "input_text", "output_text") and isinstance(part_value, str):
+        texts.append(part_value)
     else:
         raise ValueError(f"{prefix} {part_type!r} without text: only text is supported")
 
@@ -183,16 +183,16 @@ def _write_content_as_json(message: Message) -> None:
 
 def _read_weight(message: Message, location: str) -> None:
     """Read whether an assistant's message is trained, under any of the usual keys."""
-    for key in _WEIGHT_KEYS:
-        if key not in message:
+    for weight_key in _WEIGHT_KEYS:
+        if weight_key not in message:
             continue
-        weight = message.pop(key)
+        weight = message.pop(weight_key)
         # Other turns are never trained; some files still give each message a weight.
         if message["role"] != ASSISTANT:
             continue
         # A fraction cannot be kept: a label can only score a token or leave it out.
         if not isinstance(weight, bool | int | float) or weight not in (0, 1):
-            raise ValueError(f"{location}: {key!r} is {weight!r}, expected 0 or 1 (or true, false)")
+            raise ValueError(f"{location}: {weight_key!r} is {weight!r}, expected 0 or 1 (or true, false)")
         if not weight:
             message["weight"] = 0
 
@@ -203,10 +203,10 @@ def _read_weight(message: Message, location: str) -> None:
 def _read_call_turn(message: Message) -> None:
     """Read ShareGPT's turn whose content is one call or several in JSON; any other text stays content."""
     content = message.get("content")
-    value = from_json(content) if isinstance(content, str) else content
-    calls = value if isinstance(value, list) else [value]
-    if calls and all(isinstance(call, Mapping) and "name" in call for call in calls):
-        message["tool_calls"] = calls
+    parsed_content = from_json(content) if isinstance(content, str) else content
+    tool_calls = parsed_content if isinstance(parsed_content, list) else [parsed_content]
+    if tool_calls and all(isinstance(call, Mapping) and "name" in call for call in tool_calls):
+        message["tool_calls"] = tool_calls
         message["content"] = None
 
 
@@ -214,18 +214,18 @@ def _read_calls(message: Message, location: str) -> None:
     """Bring tool calls to OpenAI's form, with arguments as objects."""
     # OpenAI's older form, of a single call.
     legacy_call = message.pop("function_call", None)
-    calls = message.pop("tool_calls", None)
-    if isinstance(calls, str) and calls.strip():
-        calls = from_json(calls)
-    if isinstance(calls, Mapping):
-        calls = [calls]
-    if not calls and legacy_call:
-        calls = [legacy_call]
-    if not calls:
+    tool_calls = message.pop("tool_calls", None)
+    if isinstance(tool_calls, str) and tool_calls.strip():
+        tool_calls = from_json(tool_calls)
+    if isinstance(tool_calls, Mapping):
+        tool_calls = [tool_calls]
+    if not tool_calls and legacy_call:
+        tool_calls = [legacy_call]
+    if not tool_calls:
         return
-    if not isinstance(calls, list):
-        raise ValueError(f"{location}: 'tool_calls' is {describe_type(calls)}, expected a list")
-    message["tool_calls"] = [_normalise_call(call, location) for call in calls]
+    if not isinstance(tool_calls, list):
+        raise ValueError(f"{location}: 'tool_calls' is {describe_type(tool_calls)}, expected a list")
+    message["tool_calls"] = [_normalise_call(call, location) for call in tool_calls]
 
 
 def _normalise_call(call: Any, location: str) -> Message:
@@ -236,10 +236,10 @@ def _normalise_call(call: Any, location: str) -> Message:
         )
     if isinstance(call.get("function"), Mapping):  # OpenAI's form
         function = dict(call["function"])
-        outer = {key: value for key, value in call.items() if key != "function"}
+        call_keys = {key: value for key, value in call.items() if key != "function"}
     else:  # a flat call: name and arguments beside type and id
-        outer = {key: value for key, value in call.items() if key in ("type", "id")}
-        function = {key: value for key, value in call.items() if key not in outer}
+        call_keys = {key: value for key, value in call.items() if key in ("type", "id")}
+        function = {key: value for key, value in call.items() if key not in call_keys}
         if "function" in function:
             function["name"] = function["function"]
     if "name" not in function:
@@ -248,9 +248,9 @@ def _normalise_call(call: Any, location: str) -> Message:
     parameters = function.pop("parameters", {})
     arguments = function.setdefault("arguments", parameters)
     # OpenAI gives arguments as JSON text; templates of open models loop over an object.
-    if isinstance(arguments, str) and isinstance(parsed := from_json(arguments), Mapping):
-        function["arguments"] = parsed
-    return {"type": "function", **outer, "function": function}
+    if isinstance(arguments, str) and isinstance(parsed_arguments := from_json(arguments), Mapping):
+        function["arguments"] = parsed_arguments
+    return {"type": "function", **call_keys, "function": function}
 
 
 def read_tools(value: Any, column: str = "tools", exact: bool = False) -> list[Message] | None:
@@ -290,12 +290,12 @@ def _normalise_tool(tool: Any, column: str, exact: bool) -> Message:
     if not isinstance(tool, Mapping):
         raise ValueError(f"{column!r} holds {describe_type(tool)}, expected objects with 'name' and 'parameters'")
     is_flat = "name" in tool and "function" not in tool
-    result = {"type": "function", "function": dict(tool)} if is_flat else dict(tool)
-    function = result.get("function")
+    openai_tool = {"type": "function", "function": dict(tool)} if is_flat else dict(tool)
+    function = openai_tool.get("function")
     # Schemas of different tools have different keys, so some files hold them as JSON text.
     if isinstance(function, Mapping) and isinstance(function.get("parameters"), str):
-        result["function"] = {**function, "parameters": from_json(function["parameters"])}
-    return result
+        openai_tool["function"] = {**function, "parameters": from_json(function["parameters"])}
+    return openai_tool
 
 
 # Values of a data file

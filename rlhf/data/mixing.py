@@ -38,18 +38,18 @@ class Mixture:
     by: Literal["rows", "tokens"] = "rows"
 
     def __post_init__(self) -> None:
-        names = ", ".join(map(name_of, self.parts)) or "none"
+        part_names = ", ".join(map(name_of, self.parts)) or "none"
         if self.by not in ("rows", "tokens"):
             raise ValueError(f"a mixture is by rows or by tokens, got {self.by!r}")
         if not self.parts:
             raise ValueError("a mixture of no data sets")
         if self.weights is not None and (len(self.weights) != len(self.parts) or min(self.weights) <= 0):
-            raise ValueError(f"give each data set a weight above 0, or none: {names}; weights {self.weights}")
-        streams = [part for part in self.parts if isinstance(part, IterableDataset)]
+            raise ValueError(f"give each data set a weight above 0, or none: {part_names}; weights {self.weights}")
+        stream_parts = [part for part in self.parts if isinstance(part, IterableDataset)]
         # `datasets` mixes neither kind with the other.
-        if streams and len(streams) < len(self.parts):
-            raise ValueError(f"streams mix with streams only: {names}")
-        if streams and self.by == "tokens":
+        if stream_parts and len(stream_parts) < len(self.parts):
+            raise ValueError(f"streams mix with streams only: {part_names}")
+        if stream_parts and self.by == "tokens":
             raise ValueError("a mixture by tokens counts them first, which a stream does not allow: mix by rows")
 
     def tokenised(self, tokenize: Callable[[Rows], Rows], seed: int) -> Rows:
@@ -62,26 +62,31 @@ class Mixture:
         Returns:
             The mixed rows.
         """
-        parts = [tokenize(part) for part in self.parts]
-        if isinstance(parts[0], IterableDataset):  # of one kind: all parts are streams, or none is
-            return self._mix_streams(parts, seed)
+        tokenised_parts = [tokenize(part) for part in self.parts]
+        if isinstance(tokenised_parts[0], IterableDataset):  # of one kind: all parts are streams, or none is
+            return self._mix_streams(tokenised_parts, seed)
         # The source stays a column while rows are mixed, so that the log shows the real shares.
-        marked = [part.add_column(_SOURCE, [index] * len(part)) for index, part in enumerate(_with_all_columns(parts))]
+        with_sources = [
+            part.add_column(_SOURCE, [index] * len(part))
+            for index, part in enumerate(_with_all_columns(tokenised_parts))
+        ]
         if self.weights is None:
-            mixed = concatenate_datasets(marked)
+            mixed_rows = concatenate_datasets(with_sources)
         else:
             # A set may be sorted, and its last rows are left out if another set is used up first.
-            mixed = _interleave([part.shuffle(seed=seed) for part in marked], self._probabilities(parts), seed)
-        self._log_shares(parts, mixed)
-        return mixed.remove_columns(_SOURCE)
+            mixed_rows = _interleave(
+                [part.shuffle(seed=seed) for part in with_sources], self._probabilities(tokenised_parts), seed
+            )
+        self._log_shares(tokenised_parts, mixed_rows)
+        return mixed_rows.remove_columns(_SOURCE)
 
     def _probabilities(self, parts: Sequence[Any]) -> list[float]:
         """Of drawing a row from each part."""
-        weights = np.array(self.weights, dtype=float)
+        draw_weights = np.array(self.weights, dtype=float)
         if self.by == "tokens":
             mean_lengths = [num_tokens(part).mean() for part in parts]
-            weights /= np.maximum(mean_lengths, 1)  # a set of long rows needs fewer of them
-        return (weights / weights.sum()).tolist()
+            draw_weights /= np.maximum(mean_lengths, 1)  # a set of long rows needs fewer of them
+        return (draw_weights / draw_weights.sum()).tolist()
 
     def _mix_streams(self, streams: list[Any], seed: int) -> IterableDataset:
         if self.weights is None:
@@ -92,15 +97,15 @@ class Mixture:
         return _interleave(streams, probabilities, seed)
 
     def _log_shares(self, parts: Sequence[Any], mixed: Any) -> None:
-        sources = np.array(mixed[_SOURCE][:])
-        tokens = num_tokens(mixed)
-        for index, part in enumerate(parts):
-            is_from_part = sources == index
+        row_sources = np.array(mixed[_SOURCE][:])
+        token_counts = num_tokens(mixed)
+        for part_index, part in enumerate(parts):
+            is_from_part = row_sources == part_index
             row_share = 100 * is_from_part.mean()
-            token_share = 100 * tokens[is_from_part].sum() / max(tokens.sum(), 1)
+            token_share = 100 * token_counts[is_from_part].sum() / max(token_counts.sum(), 1)
             logger.info(
                 "%s: %d of %d rows: %.1f %% of all rows, %.1f %% of all tokens",
-                name_of(self.parts[index]),
+                name_of(self.parts[part_index]),
                 is_from_part.sum(),
                 len(part),
                 row_share,
@@ -137,16 +142,16 @@ def load_datasets(
     Raises:
         ValueError: Some have a weight and some have none; or a data set cannot be read.
     """
-    weight_of: list[tuple[str, float | None]]
+    weighted_sources: list[tuple[str, float | None]]
     if isinstance(sources, Mapping):
-        weight_of = list(sources.items())
+        weighted_sources = list(sources.items())
     else:
-        weight_of = [_split_weight(source) for source in ([sources] if isinstance(sources, str) else sources)]
-    weights = [float(weight) for _, weight in weight_of if weight is not None]
-    if weights and len(weights) < len(weight_of):
-        unweighted = next(source for source, weight in weight_of if weight is None)
+        weighted_sources = [_split_weight(source) for source in ([sources] if isinstance(sources, str) else sources)]
+    weights = [float(weight) for _, weight in weighted_sources if weight is not None]
+    if weights and len(weights) < len(weighted_sources):
+        unweighted = next(source for source, weight in weighted_sources if weight is None)
         raise ValueError(f"{unweighted} has no weight, but others have: give each one (name:0.5), or none")
-    parts = tuple(load_data(source, split, name, streaming) for source, _ in weight_of)
+    parts = tuple(load_data(source, split, name, streaming) for source, _ in weighted_sources)
     if len(parts) == 1:
         return parts[0]  # a weight of one set means nothing
     return Mixture(parts, tuple(weights) or None, mixture)  # type: ignore[arg-type]  # Mixture checks the word
@@ -175,23 +180,23 @@ def shuffled(rows: Rows | Mixture, seed: int, buffer: int) -> Any:
 
 def _split_weight(source: str) -> tuple[str, float | None]:
     """Split ``a.jsonl:0.7`` into source and weight. If a file has such a name, it is the file."""
-    match = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", source)
-    if match is None or Path(source).exists():
+    weight_match = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", source)
+    if weight_match is None or Path(source).exists():
         return source, None
-    return match.group(1), float(match.group(2))
+    return weight_match.group(1), float(weight_match.group(2))
 
 
 def _with_all_columns(parts: Sequence[Any]) -> list[Any]:
     """The parts with the columns that only some of them have, filled with the values that their absence means."""
-    all_names = {name for part in parts for name in part.column_names}
-    filled = []
+    all_columns = {column_name for part in parts for column_name in part.column_names}
+    filled_parts = []
     for part in parts:
-        missing = all_names - set(part.column_names)
+        missing_columns = all_columns - set(part.column_names)
         # A loss without margins is one with margins of 0.
-        if "margin" in missing:
+        if "margin" in missing_columns:
             part = part.add_column("margin", [0.0] * len(part))
         # Labels are left out where every token is scored: there, ids are labels.
-        if "labels" in missing and "chosen_ids" in all_names:
+        if "labels" in missing_columns and "chosen_ids" in all_columns:
             part = part.map(lambda row: {"labels": [row["chosen_ids"], row["rejected_ids"]]})
-        filled.append(part)
-    return filled
+        filled_parts.append(part)
+    return filled_parts

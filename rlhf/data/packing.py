@@ -27,23 +27,23 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
 
     Source: Johnson et al. 1974; for language models arXiv 2404.10830.
     """
-    bins: list[list[int]] = []
+    packed_bins: list[list[int]] = []
     free_spaces: list[tuple[int, int]] = []  # (free space, index of the bin), in order
     # Items of one length keep their order, so that the bins are the same on each machine.
-    for item in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        length = lengths[item]
+    for item_index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        item_length = lengths[item_index]
         # −1 is less than any index: a bin with exactly this space is found too.
-        position = bisect_left(free_spaces, (length, -1))
+        position = bisect_left(free_spaces, (item_length, -1))
         if position < len(free_spaces):
             free_space, bin_index = free_spaces.pop(position)
-            bins[bin_index].append(item)
+            packed_bins[bin_index].append(item_index)
         else:
-            free_space, bin_index = capacity, len(bins)
-            bins.append([item])
+            free_space, bin_index = capacity, len(packed_bins)
+            packed_bins.append([item_index])
         # Full bins, and those of too long an item, leave the list: each search stays short.
-        if free_space > length:
-            insort(free_spaces, (free_space - length, bin_index))
-    return bins
+        if free_space > item_length:
+            insort(free_spaces, (free_space - item_length, bin_index))
+    return packed_bins
 
 
 def num_tokens(rows: Dataset) -> np.ndarray:
@@ -74,22 +74,22 @@ def longest_sequences(rows: Dataset) -> np.ndarray:
         return lengths["input_ids"]
     if "labels" in rows.column_names:  # otherwise `completions` is a column of the user's, beside a prompt
         lengths |= _lengths_of_columns(rows, ("completions",))
-    prompts = lengths.pop("prompt_ids")
-    return prompts + (np.maximum.reduce(list(lengths.values())) if lengths else 0)
+    prompt_lengths = lengths.pop("prompt_ids")
+    return prompt_lengths + (np.maximum.reduce(list(lengths.values())) if lengths else 0)
 
 
 def _lengths_of_columns(rows: Dataset, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Tokens of each row in those of the columns that are there, int64 [rows] each."""
-    table = rows.with_format("arrow")[:]
+    arrow_table = rows.with_format("arrow")[:]
     lengths = {}
-    for name in names:
-        if name not in table.column_names:
+    for column_name in names:
+        if column_name not in arrow_table.column_names:
             continue
-        column = table[name]
-        if name == "completions":  # a list of one completion
-            column = pc.list_flatten(column)
+        id_lists = arrow_table[column_name]
+        if column_name == "completions":  # a list of one completion
+            id_lists = pc.list_flatten(id_lists)
         # Arrow counts in int32 or int64, by the type of the list; sums need one type.
-        lengths[name] = pc.list_value_length(column).to_numpy().astype(np.int64)
+        lengths[column_name] = pc.list_value_length(id_lists).to_numpy().astype(np.int64)
     return lengths
 
 
@@ -102,17 +102,17 @@ def largest_token(rows: Dataset) -> int:
     Returns:
         The id; -1 if there is none.
     """
-    table = rows.with_format("arrow")[:]
+    arrow_table = rows.with_format("arrow")[:]
     largest = -1
-    for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids", "completions", "mismatched"):
-        if name not in table.column_names:
+    for column_name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids", "completions", "mismatched"):
+        if column_name not in arrow_table.column_names:
             continue
-        column = table[name]
-        while pa.types.is_nested(column.type):
-            column = pc.list_flatten(column)
-        if len(column):
+        token_ids = arrow_table[column_name]
+        while pa.types.is_nested(token_ids.type):
+            token_ids = pc.list_flatten(token_ids)
+        if len(token_ids):
             # The maximum of nulls is None.
-            largest = max(largest, pc.max(column).as_py() or -1)
+            largest = max(largest, pc.max(token_ids).as_py() or -1)
     return largest
 
 
@@ -127,9 +127,9 @@ def hash_of_tokens(rows: Dataset, columns: Sequence[str]) -> str:
         64 bits in hexadecimal digits.
     """
     digest = xxhash.xxh3_64()
-    table = rows.with_format("arrow")[:]
-    for column in columns:
-        chunks = table[column].chunks
+    arrow_table = rows.with_format("arrow")[:]
+    for column_name in columns:
+        chunks = arrow_table[column_name].chunks
         while chunks and pa.types.is_list(chunks[0].type):
             # The lengths tell [[1], [2]] from [[1, 2]].
             for chunk in chunks:
@@ -152,21 +152,21 @@ class Packed(TorchDataset[dict[str, Any]]):
     """
 
     def __init__(self, rows: Dataset, capacity: int) -> None:
-        lengths = num_tokens(rows).tolist()
+        row_lengths = num_tokens(rows).tolist()
         self.rows = rows
-        self.bins = best_fit_decreasing(lengths, capacity)
-        count = len(self.bins)
-        total = sum(lengths)
+        self.bins = best_fit_decreasing(row_lengths, capacity)
+        num_bins = len(self.bins)
+        total_tokens = sum(row_lengths)
         logger.info(
             "packed %d rows into %d of at most %d tokens: %.1f rows and %.0f tokens each, %.1f %% full",
             len(rows),
-            count,
+            num_bins,
             capacity,
-            len(rows) / count,
-            total / count,
-            100 * total / count / capacity,
+            len(rows) / num_bins,
+            total_tokens / num_bins,
+            100 * total_tokens / num_bins / capacity,
         )
-        if too_long := [length for length in lengths if length > capacity]:
+        if too_long := [row_length for row_length in row_lengths if row_length > capacity]:
             logger.warning(
                 "%d of %d rows are longer than the %d tokens of a batch (up to %d): each is a batch by itself",
                 len(too_long),

@@ -39,16 +39,16 @@ def pairs_of_labelled(dataset: Dataset, row_format: RowFormat) -> Dataset:
         row = canonical(row, row_format)
         dialogue = unpaired_dialogue(row, row_format)
         # Messages are dicts, which cannot be keys themselves. Tools are a part of the question.
-        key = json.dumps([dialogue.prompt, dialogue.tools], sort_keys=True, default=str)
-        tools = {"tools": json.dumps(dialogue.tools)} if dialogue.tools else {}
-        rows_of_prompt.setdefault(key, {"prompt": dialogue.prompt, **tools})
-        good, bad = answers.setdefault(key, ([], []))
-        (good if label(row) else bad).append(dialogue.completions[0])
+        prompt_key = json.dumps([dialogue.prompt, dialogue.tools], sort_keys=True, default=str)
+        tools_column = {"tools": json.dumps(dialogue.tools)} if dialogue.tools else {}
+        rows_of_prompt.setdefault(prompt_key, {"prompt": dialogue.prompt, **tools_column})
+        good_answers, bad_answers = answers.setdefault(prompt_key, ([], []))
+        (good_answers if label(row) else bad_answers).append(dialogue.completions[0])
 
     pairs = []
-    for key, row in rows_of_prompt.items():
-        good, bad = answers[key]
-        for chosen, rejected in zip(good, bad, strict=False):  # as many as both have
+    for prompt_key, row in rows_of_prompt.items():
+        good_answers, bad_answers = answers[prompt_key]
+        for chosen, rejected in zip(good_answers, bad_answers, strict=False):  # as many as both have
             pairs.append({**row, "chosen": chosen, "rejected": rejected})
     if not pairs:
         raise ValueError(
@@ -60,9 +60,9 @@ def pairs_of_labelled(dataset: Dataset, row_format: RowFormat) -> Dataset:
         len(pairs),
         len(dataset),
     )
-    made = Dataset.from_list([_with_json_lists(pair) for pair in pairs])
-    made.info.dataset_name = dataset.info.dataset_name
-    return made
+    paired_rows = Dataset.from_list([_with_json_lists(pair) for pair in pairs])
+    paired_rows.info.dataset_name = dataset.info.dataset_name
+    return paired_rows
 
 
 def _with_json_lists(row: dict[str, Any]) -> dict[str, Any]:
@@ -100,22 +100,22 @@ def add_mismatched(rows: Any, max_length: int | None, num_proc: int | None = Non
 
 def _exchange_answers(block: dict[str, list[Any]], max_length: int | None) -> dict[str, list[Any]]:
     prompts = block["prompt_ids"]
-    mismatched, labels = [], []
-    for row, prompt in enumerate(prompts):
-        other = _row_of_another_prompt(prompts, row)
+    mismatched, mismatched_labels = [], []
+    for row_index, prompt in enumerate(prompts):
+        other_row = _row_of_another_prompt(prompts, row_index)
         # This answer has to fit behind another prompt than its own, which may be longer.
         free_space = None if max_length is None else max(max_length - len(prompt), 0)
-        mismatched.append([block["completions"][other][0][:free_space]])
-        labels.append([block["labels"][other][0][:free_space]])
-    return {"mismatched": mismatched, "mismatched_labels": labels}
+        mismatched.append([block["completions"][other_row][0][:free_space]])
+        mismatched_labels.append([block["labels"][other_row][0][:free_space]])
+    return {"mismatched": mismatched, "mismatched_labels": mismatched_labels}
 
 
 def _row_of_another_prompt(prompts: list[list[int]], row: int) -> int:
     """The nearest row before ``row`` (around the end) with another prompt; the row before, if there is none."""
-    count = len(prompts)
+    num_rows = len(prompts)
     # Answers to one prompt mostly stand together, so the row before may have the same one.
-    for distance in range(1, count):
-        other = (row - distance) % count
-        if prompts[other] != prompts[row]:
-            return other
-    return (row - 1) % count
+    for distance in range(1, num_rows):
+        other_row = (row - distance) % num_rows
+        if prompts[other_row] != prompts[row]:
+            return other_row
+    return (row - 1) % num_rows

@@ -23,20 +23,20 @@ def last_answer(turns: list[Message]) -> tuple[list[Message], list[Message]]:
     Raises:
         ValueError: There is no assistant's turn; lists the roles.
     """
-    end = len(turns)
+    answer_end = len(turns)
     # A conversation may end with a question that nobody has answered: it is left out.
-    while end and turns[end - 1]["role"] != ASSISTANT:
-        end -= 1
-    if end == 0:
+    while answer_end and turns[answer_end - 1]["role"] != ASSISTANT:
+        answer_end -= 1
+    if answer_end == 0:
         raise ValueError(f"no assistant's turn: the roles are {roles_of(turns)}; --roles theirs=assistant names it")
-    start = end - 1
-    for index in range(end - 1, -1, -1):
-        role = turns[index]["role"]
-        if role == ASSISTANT:
-            start = index
-        elif role != "tool":
+    answer_start = answer_end - 1
+    for turn_index in range(answer_end - 1, -1, -1):
+        turn_role = turns[turn_index]["role"]
+        if turn_role == ASSISTANT:
+            answer_start = turn_index
+        elif turn_role != "tool":
             break
-    return turns[:start], turns[start:end]
+    return turns[:answer_start], turns[answer_start:answer_end]
 
 
 def roles_of(turns: list[Message]) -> str:
@@ -73,11 +73,11 @@ def split_prompt(prompt: Turns, completion: Turns) -> tuple[Turns, Turns]:
 
 def _split_text(prompt: str, completion: str) -> tuple[str, str]:
     # White space around a repeated prompt differs often.
-    core = prompt.strip()
-    text = completion.lstrip()
-    is_repeated = len(prompt.split()) >= _MIN_REPEATED_WORDS and text.startswith(core)
-    rest = text[len(core) :] if is_repeated else ""
-    return (prompt.rstrip(), rest) if rest.strip() else (prompt, completion)
+    stripped_prompt = prompt.strip()
+    stripped_completion = completion.lstrip()
+    is_repeated = len(prompt.split()) >= _MIN_REPEATED_WORDS and stripped_completion.startswith(stripped_prompt)
+    answer_text = stripped_completion[len(stripped_prompt) :] if is_repeated else ""
+    return (prompt.rstrip(), answer_text) if answer_text.strip() else (prompt, completion)
 
 
 def _without_repeated_prompt(prompt: list[Message], completion: list[Message]) -> tuple[list[Message], list[Message]]:
@@ -85,17 +85,19 @@ def _without_repeated_prompt(prompt: list[Message], completion: list[Message]) -
     repeated_system, turns = _split_system(completion)
     # The prompt may be repeated at the beginning. A prompt of one question may also be the last question of a whole
     # conversation: then the turns before it join the prompt.
-    ends = [len(questions)]
+    possible_ends = [len(questions)]
     if len(questions) == 1:
-        ends += range(len(turns), 0, -1)
-    for end in ends:
-        start = end - len(questions)
-        is_repeated = bool(questions) and end < len(turns) and _are_same_turns(questions, turns[start:end])
+        possible_ends += range(len(turns), 0, -1)
+    for prompt_end in possible_ends:
+        prompt_start = prompt_end - len(questions)
+        is_repeated = (
+            bool(questions) and prompt_end < len(turns) and _are_same_turns(questions, turns[prompt_start:prompt_end])
+        )
         if not is_repeated:
             continue
         if system and repeated_system and not _are_same_turns(system, repeated_system, shortest=True):
             raise ValueError("the prompt's system turn and the one that the answer repeats differ")
-        return (system or repeated_system) + turns[:start] + questions, turns[end:]
+        return (system or repeated_system) + turns[:prompt_start] + questions, turns[prompt_end:]
 
     first_role = completion[0]["role"]
     if prompt[-1]["role"] != ASSISTANT and first_role in ("user", *_SYSTEM_ROLES):
@@ -108,17 +110,20 @@ def _without_repeated_prompt(prompt: list[Message], completion: list[Message]) -
 
 def _split_system(turns: list[Message]) -> tuple[list[Message], list[Message]]:
     """Split off the system turns at the beginning."""
-    count = 0
-    while count < len(turns) and turns[count]["role"] in _SYSTEM_ROLES:
-        count += 1
-    return turns[:count], turns[count:]
+    num_system = 0
+    while num_system < len(turns) and turns[num_system]["role"] in _SYSTEM_ROLES:
+        num_system += 1
+    return turns[:num_system], turns[num_system:]
 
 
 def _are_same_turns(first: Sequence[Message], second: Sequence[Message], shortest: bool = False) -> bool:
     """Whether two conversations agree up to white space; ``shortest``: as far as the shorter of them goes."""
     if len(first) != len(second) and not shortest:
         return False
-    return all(_comparable(one) == _comparable(other) for one, other in zip(first, second, strict=False))
+    return all(
+        _comparable(first_turn) == _comparable(second_turn)
+        for first_turn, second_turn in zip(first, second, strict=False)
+    )
 
 
 def _comparable(turn: Message) -> tuple[object, ...]:
@@ -141,25 +146,25 @@ def common_prompt(chosen: Turns, rejected: Turns) -> Turns:
     """
     if isinstance(chosen, str) and isinstance(rejected, str):
         return _common_text(chosen, rejected)
-    count = 0
+    num_shared = 0
     # The last message of each stays its answer, even if both are the same.
-    while count < min(len(chosen), len(rejected)) - 1 and chosen[count] == rejected[count]:
-        count += 1
-    if count == 0:
+    while num_shared < min(len(chosen), len(rejected)) - 1 and chosen[num_shared] == rejected[num_shared]:
+        num_shared += 1
+    if num_shared == 0:
         raise ValueError("'chosen' and 'rejected' begin with different messages: add a 'prompt' column")
-    return chosen[:count]
+    return chosen[:num_shared]
 
 
 def _common_text(chosen: str, rejected: str) -> str:
-    common = chosen[: common_length(chosen, rejected)]
+    common_text = chosen[: common_length(chosen, rejected)]
     # The prompt of a dialogue in plain text (HH-RLHF) ends with the header of the last answer.
     last_turn = chosen.rfind(_ASSISTANT) + len(_ASSISTANT)
-    is_dialogue = _HUMAN in common and _ASSISTANT in common
-    if is_dialogue and last_turn <= len(common) and rejected.rfind(_ASSISTANT) < last_turn:
+    is_dialogue = _HUMAN in common_text and _ASSISTANT in common_text
+    if is_dialogue and last_turn <= len(common_text) and rejected.rfind(_ASSISTANT) < last_turn:
         return chosen[:last_turn]
     # Cut at white space: a word that both answers begin alike belongs to the answers.
-    last_space = max(common.rfind(" "), common.rfind("\n"))
-    return common[: last_space + 1].rstrip(" ")
+    last_space = max(common_text.rfind(" "), common_text.rfind("\n"))
+    return common_text[: last_space + 1].rstrip(" ")
 
 
 def common_length(*sequences: Sequence[Any]) -> int:

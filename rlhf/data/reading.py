@@ -50,22 +50,22 @@ def load_data(source: str, split: str = "train", name: str | None = None, stream
         FileNotFoundError: There is no such file or folder, or no file matches the pattern.
         ValueError: A file cannot be read; names the file and, for text formats, the row.
     """
-    path = Path(source).expanduser()
+    source_path = Path(source).expanduser()
     # Names on the hub have at most one slash; any other text is a path, if only to a file that is not there.
-    is_path = suffix(path) in _FORMATS or source.startswith((".", "/", "~")) or source.count("/") > 1
+    is_path = suffix(source_path) in _FORMATS or source.startswith((".", "/", "~")) or source.count("/") > 1
     try:
-        if path.is_file():
-            rows = _from_files([path], split, streaming)
-        elif path.is_dir():
-            rows = _from_folder(path, split, name, streaming)
+        if source_path.is_file():
+            rows = _from_files([source_path], split, streaming)
+        elif source_path.is_dir():
+            rows = _from_folder(source_path, split, name, streaming)
         elif glob.has_magic(source):
-            rows = _from_files(_matching_files(path), split, streaming)
+            rows = _from_files(_matching_files(source_path), split, streaming)
         elif is_path:
             raise FileNotFoundError(f"{source}: no such file or folder")
         else:
             rows = _from_hub(source, split, name, streaming)
     except _LOADING_ERRORS as error:
-        names_file = str(error).startswith(str(path))
+        names_file = str(error).startswith(str(source_path))
         if isinstance(error, FileNotFoundError) or names_file:
             raise
         raise ValueError(f"{source}: {_first_line(error)}") from error
@@ -94,8 +94,8 @@ def _from_files(files: list[Path], split: str, streaming: bool) -> Rows:
     if not parquet_files:
         return _slice({"train": _from_text(files, streaming)}, split)
     if len(parquet_files) < len(files):
-        other = next(file for file in files if file not in parquet_files)
-        raise ValueError(f"{parquet_files[0]} and {other.name} are of two kinds: name them as two data sets")
+        other_file = next(file for file in files if file not in parquet_files)
+        raise ValueError(f"{parquet_files[0]} and {other_file.name} are of two kinds: name them as two data sets")
     return _slice({"train": _from_parquet(files, streaming)}, split)
 
 
@@ -107,13 +107,13 @@ def _from_text(files: list[Path], streaming: bool) -> Rows:
 
 def _from_parquet(files: list[Path], streaming: bool) -> Any:
     # `datasets` takes names as patterns: a bracket in a folder's name would match nothing.
-    names = [glob.escape(str(file)) for file in files]
+    file_patterns = [glob.escape(str(file)) for file in files]
     try:
-        return load_dataset("parquet", data_files=names, split="train", streaming=streaming)
+        return load_dataset("parquet", data_files=file_patterns, split="train", streaming=streaming)
     except _LOADING_ERRORS as error:
         # The outer error of `datasets` only tells that a table could not be made.
-        cause = error.__cause__ or error
-        raise ValueError(f"{files[0]}: cannot be read ({_first_line(cause)})") from error
+        root_cause = error.__cause__ or error
+        raise ValueError(f"{files[0]}: cannot be read ({_first_line(root_cause)})") from error
 
 
 # Folders and the hub
@@ -121,8 +121,8 @@ def _from_parquet(files: list[Path], streaming: bool) -> Any:
 
 def _from_folder(path: Path, split: str, name: str | None, streaming: bool) -> Rows:
     if any((path / file).exists() for file in _SAVED_FILES):
-        saved = load_from_disk(str(path))
-        splits = dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
+        saved_data = load_from_disk(str(path))
+        splits = dict(saved_data) if isinstance(saved_data, DatasetDict) else {"train": saved_data}
         rows = _slice(splits, split)
         return rows.to_iterable_dataset() if streaming else rows
 
@@ -130,10 +130,10 @@ def _from_folder(path: Path, split: str, name: str | None, streaming: bool) -> R
     text_files = _text_files_of(path)
     if text_files is None:
         return load_dataset(str(path), name, split=split, streaming=streaming)
-    wanted = _split_name(split)
-    if wanted not in text_files:
+    wanted_split = _split_name(split)
+    if wanted_split not in text_files:
         raise ValueError(f"{path}: no split {split!r}; it has {', '.join(text_files)}")
-    return _slice({wanted: _from_text(text_files[wanted], streaming)}, split)
+    return _slice({wanted_split: _from_text(text_files[wanted_split], streaming)}, split)
 
 
 def _text_files_of(path: Path) -> dict[str, list[Path]] | None:
@@ -154,8 +154,8 @@ def _from_hub(source: str, split: str, name: str | None, streaming: bool) -> Row
     try:
         if not streaming:
             return load_dataset(source, name, split=split)
-        wanted = _split_name(split)  # `datasets` slices no streams
-        return _slice({wanted: load_dataset(source, name, split=wanted, streaming=True)}, split)
+        wanted_split = _split_name(split)  # `datasets` slices no streams
+        return _slice({wanted_split: load_dataset(source, name, split=wanted_split, streaming=True)}, split)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source}: neither a file here nor a data set on the hub ({_first_line(error)})") from error
 
@@ -170,32 +170,34 @@ def _split_name(split: str) -> str:
 
 def _slice(splits: Mapping[str, Rows], split: str) -> Any:
     """The rows of a split, or of a slice of it (``train[:1000]``)."""
-    tables = {name: rows for name, rows in splits.items() if isinstance(rows, Dataset)}
-    if not tables:
+    split_tables = {split_name: rows for split_name, rows in splits.items() if isinstance(rows, Dataset)}
+    if not split_tables:
         return _slice_stream(splits, split)
-    lengths = {name: len(rows) for name, rows in tables.items()}
-    instructions = ReadInstruction.from_spec(split).to_absolute(lengths)
+    split_lengths = {split_name: len(rows) for split_name, rows in split_tables.items()}
+    instructions = ReadInstruction.from_spec(split).to_absolute(split_lengths)
     first = instructions[0]
     # `select` would give the whole table a new fingerprint, and later caches new keys.
-    if len(instructions) == 1 and (first.from_, first.to) == (0, lengths[first.splitname]):
-        return tables[first.splitname]
-    return concatenate_datasets([tables[part.splitname].select(range(part.from_, part.to)) for part in instructions])
+    if len(instructions) == 1 and (first.from_, first.to) == (0, split_lengths[first.splitname]):
+        return split_tables[first.splitname]
+    return concatenate_datasets(
+        [split_tables[part.splitname].select(range(part.from_, part.to)) for part in instructions]
+    )
 
 
 def _slice_stream(splits: Mapping[str, Any], split: str) -> IterableDataset:
-    match = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", split)
-    if match is None:
+    slice_match = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", split)
+    if slice_match is None:
         raise ValueError(f"split {split!r} needs the number of rows, which a stream does not know: use train[:1000]")
-    name, start, end = match.groups()
-    if name not in splits:
-        raise ValueError(f"no split {name!r}; it has {', '.join(splits)}")
-    rows = splits[name]
-    first = int(start or 0)
-    if first:
-        rows = rows.skip(first)
-    return rows.take(max(int(end) - first, 0)) if end else rows
+    split_name, slice_start, slice_end = slice_match.groups()
+    if split_name not in splits:
+        raise ValueError(f"no split {split_name!r}; it has {', '.join(splits)}")
+    rows = splits[split_name]
+    num_skipped = int(slice_start or 0)
+    if num_skipped:
+        rows = rows.skip(num_skipped)
+    return rows.take(max(int(slice_end) - num_skipped, 0)) if slice_end else rows
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+    message_lines = str(error).splitlines()
+    return message_lines[0] if message_lines else type(error).__name__

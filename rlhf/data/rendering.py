@@ -41,18 +41,18 @@ def split_prefill(prompt: list[Message], completion: list[Message]) -> tuple[lis
     Returns:
         All messages, the index of the first one that is answered, and how many of its characters are in the prompt.
     """
-    joined = [*prompt, *completion]
+    all_messages = [*prompt, *completion]
     if not prompt or not completion:
-        return joined, len(prompt), 0
-    begun, rest = prompt[-1], completion[0]
+        return all_messages, len(prompt), 0
+    begun_turn, continuation = prompt[-1], completion[0]
     # Only text can be continued in the middle; calls and other parts are rendered as a whole.
-    are_both_assistant = begun["role"] == rest["role"] == ASSISTANT
-    are_both_text = isinstance(begun.get("content"), str) and isinstance(rest.get("content"), str)
-    if not (are_both_assistant and are_both_text) or begun.get("tool_calls"):
-        return joined, len(prompt), 0
+    are_both_assistant = begun_turn["role"] == continuation["role"] == ASSISTANT
+    are_both_text = isinstance(begun_turn.get("content"), str) and isinstance(continuation.get("content"), str)
+    if not (are_both_assistant and are_both_text) or begun_turn.get("tool_calls"):
+        return all_messages, len(prompt), 0
     # Keys of the answer come last: its weight decides whether the turn is trained.
-    whole = {**begun, **rest, "content": begun["content"] + rest["content"]}
-    return [*prompt[:-1], whole, *completion[1:]], len(prompt) - 1, len(begun["content"])
+    joined_turn = {**begun_turn, **continuation, "content": begun_turn["content"] + continuation["content"]}
+    return [*prompt[:-1], joined_turn, *completion[1:]], len(prompt) - 1, len(begun_turn["content"])
 
 
 def locate_answers(template: ChatTemplate, messages: list[Message], first: int, prefill: int = 0) -> Rendering:
@@ -70,25 +70,27 @@ def locate_answers(template: ChatTemplate, messages: list[Message], first: int, 
     Raises:
         ValueError: The template refuses the conversation.
     """
-    text = template.render(messages)
+    rendered_text = template.render(messages)
     scored = [index for index, message in enumerate(messages) if index >= first and is_trained(message)]
-    marked_rendering = _mark_and_render(template, messages, first, prefill, text, scored)
+    marked_rendering = _mark_and_render(template, messages, first, prefill, rendered_text, scored)
     if marked_rendering is None:
-        return _locate_by_prefix(template, messages, scored, text)
+        return _locate_by_prefix(template, messages, scored, rendered_text)
     marked, rendering = marked_rendering
     notes = lost_parts(template, marked, rendering, scored)
-    finder = AnswerSpans(template, marked, rendering)
+    answer_spans = AnswerSpans(template, marked, rendering)
 
     needs_eos = False
-    spans = finder.generation_spans(scored)  # if the template marks answers itself, its marks count
+    spans = answer_spans.generation_spans(scored)  # if the template marks answers itself, its marks count
     if spans is None:
-        spans, needs_eos = finder.written_spans(scored, prefilled=first if prefill else None)
+        spans, needs_eos = answer_spans.written_spans(scored, prefilled=first if prefill else None)
     # The marks are the template author's choice, so they are followed, but a model that learns no end never stops.
-    elif spans and finder.leaves_out_end(scored[-1], spans[-1][1]):
+    elif spans and answer_spans.leaves_out_end(scored[-1], spans[-1][1]):
         notes = (*notes, Note("the template's {% generation %} marks leave out what ends an answer: it is not learned"))
     # Spans were found in the text with marks; ids are made of the text without.
-    answers = [(finder.without_marks(start), finder.without_marks(end)) for start, end in spans]
-    return Rendering(text, answers, needs_eos, notes)
+    answers = [
+        (answer_spans.without_marks(span_start), answer_spans.without_marks(span_end)) for span_start, span_end in spans
+    ]
+    return Rendering(rendered_text, answers, needs_eos, notes)
 
 
 def _mark_and_render(
@@ -116,19 +118,19 @@ def _locate_by_prefix(template: ChatTemplate, messages: list[Message], scored: l
     """
     answers: list[tuple[int, int]] = []
     needs_eos = False
-    for index in scored:
-        prompt = template.render_prompt(messages[:index])
-        closed = template.render(messages[: index + 1])
-        start = len(prompt)
-        stop = common_length(closed, text)
+    for message_index in scored:
+        prompt = template.render_prompt(messages[:message_index])
+        closed_text = template.render(messages[: message_index + 1])
+        answer_start = len(prompt)
+        answer_stop = common_length(closed_text, text)
         if not text.startswith(prompt):  # the template rewrote an earlier turn
-            if index != scored[-1]:
+            if message_index != scored[-1]:
                 continue
-            start = common_length(prompt, text)
-        ends = special_token_ends(template.tokenizer, text, start, stop)
-        needs_eos = not ends
-        answer_end = ends[-1] if ends else start + len(text[start:stop].rstrip())
-        answers.append((start, answer_end))
+            answer_start = common_length(prompt, text)
+        token_ends = special_token_ends(template.tokenizer, text, answer_start, answer_stop)
+        needs_eos = not token_ends
+        answer_end = token_ends[-1] if token_ends else answer_start + len(text[answer_start:answer_stop].rstrip())
+        answers.append((answer_start, answer_end))
     return Rendering(text, answers, needs_eos)
 
 
@@ -145,19 +147,21 @@ def locate_lost_answer(template: ChatTemplate, messages: list[Message]) -> Rende
     Raises:
         ValueError: The template refuses the conversation.
     """
-    usual = locate_answers(template, messages, len(messages) - 1)
-    written = ""
-    if usual.answers:
-        start, end = usual.answers[-1]
-        written = usual.text[start:end]
+    usual_rendering = locate_answers(template, messages, len(messages) - 1)
+    written_answer = ""
+    if usual_rendering.answers:
+        answer_start, answer_end = usual_rendering.answers[-1]
+        written_answer = usual_rendering.text[answer_start:answer_end]
     # The reasoning brings the line breaks behind it along.
-    answer = _reasoning_text(messages[-1]) + written.lstrip()
+    whole_answer = _reasoning_text(messages[-1]) + written_answer.lstrip()
     prompt = template.render_prompt(messages[:-1])
     # The prompt may end with a beginning of the answer already, such as <think>.
-    overlap = next(length for length in range(len(answer), -1, -1) if prompt.endswith(answer[:length]))
-    text = prompt + answer[overlap:]
+    overlap = next(length for length in range(len(whole_answer), -1, -1) if prompt.endswith(whole_answer[:length]))
+    whole_text = prompt + whole_answer[overlap:]
     # An answer that the template leaves out as a whole has no end of the template's either.
-    return Rendering(text, [(len(prompt), len(text))], usual.needs_eos or not usual.answers)
+    return Rendering(
+        whole_text, [(len(prompt), len(whole_text))], usual_rendering.needs_eos or not usual_rendering.answers
+    )
 
 
 def _reasoning_text(message: Message) -> str:

@@ -20,8 +20,8 @@ def report_unread_columns(name: str, columns: Sequence[str], read: Sequence[str]
         columns: All of its columns, after renaming.
         read: Those that are read.
     """
-    if unread := [column for column in columns if column not in read]:
-        logger.info("%s: columns not read: %s", name, ", ".join(unread))
+    if unread_columns := [column for column in columns if column not in read]:
+        logger.info("%s: columns not read: %s", name, ", ".join(unread_columns))
 
 
 def report_rows(name: str, report: dict[str, list[Any]], max_length: int) -> None:
@@ -37,21 +37,21 @@ def report_rows(name: str, report: dict[str, list[Any]], max_length: int) -> Non
     for reason in sorted(set(reasons) - {"", UNREADABLE}):
         logger.warning("%s: dropped %d of %d rows %s", name, reasons.count(reason), len(reasons), reason)
     if any(truncated):
-        rows_cut = sum(count > 0 for count in truncated)
-        message = "%s: %d of %d rows cut to max_length %d, losing %d tokens in all"
-        logger.warning(message, name, rows_cut, len(truncated), max_length, sum(truncated))
+        rows_cut = sum(num_cut > 0 for num_cut in truncated)
+        log_format = "%s: %d of %d rows cut to max_length %d, losing %d tokens in all"
+        logger.warning(log_format, name, rows_cut, len(truncated), max_length, sum(truncated))
     # Fewer answers are scored if the user masks some, or if the template leaves some out.
-    answers, scored = sum(report["_answers"]), sum(report["_scored"])
-    if scored < answers:
-        logger.warning("%s: %d of %d answers are scored", name, scored, answers)
+    num_answers, num_scored = sum(report["_answers"]), sum(report["_scored"])
+    if num_scored < num_answers:
+        logger.warning("%s: %d of %d answers are scored", name, num_scored, num_answers)
 
     # One line for each note, with its first row: the rest is mostly the same.
     rows_of_note: dict[str, list[int]] = {}
     for index, notes in zip(report["_row"], report["_notes"], strict=True):
         for note in notes:
             rows_of_note.setdefault(note, []).append(index + 1)
-    for note, rows in rows_of_note.items():
-        logger.warning("%s, row %d: %s (%d of %d rows)", name, rows[0], note, len(rows), len(reasons))
+    for note, row_numbers in rows_of_note.items():
+        logger.warning("%s, row %d: %s (%d of %d rows)", name, row_numbers[0], note, len(row_numbers), len(reasons))
 
 
 def list_bad_rows(name: str, report: dict[str, list[Any]], rows: int, file: str | None) -> None:
@@ -66,22 +66,22 @@ def list_bad_rows(name: str, report: dict[str, list[Any]], rows: int, file: str 
     Raises:
         ValueError: No row can be read.
     """
-    bad = [(index + 1, error) for index, error in zip(report["_row"], report["_bad"], strict=True) if error]
-    if not bad or file is None:
+    bad_rows = [(index + 1, error) for index, error in zip(report["_row"], report["_bad"], strict=True) if error]
+    if not bad_rows or file is None:
         return
-    path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    report_path = Path(file)
+    report_path.parent.mkdir(parents=True, exist_ok=True)
     # Another data set, or a run before, may have written the file; a row that is in it is not added again.
-    known_lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    lines = [json.dumps({"file": name, "row": row, "error": error}, ensure_ascii=False) for row, error in bad]
-    all_lines = dict.fromkeys([*known_lines, *lines])  # each once, in order
+    known_lines = report_path.read_text(encoding="utf-8").splitlines() if report_path.exists() else []
+    new_lines = [json.dumps({"file": name, "row": row, "error": error}, ensure_ascii=False) for row, error in bad_rows]
+    all_lines = dict.fromkeys([*known_lines, *new_lines])  # each once, in order
     # Written even if the run stops below: the user needs the list to mend the rows.
-    path.write_text("\n".join(all_lines) + "\n", encoding="utf-8")
+    report_path.write_text("\n".join(all_lines) + "\n", encoding="utf-8")
 
-    first_row, first_error = bad[0]
-    message = "%s: left out %d of %d rows that cannot be read, listed in %s; first, row %d: %s"
-    logger.warning(message, name, len(bad), rows, path, first_row, first_error)
-    if len(bad) == rows:
+    first_row, first_error = bad_rows[0]
+    log_format = "%s: left out %d of %d rows that cannot be read, listed in %s; first, row %d: %s"
+    logger.warning(log_format, name, len(bad_rows), rows, report_path, first_row, first_error)
+    if len(bad_rows) == rows:
         raise ValueError(f"{name}: none of {rows} rows can be read; row {first_row}: {first_error}")
 
 
@@ -105,14 +105,14 @@ class StreamReport:
         """
         reason = row.error or row.dropped
         if reason:
-            event = f"dropped rows {reason}"
+            event_name = f"dropped rows {reason}"
         elif row.truncated:
-            event = "cut rows to max_length"
+            event_name = "cut rows to max_length"
         else:
             return
-        self.counts[event] += 1
-        count = self.counts[event]
+        self.counts[event_name] += 1
+        event_count = self.counts[event_name]
         # A stream has no end at which rows could be summed up, and a line for each would flood the log.
-        is_power_of_ten = str(count).strip("0") == "1"
+        is_power_of_ten = str(event_count).strip("0") == "1"
         if is_power_of_ten:
-            logger.warning("%s, row %d: %s (%d so far)", self.name, index + 1, event, count)
+            logger.warning("%s, row %d: %s (%d so far)", self.name, index + 1, event_name, event_count)

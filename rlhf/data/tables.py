@@ -73,17 +73,17 @@ def as_table(files: list[Path]) -> Dataset:
         ValueError: A row cannot be read; names the file, the row and the fault.
     """
     # Size and time stand for the content: to hash a file takes as long as to read it.
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = Hasher.hash((_VERSION, stats))
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "rows"
-    folder.mkdir(parents=True, exist_ok=True)
-    table = folder / f"{key}.arrow"
-    with FileLock(folder / f"{key}.lock"):  # several processes may load the same files
-        if not table.exists():
-            _write_table(files, table)
-    rows = Dataset.from_file(str(table))
+    file_stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    cache_key = Hasher.hash((_VERSION, file_stats))
+    cache_folder = Path(datasets.config.HF_DATASETS_CACHE) / "rows"
+    cache_folder.mkdir(parents=True, exist_ok=True)
+    table_path = cache_folder / f"{cache_key}.arrow"
+    with FileLock(cache_folder / f"{cache_key}.lock"):  # several processes may load the same files
+        if not table_path.exists():
+            _write_table(files, table_path)
+    rows = Dataset.from_file(str(table_path))
     # Later caches build on this fingerprint, so it names the files and not the place of the table.
-    return Dataset(rows.data, info=DatasetInfo(features=rows.features), fingerprint=key)
+    return Dataset(rows.data, info=DatasetInfo(features=rows.features), fingerprint=cache_key)
 
 
 def chain_rows(files: list[Path]) -> Iterator[Row]:
@@ -95,26 +95,26 @@ def chain_rows(files: list[Path]) -> Iterator[Row]:
 
 def _write_table(files: list[Path], table: Path) -> None:
     """Read all rows twice: to find the type of each column, and to write them."""
-    types: dict[str, _Type] = {}
-    count = 0
+    column_types: dict[str, _Type] = {}
+    num_rows = 0
     for row in _with_progress(chain_rows(files), "Reading"):
-        count += 1
+        num_rows += 1
         for column, value in row.items():
-            types[column] = _merge(types.get(column), _type_of(value))
-    schema = Features({column: _feature(column_type) for column, column_type in types.items()}).arrow_schema
+            column_types[column] = _merge(column_types.get(column), _type_of(value))
+    schema = Features({column: _feature(column_type) for column, column_type in column_types.items()}).arrow_schema
 
-    rows = iter(_with_progress(chain_rows(files), "Writing", count))
+    row_iterator = iter(_with_progress(chain_rows(files), "Writing", num_rows))
     unfinished = table.with_suffix(f".{os.getpid()}")
     rows_written = 0
     try:
         with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            while batch := list(islice(rows, _BATCH_ROWS)):
-                arrays = [
-                    _array(batch, column, column_type, schema.field(column).type, rows_written)
-                    for column, column_type in types.items()
+            while row_batch := list(islice(row_iterator, _BATCH_ROWS)):
+                column_arrays = [
+                    _array(row_batch, column, column_type, schema.field(column).type, rows_written)
+                    for column, column_type in column_types.items()
                 ]
-                writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
-                rows_written += len(batch)
+                writer.write_batch(pa.RecordBatch.from_arrays(column_arrays, schema=schema))
+                rows_written += len(row_batch)
         # Renamed when it is complete: a run that is killed leaves no half table.
         unfinished.replace(table)
     finally:
@@ -136,9 +136,9 @@ def _type_of(value: Any) -> _Type:
     if isinstance(value, list):
         return _type_of_list(value)
     if isinstance(value, dict):
-        types = {key: _type_of(item) for key, item in value.items()}
+        value_types = {key: _type_of(item) for key, item in value.items()}
         # Without keys there is nothing to derive a type from.
-        return _JSON if not types or _JSON in types.values() else types
+        return _JSON if not value_types or _JSON in value_types.values() else value_types
     # Arrow has no larger integers.
     is_large = type(value) is int and not -(2**63) <= value < 2**63
     return _JSON if is_large else _SCALARS[type(value)]
@@ -175,8 +175,8 @@ def _merge_objects(first: dict[str, Any], second: dict[str, Any]) -> _Type:
     # The order of keys counts: a template may write an object as it is.
     if list(first) != list(second):
         return _JSON
-    types = {key: _merge(first[key], second[key]) for key in first}
-    return _JSON if _JSON in types.values() else types
+    merged_types = {key: _merge(first[key], second[key]) for key in first}
+    return _JSON if _JSON in merged_types.values() else merged_types
 
 
 def _feature(column_type: _Type) -> Any:
@@ -188,16 +188,16 @@ def _feature(column_type: _Type) -> Any:
 
 
 def _array(batch: list[Row], column: str, column_type: _Type, arrow_type: pa.DataType, rows_before: int) -> pa.Array:
-    values = [row.get(column) for row in batch]
+    column_values = [row.get(column) for row in batch]
     if column_type == _JSON:
-        values = [JsonText().encode_example(value) for value in values]
+        column_values = [JsonText().encode_example(value) for value in column_values]
     try:
-        return pa.array(values, arrow_type)
+        return pa.array(column_values, arrow_type)
     except UnicodeEncodeError:
-        index = next(index for index, value in enumerate(values) if not _is_unicode(value))
+        batch_index = next(batch_index for batch_index, value in enumerate(column_values) if not _is_unicode(value))
         raise ValueError(
-            f"row {rows_before + index + 1}: {column!r} holds half of a surrogate pair (such as \\ud83d), which is no "
-            "text; mend it"
+            f"row {rows_before + batch_index + 1}: {column!r} holds half of a surrogate pair (such as \\ud83d), "
+            "which is no text; mend it"
         ) from None
 
 

@@ -128,8 +128,8 @@ class ChatTemplate:
             return_assistant_tokens_mask=True,
             **options,
         )
-        (text,), (spans,) = rendered
-        return text, spans
+        (rendered_text,), (marked_spans,) = rendered
+        return rendered_text, marked_spans
 
     def readable(self, messages: list[Message]) -> list[Message]:
         """Messages as the template reads them: without our keys, and with content as parts if it reads nothing else."""
@@ -152,27 +152,27 @@ class ChatTemplate:
             )
 
         try:
-            text = apply(messages)
+            rendered_text = apply(messages)
         except (TypeError, UndefinedError):
             if "tool_calls" not in self.source:
                 raise
             # Some templates join a call to its content, so that content must be text ...
             messages = [{**message, "content": message.get("content") or ""} for message in messages]
             try:
-                text = apply(messages)
+                rendered_text = apply(messages)
             except TypeError:
                 # ... and some join the arguments, so that they must be text too.
                 return apply([_with_json_arguments(message) for message in messages])
         # A template that prints an object as it is would teach Python's notation, with single quotes.
-        if any(arguments and str(arguments) in text for arguments in _arguments_of(messages)):
+        if any(arguments and str(arguments) in rendered_text for arguments in _arguments_of(messages)):
             return apply([_with_json_arguments(message) for message in messages])
-        return text
+        return rendered_text
 
 
 def _arguments_of(messages: list[Message]) -> list[dict[str, Any]]:
     """The arguments of all calls that have an object of them."""
-    calls = [call for message in messages for call in message.get("tool_calls", [])]
-    functions = [call["function"] for call in calls if isinstance(call.get("function"), dict)]
+    tool_calls = [call for message in messages for call in message.get("tool_calls", [])]
+    functions = [call["function"] for call in tool_calls if isinstance(call.get("function"), dict)]
     return [function["arguments"] for function in functions if isinstance(function.get("arguments"), dict)]
 
 
@@ -180,14 +180,14 @@ def _with_json_arguments(message: Message) -> Message:
     """The message with the arguments of its calls as JSON text."""
     if "tool_calls" not in message:
         return message
-    calls = []
+    tool_calls = []
     for call in message["tool_calls"]:
         function = call.get("function")
         if isinstance(function, dict) and isinstance(function.get("arguments"), dict):
             arguments = json.dumps(function["arguments"], ensure_ascii=False)
             call = {**call, "function": {**function, "arguments": arguments}}
-        calls.append(call)
-    return {**message, "tool_calls": calls}
+        tool_calls.append(call)
+    return {**message, "tool_calls": tool_calls}
 
 
 def _with_parts(message: Message) -> Message:
@@ -210,8 +210,8 @@ def _wants_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
             rendered: Any = render_jinja_template([[message]], chat_template=template, **special_tokens)
         except _TEMPLATE_ERRORS:
             return False
-        texts, _ = rendered
-        return PROBE in texts[0]
+        rendered_texts, _ = rendered
+        return PROBE in rendered_texts[0]
 
     # Such a template tests the type of a part. One that does not, and fails on text, has a fault that must be reported.
     return "type" in template and not is_written(question) and is_written(_with_parts(question))

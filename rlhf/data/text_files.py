@@ -68,21 +68,21 @@ def read_rows(path: Path) -> Iterator[Row]:
         ValueError: A row cannot be read; names the row and the reason, but not the file.
     """
     is_compressed = path.suffix.lower() in _COMPRESSIONS
-    number = 0
+    num_rows = 0
     try:
-        with _open_text(path) as file:
-            for row in READERS[suffix(path)](file):
-                number += 1
+        with _open_text(path) as text_file:
+            for row in READERS[suffix(path)](text_file):
+                num_rows += 1
                 yield row
     except UnicodeError:
         raise ValueError(f"line {_first_broken_line(path)} is not UTF-8 text; save the file as UTF-8") from None
     except EOFError:
-        raise _ends_early(path, number) from None
+        raise _ends_early(path, num_rows) from None
     except (OSError, lzma.LZMAError) as error:
         if is_compressed and "runcated" in str(error):  # "Truncated" or "truncated", by the library
-            raise _ends_early(path, number) from None
-        raise ValueError(f"after row {number}: cannot be read ({error})") from None
-    if number == 0:
+            raise _ends_early(path, num_rows) from None
+        raise ValueError(f"after row {num_rows}: cannot be read ({error})") from None
+    if num_rows == 0:
         raise ValueError("the file is empty")
 
 
@@ -90,13 +90,13 @@ def read_rows(path: Path) -> Iterator[Row]:
 def _open_text(path: Path) -> Iterator[IO[str]]:
     """Open a file as text: UTF-8, or UTF-16 if it begins with the mark of that."""
     open_bytes = _opener(path)
-    with open_bytes(path) as file:
-        byte_order_mark = file.read(2)
+    with open_bytes(path) as binary_file:
+        byte_order_mark = binary_file.read(2)
     # `utf-8-sig` drops the mark that Excel writes at the beginning of UTF-8.
     encoding = "utf-16" if byte_order_mark in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     # Line breaks stay as they are (newline=""): inside quotes, they are a part of a CSV field.
-    with open_bytes(path) as file, TextIOWrapper(file, encoding, newline="") as text:
-        yield text
+    with open_bytes(path) as binary_file, TextIOWrapper(binary_file, encoding, newline="") as text_file:
+        yield text_file
 
 
 def _opener(path: Path) -> Callable[[Path], Any]:
@@ -105,21 +105,21 @@ def _opener(path: Path) -> Callable[[Path], Any]:
 
 def _first_broken_line(path: Path) -> int:
     """The number of the first line that is not UTF-8."""
-    number = 0
+    line_number = 0
     # Read again as bytes: the decoder's error has a position in its buffer, not in the file.
-    with _opener(path)(path) as file:
-        for line in file:
-            number += 1
+    with _opener(path)(path) as binary_file:
+        for line in binary_file:
+            line_number += 1
             try:
                 line.decode()
             except UnicodeDecodeError:
                 break
-    return number
+    return line_number
 
 
 def _ends_early(path: Path, number: int) -> ValueError:
-    name = _COMPRESSION_NAMES[path.suffix.lower()]
-    return ValueError(f"the {name} file ends early, after row {number}; copy or download it again")
+    compression_name = _COMPRESSION_NAMES[path.suffix.lower()]
+    return ValueError(f"the {compression_name} file ends early, after row {number}; copy or download it again")
 
 
 # JSON
@@ -141,17 +141,17 @@ def _parse_json(file: IO[str], may_be_container: bool) -> Iterator[Row]:
         may_be_container: Whether a single object may hold all rows, or columns, instead of being a row.
     """
     # The first line decides: if it is an object by itself, so is each line behind it.
-    lines = iter(file)
-    first_line = next((line for line in lines if line.strip()), "")
+    line_iterator = iter(file)
+    first_line = next((line for line in line_iterator if line.strip()), "")
     first = _parse_line(first_line)
     if not isinstance(first, dict):
         if first_line:
             yield from _parse_document(first_line + file.read(), may_be_container)
         return
-    second_line = next((line for line in lines if line.strip()), None)
+    second_line = next((line for line in line_iterator if line.strip()), None)
     if second_line is not None:
         yield first
-        yield from _parse_lines(chain([second_line], lines))
+        yield from _parse_lines(chain([second_line], line_iterator))
     # An only line may be an only row, or hold all rows.
     elif may_be_container:
         yield from _rows_of_container(first)
@@ -169,16 +169,16 @@ def _parse_line(line: str) -> Any:
 
 def _parse_lines(lines: Iterator[str]) -> Iterator[Row]:
     """The rows from the second one on, a line each."""
-    number = 1
+    row_number = 1
     for line in lines:
         if not line.strip():
             continue
-        number += 1
+        row_number += 1
         try:
-            value = json.loads(line)
+            row_value = json.loads(line)
         except json.JSONDecodeError as error:
-            raise _invalid_json(number, error.msg, error.pos) from None
-        yield _as_row(value, number)
+            raise _invalid_json(row_number, error.msg, error.pos) from None
+        yield _as_row(row_value, row_number)
 
 
 def _parse_document(text: str, may_be_container: bool) -> Iterator[Row]:
@@ -188,22 +188,22 @@ def _parse_document(text: str, may_be_container: bool) -> Iterator[Row]:
     position = _skip_space(text, 0)
     is_array = text[position] == "["
     position = _skip_space(text, position + is_array)
-    number = 0
+    row_number = 0
     while position < len(text) and not (is_array and text[position] == "]"):
-        number += 1
+        row_number += 1
         try:
-            value, end = decoder.raw_decode(text, position)
+            row_value, value_end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             # Counted from the beginning of the row: a position in the whole file helps nobody.
-            raise _invalid_json(number, error.msg, error.pos - position) from None
-        position = _skip_space(text, end)
+            raise _invalid_json(row_number, error.msg, error.pos - position) from None
+        position = _skip_space(text, value_end)
         if is_array:
-            position = _skip_comma(text, position, number, end)
-        is_only_value = number == 1 and not is_array and position == len(text)
-        if may_be_container and is_only_value and isinstance(value, dict):
-            yield from _rows_of_container(value)
+            position = _skip_comma(text, position, row_number, value_end)
+        is_only_value = row_number == 1 and not is_array and position == len(text)
+        if may_be_container and is_only_value and isinstance(row_value, dict):
+            yield from _rows_of_container(row_value)
         else:
-            yield _as_row(value, number)
+            yield _as_row(row_value, row_number)
 
 
 def _skip_comma(text: str, position: int, number: int, value_end: int) -> int:
@@ -217,23 +217,26 @@ def _skip_comma(text: str, position: int, number: int, value_end: int) -> int:
 
 
 def _skip_space(text: str, position: int) -> int:
-    match = _WHITE_SPACE.match(text, position)
-    return match.end() if match else position
+    space_match = _WHITE_SPACE.match(text, position)
+    return space_match.end() if space_match else position
 
 
 def _rows_of_container(container: Row) -> Iterator[Row]:
     """The rows of a file that is one object: those under a key such as ``data``, its columns, or the object itself."""
-    rows = next((container[key] for key in _CONTAINER_KEYS if _are_objects(container.get(key))), None)
-    values = list(container.values())
+    rows = next(
+        (container[key] for key in _CONTAINER_KEYS if _are_objects(container.get(key))),
+        None,
+    )
+    column_values = list(container.values())
     if rows is not None:
-        for number, value in enumerate(rows, start=1):
-            yield _as_row(value, number)
-    elif _are_pandas_columns(values):
-        indices = dict.fromkeys(index for column in values for index in column)
-        for index in indices:
-            yield {name: column.get(index) for name, column in container.items()}
-    elif _are_columns(values):
-        for row in zip(*values, strict=True):
+        for row_number, value in enumerate(rows, start=1):
+            yield _as_row(value, row_number)
+    elif _are_pandas_columns(column_values):
+        row_indices = dict.fromkeys(row_index for column in column_values for row_index in column)
+        for row_index in row_indices:
+            yield {column_name: column.get(row_index) for column_name, column in container.items()}
+    elif _are_columns(column_values):
+        for row in zip(*column_values, strict=True):
             yield dict(zip(container, row, strict=True))
     else:
         yield container
@@ -285,24 +288,27 @@ def _read_csv(file: IO[str], delimiters: str = _DELIMITERS) -> Iterator[Row]:
     header = _read_record(file)
     # The delimiter is the one that makes most columns of the first line; of several, the first.
     delimiter = max(delimiters, key=lambda candidate: len(_split_record(header, candidate)))
-    columns = _column_names(_split_record(header, delimiter))
-    number = 0
+    column_names = _column_names(_split_record(header, delimiter))
+    row_number = 0
     try:
         # Strict: otherwise a quote that is never closed takes all rows behind it for one field.
-        for fields in csv.reader(file, delimiter=delimiter, strict=True):
-            if not fields:  # an empty line
+        for row_fields in csv.reader(file, delimiter=delimiter, strict=True):
+            if not row_fields:  # an empty line
                 continue
-            number += 1
+            row_number += 1
             # A field too many means text that was split inside: its halves would be read as other columns.
-            if len(fields) != len(columns):
+            if len(row_fields) != len(column_names):
                 raise ValueError(
-                    f"row {number} has {len(fields)} fields, the first line {len(columns)} (split at {delimiter!r}): "
-                    f"put text that holds {delimiter!r}, quotes or line breaks into double quotes"
+                    f"row {row_number} has {len(row_fields)} fields, the first line {len(column_names)} "
+                    f"(split at {delimiter!r}): put text that holds {delimiter!r}, quotes or line breaks "
+                    "into double quotes"
                 )
-            yield dict(zip(columns, fields, strict=True))
+            yield dict(zip(column_names, row_fields, strict=True))
     except csv.Error as error:
-        raise ValueError(f"row {number + 1} is not valid CSV ({error}): double the quotes inside quoted text") from None
-    if columns and number == 0:
+        raise ValueError(
+            f"row {row_number + 1} is not valid CSV ({error}): double the quotes inside quoted text"
+        ) from None
+    if column_names and row_number == 0:
         raise ValueError("there is a line of column names, but no row")
 
 
@@ -320,11 +326,11 @@ def _split_record(record: str, delimiter: str) -> list[str]:
 
 def _column_names(fields: list[str]) -> list[str]:
     # A column without a name is called as pandas calls it, which leaves the name of its index empty.
-    names = [field.strip() or f"Unnamed: {index}" for index, field in enumerate(fields)]
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise ValueError(f"two columns are called {name!r}: rename one")
-    return names
+    column_names = [header_field.strip() or f"Unnamed: {index}" for index, header_field in enumerate(fields)]
+    for index, column_name in enumerate(column_names):
+        if column_name in column_names[:index]:
+            raise ValueError(f"two columns are called {column_name!r}: rename one")
+    return column_names
 
 
 def _read_tsv(file: IO[str]) -> Iterator[Row]:

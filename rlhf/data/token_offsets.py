@@ -34,16 +34,17 @@ class TokenizedText:
         """Index of the first token that holds a character at or after ``border``; it may begin before."""
         if self.offsets is None:
             return self._tokens_before(border)[1]
-        index = bisect_right(self.offsets, border, key=lambda offset: offset[1])
-        if index and self._crosses_with_space(index - 1, border):
-            return index - 1
-        return index
+        token_index = bisect_right(self.offsets, border, key=lambda offset: offset[1])
+        if token_index and self._crosses_with_space(token_index - 1, border):
+            return token_index - 1
+        return token_index
 
     def first_token_from(self, border: int) -> int:
         """Index of the first token that begins at or after ``border``."""
         if self.offsets is None:
-            count, shared = self._tokens_before(border)
-            return shared if shared == count else shared + 1  # the token that differs reaches over the border
+            num_before, num_shared = self._tokens_before(border)
+            # The first token that differs reaches over the border.
+            return num_shared if num_shared == num_before else num_shared + 1
         return bisect_left(self.offsets, border, key=lambda offset: offset[0])
 
     def without_first(self) -> "TokenizedText":
@@ -55,8 +56,8 @@ class TokenizedText:
     def with_last(self, token: int) -> "TokenizedText":
         """With one more token, which stands behind the text."""
         # A place of its own behind the text keeps the offsets in order, as binary search needs.
-        behind = (len(self.text), len(self.text) + 1)
-        return self._replaced([*self.ids, token], self.offsets and [*self.offsets, behind])
+        offset_behind = (len(self.text), len(self.text) + 1)
+        return self._replaced([*self.ids, token], self.offsets and [*self.offsets, offset_behind])
 
     def _replaced(self, ids: list[int], offsets: list[tuple[int, int]] | None) -> "TokenizedText":
         return replace(self, ids=ids, offsets=offsets)
@@ -64,8 +65,8 @@ class TokenizedText:
     def _tokens_before(self, border: int) -> tuple[int, int]:
         """How many tokens the text before ``border`` has, and how many of them begin the ids of the whole text."""
         # Cut there, the text may be split otherwise near the border, so only the common ids count.
-        before = tokenize(self.tokenizer, self.text[:border], self.add_special_tokens).ids
-        return len(before), common_length(before, self.ids)
+        ids_before = tokenize(self.tokenizer, self.text[:border], self.add_special_tokens).ids
+        return len(ids_before), common_length(ids_before, self.ids)
 
     def _crosses_with_space(self, index: int, border: int) -> bool:
         """Whether a token reaches over ``border`` with white space.
@@ -73,12 +74,12 @@ class TokenizedText:
         Tokenizers with ``trim_offsets`` leave white space out of the offsets, so the text of the token has to be asked.
         """
         assert self.offsets is not None
-        start, end = self.offsets[index]
+        token_start, token_end = self.offsets[index]
         next_offsets = self.offsets[index + 1 : index + 2]
         is_covered = bool(next_offsets) and next_offsets[0][0] <= border
         is_space_next = self.text[border : border + 1].isspace()
-        is_word = bool(self.text[start:end].strip())
-        if end != border or is_covered or not is_space_next or not is_word:
+        is_word = bool(self.text[token_start:token_end].strip())
+        if token_end != border or is_covered or not is_space_next or not is_word:
             return False
         return str(self.tokenizer.decode(self.ids[index]))[-1:].isspace()
 
@@ -95,15 +96,15 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: 
         Ids and offsets.
     """
     if not tokenizer.is_fast:
-        ids = list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
-        return TokenizedText(tokenizer, text, add_special_tokens, ids, None)
+        token_ids = list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        return TokenizedText(tokenizer, text, add_special_tokens, token_ids, None)
     encoding = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
     offsets = encoding["offset_mapping"]
     # Special tokens that are added behind the text have offsets (0, 0): move them behind the text, to keep the order.
-    for index in range(len(offsets) - 1, 0, -1):
-        if offsets[index] != (0, 0):
+    for token_index in range(len(offsets) - 1, 0, -1):
+        if offsets[token_index] != (0, 0):
             break
-        offsets[index] = (len(text), len(text) + 1)
+        offsets[token_index] = (len(text), len(text) + 1)
     return TokenizedText(tokenizer, text, add_special_tokens, encoding["input_ids"], offsets)
 
 
@@ -138,18 +139,18 @@ def tokenize_plain(tokenizer: PreTrainedTokenizerBase, text: str, ends: bool) ->
     Raises:
         ValueError: The text is to end and the tokenizer has no EOS.
     """
-    tokens = tokenize(tokenizer, text, add_special_tokens=True)
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    has_two_bos = bos is not None and tokens.ids[:2] == [bos, bos]
+    tokenised = tokenize(tokenizer, text, add_special_tokens=True)
+    bos_token_id, eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    has_two_bos = bos_token_id is not None and tokenised.ids[:2] == [bos_token_id, bos_token_id]
     # Two that are both in the text are the user's.
     if has_two_bos and not text.startswith(str(tokenizer.bos_token) * 2):
-        tokens = tokens.without_first()  # one is in the text, one was added
-    if eos is None:
-        return tokens.with_last(eos_id(tokenizer)) if ends else tokens
+        tokenised = tokenised.without_first()  # one is in the text, one was added
+    if eos_token_id is None:
+        return tokenised.with_last(eos_id(tokenizer)) if ends else tokenised
     # EOS may be in the text, be added by the tokenizer, both or neither: in the end there is one, or none.
     is_written = text.rstrip().endswith(str(tokenizer.eos_token))
-    is_last = tokens.ids[-1:] == [eos]
-    is_added = is_last and (not is_written or tokens.ids[-2:] == [eos, eos])
+    is_last = tokenised.ids[-1:] == [eos_token_id]
+    is_added = is_last and (not is_written or tokenised.ids[-2:] == [eos_token_id, eos_token_id])
     if is_added:
-        tokens = tokens.without_last()
-    return tokens.with_last(eos) if ends and not is_written else tokens
+        tokenised = tokenised.without_last()
+    return tokenised.with_last(eos_token_id) if ends and not is_written else tokenised

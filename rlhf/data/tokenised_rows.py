@@ -63,8 +63,8 @@ class TokenisedRow:
         Returns:
             Column names and values.
         """
-        values = (self.truncated, self.dropped, self.error, index, self.answers, self.scored, list(self.notes))
-        return dict(zip(REPORT_COLUMNS, values, strict=True))
+        report_values = (self.truncated, self.dropped, self.error, index, self.answers, self.scored, list(self.notes))
+        return dict(zip(REPORT_COLUMNS, report_values, strict=True))
 
 
 # Names in the cache on disk: they stay, or tables of older versions could not be read.
@@ -89,9 +89,9 @@ def truncate(row: TokenisedRow, limits: Limits) -> TokenisedRow:
     if row.dropped:
         return row
     # Single values, such as a margin, are neither checked nor cut.
-    ids = {name: value for name, value in row.columns.items() if isinstance(value, list)}
-    check_vocabulary(ids, limits.vocab_size)
-    prompt_length = _prompt_length(ids)
+    id_columns = {name: column_ids for name, column_ids in row.columns.items() if isinstance(column_ids, list)}
+    check_vocabulary(id_columns, limits.vocab_size)
+    prompt_length = _prompt_length(id_columns)
     # At the limit itself it is too long as well: no token of the answer would fit.
     is_too_long = prompt_length >= limits.max_length
     if is_too_long and not limits.drop_long_prompts:
@@ -99,14 +99,17 @@ def truncate(row: TokenisedRow, limits: Limits) -> TokenisedRow:
             f"the prompt has {prompt_length} tokens and max_length is {limits.max_length}: raise --max_length, or pass "
             "--drop_long_prompts to leave such rows out"
         )
-    has_own_prompt = "prompt_ids" in ids
+    has_own_prompt = "prompt_ids" in id_columns
     # `input_ids` begin with the prompt, so the whole length is theirs.
     free_space = max(limits.max_length - prompt_length, 0) if has_own_prompt else limits.max_length
-    shortened = {name: value if name == "prompt_ids" else _shorten(value, free_space) for name, value in ids.items()}
+    shortened = {
+        name: column_ids if name == "prompt_ids" else _shorten(column_ids, free_space)
+        for name, column_ids in id_columns.items()
+    }
     return replace(
         row,
         columns={**row.columns, **shortened},
-        truncated=_count_ids(ids) - _count_ids(shortened),
+        truncated=_count_ids(id_columns) - _count_ids(shortened),
         dropped=TOO_LONG if is_too_long else _reason_to_drop(shortened),
     )
 
@@ -124,14 +127,14 @@ def check_prompt(row: TokenisedRow, limits: Limits) -> TokenisedRow:
     Raises:
         ValueError: An id is outside the vocabulary, or the prompt is too long and such rows are not dropped.
     """
-    ids = row.columns["prompt_ids"]
-    check_vocabulary({"prompt": ids}, limits.vocab_size)
-    if len(ids) <= limits.max_length:
+    prompt_ids = row.columns["prompt_ids"]
+    check_vocabulary({"prompt": prompt_ids}, limits.vocab_size)
+    if len(prompt_ids) <= limits.max_length:
         return row
     if limits.drop_long_prompts:
         return replace(row, dropped=TOO_LONG)
     raise ValueError(
-        f"the prompt has {len(ids)} tokens, max_length less max_completion_length leaves room for "
+        f"the prompt has {len(prompt_ids)} tokens, max_length less max_completion_length leaves room for "
         f"{limits.max_length}: raise --max_length, or pass --drop_long_prompts to leave such rows out"
     )
 
@@ -146,12 +149,12 @@ def check_vocabulary(columns: dict[str, list[Any]], vocab_size: int) -> None:
     Raises:
         ValueError: Names the first id that is outside.
     """
-    for name, value in columns.items():
-        for token in _flat(value):
-            is_ignored = name == "labels" and token == IGNORE
-            if not 0 <= token < vocab_size and not is_ignored:
+    for column_name, column_ids in columns.items():
+        for token_id in _flat(column_ids):
+            is_ignored = column_name == "labels" and token_id == IGNORE
+            if not 0 <= token_id < vocab_size and not is_ignored:
                 raise ValueError(
-                    f"token {token} in {name!r} is outside the model's vocabulary of {vocab_size}: "
+                    f"token {token_id} in {column_name!r} is outside the model's vocabulary of {vocab_size}: "
                     "is this the model's own tokenizer? (--add_tokens enlarges the model for new tokens)"
                 )
 
@@ -164,32 +167,32 @@ def _is_nested(value: list[Any]) -> bool:
 
 
 def _shorten(value: list[Any], length: int) -> list[Any]:
-    return [ids[:length] for ids in value] if _is_nested(value) else value[:length]
+    return [answer_ids[:length] for answer_ids in value] if _is_nested(value) else value[:length]
 
 
 def _flat(value: list[Any]) -> list[int]:
-    return [token for ids in value for token in ids] if _is_nested(value) else value
+    return [token_id for answer_ids in value for token_id in answer_ids] if _is_nested(value) else value
 
 
 def _count_ids(columns: dict[str, list[Any]]) -> int:
     # Labels mirror the ids and would count each token twice.
-    return sum(len(_flat(value)) for name, value in columns.items() if name != "labels")
+    return sum(len(_flat(column_ids)) for column_name, column_ids in columns.items() if column_name != "labels")
 
 
 def _prompt_length(columns: dict[str, list[Any]]) -> int:
     if "prompt_ids" in columns:
         return len(columns["prompt_ids"])
     # In one sequence, all before the first scored token is the prompt.
-    scored = (index for index, label in enumerate(columns["labels"]) if label != IGNORE)
-    return next(scored, 0)
+    scored_indices = (token_index for token_index, label in enumerate(columns["labels"]) if label != IGNORE)
+    return next(scored_indices, 0)
 
 
 def _reason_to_drop(columns: dict[str, list[Any]]) -> str:
-    labels = columns["labels"]
+    answer_labels = columns["labels"]
     if "input_ids" in columns:
-        labels = [labels[1:]]  # nothing predicts the first token of a text
+        answer_labels = [answer_labels[1:]]  # nothing predicts the first token of a text
     # Of several answers each needs a scored token: a pair without one has no margin.
-    if any(all(label == IGNORE for label in answer) for answer in labels):
+    if any(all(label == IGNORE for label in labels_of_answer) for labels_of_answer in answer_labels):
         return NOTHING_SCORED
     # Answers may differ only behind the place where they are cut.
     if "chosen_ids" in columns and columns["chosen_ids"] == columns["rejected_ids"]:

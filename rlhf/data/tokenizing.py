@@ -71,13 +71,13 @@ def tokenize_sft(
         ValueError: A row is malformed or too long; names the data set, the row and the remedy.
     """
     reading = (reading or Reading()).for_tokenizer(tokenizer, text_field, dataset)
-    name = name_of(dataset)
-    with error_context(name):
+    dataset_name = name_of(dataset)
+    with error_context(dataset_name):
         encoder = SftEncoder.for_columns(renamed(columns_of(dataset), reading.form), reading)
     if "rejected" in encoder.read:
-        logger.info("%s: preference rows; their chosen answers are scored", name)
+        logger.info("%s: preference rows; their chosen answers are scored", dataset_name)
     elif "label" in encoder.read and has_labels(dataset, reading.form):
-        logger.info("%s: rows with a 'label'; answers with label true are learned, the others left out", name)
+        logger.info("%s: rows with a 'label'; answers with label true are learned, the others left out", dataset_name)
     limits = row_limits(max_length, vocab_size, drop_long_prompts)
     return _tokenize(dataset, tokenizer, encoder, limits, num_proc)
 
@@ -114,13 +114,13 @@ def tokenize_preferences(
     """
     reading = (reading or Reading()).for_tokenizer(tokenizer, rows=dataset)
     with error_context(name_of(dataset)):
-        names = renamed(columns_of(dataset), reading.form)
+        column_names = renamed(columns_of(dataset), reading.form)
         # The answers to a prompt may stand far apart, so a stream cannot be paired.
-        if "label" in names and "chosen" not in names and isinstance(dataset, Dataset):
+        if "label" in column_names and "chosen" not in column_names and isinstance(dataset, Dataset):
             dataset = pairs_of_labelled(dataset, reading.form)
-            names = columns_of(dataset)
+            column_names = columns_of(dataset)
             reading = replace(reading, form=replace(reading.form, columns={}))
-        encoder = PairEncoder.for_columns(names, reading, margin)
+        encoder = PairEncoder.for_columns(column_names, reading, margin)
     limits = row_limits(max_length, vocab_size, drop_long_prompts)
     return _without_plain_labels(_tokenize(dataset, tokenizer, encoder, limits, num_proc))
 
@@ -187,17 +187,17 @@ def tokenize_prompts(
         ValueError: A row is malformed or too long; names the data set, the row and the remedy.
     """
     reading = (reading or Reading()).for_tokenizer(tokenizer, rows=dataset)
-    name = name_of(dataset)
+    dataset_name = name_of(dataset)
     # The number of steps of an epoch depends on the number of prompts.
     if isinstance(dataset, IterableDataset):
-        raise ValueError(f"{name}: prompts to answer are counted before training: leave out --streaming")
-    with error_context(name):
+        raise ValueError(f"{dataset_name}: prompts to answer are counted before training: leave out --streaming")
+    with error_context(dataset_name):
         encoder = PromptEncoder.for_columns(renamed(dataset.column_names, reading.form), reading)
     limits = Limits(max_prompt_length, vocab_size, drop_long_prompts)
-    process = _RowProcess(tokenizer, encoder, name, limits, fit=check_prompt)
-    key = (TOKENISER_VERSION, dataset._fingerprint, encoder, tokenizer_key(tokenizer), name, *limits)
+    process = _RowProcess(tokenizer, encoder, dataset_name, limits, fit=check_prompt)
+    cache_key = (TOKENISER_VERSION, dataset._fingerprint, encoder, tokenizer_key(tokenizer), dataset_name, *limits)
     # Row by row, so that the other columns stay as they are written.
-    return _map(dataset, partial(_process_prompt, process=process), key, num_proc, reading, max_prompt_length)
+    return _map(dataset, partial(_process_prompt, process=process), cache_key, num_proc, reading, max_prompt_length)
 
 
 # One row: what `datasets` runs, in several processes where the user asks for it, so that all of it can be pickled.
@@ -233,20 +233,20 @@ def _tokenize(
     limits: Limits,
     num_proc: int | None,
 ) -> Dataset:
-    name = name_of(dataset)
-    report_unread_columns(name, renamed(columns_of(dataset), encoder.reading.form), encoder.read)
-    process = _RowProcess(tokenizer, encoder, name, limits)
+    dataset_name = name_of(dataset)
+    report_unread_columns(dataset_name, renamed(columns_of(dataset), encoder.reading.form), encoder.read)
+    process = _RowProcess(tokenizer, encoder, dataset_name, limits)
     # A stream has none, and what it becomes is never cached.
     fingerprint = getattr(dataset, "_fingerprint", "")
-    key = (TOKENISER_VERSION, fingerprint, encoder, tokenizer_key(tokenizer), name, *limits)
-    return map_rows(dataset, process, key, limits.max_length, num_proc, encoder.reading)
+    cache_key = (TOKENISER_VERSION, fingerprint, encoder, tokenizer_key(tokenizer), dataset_name, *limits)
+    return map_rows(dataset, process, cache_key, limits.max_length, num_proc, encoder.reading)
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> Any:
     """All of a tokenizer that decides what a row becomes, for a cache key."""
     # By content: two folders with the same tokenizer share the cache, and a changed one does not.
-    rules = json.dumps(tokenizer_rules(tokenizer), sort_keys=True)
-    return tokenizer.chat_template, tokenizer.special_tokens_map, rules
+    rules_as_json = json.dumps(tokenizer_rules(tokenizer), sort_keys=True)
+    return tokenizer.chat_template, tokenizer.special_tokens_map, rules_as_json
 
 
 def map_rows(
@@ -292,29 +292,29 @@ def _map(
     **options: Any,
 ) -> Dataset:
     """Map, report, and leave out what is dropped."""
-    name = name_of(dataset)
+    dataset_name = name_of(dataset)
     if len(dataset) == 0:
-        raise ValueError(f"{name}: no rows")
+        raise ValueError(f"{dataset_name}: no rows")
     # A fingerprint of our own: that of `datasets` would hash the tokenizer as an object, which changes when it is used.
-    mapped = dataset.map(
+    mapped_rows = dataset.map(
         partial(function, original_indices=_original_indices(dataset)),
         with_indices=True,
         new_fingerprint=Hasher.hash(key),
         num_proc=num_proc,
-        desc=f"Tokenising {name}",
+        desc=f"Tokenising {dataset_name}",
         **options,
     )
     # The report is a part of the table, so that a run that reads the cache says the same.
-    report = {column: mapped[column][:] for column in REPORT_COLUMNS}
-    list_bad_rows(name, report, len(dataset), reading.bad_rows)
-    report_rows(name, report, max_length)
+    report = {column: mapped_rows[column][:] for column in REPORT_COLUMNS}
+    list_bad_rows(dataset_name, report, len(dataset), reading.bad_rows)
+    report_rows(dataset_name, report, max_length)
     reasons = report["_drop"]
-    used = [index for index, reason in enumerate(reasons) if not reason]
-    if not used:
-        raise ValueError(f"{name}: no row is left to train on ({reasons[0]}); check the columns and max_length")
-    mapped = mapped.remove_columns(list(report))
+    rows_used = [index for index, reason in enumerate(reasons) if not reason]
+    if not rows_used:
+        raise ValueError(f"{dataset_name}: no row is left to train on ({reasons[0]}); check the columns and max_length")
+    mapped_rows = mapped_rows.remove_columns(list(report))
     # `filter` would run over all rows again. Where none is dropped, a table without an index is faster to read.
-    return mapped if len(used) == len(mapped) else mapped.select(used)
+    return mapped_rows if len(rows_used) == len(mapped_rows) else mapped_rows.select(rows_used)
 
 
 def _original_indices(dataset: Dataset) -> np.ndarray | None:
@@ -327,11 +327,11 @@ def _process_batch(
     batch: dict[str, list[Any]], indices: list[int], process: Process, original_indices: np.ndarray | None
 ) -> dict[str, list[Any]]:
     """The tokenised rows of a batch, by columns, with their reports."""
-    results = []
-    for values, index in zip(zip(*batch.values(), strict=True), indices, strict=True):
-        row = dict(zip(batch, values, strict=True))
-        results += _process_row(row, index, process, original_indices)
-    return {column: [result[column] for result in results] for column in results[0]}
+    tokenised_rows = []
+    for row_values, index in zip(zip(*batch.values(), strict=True), indices, strict=True):
+        row = dict(zip(batch, row_values, strict=True))
+        tokenised_rows += _process_row(row, index, process, original_indices)
+    return {column: [tokenised_row[column] for tokenised_row in tokenised_rows] for column in tokenised_rows[0]}
 
 
 def _process_prompt(
@@ -356,13 +356,13 @@ def _map_stream(rows: IterableDataset, process: Process) -> IterableDataset:
     Raises:
         ValueError: No row is left among the first hundred.
     """
-    name = name_of(rows)
+    dataset_name = name_of(rows)
     first_rows = (result for index, row in enumerate(rows.take(SAMPLE_SIZE)) for result in process(row, index))
-    first = next(first_rows, None)  # its columns are those of all rows
-    if first is None:
-        raise ValueError(f"{name}: no rows")
-    columns = list(first.columns)
-    report = StreamReport(name)
+    first_row = next(first_rows, None)  # its columns are those of all rows
+    if first_row is None:
+        raise ValueError(f"{dataset_name}: no rows")
+    columns = list(first_row.columns)
+    report = StreamReport(dataset_name)
 
     def process_one(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         row = {column: values[0] for column, values in batch.items()}
@@ -372,13 +372,13 @@ def _map_stream(rows: IterableDataset, process: Process) -> IterableDataset:
         return {column: [result.columns[column] for result in results if not result.dropped] for column in columns}
 
     # A batch of one, as a row may become none or several, and no later row is read before it is needed.
-    mapped = rows.map(process_one, with_indices=True, batched=True, batch_size=1, remove_columns=columns_of(rows))
-    mapped = mapped.select_columns(columns)  # without a column that only later rows have
-    mapped.info.dataset_name = name
+    mapped_rows = rows.map(process_one, with_indices=True, batched=True, batch_size=1, remove_columns=columns_of(rows))
+    mapped_rows = mapped_rows.select_columns(columns)  # without a column that only later rows have
+    mapped_rows.info.dataset_name = dataset_name
     # Otherwise an empty stream would only show at the first step of training.
-    if not list(mapped.take(1)):
-        raise ValueError(f"{name}: no row is left to train on; check the columns and max_length")
-    return mapped
+    if not list(mapped_rows.take(1)):
+        raise ValueError(f"{dataset_name}: no row is left to train on; check the columns and max_length")
+    return mapped_rows
 
 
 def _without_plain_labels(rows: Dataset) -> Dataset:
@@ -399,6 +399,6 @@ def is_tokenised(dataset: Dataset | IterableDataset) -> bool:
     Returns:
         True for the columns that the functions above return.
     """
-    names = set(columns_of(dataset))
-    known = ({"input_ids", "labels"}, {"prompt_ids", "chosen_ids"}, {"prompt_ids"})
-    return any(columns <= names for columns in known)
+    column_names = set(columns_of(dataset))
+    known_columns = ({"input_ids", "labels"}, {"prompt_ids", "chosen_ids"}, {"prompt_ids"})
+    return any(columns <= column_names for columns in known_columns)

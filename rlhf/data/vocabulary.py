@@ -19,19 +19,20 @@ def tokenizer_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
     Returns:
         The difference, for people; None if there is none.
     """
-    student_tokens = {index: token for token, index in student.get_vocab().items()}
-    teacher_tokens = {index: token for token, index in teacher.get_vocab().items()}
+    student_tokens = {token_id: token for token, token_id in student.get_vocab().items()}
+    teacher_tokens = {token_id: token for token, token_id in teacher.get_vocab().items()}
     # By id: in one vocabulary an id may be missing.
-    for index in sorted(student_tokens.keys() | teacher_tokens.keys()):
-        if student_tokens.get(index) != teacher_tokens.get(index):
-            of_student = _token_name(student_tokens, index)
-            of_teacher = _token_name(teacher_tokens, index)
-            return f"token {index} is {of_student} for the student, {of_teacher} for the teacher"
+    for token_id in sorted(student_tokens.keys() | teacher_tokens.keys()):
+        if student_tokens.get(token_id) != teacher_tokens.get(token_id):
+            of_student = _token_name(student_tokens, token_id)
+            of_teacher = _token_name(teacher_tokens, token_id)
+            return f"token {token_id} is {of_student} for the student, {of_teacher} for the teacher"
     # The same tokens in another order of merges split text differently.
-    for rank, (of_student, of_teacher) in enumerate(zip_longest(_merges(student), _merges(teacher))):
+    for merge_rank, (of_student, of_teacher) in enumerate(zip_longest(_merges(student), _merges(teacher))):
         if of_student != of_teacher:
             return (
-                f"the tokens are the same, but text is split differently: merge {rank} is {of_student} and {of_teacher}"
+                "the tokens are the same, but text is split differently: "
+                f"merge {merge_rank} is {of_student} and {of_teacher}"
             )
     return None
 
@@ -48,9 +49,9 @@ def tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     if not tokenizer.is_fast:
         class_name = type(tokenizer).__qualname__
         return {"class": class_name, "vocabulary": tokenizer.get_vocab(), "arguments": repr(tokenizer.init_kwargs)}
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend_rules = json.loads(tokenizer.backend_tokenizer.to_str())
     # Padding and truncation are those of the last call.
-    return {name: value for name, value in rules.items() if name not in ("padding", "truncation")}
+    return {name: value for name, value in backend_rules.items() if name not in ("padding", "truncation")}
 
 
 def _token_name(vocabulary: dict[int, str], index: int) -> str:

@@ -92,14 +92,14 @@ def command_for(rows: Any, reading: Reading) -> str:
     Returns:
         ``"kto"``, ``"dpo"``, ``"sft"`` or ``"grpo"``.
     """
-    names = renamed(rows.column_names, reading.form)
+    column_names = renamed(rows.column_names, reading.form)
     # Beside plain text, 0 and 1 are mostly classes of the text, as in data for classifiers, and judge no answer.
-    if "label" in names and has_labels(rows, reading.form) and reading.form.text_field not in names:
+    if "label" in column_names and has_labels(rows, reading.form) and reading.form.text_field not in column_names:
         return "kto"
     # The first that can read the columns: pairs are also rows for SFT, and both have prompts.
     for command, columns_for in (("dpo", pair_columns), ("sft", sft_columns), ("grpo", prompt_columns)):
         try:
-            columns_for(names)
+            columns_for(column_names)
         except ValueError:
             continue
         return command
@@ -142,48 +142,49 @@ def audit(
     reading = reading or Reading()
     if tokenizer is not None:
         reading = reading.for_tokenizer(tokenizer, text_field, rows)
-    names = renamed(rows.column_names, reading.form)
-    if command in ("dpo", "reward") and "label" in names and "chosen" not in rows.column_names:
+    column_names = renamed(rows.column_names, reading.form)
+    if command in ("dpo", "reward") and "label" in column_names and "chosen" not in rows.column_names:
         # Both commands make pairs of such rows before they train, so an audit has to count pairs.
         rows = pairs_of_labelled(rows, reading.form)
         # The pairs have the new names already; to rename once more would fail on the old ones.
         reading = replace(reading, form=replace(reading.form, columns={}))
-        names = list(rows.column_names)
+        column_names = list(rows.column_names)
     # The same encoder as in training, so that an audit cannot differ from it.
     form = replace(reading.form, text_field=text_field)
-    encoder = ENCODERS[command](names, replace(reading, form=form))
+    encoder = ENCODERS[command](column_names, replace(reading, form=form))
 
     columns = _columns_read(rows.column_names, reading, encoder.read)
-    result = Audit(name, command, len(rows), columns, "characters" if tokenizer is None else "tokens", max_length)
-    for number, row in enumerate(progress(rows), start=1):
+    findings = Audit(name, command, len(rows), columns, "characters" if tokenizer is None else "tokens", max_length)
+    for row_number, row in enumerate(progress(rows), start=1):
         try:
             renamed_row = canonical(row, reading.form)
             dialogue = encoder.dialogue(renamed_row)
-            tokenised = [] if tokenizer is None else _tokenise(row, encoder, tokenizer, result)
+            tokenised = [] if tokenizer is None else _tokenise(row, encoder, tokenizer, findings)
         # Training stops at such a row or leaves it out; an audit goes on, so that one pass finds all of them.
         except ValueError as error:
-            result.errors.append((number, str(error)))
+            findings.errors.append((row_number, str(error)))
             continue
-        _count_roles(result, dialogue)
+        _count_roles(findings, dialogue)
         if tokenizer is not None:
-            _add_tokens(result, number, tokenised, tokenizer, samples)
+            _add_tokens(findings, row_number, tokenised, tokenizer, samples)
         # With a tokenizer, the encoder itself drops these rows.
         elif isinstance(encoder, SftEncoder) and is_labelled_bad(renamed_row):
-            result.dropped.setdefault("with label false", []).append(number)
+            findings.dropped.setdefault("with label false", []).append(row_number)
         else:
-            _add_text(result, number, dialogue, samples)
-    return result
+            _add_text(findings, row_number, dialogue, samples)
+    return findings
 
 
 def _columns_read(columns: Sequence[str], reading: Reading, read: Sequence[str]) -> dict[str, str]:
     """Each column of the file with the name that it is read as; empty if it is not read."""
     new_names = reading.form.columns
-    result = {}
-    for column in columns:
-        is_replaced = column in new_names.values() and column not in new_names  # by a column that gets its name
-        name = "" if is_replaced else new_names.get(column, column)
-        result[column] = name if name in read else ""
-    return result
+    read_names = {}
+    for column_name in columns:
+        # Another column may get the name of this one, and takes its place.
+        is_replaced = column_name in new_names.values() and column_name not in new_names
+        read_as = "" if is_replaced else new_names.get(column_name, column_name)
+        read_names[column_name] = read_as if read_as in read else ""
+    return read_names
 
 
 def _tokenise(row: Any, encoder: RowEncoder, tokenizer: PreTrainedTokenizerBase, result: Audit) -> list[TokenisedRow]:
@@ -193,12 +194,12 @@ def _tokenise(row: Any, encoder: RowEncoder, tokenizer: PreTrainedTokenizerBase,
     # No model is loaded, so the tokenizer's size stands for the rows of the embeddings.
     # Training may stop at a long prompt; an audit counts it as dropped and goes on.
     limits = row_limits(result.max_length, len(tokenizer), drop_long_prompts=True)
-    return [truncate(one_row, limits) for one_row in encoded]
+    return [truncate(tokenised_row, limits) for tokenised_row in encoded]
 
 
 def _count_roles(result: Audit, dialogue: Dialogue | None) -> None:
-    parts = () if dialogue is None else (dialogue.prompt, *dialogue.completions)
-    for turns in parts:
+    turns_or_text = () if dialogue is None else (dialogue.prompt, *dialogue.completions)
+    for turns in turns_or_text:
         if not isinstance(turns, str):
             result.roles.update(str(turn["role"]) for turn in turns)
 
@@ -207,39 +208,42 @@ def _add_tokens(
     result: Audit, number: int, rows: list[TokenisedRow], tokenizer: PreTrainedTokenizerBase, samples: int
 ) -> None:
     """Count the tokenised rows of row ``number``."""
-    shown: list[list[Piece]] = []
+    shown_sequences: list[list[Piece]] = []
     for row in rows:
         # Answers of dropped rows count here too, as in the log of training.
         result.answers += row.answers
         result.scored_answers += row.scored
-        for note in row.notes:
-            result.notes.setdefault(note, []).append(number)
+        for template_note in row.notes:
+            result.notes.setdefault(template_note, []).append(number)
         if row.dropped:
             result.dropped.setdefault(row.dropped, []).append(number)
             continue
         result.trained += 1
         result.cut_rows += row.truncated > 0
         result.cut_tokens += row.truncated
-        for ids, labels in _whole_sequences(row.columns):
-            result.lengths.append(len(ids))
-            result.tokens += len(ids)
-            result.scored_tokens += sum(label != IGNORE for label in labels)
+        for token_ids, token_labels in _whole_sequences(row.columns):
+            result.lengths.append(len(token_ids))
+            result.tokens += len(token_ids)
+            result.scored_tokens += sum(label != IGNORE for label in token_labels)
             if len(result.samples) < samples:
-                shown.append(pieces(tokenizer, ids, labels))
-    if shown:
-        result.samples.append((number, shown))
+                shown_sequences.append(pieces(tokenizer, token_ids, token_labels))
+    if shown_sequences:
+        result.samples.append((number, shown_sequences))
 
 
 def _whole_sequences(columns: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
     """Ids and labels of each sequence of a tokenised row, with its prompt."""
-    prompt = columns.get("prompt_ids", [])
+    prompt_ids = columns.get("prompt_ids", [])
     # A prompt for on-policy training has no answer yet, and nothing of it is scored.
     if set(columns) == {"prompt_ids"}:
-        return [(prompt, [IGNORE] * len(prompt))]
-    first, *others = sequences(columns)
+        return [(prompt_ids, [IGNORE] * len(prompt_ids))]
+    first_answer, *other_answers = sequences(columns)
     # A pair stores its prompt once, but the model reads it before each answer.
-    prompt_labels = [IGNORE] * len(prompt)
-    return [(first.ids, first.labels), *((prompt + other.ids, prompt_labels + other.labels) for other in others)]
+    prompt_labels = [IGNORE] * len(prompt_ids)
+    return [
+        (first_answer.ids, first_answer.labels),
+        *((prompt_ids + other_answer.ids, prompt_labels + other_answer.labels) for other_answer in other_answers),
+    ]
 
 
 def _add_text(result: Audit, number: int, dialogue: Dialogue | None, samples: int) -> None:
@@ -248,15 +252,15 @@ def _add_text(result: Audit, number: int, dialogue: Dialogue | None, samples: in
     if dialogue is None:
         return
     # A prompt without an answer is shown as well, behind it an empty answer.
-    shown = [text_pieces(dialogue.prompt, completion) for completion in dialogue.completions or ("",)]
-    for row in shown:
-        length = sum(len(piece.text) for piece in row)
+    shown_sequences = [text_pieces(dialogue.prompt, completion) for completion in dialogue.completions or ("",)]
+    for row_pieces in shown_sequences:
+        length = sum(len(piece.text) for piece in row_pieces)
         result.lengths.append(length)
         result.tokens += length
-        result.scored_tokens += sum(len(piece.text) for piece in row if piece.learned)
-        result.scored_answers += sum(piece.learned for piece in row)
+        result.scored_tokens += sum(len(piece.text) for piece in row_pieces if piece.learned)
+        result.scored_answers += sum(piece.learned for piece in row_pieces)
     for completion in dialogue.completions:
         is_text = isinstance(completion, str)
         result.answers += 1 if is_text else sum(turn["role"] == ASSISTANT for turn in completion)  # type: ignore[index]
     if len(result.samples) < samples:
-        result.samples.append((number, shown))
+        result.samples.append((number, shown_sequences))

@@ -16,24 +16,24 @@ def facts(audit: Audit) -> list[tuple[str, str]]:
     Returns:
         Names and values, as text.
     """
-    lines = [("rows", f"{audit.rows:,}")]
+    figures = [("rows", f"{audit.rows:,}")]
     # Of prompts nothing is trained: a count of 0 would look like a fault.
     if not audit.is_of_prompts:
-        lines.append(("trained on", f"{audit.trained:,}"))
-    for reason, numbers in audit.dropped.items():
+        figures.append(("trained on", f"{audit.trained:,}"))
+    for reason, row_numbers in audit.dropped.items():
         # An audit leaves these rows out by itself, training only if the user asks for it.
         remedy = "; training stops there without --drop_long_prompts" if reason == TOO_LONG else ""
-        lines.append((f"dropped {reason}", _rows(numbers) + remedy))
+        figures.append((f"dropped {reason}", _rows(row_numbers) + remedy))
     if audit.errors:
-        lines.append(("cannot be read", _rows([number for number, _ in audit.errors])))
+        figures.append(("cannot be read", _rows([row_number for row_number, _ in audit.errors])))
     if audit.answers:
-        lines.append(("answers scored", _share(audit.scored_answers, audit.answers, ".0%")))
+        figures.append(("answers scored", _share(audit.scored_answers, audit.answers, ".0%")))
     if audit.tokens and not audit.is_of_prompts:
-        lines.append((f"{audit.unit} scored", _share(audit.scored_tokens, audit.tokens, ".1%")))
+        figures.append((f"{audit.unit} scored", _share(audit.scored_tokens, audit.tokens, ".1%")))
     if audit.cut_rows:
-        lines.append(("cut", f"{audit.cut_rows:,} rows to {audit.max_length:,} tokens, losing {audit.cut_tokens:,}"))
-    lines += [(note, _rows(numbers)) for note, numbers in audit.notes.items()]
-    return lines
+        figures.append(("cut", f"{audit.cut_rows:,} rows to {audit.max_length:,} tokens, losing {audit.cut_tokens:,}"))
+    figures += [(note, _rows(row_numbers)) for note, row_numbers in audit.notes.items()]
+    return figures
 
 
 def _share(part: int, whole: int, percent: str) -> str:
@@ -43,8 +43,8 @@ def _share(part: int, whole: int, percent: str) -> str:
 def _rows(numbers: Sequence[int], shown: int = 5) -> str:
     """How many rows, and the first of them."""
     first_rows = dict.fromkeys(numbers[: shown + 1])  # a row may be there several times
-    more = ", …" if len(numbers) > shown + 1 else ""
-    return f"{len(numbers):,} (row {', '.join(map(str, first_rows))}{more})"
+    ellipsis = ", …" if len(numbers) > shown + 1 else ""
+    return f"{len(numbers):,} (row {', '.join(map(str, first_rows))}{ellipsis})"
 
 
 def histogram(lengths: Sequence[int], bins: int = 12) -> list[tuple[int, int, int]]:
@@ -64,12 +64,12 @@ def histogram(lengths: Sequence[int], bins: int = 12) -> list[tuple[int, int, in
     if not lengths:
         return []
     # The end is exclusive: plus one keeps the longest sequence inside.
-    low, high = min(lengths), max(lengths) + 1
-    width = -(-(high - low) // bins)  # rounded up
-    counts = Counter((length - low) // width for length in lengths)
+    lowest, upper_end = min(lengths), max(lengths) + 1
+    bin_width = -(-(upper_end - lowest) // bins)  # rounded up
+    bin_counts = Counter((length - lowest) // bin_width for length in lengths)
     # Rounding up may leave the last intervals without a length; they are not listed.
-    starts = range(low, low + (max(counts) + 1) * width, width)
-    return [(start, start + width, counts[index]) for index, start in enumerate(starts)]
+    bin_starts = range(lowest, lowest + (max(bin_counts) + 1) * bin_width, bin_width)
+    return [(bin_start, bin_start + bin_width, bin_counts[bin_index]) for bin_index, bin_start in enumerate(bin_starts)]
 
 
 def interval_label(low: int, high: int) -> str:

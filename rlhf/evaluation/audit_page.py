@@ -57,19 +57,23 @@ def audit_page(audit: Audit) -> str:
     """
     title = f"{escape(audit.name)} as rows for rlhf {escape(audit.command)}"
     # All text comes from a data file, in which HTML tags are common.
-    columns = [(escape(name), escape(read_as) or _marked("no", "not read")) for name, read_as in audit.columns.items()]
-    figures = [(escape(name), escape(value)) for name, value in facts(audit)]
-    sections = [f"<h1>{title}</h1>", _table("Columns", columns, ("column", "read as"))]
+    column_cells = [
+        (escape(name), escape(read_as) or _marked("no", "not read")) for name, read_as in audit.columns.items()
+    ]
+    figure_cells = [(escape(name), escape(value)) for name, value in facts(audit)]
+    sections = [f"<h1>{title}</h1>", _table("Columns", column_cells, ("column", "read as"))]
     if audit.roles:
-        roles = [(escape(role), f"{count:,}") for role, count in audit.roles.most_common()]
-        sections.append(_table("Roles", roles, ("role", "turns")))
-    sections.append(_table("Rows", figures))
+        role_cells = [(escape(role), f"{count:,}") for role, count in audit.roles.most_common()]
+        sections.append(_table("Roles", role_cells, ("role", "turns")))
+    sections.append(_table("Rows", figure_cells))
     if audit.errors:
-        errors = [(f"row {row}", _marked("bad", escape(error))) for row, error in audit.errors[:_SHOWN_ERRORS]]
-        sections.append(_table("Rows that cannot be read", errors))
+        error_cells = [
+            (f"row {bad_row}", _marked("bad", escape(error))) for bad_row, error in audit.errors[:_SHOWN_ERRORS]
+        ]
+        sections.append(_table("Rows that cannot be read", error_cells))
     sections.append(_lengths(audit))
-    for number, sequences in audit.samples:
-        sections += [f"<h2>Row {number}</h2><pre>{_spans(sequence)}</pre>" for sequence in sequences]
+    for row_number, sequences in audit.samples:
+        sections += [f"<h2>Row {row_number}</h2><pre>{_spans(sequence)}</pre>" for sequence in sequences]
     if audit.samples:
         sections.append('<p>Learned is what stands on <span style="background: var(--learned)">green</span>.</p>')
     return _PAGE.format(title=title, style=_STYLE, body="\n".join(sections))
@@ -83,31 +87,34 @@ def _marked(css_class: str, content: str) -> str:
 
 
 def _table(title: str, rows: Sequence[tuple[str, str]], heads: Sequence[str] = ()) -> str:
-    head = "".join(f"<th>{name}</th>" for name in heads)
-    body = "".join(f'<tr><td class="w">{name}</td><td>{value}</td></tr>' for name, value in rows)
-    return f"<h2>{title}</h2><table>{f'<tr>{head}</tr>' if head else ''}{body}</table>"
+    header_cells = "".join(f"<th>{name}</th>" for name in heads)
+    table_rows = "".join(f'<tr><td class="w">{name}</td><td>{value}</td></tr>' for name, value in rows)
+    return f"<h2>{title}</h2><table>{f'<tr>{header_cells}</tr>' if header_cells else ''}{table_rows}</table>"
 
 
 def _lengths(audit: Audit) -> str:
     """A histogram of lengths; empty if there are none."""
-    bins = histogram(audit.lengths)
-    if not bins:
+    intervals = histogram(audit.lengths)
+    if not intervals:
         return ""
-    largest = max(count for _, _, count in bins)
-    rows = []
-    for low, high, count in bins:
-        width = f"{100 * count / largest:.1f}%"
-        bar = f'<td><div class="bar" style="width: {width}"></div></td>'
-        rows.append(f'<tr><td class="n">{interval_label(low, high)}</td>{bar}<td class="n">{count:,}</td></tr>')
-    return f"<h2>Length in {audit.unit}</h2><table>{''.join(rows)}</table>"
+    largest_count = max(count for _, _, count in intervals)
+    table_rows = []
+    for start, end, count in intervals:
+        bar_width = f"{100 * count / largest_count:.1f}%"
+        bar_cell = f'<td><div class="bar" style="width: {bar_width}"></div></td>'
+        label_cell = f'<td class="n">{interval_label(start, end)}</td>'
+        table_rows.append(f'<tr>{label_cell}{bar_cell}<td class="n">{count:,}</td></tr>')
+    return f"<h2>Length in {audit.unit}</h2><table>{''.join(table_rows)}</table>"
 
 
 def _spans(sequence: list[Piece]) -> str:
     """A span for each piece; two shades, by turns, show where tokens end."""
-    spans = []
+    html_spans = []
     for piece in middle_left_out(sequence, _PIECES):
-        classes = [css_class for css_class, applies in (("l", piece.learned), ("s", piece.special)) if applies]
-        text = escape(piece.text)
+        css_classes = [css_class for css_class, applies in (("l", piece.learned), ("s", piece.special)) if applies]
+        escaped_text = escape(piece.text)
         # Every piece is a span: the style counts them to give neighbours different shades.
-        spans.append(_marked(" ".join(classes), text) if classes else f"<span>{text}</span>")
-    return "".join(spans)
+        html_spans.append(
+            _marked(" ".join(css_classes), escaped_text) if css_classes else f"<span>{escaped_text}</span>"
+        )
+    return "".join(html_spans)

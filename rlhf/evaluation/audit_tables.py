@@ -29,71 +29,71 @@ def show_audit(audit: Audit, console: Console | None = None) -> None:
     """
     console = console or Console()
     console.print(f"[bold]{escape(audit.name)}[/bold] as rows for [bold]rlhf {audit.command}[/bold]")
-    columns = Table("column", "read as")
+    column_table = Table("column", "read as")
     for name, read_as in audit.columns.items():
         # Rich reads words in square brackets as styles, and names may hold some.
-        columns.add_row(escape(name), escape(read_as) if read_as else "[dim]not read[/dim]")
-    console.print(columns)
+        column_table.add_row(escape(name), escape(read_as) if read_as else "[dim]not read[/dim]")
+    console.print(column_table)
     if audit.roles:
-        roles = Table("role", "turns")
+        role_table = Table("role", "turns")
         for role, count in audit.roles.most_common():
-            roles.add_row(escape(role), f"{count:,}")
-        console.print(roles)
-    figures = Table(show_header=False)
+            role_table.add_row(escape(role), f"{count:,}")
+        console.print(role_table)
+    figure_table = Table(show_header=False)
     for name, value in facts(audit):
-        figures.add_row(escape(name), escape(value))
-    console.print(figures)
-    for number, error in audit.errors[:_SHOWN_ERRORS]:
+        figure_table.add_row(escape(name), escape(value))
+    console.print(figure_table)
+    for row_number, error in audit.errors[:_SHOWN_ERRORS]:
         # Errors quote the data, so they are printed as they are.
-        console.print(Text(f"row {number}: {error}", "red"))
+        console.print(Text(f"row {row_number}: {error}", "red"))
     _show_lengths(audit, console)
     _show_samples(audit, console)
 
 
 def _show_lengths(audit: Audit, console: Console) -> None:
     """Print a histogram of lengths, if there are any."""
-    bins = histogram(audit.lengths)
-    if not bins:
+    intervals = histogram(audit.lengths)
+    if not intervals:
         return
-    largest = max(count for _, _, count in bins)
-    table = Table(f"length in {audit.unit}", "", "", show_edge=False)
-    for low, high, count in bins:
-        bar_length = round(_BAR * count / largest)
+    largest_count = max(count for _, _, count in intervals)
+    length_table = Table(f"length in {audit.unit}", "", "", show_edge=False)
+    for interval_start, interval_end, count in intervals:
+        bar_length = round(_BAR * count / largest_count)
         bar_length = max(bar_length, count > 0)  # a bar for a single row, too
-        table.add_row(interval_label(low, high), "█" * bar_length, f"{count:,}")
-    console.print(table)
+        length_table.add_row(interval_label(interval_start, interval_end), "█" * bar_length, f"{count:,}")
+    console.print(length_table)
 
 
 def _show_samples(audit: Audit, console: Console) -> None:
     # Colours are lost in a pipe or a log file: there, brackets show what is learned.
     has_colours = console.color_system is not None
-    for number, sequences in audit.samples:
+    for row_number, sequences in audit.samples:
         for sequence in sequences:
-            pieces = middle_left_out(sequence, _PIECES)
-            text = _shaded(pieces) if has_colours else _bracketed(pieces)
-            console.print(Panel(text, title=f"row {number}", title_align="left"))
+            shown_pieces = middle_left_out(sequence, _PIECES)
+            panel_text = _shaded(shown_pieces) if has_colours else _bracketed(shown_pieces)
+            console.print(Panel(panel_text, title=f"row {row_number}", title_align="left"))
     if audit.samples:
         console.print(f"Learned is what stands {'on green' if has_colours else 'between ⟦ and ⟧'}.")
 
 
 def _shaded(pieces: list[Piece]) -> Text:
     """The pieces as one text, learned ones on green."""
-    text = Text()
-    for number, piece in enumerate(pieces):
+    shaded_text = Text()
+    for piece_index, piece in enumerate(pieces):
         shades = _LEARNED if piece.learned else _CONTEXT
-        style = shades[number % 2]
+        style = shades[piece_index % 2]
         if piece.special:
             # The magenta of special tokens would replace the black that is readable on green.
             style = f"{'bold' if piece.learned else _SPECIAL} {style}".strip()
-        text.append(piece.text, style)
-    return text
+        shaded_text.append(piece.text, style)
+    return shaded_text
 
 
 def _bracketed(pieces: list[Piece]) -> Text:
     """The pieces as one text, learned ones in brackets."""
-    text = Text()
+    bracketed_text = Text()
     # Neighbours are joined: a pair of brackets around each token would hide the text.
-    for learned, run in groupby(pieces, key=lambda piece: piece.learned):
-        joined = "".join(piece.text for piece in run)
-        text.append(f"⟦{joined}⟧" if learned else joined)
-    return text
+    for is_learned, neighbours in groupby(pieces, key=lambda piece: piece.learned):
+        joined_text = "".join(piece.text for piece in neighbours)
+        bracketed_text.append(f"⟦{joined_text}⟧" if is_learned else joined_text)
+    return bracketed_text

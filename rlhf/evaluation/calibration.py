@@ -21,13 +21,13 @@ def calibration_bins(margins: Tensor) -> tuple[Tensor, Tensor]:
     """
     confidence = torch.sigmoid(margins.abs())
     # A tie is half right and has confidence 1/2, so it counts as perfectly calibrated.
-    correct = (margins > 0) + 0.5 * (margins == 0)
-    scaled = 2 * (confidence - 0.5)  # from [1/2, 1] to [0, 1]
+    correctness = (margins > 0) + 0.5 * (margins == 0)
+    scaled_confidence = 2 * (confidence - 0.5)  # from [1/2, 1] to [0, 1]
     # Confidence is exactly 1 in float32 above a margin of about 17: it belongs to the last bin.
-    index = (scaled * BINS).long().clamp(max=BINS - 1)
-    in_bin = F.one_hot(index, BINS).to(margins.dtype)
-    gap = correct - confidence
-    return in_bin * gap[:, None], in_bin
+    bin_index = (scaled_confidence * BINS).long().clamp(max=BINS - 1)
+    in_bin = F.one_hot(bin_index, BINS).to(margins.dtype)
+    confidence_gap = correctness - confidence
+    return in_bin * confidence_gap[:, None], in_bin
 
 
 def calibration_error(gaps: Sequence[float], counts: Sequence[float]) -> float:
@@ -44,8 +44,8 @@ def calibration_error(gaps: Sequence[float], counts: Sequence[float]) -> float:
 
     Source: Naeini et al. 2015; Guo et al., arXiv 1706.04599, eq. 3.
     """
-    total = sum(counts)
-    if not total:
+    num_pairs = sum(counts)
+    if not num_pairs:
         return float("nan")
     # The sum of gaps in a bin is n_b (acc_b − conf_b). Signs go only now, as batches and processes are summed first.
-    return sum(map(abs, gaps)) / total
+    return sum(map(abs, gaps)) / num_pairs

@@ -29,12 +29,12 @@ def prompts_of(rows: Dataset, count: int, form: RowFormat | None = None) -> list
         if len(prompts) == count:
             break
         try:
-            prompt = prompt_dialogue(canonical(row, form), form)
+            dialogue = prompt_dialogue(canonical(row, form), form)
         except ValueError:
             continue
         # Many data sets hold several answers to one prompt, and so the prompt several times.
-        if prompt.prompt and prompt not in prompts:
-            prompts.append(prompt)
+        if dialogue.prompt and dialogue not in prompts:
+            prompts.append(dialogue)
     return prompts
 
 
@@ -60,7 +60,7 @@ def complete(
     completions = []
     for prompt in prompts:
         prompt_ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
-        output = model.generate(
+        generated = model.generate(
             input_ids=prompt_ids,
             # Without a mask, `generate` guesses one from the pad id, which may occur in the prompt.
             attention_mask=torch.ones_like(prompt_ids),
@@ -74,7 +74,7 @@ def complete(
             pad_token_id=min(end_ids, default=0),
         )
         # `generate` returns the prompt too.
-        answer_ids = output[0, prompt_ids.size(1) :]
+        answer_ids = generated[0, prompt_ids.size(1) :]
         completions.append(str(tokenizer.decode(answer_ids, skip_special_tokens=True)))
     return completions
 

@@ -28,9 +28,9 @@ def model_size(model: nn.Module) -> dict[str, float]:
     """
     # `parameters()` yields a shared tensor once, so that tied embeddings are not counted twice.
     parameters = list(model.parameters())
-    count = sum(parameter.numel() for parameter in parameters)
-    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    return {"million parameters": count / 1e6, "MiB": size / 2**20}
+    num_parameters = sum(parameter.numel() for parameter in parameters)
+    memory_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    return {"million parameters": num_parameters / 1e6, "MiB": memory_bytes / 2**20}
 
 
 def tokens_per_second(work: Mapping[str, Callable[[], int]]) -> dict[str, float]:
@@ -45,18 +45,21 @@ def tokens_per_second(work: Mapping[str, Callable[[], int]]) -> dict[str, float]
     Returns:
         From each name to tokens per second.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    tokens: dict[str, int] = {}
+    seconds: dict[str, list[float]] = {work_name: [] for work_name in work}
+    token_counts: dict[str, int] = {}
     for _ in range(1 + ROUNDS):
-        for name, run in work.items():
+        for work_name, run_work in work.items():
             _synchronize()
             # Before the clock starts, the queue of the accelerator is empty: earlier work must not count.
-            began = time.perf_counter()
-            tokens[name] = run()
+            start_time = time.perf_counter()
+            token_counts[work_name] = run_work()
             _synchronize()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[work_name].append(time.perf_counter() - start_time)
     # The first round compiles kernels and fills caches.
-    return {name: tokens[name] / statistics.median(times[1:]) for name, times in seconds.items()}
+    return {
+        work_name: token_counts[work_name] / statistics.median(round_seconds[1:])
+        for work_name, round_seconds in seconds.items()
+    }
 
 
 def model_speed(
@@ -86,26 +89,34 @@ def model_speed(
     Raises:
         ValueError: No token ends a completion.
     """
-    context = _shortest_context(models)
+    context_length = _shortest_context(models)
     # At least half of the context stays for the prompt.
-    new_tokens = min(max_new_tokens, context // 2)
-    prompts = [ids[-(context - new_tokens) :] for ids in prompts]
+    new_tokens = min(max_new_tokens, context_length // 2)
+    prompts = [prompt_ids[-(context_length - new_tokens) :] for prompt_ids in prompts]
     # A model that ends its answers early would be timed on less work than the others.
     sampling = Sampling(temperature=0.0, min_tokens=new_tokens, max_tokens=new_tokens)
-    engines = {name: LocalEngine(policy.model, tokenizer) for name, policy in models.items()}
-    forward = tokens_per_second({name: partial(_forward, policy, batch) for name, policy in models.items()})
-    generation = tokens_per_second(
-        {name: partial(_generate, engine, prompts, sampling) for name, engine in engines.items()}
+    engines = {model_name: LocalEngine(policy.model, tokenizer) for model_name, policy in models.items()}
+    forward_speeds = tokens_per_second(
+        {model_name: partial(_forward, policy, batch) for model_name, policy in models.items()}
     )
-    return {name: {"forward tokens/s": forward[name], "generation tokens/s": generation[name]} for name in models}
+    generation_speeds = tokens_per_second(
+        {model_name: partial(_generate, engine, prompts, sampling) for model_name, engine in engines.items()}
+    )
+    return {
+        model_name: {
+            "forward tokens/s": forward_speeds[model_name],
+            "generation tokens/s": generation_speeds[model_name],
+        }
+        for model_name in models
+    }
 
 
 def _shortest_context(models: Mapping[str, Policy]) -> int:
     # A vision model keeps the limits of its language model in a config of its own.
     configs = [policy.config.get_text_config() for policy in models.values()]
     # A model without positions, such as Mamba, names no limit.
-    lengths = [getattr(config, "max_position_embeddings", None) for config in configs]
-    return min((length for length in lengths if length is not None), default=_UNLIMITED)
+    context_lengths = [getattr(config, "max_position_embeddings", None) for config in configs]
+    return min((context_length for context_length in context_lengths if context_length is not None), default=_UNLIMITED)
 
 
 @torch.no_grad()
@@ -116,8 +127,8 @@ def _forward(policy: Policy, batch: Batch) -> int:
 
 
 def _generate(engine: LocalEngine, prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
-    groups = engine.generate(prompts, 1, sampling, seed=0)
-    return sum(len(completion.ids) for (completion,) in groups)
+    completion_groups = engine.generate(prompts, 1, sampling, seed=0)
+    return sum(len(completion.ids) for (completion,) in completion_groups)
 
 
 def _synchronize() -> None:

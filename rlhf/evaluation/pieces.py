@@ -41,23 +41,23 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Seque
     """
     # The header tokens of a template are often added tokens that no special token's attribute names.
     special_ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    results: list[Piece] = []
-    start = 0
-    for stop in range(1, len(ids) + 1):
+    token_pieces: list[Piece] = []
+    piece_start = 0
+    for piece_stop in range(1, len(ids) + 1):
         # The text of a token is what it adds behind the tokens before it: at the beginning of a text, some tokenizers
         # drop a space.
-        context_start = max(0, start - _CONTEXT_TOKENS)
-        text_before = _decode(tokenizer, ids[context_start:start])
-        text = _decode(tokenizer, ids[context_start:stop])[len(text_before) :]
-        is_incomplete = text.endswith("\N{REPLACEMENT CHARACTER}")
+        context_start = max(0, piece_start - _CONTEXT_TOKENS)
+        text_before = _decode(tokenizer, ids[context_start:piece_start])
+        piece_text = _decode(tokenizer, ids[context_start:piece_stop])[len(text_before) :]
+        is_incomplete = piece_text.endswith("\N{REPLACEMENT CHARACTER}")
         # Bytes that are no character at all must not swallow the rest of the row.
-        if is_incomplete and stop - start < _LONGEST_CHARACTER and stop < len(ids):
+        if is_incomplete and piece_stop - piece_start < _LONGEST_CHARACTER and piece_stop < len(ids):
             continue  # the rest of the character is in the next token
-        learned = any(label != IGNORE for label in labels[start:stop])
-        special = stop == start + 1 and ids[start] in special_ids
-        results.append(Piece(text, learned, special))
-        start = stop
-    return results
+        is_learned = any(label != IGNORE for label in labels[piece_start:piece_stop])
+        is_special = piece_stop == piece_start + 1 and ids[piece_start] in special_ids
+        token_pieces.append(Piece(piece_text, is_learned, is_special))
+        piece_start = piece_stop
+    return token_pieces
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -83,14 +83,14 @@ def text_pieces(prompt: Turns, completion: Turns) -> list[Piece]:
 def _turn_pieces(turns: Turns, is_completion: bool) -> list[Piece]:
     if isinstance(turns, str):
         return [Piece(turns, is_completion)] if turns else []
-    results = []
+    message_pieces = []
     for turn in turns:
-        learned = is_completion and is_trained(turn)
+        is_learned = is_completion and is_trained(turn)
         texts: list[Any] = [turn[key] for key in ("reasoning_content", "content", "tool_calls") if turn.get(key)]
         # The template writes its own header here; without a tokenizer, the role stands for it.
-        results.append(Piece(f"{turn['role']}: ", False, special=True))
-        results.append(Piece("\n".join(map(str, texts)) + "\n", learned))
-    return results
+        message_pieces.append(Piece(f"{turn['role']}: ", False, special=True))
+        message_pieces.append(Piece("\n".join(map(str, texts)) + "\n", is_learned))
+    return message_pieces
 
 
 def middle_left_out(shown: list[Piece], limit: int) -> list[Piece]:
@@ -105,6 +105,6 @@ def middle_left_out(shown: list[Piece], limit: int) -> list[Piece]:
     """
     if len(shown) <= limit:
         return shown
-    half = limit // 2
-    gap = Piece(f"\n… {len(shown) - 2 * half} more …\n", False)
-    return [*shown[:half], gap, *shown[-half:]]
+    end_length = limit // 2
+    gap_piece = Piece(f"\n… {len(shown) - 2 * end_length} more …\n", False)
+    return [*shown[:end_length], gap_piece, *shown[-end_length:]]

@@ -15,12 +15,12 @@ def show_metrics(columns: Mapping[str, Mapping[str, float]]) -> None:
         columns: From the name of a model to its metrics.
     """
     # Not every model has every metric: a teacher has no figure that compares it with itself.
-    names = dict.fromkeys(name for metrics in columns.values() for name in metrics)
-    table = Table("", *columns)
-    for name in names:
-        cells = [_format(metrics[name]) if name in metrics else "–" for metrics in columns.values()]
-        table.add_row(name, *cells)
-    Console().print(table)
+    metric_names = dict.fromkeys(metric_name for metrics in columns.values() for metric_name in metrics)
+    metric_table = Table("", *columns)
+    for metric_name in metric_names:
+        cells = [_format(metrics[metric_name]) if metric_name in metrics else "–" for metrics in columns.values()]
+        metric_table.add_row(metric_name, *cells)
+    Console().print(metric_table)
 
 
 def _format(value: float) -> str:
@@ -38,12 +38,12 @@ def show_completions(prompts: Sequence[Turns], columns: Mapping[str, Sequence[st
     """
     if not prompts:
         return
-    table = Table("prompt", *columns, show_lines=True)
-    for index, prompt in enumerate(prompts):
-        answers = [completions[index].strip() for completions in columns.values()]
-        table.add_row(_as_text(prompt).strip(), *answers)
+    answer_table = Table("prompt", *columns, show_lines=True)
+    for prompt_index, prompt in enumerate(prompts):
+        answers = [completions[prompt_index].strip() for completions in columns.values()]
+        answer_table.add_row(_as_text(prompt).strip(), *answers)
     # Answers are text of a model: words in square brackets are no styles.
-    Console().print(table, markup=False)
+    Console().print(answer_table, markup=False)
 
 
 def _as_text(prompt: Turns) -> str:
