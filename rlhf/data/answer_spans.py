@@ -104,13 +104,13 @@ class AnswerSpans:
         if index == 0:
             return content_start
         anchor_part = self._last_part_before(index, content_start)
-        prompt = self.template.render_prompt(self.messages[:index])
-        if anchor_part.mark not in prompt:
+        rendered_prompt = self.template.render_prompt(self.messages[:index])
+        if anchor_part.mark not in rendered_prompt:
             return content_start
 
         # Behind the anchor: the text that the model is given to begin with, and what the template writes there.
         anchor_end = self.mark_positions.get(anchor_part.mark, 0) + len(anchor_part.mark)
-        prompt_end = prompt[prompt.index(anchor_part.mark) + len(anchor_part.mark) :]
+        prompt_end = rendered_prompt[rendered_prompt.index(anchor_part.mark) + len(anchor_part.mark) :]
         answer_header = self.rendering[anchor_end:content_start]
         header_end = common_length(prompt_end, answer_header)
         if header_end < len(prompt_end):

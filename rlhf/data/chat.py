@@ -201,14 +201,14 @@ class _EncodedTurns(NamedTuple):
 
 def _encode_turns(template: ChatTemplate, prompt: list[Message], completion: Turns, split: bool) -> _EncodedTurns:
     tokenizer = template.tokenizer
-    messages, first, prefill = split_prefill(prompt, _messages(completion))
-    rendering = locate_answers(template, messages, first, prefill)
-    notes = rendering.notes
+    messages, first_answered, prefill = split_prefill(prompt, _messages(completion))
+    rendering = locate_answers(template, messages, first_answered, prefill)
+    template_notes = rendering.notes
     if split and rendering.loses_reasoning:
         rendering = locate_lost_answer(template, messages)
-        notes = rendering.notes
+        template_notes = rendering.notes
     elif split:  # reasoning that earlier turns lose is learned from rows of their own
-        notes = tuple(note for note in notes if note.kind != "earlier reasoning")
+        template_notes = tuple(note for note in template_notes if note.kind != "earlier reasoning")
 
     # The template writes special tokens itself; added once more, BOS would be there twice.
     rendered_tokens = tokenize(tokenizer, rendering.text, add_special_tokens=False)
@@ -223,16 +223,16 @@ def _encode_turns(template: ChatTemplate, prompt: list[Message], completion: Tur
         token_ids.append(eos_id(tokenizer))
         is_scored.append(True)
 
-    answers = sum(message["role"] == ASSISTANT for message in messages[first:])
+    answers = sum(message["role"] == ASSISTANT for message in messages[first_answered:])
     scored_spans = sum(span_start < span_stop for span_start, span_stop in spans)
     return _EncodedTurns(
         ids=token_ids,
         is_scored=is_scored,
         border=min((span_start for span_start, _ in spans), default=len(token_ids)),
-        opens_with_answer=is_trained(messages[first]),
+        opens_with_answer=is_trained(messages[first_answered]),
         answers=answers,
         scored_answers=min(scored_spans, answers),  # an answer may have several spans
-        notes=tuple(note.text for note in notes),
+        notes=tuple(note.text for note in template_notes),
     )
 
 
@@ -294,10 +294,10 @@ def answer_ends(rows: Any, tokenizer: PreTrainedTokenizerBase, look_at: int = 64
     special_ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     end_tokens: dict[int, None] = {}  # a dict keeps the order
     for row in first_rows:
-        for labels in _labels_of(row):
-            for label, next_label in zip(labels, [*labels[1:], -100], strict=True):
-                if label in special_ids and next_label == -100:  # the last token of an answer
-                    end_tokens[label] = None
+        for token_labels in _labels_of(row):
+            for token_label, next_label in zip(token_labels, [*token_labels[1:], -100], strict=True):
+                if token_label in special_ids and next_label == -100:  # the last token of an answer
+                    end_tokens[token_label] = None
     return list(end_tokens)
 
 

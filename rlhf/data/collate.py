@@ -146,18 +146,18 @@ class Collator:
         row_width = max(len(token_ids) for token_ids, _ in whole_sequences)
         batch_shape = (len(whole_sequences), row_width)
         input_ids = torch.full(batch_shape, self.pad_token_id)
-        labels = torch.full(batch_shape, IGNORE)
+        label_rows = torch.full(batch_shape, IGNORE)
         attention_mask = torch.zeros(batch_shape, dtype=torch.int64)
         position_ids = torch.zeros(batch_shape, dtype=torch.int64)
         for row_index, (token_ids, labels_of_row) in enumerate(whole_sequences):
             first_column = 0 if self.padding_side == "right" else row_width - len(token_ids)
             used_columns = slice(first_column, first_column + len(token_ids))
             input_ids[row_index, used_columns] = torch.tensor(token_ids)
-            labels[row_index, used_columns] = torch.tensor(labels_of_row)
+            label_rows[row_index, used_columns] = torch.tensor(labels_of_row)
             attention_mask[row_index, used_columns] = 1
             # Counted from the first token, so that padding on the left shifts no position.
             position_ids[row_index, used_columns] = torch.arange(len(token_ids))
-        return Batch(input_ids, attention_mask, position_ids, Targets.from_labels(labels, attention_mask))
+        return Batch(input_ids, attention_mask, position_ids, Targets.from_labels(label_rows, attention_mask))
 
 
 def _with_prompt(example: Row) -> Iterator[tuple[list[int], list[int]]]:

@@ -97,26 +97,26 @@ def sft_columns(names: Sequence[str], text_field: str = "text") -> tuple[str, ..
     if "input_ids" in names or {"prompt_ids", "completion_ids"} <= set(names):
         return ("input_ids", *present(names, (*_SFT_IDS[1:], "prompt_ids", "completion_ids")))
 
-    label = present(names, ("label",))
-    chosen = present(names, CHOSEN)
-    rejected = present(names, REJECTED)
-    conversation = present(names, CONVERSATIONS)
+    label_columns = present(names, ("label",))
+    chosen_columns = present(names, CHOSEN)
+    rejected_columns = present(names, REJECTED)
+    conversation_columns = present(names, CONVERSATIONS)
     # `conversations` beside a pair of answers is their prompt; `messages` is always the text to train on.
-    if "messages" in conversation or (conversation and not (chosen and rejected)):
-        return (conversation[0], *label, *present(names, ROW_OPTIONS))
+    if "messages" in conversation_columns or (conversation_columns and not (chosen_columns and rejected_columns)):
+        return (conversation_columns[0], *label_columns, *present(names, ROW_OPTIONS))
 
     # The preferred name of an answer comes before pairs and text; the others may be columns of another purpose, so that
     # they need a prompt beside them.
     prompt = prompt_and_options(names)
     if "completion" in names:
-        return ("completion", *label, *prompt)
-    if chosen:
-        return (chosen[0], *rejected[:1], *prompt)
+        return ("completion", *label_columns, *prompt)
+    if chosen_columns:
+        return (chosen_columns[0], *rejected_columns[:1], *prompt)
     if text_field in names:
         return (text_field,)
-    answers = present(names, ANSWERS)
-    if answers and set(prompt) & set(PROMPTS):
-        return (answers[0], *label, *prompt)
+    answer_columns = present(names, ANSWERS)
+    if answer_columns and set(prompt) & set(PROMPTS):
+        return (answer_columns[0], *label_columns, *prompt)
     raise ValueError(
         f"no column to train on: found {', '.join(names)}; expected {text_field!r}, 'messages', 'conversations', "
         "'prompt' + 'completion', 'instruction' + 'output', or 'prompt' + 'chosen'; "
@@ -138,16 +138,18 @@ def pair_columns(names: Sequence[str]) -> tuple[str, ...]:
     """
     if set(PAIR_IDS) <= set(names):
         return PAIR_IDS
-    chosen = present(names, CHOSEN)
-    rejected = present(names, REJECTED)
-    missing_names = [repr(known[0]) for known, columns in ((CHOSEN, chosen), (REJECTED, rejected)) if not columns]
+    chosen_columns = present(names, CHOSEN)
+    rejected_columns = present(names, REJECTED)
+    missing_names = [
+        repr(known[0]) for known, columns in ((CHOSEN, chosen_columns), (REJECTED, rejected_columns)) if not columns
+    ]
     if missing_names:
         raise ValueError(
             f"no column {' and '.join(missing_names)}: found {', '.join(names)}; "
             "preference data needs 'chosen' and 'rejected', and a 'prompt' unless both begin with it; "
             "--columns theirs=chosen says what yours are"
         )
-    return (chosen[0], rejected[0], *prompt_and_options(names))
+    return (chosen_columns[0], rejected_columns[0], *prompt_and_options(names))
 
 
 def prompt_columns(names: Sequence[str]) -> tuple[str, ...]:
@@ -162,14 +164,14 @@ def prompt_columns(names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: There is no prompt.
     """
-    chosen = present(names, CHOSEN)
-    if chosen and present(names, REJECTED):
+    chosen_columns = present(names, CHOSEN)
+    if chosen_columns and present(names, REJECTED):
         return pair_columns(names)
     prompt = prompt_and_options(names)
     if set(prompt) & {*PROMPTS, *CONVERSATIONS}:
         return prompt
-    if chosen:
-        return (chosen[0], *prompt)
+    if chosen_columns:
+        return (chosen_columns[0], *prompt)
     raise ValueError(f"no column 'prompt' (nor 'messages'): found {', '.join(names)}; --columns theirs=prompt")
 
 

@@ -147,8 +147,8 @@ class SftEncoder:
         if not self.reading.split_turns:
             return [_sft_row(encode(tokenizer, dialogue))]
         # Each answer behind all that comes before it, as the model meets it in a conversation.
-        rows = [_sft_row(encode(tokenizer, answer, split=True)) for answer in split_turns(dialogue)]
-        return rows or [TokenisedRow(self.blank, dropped=NOTHING_SCORED)]
+        answer_rows = [_sft_row(encode(tokenizer, answer, split=True)) for answer in split_turns(dialogue)]
+        return answer_rows or [TokenisedRow(self.blank, dropped=NOTHING_SCORED)]
 
     def _text(self, row: Row) -> str:
         plain_text = row[self.column]
@@ -326,9 +326,9 @@ def _nothing_to_learn(dialogue: Dialogue) -> str | None:
     (turns,) = dialogue.completions
     if isinstance(turns, str):
         return None
-    if any(is_trained(turn) for turn in turns):
+    if any(is_trained(message) for message in turns):
         return None
-    if any(turn["role"] == ASSISTANT for turn in turns):
+    if any(message["role"] == ASSISTANT for message in turns):
         return "whose answers are all marked not to be learned"
     return f"without an assistant's turn (roles: {roles_of(turns)}; --roles theirs=assistant says which it is)"
 

@@ -72,7 +72,7 @@ def mark_messages(messages: list[Message], first: int, prefill: int, mark_names:
     Returns:
         New messages with marks.
     """
-    marked = Marked()
+    marked_messages = Marked()
     unused_marks = map(chr, range(_FIRST_MARK, _LAST_MARK))
     for index, message in enumerate(messages):
         message_parts: list[Part] = []
@@ -92,9 +92,9 @@ def mark_messages(messages: list[Message], first: int, prefill: int, mark_names:
                 _mark_call(call, f"tool_calls[{number}]", message_parts, unused_marks, mark_names)
                 for number, call in enumerate(message["tool_calls"])
             ]
-        marked.messages.append(message)
-        marked.parts.append(message_parts)
-    return marked
+        marked_messages.messages.append(message)
+        marked_messages.parts.append(message_parts)
+    return marked_messages
 
 
 def _mark_at(text: str, position: int, name: str, parts: list[Part], marks: Iterator[str]) -> str:

@@ -45,7 +45,7 @@ class Mixture:
             raise ValueError("a mixture of no data sets")
         if self.weights is not None and (len(self.weights) != len(self.parts) or min(self.weights) <= 0):
             raise ValueError(f"give each data set a weight above 0, or none: {part_names}; weights {self.weights}")
-        stream_parts = [part for part in self.parts if isinstance(part, IterableDataset)]
+        stream_parts = [dataset for dataset in self.parts if isinstance(dataset, IterableDataset)]
         # `datasets` mixes neither kind with the other.
         if stream_parts and len(stream_parts) < len(self.parts):
             raise ValueError(f"streams mix with streams only: {part_names}")
@@ -62,20 +62,20 @@ class Mixture:
         Returns:
             The mixed rows.
         """
-        tokenised_parts = [tokenize(part) for part in self.parts]
+        tokenised_parts = [tokenize(dataset) for dataset in self.parts]
         if isinstance(tokenised_parts[0], IterableDataset):  # of one kind: all parts are streams, or none is
             return self._mix_streams(tokenised_parts, seed)
         # The source stays a column while rows are mixed, so that the log shows the real shares.
         with_sources = [
-            part.add_column(_SOURCE, [index] * len(part))
-            for index, part in enumerate(_with_all_columns(tokenised_parts))
+            dataset.add_column(_SOURCE, [index] * len(dataset))
+            for index, dataset in enumerate(_with_all_columns(tokenised_parts))
         ]
         if self.weights is None:
             mixed_rows = concatenate_datasets(with_sources)
         else:
             # A set may be sorted, and its last rows are left out if another set is used up first.
             mixed_rows = _interleave(
-                [part.shuffle(seed=seed) for part in with_sources], self._probabilities(tokenised_parts), seed
+                [dataset.shuffle(seed=seed) for dataset in with_sources], self._probabilities(tokenised_parts), seed
             )
         self._log_shares(tokenised_parts, mixed_rows)
         return mixed_rows.remove_columns(_SOURCE)
@@ -84,7 +84,7 @@ class Mixture:
         """Of drawing a row from each part."""
         draw_weights = np.array(self.weights, dtype=float)
         if self.by == "tokens":
-            mean_lengths = [num_tokens(part).mean() for part in parts]
+            mean_lengths = [num_tokens(dataset).mean() for dataset in parts]
             draw_weights /= np.maximum(mean_lengths, 1)  # a set of long rows needs fewer of them
         return (draw_weights / draw_weights.sum()).tolist()
 
@@ -92,14 +92,14 @@ class Mixture:
         if self.weights is None:
             return concatenate_datasets(streams)
         probabilities = self._probabilities(streams)
-        for part, probability in zip(self.parts, probabilities, strict=True):
-            logger.info("%s: %.1f %% of the rows", name_of(part), 100 * probability)
+        for dataset, probability in zip(self.parts, probabilities, strict=True):
+            logger.info("%s: %.1f %% of the rows", name_of(dataset), 100 * probability)
         return _interleave(streams, probabilities, seed)
 
     def _log_shares(self, parts: Sequence[Any], mixed: Any) -> None:
         row_sources = np.array(mixed[_SOURCE][:])
         token_counts = num_tokens(mixed)
-        for part_index, part in enumerate(parts):
+        for part_index, dataset in enumerate(parts):
             is_from_part = row_sources == part_index
             row_share = 100 * is_from_part.mean()
             token_share = 100 * token_counts[is_from_part].sum() / max(token_counts.sum(), 1)
@@ -107,7 +107,7 @@ class Mixture:
                 "%s: %d of %d rows: %.1f %% of all rows, %.1f %% of all tokens",
                 name_of(self.parts[part_index]),
                 is_from_part.sum(),
-                len(part),
+                len(dataset),
                 row_share,
                 token_share,
             )
@@ -169,7 +169,7 @@ def shuffled(rows: Rows | Mixture, seed: int, buffer: int) -> Any:
         The rows.
     """
     if isinstance(rows, Mixture):
-        return replace(rows, parts=tuple(shuffled(part, seed, buffer) for part in rows.parts))
+        return replace(rows, parts=tuple(shuffled(dataset, seed, buffer) for dataset in rows.parts))
     if not isinstance(rows, IterableDataset) or buffer == 0:
         return rows
     in_new_order = rows.shuffle(seed=seed, buffer_size=buffer)
@@ -188,15 +188,15 @@ def _split_weight(source: str) -> tuple[str, float | None]:
 
 def _with_all_columns(parts: Sequence[Any]) -> list[Any]:
     """The parts with the columns that only some of them have, filled with the values that their absence means."""
-    all_columns = {column_name for part in parts for column_name in part.column_names}
+    all_columns = {column_name for dataset in parts for column_name in dataset.column_names}
     filled_parts = []
-    for part in parts:
-        missing_columns = all_columns - set(part.column_names)
+    for dataset in parts:
+        missing_columns = all_columns - set(dataset.column_names)
         # A loss without margins is one with margins of 0.
         if "margin" in missing_columns:
-            part = part.add_column("margin", [0.0] * len(part))
+            dataset = dataset.add_column("margin", [0.0] * len(dataset))
         # Labels are left out where every token is scored: there, ids are labels.
         if "labels" in missing_columns and "chosen_ids" in all_columns:
-            part = part.map(lambda row: {"labels": [row["chosen_ids"], row["rejected_ids"]]})
-        filled_parts.append(part)
+            dataset = dataset.map(lambda row: {"labels": [row["chosen_ids"], row["rejected_ids"]]})
+        filled_parts.append(dataset)
     return filled_parts

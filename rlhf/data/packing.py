@@ -129,15 +129,15 @@ def hash_of_tokens(rows: Dataset, columns: Sequence[str]) -> str:
     digest = xxhash.xxh3_64()
     arrow_table = rows.with_format("arrow")[:]
     for column_name in columns:
-        chunks = arrow_table[column_name].chunks
-        while chunks and pa.types.is_list(chunks[0].type):
+        id_chunks = arrow_table[column_name].chunks
+        while id_chunks and pa.types.is_list(id_chunks[0].type):
             # The lengths tell [[1], [2]] from [[1, 2]].
-            for chunk in chunks:
-                digest.update(np.ascontiguousarray(pc.list_value_length(chunk).to_numpy()).data)
+            for id_chunk in id_chunks:
+                digest.update(np.ascontiguousarray(pc.list_value_length(id_chunk).to_numpy()).data)
             # `flatten` respects the offset of a slice; `values` would return the whole buffer behind it.
-            chunks = [chunk.flatten() for chunk in chunks]
-        for chunk in chunks:
-            digest.update(np.ascontiguousarray(chunk.to_numpy()).data)
+            id_chunks = [id_chunk.flatten() for id_chunk in id_chunks]
+        for id_chunk in id_chunks:
+            digest.update(np.ascontiguousarray(id_chunk.to_numpy()).data)
     return digest.hexdigest()
 
 

@@ -99,10 +99,10 @@ def add_mismatched(rows: Any, max_length: int | None, num_proc: int | None = Non
 
 
 def _exchange_answers(block: dict[str, list[Any]], max_length: int | None) -> dict[str, list[Any]]:
-    prompts = block["prompt_ids"]
+    prompt_ids = block["prompt_ids"]
     mismatched, mismatched_labels = [], []
-    for row_index, prompt in enumerate(prompts):
-        other_row = _row_of_another_prompt(prompts, row_index)
+    for row_index, prompt in enumerate(prompt_ids):
+        other_row = _row_of_another_prompt(prompt_ids, row_index)
         # This answer has to fit behind another prompt than its own, which may be longer.
         free_space = None if max_length is None else max(max_length - len(prompt), 0)
         mismatched.append([block["completions"][other_row][0][:free_space]])

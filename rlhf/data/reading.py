@@ -80,21 +80,21 @@ def load_data(source: str, split: str = "train", name: str | None = None, stream
 def _matching_files(pattern: Path) -> list[Path]:
     paths = map(Path, glob.glob(str(pattern), recursive=True))
     # `glob` lists files in the order of the disk, which differs between machines.
-    files = sorted(path for path in paths if path.is_file())
+    files = sorted(matching_path for matching_path in paths if matching_path.is_file())
     if not files:
         raise FileNotFoundError(f"{pattern}: no file matches")
     return files
 
 
 def _from_files(files: list[Path], split: str, streaming: bool) -> Rows:
-    for file in files:
-        if suffix(file) not in _FORMATS:
-            raise ValueError(f"{file}: cannot tell the format; rename it to one of {', '.join(_FORMATS)}")
-    parquet_files = [file for file in files if suffix(file) == _PARQUET]
+    for data_file in files:
+        if suffix(data_file) not in _FORMATS:
+            raise ValueError(f"{data_file}: cannot tell the format; rename it to one of {', '.join(_FORMATS)}")
+    parquet_files = [data_file for data_file in files if suffix(data_file) == _PARQUET]
     if not parquet_files:
         return _slice({"train": _from_text(files, streaming)}, split)
     if len(parquet_files) < len(files):
-        other_file = next(file for file in files if file not in parquet_files)
+        other_file = next(data_file for data_file in files if data_file not in parquet_files)
         raise ValueError(f"{parquet_files[0]} and {other_file.name} are of two kinds: name them as two data sets")
     return _slice({"train": _from_parquet(files, streaming)}, split)
 
@@ -143,10 +143,12 @@ def _text_files_of(path: Path) -> dict[str, list[Path]] | None:
     except FileNotFoundError:
         raise ValueError(f"{path}: holds no file of {', '.join(_FORMATS)}") from None
     files = {
-        split: [Path(file) for file in names]
-        for split, names in DataFilesDict.from_patterns(patterns, base_path=str(path)).items()
+        split: [Path(data_file) for data_file in file_names]
+        for split, file_names in DataFilesDict.from_patterns(patterns, base_path=str(path)).items()
     }
-    are_text = all(names and all(suffix(file) in READERS for file in names) for names in files.values())
+    are_text = all(
+        file_names and all(suffix(data_file) in READERS for data_file in file_names) for file_names in files.values()
+    )
     return files if are_text else None
 
 

@@ -71,24 +71,26 @@ def locate_answers(template: ChatTemplate, messages: list[Message], first: int, 
         ValueError: The template refuses the conversation.
     """
     rendered_text = template.render(messages)
-    scored = [index for index, message in enumerate(messages) if index >= first and is_trained(message)]
-    marked_rendering = _mark_and_render(template, messages, first, prefill, rendered_text, scored)
+    scored_indices = [index for index, message in enumerate(messages) if index >= first and is_trained(message)]
+    marked_rendering = _mark_and_render(template, messages, first, prefill, rendered_text, scored_indices)
     if marked_rendering is None:
-        return _locate_by_prefix(template, messages, scored, rendered_text)
-    marked, rendering = marked_rendering
-    notes = lost_parts(template, marked, rendering, scored)
-    answer_spans = AnswerSpans(template, marked, rendering)
+        return _locate_by_prefix(template, messages, scored_indices, rendered_text)
+    marked_messages, rendering = marked_rendering
+    notes = lost_parts(template, marked_messages, rendering, scored_indices)
+    answer_spans = AnswerSpans(template, marked_messages, rendering)
 
     needs_eos = False
-    spans = answer_spans.generation_spans(scored)  # if the template marks answers itself, its marks count
-    if spans is None:
-        spans, needs_eos = answer_spans.written_spans(scored, prefilled=first if prefill else None)
+    # If the template marks answers itself, its marks count.
+    marked_spans = answer_spans.generation_spans(scored_indices)
+    if marked_spans is None:
+        marked_spans, needs_eos = answer_spans.written_spans(scored_indices, prefilled=first if prefill else None)
     # The marks are the template author's choice, so they are followed, but a model that learns no end never stops.
-    elif spans and answer_spans.leaves_out_end(scored[-1], spans[-1][1]):
+    elif marked_spans and answer_spans.leaves_out_end(scored_indices[-1], marked_spans[-1][1]):
         notes = (*notes, Note("the template's {% generation %} marks leave out what ends an answer: it is not learned"))
     # Spans were found in the text with marks; ids are made of the text without.
     answers = [
-        (answer_spans.without_marks(span_start), answer_spans.without_marks(span_end)) for span_start, span_end in spans
+        (answer_spans.without_marks(span_start), answer_spans.without_marks(span_end))
+        for span_start, span_end in marked_spans
     ]
     return Rendering(rendered_text, answers, needs_eos, notes)
 
@@ -103,11 +105,11 @@ def _mark_and_render(
     """
     # Of two tries the first finds more: a call without arguments has no other mark than that of its name.
     for mark_names in (True, False):
-        marked = mark_messages(messages, first, prefill, mark_names)
-        rendering = template.render(marked.messages)
-        has_all_marks = mark_names or all(marked.parts[index] for index in scored)
+        marked_messages = mark_messages(messages, first, prefill, mark_names)
+        rendering = template.render(marked_messages.messages)
+        has_all_marks = mark_names or all(marked_messages.parts[index] for index in scored)
         if has_all_marks and MARKS.sub("", rendering) == text:
-            return marked, rendering
+            return marked_messages, rendering
     return None
 
 
@@ -119,14 +121,14 @@ def _locate_by_prefix(template: ChatTemplate, messages: list[Message], scored: l
     answers: list[tuple[int, int]] = []
     needs_eos = False
     for message_index in scored:
-        prompt = template.render_prompt(messages[:message_index])
+        rendered_prompt = template.render_prompt(messages[:message_index])
         closed_text = template.render(messages[: message_index + 1])
-        answer_start = len(prompt)
+        answer_start = len(rendered_prompt)
         answer_stop = common_length(closed_text, text)
-        if not text.startswith(prompt):  # the template rewrote an earlier turn
+        if not text.startswith(rendered_prompt):  # the template rewrote an earlier turn
             if message_index != scored[-1]:
                 continue
-            answer_start = common_length(prompt, text)
+            answer_start = common_length(rendered_prompt, text)
         token_ends = special_token_ends(template.tokenizer, text, answer_start, answer_stop)
         needs_eos = not token_ends
         answer_end = token_ends[-1] if token_ends else answer_start + len(text[answer_start:answer_stop].rstrip())
@@ -154,13 +156,15 @@ def locate_lost_answer(template: ChatTemplate, messages: list[Message]) -> Rende
         written_answer = usual_rendering.text[answer_start:answer_end]
     # The reasoning brings the line breaks behind it along.
     whole_answer = _reasoning_text(messages[-1]) + written_answer.lstrip()
-    prompt = template.render_prompt(messages[:-1])
+    rendered_prompt = template.render_prompt(messages[:-1])
     # The prompt may end with a beginning of the answer already, such as <think>.
-    overlap = next(length for length in range(len(whole_answer), -1, -1) if prompt.endswith(whole_answer[:length]))
-    whole_text = prompt + whole_answer[overlap:]
+    overlap = next(
+        length for length in range(len(whole_answer), -1, -1) if rendered_prompt.endswith(whole_answer[:length])
+    )
+    whole_text = rendered_prompt + whole_answer[overlap:]
     # An answer that the template leaves out as a whole has no end of the template's either.
     return Rendering(
-        whole_text, [(len(prompt), len(whole_text))], usual_rendering.needs_eos or not usual_rendering.answers
+        whole_text, [(len(rendered_prompt), len(whole_text))], usual_rendering.needs_eos or not usual_rendering.answers
     )
 
 

@@ -88,9 +88,9 @@ def as_table(files: list[Path]) -> Dataset:
 
 def chain_rows(files: list[Path]) -> Iterator[Row]:
     """The rows of several files, one after the other; an error names the file."""
-    for file in files:
-        with error_context(str(file)):
-            yield from read_rows(file)
+    for data_file in files:
+        with error_context(str(data_file)):
+            yield from read_rows(data_file)
 
 
 def _write_table(files: list[Path], table: Path) -> None:

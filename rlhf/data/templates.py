@@ -98,17 +98,17 @@ class ChatTemplate:
         Raises:
             ValueError: The template refuses the conversation.
         """
-        prompt = self.render(messages, begin_answer=True)
+        rendered_prompt = self.render(messages, begin_answer=True)
         if "add_generation_prompt" in self.source:
-            return prompt
+            return rendered_prompt
         # Render an answer, and take what stands before it.
         answered = self.render([*messages, {"role": "assistant", "content": PROBE}])
-        if PROBE not in answered or not answered.startswith(prompt):
-            return prompt
+        if PROBE not in answered or not answered.startswith(rendered_prompt):
+            return rendered_prompt
         with_header = answered[: answered.find(PROBE)]
-        header = with_header[len(prompt) :]
+        header = with_header[len(rendered_prompt) :]
         # A space before the answer belongs to the answer's first token.
-        return with_header.rstrip(" ") if header.strip() else prompt
+        return with_header.rstrip(" ") if header.strip() else rendered_prompt
 
     def render_with_spans(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
         """Render messages, and read the template's own marks of answers, ``{% generation %}``.

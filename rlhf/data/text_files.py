@@ -108,10 +108,10 @@ def _first_broken_line(path: Path) -> int:
     line_number = 0
     # Read again as bytes: the decoder's error has a position in its buffer, not in the file.
     with _opener(path)(path) as binary_file:
-        for line in binary_file:
+        for line_bytes in binary_file:
             line_number += 1
             try:
-                line.decode()
+                line_bytes.decode()
             except UnicodeDecodeError:
                 break
     return line_number
@@ -142,21 +142,21 @@ def _parse_json(file: IO[str], may_be_container: bool) -> Iterator[Row]:
     """
     # The first line decides: if it is an object by itself, so is each line behind it.
     line_iterator = iter(file)
-    first_line = next((line for line in line_iterator if line.strip()), "")
-    first = _parse_line(first_line)
-    if not isinstance(first, dict):
+    first_line = next((text_line for text_line in line_iterator if text_line.strip()), "")
+    first_value = _parse_line(first_line)
+    if not isinstance(first_value, dict):
         if first_line:
             yield from _parse_document(first_line + file.read(), may_be_container)
         return
-    second_line = next((line for line in line_iterator if line.strip()), None)
+    second_line = next((text_line for text_line in line_iterator if text_line.strip()), None)
     if second_line is not None:
-        yield first
+        yield first_value
         yield from _parse_lines(chain([second_line], line_iterator))
     # An only line may be an only row, or hold all rows.
     elif may_be_container:
-        yield from _rows_of_container(first)
+        yield from _rows_of_container(first_value)
     else:
-        yield first
+        yield first_value
 
 
 def _parse_line(line: str) -> Any:
@@ -170,12 +170,12 @@ def _parse_line(line: str) -> Any:
 def _parse_lines(lines: Iterator[str]) -> Iterator[Row]:
     """The rows from the second one on, a line each."""
     row_number = 1
-    for line in lines:
-        if not line.strip():
+    for text_line in lines:
+        if not text_line.strip():
             continue
         row_number += 1
         try:
-            row_value = json.loads(line)
+            row_value = json.loads(text_line)
         except json.JSONDecodeError as error:
             raise _invalid_json(row_number, error.msg, error.pos) from None
         yield _as_row(row_value, row_number)
@@ -339,10 +339,10 @@ def _read_tsv(file: IO[str]) -> Iterator[Row]:
 
 def _read_text(file: IO[str]) -> Iterator[Row]:
     """A row for each line that is not empty."""
-    for line in file:
-        if line.strip():
+    for text_line in file:
+        if text_line.strip():
             # Files are opened with their line breaks as written, so either may end a line.
-            yield {"text": line.rstrip("\r\n")}
+            yield {"text": text_line.rstrip("\r\n")}
 
 
 # By suffix.

@@ -347,7 +347,7 @@ def _process_row(
 ) -> list[dict[str, Any]]:
     """The columns of tokenised rows, with their reports. Rows are counted as in the file."""
     file_index = index if original_indices is None else int(original_indices[index])
-    return [result.columns | result.report(file_index) for result in process(row, file_index)]
+    return [tokenised_row.columns | tokenised_row.report(file_index) for tokenised_row in process(row, file_index)]
 
 
 def _map_stream(rows: IterableDataset, process: Process) -> IterableDataset:
@@ -357,7 +357,9 @@ def _map_stream(rows: IterableDataset, process: Process) -> IterableDataset:
         ValueError: No row is left among the first hundred.
     """
     dataset_name = name_of(rows)
-    first_rows = (result for index, row in enumerate(rows.take(SAMPLE_SIZE)) for result in process(row, index))
+    first_rows = (
+        tokenised_row for index, row in enumerate(rows.take(SAMPLE_SIZE)) for tokenised_row in process(row, index)
+    )
     first_row = next(first_rows, None)  # its columns are those of all rows
     if first_row is None:
         raise ValueError(f"{dataset_name}: no rows")
@@ -367,9 +369,12 @@ def _map_stream(rows: IterableDataset, process: Process) -> IterableDataset:
     def process_one(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         row = {column: values[0] for column, values in batch.items()}
         results = process(row, indices[0])
-        for result in results:
-            report.add(result, indices[0])
-        return {column: [result.columns[column] for result in results if not result.dropped] for column in columns}
+        for tokenised_row in results:
+            report.add(tokenised_row, indices[0])
+        return {
+            column: [tokenised_row.columns[column] for tokenised_row in results if not tokenised_row.dropped]
+            for column in columns
+        }
 
     # A batch of one, as a row may become none or several, and no later row is read before it is needed.
     mapped_rows = rows.map(process_one, with_indices=True, batched=True, batch_size=1, remove_columns=columns_of(rows))

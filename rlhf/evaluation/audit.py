@@ -201,7 +201,7 @@ def _count_roles(result: Audit, dialogue: Dialogue | None) -> None:
     turns_or_text = () if dialogue is None else (dialogue.prompt, *dialogue.completions)
     for turns in turns_or_text:
         if not isinstance(turns, str):
-            result.roles.update(str(turn["role"]) for turn in turns)
+            result.roles.update(str(message["role"]) for message in turns)
 
 
 def _add_tokens(
@@ -261,6 +261,6 @@ def _add_text(result: Audit, number: int, dialogue: Dialogue | None, samples: in
         result.scored_answers += sum(piece.learned for piece in row_pieces)
     for completion in dialogue.completions:
         is_text = isinstance(completion, str)
-        result.answers += 1 if is_text else sum(turn["role"] == ASSISTANT for turn in completion)  # type: ignore[index]
+        result.answers += 1 if is_text else sum(message["role"] == ASSISTANT for message in completion)  # type: ignore[index]
     if len(result.samples) < samples:
         result.samples.append((number, shown_sequences))

@@ -63,7 +63,7 @@ def audit_page(audit: Audit) -> str:
     figure_cells = [(escape(name), escape(value)) for name, value in facts(audit)]
     sections = [f"<h1>{title}</h1>", _table("Columns", column_cells, ("column", "read as"))]
     if audit.roles:
-        role_cells = [(escape(role), f"{count:,}") for role, count in audit.roles.most_common()]
+        role_cells = [(escape(role), f"{num_turns:,}") for role, num_turns in audit.roles.most_common()]
         sections.append(_table("Roles", role_cells, ("role", "turns")))
     sections.append(_table("Rows", figure_cells))
     if audit.errors:
@@ -97,13 +97,13 @@ def _lengths(audit: Audit) -> str:
     intervals = histogram(audit.lengths)
     if not intervals:
         return ""
-    largest_count = max(count for _, _, count in intervals)
+    largest_count = max(num_rows for _, _, num_rows in intervals)
     table_rows = []
-    for start, end, count in intervals:
-        bar_width = f"{100 * count / largest_count:.1f}%"
+    for start, end, num_rows in intervals:
+        bar_width = f"{100 * num_rows / largest_count:.1f}%"
         bar_cell = f'<td><div class="bar" style="width: {bar_width}"></div></td>'
         label_cell = f'<td class="n">{interval_label(start, end)}</td>'
-        table_rows.append(f'<tr>{label_cell}{bar_cell}<td class="n">{count:,}</td></tr>')
+        table_rows.append(f'<tr>{label_cell}{bar_cell}<td class="n">{num_rows:,}</td></tr>')
     return f"<h2>Length in {audit.unit}</h2><table>{''.join(table_rows)}</table>"
 
 

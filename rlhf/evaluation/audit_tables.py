@@ -36,8 +36,8 @@ def show_audit(audit: Audit, console: Console | None = None) -> None:
     console.print(column_table)
     if audit.roles:
         role_table = Table("role", "turns")
-        for role, count in audit.roles.most_common():
-            role_table.add_row(escape(role), f"{count:,}")
+        for role, num_turns in audit.roles.most_common():
+            role_table.add_row(escape(role), f"{num_turns:,}")
         console.print(role_table)
     figure_table = Table(show_header=False)
     for name, value in facts(audit):
@@ -55,12 +55,12 @@ def _show_lengths(audit: Audit, console: Console) -> None:
     intervals = histogram(audit.lengths)
     if not intervals:
         return
-    largest_count = max(count for _, _, count in intervals)
+    largest_count = max(num_rows for _, _, num_rows in intervals)
     length_table = Table(f"length in {audit.unit}", "", "", show_edge=False)
-    for interval_start, interval_end, count in intervals:
-        bar_length = round(_BAR * count / largest_count)
-        bar_length = max(bar_length, count > 0)  # a bar for a single row, too
-        length_table.add_row(interval_label(interval_start, interval_end), "█" * bar_length, f"{count:,}")
+    for interval_start, interval_end, num_rows in intervals:
+        bar_length = round(_BAR * num_rows / largest_count)
+        bar_length = max(bar_length, num_rows > 0)  # a bar for a single row, too
+        length_table.add_row(interval_label(interval_start, interval_end), "█" * bar_length, f"{num_rows:,}")
     console.print(length_table)
 
 

@@ -84,11 +84,11 @@ def _turn_pieces(turns: Turns, is_completion: bool) -> list[Piece]:
     if isinstance(turns, str):
         return [Piece(turns, is_completion)] if turns else []
     message_pieces = []
-    for turn in turns:
-        is_learned = is_completion and is_trained(turn)
-        texts: list[Any] = [turn[key] for key in ("reasoning_content", "content", "tool_calls") if turn.get(key)]
+    for message in turns:
+        is_learned = is_completion and is_trained(message)
+        texts: list[Any] = [message[key] for key in ("reasoning_content", "content", "tool_calls") if message.get(key)]
         # The template writes its own header here; without a tokenizer, the role stands for it.
-        message_pieces.append(Piece(f"{turn['role']}: ", False, special=True))
+        message_pieces.append(Piece(f"{message['role']}: ", False, special=True))
         message_pieces.append(Piece("\n".join(map(str, texts)) + "\n", is_learned))
     return message_pieces
 

@@ -49,4 +49,4 @@ def show_completions(prompts: Sequence[Turns], columns: Mapping[str, Sequence[st
 def _as_text(prompt: Turns) -> str:
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(str(turn.get("content")) for turn in prompt)
+    return "\n".join(str(message.get("content")) for message in prompt)
