@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf.logprobs import Targets
 
-# The label that PyTorch's cross-entropy ignores by default, and so all of transformers.
+# The label that PyTorch's cross-entropy ignores by default, and that all of transformers uses.
 IGNORE = -100
 Layout = Literal["segments", "rows"]
 Row = dict[str, Any]
@@ -34,6 +34,7 @@ class Span(NamedTuple):
     prefix: int = 0
 
 
+# eq=False: a generated `==` would compare tensors, whose comparison is no single truth value.
 @dataclass(frozen=True, eq=False)
 class Segments:
     """The spans of a flat row, in order and without gaps.
@@ -42,7 +43,6 @@ class Segments:
     fills it, all other layers reuse it.
     """
 
-    # No generated `==` (eq=False above): it would compare tensors, whose comparison is no single truth value.
     spans: tuple[Span, ...]
     attention_cache: dict[Any, Any] = field(default_factory=dict)
 

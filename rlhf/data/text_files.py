@@ -341,7 +341,7 @@ def _read_text(file: IO[str]) -> Iterator[Row]:
     """A row for each line that is not empty."""
     for text_line in file:
         if text_line.strip():
-            # Files are opened with their line breaks as written, so either may end a line.
+            # Files are opened with their line breaks as written, so each kind is removed here.
             yield {"text": text_line.rstrip("\r\n")}
 
 

@@ -236,7 +236,7 @@ def _tokenize(
     dataset_name = name_of(dataset)
     report_unread_columns(dataset_name, renamed(columns_of(dataset), encoder.reading.form), encoder.read)
     process = _RowProcess(tokenizer, encoder, dataset_name, limits)
-    # A stream has none, and what it becomes is never cached.
+    # A stream has no fingerprint: its tokenised rows are never cached.
     fingerprint = getattr(dataset, "_fingerprint", "")
     cache_key = (TOKENISER_VERSION, fingerprint, encoder, tokenizer_key(tokenizer), dataset_name, *limits)
     return map_rows(dataset, process, cache_key, limits.max_length, num_proc, encoder.reading)

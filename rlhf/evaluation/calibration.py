@@ -47,5 +47,5 @@ def calibration_error(gaps: Sequence[float], counts: Sequence[float]) -> float:
     num_pairs = sum(counts)
     if not num_pairs:
         return float("nan")
-    # The sum of gaps in a bin is n_b (acc_b − conf_b). Signs go only now, as batches and processes are summed first.
+    # The sum of gaps in a bin is n_b (acc_b − conf_b). Absolute values come last: first, batches are summed.
     return sum(map(abs, gaps)) / num_pairs
