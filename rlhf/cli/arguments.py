@@ -19,10 +19,12 @@ DTYPES = ["auto", "float32", "bfloat16", "float16", "float64"]
 class ModelArguments:
     """The model, its bits and, with ``use_peft``, the adapter; names are TRL's."""
 
+    # The heading of the group in the help. A class variable, so that it is no option itself.
     title: ClassVar[str] = "model and adapter"
 
     model_name_or_path: str | None = option(None, "A folder, or a name on the hub.")
     model_revision: str = option("main", "Branch, tag or commit on the hub.")
+    # Trained in float32: most updates of AdamW are smaller than a bfloat16 weight resolves.
     dtype: str = option("float32", "Of the weights; auto is the checkpoint's.", choices=DTYPES)
     attn_implementation: str | None = option(None, "sdpa, eager, flash_attention_2, …")
     use_peft: bool = option(False, "Train a LoRA adapter instead of the weights.")
@@ -152,6 +154,7 @@ def split_names(given: list[str] | str | None) -> list[str] | None:
         return None
     parts = [given] if isinstance(given, str) else given
     names = [name.strip() for part in parts for name in part.split(",")]
+    # A comma at the end leaves an empty name.
     return [name for name in names if name]
 
 
@@ -195,6 +198,7 @@ class DataArguments:
     streaming: bool = option(False, "Read the rows while training, and keep none; needs --max_steps.")
     shuffle_buffer_size: int = option(1000, "Rows of a stream that the next one is drawn from; 0 keeps their order.")
     dataset_config: str | None = option(None, "Configuration of a hub data set.")
+    # A file has a single split, which `datasets` calls train.
     dataset_train_split: str = option("train", "Split; a slice such as train[:1000] too.")
     eval_dataset_name: list[str] | None = option(None, "Rows to evaluate on, like dataset_name.")
     dataset_test_split: str | None = option(None, "Split to evaluate on.")

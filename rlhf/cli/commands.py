@@ -119,10 +119,12 @@ COMMANDS: dict[str, Command | TrainingCommand] = {
         groups=(REFERENCE, EXPERIENCE),
     ),
     # From here on nothing is trained.
+    # Some of its options exclude each other, and data classes cannot express that: it has a parser of its own.
     "student": Command(
         "make a smaller model: some of a teacher's layers, or fresh",
         module="rlhf.cli.student",
     ),
+    # No options of the launcher: one process writes the folder.
     "teacher": Command(
         "store a teacher's predictions for a data set, to distill from",
         module="rlhf.cli.teacher",
@@ -138,6 +140,7 @@ COMMANDS: dict[str, Command | TrainingCommand] = {
         module="rlhf.cli.data",
         option_classes=("rlhf.cli.data:AuditArguments",),
     ),
+    # Its sub-commands need a parser of their own.
     "losses": Command(
         "the catalogue of losses: list, show one, advise",
         module="rlhf.cli.losses",

@@ -56,7 +56,7 @@ def run(argv: list[str]) -> None:
     template = "" if tokenizer else "tool_calls"
     row_format = replace(reading.form, text_field=args.dataset_text_field, template=template)
     reading = replace(reading, form=row_format)
-    found = audit(
+    report = audit(
         rows,
         args.dataset_name,
         args.command or command_for(rows, reading),
@@ -65,11 +65,12 @@ def run(argv: list[str]) -> None:
         max_length=args.max_length,
         text_field=args.dataset_text_field,
         samples=args.samples,
+        # disable=None hides the bar where the output is no terminal.
         progress=lambda rows: datasets.utils.tqdm(rows, desc="Reading", unit="row", leave=False, disable=None),
     )
-    show_audit(found)
+    show_audit(report)
     if args.html is not None:
         path = Path(args.html)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(audit_page(found), encoding="utf-8")
+        path.write_text(audit_page(report), encoding="utf-8")
         print(f"saved {path}")

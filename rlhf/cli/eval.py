@@ -77,7 +77,7 @@ def run(argv: list[str]) -> None:
     texts = [prompt.prompt for prompt in prompts]
     show_completions(texts, {name: answers})
     if args.output_file is not None:
-        completions = [{"prompt": p, "completion": a} for p, a in zip(texts, answers, strict=True)]
+        completions = [{"prompt": text, "completion": answer} for text, answer in zip(texts, answers, strict=True)]
         _write_report(Path(args.output_file), name, args, columns, completions)
 
 
@@ -132,12 +132,12 @@ def _without_times(metrics: dict[str, float]) -> dict[str, float]:
 def _beside_teacher(trainer: Any, metrics: dict[str, float], args: EvalArguments) -> dict[str, dict[str, float]]:
     """Student and teacher: metrics, what each costs, and how fast both are on the first rows."""
     rows = trainer.eval_dataset
-    first_rows = [rows[i] for i in range(min(args.batch_size, len(rows)))]
+    first_rows = [rows[index] for index in range(min(args.batch_size, len(rows)))]
     prompts = []
     for row in first_rows:
         # An answer begins at the first scored token; a plain text is scored from its beginning.
-        start = next(i for i, label in enumerate(row["labels"]) if label != IGNORE)
-        prompts.append(row["input_ids"][: max(1, start)])
+        answer_start = next(position for position, label in enumerate(row["labels"]) if label != IGNORE)
+        prompts.append(row["input_ids"][: max(1, answer_start)])
     # Both as the trainer holds them: on the same device, with the same faster modules.
     models = {"student": trainer.model, "teacher": trainer.teacher.policy}
     batch = trainer.data_collator(first_rows).to(trainer.args.device)
@@ -157,10 +157,12 @@ def _write_report(
         "reference": args.ref_model_name_or_path,
         "teacher": args.teacher_model_name_or_path,
         "data": args.dataset_name,
+        # The first column is the model's, alone or beside its teacher.
         "metrics": next(iter(columns.values())),
     }
     if args.teacher_model_name_or_path is not None:
         report["teacher_metrics"] = columns["teacher"]
     report["completions"] = completions
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Answers in any script stay readable in the file.
     path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

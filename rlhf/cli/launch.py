@@ -31,6 +31,7 @@ def split_launch_options(argv: list[str]) -> tuple[LaunchArguments, list[str]]:
     Returns:
         What was asked for, and the words that are left.
     """
+    # -h and shortened names stay among the words: the command's own parser answers them.
     parser = RaisingParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", "--num-processes", type=int)
     parser.add_argument("--accelerate_config", "--accelerate-config")

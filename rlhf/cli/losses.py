@@ -39,14 +39,16 @@ def _parser() -> RaisingParser:
     parser = RaisingParser("rlhf losses", description="The catalogue of losses; alone, a list.")
     parser.add_argument("--markdown", action="store_true", help="the list as the table of docs/losses.md")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", parser_class=RaisingParser)
-    show = actions.add_parser("show", help="one loss: formula, paper, signature and a worked number")
-    show.add_argument("name")
-    guide = actions.add_parser("advise", help="from a problem to losses and where to start")
-    guide.add_argument("--task", required=True, help="regression, binary, multiclass, language-model, preferences, …")
-    guide.add_argument("--imbalance", type=float, help="share of the rarer class")
-    guide.add_argument("--outliers", action="store_true", help="some targets are far off")
-    guide.add_argument("--noise", type=float, default=0.0, help="share of labels thought wrong")
-    guide.add_argument("--unpaired", action="store_true", help="preferences without partners")
+    show_parser = actions.add_parser("show", help="one loss: formula, paper, signature and a worked number")
+    show_parser.add_argument("name")
+    advise_parser = actions.add_parser("advise", help="from a problem to losses and where to start")
+    advise_parser.add_argument(
+        "--task", required=True, help="regression, binary, multiclass, language-model, preferences, …"
+    )
+    advise_parser.add_argument("--imbalance", type=float, help="share of the rarer class")
+    advise_parser.add_argument("--outliers", action="store_true", help="some targets are far off")
+    advise_parser.add_argument("--noise", type=float, default=0.0, help="share of labels thought wrong")
+    advise_parser.add_argument("--unpaired", action="store_true", help="preferences without partners")
     return parser
 
 

@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
+    # The first word alone: all that follows belongs to the command.
     options, unknown = parser.parse_known_args(argv[:1])
     if options.version:
         print(__version__)
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     debug = _remove_debug(words)
     try:
         return _run(name, COMMANDS[name], words, debug)
+    # What a user can mend. Any other error is a bug, and keeps its traceback.
     except (ValueError, OSError, ImportError) as error:
         _print_error(name, error, debug)
         return 2

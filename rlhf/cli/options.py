@@ -66,8 +66,8 @@ def check_options(argv: Sequence[str], known_names: frozenset[str]) -> str | Non
         name = _option_name(word)
         # A switch that is on by default has a second option, --no_NAME.
         if name not in known_names and name.removeprefix("no_") not in known_names:
-            shown = word.split("=")[0]
-            raise ValueError(f"unknown option {shown}{_suggestion(name, known_names, '--')}")
+            option_shown = word.split("=")[0]
+            raise ValueError(f"unknown option {option_shown}{_suggestion(name, known_names, '--')}")
     return _value_of("config", argv)
 
 
@@ -109,9 +109,11 @@ def read_config(file: str, known_names: Iterable[str]) -> dict[str, Any]:
     """
     path = Path(file)
     shipped = config_folder() / path.name
+    # A file of the user's wins over one of ours with the same name.
     if not path.exists() and shipped.exists():
         path = shipped
     try:
+        # An empty file is read as None.
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such config file") from None
@@ -148,6 +150,7 @@ def _value_of(option: str, argv: Sequence[str]) -> str | None:
 
 def _suggestion(name: str, known_names: frozenset[str], prefix: str = "") -> str:
     """``; did you mean …?``, or nothing where no name is near."""
+    # Aliases first: `lr` has too few letters to be close to any whole name.
     whole_name = ALIASES.get(name)
     if whole_name in known_names:
         return f"; did you mean {prefix}{whole_name}?"

@@ -125,28 +125,28 @@ def _as_typed(file: str, values: dict[str, Any], parser: HfArgumentParser) -> di
 
 def _sort_help(parser: HfArgumentParser, command: str, classes: Sequence[Any]) -> None:
     """Sort the options of the help by subject: those of the command first, what transformers brings last."""
-    own, last = f"options of rlhf {command}", "inherited from transformers.TrainingArguments"
-    titles = {"help": own, "config": own}
+    command_title, inherited = f"options of rlhf {command}", "inherited from transformers.TrainingArguments"
+    titles = {"help": command_title, "config": command_title}
     for cls in classes:
         for option in fields(cls):
-            titles[option.name] = getattr(cls, "title", None) or _title_in_config(option, own, last)
-    subjects = [title for title in dict.fromkeys(titles.values()) if title not in (own, TRAINING, last)]
+            titles[option.name] = getattr(cls, "title", None) or _title_in_config(option, command_title, inherited)
+    subjects = [title for title in dict.fromkeys(titles.values()) if title not in (command_title, TRAINING, inherited)]
     # argparse has no public way to move an option to another group.
     for group in parser._action_groups:
         group._group_actions.clear()
-    groups = {title: parser.add_argument_group(title) for title in (own, *subjects, TRAINING, last)}
+    groups = {title: parser.add_argument_group(title) for title in (command_title, *subjects, TRAINING, inherited)}
     for action in parser._actions:
         # --no_NAME is left out: --NAME false is the same.
         if not action.option_strings[0].startswith("--no_"):
             groups[titles[action.dest]]._group_actions.append(action)
 
 
-def _title_in_config(option: Field[Any], own: str, last: str) -> str:
+def _title_in_config(option: Field[Any], command_title: str, inherited: str) -> str:
     """The group of an option of a trainer's configuration: its own, that of all trainers, or transformers'."""
     shared = {field.name for field in fields(BaseConfig)}
     if option.name not in shared:
-        return own
+        return command_title
     defaults = {field.name: field.default for field in fields(TrainingArguments)}
     # An option that has another default here is worth a look, as one that is new.
     differs = option.name not in defaults or option.default != defaults[option.name]
-    return TRAINING if differs or option.name in COMMON else last
+    return TRAINING if differs or option.name in COMMON else inherited

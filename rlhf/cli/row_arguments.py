@@ -16,10 +16,12 @@ from rlhf.trainers.config import renames
 class RowArguments:
     """The rows, names of their columns and roles, and arguments of the chat template."""
 
+    # None rather than required: `require` answers in one line that names the config file too.
     dataset_name: str | None = option(None, "File, saved folder or hub name.")
     dataset_config: str | None = option(None, "Configuration of a hub data set.")
     dataset_split: str = option("train", "Split; a slice such as train[:1000] too.")
     chat_template_path: str | None = option(None, "Template file, or a model folder.")
+    # Text, because a word of the command line cannot be a dictionary.
     chat_template_kwargs: str | None = option(None, 'JSON for the chat template, such as {"enable_thinking": false}.')
     columns: str | None = option(None, "Columns under other names: question=prompt,answer=completion.")
     roles: str | None = option(None, "Roles under other names: customer=user,agent=assistant.")
@@ -29,9 +31,6 @@ class RowArguments:
 
         Returns:
             The rows of the split.
-
-        Returns:
-            The rows.
 
         Raises:
             ValueError: no data set was named, or it cannot be read.
@@ -49,11 +48,11 @@ class RowArguments:
         Raises:
             ValueError: no JSON object.
         """
-        given = self.chat_template_kwargs
+        kwargs_given = self.chat_template_kwargs
         # In a config file it may be an object already.
-        arguments = from_json(given) if isinstance(given, str) else given or {}
+        arguments = from_json(kwargs_given) if isinstance(kwargs_given, str) else kwargs_given or {}
         if not isinstance(arguments, dict):
-            raise ValueError(f"--chat_template_kwargs is no JSON object: {given}")
+            raise ValueError(f"--chat_template_kwargs is no JSON object: {kwargs_given}")
         return arguments
 
     def reading(self, split_turns: bool = False) -> Reading:

@@ -35,6 +35,7 @@ class TrlParser:
     """
 
     def __init__(self, dataclass_types: Any) -> None:
+        # TRL's parser takes a single class too.
         self.dataclass_types = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types)
 
     def parse_args_and_config(self, args: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -50,6 +51,7 @@ class TrlParser:
             ValueError: an unknown option or key (with the nearest known one), or a value that does not fit.
         """
         words = sys.argv[1:] if args is None else args
+        # The help shows this name where a command has its own.
         return parse("SCRIPT", self.dataclass_types, list(words))
 
 
@@ -71,6 +73,7 @@ def get_dataset(arguments: DataArguments) -> dict[str, Any]:
     datasets = {train_split: load_datasets(names, train_split, name=config, mixture=mixture)}
     if test_names is not None:
         # Another data set; the configuration is that of the first.
+        # A data set for evaluation alone often has a single split, called train.
         datasets[test_split or "test"] = load_datasets(test_names, test_split or "train", mixture=mixture)
     elif test_split is not None:
         datasets[test_split] = load_datasets(names, test_split, name=config, mixture=mixture)

@@ -26,6 +26,7 @@ def run(argv: list[str]) -> None:
         student = copy_layers(teacher, layers)
         print(f"copied layers {', '.join(map(str, layers))}")
     student.save_pretrained(args.output_dir)
+    # The student reads the teacher's tokens; with its tokenizer the folder is a model to train.
     tokenizer.save_pretrained(args.output_dir)
     show_metrics({"teacher": _sizes(teacher), "student": _sizes(student)})
     print(f"saved {args.output_dir}")
@@ -35,12 +36,15 @@ def _parser() -> RaisingParser:
     parser = RaisingParser(
         "rlhf student", description="Make a student from some of a teacher's layers, or fresh.", allow_abbrev=False
     )
+    # `from` is a keyword of Python, so that the value has another name.
     parser.add_argument("--from", dest="teacher", metavar="TEACHER", required=True, help="a folder, or a hub name")
     parser.add_argument("--output_dir", type=Path, required=True, help="where the student goes; new or empty")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--layers", type=int, help="copy so many, evenly spread, the first and the last among them")
-    source.add_argument("--keep", type=_numbers, metavar="0,2,5", help="copy these, counted from 0")
-    source.add_argument("--config", metavar="FOLDER_OR_FILE", help="draw new weights for this configuration")
+    source_options = parser.add_mutually_exclusive_group(required=True)
+    source_options.add_argument(
+        "--layers", type=int, help="copy so many, evenly spread, the first and the last among them"
+    )
+    source_options.add_argument("--keep", type=_numbers, metavar="0,2,5", help="copy these, counted from 0")
+    source_options.add_argument("--config", metavar="FOLDER_OR_FILE", help="draw new weights for this configuration")
     parser.add_argument("--seed", type=int, default=0, help="of the weights that are drawn")
     parser.add_argument("--dtype", default="auto", help="auto (the teacher's), float32, bfloat16 or float16")
     return parser
@@ -50,6 +54,7 @@ def _numbers(text: str) -> list[int]:
     try:
         return [int(word) for word in text.split(",")]
     except ValueError:
+        # argparse shows the message of this error; of a ValueError only the name of the function.
         raise argparse.ArgumentTypeError(f"{text!r} is no list of layer numbers such as 0,2,5") from None
 
 

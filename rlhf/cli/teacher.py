@@ -33,6 +33,7 @@ from rlhf.rollouts import Sampling
 from rlhf.rollouts.arguments import option
 from rlhf.trainers.reference_logps import reference_fingerprint
 
+# k may be 0: then whole answers are sampled.
 _AT_LEAST = {"k": 0, "max_new_tokens": 1, "tokens_per_batch": 1, "seed": 0}
 
 
@@ -51,10 +52,11 @@ class TeacherArguments(RowArguments):
     tokens_per_batch: int = option(4096, "Tokens of a forward pass.")
 
     def __post_init__(self) -> None:
-        for name, least in _AT_LEAST.items():
+        for name, minimum in _AT_LEAST.items():
             value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"--{name} must be at least {least}, got {value}")
+            if value < minimum:
+                raise ValueError(f"--{name} must be at least {minimum}, got {value}")
+        # Written so that NaN is refused too.
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"--temperature must be above 0, got {self.temperature}")
 
@@ -73,7 +75,9 @@ class _Job:
     def key(self) -> Key:
         """What determines the result, besides the rows and what each kind of result adds."""
         return {
+            # Without autocast: the teacher computes in the dtype of its weights.
             "teacher": reference_fingerprint(self.model, "no"),
+            # Stored ids mean nothing under another tokenizer.
             **tokenizer_key(self.tokenizer),
             "k": self.args.k,
             "temperature": self.args.temperature,
@@ -88,6 +92,7 @@ def run(argv: list[str]) -> None:
     args, model_args = parse("teacher", (TeacherArguments, LoadArguments), argv)
     name = model_args.model_name_or_path
     require(model_name_or_path=name, output_dir=args.output_dir)
+    # Several processes would write to the same files.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("the teacher runs in one process: start it without accelerate launch")
     folder = Path(args.output_dir)
@@ -119,6 +124,7 @@ def _keep_predictions(job: _Job) -> None:
     )
     if args.k > vocabulary:
         raise ValueError(f"--k {args.k} is more than the teacher's vocabulary of {vocabulary}")
+    # The size of the vocabulary decides the type in which ids are stored.
     key = {**job.key(), "vocabulary": vocabulary}
     if _continues(folder, {**key, **data_key(rows)}, args.overwrite):
         file = TeacherFile(folder, writable=True)
@@ -136,16 +142,19 @@ def _write_answers(job: _Job) -> None:
     rows = tokenize_prompts(
         job.rows,
         job.tokenizer,
+        # A prompt and its answer together must fit into max_length in training.
         max_prompt_length=args.max_length - args.max_new_tokens,
         vocab_size=vocabulary_size(job.model),
         drop_long_prompts=args.drop_long_prompts,
         reading=args.reading(),
     )
     sampled = {"top_p": args.top_p, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
+    # Answers depend on prompts alone: other columns may change.
     data = {"data": hash_of_tokens(rows, ("prompt_ids",)), "rows": len(rows)}
     key = {**job.key(), **sampled, **data}
     if not _continues(folder, key, args.overwrite):
         folder.mkdir(parents=True, exist_ok=True)
+        # Written before the first answer, so that an interrupted run is recognised and continued.
         write_key(folder, {**job.about(), **key, "complete": False})
     if not read_key(folder)["complete"]:
         sampling = Sampling(temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_new_tokens)
@@ -169,6 +178,7 @@ def _continues(folder: Path, key: Key, overwrite: bool) -> bool:
     """
     if not (folder / HEADER).exists():
         return False
+    # Before the comparison: a result that is replaced need not fit.
     if overwrite:
         shutil.rmtree(folder)
         return False

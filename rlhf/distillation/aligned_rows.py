@@ -194,14 +194,14 @@ def _scored_spans(encoded: tuple[Row, Row], sides: tuple[_Side, _Side], align: A
     """The span of each scored token of both sides, -1 for none."""
     spans = _spans_of_tokens(encoded, sides, align)
     # A span with a token that is not predicted or was cut off, on either side, is lost as a whole.
-    lost = {
+    lost_spans = {
         span
         for side, side_spans in zip(sides, spans, strict=True)
         for position, span in enumerate(side_spans)
         if not 0 < position < side.limits.max_length
     }
     # The rest is numbered without gaps: a batch counts spans by the largest number.
-    remaining = sorted(set(spans[0]) - lost - {-1})
+    remaining = sorted(set(spans[0]) - lost_spans - {-1})
     number_of = {span: number for number, span in enumerate(remaining)}
     scored_spans = []
     for side, row, side_spans in zip(sides, encoded, spans, strict=True):
@@ -248,14 +248,14 @@ def _align_positions(
 def _answers(encoded: Row, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Positions of each run of labelled tokens, without a BOS, which only one side may have."""
     # A run of labels is an answer: between two answers there are tokens of the user or of the template.
-    runs: list[list[int]] = []
+    position_runs: list[list[int]] = []
     previous = -2
     for position, label in enumerate(encoded["labels"]):
         is_bos = position == 0 and label == tokenizer.bos_token_id
         if label == IGNORE or is_bos:
             continue
         if position > previous + 1:
-            runs.append([])
-        runs[-1].append(position)
+            position_runs.append([])
+        position_runs[-1].append(position)
         previous = position
-    return runs
+    return position_runs

@@ -125,26 +125,27 @@ def align_answer(student: Sequence[Piece], teacher: Sequence[Piece]) -> Spans:
         sides = [_without_leading_space(pieces) for pieces in (student, teacher)]
         texts = [_text_of(pieces) for pieces in sides]
         # The answer that both have is the shorter text, without white space around it.
-        core = min((text.strip() for text in texts), key=len)
-        if any(core not in text for text in texts):
+        shared_text = min((text.strip() for text in texts), key=len)
+        if any(shared_text not in text for text in texts):
             raise
     # The last occurrence: a thought that one template writes before the answer may quote it.
-    bounds = [_token_bounds(pieces, text.rfind(core)) for pieces, text in zip(sides, texts, strict=True)]
+    token_bounds = [_token_bounds(pieces, text.rfind(shared_text)) for pieces, text in zip(sides, texts, strict=True)]
     # A token may reach over an end of the core. The compared stretch then shrinks to the next boundary of both sides.
     student_ends, teacher_ends = (
-        {end for token in tokens for end in token if 0 <= end <= len(core)} for tokens in bounds
+        {end for token in tokens for end in token if 0 <= end <= len(shared_text)} for tokens in token_bounds
     )
     common_ends = student_ends & teacher_ends or {0}
     first, last = min(common_ends), max(common_ends)
-    inside = [
-        [index for index, (start, end) in enumerate(tokens) if first <= start and end <= last] for tokens in bounds
+    indices_inside = [
+        [index for index, (start, end) in enumerate(tokens) if first <= start and end <= last]
+        for tokens in token_bounds
     ]
-    compared = [[pieces[index] for index in indices] for pieces, indices in zip(sides, inside, strict=True)]
+    compared = [[pieces[index] for index in indices] for pieces, indices in zip(sides, indices_inside, strict=True)]
     spans = align(*compared)
     # Tokens outside of the compared stretch are in no span.
     student_spans, teacher_spans = (torch.full((len(pieces),), -1) for pieces in sides)
-    student_spans[inside[0]] = spans.student
-    teacher_spans[inside[1]] = spans.teacher
+    student_spans[indices_inside[0]] = spans.student
+    teacher_spans[indices_inside[1]] = spans.teacher
     return Spans(student_spans, teacher_spans, spans.total)
 
 
@@ -172,8 +173,8 @@ def concatenate(sequences: Sequence[Spans]) -> Spans:
         Spans over all tokens of the batch.
     """
     # An empty start, so that no sequences at all give tensors of the right type.
-    empty = torch.empty(0, dtype=torch.int64)
-    student_parts, teacher_parts = [empty], [empty]
+    no_spans = torch.empty(0, dtype=torch.int64)
+    student_parts, teacher_parts = [no_spans], [no_spans]
     total = 0
     for spans in sequences:
         student_parts.append(_shifted(spans.student, total))
@@ -221,15 +222,17 @@ def _same_text(student: Sequence[Piece], teacher: Sequence[Piece]) -> tuple[Sequ
 def _difference(student_text: bytes, teacher_text: bytes) -> str:
     """The message that shows where two texts differ, with a little of what is around."""
     different = (
-        place for place, (ours, theirs) in enumerate(zip(student_text, teacher_text, strict=False)) if ours != theirs
+        position
+        for position, (student_byte, teacher_byte) in enumerate(zip(student_text, teacher_text, strict=False))
+        if student_byte != teacher_byte
     )
-    place = next(different, min(len(student_text), len(teacher_text)))
-    here, there = (
-        text[max(place - 10, 0) : place + 20].decode(errors="replace") for text in (student_text, teacher_text)
+    position = next(different, min(len(student_text), len(teacher_text)))
+    student_excerpt, teacher_excerpt = (
+        text[max(position - 10, 0) : position + 20].decode(errors="replace") for text in (student_text, teacher_text)
     )
     return (
-        f"the two tokenizers do not have the same text: they differ at byte {place} ({here!r} for the student, "
-        f"{there!r} for the teacher)"
+        f"the two tokenizers do not have the same text: they differ at byte {position} ("
+        f"{student_excerpt!r} for the student, {teacher_excerpt!r} for the teacher)"
     )
 
 
@@ -271,14 +274,14 @@ def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether tokens are written in GPT-2's alphabet of bytes; False for SentencePiece, an error for other kinds."""
     # The decoder alone is read: to serialise the whole tokenizer takes a tenth of a second.
     decoder = tokenizer.backend_tokenizer.decoder if tokenizer.is_fast else None
-    kinds = set() if decoder is None else _decoder_kinds(json.loads(decoder.__getstate__()))
-    if "ByteLevel" in kinds:
+    decoder_kinds = set() if decoder is None else _decoder_kinds(json.loads(decoder.__getstate__()))
+    if "ByteLevel" in decoder_kinds:
         return True
-    if kinds & {"ByteFallback", "Metaspace"}:
+    if decoder_kinds & {"ByteFallback", "Metaspace"}:
         return False
     raise ValueError(
         f"the tokenizer of {tokenizer.name_or_path or 'this model'} is neither byte-level nor of SentencePiece's kind "
-        f"(its decoder: {', '.join(sorted(kinds)) or 'none'}): the bytes of its tokens are not known"
+        f"(its decoder: {', '.join(sorted(decoder_kinds)) or 'none'}): the bytes of its tokens are not known"
     )
 
 

@@ -114,18 +114,18 @@ def sample_completions(
     engine = LocalEngine(model, tokenizer)
     num_written = len(lines)
     progress = datasets.utils.tqdm(total=len(rows), initial=start, desc="teacher", unit="row")
-    with path.open("ab") as out, progress:
-        for first in range(start, len(rows), PROMPTS_PER_CALL):
-            prompts = rows[first : first + PROMPTS_PER_CALL]["prompt_ids"]
-            numbers = range(first, first + len(prompts))
+    with path.open("ab") as answers_file, progress:
+        for first_row in range(start, len(rows), PROMPTS_PER_CALL):
+            prompts = rows[first_row : first_row + PROMPTS_PER_CALL]["prompt_ids"]
+            numbers = range(first_row, first_row + len(prompts))
             # Each answer has a random stream of its own by its row number, whatever it is batched with.
             groups = engine.generate(prompts, 1, sampling, seed, index=numbers)
             for row, (completion,) in zip(numbers, groups, strict=True):
                 line = _line(rows, row, completion, engine)
                 if line is not None:
-                    out.write(line)
+                    answers_file.write(line)
                     num_written += 1
-            out.flush()
+            answers_file.flush()
             progress.update(len(numbers))
     if num_written < len(rows):
         logger.warning(

@@ -155,8 +155,8 @@ class DistillConfig(GenerationArguments, TextConfig):
         if self.max_new_tokens is not None:
             self.max_completion_length, self.max_new_tokens = self.max_new_tokens, None
         if self.teacher_model_revision is not None:
-            given = self.teacher_model_init_kwargs if isinstance(self.teacher_model_init_kwargs, dict) else {}
-            self.teacher_model_init_kwargs = {"revision": self.teacher_model_revision, **given}
+            init_kwargs = self.teacher_model_init_kwargs if isinstance(self.teacher_model_init_kwargs, dict) else {}
+            self.teacher_model_init_kwargs = {"revision": self.teacher_model_revision, **init_kwargs}
             self.teacher_model_revision = None
         self.take_over_generation()
         # Without own answers nothing is sampled, so these options would be ignored.
@@ -238,7 +238,7 @@ class DistillConfig(GenerationArguments, TextConfig):
             raise ValueError(
                 f"hidden_state_weight compares token by token, and align {align} has other tokens: leave it out"
             )
-        defaults = {one.name: one.default for one in fields(self)}
-        given = [name for name in _OF_A_DIVERGENCE if getattr(self, name) != defaults[name]]
-        if given:
-            raise ValueError(f"align {align} has a loss of its own: leave {', '.join(given)} out")
+        defaults = {option_field.name: option_field.default for option_field in fields(self)}
+        options_set = [name for name in _OF_A_DIVERGENCE if getattr(self, name) != defaults[name]]
+        if options_set:
+            raise ValueError(f"align {align} has a loss of its own: leave {', '.join(options_set)} out")

@@ -82,7 +82,7 @@ class CrossTokenizer:
     def pad_token_id(self) -> int:
         """A token to pad with; any would do, as padding is never read."""
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        return next((index for index in candidates if index is not None), 0)
+        return next((token_id for token_id in candidates if token_id is not None), 0)
 
 
 @dataclass
@@ -166,11 +166,11 @@ def span_distances(logps: Tensor, teacher_logps: Tensor, alignment: Alignment, t
     Returns:
         [N].
     """
-    spans, total = alignment.spans, alignment.spans.total
-    student_spans = span_logps(logps, spans.student, total)
-    teacher_spans = span_logps(teacher_logps, spans.teacher, total)
-    # Each span once, however many tokens it has on either side.
+    spans, num_spans = alignment.spans, alignment.spans.total
+    student_spans = span_logps(logps, spans.student, num_spans)
+    teacher_spans = span_logps(teacher_logps, spans.teacher, num_spans)
+    # Each span once, however many tokens it has on either side. The teacher may be in another dtype.
     losses = span_loss(student_spans, teacher_spans.to(student_spans.dtype), temperature, reduction="none")
     # Tokens that begin no span read one more entry, which is 0.
-    slot = torch.where(alignment.partner >= 0, spans.student, total)
-    return torch.cat([losses, losses.new_zeros(1)])[slot]
+    span_of_token = torch.where(alignment.partner >= 0, spans.student, num_spans)
+    return torch.cat([losses, losses.new_zeros(1)])[span_of_token]

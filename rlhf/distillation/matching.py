@@ -123,9 +123,11 @@ class MatchingPolicy(Policy):
         dtype = torch.promote_types(embedding.dtype, torch.float32)
         # A generator of their own, so that drawing them changes no other random number of the run.
         generator = torch.Generator().manual_seed(seed)
-        bound = 1 / math.sqrt(student_width)
+        uniform_bound = 1 / math.sqrt(student_width)
         for _ in self.teacher_layers:
-            weight = torch.empty(teacher_width, student_width).uniform_(-bound, bound, generator=generator)
+            weight = torch.empty(teacher_width, student_width).uniform_(
+                -uniform_bound, uniform_bound, generator=generator
+            )
             self.projections.append(nn.Parameter(weight.to(embedding.device, dtype)))
 
     def forward(self, batch: Batch, objective: HeadObjective | None = None, entropy: bool = False) -> Scores:

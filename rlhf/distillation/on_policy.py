@@ -45,27 +45,27 @@ def mark_prompts(rows: Dataset, max_prompt: int, drop_long_prompts: bool, num_pr
         answer_start = int(unscored[-1]) + 1 if len(unscored) else 0
         return {ROW_NUMBER: number, ANSWER_START: answer_start}
 
-    marked = rows.map(mark, with_indices=True, num_proc=num_proc, desc="finding prompts")
-    starts = np.array(marked[ANSWER_START])
+    rows_with_starts = rows.map(mark, with_indices=True, num_proc=num_proc, desc="finding prompts")
+    answer_starts = np.array(rows_with_starts[ANSWER_START])
     # A start of 0 is a row of which everything is scored: plain text has no prompt.
-    if not starts.all():
+    if not answer_starts.all():
         raise ValueError(
-            f"tokenised row {int(np.argmin(starts)) + 1} is all scored, so it has no prompt for the student to answer: "
-            "lmbda is for conversations and prompts with completions"
+            f"tokenised row {int(np.argmin(answer_starts)) + 1} is all scored, so it has no prompt for the student to "
+            "answer: lmbda is for conversations and prompts with completions"
         )
-    too_long = np.flatnonzero(starts > max_prompt)
+    too_long = np.flatnonzero(answer_starts > max_prompt)
     if len(too_long) and not drop_long_prompts:
         raise ValueError(
-            f"tokenised row {too_long[0] + 1}: its prompt has {starts[too_long[0]]} tokens, and max_length less "
+            f"tokenised row {too_long[0] + 1}: its prompt has {answer_starts[too_long[0]]} tokens, and max_length less "
             f"max_completion_length leaves {max_prompt}: raise max_length, or pass --drop_long_prompts"
         )
     if len(too_long):
-        marked = marked.select(np.flatnonzero(starts <= max_prompt))
-    if not len(marked):
+        rows_with_starts = rows_with_starts.select(np.flatnonzero(answer_starts <= max_prompt))
+    if not len(rows_with_starts):
         raise ValueError(
             f"no prompt has at most the {max_prompt} tokens that max_length less max_completion_length leaves"
         )
-    return marked
+    return rows_with_starts
 
 
 @dataclass
@@ -103,9 +103,9 @@ class StudentRollouts:
             The rows, some of them with another answer, and what is logged.
         """
         rows = [row for micro_batch in micro_batches for row in micro_batch]
-        chosen = [row for row in rows if self._is_chosen(row, step)]
-        numbers = [row[ROW_NUMBER] for row in chosen]
-        prompts = [row["input_ids"][: row[ANSWER_START]] for row in chosen]
+        chosen_rows = [row for row in rows if self._is_chosen(row, step)]
+        numbers = [row[ROW_NUMBER] for row in chosen_rows]
+        prompts = [row["input_ids"][: row[ANSWER_START]] for row in chosen_rows]
         # The row number is the stream of each answer, so which other rows are answered changes nothing.
         step_seed = int(np.random.SeedSequence((self.seed, step)).generate_state(1)[0])
         started = time.perf_counter()

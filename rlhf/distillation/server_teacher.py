@@ -71,9 +71,9 @@ class ServerTeacher(TopKTeacher):
                 token_logps.append(logp_of[token])
         logps = torch.tensor(top_logps)
         # In float64: for a confident teacher the rest is a small difference of numbers near 1.
-        mass = logps.double().exp().sum(1).clamp(max=1 - 1e-9)
-        rest = torch.log1p(-mass).float()
-        return TopK(torch.tensor(top_ids), logps, rest), torch.tensor(token_logps)
+        top_mass = logps.double().exp().sum(1).clamp(max=1 - 1e-9)
+        rest_logp = torch.log1p(-top_mass).float()
+        return TopK(torch.tensor(top_ids), logps, rest_logp), torch.tensor(token_logps)
 
 
 def connect(url: str, model: str, tokenizer: PreTrainedTokenizerBase) -> ServerEngine:

@@ -37,9 +37,9 @@ def spread_layers(total: int, count: int) -> list[int]:
     """
     if not 1 <= count <= total:
         raise ValueError(f"layers must be between 1 and {total}, as many as the teacher has; got {count}")
-    gaps = max(count - 1, 1)
+    num_gaps = max(count - 1, 1)
     # i * (total - 1) / gaps, rounded half up in integers.
-    return [(2 * i * (total - 1) + gaps) // (2 * gaps) for i in range(count)]
+    return [(2 * index * (total - 1) + num_gaps) // (2 * num_gaps) for index in range(count)]
 
 
 def matched_layers(student: PretrainedConfig, teacher: PretrainedConfig) -> list[int]:
@@ -83,11 +83,13 @@ def layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == depth
     }
     # A list within a layer, of its experts say, may happen to be as long.
-    outer = {name: module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
-    if depth is None or len(outer) != 1:
-        seen = f"found {', '.join(outer)}" if outer else "found none"
-        raise ValueError(f"{type(model).__name__}: its layers are not one list of {depth} modules ({seen})")
-    return next(iter(outer.items()))
+    outermost_lists = {
+        name: module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)
+    }
+    if depth is None or len(outermost_lists) != 1:
+        description = f"found {', '.join(outermost_lists)}" if outermost_lists else "found none"
+        raise ValueError(f"{type(model).__name__}: its layers are not one list of {depth} modules ({description})")
+    return next(iter(outermost_lists.items()))
 
 
 def copy_layers(teacher: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
@@ -105,23 +107,25 @@ def copy_layers(teacher: PreTrainedModel, kept: Sequence[int]) -> PreTrainedMode
             in one list, or one whose layers would not be the same at another place.
     """
     path, teacher_layers = layer_list(teacher)
-    numbers = list(kept)
-    is_increasing = numbers == sorted(set(numbers))
-    is_inside = all(0 <= number < len(teacher_layers) for number in numbers)
-    if not (numbers and is_increasing and is_inside):
-        raise ValueError(f"keep must be increasing layer numbers from 0 to {len(teacher_layers) - 1}; got {numbers}")
-    # Built from a configuration rather than cut out of the teacher, so that each layer knows its new position.
-    student = AutoModelForCausalLM.from_config(_shorter_config(teacher.config, numbers), dtype=teacher.dtype)
-    try:
-        student.load_state_dict(_weights_of_layers(teacher.state_dict(), path, numbers))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+    layer_numbers = list(kept)
+    is_increasing = layer_numbers == sorted(set(layer_numbers))
+    is_inside = all(0 <= layer_number < len(teacher_layers) for layer_number in layer_numbers)
+    if not (layer_numbers and is_increasing and is_inside):
         raise ValueError(
-            f"{type(teacher).__name__}: layers {numbers} do not fit a model of their own ({reason})"
+            f"keep must be increasing layer numbers from 0 to {len(teacher_layers) - 1}; got {layer_numbers}"
+        )
+    # Built from a configuration rather than cut out of the teacher, so that each layer knows its new position.
+    student = AutoModelForCausalLM.from_config(_shorter_config(teacher.config, layer_numbers), dtype=teacher.dtype)
+    try:
+        student.load_state_dict(_weights_of_layers(teacher.state_dict(), path, layer_numbers))
+    except RuntimeError as error:
+        load_error = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{type(teacher).__name__}: layers {layer_numbers} do not fit a model of their own ({load_error})"
         ) from error
     for position, layer in enumerate(layer_list(student)[1]):
-        number = numbers[position]
-        _check_same_settings(teacher_layers[number], layer, number, position)
+        layer_number = layer_numbers[position]
+        _check_same_settings(teacher_layers[layer_number], layer, layer_number, position)
     # A new model has the defaults of transformers; the student should generate as the teacher does.
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval()

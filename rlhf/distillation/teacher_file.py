@@ -296,11 +296,11 @@ def write_key(folder: Path, key: Key) -> None:
         key: to write.
     """
     path = folder / HEADER
-    draft = folder / f"{HEADER}.new"
+    new_header = folder / f"{HEADER}.new"
     text = json.dumps({"format": FORMAT, **key}, indent=2, ensure_ascii=False)
-    draft.write_text(text + "\n", encoding="utf-8")
+    new_header.write_text(text + "\n", encoding="utf-8")
     # Replaced in one step: an interruption leaves the key from before.
-    os.replace(draft, path)
+    os.replace(new_header, path)
 
 
 def _layout_of(key: Key) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

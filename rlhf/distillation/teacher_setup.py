@@ -32,6 +32,7 @@ def check_teacher(
     if teacher_model is student:
         raise ValueError("the student is its own teacher: pass a copy, or train an adapter and no teacher_model")
     is_elsewhere = args.teacher_file is not None or args.teacher_server_url is not None
+    # Under an adapter the model's own weights stay as they were, so that they can be the teacher.
     has_adapter = adapter_is_new or hasattr(student, "get_base_model")
     if teacher_model is None and not has_adapter and not is_elsewhere:
         raise ValueError(
@@ -143,18 +144,18 @@ def shared_vocabulary(student: Policy, teacher: Policy, tokenizer: PreTrainedTok
         ValueError: the sizes differ and the tokenizer is not known.
     """
     # Read off the heads: a configuration may have been changed without the weights.
-    sizes = [policy.without_adapter.get_output_embeddings().weight.size(0) for policy in (student, teacher)]
-    if sizes[0] == sizes[1]:
+    vocab_sizes = [policy.without_adapter.get_output_embeddings().weight.size(0) for policy in (student, teacher)]
+    if vocab_sizes[0] == vocab_sizes[1]:
         return None
     if tokenizer is None:
         raise ValueError(
-            f"the student has {sizes[0]} tokens, the teacher {sizes[1]}: pass teacher_processing_class, its "
-            "tokenizer, to show that they differ by padding alone"
+            f"the student has {vocab_sizes[0]} tokens, the teacher {vocab_sizes[1]}: pass teacher_processing_class, "
+            "its tokenizer, to show that they differ by padding alone"
         )
     # Beyond the largest id both heads have nothing but padding.
-    tokens = max(tokenizer.get_vocab().values()) + 1
-    logger.info("student and teacher are padded to %d and %d tokens; the %d real ones count", *sizes, tokens)
-    return tokens
+    num_tokens = max(tokenizer.get_vocab().values()) + 1
+    logger.info("student and teacher are padded to %d and %d tokens; the %d real ones count", *vocab_sizes, num_tokens)
+    return num_tokens
 
 
 def known_tokenizer(
@@ -163,6 +164,7 @@ def known_tokenizer(
     """The tokenizer that was given, or that of the model's name or folder; None where neither is known."""
     if tokenizer is not None:
         return tokenizer
+    # transformers notes in the configuration where a model was loaded from.
     name = model if isinstance(model, str) else str(getattr(model.config, "_name_or_path", ""))
     return load_tokenizer(name) if name else None
 

@@ -74,6 +74,7 @@ class DistillTrainer(TextTrainer):
     """
 
     wrapper = MatchingPolicy
+    # Projections between hidden states are trained, but are no part of the student.
     extra_state_file = "projections.safetensors"
     config_class: ClassVar[type[BaseConfig]] = DistillConfig
     exp_metrics: ClassVar[frozenset[str]] = frozenset({"perplexity", "teacher_perplexity"})
@@ -121,9 +122,11 @@ class DistillTrainer(TextTrainer):
         """The source of predictions that the configuration and the arguments ask for."""
         args, divergence = self.args, self.args.loss()
         student_tokenizer: Any = self.processing_class
-        cross = self._cross_tokenizer
-        if cross is not None:
-            return CrossTokenizerTeacher(divergence, self.freeze(cross.model), cross.align, cross.pad_token_id)
+        cross_tokenizer = self._cross_tokenizer
+        if cross_tokenizer is not None:
+            return CrossTokenizerTeacher(
+                divergence, self.freeze(cross_tokenizer.model), cross_tokenizer.align, cross_tokenizer.pad_token_id
+            )
         if args.teacher_file is not None:
             self.train_dataset, file = open_rows(args, self.train_dataset, student_tokenizer)
             return FileTeacher(divergence, file)
@@ -169,8 +172,8 @@ class DistillTrainer(TextTrainer):
         """The student's own answers; marks the prompts of the training rows."""
         args, rows = self.args, self.train_dataset
         # The answers' log-probs come from the training pass, so those that the engine reports are not read.
-        max_prompt = args.limit() - args.max_completion_length
-        self.train_dataset = mark_prompts(rows, max_prompt, args.drop_long_prompts, args.dataset_num_proc)
+        max_prompt_length = args.limit() - args.max_completion_length
+        self.train_dataset = mark_prompts(rows, max_prompt_length, args.drop_long_prompts, args.dataset_num_proc)
         if engine is None:
             tokenizer: Any = self.processing_class
             engine = make_engine(args, self.policy, tokenizer, self.accelerator, reads_logps=False)

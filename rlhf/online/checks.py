@@ -78,10 +78,10 @@ def _check_batch_sizes(args: Any) -> None:
     if args.tokens_per_batch is not None:
         raise ValueError("tokens_per_batch is for data that is there before training: leave it out")
     # A group stays on one process and in one step: its baseline needs all of it.
-    step = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    if step % args.completions_used:
+    completions_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if completions_per_step % args.completions_used:
         raise ValueError(
-            f"a step takes {step} completions on each device (per_device_train_batch_size * "
+            f"a step takes {completions_per_step} completions on each device (per_device_train_batch_size * "
             f"gradient_accumulation_steps), which is no multiple of the {args.completions_used} of a prompt"
         )
     # A micro-batch holds whole pairs.
@@ -117,9 +117,9 @@ def _check_pairs(args: Any) -> None:
         if column not in PAIR_LENGTHS and column not in args.loss_options:
             raise ValueError(f"loss_type {args.loss_type} reads {column}, which sampled pairs do not have")
     # The loss checks its options itself, now rather than at the first step.
-    one = torch.ones(1)
+    one_pair = torch.ones(1)
     try:
-        args.pair_loss(one, one, one, one, **dict.fromkeys(PAIR_LENGTHS, one))
+        args.pair_loss(one_pair, one_pair, one_pair, one_pair, **dict.fromkeys(PAIR_LENGTHS, one_pair))
     except TypeError as error:
         raise ValueError(f"loss_type {args.loss_type}: {error}") from error
 

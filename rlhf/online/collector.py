@@ -151,35 +151,35 @@ class RolloutCollector:
         """
         num_samples = self.args.num_generations
         next_number = self.prompts_per_rollout
-        varied: list[list[Sample]] = []
-        equal: list[list[Sample]] = []
+        groups_with_variance: list[list[Sample]] = []
+        equal_groups: list[list[Sample]] = []
         new_samples = rollout.samples
         for attempts_left in reversed(range(self.args.dynamic_sampling + 1)):
             # In the order of prompts, whichever process sampled them.
             everyone = sorted(gather_object(new_samples), key=lambda sample: sample.group)
             for start in range(0, len(everyone), num_samples):
                 group = everyone[start : start + num_samples]
-                (varied if groups_with_reward_variance(group) else equal).append(group)
-            rollout.zero_std_groups = len(equal), len(equal) + len(varied)
-            missing = self.prompts_per_rollout - len(varied)
+                (groups_with_variance if groups_with_reward_variance(group) else equal_groups).append(group)
+            rollout.zero_std_groups = len(equal_groups), len(equal_groups) + len(groups_with_variance)
+            missing = self.prompts_per_rollout - len(groups_with_variance)
             if missing <= 0 or not attempts_left:
                 break
             rows = list(enumerate(self.prompts.draw(missing), start=next_number))
             next_number += missing
-            mine = rows[self.args.process_index :: self.args.world_size]
-            new_samples = self._sample_and_score(mine, state, rollout)
-        chosen = (varied + equal)[: self.prompts_per_rollout]
+            process_rows = rows[self.args.process_index :: self.args.world_size]
+            new_samples = self._sample_and_score(process_rows, state, rollout)
+        groups_used = (groups_with_variance + equal_groups)[: self.prompts_per_rollout]
         # Groups are numbered anew, as two prompts of different draws must not share a number.
-        for number, group in enumerate(chosen):
+        for number, group in enumerate(groups_used):
             for sample in group:
                 sample.group = number
-        rollout.samples = [sample for group in self._share_of_minibatches(chosen) for sample in group]
+        rollout.samples = [sample for group in self._share_of_minibatches(groups_used) for sample in group]
 
     def _greedy_rewards(self, rollout: Rollout, state: TrainerState) -> Tensor:
         """ReMax's baseline: the reward of the most probable completion of each sample's prompt, [S]."""
         row_of_group = {sample.group: sample.row for sample in rollout.samples}
-        greedy = replace(self.args.sampling(), temperature=0.0)
-        samples = self._sample(list(row_of_group.items()), greedy, 1, self.num_rollouts)
+        greedy_sampling = replace(self.args.sampling(), temperature=0.0)
+        samples = self._sample(list(row_of_group.items()), greedy_sampling, 1, self.num_rollouts)
         rollout.scored += self._score(samples, state)
         reward_of_group = {sample.group: sample.reward for sample in samples}
         return torch.tensor([reward_of_group[sample.group] for sample in rollout.samples])

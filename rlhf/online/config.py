@@ -120,6 +120,7 @@ class PPOConfig(TRLNames, ReferenceSyncArguments, BaseConfig):
         self.advantage_estimator = ADVANTAGE_ESTIMATORS.name_of(self.advantage_estimator)
         losses: Registry[Any] = PREFERENCE_LOSSES if self.advantage_estimator == "pairs" else POLICY_LOSSES
         self.loss_type = losses.name_of(self.loss_type)
+        # Before all that follows, which knows the names here alone.
         take_over_names(self)
         if self.multi_objective_aggregation == "normalize_then_sum" and self.advantage_estimator == "group":
             self.advantage_estimator = "gdpo"
@@ -162,6 +163,7 @@ class PPOConfig(TRLNames, ReferenceSyncArguments, BaseConfig):
     @property
     def kl_in_reward(self) -> bool:
         """Whether the KL to the reference is subtracted from rewards."""
+        # A loss of pairs bounds the KL by itself.
         return self.beta > 0 and self.kl_in == "reward" and self.advantage_estimator != "pairs"
 
     @property
@@ -191,6 +193,7 @@ class PPOConfig(TRLNames, ReferenceSyncArguments, BaseConfig):
             delta=self.delta,
             max_completion_length=self.max_completion_length,
             loss_kwargs=self.loss_options,
+            # In the reward the KL is part of the advantages already.
             beta=beta if self.kl_in == "loss" else 0.0,
             kl_estimator=str(self.kl_estimator),
             entropy_coef=self.entropy_coef,

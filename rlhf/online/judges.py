@@ -63,6 +63,7 @@ def check_tokenizers(tokenizer: Any, folder: str) -> None:
         ValueError: a token has another id.
     """
     vocabulary, critic_vocabulary = tokenizer.get_vocab(), load_tokenizer(folder).get_vocab()
+    # Both ways: a token that one side alone has differs too.
     for token in [*vocabulary, *critic_vocabulary]:
         policy_id, critic_id = vocabulary.get(token), critic_vocabulary.get(token)
         if policy_id != critic_id:

@@ -150,11 +150,11 @@ def step_metrics(
     # A peak is kept by its largest value: a mean over steps would hide it.
     peaks = {"ratio/max": (ratio * mask).max()}
     if clip is not None:
-        low, high = clip
+        clip_below, clip_above = clip
         advantages = per_token["advantages"]
         # The loss is pessimistic: only a ratio that already went where the advantage points is clipped.
-        clipped_low = (ratio < 1 - low) & (advantages < 0)
-        clipped_high = (ratio > 1 + high) & (advantages > 0)
+        clipped_low = (ratio < 1 - clip_below) & (advantages < 0)
+        clipped_high = (ratio > 1 + clip_above) & (advantages > 0)
         metrics["clip_ratio/low"] = ((clipped_low * mask).sum(), count)
         metrics["clip_ratio/high"] = ((clipped_high * mask).sum(), count)
     if "old_logps" in per_token:
@@ -298,6 +298,6 @@ class Diagnosis:
         if self.first_entropy is None:
             self.first_entropy = logs.get("entropy")
         troubles = diagnose(logs, self.first_entropy, half_precision)
-        new = [message for name, message in troubles.items() if name not in self.already_warned]
+        new_messages = [message for name, message in troubles.items() if name not in self.already_warned]
         self.already_warned |= troubles.keys()
-        return new
+        return new_messages

@@ -34,6 +34,7 @@ def add_model_scores(
         old_logps: whether log-probs before the first step are needed, and the critic's values with them.
         entropy: whether the entropy of each token is needed.
     """
+    # A rollout of one step takes its old log-probs from the training pass.
     if reference is None and not old_logps:
         return
     # Without dropout: these are the numbers that training's ratios are compared with.
@@ -53,6 +54,6 @@ def add_model_scores(
             if vector is None:
                 continue
             # On the host, where samples are gathered over processes and saved in checkpoints.
-            for sample, part in zip(samples, vector.cpu().split(lengths), strict=True):
-                sample.tokens[name] = part
+            for sample, sample_vector in zip(samples, vector.cpu().split(lengths), strict=True):
+                sample.tokens[name] = sample_vector
     model.train(was_training)

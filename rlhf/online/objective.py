@@ -42,6 +42,7 @@ class Objective:
     @property
     def is_coupled(self) -> bool:
         """Whether the loss of a token depends on the other tokens of its sequence."""
+        # The ratio of a sequence and the fall of its log-probs are means over its tokens.
         return self.loss.coupled or self.level == "sequence" or self.off_policy_threshold is not None
 
     @property
@@ -50,8 +51,8 @@ class Objective:
         settings = {**self.loss.defaults, **self.options}
         if "epsilon" not in settings or self.loss.coupled or self.level == "sequence":
             return None
-        low, high = settings["epsilon"], settings.get("epsilon_high")
-        return low, low if high is None else high
+        clip_below, clip_above = settings["epsilon"], settings.get("epsilon_high")
+        return clip_below, clip_below if clip_above is None else clip_above
 
     def count(self, lengths: tuple[int, ...]) -> int:
         """What the sum is divided by.
@@ -63,6 +64,7 @@ class Objective:
         """
         if self.loss.mean == "tokens":
             return sum(lengths)
+        # A sequence without tokens in the loss must not make the mean smaller.
         return sum(length > 0 for length in lengths)
 
     def token_weights(
@@ -80,6 +82,7 @@ class Objective:
         # Of a mean over sequences, each token gets the share of one sequence that it is.
         if self.loss.mean == "sequences":
             length = torch.tensor(lengths, device=sequence.device, dtype=dtype)[sequence]
+            # A length of 0 belongs to tokens that are masked anyway.
             return 1 / length.clamp(min=1)
         return torch.full((len(sequence),), 1 / self._constant_length, device=sequence.device, dtype=dtype)
 
@@ -90,8 +93,8 @@ class Objective:
 
     def _policy_loss(self, tokens: Tokens, weight: Tensor, correction: Tensor) -> Tensor:
         # The term of dr_grpo is divided by its constant already.
-        terms = self.loss.term(tokens, **self.options) * self._constant_length
-        return (terms * weight * correction).sum()
+        token_terms = self.loss.term(tokens, **self.options) * self._constant_length
+        return (token_terms * weight * correction).sum()
 
     def token_loss(
         self, scores: Scores, advantages: Tensor, weight: Tensor, correction: Tensor, old: Tensor, ref: Tensor
@@ -139,8 +142,8 @@ class Objective:
         tokens = Tokens.of_sequences(scores.logps, old, advantages, sequence, len(lengths), mask=weight > 0)
         # A bad sequence that the policy has left since it was sampled is not pushed down further.
         if self.off_policy_threshold is not None:
-            fall = -tokens.spread(tokens.mean(tokens.logps - tokens.old_logps)).detach()
-            is_stale = (fall > self.off_policy_threshold) & (advantages < 0)
+            logp_drop = -tokens.spread(tokens.mean(tokens.logps - tokens.old_logps)).detach()
+            is_stale = (logp_drop > self.off_policy_threshold) & (advantages < 0)
             correction = correction * ~is_stale
         if self.level == "sequence":
             tokens = tokens.with_sequence_ratios()
@@ -160,7 +163,9 @@ class Objective:
         total = scores.logps.new_zeros(())
         # The samples come from an older policy: the ratio gives the estimate the gradient of the KL of this one.
         if self.beta:
+            # Advantages play no part in the ratio: any numbers will do.
             ratio = Tokens(scores.logps, old, old).ratio
+            # The derivative of k2 is that of the KL by itself, so that its ratio is a constant weight.
             if self.kl_estimator == "k2":
                 ratio = ratio.detach()
             kl = kl_estimate(scores.logps, ref, self.kl_estimator)
@@ -203,17 +208,17 @@ def make_objective(
     # A loss without token ratios has nothing that the sequence's ratio could replace.
     if level == "sequence" and not loss.token_ratios:
         raise ValueError(f"loss_type {name} has no ratios of tokens: leave importance_sampling_level out")
-    clip = {"epsilon": epsilon, "epsilon_high": epsilon_high, "delta": delta}
-    given = {option: value for option, value in clip.items() if value is not None} | loss_kwargs
-    for option in given:
+    clip_options = {"epsilon": epsilon, "epsilon_high": epsilon_high, "delta": delta}
+    chosen_options = {option: value for option, value in clip_options.items() if value is not None} | loss_kwargs
+    for option in chosen_options:
         if option not in loss.hyper_parameters:
-            taken = ", ".join(loss.hyper_parameters) or "nothing"
-            raise ValueError(f"loss_type {name} takes no {option}; it takes {taken} (--loss_kwargs)")
-    options = arguments_of(loss.term, {"max_completion_length": max_completion_length}) | given
+            accepted_names = ", ".join(loss.hyper_parameters) or "nothing"
+            raise ValueError(f"loss_type {name} takes no {option}; it takes {accepted_names} (--loss_kwargs)")
+    options = arguments_of(loss.term, {"max_completion_length": max_completion_length}) | chosen_options
     # The loss itself checks its hyper-parameters: here, rather than at the first step.
-    one = torch.zeros(1)
+    one_token = torch.zeros(1)
     try:
-        loss(one, one, one, torch.zeros(1, dtype=torch.int64), num_sequences=1, **options)
+        loss(one_token, one_token, one_token, torch.zeros(1, dtype=torch.int64), num_sequences=1, **options)
     except TypeError as error:
         raise ValueError(f"loss_type {name}: {error}") from error
     return Objective(loss, options, level=level, **terms)

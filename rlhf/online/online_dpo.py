@@ -42,7 +42,7 @@ class OnlineDPOTrainer(PPOTrainer):
         in_loss = torch.tensor(_pairs_in_loss(batch), device=losses.device)
         # A tie, or a sample without a reward, gives no preference. The divisor is the number of the other pairs.
         losses = torch.where(in_loss, losses, 0.0)
-        count = in_loss.float()
+        pair_counts = in_loss.float()
 
         log_ratios = (logps - ref_logps).detach()
         chosen_log_ratio, rejected_log_ratio = _of_pairs(targets.sum(log_ratios))
@@ -51,12 +51,13 @@ class OnlineDPOTrainer(PPOTrainer):
         accuracies = (margins > 0) + 0.5 * (margins == 0)
         kl = targets.sum(log_ratios)
         metrics = {
-            "rewards/margins": (margins * count, count),
-            "rewards/accuracies": (accuracies * count, count),
+            "rewards/margins": (margins * pair_counts, pair_counts),
+            "rewards/accuracies": (accuracies * pair_counts, pair_counts),
             "kl": (kl, torch.ones_like(kl)),
+            # Estimated from the samples, which needs no pass over the logits.
             "entropy": (-logps.detach(), torch.ones_like(ref_logps)),
         }
-        return Measures(losses, count, metrics)
+        return Measures(losses, pair_counts, metrics)
 
 
 def _of_pairs(values: Tensor) -> tuple[Tensor, Tensor]:

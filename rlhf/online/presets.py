@@ -43,6 +43,7 @@ class GRPOConfig(PPOConfig):
     num_iterations: int = 1
     advantage_estimator: str = "group"
     loss_type: str = "dapo"
+    # As in TRL: no reference, and no memory for one.
     beta: float = 0.0
     kl_in: str = "loss"
 

@@ -199,8 +199,8 @@ def add_advantages(
     task_rewards = torch.tensor([sample.reward for sample in samples], device=device)
     has_reward = ~task_rewards.isnan()
     if whitened_rewards:
-        scaled = whiten(task_rewards, mask=has_reward, shift_mean=False, gather=True)
-        task_rewards = scaled.masked_fill(~has_reward, torch.nan)
+        scaled_rewards = whiten(task_rewards, mask=has_reward, shift_mean=False, gather=True)
+        task_rewards = scaled_rewards.masked_fill(~has_reward, torch.nan)
     lengths = torch.tensor([len(sample) for sample in samples], device=device)
     mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
     in_loss = torch.tensor([sample.in_loss for sample in samples], device=device)
@@ -287,9 +287,9 @@ def select_of_groups(samples: list[Sample], with_worst: bool) -> list[Sample]:
     selected = []
     for members in groups.values():
         # Without any reward, any member will do: the group is left out of the loss.
-        scored = [sample for sample in members if not math.isnan(sample.reward)]
-        best = max(scored, key=lambda sample: sample.reward, default=members[0])
-        worst = min(scored, key=lambda sample: sample.reward, default=members[-1])
+        rewarded_samples = [sample for sample in members if not math.isnan(sample.reward)]
+        best = max(rewarded_samples, key=lambda sample: sample.reward, default=members[0])
+        worst = min(rewarded_samples, key=lambda sample: sample.reward, default=members[-1])
         has_preference = best.reward > worst.reward
         if not has_preference:
             best, worst = members[0], members[-1]
@@ -322,5 +322,6 @@ def _dense(vectors: list[Tensor]) -> Tensor:
 
 
 def _give(samples: list[Sample], name: str, dense: Tensor) -> None:
-    for sample, row in zip(samples, dense.cpu(), strict=True):
-        sample.tokens[name] = row[: len(sample)].clone()
+    for sample, padded_vector in zip(samples, dense.cpu(), strict=True):
+        # A copy: a slice would keep the whole table in memory, and in each checkpoint.
+        sample.tokens[name] = padded_vector[: len(sample)].clone()

@@ -153,7 +153,9 @@ class PPOTrainer(EvaluatesBySampling):
     @property
     def reward_processing_classes(self) -> list[Any]:
         """The tokenizer of each reward model, None for other rewards."""
-        return [] if self.rewards is None else [getattr(f, "tokenizer", None) for f in self.rewards.functions]
+        if self.rewards is None:
+            return []
+        return [getattr(function, "tokenizer", None) for function in self.rewards.functions]
 
     # What training needs
 
@@ -252,11 +254,11 @@ class PPOTrainer(EvaluatesBySampling):
 
     def _start_rollout(self) -> None:
         args = self.args
-        start = time.perf_counter()
-        training_seconds = start - self._training_since if self._training_since else 0.0
+        started_at = time.perf_counter()
+        training_seconds = started_at - self._training_since if self._training_since else 0.0
         with self.label("rollout"):
             rollout = self.collector.collect(self.policy, self.model_wrapped, self.state)
-        rollout_seconds = time.perf_counter() - start
+        rollout_seconds = time.perf_counter() - started_at
         # Before selection: a masked sample can still be the best or the worst of its group, and is then left out.
         if args.mask_truncated_completions:
             for sample in rollout.samples:
@@ -396,10 +398,10 @@ class PPOTrainer(EvaluatesBySampling):
             critic_loss = (losses * weight).sum()
             metrics["value_loss"] = critic_loss.detach(), divisor
             total = total + self.args.vf_coef * critic_loss
-        size = len(batch.lengths)
+        num_sequences = len(batch.lengths)
         # The gradient is that of `total`; these shares only add up to it, as base classes expect.
-        loss_of_sequences = (total.detach() / size).expand(size)
-        counts = torch.full((size,), objective.count(batch.lengths) / size)
+        loss_of_sequences = (total.detach() / num_sequences).expand(num_sequences)
+        counts = torch.full((num_sequences,), objective.count(batch.lengths) / num_sequences)
         return Measures(loss_of_sequences, counts, metrics, total, scores.router_logits)
 
     def _importance_weights(self, tokens: Mapping[str, Tensor]) -> Tensor:
@@ -416,10 +418,10 @@ class PPOTrainer(EvaluatesBySampling):
         return self.collector.reward_names
 
     def answer_rows(self, rows: Any) -> list[Sample]:
-        start = time.perf_counter()
+        started_at = time.perf_counter()
         samples = self.collector.answer(self.policy, self.model_wrapped, rows, self.state)
         if self._training_since:  # the time of evaluation is no time of training
-            self._training_since += time.perf_counter() - start
+            self._training_since += time.perf_counter() - started_at
         return samples
 
     # What is logged

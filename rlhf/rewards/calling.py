@@ -55,26 +55,26 @@ def call(function: RewardFunction, arguments: dict[str, Any], timeout: float | N
 
 
 def _with_alarm(function: RewardFunction, arguments: dict[str, Any], timeout: float) -> Any:
-    armed = True
+    is_armed = True
 
     def expire(*_: Any) -> None:
-        if armed:
+        if is_armed:
             raise _Expired
 
     previous = signal.signal(signal.SIGALRM, expire)
-    began = time.monotonic()
+    started_at = time.monotonic()
     # Again each second: an exception that lands in a destructor is lost.
-    left, interval = signal.setitimer(signal.ITIMER_REAL, timeout, 1.0)
+    seconds_left, interval = signal.setitimer(signal.ITIMER_REAL, timeout, 1.0)
     try:
         return function(**arguments)
     except _Expired:
         raise TimedOut(timeout) from None
     finally:
-        armed = False  # first, and a plain store: from here on an alarm does nothing
+        is_armed = False  # first, and a plain store: from here on an alarm does nothing
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-        if left:  # someone else's alarm goes on
-            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - began), 1e-3), interval)
+        if seconds_left:  # someone else's alarm goes on
+            signal.setitimer(signal.ITIMER_REAL, max(seconds_left - (time.monotonic() - started_at), 1e-3), interval)
 
 
 def _in_thread(function: RewardFunction, arguments: dict[str, Any], timeout: float) -> Any:
@@ -107,10 +107,10 @@ def finish(answer: "Future[Any]", timeout: float | None) -> Any:
 
 async def _limited(answer: Coroutine[Any, Any, Any], timeout: float | None) -> Any:
     try:
-        async with asyncio.timeout(timeout) as limit:
+        async with asyncio.timeout(timeout) as time_limit:
             return await answer
     except TimeoutError:
-        if limit.expired():
+        if time_limit.expired():
             raise TimedOut(timeout or 0.0) from None
         raise
 

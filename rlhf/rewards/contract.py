@@ -71,15 +71,15 @@ def parameters_of(function: RewardFunction, name: str) -> Parameters:
             raise ValueError(
                 f"reward {name!r} takes {parameter.name!r} by position only; rewards are called with keywords"
             )
-    named = tuple(parameter.name for parameter in parameters if parameter.kind in _NAMED)
+    keyword_names = tuple(parameter.name for parameter in parameters if parameter.kind in _NAMED)
     takes_any = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters)
     # A factory that was not called has neither: without this check its first call would fail after a whole rollout.
-    if not takes_any and not {"completions", "completion_ids"} & set(named):
+    if not takes_any and not {"completions", "completion_ids"} & set(keyword_names):
         raise ValueError(
-            f"reward {name!r} takes {', '.join(named) or 'nothing'}, so it would see no completion: expected "
+            f"reward {name!r} takes {', '.join(keyword_names) or 'nothing'}, so it would see no completion: expected "
             f"`def {name}(completions, **columns)` (call a factory to get its function: {name}(…))"
         )
-    return Parameters(named, tuple(parameter.name for parameter in required), takes_any)
+    return Parameters(keyword_names, tuple(parameter.name for parameter in required), takes_any)
 
 
 def _is_required(parameter: Parameter) -> bool:
@@ -92,8 +92,8 @@ def unique_names(functions: Sequence[Any]) -> list[str]:
     occurrences: Counter[str] = Counter()
     for function in functions:
         # Objects such as HttpReward set `__name__`; others are named after their class.
-        inner = function.func if isinstance(function, partial) else function
-        name = getattr(inner, "__name__", type(inner).__name__)
+        wrapped_function = function.func if isinstance(function, partial) else function
+        name = getattr(wrapped_function, "__name__", type(wrapped_function).__name__)
         occurrences[name] += 1
         names.append(name if occurrences[name] == 1 else f"{name}_{occurrences[name]}")
     return names

@@ -85,11 +85,11 @@ class HttpReward:
             ValueError: it refuses the request, or its answer is not as agreed.
         """
         # A column of the data may be called `prompts` too: the server gets ours.
-        table = {**columns, "prompts": prompts, "completions": completions}
+        named_columns = {**columns, "prompts": prompts, "completions": completions}
         rewards: list[float | None] = []
         for start in range(0, len(prompts), self.batch_size):
             batch = slice(start, start + self.batch_size)
-            payload = {name: list(column[batch]) for name, column in table.items()}
+            payload = {name: list(column[batch]) for name, column in named_columns.items()}
             rewards += self._rewards(self._post(payload), len(payload["prompts"]))
         return rewards
 

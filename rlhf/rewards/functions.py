@@ -248,6 +248,7 @@ def soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) ->
         excess = len(ids) - free_length
         if excess <= 0:
             return 0.0
+        # Before the division: soft_punish_cache may be 0.
         if len(ids) > max_completion_len:
             return -1.0
         return -excess / soft_punish_cache

@@ -62,17 +62,19 @@ def load_reward(spec: str, tokenizer: PreTrainedTokenizerBase | None = None) -> 
         return ModelReward(spec, tokenizer=tokenizer)
     name, options = _parse(spec)
     if name in BUILTINS:
+        # A built-in is a factory, also where it is named without brackets.
         return _build(spec, BUILTINS[name], options or _Options())
-    place = split_place(name)[0]
-    is_module = bool(place) and "/" not in name
-    if place.endswith(".py") or is_module:
+    module_or_file = split_place(name)[0]
+    # A module has no slash before its colon or last dot; a path and a name on the hub have.
+    is_module = bool(module_or_file) and "/" not in name
+    if module_or_file.endswith(".py") or is_module:
         function = load_object(name, f"reward {spec!r}")
         return function if options is None else _build(spec, function, options)
     if "/" in name or name.startswith("~"):
         # A name on the hub; a folder that does not exist is reported by ModelReward.
         return ModelReward(spec, tokenizer=tokenizer)
-    near = difflib.get_close_matches(name, BUILTINS, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    similar_names = difflib.get_close_matches(name, BUILTINS, n=1)
+    hint = f"; did you mean {similar_names[0]}?" if similar_names else ""
     raise ValueError(
         f"unknown reward {spec!r}{hint} (built in: {', '.join(BUILTINS)}; or file.py:function, module:function, "
         "a model folder, https://…)"
@@ -114,6 +116,7 @@ class _Options(NamedTuple):
     """Arguments of a factory, as written in brackets behind its name."""
 
     positional: Sequence[Any] = ()
+    # All options without brackets share this default, so that it must not change.
     named: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -129,14 +132,14 @@ def _parse(spec: str) -> tuple[str, _Options | None]:
     name, arguments = call_text.groups()
     try:
         # Parsed as a call of `_`, because a name may hold slashes. Only literals are evaluated.
-        call: Any = ast.parse(f"_({arguments})", mode="eval").body
-        positional = [ast.literal_eval(value) for value in call.args]
-        named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        call_node: Any = ast.parse(f"_({arguments})", mode="eval").body
+        positional = [ast.literal_eval(value) for value in call_node.args]
+        named_options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call_node.keywords}
     except (SyntaxError, ValueError):
         raise ValueError(
             f"reward {spec!r}: the options must be plain values, as in name(key=1, other='text')"
         ) from None
-    return name, _Options(positional, named)
+    return name, _Options(positional, named_options)
 
 
 def _build(spec: str, factory: Callable[..., Any], options: _Options) -> RewardFunction:

@@ -105,10 +105,10 @@ class ModelReward:
         """
         rows = [self._encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         # Refused, not cut: the score of a cut answer would be of another answer.
-        for number, ids in enumerate(rows, start=1):
+        for sample_number, ids in enumerate(rows, start=1):
             if self._max_tokens is not None and len(ids) > self._max_tokens:
                 raise ValueError(
-                    f"sample {number} has {len(ids)} tokens for the reward model {self.path}, "
+                    f"sample {sample_number} has {len(ids)} tokens for the reward model {self.path}, "
                     f"which takes {self._max_tokens}"
                 )
         rewards = [0.0] * len(rows)
@@ -122,10 +122,10 @@ class ModelReward:
     def _batches(self, rows: list[list[int]]) -> Iterator[list[int]]:
         """Indices of rows of similar length, so that batches need little padding."""
         # Neighbours in length need little padding. Rewards are put back into the order of the samples.
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         size = self.batch_size if self._is_batched else 1
-        for start in range(0, len(order), size):
-            yield order[start : start + size]
+        for start in range(0, len(by_length), size):
+            yield by_length[start : start + size]
 
     def _forward(self, rows: list[list[int]]) -> Tensor:
         """Scores [B], float32."""
@@ -137,8 +137,8 @@ class ModelReward:
         positions = torch.arange(ids.size(1), device=model.device)
         mask = (positions < lengths[:, None]).long()
         # Only the last position of each row is needed, so the head reads that alone.
-        hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-        last_hidden = hidden[torch.arange(len(rows)), lengths - 1]
+        hidden_states = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+        last_hidden = hidden_states[torch.arange(len(rows)), lengths - 1]
         return model.score(last_hidden)[:, 0].float()
 
     def _scores_last_token(self) -> bool:
@@ -152,10 +152,10 @@ class ModelReward:
             pooled_here = self._forward([row])
             self._is_batched = False
             by_model = self._forward([row])
-        agrees = torch.allclose(pooled_here, by_model, rtol=1e-3, atol=1e-3)
-        if not agrees:
+        scores_agree = torch.allclose(pooled_here, by_model, rtol=1e-3, atol=1e-3)
+        if not scores_agree:
             logger.warning("%s: more than a head on the last token; scoring one sample at a time", self.path)
-        return agrees
+        return scores_agree
 
     def _encode(self, prompt: Turns, completion: Turns) -> list[int]:
         """Token ids of prompt and completion, rendered as in the model's training."""
@@ -216,5 +216,5 @@ def _load_adapter(name: str, config: PeftConfig, dtype: str) -> nn.Module:
     """The adapter with its own score head, merged into its base model."""
     if config.task_type != "SEQ_CLS":
         raise ValueError(f"its adapter is for {config.task_type}, expected SEQ_CLS")
-    base = AutoModelForSequenceClassification.from_pretrained(base_of(name, config), num_labels=1, dtype=dtype)
-    return merged(base, name)
+    base_model = AutoModelForSequenceClassification.from_pretrained(base_of(name, config), num_labels=1, dtype=dtype)
+    return merged(base_model, name)

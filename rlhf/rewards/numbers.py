@@ -35,17 +35,17 @@ def stated_number(text: str) -> Number | None:
     Returns:
         None where the text holds no number.
     """
-    tail = _ANSWER_MARK.split(text)[-1]
-    is_marked = len(tail) < len(text)
-    numbers = list(_NUMBER.finditer(_LATEX_FRACTION.sub(_plain_fraction, tail)))
+    after_mark = _ANSWER_MARK.split(text)[-1]
+    is_marked = len(after_mark) < len(text)
+    numbers = list(_NUMBER.finditer(_LATEX_FRACTION.sub(_plain_fraction, after_mark)))
     if not numbers:
         return None
     return _parse(numbers[0 if is_marked else -1])
 
 
 def _plain_fraction(fraction: re.Match[str]) -> str:
-    whole = f"{fraction['whole']} " if fraction["whole"] else ""
-    return f"{whole}{fraction['top']}/{fraction['bottom']}"
+    whole_part = f"{fraction['whole']} " if fraction["whole"] else ""
+    return f"{whole_part}{fraction['top']}/{fraction['bottom']}"
 
 
 def _parse(number: re.Match[str]) -> Number | None:
@@ -56,7 +56,7 @@ def _parse(number: re.Match[str]) -> Number | None:
             return None
         value = Fraction(int(number["top"]), int(number["bottom"])) + int(number["whole"] or 0)
     else:
-        digits = re.sub(r"[,{}]", "", number["decimal"])
-        value = Fraction(digits + (number["power"] or ""))
+        plain_digits = re.sub(r"[,{}]", "", number["decimal"])
+        value = Fraction(plain_digits + (number["power"] or ""))
     is_negative = number["sign"] in ("-", "−")
     return Number(-value if is_negative else value, number["percent"] is not None)

@@ -35,6 +35,7 @@ class RewardError(ValueError):
     """A reward function failed; names the function, the sample and the reason."""
 
 
+# No eq: comparing tensors gives a tensor, which has no truth value.
 @dataclass(frozen=True, eq=False)
 class Scored:
     """The result of a :class:`RewardSet` for B completions and F functions.
@@ -103,8 +104,8 @@ class RewardSet:
         self.names = unique_names(self.functions)
         self.on_error = on_error
         self.timeout = timeout
-        named = zip(self.functions, self.names, strict=True)
-        self._parameters = [parameters_of(function, name) for function, name in named]
+        named_functions = zip(self.functions, self.names, strict=True)
+        self._parameters = [parameters_of(function, name) for function, name in named_functions]
 
     def check(self, row: Mapping[str, Any]) -> None:
         """Find out before the first rollout what would fail after it.
@@ -127,8 +128,10 @@ class RewardSet:
         for function, name, parameters in zip(self.functions, self.names, self._parameters, strict=True):
             for required in parameters.required:
                 if required not in available:
-                    listed = ", ".join(columns) or "–"
-                    raise ValueError(f"reward {name!r} needs {required!r}, which is no column of the data: {listed}")
+                    column_names = ", ".join(columns) or "–"
+                    raise ValueError(
+                        f"reward {name!r} needs {required!r}, which is no column of the data: {column_names}"
+                    )
             if hasattr(function, "check"):
                 function.check(row)
 
@@ -196,11 +199,11 @@ class RewardSet:
             return [error]
         timeout = None if self.timeout is None else max(1.0, self.timeout / len(batch))
         # The first call may have logged already: what this one logs would count twice.
-        silent = dict.fromkeys(("log_metric", "log_extra"), lambda name, value: None)
+        silent_callbacks = dict.fromkeys(("log_metric", "log_extra"), lambda name, value: None)
         values: list[Value] = []
         for row in range(len(batch)):
             try:
-                arguments = self._parameters[index].select(batch.row(row).arguments() | silent)
+                arguments = self._parameters[index].select(batch.row(row).arguments() | silent_callbacks)
                 values += read_values(call(self.functions[index], arguments, timeout), 1)
             except Exception as row_error:
                 values.append(row_error)
@@ -241,14 +244,14 @@ class RewardSet:
         weights = torch.tensor(self.weights, dtype=torch.float64)
         # A function with weight 0 only logs, so it makes no sample usable.
         applies = (~components.isnan() & (weights != 0)).any(dim=1)  # a sum of nothing is not zero
-        broken = failed.any(dim=0)
-        not_scored = (~applies & ~broken).nonzero().flatten().tolist()
+        has_failure = failed.any(dim=0)
+        not_scored = (~applies & ~has_failure).nonzero().flatten().tolist()
         if not_scored:
             logger.warning(
                 "no reward applies to %d of %d samples, which are left out; the first: %s",
                 len(not_scored), len(batch), batch.show(not_scored[0]),
             )  # fmt: skip
-        usable = applies & ~broken
+        usable = applies & ~has_failure
         # NaN, where a function does not apply, adds nothing. Unusable samples become NaN, so that no use goes unseen.
         rewards = (components * weights).nansum(dim=1).masked_fill(~usable, math.nan)
         return Scored(
@@ -310,9 +313,9 @@ class _Batch:
     def row(self, index: int) -> "_Batch":
         """A batch of one sample."""
         # A slice, not an index: functions get lists of one, as of many.
-        one = slice(index, index + 1)
-        columns = {name: column[one] for name, column in self.columns.items()}
-        return _Batch(self.prompts[one], self.completions[one], columns, self.trainer_state)
+        one_sample = slice(index, index + 1)
+        columns = {name: column[one_sample] for name, column in self.columns.items()}
+        return _Batch(self.prompts[one_sample], self.completions[one_sample], columns, self.trainer_state)
 
     def show(self, row: int) -> str:
         """A sample as a message tells it: its number, and the ends of its prompt and completion."""

@@ -51,6 +51,7 @@ def reasoning_accuracy_reward(
         >>> reasoning_accuracy_reward(["<think> I think it is $2$."], ["$2$"])
         [0.0]
     """
+    # As in TRL: where the reasoning does not end, the answer is empty and scores 0.
     answers = [_after_reasoning(completion_text(completion), reasoning_delimiters) for completion in completions]
     return accuracy_reward(answers, solution)
 

@@ -109,6 +109,7 @@ class GenerationArguments(ServerArguments):
         Raises:
             ValueError: an option that has no meaning here, or a value out of its range.
         """
+        # A configuration file may hold null, which no later check could compare.
         if not isinstance(self.top_p, float | int):
             raise ValueError(f"top_p must be a number in (0, 1], got {self.top_p!r}")
         for name in _REFUSED:
@@ -123,6 +124,7 @@ class GenerationArguments(ServerArguments):
             raise ValueError("ds3_gather_for_generation=False: under ZeRO-3 sample on a server: " + _SERVER_COMMAND)
         if self.use_vllm:
             self._take_over_server()
+        # Called for its checks alone: the values are read where a Sampling is made.
         self.generation_options()
 
     @classmethod
@@ -149,12 +151,13 @@ class GenerationArguments(ServerArguments):
         """
         options: dict[str, Any] = dict(
             top_p=self.top_p,
+            # TRL writes None where top_k or min_p is off.
             top_k=self.top_k or 0,
             min_p=self.min_p or 0.0,
             repetition_penalty=self.repetition_penalty,
         )
-        given = self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
-        for name, value in given.items():
+        mapping = self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
+        for name, value in mapping.items():
             if name in _CONFIG_KEYS:
                 raise ValueError(f"generation_kwargs: give {name} as {_CONFIG_KEYS[name]}, which the loss reads too")
             if name == "do_sample" and value:  # always so

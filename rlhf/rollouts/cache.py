@@ -84,10 +84,10 @@ class Cache:
             # Padding is masked, but a masked value is still multiplied by 0 and so must be finite.
             self.prompt_cache[layer] = keys.new_zeros(*shape, keys.size(3)), values.new_zeros(*shape, values.size(3))
         lengths = [span.length for span in self.segments.spans]
-        for cached, new in zip(self.prompt_cache[layer], (keys, values), strict=True):
-            for prompt, piece in enumerate(new[0].split(lengths, dim=1), start=self.prompts_read):
-                padding = self.longest - piece.size(1)
-                cached[prompt, :, padding:] = piece
+        for cached, new_entries in zip(self.prompt_cache[layer], (keys, values), strict=True):
+            for prompt, prompt_entries in enumerate(new_entries[0].split(lengths, dim=1), start=self.prompts_read):
+                padding = self.longest - prompt_entries.size(1)
+                cached[prompt, :, padding:] = prompt_entries
 
     # Decoding
 
@@ -104,8 +104,8 @@ class Cache:
             # Empty will do: columns are written before they are read.
             reserved = keys.new_empty(*shape, keys.size(3)), keys.new_empty(*shape, values.size(3))
             self.completion_cache[layer] = reserved
-        for cached, new in zip(self.completion_cache[layer], (keys, values), strict=True):
-            cached[:, :, self.step] = new[:, :, 0]
+        for cached, new_entries in zip(self.completion_cache[layer], (keys, values), strict=True):
+            cached[:, :, self.step] = new_entries[:, :, 0]
 
     def keep_rows(self, rows: Tensor) -> None:
         """Drop all other rows, and the prompts that no row needs any more.
@@ -125,9 +125,9 @@ class Cache:
 
     def _copy_rows(self, cached: Tensor, rows: Tensor) -> Tensor:
         """Some rows of a completion cache; only the columns that were written are copied."""
-        copied = cached.new_empty(len(rows), *cached.shape[1:])
-        copied[:, :, : self.step] = cached[:, :, : self.step].index_select(0, rows)
-        return copied
+        copied_rows = cached.new_empty(len(rows), *cached.shape[1:])
+        copied_rows[:, :, : self.step] = cached[:, :, : self.step].index_select(0, rows)
+        return copied_rows
 
     def _lay_out_grid(self) -> None:
         """Find each row's cell in the grid, and the padding of each prompt."""

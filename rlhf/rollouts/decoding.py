@@ -82,7 +82,7 @@ class DecodingState:
         """
         step = self.step
         may_end = step >= self.sampling.min_tokens
-        token, logp = draw(
+        token, token_logp = draw(
             logits.to(self.device),
             self.uniforms[rows, step],
             self.sampling,
@@ -92,7 +92,7 @@ class DecodingState:
         if self.seen_tokens is not None:
             self.seen_tokens[rows, token] = True
         self.ids[rows, step] = token
-        self.logps[rows, step] = logp
+        self.logps[rows, step] = token_logp
 
         if may_end:
             ends_now = torch.isin(token, self.end_ids)
@@ -129,12 +129,12 @@ class DecodingState:
         newest_ids = self.ids[rows, start : self.step + 1].tolist()
         completes = []
         for ids, text in zip(newest_ids, self._decode(newest_ids), strict=True):
-            hit = any(stop in text for stop in self.sampling.stop)
-            if hit:
+            is_complete = any(stop in text for stop in self.sampling.stop)
+            if is_complete:
                 # A stop string that was complete one token ago, within min_tokens, does not count.
-                before = self._decode([ids[:-1]])[0]
-                hit = any(text.count(stop) > before.count(stop) for stop in self.sampling.stop)
-            completes.append(hit)
+                text_before = self._decode([ids[:-1]])[0]
+                is_complete = any(text.count(stop) > text_before.count(stop) for stop in self.sampling.stop)
+            completes.append(is_complete)
         return torch.tensor(completes, device=self.device)
 
     def _decode(self, ids: list[list[int]]) -> list[str]:

@@ -40,6 +40,7 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        # A single string is a sequence too: each of its letters would become a stop string.
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)  # the class is frozen
         ranges = {
@@ -48,6 +49,7 @@ class Sampling:
             "top_k": (self.top_k >= 0, "at least 0 (0 keeps all tokens)"),
             "max_tokens": (self.max_tokens >= 1, "at least 1"),
             "min_tokens": (0 <= self.min_tokens <= self.max_tokens, f"in [0, max_tokens = {self.max_tokens}]"),
+            # An empty string is in every text, so that it would end each completion at once.
             "stop": (all(self.stop), "strings that are not empty"),
             "min_p": (0 <= self.min_p < 1, "in [0, 1) (0 keeps all tokens)"),
             "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "positive (1 is none)"),
@@ -157,6 +159,7 @@ def check_request(prompt_ids: Sequence[Sequence[int]], n: int, seed: int) -> Non
     """
     if n < 1:
         raise ValueError(f"n must be at least 1 completion a prompt, got {n}")
+    # numpy's generators take no negative seed.
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
     # The first token of a completion is predicted by the last one of the prompt.

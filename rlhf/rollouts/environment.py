@@ -121,16 +121,18 @@ def play(
     Raises:
         ValueError: a prompt that leaves no room for an answer, or an environment that fails.
     """
+    # Before the first turn: the engine's own error would not name the environment.
     _check_room(environments, prompt_ids, sampling, max_length)
     episodes = [Episode(list(ids)) for ids in prompt_ids]
     # Episodes that go on; the others ended in an earlier turn.
-    active = list(range(len(episodes)))
+    active_episodes = list(range(len(episodes)))
     for turn in range(max_turns):
-        contexts = [episodes[number].prompt_ids + episodes[number].ids for number in active]
+        contexts = [episodes[number].prompt_ids + episodes[number].ids for number in active_episodes]
         # One request for each turn: an engine batches it, and a server shares what rows have in common.
-        answers = engine.generate(contexts, 1, sampling, seeds(turn), [index[number] for number in active])
+        # By the numbers of the episodes: random numbers do not depend on which others still go on.
+        answers = engine.generate(contexts, 1, sampling, seeds(turn), [index[number] for number in active_episodes])
         still_active = []
-        for number, (answer,) in zip(active, answers, strict=True):
+        for number, (answer,) in zip(active_episodes, answers, strict=True):
             episode = episodes[number]
             text = str(tokenizer.decode(answer.ids, skip_special_tokens=True))
             episode._add_answer(answer, text)
@@ -143,15 +145,15 @@ def play(
             if isinstance(message, str):
                 message = {"role": "user", "content": message}
             observation_ids = encode_reply(tokenizer, dialogues[number], message, answer.ids[-1])
-            length = len(episode.prompt_ids) + len(episode.ids) + len(observation_ids)
+            total_length = len(episode.prompt_ids) + len(episode.ids) + len(observation_ids)
             # There must be room for a whole answer, or the engine would refuse the request.
-            if turn + 1 == max_turns or length + sampling.max_tokens > max_length:
+            if turn + 1 == max_turns or total_length + sampling.max_tokens > max_length:
                 episode.truncated = True
                 continue
             episode._add_observation(message, observation_ids)
             still_active.append(number)
-        active = still_active
-        if not active:
+        active_episodes = still_active
+        if not active_episodes:
             break
     return episodes
 
@@ -170,11 +172,16 @@ def _check_room(
 
 def _reply(environment: Environment, answer: str, episode: int, turn: int) -> Reply:
     """The environment's reply; an error names the answer that it is about."""
-    where = f"environment {type(environment).__name__}, episode {episode}, turn {turn + 1}, answer {answer[:200]!r}"
+    error_context = (
+        f"environment {type(environment).__name__}, episode {episode}, turn {turn + 1}, answer {answer[:200]!r}"
+    )
     try:
         reply = environment.step(answer)
     except Exception as error:  # of the user's own code, whatever it raises
-        raise ValueError(f"{where}: step raised {type(error).__name__}: {error}") from error
+        raise ValueError(f"{error_context}: step raised {type(error).__name__}: {error}") from error
+    # A NaN would spread to the other samples of its group.
     if not isinstance(reply, tuple) or len(reply) != 3 or math.isnan(reply[1]):
-        raise ValueError(f"{where}: step must return Reply(observation, reward, done) with a number, got {reply!r}")
+        raise ValueError(
+            f"{error_context}: step must return Reply(observation, reward, done) with a number, got {reply!r}"
+        )
     return Reply(*reply)

@@ -159,21 +159,21 @@ class LocalEngine:
     @contextmanager
     def _decoding_attention(self) -> Iterator[None]:
         # Training may use another function (segments), and gets it back.
-        usual = self.base.config._attn_implementation
+        trained_attention = self.base.config._attn_implementation
         self.base.set_attn_implementation(DECODING_ATTENTION)
         try:
             yield
         finally:
-            self.base.set_attn_implementation(usual)
+            self.base.set_attn_implementation(trained_attention)
 
     @contextmanager
     def _empty_generation_config(self) -> Iterator[None]:
         """Without the model's own defaults, which ``model.generate`` would mix into ours."""
-        usual, self.base.generation_config = self.base.generation_config, GenerationConfig()
+        model_defaults, self.base.generation_config = self.base.generation_config, GenerationConfig()
         try:
             yield
         finally:
-            self.base.generation_config = usual
+            self.base.generation_config = model_defaults
 
     @property
     def _vocab_size(self) -> int:
@@ -242,12 +242,12 @@ class LocalEngine:
             while stop < len(prompts) and num_tokens + len(prompts[stop]) <= PREFILL_TOKENS:
                 num_tokens += len(prompts[stop])
                 stop += 1
-            part = prompts[start:stop]
-            cache.begin_prefill(len(part))
+            prompt_group = prompts[start:stop]
+            cache.begin_prefill(len(prompt_group))
             # Side by side in one row: the attention function keeps prompts apart, so nothing is padded.
-            ids = torch.tensor([token for prompt in part for token in prompt], device=device)
-            positions = torch.cat([torch.arange(len(prompt)) for prompt in part]).to(device)
-            last_tokens = torch.tensor([len(prompt) for prompt in part], device=device).cumsum(0) - 1
+            ids = torch.tensor([token for prompt in prompt_group for token in prompt], device=device)
+            positions = torch.cat([torch.arange(len(prompt)) for prompt in prompt_group]).to(device)
+            last_tokens = torch.tensor([len(prompt) for prompt in prompt_group], device=device).cumsum(0) - 1
             logits.append(self._forward(ids[None], positions[None], cache, last_tokens)[0])
             cache.end_prefill()
             start = stop
@@ -337,8 +337,8 @@ class LocalEngine:
             first_line = next(iter(str(error).splitlines()), "")
             return f"its attention cannot be replaced ({type(error).__name__}: {first_line})"
         is_half = self.autocast is not None or expected[0].dtype not in (torch.float32, torch.float64)
-        scale = max(float(logits.abs().max()) for logits in expected)
-        if difference <= (HALF_TOLERANCE if is_half else TOLERANCE) * scale:
+        largest_logit = max(float(logits.abs().max()) for logits in expected)
+        if difference <= (HALF_TOLERANCE if is_half else TOLERANCE) * largest_logit:
             return None
         return f"its logits differ by {difference:.2g}"
 
@@ -361,7 +361,7 @@ class LocalEngine:
         lengths = torch.tensor([len(ids) for ids in prompts], device=device)
         cache = Cache(lengths, 2, 2)
         # The logits after the prompts are those of rows 0 and 2, the first of each prompt.
-        found = list(zip((0, 2), lengths - 1, self._prefill(prompts, cache, device), strict=True))
+        decoded = list(zip((0, 2), lengths - 1, self._prefill(prompts, cache, device), strict=True))
         rows = torch.arange(len(sequences), device=device)
         for step in range(2):
             if step == 1:
@@ -371,9 +371,9 @@ class LocalEngine:
             positions = lengths[rows // 2] + step
             ids = torch.stack([sequences[row][0, position] for row, position in zip(rows, positions, strict=True)])
             logits = self._forward(ids[:, None], positions[:, None], cache)[:, 0]
-            found += zip(rows, positions, logits, strict=True)
+            decoded += zip(rows, positions, logits, strict=True)
             cache.step += 1
-        return max(float((logits - expected[row][position]).abs().max()) for row, position, logits in found)
+        return max(float((logits - expected[row][position]).abs().max()) for row, position, logits in decoded)
 
     def _generate_cache_is_exact(self, device: torch.device) -> bool:
         """Whether ``model.generate`` with its cache gives the logits of the model's own forward (not so for RWKV)."""
@@ -411,8 +411,8 @@ def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     Raises:
         ValueError: neither has one.
     """
-    of_model = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    candidates = [tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])]
+    model_end_ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    candidates = [tokenizer.eos_token_id, *(model_end_ids if isinstance(model_end_ids, list) else [model_end_ids])]
     ids = list(dict.fromkeys(token for token in candidates if token is not None))
     if not ids:
         raise ValueError("no token ends a completion: set tokenizer.eos_token or model.generation_config.eos_token_id")

@@ -104,6 +104,7 @@ def make_engine(
             "the weights are sharded, and sampling in this process needs them whole: use DDP or ZeRO-2, or a "
             "server (--rollout_server_url)"
         )
+    # As in training, so that both passes compute the same log-probs.
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     return LocalEngine(policy.model, tokenizer, autocast=autocast)
 
@@ -164,8 +165,9 @@ def merged_weights(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tens
         delta: Any = layer.get_delta_weight(adapter)  # type: ignore[attr-defined]
         if hasattr(delta, "full_tensor"):  # sharded by FSDP2
             delta = delta.full_tensor()
-        key = f"{_checkpoint_name(name, adapter)}.weight"
-        weights[key] = weights[key] + delta.to(weights[key])
+        weight_name = f"{_checkpoint_name(name, adapter)}.weight"
+        # A new tensor, because those of the state are the model's own.
+        weights[weight_name] = weights[weight_name] + delta.to(weights[weight_name])
     return weights
 
 

@@ -113,8 +113,8 @@ def _truncate(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         probs = (candidates - log_total).exp()
         cumulative = probs.cumsum(-1, dtype=torch.float64)
     # A token stays if those before it do not reach top_p; so the first always stays.
-    before = cumulative - probs
-    return candidates.masked_fill(before >= sampling.top_p, -torch.inf), tokens
+    mass_before = cumulative - probs
+    return candidates.masked_fill(mass_before >= sampling.top_p, -torch.inf), tokens
 
 
 def _inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -146,12 +146,12 @@ class ServerEngine:
         Returns:
             A text with both results if they differ; None if they agree, or if the server has no such call (vLLM has).
         """
-        body = {"model": self.model, "prompt": TOKENIZER_PROBE, "add_special_tokens": False}
+        request_body = {"model": self.model, "prompt": TOKENIZER_PROBE, "add_special_tokens": False}
         try:
-            reply = self._request_first_offered(("/tokenize", body))
+            response = self._request_first_offered(("/tokenize", request_body))
         except ServerError:  # the call takes another request than vLLM's
             return None
-        server_ids = None if reply is None else reply.json().get("tokens")
+        server_ids = None if response is None else response.json().get("tokens")
         policy_ids = tokenizer(TOKENIZER_PROBE, add_special_tokens=False)["input_ids"]
         if server_ids is None or server_ids == policy_ids:
             return None
@@ -174,23 +174,24 @@ class ServerEngine:
         folder.mkdir(parents=True, exist_ok=True)
         save_torch_state_dict(dict(weights), folder)
         try:
-            reply = self._request_first_offered(
+            response = self._request_first_offered(
                 ("/update_weights_from_disk", {"model_path": str(folder), "flush_cache": True}),
                 ("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}),
             )
         except ServerError as error:
             raise ServerError(f"{error} (the policy's weights are in {folder}; {WRONG_MODEL_HINT})") from error
-        if reply is None:
+        if response is None:
             raise ServerError(f"{self.url} {NO_WEIGHT_UPDATE}")
         # The prefix cache holds keys and values of the old weights; SGLang was asked to flush it with the update.
-        if reply.url.path == "/collective_rpc":
+        if response.url.path == "/collective_rpc":
             self._request("POST", "/reset_prefix_cache")
-        elif not reply.json().get("success", True):
-            raise ServerError(f"{self.url} did not load {folder}: {reply.json().get('message', 'no reason given')}")
+        elif not response.json().get("success", True):
+            raise ServerError(f"{self.url} did not load {folder}: {response.json().get('message', 'no reason given')}")
         self.version = version
-        for saved in self.weights_dir.glob("version-*"):
-            if saved.resolve() != folder:
-                shutil.rmtree(saved)
+        # Only now: the server has loaded the new weights, and nobody reads the older ones.
+        for older_folder in self.weights_dir.glob("version-*"):
+            if older_folder.resolve() != folder:
+                shutil.rmtree(older_folder)
 
     def sleep(self) -> None:
         """Ask the server to free its accelerator's memory, if it has such a call."""
@@ -208,15 +209,16 @@ class ServerEngine:
     # Requests
 
     def _complete(self, sampling: Sampling, prompt: list[int], seed_key: tuple[int, int, int]) -> Completion:
-        ends: dict[str, Any] = {}
+        end_options: dict[str, Any] = {}
         if sampling.stop:
-            ends["stop"] = list(sampling.stop)
+            end_options["stop"] = list(sampling.stop)
         if self.end_ids:
-            ends["stop_token_ids"] = self.end_ids
+            end_options["stop_token_ids"] = self.end_ids
         choice = self._request_completion(
             prompt,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
+            # Servers write -1 for all tokens.
             top_k=sampling.top_k or -1,
             min_p=sampling.min_p,
             repetition_penalty=sampling.repetition_penalty,
@@ -224,12 +226,12 @@ class ServerEngine:
             max_tokens=sampling.max_tokens,
             # Servers take a signed 32-bit seed.
             seed=int(np.random.SeedSequence(seed_key).generate_state(1)[0] >> 1),
-            **ends,
+            **end_options,
         )
-        reason = choice.get("finish_reason")  # others: "abort", "content_filter"
-        if reason not in ("stop", "length"):
-            raise ServerError(f"{self.url} ended a completion with {reason!r}, not 'stop' or 'length'")
-        return Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], reason, self.version)
+        finish_reason = choice.get("finish_reason")  # others: "abort", "content_filter"
+        if finish_reason not in ("stop", "length"):
+            raise ServerError(f"{self.url} ended a completion with {finish_reason!r}, not 'stop' or 'length'")
+        return Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], finish_reason, self.version)
 
     def _request_completion(self, prompt: list[int], **options: Any) -> dict[str, Any]:
         """One completion as the server returns it, once its ids and log-probs are checked.
@@ -242,9 +244,10 @@ class ServerEngine:
         """
         # An option that is not sent would be taken from the generation config of the served model.
         neutral = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-        body = {"model": self.model, "prompt": prompt, "n": 1, "logprobs": 2, "return_token_ids": True}
-        reply = self._request("POST", "/v1/completions", body | neutral | options)
-        choice: dict[str, Any] = reply.json()["choices"][0]
+        # Log-probs of two tokens, because the check of the temperature compares the best two.
+        request_body = {"model": self.model, "prompt": prompt, "n": 1, "logprobs": 2, "return_token_ids": True}
+        response = self._request("POST", "/v1/completions", request_body | neutral | options)
+        choice: dict[str, Any] = response.json()["choices"][0]
         ids, ids_read = choice.get("token_ids"), choice.get("prompt_token_ids")
         if ids is None:
             raise ServerError(f"{self.url} {NO_TOKEN_IDS}")
@@ -253,6 +256,7 @@ class ServerEngine:
             raise ServerError(
                 f"{self.url} sampled token {largest}, and the policy has {self.vocab_size}: {WRONG_MODEL_HINT}"
             )
+        # A server that adds BOS or cuts the prompt would sample from another context.
         if ids_read is not None and ids_read != prompt:
             raise ServerError(f"{self.url} read other prompt ids than were sent: {len(ids_read)} for {len(prompt)}")
         logps = (choice.get("logprobs") or {}).get("token_logprobs") or []
@@ -263,9 +267,9 @@ class ServerEngine:
     def _read(self, ids: list[int], k: int) -> list[dict[int, float]]:
         """Log-probs of the k likeliest tokens and of the given one at each position; none at the first."""
         # A completion needs at least one token; it is thrown away.
-        body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
-        reply = self._request("POST", "/v1/completions", body)
-        positions = reply.json()["choices"][0].get("prompt_logprobs")
+        request_body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
+        response = self._request("POST", "/v1/completions", request_body)
+        positions = response.json()["choices"][0].get("prompt_logprobs")
         if positions is None:
             raise ServerError(f"{self.url} reports no prompt_logprobs, which a teacher must: serve it with vLLM")
         logps_of_positions = [
@@ -313,26 +317,26 @@ class ServerEngine:
     def _gap_of_best_two(self, prompt: list[int], temperature: float) -> float:
         """Difference of the two largest log-probs of the next token, in nats."""
         choice = self._request_completion(prompt, max_tokens=1, temperature=temperature, top_p=1.0, top_k=-1)
-        best, second = sorted(choice["logprobs"]["top_logprobs"][0].values(), reverse=True)[:2]
-        return float(best - second)
+        largest_logp, second_logp = sorted(choice["logprobs"]["top_logprobs"][0].values(), reverse=True)[:2]
+        return float(largest_logp - second_logp)
 
     def _request_first_offered(self, *calls: tuple[str, dict[str, Any]]) -> httpx2.Response | None:
         """The reply to the first of these calls that the server has; None if it has none of them."""
         for path, body in calls:
-            reply = self._request("POST", path, body, may_be_missing=True)
-            if reply.status_code not in NOT_OFFERED:
-                return reply
+            response = self._request("POST", path, body, may_be_missing=True)
+            if response.status_code not in NOT_OFFERED:
+                return response
         return None
 
     def _request(
         self, method: str, path: str, body: dict[str, Any] | None = None, may_be_missing: bool = False
     ) -> httpx2.Response:
         try:
-            reply = self._client.request(method, path, json=body)
+            response = self._client.request(method, path, json=body)
         except httpx2.TransportError as error:
             raise ConnectionError(
                 f"{self.url}: no server answers ({type(error).__name__}: {error}); start it, or check the address"
             ) from error
-        if reply.is_success or (may_be_missing and reply.status_code in NOT_OFFERED):
-            return reply
-        raise ServerError(f"{self.url}{path} answered {reply.status_code}: {' '.join(reply.text.split())[:200]}")
+        if response.is_success or (may_be_missing and response.status_code in NOT_OFFERED):
+            return response
+        raise ServerError(f"{self.url}{path} answered {response.status_code}: {' '.join(response.text.split())[:200]}")

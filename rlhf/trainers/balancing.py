@@ -42,6 +42,7 @@ class Balancer:
             return  # the batch is the step: its own forward pass counts
         counts = []
         for batch in batches:
+            # In eval mode this pass draws no random numbers that the training pass would miss.
             with torch.no_grad(), self.accelerator.autocast(), eval_mode(model):
                 logits = model(batch).router_logits
             batch_routing = routing(logits, batch, self.balancing.top_k)
@@ -77,6 +78,7 @@ def balancer(model: nn.Module, coef: float | None, accelerator: Accelerator, abl
         ValueError: a weight is given, and this trainer or model has no such loss.
     """
     if not able or not isinstance(model, Policy):
+        # A weight of 0 asks for no such loss, which is so anyway.
         if coef:
             raise ValueError("router_aux_loss_coef: this trainer adds no load-balancing loss; leave it out")
         if isinstance(model, Policy) and balancing_of(model.without_adapter) is not None:

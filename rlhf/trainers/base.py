@@ -221,8 +221,8 @@ class BaseTrainer(Evaluating, ProfiledTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As ``transformers.Trainer``; by default from ``args.resume_from_checkpoint``."""
-        given = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        checkpoint = checkpoint_to_resume(given, self.args.output_dir)
+        requested = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        checkpoint = checkpoint_to_resume(requested, self.args.output_dir)
         if checkpoint is not None:
             log_resuming(checkpoint, self.args.max_steps)
         self._check_best_metric()

@@ -36,24 +36,25 @@ class Checkpointing(Trainer):
     @contextmanager
     def _inner_model(self) -> Iterator[nn.Module]:
         """Let ``self.model`` be the model inside the wrapper, for methods of ``Trainer`` that save or load it."""
-        outer = self.model
-        self.model = self.accelerator.unwrap_model(outer).model
+        outer_model = self.model
+        self.model = self.accelerator.unwrap_model(outer_model).model
         try:
             yield self.model
         finally:
-            self.model = outer
+            self.model = outer_model
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """As ``transformers.Trainer``, under the names that the wrapper gives its parameters."""
         # transformers names parameters by the tree of modules, in which the model is a child of the wrapper.
         decayed = set(super().get_decay_parameter_names(model))
         wrapper_names = {id(parameter): name for name, parameter in model.named_parameters()}
-        tree = nn.Module.named_parameters(model)
-        return [wrapper_names[id(parameter)] for name, parameter in tree if name in decayed]
+        module_tree = nn.Module.named_parameters(model)
+        return [wrapper_names[id(parameter)] for name, parameter in module_tree if name in decayed]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         weights = self.accelerator.unwrap_model(self.model).state_dict() if state_dict is None else state_dict
-        extra = {name: weight.contiguous() for name, weight in weights.items() if not name.startswith("model.")}
+        # safetensors stores contiguous tensors only.
+        extra_weights = {name: weight.contiguous() for name, weight in weights.items() if not name.startswith("model.")}
         if state_dict is not None:
             state_dict = {
                 name.removeprefix("model."): weight for name, weight in weights.items() if name.startswith("model.")
@@ -62,19 +63,19 @@ class Checkpointing(Trainer):
         folder = Path(output_dir) if output_dir else run_folder
         # A run and all its checkpoints share the base of their adapters.
         is_checkpoint = run_folder.resolve() in folder.resolve().parents
-        with self._inner_model() as inner, configured_dropout(inner):
-            keep_base(inner, run_folder.resolve() if is_checkpoint else folder, self.bases, state_dict)
+        with self._inner_model() as inner_model, configured_dropout(inner_model):
+            keep_base(inner_model, run_folder.resolve() if is_checkpoint else folder, self.bases, state_dict)
             super()._save(output_dir, state_dict)
-            name_lengths(inner, folder)
-        if extra:
-            save_file(extra, folder / self.extra_state_file)
+            name_lengths(inner_model, folder)
+        if extra_weights:
+            save_file(extra_weights, folder / self.extra_state_file)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:  # whose checkpoints hold the wrapper, in shards
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_extra_weights(Path(resume_from_checkpoint))
-        with self._inner_model() as inner:
-            super()._load_from_checkpoint(resume_from_checkpoint, inner)
+        with self._inner_model() as inner_model:
+            super()._load_from_checkpoint(resume_from_checkpoint, inner_model)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -133,27 +134,28 @@ def checkpoint_to_resume(given: str | bool | None, output_dir: str) -> str | Non
     Raises:
         ValueError: there is no checkpoint, or it does not hold what a run needs.
     """
+    # The command line passes text, a YAML file a boolean.
     word = str(given).lower()
     if given in (None, "") or word in ("false", "no"):
         return None
     if word in ("true", "yes", "last"):
-        last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-        if last is None:
+        last_checkpoint = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+        if last_checkpoint is None:
             raise ValueError(f"{output_dir}: no checkpoint to resume from; leave out --resume to start")
-        return last
+        return last_checkpoint
     folder = Path(str(given)).expanduser()
     if not folder.is_dir():
         raise ValueError(f"{given}: no such folder to resume from (--resume_from_checkpoint)")
-    last = get_last_checkpoint(str(folder))
+    last_checkpoint = get_last_checkpoint(str(folder))
     if not (folder / "trainer_state.json").exists():
-        hint = f"; did you mean {last}?" if last else ""
+        hint = f"; did you mean {last_checkpoint}?" if last_checkpoint else ""
         raise ValueError(f"{given}: not a checkpoint of a run (no trainer_state.json){hint}")
     # "global_step…" is DeepSpeed's folder of optimizer states.
     has_optimizer = any(path.name.startswith(("optimizer", "global_step")) for path in folder.iterdir())
     if not has_optimizer:
         hint = "it was saved with --save_only_model; train from it as a model instead"
-        if last:
-            hint = f"did you mean {last}?"
+        if last_checkpoint:
+            hint = f"did you mean {last_checkpoint}?"
         raise ValueError(f"{given}: holds no state of the optimizer to go on with; {hint}")
     return str(folder)
 
@@ -166,7 +168,9 @@ def log_resuming(checkpoint: str, max_steps: int) -> None:
         max_steps: of the run; 0 or less where epochs are counted.
     """
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-    step = int(state["global_step"])
-    logger.info("%s: going on after step %d", checkpoint, step)
-    if 0 < max_steps <= step:
-        logger.warning("%s: step %d of %d, so nothing is left to train; raise --max_steps", checkpoint, step, max_steps)
+    last_step = int(state["global_step"])
+    logger.info("%s: going on after step %d", checkpoint, last_step)
+    if 0 < max_steps <= last_step:
+        logger.warning(
+            "%s: step %d of %d, so nothing is left to train; raise --max_steps", checkpoint, last_step, max_steps
+        )

@@ -16,6 +16,7 @@ from rlhf.trainers.options import check_options, check_packages, greater_is_bett
 logger = logging.getLogger(__name__)
 
 BAD_ROWS = "bad_rows.jsonl"  # in output_dir, with drop_bad_rows
+# Text in these is always JSON. transformers' own dictionaries may also name a file.
 _NEVER_A_FILE = ("model_init_kwargs", "chat_template_kwargs", "loss_kwargs", "teacher_model_init_kwargs")
 
 
@@ -114,6 +115,7 @@ class BaseConfig(TrainingArguments):
         self._set_defaults()
         check_packages(self)
         super().__post_init__()
+        # After transformers' own checks, which make an object of accelerator_config.
         check_options(self)
         self.columns = renames(self.columns, "columns")
         self.roles = renames(self.roles, "roles")
@@ -155,8 +157,8 @@ class BaseConfig(TrainingArguments):
 
     def _set_defaults(self) -> None:
         """Defaults that differ from transformers', which decides in its own ``__post_init__``."""
-        given = [self.report_to] if isinstance(self.report_to, str) else self.report_to or ["none"]
-        trackers = [name.strip() for names in given for name in names.split(",")]
+        tracker_lists = [self.report_to] if isinstance(self.report_to, str) else self.report_to or ["none"]
+        trackers = [name.strip() for names in tracker_lists for name in names.split(",")]
         self.report_to = [name for name in trackers if name]
         if self.bf16 is None:
             # `accelerate launch --mixed_precision` decides where it is used.
@@ -217,20 +219,20 @@ class BaseConfig(TrainingArguments):
 
     def model_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of ``from_pretrained``; weights are trained in float32 unless another dtype is given."""
-        given = self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
-        hub = {"trust_remote_code": True} if self.trust_remote_code else {}
-        return {"dtype": "float32", **hub, **given}
+        init_kwargs = self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
+        hub_options = {"trust_remote_code": True} if self.trust_remote_code else {}
+        return {"dtype": "float32", **hub_options, **init_kwargs}
 
     def reading(self) -> Reading:
         """How rows are read: names of columns and roles, arguments of the chat template, what happens to bad rows."""
         template_kwargs = self.chat_template_kwargs
-        form = RowFormat(
+        row_format = RowFormat(
             columns=self.columns,  # type: ignore[arg-type]  # renames() made a dict of it
             roles=self.roles,  # type: ignore[arg-type]
             template_kwargs=template_kwargs if isinstance(template_kwargs, dict) else {},
         )
         bad_rows = str(Path(str(self.output_dir)) / BAD_ROWS) if self.drop_bad_rows else None
-        return Reading(form, split_turns=getattr(self, "split_turns", False), bad_rows=bad_rows)
+        return Reading(row_format, split_turns=getattr(self, "split_turns", False), bad_rows=bad_rows)
 
 
 def renames(given: Any, option: str) -> dict[str, str]:
@@ -247,7 +249,7 @@ def renames(given: Any, option: str) -> dict[str, str]:
     if given is None:
         return {}
     if isinstance(given, dict):
-        return {str(theirs): str(ours) for theirs, ours in given.items()}
+        return {str(their_name): str(our_name) for their_name, our_name in given.items()}
     names: dict[str, str] = {}
     for text in [given] if isinstance(given, str) else given:
         for pair in text.split(","):
@@ -255,6 +257,6 @@ def renames(given: Any, option: str) -> dict[str, str]:
                 continue
             if pair.count("=") != 1:
                 raise ValueError(f"--{option} takes pairs such as theirs=ours, got {pair!r}")
-            theirs, ours = pair.split("=")
-            names[theirs.strip()] = ours.strip()
+            their_name, our_name = pair.split("=")
+            names[their_name.strip()] = our_name.strip()
     return names

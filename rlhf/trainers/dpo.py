@@ -85,6 +85,7 @@ class DPOTrainer(ReferencedTrainer):
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
         if self.args.reads_kl():
             return self._measure_with_kl(model, batch)
+        # The reference first, while no activations of the policy are in memory.
         ref_sums = self.ref_sums(model, batch)
         scores = model(batch)
         sums = self.sums(batch, scores.logps)
@@ -105,17 +106,20 @@ class DPOTrainer(ReferencedTrainer):
         assert self.reference is not None  # the configuration keeps it
         with torch.no_grad(), self.accelerator.autocast():
             reference = self.reference.predictions(batch)
-            nothing = torch.zeros(len(batch.targets), device=reference.rows.device)
-            scores = model(batch, WeightedKL(reference, nothing, nothing))
+            zero_weights = torch.zeros(len(batch.targets), device=reference.rows.device)
+            scores = model(batch, WeightedKL(reference, zero_weights, zero_weights))
         ref_sums = self.sums(batch, scores.teacher.logps)
         metrics = self._metrics(batch, scores.logps, self.sums(batch, scores.logps), ref_sums)
         sums = self.sums(batch, scores.logps).requires_grad_()
-        kls = batch.targets.sum(scores.teacher.kl).requires_grad_()
-        losses = self._losses(batch, sums, ref_sums, kls)
+        sequence_kls = batch.targets.sum(scores.teacher.kl).requires_grad_()
+        losses = self._losses(batch, sums, ref_sums, sequence_kls)
         total = None
         if torch.is_grad_enabled():
-            slopes = torch.autograd.grad(losses.sum(), (sums, kls), allow_unused=True, materialize_grads=True)
-            logp_weight, kl_weight = (slope[batch.targets.sequence] for slope in slopes)
+            # A loss may read only one of the two: its derivative in the other is 0.
+            loss_derivatives = torch.autograd.grad(
+                losses.sum(), (sums, sequence_kls), allow_unused=True, materialize_grads=True
+            )
+            logp_weight, kl_weight = (derivative[batch.targets.sequence] for derivative in loss_derivatives)
             scores = model(batch, WeightedKL(reference, logp_weight, kl_weight))
             # The value of the loss with the gradient of the weighted sum.
             total = losses.detach().sum() + scores.loss - scores.loss.detach()
@@ -139,6 +143,7 @@ class DPOTrainer(ReferencedTrainer):
         ref_chosen, ref_rejected = ref_sums.view(-1, 2).unbind(1)
         metrics = pair_metrics(chosen, rejected, ref_chosen, ref_rejected, self.args.beta)
         chosen_nll = -batch.targets.sum(logps).view(-1, 2)[:, 0]
+        # A count of tokens, not of pairs: the perplexity is that of all chosen tokens together.
         metrics["perplexity/chosen"] = (chosen_nll, batch.targets.counts().view(-1, 2)[:, 0])
         return metrics
 
@@ -168,5 +173,5 @@ def pair_metrics(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejec
         "logps/chosen": chosen,
         "logps/rejected": rejected,
     }
-    pairs = torch.ones_like(margins)
-    return {name: (value, pairs) for name, value in values.items()}
+    pair_counts = torch.ones_like(margins)
+    return {name: (value, pair_counts) for name, value in values.items()}

@@ -74,10 +74,11 @@ class DPOConfig(ReferencedConfig):
         loss_type: Any = self.loss_type  # one loss, or a list of several
         losses = loss_type if isinstance(loss_type, list | tuple) else [loss_type]
         self.loss_type = [PREFERENCE_LOSSES.name_of(loss) for loss in losses]
-        own_divergence = set(self.loss_type) - set(OF_A_MARGIN)
-        if self.f_divergence_type != "reverse_kl" and own_divergence:
+        without_margin = set(self.loss_type) - set(OF_A_MARGIN)
+        # Scores of f take the place of log-ratios, so that the loss must read a margin of log-ratios alone.
+        if self.f_divergence_type != "reverse_kl" and without_margin:
             raise ValueError(
-                f"f_divergence_type is for {', '.join(OF_A_MARGIN)}; loss_type {min(own_divergence)} has one of its own"
+                f"f_divergence_type is for {', '.join(OF_A_MARGIN)}; loss_type {min(without_margin)} has one of its own"
             )
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
             raise ValueError(f"ld_alpha must be in [0, 1], got {self.ld_alpha}")
@@ -98,9 +99,11 @@ class DPOConfig(ReferencedConfig):
         if self.reads_kl():
             self._check_kl()
         # The loss itself checks its hyper-parameters: here, rather than at the first step.
-        one = torch.ones(1)
+        one_pair = torch.ones(1)
         try:
-            self.loss(one, one, one, one, **dict.fromkeys((*LENGTHS, *COLUMNS, *KL_COLUMNS), one))
+            self.loss(
+                one_pair, one_pair, one_pair, one_pair, **dict.fromkeys((*LENGTHS, *COLUMNS, *KL_COLUMNS), one_pair)
+            )
         except TypeError as error:
             raise ValueError(f"loss_type {' '.join(losses)}: {error}") from error
 
@@ -111,6 +114,7 @@ class DPOConfig(ReferencedConfig):
             raise ValueError(f"loss_type {losses} reads predictions, of which precompute_ref_log_probs keeps sums only")
         if self.ld_alpha is not None or self.use_weighting or not self.disable_dropout:
             raise ValueError(f"loss_type {losses} takes neither ld_alpha nor use_weighting, and disable_dropout alone")
+        # None would let the trainer choose, and it might store sums.
         self.precompute_ref_log_probs = False
 
     def losses(self) -> list[PreferenceLoss]:
@@ -155,6 +159,7 @@ class DPOConfig(ReferencedConfig):
                 for log_ratio in (chosen - ref_chosen, rejected - ref_rejected)
             )
             sums = (chosen_score, rejected_score, torch.zeros_like(ref_chosen), torch.zeros_like(ref_rejected))
+        # Last, so that what a user sets wins over a column of the rows.
         options |= self.hyper_parameters()
         return dpo_loss(
             *sums, self.beta, loss_type=self.loss_type, loss_weights=self.loss_weights, reduction="none", **options
@@ -177,7 +182,9 @@ def f_scores(log_ratios: Tensor, name: str, alpha: float) -> Tensor:
     if name == "forward_kl":
         return -torch.exp((-log_ratios).clamp(max=80))
     if name == "js_divergence":
+        # log(2u / (1 + u)) without its constant log 2.
         return F.logsigmoid(log_ratios)
+    # At alpha = 1 the formula is 0 / 0, and its limit the log-ratio.
     if name == "alpha_divergence" and abs(alpha - 1) > 1e-6:
         return torch.expm1(((alpha - 1) * log_ratios).clamp(max=80)) / (alpha - 1)
     return log_ratios

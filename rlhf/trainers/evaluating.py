@@ -101,7 +101,7 @@ class Evaluating(Checkpointing):
         model = self._prepared_model()
         model.eval()
         names: list[str] = []
-        tables: list[Tensor] = []  # [rows, 2 * metrics]: the sum and the count of each metric side by side
+        batch_tables: list[Tensor] = []  # [rows, 2 * metrics]: the sum and the count of each metric side by side
         predictions = GatheredPredictions(self.accelerator, self.preprocess_logits_for_metrics)
         for batch in dataloader:
             with torch.no_grad(), self.accelerator.autocast():
@@ -112,22 +112,22 @@ class Evaluating(Checkpointing):
             names = list(metrics)
             columns = [column.float() for sum_and_count in metrics.values() for column in sum_and_count]
             # Ranks are evened out by repeating rows; gather_for_metrics drops the repeated ones.
-            table = self.accelerator.gather_for_metrics(torch.stack(columns, dim=1))
-            tables.append(table.double().cpu())
+            row_sums = self.accelerator.gather_for_metrics(torch.stack(columns, dim=1))
+            batch_tables.append(row_sums.double().cpu())
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        table = torch.cat(tables) if tables else torch.zeros(0, 0, dtype=torch.float64)
-        sums = dict(zip(names, table.sum(0).view(-1, 2).tolist(), strict=True))
+        row_sums = torch.cat(batch_tables) if batch_tables else torch.zeros(0, 0, dtype=torch.float64)
+        sums = dict(zip(names, row_sums.sum(0).view(-1, 2).tolist(), strict=True))
         values = self.reduce_metrics(sums)
         if self.compute_metrics is not None:
             values |= self.compute_metrics(predictions.result())
         row_values = None
         if not (prediction_loss_only or self.args.prediction_loss_only):
-            row_values = self._row_values(names, table, reported=set(values))
+            row_values = self._row_values(names, row_sums, reported=set(values))
         return EvalLoopOutput(
             predictions=row_values,  # type: ignore[arg-type]
             label_ids=None,
             metrics=with_prefix(values, metric_key_prefix),
-            num_samples=len(table),
+            num_samples=len(row_sums),
         )
 
     def _prepared_model(self) -> Any:
@@ -160,8 +160,8 @@ class Evaluating(Checkpointing):
             return
         names = []
         with torch.random.fork_rng(devices=[]):  # a data loader draws a seed, which training would miss
-            for key, rows in parts.items():
-                names += self._metric_names(key, rows)
+            for set_name, rows in parts.items():
+                names += self._metric_names(set_name, rows)
         if names:
             check_metric(metric, names)
 
@@ -186,8 +186,8 @@ def check_metric(metric: str | None, names: list[str]) -> None:
         ValueError: the metric is none of them.
     """
     if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in names:
-        listed = ", ".join(sorted(name.removeprefix("eval_") for name in names))
-        raise ValueError(f"--metric_for_best_model {metric}: evaluation gives {listed}")
+        known_names = ", ".join(sorted(name.removeprefix("eval_") for name in names))
+        raise ValueError(f"--metric_for_best_model {metric}: evaluation gives {known_names}")
 
 
 def with_prefix(values: dict[str, float], prefix: str) -> dict[str, float]:
@@ -243,8 +243,8 @@ class GatheredPredictions:
         if self.preprocess is not None:
             predictions = self.preprocess(predictions, labels)
         for container, values in ((self._predictions, predictions), (self._labels, labels)):
-            padded = self.accelerator.pad_across_processes(values, dim=1, pad_index=IGNORE)
-            container.add(self.accelerator.gather_for_metrics(padded))
+            padded_values = self.accelerator.pad_across_processes(values, dim=1, pad_index=IGNORE)
+            container.add(self.accelerator.gather_for_metrics(padded_values))
             container.to_cpu_and_numpy()
 
     def result(self) -> EvalPrediction:

@@ -43,8 +43,8 @@ class KTOConfig(ReferencedConfig):
         for name in ("desirable_weight", "undesirable_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number from 0 on, got {getattr(self, name)}")
-        one = torch.ones(1)  # the loss itself checks its hyper-parameters, now rather than at the first step
-        kto_loss(one, one, one > 0, self.beta)
+        one_row = torch.ones(1)  # the loss itself checks its hyper-parameters, now rather than at the first step
+        kto_loss(one_row, one_row, one_row > 0, self.beta)
 
     def check_columns(self, columns: list[str]) -> None:
         check_unpaired_columns(columns, self.reading().form)
@@ -88,6 +88,7 @@ class KTOTrainer(ReferencedTrainer):
     _kl: Tensor | float = 0.0  # z: of the optimizer step, or of the evaluation, that is under way
 
     def set_up(self) -> None:
+        # The labels of a stream are unknown before it is read.
         if isinstance(self.train_dataset, Dataset):
             warn_of_unbalanced_labels(self.train_dataset["desirable"], self.args)
 
@@ -132,9 +133,12 @@ class KTOTrainer(ReferencedTrainer):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As for every trainer; the KL of the whole data set comes first."""
+        # This estimate runs before the loop that switches dropout off.
         self.model.eval()
-        parts = [self.accelerator.gather_for_metrics(self._mismatched_kl(self.model, batch)) for batch in dataloader]
-        self._kl = torch.cat(parts).mean().clamp(min=0)
+        batch_kls = [
+            self.accelerator.gather_for_metrics(self._mismatched_kl(self.model, batch)) for batch in dataloader
+        ]
+        self._kl = torch.cat(batch_kls).mean().clamp(min=0)
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
@@ -156,13 +160,13 @@ class KTOTrainer(ReferencedTrainer):
             reduction="none",
         )
         rewards = args.beta * (logps - ref_logps).detach()
-        ones = torch.ones_like(rewards)
-        metrics = {"kl": (self._kl * ones, ones)}
+        sequence_counts = torch.ones_like(rewards)
+        metrics = {"kl": (self._kl * sequence_counts, sequence_counts)}
         for name, is_counted in (("chosen", desirable), ("rejected", ~desirable)):
-            counts = is_counted * ones
+            counts = is_counted * sequence_counts
             metrics[f"rewards/{name}"] = (rewards * counts, counts)
             metrics[f"logps/{name}"] = (logps.detach() * counts, counts)
-        return Measures(losses, ones, metrics, router_logits=scores.router_logits)
+        return Measures(losses, sequence_counts, metrics, router_logits=scores.router_logits)
 
     def reduce_metrics(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
         values = super().reduce_metrics(sums)
@@ -183,19 +187,20 @@ def warn_of_unbalanced_labels(labels: list[bool], args: KTOConfig) -> None:
         labels: of the training rows, true for a good answer.
         args: its weights of good and bad answers.
     """
-    good = sum(labels)
-    bad = len(labels) - good
-    if not good or not bad:
-        label = "true" if good else "false"
+    num_good = sum(labels)
+    num_bad = len(labels) - num_good
+    if not num_good or not num_bad:
+        label = "true" if num_good else "false"
         logger.warning("all %d rows have the label %s: KTO needs good and bad answers", len(labels), label)
         return
-    ratio = args.desirable_weight * good / max(args.undesirable_weight * bad, 1e-12)
-    if 1 <= round(ratio, 2) <= 1.34:  # from 1 to 4/3
+    # A weight may be 0.
+    weight_ratio = args.desirable_weight * num_good / max(args.undesirable_weight * num_bad, 1e-12)
+    if 1 <= round(weight_ratio, 2) <= 1.34:  # from 1 to 4/3
         return
-    desirable_weight = args.undesirable_weight * bad / good
-    undesirable_weight = args.desirable_weight * good / bad
+    desirable_weight = args.undesirable_weight * num_bad / num_good
+    undesirable_weight = args.desirable_weight * num_good / num_bad
     logger.warning(
         "%d good and %d bad answers: pass --desirable_weight %.2f (up to %.2f), or --undesirable_weight %.2f "
         "(down to %.2f), so that the good ones weigh 1 to 4/3 times as much",
-        good, bad, desirable_weight, desirable_weight * 4 / 3, undesirable_weight, undesirable_weight * 3 / 4,
+        num_good, num_bad, desirable_weight, desirable_weight * 4 / 3, undesirable_weight, undesirable_weight * 3 / 4,
     )  # fmt: skip

@@ -30,8 +30,8 @@ class MetricSums:
         for name, (total, count) in metrics.items():
             dtype = sum_dtype(total.device)
             sum_and_count = torch.stack([total.detach().sum().to(dtype), count.sum().to(dtype)])
-            before = self._sums.get(name)
-            self._sums[name] = sum_and_count if before is None else before + sum_and_count
+            previous = self._sums.get(name)
+            self._sums[name] = sum_and_count if previous is None else previous + sum_and_count
 
     def reduce(self, accelerator: Accelerator) -> dict[str, tuple[float, float]]:
         """Sums and counts over all processes since the last call; all processes must call it together.
@@ -44,11 +44,11 @@ class MetricSums:
         # Every process reduces the same table, or they would wait for each other for ever.
         # A reward function may log a name that other processes do not have.
         names = sorted({name for names in gather_object([list(self._sums)]) for name in names})
-        zero = torch.zeros_like(next(iter(self._sums.values())))
-        table = torch.stack([self._sums.get(name, zero) for name in names])
+        zero_sums = torch.zeros_like(next(iter(self._sums.values())))
+        table = torch.stack([self._sums.get(name, zero_sums) for name in names])
         self._sums = {}
-        rows = accelerator.reduce(table).tolist()
-        return {name: (total, count) for name, (total, count) in zip(names, rows, strict=True)}
+        reduced_rows = accelerator.reduce(table).tolist()
+        return {name: (total, count) for name, (total, count) in zip(names, reduced_rows, strict=True)}
 
 
 def means(sums: dict[str, tuple[float, float]], exp_metrics: Set[str]) -> dict[str, float]:

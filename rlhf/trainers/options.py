@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+# A test compares these tables with the fields of TrainingArguments: each new option needs a decision.
 REFUSED: dict[str, str] = {
     "label_smoothing_factor": "no loss here smooths labels by itself; DPO has --label_smoothing",
     "bf16_full_eval": "models are evaluated as they are trained; rlhf eval --dtype bfloat16 evaluates in bfloat16",
@@ -90,6 +91,7 @@ HANDED_ON: dict[str, str] = {
 }
 """Options that transformers reads, untouched, by subject."""
 
+# Compared by their ends, because the name of a data set may stand before them.
 LESS_IS_BETTER = ("loss", "perplexity", "perplexity/chosen", "kl", "divergence", "brier_score", "calibration_error")
 """Ends of names of metrics of which the least is the best."""
 
@@ -109,6 +111,7 @@ _OPTIMIZER_PACKAGES = {
 }  # fmt: skip
 """Of a part of an optimizer's name, the package that it needs; the last that fits counts."""
 
+# Where pip knows a package under another name than import.
 _INSTALLED_AS = {"galore_torch": "galore-torch", "apollo_torch": "apollo-torch", "lomo_optim": "lomo-optim"}
 _INSTALLED_AS |= {"optimi": "torch-optimi", "comet_ml": "comet-ml"}
 
@@ -122,10 +125,11 @@ def check_options(args: Any) -> None:
         ValueError: names the option and what to do.
     """
     # A value equal to the default is not refused: plain TrainingArguments have all of these.
-    for name, why in REFUSED.items():
+    for name, reason in REFUSED.items():
         value = getattr(args, name, None)
+        # Fields whose default a factory makes, a list or a dictionary, start empty.
         if value not in (_default(args, name), None, [], {}):
-            raise ValueError(f"--{name} {_as_typed(value)} has no effect here: {why}")
+            raise ValueError(f"--{name} {_as_typed(value)} has no effect here: {reason}")
     if args.label_names not in (None, [], ["labels"]):
         raise ValueError("--label_names has no effect here: batches name their targets themselves")
     if args.accelerator_config.dispatch_batches:
@@ -144,10 +148,11 @@ def check_packages(args: Any) -> None:
         if tracker not in (*INTEGRATION_TO_CALLBACK, "all", "none"):
             raise ValueError(f"--report_to {tracker} is unknown: one of {', '.join(INTEGRATION_TO_CALLBACK)}, or none")
         require(_tracker_package(tracker), f"--report_to {tracker}")
+    # Text before transformers' own checks, a member of an enum after them.
     optimizer = str(getattr(args.optim, "value", args.optim))
     package = None
-    for part, candidate in _OPTIMIZER_PACKAGES.items():
-        if part in optimizer:
+    for name_part, candidate in _OPTIMIZER_PACKAGES.items():
+        if name_part in optimizer:
             package = candidate  # the last that fits counts: galore_adamw_8bit is GaLore's
     require(package, f"--optim {optimizer}")
     if args.deepspeed:
@@ -178,15 +183,17 @@ def as_config(args: Any, config_class: type) -> Any:
     """
     if args is None:
         return config_class(output_dir="runs")
+    # Other types are passed on: an object with the right attributes will do.
     if isinstance(args, config_class) or not isinstance(args, TrainingArguments):
         return args
+    # An instance, as its __post_init__ fills in many fields of args too.
     defaults = TrainingArguments(output_dir=args.output_dir)
     changed = {}
-    known = {option.name for option in fields(config_class) if option.init}
+    known_names = {option.name for option in fields(config_class) if option.init}
     # What equals transformers' default was not chosen, so that ours takes its place.
     for option in fields(args):
         # remove_unused_columns must be false here, whatever was set there.
-        if not option.init or option.name not in known or option.name == "remove_unused_columns":
+        if not option.init or option.name not in known_names or option.name == "remove_unused_columns":
             continue
         value = getattr(args, option.name)
         if value != getattr(defaults, option.name):

@@ -52,8 +52,8 @@ def load_model_and_tokenizer(
         raise ValueError("quantization_config acts when a model is loaded: pass the model by name, or load it so")
     if tokenizer is None:
         # By the given name: an adapter's folder may hold a tokenizer, and its config names the base.
-        hub = {key: model_kwargs.get(key) for key in ("revision", "trust_remote_code")}
-        tokenizer = load_tokenizer(name or model.config._name_or_path, args.chat_template_path, **hub)
+        hub_options = {key: model_kwargs.get(key) for key in ("revision", "trust_remote_code")}
+        tokenizer = load_tokenizer(name or model.config._name_or_path, args.chat_template_path, **hub_options)
     set_tokens(tokenizer, args)
     return model, tokenizer
 
@@ -67,6 +67,7 @@ def set_tokens(tokenizer: PreTrainedTokenizerBase, args: BaseConfig) -> None:
     Raises:
         ValueError: a token that the tokenizer does not have.
     """
+    # First, so that the end and padding tokens may be among them.
     if args.add_tokens:
         tokenizer.add_tokens(list(args.add_tokens), special_tokens=True)
     for name in ("eos_token", "pad_token"):
@@ -101,6 +102,7 @@ def prepare_model(
         learn_tokens(model, peft_config, grow(model, tokenizer))
     if peft_config is not None:
         model = add_adapter(model, peft_config)
+    # After the adapter, which has a dropout of its own.
     if args.disable_dropout:
         disable_dropout(model)
     if train_rows is not None:  # quantised weights may be evaluated
@@ -164,12 +166,12 @@ def unchanged_use_cache(model: Any) -> Iterator[None]:
 def warn_of_lost_updates(model: nn.Module, args: BaseConfig) -> None:
     """Warn where most updates of half-precision weights would be rounded away."""
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
-    half = dtypes & {torch.bfloat16, torch.float16}
-    if half and args.learning_rate < _SAFE_HALF_PRECISION_RATE:
+    half_dtypes = dtypes & {torch.bfloat16, torch.float16}
+    if half_dtypes and args.learning_rate < _SAFE_HALF_PRECISION_RATE:
         logger.warning(
             "training %s weights in place: an update below 1/256 of a weight is rounded away, and at learning rate %g "
             "most are; load in float32 (--dtype float32) and add --bf16 on a GPU",
-            str(half.pop()).removeprefix("torch."), args.learning_rate,
+            str(half_dtypes.pop()).removeprefix("torch."), args.learning_rate,
         )  # fmt: skip
 
 
@@ -185,10 +187,10 @@ def for_each_set(action: Callable[[Any], Any], rows: Any) -> Any:
 
 def sets_of(*groups: Any) -> list[Any]:
     """The data sets among these and among the dictionaries of them; None for one that is not given."""
-    flat: list[Any] = []
+    all_sets: list[Any] = []
     for rows in groups:
-        flat += rows.values() if isinstance(rows, dict) else [rows]
-    return flat
+        all_sets += rows.values() if isinstance(rows, dict) else [rows]
+    return all_sets
 
 
 def check_rows(rows: Any) -> None:
@@ -236,7 +238,7 @@ def check_positions(model: nn.Module, *groups: Any) -> None:
         ValueError: rows are longer than the model has positions.
     """
     # Beyond the limit there are no embeddings of positions; beyond the trained length the model only gets worse.
-    limit, trained = max_positions(model), trained_length(model)
+    limit, trained_positions = max_positions(model), trained_length(model)
     for rows in sets_of(*groups):
         if not (isinstance(rows, Dataset) and is_tokenised(rows)):
             continue
@@ -247,8 +249,8 @@ def check_positions(model: nn.Module, *groups: Any) -> None:
                 f"{int((lengths > limit).sum())} of {len(rows)} rows have more tokens than the model has positions "
                 f"({longest} in row {int(lengths.argmax()) + 1}, {limit} positions): pass --max_length {limit} or less"
             )
-        if trained is not None and longest > trained:
+        if trained_positions is not None and longest > trained_positions:
             logger.warning(
                 "%d of %d rows are longer than the %d tokens that the model was made for (up to %d)",
-                int((lengths > trained).sum()), len(rows), trained, longest,
+                int((lengths > trained_positions).sum()), len(rows), trained_positions, longest,
             )  # fmt: skip

@@ -105,14 +105,14 @@ class Profiler(TrainerCallback):
         self.running.append((module, labels))
 
     def _label_of(self, module: nn.Module) -> str | None:
-        learns = torch.is_grad_enabled()
+        needs_grad = torch.is_grad_enabled()
         if isinstance(module, Wrapper):
             # Without a gradient a policy is only asked, as a reference or a teacher. With one, all that it does
             # outside its backbone belongs to the head.
-            return "head" if learns else "reference"
+            return "head" if needs_grad else "reference"
         policy = self.running[-1][0] if self.running else None
         is_backbone = isinstance(policy, Wrapper) and module is backbone_of(policy.without_adapter)
-        return "forward" if learns and is_backbone else None
+        return "forward" if needs_grad and is_backbone else None
 
     def _leave_module(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if self.running and self.running[-1][0] is module:
@@ -177,18 +177,18 @@ def seconds_of_labels(events: Iterable[Any]) -> dict[str, float]:
     # An outer label begins first; where two begin together, the longer one is outside.
     labelled.sort(key=lambda event: (event.time_range.start, -event.time_range.end))
     seconds = dict.fromkeys(LABELS, 0.0)
-    outer: list[Any] = []
+    outer_events: list[Any] = []
     for event in labelled:
-        while outer and outer[-1].time_range.end <= event.time_range.start:
-            outer.pop()
+        while outer_events and outer_events[-1].time_range.end <= event.time_range.start:
+            outer_events.pop()
         name = event.name.removeprefix(PREFIX)
-        if not outer and name != "step":
+        if not outer_events and name != "step":
             continue  # evaluation between two steps
-        spent = event.time_range.elapsed_us() / 1e6
-        seconds[name] += spent
-        if outer:
-            seconds[outer[-1].name.removeprefix(PREFIX)] -= spent
-        outer.append(event)
+        seconds_spent = event.time_range.elapsed_us() / 1e6
+        seconds[name] += seconds_spent
+        if outer_events:
+            seconds[outer_events[-1].name.removeprefix(PREFIX)] -= seconds_spent
+        outer_events.append(event)
     return seconds
 
 
@@ -200,11 +200,11 @@ def table(figures: dict[str, Any]) -> str:
     Returns:
         One line for each part of a step.
     """
-    total, speed = figures["step_seconds"], figures["tokens_per_second"]
+    total, tokens_per_second = figures["step_seconds"], figures["tokens_per_second"]
     lines = [f"profile of the mean of {figures['steps']} steps, {figures['tokens']:.0f} tokens each:"]
     for name, spent in figures["seconds"].items():
-        shown = "other" if name == "step" else name
+        label_shown = "other" if name == "step" else name
         if spent:
-            lines.append(f"  {shown:<14}{1000 * spent:>10.1f} ms{100 * spent / total:>7.1f} %")
-    lines.append(f"  {'step':<14}{1000 * total:>10.1f} ms, {speed:.0f} tokens/s")
+            lines.append(f"  {label_shown:<14}{1000 * spent:>10.1f} ms{100 * spent / total:>7.1f} %")
+    lines.append(f"  {'step':<14}{1000 * total:>10.1f} ms, {tokens_per_second:.0f} tokens/s")
     return "\n".join(lines)

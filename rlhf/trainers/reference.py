@@ -50,6 +50,7 @@ class Reference:
         """
         if self.frozen is not None:
             return self.frozen.predictions(batch)
+        # Without accelerate's hooks: losses that read predictions are refused where weights are sharded.
         with self.policy.adapter_off():
             return self.policy.predictions(batch)
 
@@ -72,6 +73,7 @@ class ReferenceSyncArguments:
         Raises:
             ValueError: one of them is out of range.
         """
+        # 1 replaces the whole reference, the paper's hard update.
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise ValueError(f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}")
         if self.ref_model_sync_steps < 1:
@@ -112,4 +114,5 @@ class SyncReference(TrainerCallback):
             return
         policy = getattr(model, "module", model).model  # without DDP; a value head is no part of the reference
         for frozen, trained in zip(self.reference.model.parameters(), policy.parameters(), strict=True):
+            # In place, as the trainer holds these tensors. The reference may be on another device, or in another dtype.
             frozen.lerp_(trained.to(frozen), self.alpha)

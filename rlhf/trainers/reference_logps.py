@@ -65,19 +65,20 @@ def add_ref_logps(
     sums = broadcast_object_list([sums])[0]
     missing = np.flatnonzero(np.isnan(sums).any(1))
     if len(missing):
-        stored = len(rows) - len(missing)
-        logger.info("%s: reference log-probs of %d rows are stored, %d to come", name, stored, len(missing))
+        num_stored = len(rows) - len(missing)
+        logger.info("%s: reference log-probs of %d rows are stored, %d to come", name, num_stored, len(missing))
     else:
         logger.info("%s: the reference's log-probs are stored already", name)
     # Longest first: neighbours need little padding, and memory runs out at once or never.
     missing = missing[np.argsort(-num_tokens(rows)[missing], kind="stable")]
     chunk_size = batch_size * accelerator.num_processes
     hidden = quiet or not accelerator.is_main_process
-    with datasets.utils.tqdm(total=len(missing), desc=f"reference on {name}", unit="row", disable=hidden) as bar:
+    with datasets.utils.tqdm(total=len(missing), desc=f"reference on {name}", unit="row", disable=hidden) as progress:
         for start in range(0, len(missing), chunk_size):
             chunk = missing[start : start + chunk_size]
             shard = [rows[int(index)] for index in _shard(chunk, accelerator)]
             gathered = accelerator.gather(score(shard).view(-1, len(columns)))
+            # A sum over hundreds of tokens needs more digits than half precision has.
             chunk_sums = gathered[: len(chunk)].float().cpu().numpy()
             is_nan = np.isnan(chunk_sums).any(1)
             if is_nan.any():
@@ -86,7 +87,7 @@ def add_ref_logps(
             sums[chunk] = chunk_sums
             if file is not None:
                 file[chunk] = chunk_sums
-            bar.update(len(chunk))
+            progress.update(len(chunk))
     for index, column in enumerate(columns):
         rows = rows.add_column(column, sums[:, index])
     return rows
@@ -94,9 +95,9 @@ def add_ref_logps(
 
 def _shard(indices: np.ndarray, accelerator: Accelerator) -> np.ndarray:
     """This rank's part of a chunk. Every rank gets as many rows: the last ones are filled up by repeating."""
-    per_rank = -(-len(indices) // accelerator.num_processes)
-    filled = np.resize(indices, per_rank * accelerator.num_processes)
-    return filled.reshape(accelerator.num_processes, per_rank)[accelerator.process_index]
+    rows_per_rank = -(-len(indices) // accelerator.num_processes)
+    padded_indices = np.resize(indices, rows_per_rank * accelerator.num_processes)
+    return padded_indices.reshape(accelerator.num_processes, rows_per_rank)[accelerator.process_index]
 
 
 def _open(path: Path, shape: tuple[int, int]) -> np.memmap:
@@ -131,10 +132,12 @@ def reference_fingerprint(model: Any, precision: str, adapter_off: bool = False)
     config = {key: value for key, value in settings if not key.startswith("_") and key != "use_cache"}
     # Hashing reads all weights once, at some GB/s: much less than one pass over the rows.
     digest = xxhash.xxh3_128()
-    about = [FORMAT, transformers.__version__, precision, config]
-    digest.update(json.dumps(about, sort_keys=True, default=str).encode())
+    hashed_settings = [FORMAT, transformers.__version__, precision, config]
+    # A configuration may hold dtypes, which are no JSON.
+    digest.update(json.dumps(hashed_settings, sort_keys=True, default=str).encode())
     for name, weight in sorted(_weights(model, adapter_off)):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        # As bytes, because numpy has no bfloat16.
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -41,8 +41,8 @@ class RewardConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one = torch.ones(1)  # the loss itself checks its hyper-parameter, now rather than at the first step
-        reward_loss(one, one, center_rewards_coefficient=self.center_rewards_coefficient or 0.0)
+        one_pair = torch.ones(1)  # the loss itself checks its hyper-parameter, now rather than at the first step
+        reward_loss(one_pair, one_pair, center_rewards_coefficient=self.center_rewards_coefficient or 0.0)
 
     def check_columns(self, columns: list[str]) -> None:
         check_preference_columns(columns, self.reading().form)
@@ -118,16 +118,16 @@ class RewardTrainer(BaseTrainer):
         """Save a pad token that ends no answer: transformers' own pooling reads the last token that is not the pad."""
         config, vocab_size = self.model.config, vocabulary_size(self.model)
         tokenizer: Any = copy.deepcopy(self.processing_class)
-        pad = spare_pad_token(tokenizer, self._end_tokens, vocab_size)
-        if pad is None:
+        pad_id = spare_pad_token(tokenizer, self._end_tokens, vocab_size)
+        if pad_id is None:
             logger.warning(
                 "no special token of the tokenizer is free to pad with: AutoModelForSequenceClassification will score "
                 "one sequence at a time (rlhf.models.RewardModel any number)"
             )
         # Trainer brings the config in line with the tokenizer.
-        tokenizer.pad_token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
+        tokenizer.pad_token = None if pad_id is None else tokenizer.convert_ids_to_tokens(pad_id)
         tokenizer.padding_side = "right"  # what models with absolute positions need
-        config.get_text_config().pad_token_id = pad
+        config.get_text_config().pad_token_id = pad_id
         self.processing_class = tokenizer
 
     def count(self, batch: Batch) -> int:
@@ -149,15 +149,15 @@ class RewardTrainer(BaseTrainer):
     def _pair_metrics(self, model: nn.Module, chosen: Tensor, rejected: Tensor) -> Metrics:
         """Sums and counts of pairs, from the rewards of their answers, [S]."""
         margins = chosen - rejected
-        pairs = torch.ones_like(margins)
+        pair_counts = torch.ones_like(margins)
         metrics = {
-            "accuracy": ((margins > 0) + 0.5 * (margins == 0), pairs),
-            "margin": (margins, pairs),
-            "mean_reward": (chosen + rejected, 2 * pairs),
-            "squared_reward": (chosen**2 + rejected**2, 2 * pairs),
-            "rewards/chosen": (chosen, pairs),
-            "rewards/rejected": (rejected, pairs),
-            "brier_score": (torch.sigmoid(-margins) ** 2, pairs),
+            "accuracy": ((margins > 0) + 0.5 * (margins == 0), pair_counts),
+            "margin": (margins, pair_counts),
+            "mean_reward": (chosen + rejected, 2 * pair_counts),
+            "squared_reward": (chosen**2 + rejected**2, 2 * pair_counts),
+            "rewards/chosen": (chosen, pair_counts),
+            "rewards/rejected": (rejected, pair_counts),
+            "brier_score": (torch.sigmoid(-margins) ** 2, pair_counts),
         }
         if not model.training:
             # The error of calibration is no mean over pairs: the gap and the count of each bin are added up instead.
@@ -172,21 +172,21 @@ class RewardTrainer(BaseTrainer):
         return rewards, torch.zeros_like(rewards[:, 0], dtype=torch.int64)
 
     def reduce_metrics(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
-        bins = [sums[name] for name in sums if name.startswith("bin/")]
+        bin_sums = [sums[name] for name in sums if name.startswith("bin/")]
         values = super().reduce_metrics({name: sums[name] for name in sums if not name.startswith("bin/")})
         variance = values.pop("squared_reward") - values["mean_reward"] ** 2
         values["std_reward"] = math.sqrt(max(variance, 0.0))  # rounding may leave less than nothing
-        if bins:
-            gaps, counts = zip(*bins, strict=True)
+        if bin_sums:
+            gaps, counts = zip(*bin_sums, strict=True)
             values["calibration_error"] = calibration_error(list(gaps), list(counts))
         return values
 
 
 def last_tokens(rows: Dataset) -> set[int]:
     """The ids that end an answer in tokenised rows of pairs."""
-    table = rows.with_format("arrow")[:]
+    arrow_table = rows.with_format("arrow")[:]
     tokens: set[int] = set()
-    for answers in (table["chosen_ids"], table["rejected_ids"]):
+    for answers in (arrow_table["chosen_ids"], arrow_table["rejected_ids"]):
         last_positions = pc.list_value_length(answers).to_numpy().cumsum() - 1
         tokens |= set(np.unique(pc.list_flatten(answers).to_numpy()[last_positions]).tolist())
     return tokens

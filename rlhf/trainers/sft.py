@@ -93,6 +93,7 @@ class TextTrainer(BaseTrainer):
 
     @staticmethod
     def capacity(args: Any) -> int | None:
+        # A packed row is a batch of at most max_length tokens.
         return args.tokens_per_batch or (args.max_length if args.packing else None)
 
     def count(self, batch: Batch) -> int:
@@ -107,6 +108,7 @@ class TextTrainer(BaseTrainer):
         scores = model(batch, TokenLoss(lambda chunk: self.token_loss(chunk.logps)))
         logps, tokens = scores.logps.detach(), batch.targets.counts()
         losses = batch.targets.sum(self.token_loss(logps))
+        # From the log-probs and not from the loss, which may be weighted.
         nll = -batch.targets.sum(logps)
         return Measures(losses, tokens, {"perplexity": (nll, tokens)}, scores.loss, scores.router_logits)
 
@@ -145,6 +147,7 @@ class SFTTrainer(TextTrainer):
         formatting_func: Callable[[dict[str, Any]], str] | None = None,
         **kwargs: Any,
     ) -> None:
+        # Before the base class, which tokenises the rows.
         self._formatting_func = formatting_func
         super().__init__(model, args, *positional, **kwargs)
 
@@ -257,4 +260,5 @@ def wrapped(rows: Any, length: int) -> Any:
             pieces[name] = [stream[start : start + length] for start in range(0, len(stream), length)]
         return pieces
 
+    # In blocks, so that neither a stream nor a large file is held in memory.
     return rows.map(cut, batched=True, batch_size=1000, remove_columns=rows.column_names)
