@@ -271,7 +271,7 @@ def total_variation(log_q: Tensor, log_p: Tensor) -> Tensor:
         log_q: [..., V], log-probs of the student.
         log_p: [..., V], log-probs of the teacher.
     Returns:
-        The divergence at each place, [...], nats, before the reduction.
+        The divergence at each place, [...], a difference of probabilities, before the reduction.
     Example:
         >>> apart = torch.tensor([[0.0, 200.0]])
         >>> total_variation(apart, -apart)
