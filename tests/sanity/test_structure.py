@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "rlhf").rglob("*.py"))
 LIMITS = {"file": 400, "class": 250, "function": 60}  # lines of code
 # Over a limit, with the reason. An entry that no longer needs to be here fails the test.
 EXCEPTIONS = {
-    "rlhf/online/trainer.py:PPOTrainer": "315 lines: the order of a rollout and the loss are one class",
+    "rlhf/online/trainer.py:PPOTrainer": "the order of a rollout and the loss are one class",
 }
 
 
