@@ -206,7 +206,7 @@ def test_nothing_of_ours_waits_between_two_lines_of_the_log(kind, make):
     with Waits() as waits:
         trainer.train()
     # On a CPU alone targets are checked, before anything is computed; and what transformers itself waits for.
-    not_ours = ("low, high = int(", "super().train(", "super().get_batch_samples(")
+    not_ours = ("lowest, highest = int(", "super().train(", "super().get_batch_samples(")
     assert {line for line in waits.lines if not any(known in line for known in not_ours)} == set()
 
 
