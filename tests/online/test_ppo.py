@@ -738,5 +738,5 @@ def test_what_cannot_work_is_said_before_the_first_rollout(make, prompts, tokeni
     endless.generation_config.eos_token_id = None
     silent = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match="no token ends a completion"):
-        args = PPOConfig("unused", use_cpu=True, report_to="none", max_length=64, max_completion_length=9)
+        args = PPOConfig("runs/unused", use_cpu=True, report_to="none", max_length=64, max_completion_length=9)
         PPOTrainer(endless, vowels, args, train_dataset=prompts, processing_class=silent)

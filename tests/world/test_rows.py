@@ -482,7 +482,8 @@ def test_rewards_are_asked_in_the_same_form(tokenizer):
 
     rows = Dataset.from_list([{"frage": "why", "answer": "7"}] * 4)
     args = GRPOConfig(
-        "unused", max_steps=1, per_device_train_batch_size=4, num_generations=2, max_completion_length=4, max_length=64,
+        "runs/unused",
+        max_steps=1, per_device_train_batch_size=4, num_generations=2, max_completion_length=4, max_length=64,
         columns="frage=question", report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     GRPOTrainer(tiny_model(), reward, args, train_dataset=rows, processing_class=tokenizer).train()
