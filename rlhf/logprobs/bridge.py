@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.logprobs.chunks import Mode
-from rlhf.logprobs.head import HeadSettings, Predictions, backbone_of, read_head, verified_settings
+from rlhf.logprobs.head import HeadSettings, Predictions, as_autocast_casts, backbone_of, read_head, verified_settings
 from rlhf.logprobs.objective import HeadObjective, Scores
 from rlhf.logprobs.score import score_predictions
 from rlhf.logprobs.targets import Targets
@@ -97,7 +97,7 @@ def _under_head(
     head = read_head(model, settings, temperature)
     if rows.size(1) != head.weight.size(1):
         raise ValueError(f"hidden states have size {rows.size(1)}, the head {head.weight.size(1)}")
-    return Predictions(rows, head)
+    return Predictions(as_autocast_casts(rows), head)
 
 
 def _under_own_head(model: nn.Module, targets: Targets, temperature: float, inputs: dict[str, Any]) -> Predictions:

@@ -72,6 +72,22 @@ class Predictions(NamedTuple):
         return replace(head, weight=head.weight.to(dtype), bias=bias).logits(rows)
 
 
+def as_autocast_casts(rows: Tensor) -> Tensor:
+    """The hidden states in the precision that autocast gives a matrix product on a GPU.
+
+    The log-prob core multiplies with autocast off, because autocast would round log-probs. So float32 weights under
+    ``bf16=True`` would be multiplied in float32, many times slower. A CPU emulates half precision: there the rows stay.
+
+    Args:
+        rows: [N, H].
+    Returns:
+        [N, H].
+    """
+    if rows.is_cuda and rows.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+        return rows.to(torch.get_autocast_dtype("cuda"))
+    return rows
+
+
 @dataclass(frozen=True)
 class HeadSettings:
     """The part of a head that a model's config describes; the weights are read anew in each forward pass.

@@ -35,7 +35,7 @@ from rlhf.logprobs.chunks import (
     plan_chunks,
     sum_over_chunks,
 )
-from rlhf.logprobs.head import Head, Predictions
+from rlhf.logprobs.head import Head, Predictions, as_autocast_casts
 from rlhf.logprobs.objective import HeadObjective, Scores, TokenLoss
 from rlhf.logprobs.targets import Targets
 
@@ -78,7 +78,12 @@ def score(
     # Only rows that predict a scored token go through the head: prompts and padding cost no product.
     rows = hidden.reshape(-1, hidden.size(-1)).index_select(0, targets.source)
     return score_predictions(
-        Predictions(rows, head), targets.token, objective=objective, entropy=entropy, mode=mode, chunk_size=chunk_size
+        Predictions(as_autocast_casts(rows), head),
+        targets.token,
+        objective=objective,
+        entropy=entropy,
+        mode=mode,
+        chunk_size=chunk_size,
     )
 
 

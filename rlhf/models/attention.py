@@ -74,6 +74,11 @@ def segment_attention(
         raise NotImplementedError("segments know no mask that the model makes")
     # Recorded for `use_segments`, which checks that a model's window reaches this function.
     segments.attention_cache.setdefault("windows", set()).add(sliding_window)
+    if query.is_cuda and torch.is_autocast_enabled("cuda"):
+        # Rotary embeddings in float32 give a float32 query and key beside a half-precision value: one type for all
+        # three, as autocast casts what enters torch's own attention.
+        autocast_dtype = torch.get_autocast_dtype("cuda")
+        query, key, value = (tensor.to(autocast_dtype) for tensor in (query, key, value))
     is_half_on_gpu = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
     if is_half_on_gpu and not dropout and query.size(-1) <= LARGEST_VARLEN_HEAD:
         return _varlen(query, key, value, segments, scaling, sliding_window), None
