@@ -12,6 +12,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from rlhf.data.formats import Dialogue
 from rlhf.data.messages import Message
+from rlhf.data.template_limits import limit_templates
+
+limit_templates()
 
 PROBE = "\U000ffffd"  # a private character of Unicode: stands for a text whose place in a rendering is wanted
 # Besides Jinja's own errors, those of Python where a message lacks what the template reads.
