@@ -1,7 +1,7 @@
 PY ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-oldest check wheel bench
+.PHONY: setup demo test test-oldest check wheel soak bench
 setup: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PY) -m venv .venv
@@ -36,6 +36,10 @@ wheel:
 	.venv-wheel/bin/pip wheel -q --no-deps -w dist .
 	.venv-wheel/bin/pip install -q -c constraints.txt dist/*.whl
 	HF_HUB_OFFLINE=1 .venv-wheel/bin/python tests/sanity/installed.py
+# Kills at random moments (N for each job) and in front of every write; half an hour on 2 cores.
+N := 20
+soak: setup
+	PYTHONPATH=tests $(BIN)/python tests/soak/soak.py --random $(N)
 bench: setup  # MODEL=folder [DATA=folder of rows] adds whole steps of training, half an hour on 2 cores
 	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/head.py

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import datasets
 from datasets import (
     Dataset,
     DatasetDict,
@@ -17,8 +18,9 @@ from datasets import (
 from datasets.arrow_reader import ReadInstruction
 from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
 
-from rlhf.data.tables import as_table, chain_rows
+from rlhf.data.tables import as_table, chain_rows, content_key
 from rlhf.data.text_files import READERS, suffix
 
 Rows: TypeAlias = Dataset | IterableDataset
@@ -109,11 +111,21 @@ def _from_parquet(files: list[Path], streaming: bool) -> Any:
     # `datasets` takes names as patterns: a bracket in a folder's name would match nothing.
     file_patterns = [glob.escape(str(file)) for file in files]
     try:
-        return load_dataset("parquet", data_files=file_patterns, split="train", streaming=streaming)
+        if streaming:
+            return load_dataset("parquet", data_files=file_patterns, split="train", streaming=True)
+        return _load_by_content(files, "parquet", data_files=file_patterns, split="train")
     except _LOADING_ERRORS as error:
         # The outer error of `datasets` only tells that a table could not be made.
         root_cause = error.__cause__ or error
         raise ValueError(f"{files[0]}: cannot be read ({_first_line(root_cause)})") from error
+
+
+def _load_by_content(files: list[Path], *args: Any, **kwargs: Any) -> Dataset:
+    """``load_dataset`` of local files, whose content counts: its own cache goes by the time of a file."""
+    key = content_key(files)
+    rows: Any = load_dataset(*args, **kwargs, cache_dir=str(Path(datasets.config.HF_DATASETS_CACHE) / "rows" / key))
+    # Later caches build on the fingerprint, so it too has to name the content.
+    return Dataset(rows.data, rows.info, rows.split, fingerprint=Hasher.hash((rows._fingerprint, key)))
 
 
 # Folders and the hub
@@ -128,12 +140,20 @@ def _from_folder(path: Path, split: str, name: str | None, streaming: bool) -> R
 
     # `datasets` finds the splits by the names of files; text is then read here, where no type is guessed.
     text_files = _text_files_of(path)
+    if text_files is None and streaming:
+        return load_dataset(str(path), name, split=split, streaming=True)
     if text_files is None:
-        return load_dataset(str(path), name, split=split, streaming=streaming)
+        return _load_by_content(_visible_files(path), str(path), name, split=split)
     wanted_split = _split_name(split)
     if wanted_split not in text_files:
         raise ValueError(f"{path}: no split {split!r}; it has {', '.join(text_files)}")
     return _slice({wanted_split: _from_text(text_files[wanted_split], streaming)}, split)
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    """All files that ``datasets`` may read of a folder: it passes over hidden ones."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
 def _text_files_of(path: Path) -> dict[str, list[Path]] | None:

@@ -1,9 +1,10 @@
 """Rows of text files as a table on disk; each column has the type that all of its values have."""
 
 import json
-import os
+import time
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 
 import datasets
 import pyarrow as pa
+import xxhash
 from datasets import Dataset, DatasetInfo, Features, List, Value
 from datasets.features.features import register_feature
 from datasets.fingerprint import Hasher
@@ -20,7 +22,9 @@ from filelock import FileLock
 from rlhf.data.errors import error_context
 from rlhf.data.text_files import Row, read_rows
 
-_VERSION = 2  # part of the cache key: raise it when the same file becomes another table
+_VERSION = 3  # part of the cache key: raise it when the same file becomes another table
+_HASHED_BYTES = 2**20  # read at a time
+_LEFT_OVER_SECONDS = 24 * 3600
 _BATCH_ROWS = 500  # rows that are in memory at once
 _SCALARS: dict[type, str] = {str: "string", bool: "bool", int: "int64", float: "float64"}
 _JSON = "json"  # the type of values that have no common one: objects with different keys, or several types
@@ -72,12 +76,11 @@ def as_table(files: list[Path]) -> Dataset:
     Raises:
         ValueError: A row cannot be read; names the file, the row and the fault.
     """
-    # Size and time stand for the content: to hash a file takes as long as to read it.
-    file_stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    cache_key = Hasher.hash((_VERSION, file_stats))
+    cache_key = content_key(files)
     cache_folder = Path(datasets.config.HF_DATASETS_CACHE) / "rows"
     cache_folder.mkdir(parents=True, exist_ok=True)
     table_path = cache_folder / f"{cache_key}.arrow"
+    _remove_left_over(cache_folder)
     with FileLock(cache_folder / f"{cache_key}.lock"):  # several processes may load the same files
         if not table_path.exists():
             _write_table(files, table_path)
@@ -86,11 +89,39 @@ def as_table(files: list[Path]) -> Dataset:
     return Dataset(rows.data, info=DatasetInfo(features=rows.features), fingerprint=cache_key)
 
 
+def content_key(files: list[Path]) -> str:
+    """A cache key of files: their bytes, hashed at some GB in a second. A time may stay where the content does not.
+
+    Args:
+        files: The files, in order.
+
+    Returns:
+        A key, in hexadecimal digits.
+    """
+    parts = []
+    for file in files:
+        digest = xxhash.xxh3_128()
+        with file.open("rb") as binary_file:
+            while block := binary_file.read(_HASHED_BYTES):
+                digest.update(block)
+        # The name tells the format.
+        parts.append((file.name, digest.hexdigest()))
+    return Hasher.hash((_VERSION, parts))
+
+
 def chain_rows(files: list[Path]) -> Iterator[Row]:
     """The rows of several files, one after the other; an error names the file."""
     for data_file in files:
         with error_context(str(data_file)):
             yield from read_rows(data_file)
+
+
+def _remove_left_over(folder: Path) -> None:
+    """Remove temporary files of ``datasets.map`` that nobody has written to for a day: their runs were killed."""
+    for file in folder.glob("tmp*"):
+        with suppress(FileNotFoundError):  # another run removed it
+            if time.time() - file.stat().st_mtime > _LEFT_OVER_SECONDS:
+                file.unlink()
 
 
 def _write_table(files: list[Path], table: Path) -> None:
@@ -104,7 +135,8 @@ def _write_table(files: list[Path], table: Path) -> None:
     schema = Features({column: _feature(column_type) for column, column_type in column_types.items()}).arrow_schema
 
     row_iterator = iter(_with_progress(chain_rows(files), "Writing", num_rows))
-    unfinished = table.with_suffix(f".{os.getpid()}")
+    # One name for all processes, as only the one with the lock writes: what a killed run left is written over.
+    unfinished = table.with_suffix(".new")
     rows_written = 0
     try:
         with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:

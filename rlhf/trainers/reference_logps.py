@@ -14,8 +14,10 @@ import xxhash
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from filelock import FileLock
 from torch import Tensor
 
+from rlhf.data.array_files import UNFINISHED, create_array
 from rlhf.data.packing import hash_of_tokens, num_tokens
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ def add_ref_logps(
         The rows with the new columns: sums over the tokens of a completion, in nats.
     Raises:
         ValueError: the reference gives NaN for a row.
+        OSError: the file cannot be written.
     """
     shape = len(rows), len(columns)
     sums, file = np.empty(0), None
@@ -63,7 +66,7 @@ def add_ref_logps(
         file = _open(folder / f"{fingerprint}-{hash_of_tokens(rows, tokens)}.npy", shape)
         sums = np.array(file)
     sums = broadcast_object_list([sums])[0]
-    missing = np.flatnonzero(np.isnan(sums).any(1))
+    missing = np.flatnonzero(~_is_stored(sums).all(1))
     if len(missing):
         num_stored = len(rows) - len(missing)
         logger.info("%s: reference log-probs of %d rows are stored, %d to come", name, num_stored, len(missing))
@@ -100,20 +103,43 @@ def _shard(indices: np.ndarray, accelerator: Accelerator) -> np.ndarray:
     return padded_indices.reshape(accelerator.num_processes, rows_per_rank)[accelerator.process_index]
 
 
+def _is_stored(sums: np.ndarray) -> np.ndarray:
+    """Whether each sum is one. NaN is not computed yet; 0 and more, or an infinity, is no log-prob but damage."""
+    return np.isfinite(sums) & (sums < 0)
+
+
 def _open(path: Path, shape: tuple[int, int]) -> np.memmap:
     """The file of sums, float32 [rows, completions]; NaN where a row is not computed yet."""
+    folder = path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    # Held only while a file is opened. Runs that compute the same sums at once then write the same numbers.
+    with FileLock(folder.with_suffix(".lock")):
+        # Whoever began these held the lock, so they are of runs that were killed.
+        for unfinished in folder.glob(f"*{UNFINISHED}"):
+            unfinished.unlink()
+        file = _existing(path, shape)
+        if file is not None:
+            return file
+        # NaN marks what is missing, so that an interrupted pass is seen from the file alone.
+        create_array(path, shape, np.float32, fill=np.nan)
+        return np.lib.format.open_memmap(path, mode="r+")
+
+
+def _existing(path: Path, shape: tuple[int, int]) -> np.memmap | None:
+    """A file that was written before; None if there is none, or a damaged one."""
     try:
         file = np.lib.format.open_memmap(path, mode="r+")
-        if file.shape == shape and file.dtype == np.float32:
-            return file
-        logger.warning("%s: not what it should hold; computing it again", path)
     except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        return None
     except ValueError as error:
         logger.warning("%s: cannot be read (%s); computing it again", path, error)
-    # NaN marks what is missing, so that an interrupted pass is seen from the file alone.
-    file = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    file[:] = np.nan
+        return None
+    if file.shape != shape or file.dtype != np.float32:
+        logger.warning("%s: not what it should hold; computing it again", path)
+        return None
+    is_damaged = ~(np.isnan(file) | _is_stored(file)).all(1)
+    if is_damaged.any():
+        logger.warning("%s: %d rows hold what is no log-prob; computing them again", path, is_damaged.sum())
     return file
 
 

@@ -141,6 +141,23 @@ def test_a_broken_file_is_computed_again_aloud(dpo, cache, caplog):
         caplog.clear()
 
 
+@pytest.mark.parametrize("damage", [0.0, 5.0, -np.inf])
+def test_what_is_no_log_prob_is_computed_again(dpo, cache, caplog, damage):
+    dpo()
+    (file,) = cache.iterdir()
+    want = np.load(file)
+    damaged = want.copy()
+    damaged[3, 1] = damaged[10] = damage  # zeros are what an interrupted start of older versions left
+    np.save(file, damaged)
+    (cache / "of-a-killed-run.npy.new").touch()
+    trainer = dpo()
+    assert "2 rows hold what is no log-prob; computing them again" in caplog.text
+    # Batched otherwise than at first, so that the last digits may differ.
+    close(np.load(file), want)
+    close(trainer.train_dataset["ref_rejected_logps"], want[:, 1])
+    assert list(cache.iterdir()) == [file]
+
+
 def test_evaluation_too(dpo, forwards, preference_rows):
     rows = preference_rows.select(range(10))
     both = [

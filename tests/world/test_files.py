@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 
 import pyarrow as pa
 import pytest
@@ -173,3 +174,21 @@ def test_a_stream_gives_the_same_rows(tmp_path, name):
     assert list(load_data(str(tmp_path / name), "train[1:2]", streaming=True)) == ROWS[1:]
     with pytest.raises(ValueError, match="needs the number of rows, which a stream does not know"):
         load_data(str(tmp_path / name), "train[:50%]", streaming=True)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "folder"])
+def test_other_rows_under_the_same_size_and_time_are_read(tmp_path, name):
+    """An archive is unpacked over the file, or a clock is coarse: a cache that goes by times gave the old rows."""
+    file = tmp_path / name / "a.parquet" if name == "folder" else tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    prints, stats = [], []
+    for text in ("one", "two", "one"):
+        rows = Dataset.from_list([{"text": text}])
+        rows.to_json(file) if name == "a.jsonl" else rows.to_parquet(file)
+        os.utime(file, (1e9, 1e9))
+        stats.append((file.stat().st_size, file.stat().st_mtime_ns))
+        data = load_data(str(tmp_path / name))
+        # `map` keeps its result in the cache too.
+        assert data["text"] == data.map(lambda row: {"copy": row["text"]})["copy"] == [text]
+        prints.append(data._fingerprint)
+    assert len(set(stats)) == 1 and prints[0] == prints[2] != prints[1]
