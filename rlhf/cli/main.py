@@ -4,18 +4,15 @@ import argparse
 import logging
 import os
 import sys
-import time
-import traceback
 from importlib import import_module
 
 from rlhf import __version__
 from rlhf.cli.commands import COMMANDS, LAUNCH, Command, TrainingCommand
+from rlhf.cli.failing import MENDABLE, fail, in_several_processes
 from rlhf.cli.field_names import names_of_options
 from rlhf.cli.launch import LaunchArguments, launch, split_launch_options
 from rlhf.cli.options import check_options, expand_aliases, read_config
 
-# How long a process that fails waits for the first one, which may fail for the same reason.
-SECONDS_FOR_THE_FIRST = 3.0
 _EXAMPLE = "in several processes: rlhf COMMAND --config FILE --num_processes N"
 
 
@@ -45,10 +42,13 @@ def main(argv: list[str] | None = None) -> int:
     debug = _remove_debug(words)
     try:
         return _run(name, COMMANDS[name], words, debug)
-    # What a user can mend. Any other error is a bug, and keeps its traceback.
-    except (ValueError, OSError, ImportError) as error:
-        _print_error(name, error, debug)
-        return 2
+    except MENDABLE as error:
+        return fail(name, error, debug)
+    except Exception as error:
+        # A bug keeps its traceback; among several processes it also needs the number of the one that had it.
+        if not in_several_processes():
+            raise
+        return fail(name, error, debug)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,18 +87,6 @@ def _run(name: str, command: Command | TrainingCommand, words: list[str], debug:
     else:
         import_module(command.module).run(words)
     return 0
-
-
-def _print_error(name: str, error: Exception, debug: bool) -> None:
-    """One line, also where several processes fail together: the launcher ends the others once the first has ended."""
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        time.sleep(SECONDS_FOR_THE_FIRST)
-    if debug:
-        traceback.print_exception(error)
-        return
-    process = "" if rank == "0" else f" (process {rank})"  # still here, so it failed alone
-    print(f"rlhf {name}{process}: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def _log_plain_lines() -> None:

@@ -52,6 +52,9 @@ class Checkpointing(Trainer):
         return [wrapper_names[id(parameter)] for name, parameter in module_tree if name in decayed]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # All processes come here: one writes.
+        if not self.args.should_save:
+            return
         weights = self.accelerator.unwrap_model(self.model).state_dict() if state_dict is None else state_dict
         # safetensors stores contiguous tensors only.
         extra_weights = {name: weight.contiguous() for name, weight in weights.items() if not name.startswith("model.")}

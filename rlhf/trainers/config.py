@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from rlhf.data import Reading, RowFormat
 from rlhf.trainers.options import check_options, check_packages, greater_is_better
+from rlhf.trainers.processes import check_processes, trains_on_cpus
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,9 @@ class BaseConfig(TrainingArguments):
         self._check_choices()
         self._set_defaults()
         check_packages(self)
+        self.use_cpu = self.use_cpu or trains_on_cpus(self)
         super().__post_init__()
+        check_processes(self)
         # After transformers' own checks, which make an object of accelerator_config.
         check_options(self)
         self.columns = renames(self.columns, "columns")

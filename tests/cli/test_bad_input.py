@@ -5,10 +5,12 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import tiny_model, write_rows
 from peft import LoraConfig, get_peft_model
 
 from rlhf.cli.main import main
+from rlhf.trainers import SFTConfig
 
 GOOD = {"prompt": "the cat", "chosen": " is big", "rejected": " is red"}
 TURN = {"role": "user", "content": "why"}
@@ -259,9 +261,42 @@ def test_an_unknown_command_is_named(capsys):
     assert "invalid choice: 'frobnicate'" in capsys.readouterr().err
 
 
+def several_processes(monkeypatch, rank):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("rlhf.cli.failing.SECONDS_FOR_THE_FIRST", 0)
+    monkeypatch.setattr("signal.signal", lambda *args: None)  # that of the tests stays
+
+
 @pytest.mark.parametrize(("rank", "said"), [("0", "rlhf sft: "), ("1", "rlhf sft (process 1): ")])
 def test_a_process_that_fails_alone_says_which_it_is(rank, said, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr("rlhf.cli.main.SECONDS_FOR_THE_FIRST", 0)
+    several_processes(monkeypatch, rank)
     assert main(["sft", "--nonsense"]) == 2
     assert capsys.readouterr().err == f"{said}unknown option --nonsense\n"
+
+
+def test_a_bug_of_one_process_keeps_its_traceback_and_names_the_process(capsys, monkeypatch):
+    def run(*args):
+        raise KeyError("row")
+
+    monkeypatch.setattr("rlhf.cli.main._run", run)
+    several_processes(monkeypatch, "1")
+    assert main(["sft"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback") and error.endswith("rlhf sft (process 1): KeyError: 'row'\n")
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({}, "2 processes were launched, and this one sees 1: each would train alone; --use_cpu trains on CPUs"),
+        ({"RANK": "0", "ACCELERATE_USE_FSDP": "true"}, "FSDP needs accelerators"),
+    ],
+)
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="what happens without an accelerator")
+def test_processes_that_the_trainer_does_not_see_are_refused(variables, said, tmp_path, monkeypatch):
+    """Else each would train on its own, into one folder."""
+    for name, value in {"WORLD_SIZE": "2", **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=said):
+        SFTConfig(str(tmp_path))

@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlhf.cli.launch import LaunchArguments, accelerate_file, launch, split_launch_options
 from rlhf.cli.main import main
+
+CPU = ["--use_cpu"] if torch.accelerator.is_available() else []  # without it, where there is nothing else
 
 
 def test_its_options_are_taken_out():
@@ -49,7 +52,7 @@ def test_processes_that_were_launched_launch_no_others(monkeypatch):
 
 def run(tmp_path, model_folder, data_files, *words):
     argv = [sys.executable, "-m", "rlhf", "sft", "--model", str(model_folder), "--data", str(data_files / "sft.jsonl")]
-    argv += ["--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--logging_steps", "1", "--use_cpu"]
+    argv += ["--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--logging_steps", "1", *CPU]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     return subprocess.run([*argv, *words], capture_output=True, text=True, env=environment, cwd=tmp_path)
 
@@ -73,3 +76,34 @@ def test_a_mistake_in_the_processes_is_told_once_and_ends_with_2(tmp_path, model
     done = run(tmp_path, model_folder, data_files, "--num_processes", "2", "--max_length", "1")
     assert done.returncode == 2
     assert done.stderr.count("rlhf sft: max_length must be at least 2") == 1, done.stderr
+
+
+REWARD = """
+import os
+
+calls = 0
+
+def score(completions, **columns):
+    global calls
+    calls += 1
+    if os.environ["RANK"] == "1" and calls > 1:
+        raise RuntimeError("no score today")
+    return [float(len(completion) % 7) for completion in completions]
+"""
+
+
+def test_an_error_of_the_second_process_is_told_and_ends_both(tmp_path, model_folder, data_files):
+    """In the second step, after a checkpoint whose value head one process alone wrote."""
+    (tmp_path / "reward.py").write_text(REWARD)
+    prompts = str(data_files / "sft.jsonl")
+    words = ["ppo", "--model", str(model_folder), "--data", prompts, "--reward_funcs", f"{tmp_path}/reward.py:score"]
+    words += ["--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--save_steps", "1", "--num_iterations", "1"]
+    words += ["--max_completion_length", "4", "--per_device_train_batch_size", "2", "--num_processes", "2", *CPU]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf", *words], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 2, done.stderr
+    assert "rlhf ppo (process 1): reward 'score' failed" in done.stderr and "no score today" in done.stderr
+    assert "closed by peer" not in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "run" / "checkpoint-1" / "value_head.safetensors").exists()

@@ -1,0 +1,91 @@
+"""How a command fails: one line for what a user can mend, also where it runs in several processes.
+
+A launcher ends the other processes once one has ended. So the first process speaks for an error that all have, another
+process gives its number, and one that only lost the connection to it stays silent.
+"""
+
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+
+# How long a process that fails waits for the first one, which may fail for the same reason.
+SECONDS_FOR_THE_FIRST = 3.0
+# How long a process that lost the connection waits for the launcher to end it.
+SECONDS_FOR_THE_LAUNCHER = 15.0
+USER_ERROR, BUG = 2, 1  # exit status
+# What a user can mend. Any other error is a bug, and keeps its traceback.
+MENDABLE = (ValueError, OSError, ImportError)
+
+
+def fail(command: str, error: Exception, debug: bool) -> int:
+    """Tell an error that ends the command, and give its exit status.
+
+    Several processes that have formed a group end here: left to the interpreter's exit, threads of the group may wait
+    for the others or abort.
+
+    Args:
+        command: its name.
+        error: what was raised.
+        debug: whether to print the traceback too; that of a bug is printed anyway.
+    Returns:
+        2 for what a user can mend, 1 for a bug.
+    """
+    is_bug = not isinstance(error, MENDABLE)
+    status = BUG if is_bug else USER_ERROR
+    if not in_several_processes():
+        _print(command, error, is_bug or debug)
+        return status
+    # From now on the launcher may end this process at any moment.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    rank = os.environ.get("RANK", "0")
+    if _lost_connection(error):
+        time.sleep(SECONDS_FOR_THE_LAUNCHER)
+    else:
+        _record(error)
+        if rank != "0":
+            time.sleep(SECONDS_FOR_THE_FIRST)
+    # Still here, so no other process has told it.
+    _print(command if rank == "0" else f"{command} (process {rank})", error, is_bug or debug)
+    if _has_group():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def in_several_processes() -> bool:
+    """Whether a launcher started this process among others."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _print(speaker: str, error: Exception, with_traceback: bool) -> None:
+    if with_traceback:
+        traceback.print_exception(error)
+    kind = "" if isinstance(error, MENDABLE) else f"{type(error).__name__}: "
+    print(f"rlhf {speaker}: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+
+
+def _has_group() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _lost_connection(error: Exception) -> bool:
+    """Whether this is what a collective operation raises once another process has ended."""
+    if not _has_group() or not isinstance(error, RuntimeError):
+        return False
+    of_torch = isinstance(error, sys.modules["torch.distributed"].DistError)  # NCCL, and the store of the group
+    # gloo raises nothing but its place in the source and a text.
+    return of_torch or "gloo/transport" in str(error) or "by peer" in str(error)
+
+
+def _record(error: Exception) -> None:
+    """Note the error and its time for torch's launcher, which takes the exit status of the first that failed."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
