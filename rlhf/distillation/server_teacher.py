@@ -76,21 +76,22 @@ class ServerTeacher(TopKTeacher):
         return TopK(torch.tensor(top_ids), logps, rest_logp), torch.tensor(token_logps)
 
 
-def connect(url: str, model: str, tokenizer: PreTrainedTokenizerBase) -> ServerEngine:
+def connect(url: str, model: str, tokenizer: PreTrainedTokenizerBase, startup_timeout: float = 240.0) -> ServerEngine:
     """Connect to the server of a teacher.
 
     Args:
         url: of the server.
         model: the name that the teacher is served under.
         tokenizer: the student's, which the teacher must have too.
+        startup_timeout: seconds to wait for a server that is still loading.
     Returns:
         The engine that asks the server.
     Raises:
         ConnectionError: no server answers.
         ValueError: it does not serve ``model``, or its tokenizer is another.
     """
-    engine = ServerEngine(url, model)
+    engine = ServerEngine(url, model, startup_timeout=startup_timeout)
     difference = engine.tokenizer_difference(tokenizer)
     if difference is not None:
-        raise ValueError(f"the teacher on {url} has another tokenizer than the student: {difference}")
+        raise ValueError(f"the teacher on {engine.url} has another tokenizer than the student: {difference}")
     return engine

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import TrainOutput
 
 from rlhf.data import Batch
 from rlhf.distillation.config import DistillConfig
@@ -131,7 +133,9 @@ class DistillTrainer(TextTrainer):
             self.train_dataset, file = open_rows(args, self.train_dataset, student_tokenizer)
             return FileTeacher(divergence, file)
         if args.teacher_server_url is not None:
-            engine = connect(args.teacher_server_url, args.teacher_server_model, student_tokenizer)
+            engine = connect(
+                args.teacher_server_url, args.teacher_server_model, student_tokenizer, args.server_startup_timeout
+            )
             return ServerTeacher(divergence, engine, args.teacher_top_k)
         if model is None:
             if adapter is not None or adapter_off_teaches(self.policy.model, adapter_is_new):
@@ -189,6 +193,11 @@ class DistillTrainer(TextTrainer):
         if self._cross_tokenizer is not None:
             return self._cross_tokenizer.tokenize(dataset, tokenizer, args, vocab_size)
         return super().tokenize(dataset, tokenizer, args, vocab_size)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As :class:`BaseTrainer`; a server that sleeps between rollouts is awake afterwards."""
+        with nullcontext() if self.rollouts is None else self.rollouts.sampler.during_training():
+            return super().train(*args, **kwargs)
 
     # Some batches cannot be made by a worker ahead of time: the student answers its rows as it is at that step, and a
     # server is asked about these answers. Until then, the data loader hands on the rows as they are.

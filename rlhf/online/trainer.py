@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import TrainOutput
 
 from rlhf.data import in_memory, tokenize_prompts
 from rlhf.logprobs import Scores, TokenLoss
@@ -240,6 +241,11 @@ class PPOTrainer(EvaluatesBySampling):
         return DataLoader(micro_batches, batch_size=1, collate_fn=lambda _: self._next_micro_batch())  # type: ignore[arg-type]
 
     # Rollouts
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As :class:`BaseTrainer`; a server that sleeps between rollouts is awake afterwards."""
+        with self.collector.sampler.during_training():
+            return super().train(*args, **kwargs)
 
     def _next_micro_batch(self) -> RolloutBatch:
         schedule = self.schedule

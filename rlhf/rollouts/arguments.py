@@ -11,7 +11,7 @@ _OPTION_OF_SERVER = "an option of `vllm serve` itself: give it there"
 # Options that are refused, and options that change nothing; `--help` has the reason of each.
 _REFUSED = (
     "vllm_model_impl", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_max_model_length",
-    "vllm_structured_outputs_regex", "vllm_server_timeout", "vllm_group_port",
+    "vllm_structured_outputs_regex", "vllm_group_port",
 )  # fmt: skip
 _WITHOUT_EFFECT = ("cache_implementation", "use_transformers_paged", "use_transformers_continuous_batching")
 # Keys of generation_kwargs, and their names in a :class:`rlhf.rollouts.Sampling`.
@@ -67,6 +67,8 @@ class ServerArguments:
     rollout_server_url: str | None = option(None, "Sample there (vLLM, SGLang), not here.")
     rollout_server_model: str | None = option(None, "Name that it serves the policy under.")
     rollout_weights_dir: str | None = option(None, "Folder that both see, for new weights.")
+    rollout_server_sleep: bool = option(False, "Let the server free its memory while the policy trains.")
+    server_startup_timeout: float = option(240.0, "Seconds to wait for a server that is still loading.")
 
 
 @dataclass
@@ -88,12 +90,12 @@ class GenerationArguments(ServerArguments):
     vllm_server_host: str | None = old_name("of rollout_server_url")
     vllm_server_port: int | None = old_name("of rollout_server_url")
     vllm_model_impl: str | None = old_name(_OPTION_OF_SERVER)
-    vllm_enable_sleep_mode: bool | None = old_name("a server that can sleep is always asked to")
+    vllm_enable_sleep_mode: bool | None = old_name("rollout_server_sleep")
     vllm_gpu_memory_utilization: float | None = old_name(_OPTION_OF_SERVER)
     vllm_tensor_parallel_size: int | None = old_name(_OPTION_OF_SERVER)
     vllm_max_model_length: int | None = old_name(_OPTION_OF_SERVER)
     vllm_structured_outputs_regex: str | None = old_name("not offered: a constrained policy is not the one that learns")
-    vllm_server_timeout: float | None = old_name("not needed: the server must be up")
+    vllm_server_timeout: float | None = old_name("server_startup_timeout")
     vllm_group_port: int | None = old_name("not needed: weights go through rollout_weights_dir")
     cache_implementation: str | None = old_name("not needed: the cache is the engine's own")
     use_transformers_continuous_batching: bool | None = old_name("not needed: ended rows always make room")
@@ -122,6 +124,10 @@ class GenerationArguments(ServerArguments):
             raise ValueError("transformers_continuous_batching_config: there is no such engine here: leave it out")
         if self.ds3_gather_for_generation is False:
             raise ValueError("ds3_gather_for_generation=False: under ZeRO-3 sample on a server: " + _SERVER_COMMAND)
+        if self.vllm_enable_sleep_mode:
+            self.rollout_server_sleep = True
+        if self.vllm_server_timeout is not None:
+            self.server_startup_timeout = self.vllm_server_timeout
         if self.use_vllm:
             self._take_over_server()
         # Called for its checks alone: the values are read where a Sampling is made.

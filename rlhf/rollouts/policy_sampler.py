@@ -1,5 +1,6 @@
 """The engine that samples from a policy as it is now: in this process, or a server that is sent the weights first."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,10 @@ from rlhf.models import Policy
 from rlhf.rollouts.arguments import ServerArguments
 from rlhf.rollouts.engine import RolloutEngine
 from rlhf.rollouts.local import LocalEngine, end_ids
-from rlhf.rollouts.server import WRONG_MODEL_HINT, ServerEngine
+from rlhf.rollouts.server import ServerEngine
+from rlhf.rollouts.server_weights import WRONG_MODEL_HINT
+
+logger = logging.getLogger(__name__)
 
 
 class PolicySampler:
@@ -34,10 +38,34 @@ class PolicySampler:
         self.is_local = isinstance(engine, LocalEngine)
         self._sent_at_step: int | None = None  # evaluation and a rollout after the same step need one transfer
         self._version = 0
+        self._trains = False
+
+    @contextmanager
+    def during_training(self) -> Iterator[None]:
+        """Let the engine sleep between rollouts, and wake it in the end, also after an error."""
+        self._trains = True
+        try:
+            yield
+        finally:
+            self._trains = False
+            if self._is_responsible:
+                self._end_training()
+
+    def _end_training(self) -> None:
+        try:
+            self.engine.wake()
+        except OSError as error:  # the training's own error must be seen, or its result kept
+            logger.warning("the server could not be woken: %s", error)
+        if isinstance(self.engine, ServerEngine) and self._version:
+            logger.warning(
+                "%s goes on serving the trained weights under the name %r: start it again to have the original ones",
+                self.engine.url,
+                self.engine.model,
+            )
 
     @contextmanager
     def synced_engine(self, policy: Policy, trained_model: nn.Module, step: int) -> Iterator[RolloutEngine]:
-        """The engine with the policy's weights; it is paused afterwards.
+        """The engine with the policy's weights; during training it is paused afterwards.
 
         Args:
             policy: the policy itself.
@@ -46,8 +74,7 @@ class PolicySampler:
         Yields:
             The engine.
         """
-        is_responsible = self.is_local or self.accelerator.is_main_process
-        if is_responsible:
+        if self._is_responsible:
             self.engine.wake()
         if not self.is_local and self._sent_at_step != step:
             self._send_weights(policy, trained_model)
@@ -55,8 +82,12 @@ class PolicySampler:
         yield self.engine
         # A server must not be paused while another process still samples.
         self.accelerator.wait_for_everyone()
-        if is_responsible:
+        if self._is_responsible and self._trains:
             self.engine.sleep()
+
+    @property
+    def _is_responsible(self) -> bool:
+        return self.is_local or self.accelerator.is_main_process
 
     def _send_weights(self, policy: Policy, trained_model: nn.Module) -> None:
         """Send the policy's weights under the names of a checkpoint, an adapter merged into them."""
@@ -123,6 +154,8 @@ def _server_engine(
         reads_logps=reads_logps,
         # A completion must end where it ends in this process.
         end_ids=end_ids(policy.without_adapter, tokenizer),
+        startup_timeout=args.server_startup_timeout,
+        sleeps=args.rollout_server_sleep,
     )
     difference = engine.tokenizer_difference(tokenizer)
     if difference is not None:

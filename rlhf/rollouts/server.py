@@ -1,19 +1,22 @@
 """The engine behind a completion server: vLLM, SGLang, or another with their form of OpenAI's protocol."""
 
-import shutil
+import logging
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import numpy as np
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.data.http_client import HttpClient, ServerError
 from rlhf.rollouts.engine import Completion, Sampling, check_request
+from rlhf.rollouts.server_calls import NOT_OFFERED, ServerCalls, check_logps
+from rlhf.rollouts.server_weights import WRONG_MODEL_HINT, ServerWeights
+
+logger = logging.getLogger(__name__)
 
 NO_TOKEN_IDS = (
     "returns no token ids; encoding its text again would shift every log-prob, so it cannot be used "
@@ -23,18 +26,11 @@ RAW_LOGPS = (
     "reports log-probs that are not those of the distribution sampled from: start vLLM with "
     "--logprobs-mode processed_logprobs, or use temperature 1 without top_p and top_k"
 )
-NO_WEIGHT_UPDATE = (
-    "offers no way to load weights: use SGLang (/update_weights_from_disk), or start vLLM with "
-    "VLLM_SERVER_DEV_MODE=1 (/collective_rpc); without one, the server would go on with the old policy"
+CANNOT_SLEEP = (
+    "cannot sleep: start vLLM with --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1, or leave --rollout_server_sleep out"
 )
-WRONG_MODEL_HINT = "it must serve the model that is trained"
-NOT_OFFERED = (404, 405)  # HTTP status of a path that a server does not have
 # A text on which tokenizers differ: digits, symbols, quotes, accents and white space.
 TOKENIZER_PROBE = "It costs 1,234.50 €: “naïve” café\n\tdef f(x):  return x"
-
-
-class ServerError(OSError):
-    """A server replied, but not as an engine must; an ``OSError``, which commands report in one line."""
 
 
 class ServerEngine:
@@ -55,6 +51,8 @@ class ServerEngine:
         vocab_size: of the policy; a larger token id from the server is an error.
         reads_logps: check that its log-probs are those of the distribution sampled from.
         end_ids: tokens that end a completion, besides those of the server's own configuration.
+        startup_timeout: seconds to wait for a server that is still loading.
+        sleeps: whether :meth:`sleep` does anything; without it, the server stays awake for its other users.
     Raises:
         ConnectionError: no server answers there.
         ValueError: it does not serve ``model``.
@@ -72,21 +70,32 @@ class ServerEngine:
         vocab_size: int | None = None,
         reads_logps: bool = True,
         end_ids: Sequence[int] = (),
+        startup_timeout: float = 240.0,
+        sleeps: bool = False,
     ) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
         self.model = model
         self.version = 0
         self.vocab_size, self.reads_logps, self.end_ids = vocab_size, reads_logps, list(end_ids)
-        self.weights_dir = None if weights_dir is None else Path(weights_dir)
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        limits = httpx2.Limits(max_connections=concurrency)
-        self._client = httpx2.Client(base_url=self.url, headers=headers, limits=limits, timeout=timeout)
+        client = HttpClient(
+            url.rstrip("/").removesuffix("/v1"),
+            headers=headers,
+            connections=concurrency,
+            timeout=timeout,
+            patience=timeout,
+        )
+        self._calls = ServerCalls(client)
+        self.url = client.address
+        self._weights = None if weights_dir is None else ServerWeights(self._calls, Path(weights_dir))
         self._pool = ThreadPoolExecutor(concurrency)
         # Whether log-probs are right, by what can make them wrong: the temperature, and truncation or a penalty.
         self._logps_are_right: dict[tuple[float, bool], bool] = {}
-        served_models = [entry.get("id") for entry in self._request("GET", "/v1/models").json().get("data", [])]
+        self._sleeps, self._is_asleep = sleeps, False
+        reply = self._calls.wait_until_ready("/v1/models", startup_timeout)
+        served_models = [entry.get("id") for entry in reply.json().get("data", [])]
         if model not in served_models:
             raise ValueError(f"{self.url} serves {', '.join(map(str, served_models)) or 'nothing'}, not {model!r}")
+        self._wake_if_asleep()
 
     def generate(
         self,
@@ -148,10 +157,10 @@ class ServerEngine:
         """
         request_body = {"model": self.model, "prompt": TOKENIZER_PROBE, "add_special_tokens": False}
         try:
-            response = self._request_first_offered(("/tokenize", request_body))
+            reply = self._calls.first_offered(("/tokenize", request_body))
         except ServerError:  # the call takes another request than vLLM's
             return None
-        server_ids = None if response is None else response.json().get("tokens")
+        server_ids = None if reply is None else reply.json().get("tokens")
         policy_ids = tokenizer(TOKENIZER_PROBE, add_special_tokens=False)["input_ids"]
         if server_ids is None or server_ids == policy_ids:
             return None
@@ -167,44 +176,41 @@ class ServerEngine:
             ValueError: there is no ``weights_dir``.
             ServerError: the server has no call to load weights, or fails to load these.
         """
-        if self.weights_dir is None:
+        if self._weights is None:
             raise ValueError("update_weights needs weights_dir=, a folder that this process and the server both see")
-        # A folder of its own: the server may still read the one before.
-        folder = (self.weights_dir / f"version-{version}").resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        save_torch_state_dict(dict(weights), folder)
-        try:
-            response = self._request_first_offered(
-                ("/update_weights_from_disk", {"model_path": str(folder), "flush_cache": True}),
-                ("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}),
-            )
-        except ServerError as error:
-            raise ServerError(f"{error} (the policy's weights are in {folder}; {WRONG_MODEL_HINT})") from error
-        if response is None:
-            raise ServerError(f"{self.url} {NO_WEIGHT_UPDATE}")
-        # The prefix cache holds keys and values of the old weights; SGLang was asked to flush it with the update.
-        if response.url.path == "/collective_rpc":
-            self._request("POST", "/reset_prefix_cache")
-        elif not response.json().get("success", True):
-            raise ServerError(f"{self.url} did not load {folder}: {response.json().get('message', 'no reason given')}")
+        self._weights.load(weights, version)
         self.version = version
-        # Only now: the server has loaded the new weights, and nobody reads the older ones.
-        for older_folder in self.weights_dir.glob("version-*"):
-            if older_folder.resolve() != folder:
-                shutil.rmtree(older_folder)
 
     def sleep(self) -> None:
-        """Ask the server to free its accelerator's memory, if it has such a call."""
-        self._request_first_offered(("/release_memory_occupation", {}), ("/sleep?level=1", {}))
+        """Ask the server to free its accelerator's memory, if ``sleeps`` is set.
+
+        Raises:
+            ServerError: it has no such call.
+        """
+        if not self._sleeps:
+            return
+        # Before the request: a server that is told to wake once too often does nothing.
+        self._is_asleep = True
+        if self._calls.first_offered(("/release_memory_occupation", {}), ("/sleep?level=1", {})) is None:
+            raise ServerError(f"{self.url} {CANNOT_SLEEP}")
 
     def wake(self) -> None:
         """Undo :meth:`sleep`."""
-        self._request_first_offered(("/resume_memory_occupation", {}), ("/wake_up", {}))
+        if self._is_asleep:
+            self._calls.first_offered(("/resume_memory_occupation", {}), ("/wake_up", {}))
+            self._is_asleep = False
+
+    def _wake_if_asleep(self) -> None:
+        """Wake a server that someone else left asleep: its completions would never come. Only vLLM tells."""
+        reply = self._calls.request("GET", "/is_sleeping", may_be_missing=True)
+        if reply.status not in NOT_OFFERED and reply.json().get("is_sleeping"):
+            logger.warning("%s is asleep: waking it", self.url)
+            self._calls.request("POST", "/wake_up", {})
 
     def close(self) -> None:
         """Close the connections; the server keeps running."""
         self._pool.shutdown()
-        self._client.close()
+        self._calls.client.close()
 
     # Requests
 
@@ -246,8 +252,7 @@ class ServerEngine:
         neutral = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
         # Log-probs of two tokens, because the check of the temperature compares the best two.
         request_body = {"model": self.model, "prompt": prompt, "n": 1, "logprobs": 2, "return_token_ids": True}
-        response = self._request("POST", "/v1/completions", request_body | neutral | options)
-        choice: dict[str, Any] = response.json()["choices"][0]
+        choice = self._first_choice(request_body | neutral | options)
         ids, ids_read = choice.get("token_ids"), choice.get("prompt_token_ids")
         if ids is None:
             raise ServerError(f"{self.url} {NO_TOKEN_IDS}")
@@ -260,16 +265,16 @@ class ServerEngine:
         if ids_read is not None and ids_read != prompt:
             raise ServerError(f"{self.url} read other prompt ids than were sent: {len(ids_read)} for {len(prompt)}")
         logps = (choice.get("logprobs") or {}).get("token_logprobs") or []
-        if len(logps) != len(ids) or None in logps:
+        if len(logps) != len(ids):
             raise ServerError(f"{self.url} returned {len(logps)} log-probs for {len(ids)} tokens")
+        check_logps(logps, self.url, "token")
         return choice
 
     def _read(self, ids: list[int], k: int) -> list[dict[int, float]]:
         """Log-probs of the k likeliest tokens and of the given one at each position; none at the first."""
         # A completion needs at least one token; it is thrown away.
         request_body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
-        response = self._request("POST", "/v1/completions", request_body)
-        positions = response.json()["choices"][0].get("prompt_logprobs")
+        positions = self._first_choice(request_body).get("prompt_logprobs")
         if positions is None:
             raise ServerError(f"{self.url} reports no prompt_logprobs, which a teacher must: serve it with vLLM")
         logps_of_positions = [
@@ -280,7 +285,18 @@ class ServerEngine:
         )
         if not is_complete:
             raise ServerError(f"{self.url} reported log-probs that do not fit the {len(ids)} tokens sent, {k} of each")
+        for position, logps in enumerate(logps_of_positions):
+            check_logps(list(logps.values()), self.url, f"position {position}, candidate")
         return logps_of_positions
+
+    def _first_choice(self, request_body: dict[str, Any]) -> dict[str, Any]:
+        """The first completion that the server returns."""
+        reply = self._calls.request("POST", "/v1/completions", request_body)
+        try:
+            choice: dict[str, Any] = reply.json()["choices"][0]
+        except (KeyError, IndexError, TypeError):
+            raise ServerError(f'{reply.address}: expected {{"choices": […]}}, got {reply.excerpt!r}') from None
+        return choice
 
     def _check_logps(self, prompt: list[int], sampling: Sampling) -> None:
         """Find with a few short requests whether log-probs are those of the distribution sampled from.
@@ -319,24 +335,3 @@ class ServerEngine:
         choice = self._request_completion(prompt, max_tokens=1, temperature=temperature, top_p=1.0, top_k=-1)
         largest_logp, second_logp = sorted(choice["logprobs"]["top_logprobs"][0].values(), reverse=True)[:2]
         return float(largest_logp - second_logp)
-
-    def _request_first_offered(self, *calls: tuple[str, dict[str, Any]]) -> httpx2.Response | None:
-        """The reply to the first of these calls that the server has; None if it has none of them."""
-        for path, body in calls:
-            response = self._request("POST", path, body, may_be_missing=True)
-            if response.status_code not in NOT_OFFERED:
-                return response
-        return None
-
-    def _request(
-        self, method: str, path: str, body: dict[str, Any] | None = None, may_be_missing: bool = False
-    ) -> httpx2.Response:
-        try:
-            response = self._client.request(method, path, json=body)
-        except httpx2.TransportError as error:
-            raise ConnectionError(
-                f"{self.url}: no server answers ({type(error).__name__}: {error}); start it, or check the address"
-            ) from error
-        if response.is_success or (may_be_missing and response.status_code in NOT_OFFERED):
-            return response
-        raise ServerError(f"{self.url}{path} answered {response.status_code}: {' '.join(response.text.split())[:200]}")

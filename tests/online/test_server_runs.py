@@ -64,8 +64,30 @@ def test_the_server_samples_from_the_policy_as_it_is(server, tokenizer, tmp_path
     for name, weight in server.model.state_dict().items():
         close(weight, state[name])
     loads = server.posts.count("/collective_rpc")
-    assert loads == 4  # the weights of steps 0 to 3, once each, whoever asks
-    assert server.asleep
+    assert loads == 5  # the weights of steps 0 to 3, once each, whoever asks; the first once more, for the proof
+    assert not server.asleep and "/sleep?level=1" not in server.posts
+
+
+def test_a_server_that_sleeps_while_the_policy_trains_is_awake_afterwards(server, tokenizer, tmp_path, caplog):
+    one = trainer(server, tokenizer, tmp_path, rollout_server_sleep=True)
+    slept = []
+    measure = one.measure
+    one.measure = lambda *inputs: slept.append(server.asleep) or measure(*inputs)
+    one.train()
+    assert slept and all(slept) and not server.asleep
+    ending = "goes on serving the trained weights under the name 'tiny'"
+    assert sum(ending in record.getMessage() for record in caplog.records) == 1
+    one.evaluate()
+    assert not server.asleep
+
+    def fail(*inputs):
+        assert server.asleep
+        raise RuntimeError("a fault of the training step")
+
+    one.measure = fail
+    with pytest.raises(RuntimeError, match="a fault of the training step"):
+        one.train()
+    assert not server.asleep
 
 
 def test_lora_reaches_the_server_and_leaves_the_base_as_it_was(server, tokenizer, tmp_path):
@@ -122,7 +144,7 @@ def test_a_server_of_another_model_is_found_before_it_samples(tokenizer, tmp_pat
 
 
 def test_a_server_that_goes_on_with_another_vocabulary(tokenizer, tmp_path):
-    other = FakeServer(tiny_model(vocab_size=400), tokenizer, weights="vllm")
+    other = FakeServer(tiny_model(vocab_size=400), tokenizer, weights="sglang")
     other.load = lambda folder: None  # and says that all went well
     with pytest.raises(ServerError, match=r"sampled token 3\d\d, and the policy has 330: it must serve the model"):
         trainer(other, tokenizer, tmp_path).train()

@@ -14,12 +14,13 @@ from rlhf.rewards import HttpReward, RewardError, RewardSet, load_reward
 def server(monkeypatch):
     """A server whose ``answer(payload)`` gives status and body; ``seen`` is what it was asked."""
     waits = []
-    monkeypatch.setattr("rlhf.rewards.endpoint.time", SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=waits.append))
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             http.seen.append(payload)
+            http.paths.append(self.path), http.headers.append(self.headers)
             status, body = http.answer(payload)
             text = (body if isinstance(body, str) else json.dumps(body)).encode()
             self.send_response(status)
@@ -31,10 +32,10 @@ def server(monkeypatch):
             pass
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.seen, http.waits = [], waits
+    http.seen, http.paths, http.headers, http.waits = [], [], [], waits
     http.answer = lambda payload: (200, {"rewards": [len(c) for c in payload["completions"]]})
     http.url = f"http://127.0.0.1:{http.server_port}/score"
-    threading.Thread(target=http.serve_forever, daemon=True).start()
+    threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
     yield http
     http.shutdown()
     http.server_close()
@@ -67,7 +68,7 @@ def test_an_overloaded_server_is_asked_again(server):
     answers = iter([(503, "busy"), (429, "slow down"), (200, {"rewards": [1, 2, 3]})])
     server.answer = lambda payload: next(answers)
     assert HttpReward(server.url)(PROMPTS, COMPLETIONS) == [1, 2, 3]
-    assert server.waits == [1.0, 2.0]
+    assert 1 <= server.waits[0] < 2 <= server.waits[1] < 3
     server.answer = lambda payload: (500, "broken")
     with pytest.raises(ConnectionError, match=r"the reward server answers 500 Internal Server Error 'broken', 3 tries"):
         HttpReward(server.url, retries=2)(PROMPTS, COMPLETIONS)
@@ -127,5 +128,36 @@ def test_addresses_and_options_are_checked():
     for url in ("http://host:port/score", "https:///score"):
         with pytest.raises(ValueError, match=f"{url}: no address"):
             load_reward(url)
+    with pytest.raises(ValueError, match=r"^http://host/score: no address"):
+        load_reward("http://user:pass/word@host/score")  # read as the host "user" and the port "pass"
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         HttpReward("http://localhost", batch_size=0)
+
+
+def test_a_password_in_an_address_is_used_and_shown_nowhere(server, caplog):
+    url = server.url.replace("http://", "http://user:hunter2@") + "?token=t0ken"
+    caplog.set_level("DEBUG")
+    answers = iter([(503, "busy"), (200, {"rewards": [1, 2, 3]}), (422, "no"), (200, "hello")])
+    server.answer = lambda payload: next(answers)
+    reward = load_reward(url)
+    rewards = RewardSet([reward])
+    assert rewards(PROMPTS, COMPLETIONS).rewards.tolist() == [1, 2, 3]
+    assert server.paths[-1] == "/score?token=t0ken" and server.headers[-1]["Authorization"].startswith("Basic ")
+    shown = [caplog.text, *rewards.names, reward.url]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="/score: ") as raised:
+            reward(PROMPTS, COMPLETIONS)
+        shown.append(str(raised.value))
+    for spec in (f"http_reward('{url}', color=1)", f"http_reward('{url}', x)", f"http_revard('{url}')"):
+        with pytest.raises(ValueError) as raised:
+            load_reward(spec)
+        shown.append(str(raised.value))
+    assert "trying again" in caplog.text and "/score" in shown[-1]
+    assert not any(secret in text for text in shown for secret in ("user", "hunter2", "t0ken"))
+
+
+def test_a_reply_without_end_is_refused(server, monkeypatch):
+    monkeypatch.setattr("rlhf.rewards.endpoint.LARGEST_REPLY", 1000)
+    server.answer = lambda payload: (200, "[" * 5000)
+    with pytest.raises(OSError, match=r"/score: the reply is larger than 1000 bytes"):
+        HttpReward(server.url)(PROMPTS, COMPLETIONS)

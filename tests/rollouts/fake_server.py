@@ -1,5 +1,6 @@
 """A completion server in the form of vLLM's, around a tiny model: each option off the plain one is a way to differ."""
 
+import hashlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,18 +13,22 @@ from rlhf.rollouts import LocalEngine, Sampling
 
 
 class FakeServer(ThreadingHTTPServer):
-    """``weights``: None, "sglang" or "vllm", the way in which weights are loaded."""
+    """``weights``: None, "sglang" or "vllm", the way in which weights are loaded.
+
+    ``faults``: by path, statuses or bodies that it answers first; ``overlooked``: tensors that it does not load.
+    """
 
     daemon_threads = True
     request_queue_size = 128  # an engine opens 64 connections at once
 
-    def __init__(self, model, tokenizer, *, ids=True, processed=True, weights="sglang", echo=True):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, model, tokenizer, *, ids=True, processed=True, weights="sglang", echo=True, port=0):
+        super().__init__(("127.0.0.1", port), Handler)
         self.model, self.engine, self.lock = model, LocalEngine(model, tokenizer), threading.Lock()
         self.ids, self.processed, self.weights, self.echo = ids, processed, weights, echo
         self.bodies, self.posts, self.asleep = [], [], False
+        self.faults, self.overlooked, self.sees = {}, (), lambda choice: None
         self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def read(self, body):
         """As vLLM tells a prompt: the k likeliest at each place, and what is there."""
@@ -60,7 +65,13 @@ class FakeServer(ThreadingHTTPServer):
     def load(self, folder):
         found = {k: v for file in Path(folder).glob("*.safetensors") for k, v in load_file(file).items()}
         with self.lock:
+            for name in self.overlooked:
+                found.pop(name)
             self.model.load_state_dict(found, strict=False)  # raises where shapes differ
+
+    def checksums(self):
+        weights = self.model.named_parameters()
+        return {name: hashlib.sha256(weight.detach().numpy().tobytes()).hexdigest() for name, weight in weights}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -74,8 +85,27 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
+    def fails(self):
+        """Answer with the next fault of this path, if one is left."""
+        left = self.server.faults.get(self.path)
+        if not left:
+            return False
+        fault = left.pop(0)
+        if fault is None:
+            self.close_connection = True  # no answer at all
+        else:
+            self.reply({"detail": "a fault"}, fault) if isinstance(fault, int) else self.reply(fault)
+        return True
+
     def do_GET(self):
-        self.reply({"data": [{"id": "tiny"}]})
+        if self.fails():
+            return
+        if self.path == "/v1/models":
+            self.reply({"data": [{"id": "tiny"}]})
+        elif self.path == "/is_sleeping" and self.server.weights == "vllm":
+            self.reply({"is_sleeping": self.server.asleep})
+        else:
+            self.reply({"detail": "Not Found"}, 404)
 
     def do_POST(self):
         try:
@@ -86,6 +116,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
         self.server.posts.append(self.path)
+        if self.fails():
+            return
         if self.path in ("/sleep?level=1", "/wake_up") and self.server.weights == "vllm":
             self.server.asleep = self.path != "/wake_up"
             self.reply({})
@@ -97,7 +129,9 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/completions":
             self.server.bodies.append(body)
             reads = "prompt_logprobs" in body and self.server.weights == "vllm"
-            self.reply(self.server.read(body) if reads else self.server.complete(body))
+            reply = self.server.read(body) if reads else self.server.complete(body)
+            self.server.sees(reply["choices"][0])
+            self.reply(reply)
         elif self.path == "/tokenize" and self.server.weights == "vllm":
             ids = self.server.engine.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]
             self.reply({"tokens": ids, "count": len(ids)})
@@ -109,7 +143,13 @@ class Handler(BaseHTTPRequestHandler):
             self.server.load(body["kwargs"]["weights_path"])
             self.reply({"results": [None]})
         elif self.path == "/reset_prefix_cache" and self.server.weights == "vllm":
-            self.reply({})
+            self.reply({"success": True})
+        elif self.path == "/weight_checker" and self.server.weights == "vllm":
+            if body["action"] == "reset":
+                with self.server.lock, torch.no_grad():
+                    for weight in self.server.model.parameters():
+                        weight.zero_()
+            self.reply({"checksums": self.server.checksums()})
         else:
             self.reply({"detail": "Not Found"}, 404)
 

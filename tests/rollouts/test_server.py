@@ -1,4 +1,8 @@
-"""The engine behind a server: what it sends, and what it refuses."""
+"""The engine behind a server: what it sends, what it repeats, and what it refuses."""
+
+import socket
+import threading
+from types import SimpleNamespace
 
 import pytest
 from conftest import tiny_model
@@ -39,8 +43,13 @@ def test_what_is_sent(serve):
 
 
 def test_no_server():
-    with pytest.raises(ConnectionError, match=r"http://127\.0\.0\.1:9: no server answers"):
-        ServerEngine("http://127.0.0.1:9", "tiny")
+    with pytest.raises(ConnectionError, match=r"http://127\.0\.0\.1:9: no server: it does not answer .* refused"):
+        ServerEngine("http://127.0.0.1:9", "tiny", startup_timeout=0)
+    # A name that nobody knows is not waited for.
+    with pytest.raises(
+        ConnectionError, match=r"^http://no-such-host\.invalid: no server: .*start it, or check the addr"
+    ):
+        ServerEngine("http://user:hunter2@no-such-host.invalid", "tiny")
 
 
 def test_another_model_is_served(serve):
@@ -76,6 +85,7 @@ def test_weights_are_loaded_and_old_ones_removed(serve, tmp_path, weights):
         engine.update_weights(tiny_model(seed=version).state_dict().items(), version)
     assert ("/reset_prefix_cache" in server.posts) == (weights == "vllm")
     assert [folder.name for folder in tmp_path.iterdir()] == ["version-2"]
+    assert server.posts.count("/weight_checker") == (4 if weights == "vllm" else 1)  # at the first update alone
     state = tiny_model(seed=2).state_dict()
     assert all((value == state[name]).all() for name, value in server.model.state_dict().items())
 
@@ -87,3 +97,133 @@ def test_weights_are_refused_where_nothing_loads_them(serve):
     assert engine.version == 0
     with pytest.raises(ValueError, match="weights_dir"):
         ServerEngine(server.url, "tiny").update_weights([], 1)
+
+
+# Faults that pass
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Seconds that would have been waited between tries."""
+    waited = []
+    monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=waited.append))
+    return waited
+
+
+def test_requests_are_repeated_and_give_the_same_completions(serve, waits):
+    server, engine = serve()
+    sampling = Sampling(max_tokens=4)
+    want = engine.generate(PROMPTS, 2, sampling, 0)
+    server.faults["/v1/completions"] = [503, None, 429, 500]
+    assert engine.generate(PROMPTS, 2, sampling, 0) == want
+    assert len(waits) == 4 and all(1 <= seconds < 9 for seconds in waits)
+    server.faults["/v1/completions"] = [502] * 100
+    with pytest.raises(ConnectionError, match=r"/v1/completions: the server answers 502 .*, 6 tries"):
+        engine.generate(PROMPTS, 1, sampling, 0)
+
+
+def test_a_request_that_is_wrong_itself_is_not_repeated(serve, waits):
+    server, engine = serve(weights="vllm")
+    server.faults = {"/v1/completions": [400], "/collective_rpc": [500]}
+    with pytest.raises(ServerError, match="answered 400"):
+        engine.generate(PROMPTS[:1], 1, Sampling(max_tokens=2), 0)
+    with pytest.raises(ServerError, match="answered 500"):
+        engine.update_weights(tiny_model().state_dict().items(), 1)
+    assert waits == []
+
+
+def test_a_server_that_is_still_loading_is_waited_for(tokenizer, caplog, monkeypatch):
+    monkeypatch.setattr("rlhf.data.http_client.SECONDS_BETWEEN_LOOKS", 0.01)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    servers = []
+    start = threading.Timer(0.2, lambda: servers.append(FakeServer(tiny_model(), tokenizer, port=port)))
+    start.start()
+    engine = ServerEngine(f"http://127.0.0.1:{port}", "tiny", startup_timeout=60)
+    assert engine.generate(PROMPTS, 1, Sampling(max_tokens=2), 0)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "does not answer" in line and "waiting up to 60 s for it" in line
+    servers[0].shutdown()
+
+
+# Sleep
+
+
+def test_a_server_that_is_asleep_is_woken_at_the_start(serve, caplog):
+    server, _ = serve(weights="vllm")
+    server.asleep = True
+    ServerEngine(server.url, "tiny").generate(PROMPTS, 1, Sampling(max_tokens=2), 0)
+    assert "is asleep: waking it" in caplog.text
+
+
+def test_sleep_is_an_option(serve):
+    server, engine = serve(weights="vllm")
+    engine.sleep()
+    assert not server.asleep
+    sleeper = ServerEngine(server.url, "tiny", sleeps=True)
+    sleeper.sleep()
+    assert server.asleep
+    sleeper.wake()
+    assert not server.asleep
+    with pytest.raises(ServerError, match="cannot sleep: start vLLM with --enable-sleep-mode"):
+        ServerEngine(serve(weights=None)[0].url, "tiny", sleeps=True).sleep()
+
+
+# Weights
+
+
+def test_a_prefix_cache_that_is_in_use_is_reset_again(serve, waits):
+    server, engine = serve(weights="vllm")
+    server.faults["/reset_prefix_cache"] = [{"success": False}] * 2
+    engine.update_weights(tiny_model(seed=1).state_dict().items(), 1)
+    assert len(waits) == 2
+    server.faults["/reset_prefix_cache"] = [{"success": False}] * 100
+    with pytest.raises(ServerError, match="/reset_prefix_cache fails after 8 tries"):
+        engine.update_weights(tiny_model(seed=2).state_dict().items(), 2)
+
+
+def test_a_tensor_that_is_not_loaded_is_an_error(serve):
+    server, engine = serve(weights="vllm")
+    server.overlooked = ("model.layers.0.mlp.up_proj.weight",)
+    with pytest.raises(ServerError, match=r"did not load 1 of its \d+ tensors from .*version-1: model.layers.0.mlp.up"):
+        engine.update_weights(tiny_model(seed=1).state_dict().items(), 1)
+
+
+def test_folders_of_the_user_stay(serve, tmp_path):
+    (tmp_path / "version-1").mkdir()
+    (tmp_path / "version-final").mkdir()
+    (tmp_path / "version-1" / "notes.txt").write_text("mine")
+    _, engine = serve()
+    for version in (1, 2):
+        engine.update_weights(tiny_model(seed=version).state_dict().items(), version)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["version-1", "version-2", "version-final"]
+    assert [file.name for file in (tmp_path / "version-1").iterdir()] == ["notes.txt"]
+
+
+# Numbers that are no log-probs
+
+
+@pytest.mark.parametrize("logp", [float("nan"), 5.0, float("-inf"), None])
+def test_numbers_that_are_no_log_probs_are_refused(serve, logp):
+    server, engine = serve(weights="vllm")
+
+    def spoil(choice):
+        if "prompt_logprobs" in choice:
+            next(iter(choice["prompt_logprobs"][2].values()))["logprob"] = logp
+        else:
+            choice["logprobs"]["token_logprobs"][1] = logp
+
+    server.sees = spoil
+    with pytest.raises(ServerError, match=rf"the log-prob of token 1 of 4 is {logp}, expected at most 0"):
+        engine.generate(PROMPTS[:1], 1, Sampling(max_tokens=4, min_tokens=4), 0)
+    with pytest.raises(ServerError, match=rf"the log-prob of position 2, candidate \d of \d is {logp}, expected at"):
+        engine.read([[5, 6, 7]], 2)
+
+
+@pytest.mark.parametrize("body", [{}, {"choices": []}, []])
+def test_other_replies_are_refused_in_one_line(serve, body):
+    server, engine = serve()
+    server.faults["/v1/completions"] = [body]
+    with pytest.raises(ServerError, match=r"/v1/completions: expected \{\"choices\": \[…\]\}, got"):
+        engine.generate(PROMPTS[:1], 1, Sampling(max_tokens=2), 0)
