@@ -1,7 +1,7 @@
 """Groups of options: the model, the data, and what a trainer needs besides its configuration."""
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -58,10 +58,10 @@ class ModelArguments:
 
     def _refuse_adapter_options(self) -> None:
         """An option of an adapter that is not trained would be ignored without a word."""
-        for field in fields(ModelArguments):
-            about_adapter = field.name.startswith("lora_") or field.name in ("use_rslora", "use_dora")
-            if about_adapter and getattr(self, field.name) != field.default:
-                raise ValueError(f"--{field.name} is of an adapter: add --use_peft to train one, or leave it out")
+        for argument in fields(ModelArguments):
+            about_adapter = argument.name.startswith("lora_") or argument.name in ("use_rslora", "use_dora")
+            if about_adapter and getattr(self, argument.name) != argument.default:
+                raise ValueError(f"--{argument.name} is of an adapter: add --use_peft to train one, or leave it out")
 
     def load_kwargs(self, trust_remote_code: bool = False) -> dict[str, Any]:
         """Keyword arguments of ``from_pretrained`` for the model to train.
@@ -202,7 +202,15 @@ class DataArguments:
     dataset_train_split: str = option("train", "Split; a slice such as train[:1000] too.")
     eval_dataset_name: list[str] | None = option(None, "Rows to evaluate on, like dataset_name.")
     dataset_test_split: str | None = option(None, "Split to evaluate on.")
-    resume: bool = option(False, "Go on from the last checkpoint in output_dir.")
+    # Without a value it is true.
+    resume: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on from the last checkpoint in output_dir; auto: start where there is none.",
+            "nargs": "?",
+            "const": "true",
+        },
+    )
     overwrite: bool = option(False, "Replace the run in output_dir.")
 
 

@@ -1,6 +1,7 @@
 """How each training command runs: from parsed options to a saved checkpoint."""
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, TypeAlias
@@ -19,8 +20,9 @@ from rlhf.data.streams import name_of
 from rlhf.distillation import DistillConfig, DistillTrainer
 from rlhf.models import add_adapter_beside, load_tokenizer
 from rlhf.trainers.base import BaseTrainer
-from rlhf.trainers.checkpointing import checkpoint_to_resume
 from rlhf.trainers.config import BAD_ROWS, BaseConfig
+from rlhf.trainers.resuming import AUTO, checkpoint_to_resume, finished_step, resume_request
+from rlhf.trainers.run_lock import LOCK_FILE, run_lock
 
 TEACHER_ADAPTER = "teacher"  # name of the teacher's adapter on the student's model
 Rows: TypeAlias = Dataset | IterableDataset | Mixture
@@ -57,6 +59,8 @@ def train(
 ) -> None:
     """Check everything, then train, evaluate and save; nothing that existed is touched before training starts.
 
+    No other run can write into the output folder meanwhile.
+
     Args:
         command: has the trainer, and the function that loads the model.
         data: the rows, and what to do with a folder that is not empty.
@@ -64,9 +68,31 @@ def train(
         args: the trainer's configuration.
         trainer_kwargs: further keyword arguments of the trainer.
     """
-    peft_config = model.peft_config()
     output_folder = Path(str(args.output_dir))
-    checkpoint = _check_output(output_folder, data, args.resume_from_checkpoint)
+    if output_folder.exists() and not output_folder.is_dir():
+        raise ValueError(f"{output_folder}: output_dir is a file; choose a folder")
+    # The first process writes the folder for all.
+    with run_lock(output_folder) if args.process_index == 0 else nullcontext():
+        request = _resume_request(data, args)
+        if request in ("true", AUTO):
+            step = finished_step(str(output_folder), args.max_steps, args.num_train_epochs)
+            if step is not None:
+                print(f"{output_folder}: already complete at step {step}")
+                return
+        checkpoint = _check_output(output_folder, data, request)
+        _train(command, data, model, args, trainer_kwargs, checkpoint)
+
+
+def _train(
+    command: TrainingCommand,
+    data: DataArguments,
+    model: ModelArguments,
+    args: BaseConfig,
+    trainer_kwargs: dict[str, Any],
+    checkpoint: str | None,
+) -> None:
+    output_folder = Path(str(args.output_dir))
+    peft_config = model.peft_config()
     train_rows, eval_rows = _load_rows(data, args)
     name, trust_remote_code = str(model.model_name_or_path), args.trust_remote_code
     tokenizer = load_tokenizer(name, args.chat_template_path, model.model_revision, trust_remote_code)
@@ -157,6 +183,8 @@ def _train_and_save(trainer: BaseTrainer, checkpoint: str | None) -> None:
     except (ValueError, OSError):
         _close_progress_bar(trainer)
         raise
+    if trainer.state.global_step == 0:
+        raise ValueError("no step was trained, so nothing is saved: raise --max_steps or --num_train_epochs")
     trainer.save_model()
     trainer.save_state()
     metrics: dict[str, Any] = dict(result.metrics)
@@ -186,30 +214,35 @@ def _end_process_group(trainer: BaseTrainer) -> None:
     trainer.accelerator.end_training()
 
 
-def _check_output(folder: Path, data: DataArguments, checkpoint: str | None = None) -> str | None:
-    """The checkpoint to resume from; raises where the folder holds something that nobody asked to replace."""
-    if data.resume and data.overwrite:
+def _resume_request(data: DataArguments, args: BaseConfig) -> str:
+    """What to resume, as :func:`resume_request` gives it, from either of the two options."""
+    request = resume_request(data.resume)
+    if request and data.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
-    if data.resume and checkpoint is not None:
+    if request and args.resume_from_checkpoint is not None:
         raise ValueError("--resume and --resume_from_checkpoint exclude each other")
-    checkpoint = checkpoint_to_resume(data.resume or checkpoint, str(folder))
+    return request or resume_request(args.resume_from_checkpoint)
+
+
+def _check_output(folder: Path, data: DataArguments, request: str) -> str | None:
+    """The checkpoint to resume from; raises where the folder holds something that nobody asked to replace."""
+    checkpoint = checkpoint_to_resume(request, str(folder))
     # A run that goes on in its own folder replaces nothing.
     if checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve():
         if data.overwrite:
             raise ValueError(f"{checkpoint}: --overwrite would replace it; choose another --output_dir")
         return checkpoint
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: output_dir is a file; choose a folder")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir()):
         if not _holds_run(folder):
             raise ValueError(f"{folder}: not empty and no run of ours; choose another --output_dir")
-        if not data.overwrite:
+        starts_anew = request == AUTO and not (folder / "training_args.bin").exists()
+        if not data.overwrite and not starts_anew:
             raise ValueError(f"{folder}: holds a run already; pass --resume to go on, or --overwrite to replace it")
     return checkpoint
 
 
 def _holds_run(folder: Path) -> bool:
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir()} - {LOCK_FILE}
     # A run that stopped before its first checkpoint left no more than these.
     ended_early = names <= {"completions.jsonl", BAD_ROWS}
     return ended_early or "training_args.bin" in names or get_last_checkpoint(str(folder)) is not None
@@ -220,6 +253,6 @@ def _clear(folder: Path, trainer: BaseTrainer) -> None:
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name != BAD_ROWS:  # written by the run that begins
+            elif path.name not in (BAD_ROWS, LOCK_FILE):  # of the run that begins
                 path.unlink()
     trainer.accelerator.wait_for_everyone()

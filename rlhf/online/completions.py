@@ -13,6 +13,7 @@ from rlhf.online.config import PPOConfig
 from rlhf.online.samples import Sample
 from rlhf.rewards import completion_text
 
+COMPLETIONS = "completions.jsonl"  # in output_dir
 MAX_PROMPT, MAX_COMPLETION = 300, 600  # characters of each in the table
 
 
@@ -29,7 +30,7 @@ def show_completions(samples: Sequence[Sample], args: PPOConfig, step: int) -> N
         first_of_group = {sample.group: sample for sample in reversed(samples)}
         samples = list(first_of_group.values())[::-1]
     if args.log_completions and samples:
-        append_completions(Path(str(args.output_dir)) / "completions.jsonl", samples, step)
+        append_completions(Path(str(args.output_dir)) / COMPLETIONS, samples, step)
     if args.num_completions_to_print != 0 and samples:
         print_completions(samples[: args.num_completions_to_print], step)
 

@@ -20,7 +20,7 @@ from rlhf.logprobs import Scores, TokenLoss
 from rlhf.losses import truncated_importance_weights, value_loss
 from rlhf.models import ActorCritic, Policy, vocabulary_size
 from rlhf.online.collector import Rollout, RolloutCollector
-from rlhf.online.completions import show_completions
+from rlhf.online.completions import COMPLETIONS, show_completions
 from rlhf.online.config import PPOConfig
 from rlhf.online.evaluation import EvaluatesBySampling
 from rlhf.online.judges import check_tokenizers, load_critic, load_rewards
@@ -88,6 +88,7 @@ class PPOTrainer(EvaluatesBySampling):
 
     config_class: ClassVar[type[BaseConfig]] = PPOConfig
     balances: ClassVar[bool] = True
+    appended_files: ClassVar[tuple[str, ...]] = (COMPLETIONS,)
 
     def __init__(
         self,
@@ -329,7 +330,7 @@ class PPOTrainer(EvaluatesBySampling):
 
     def resume_state(self) -> dict[str, Any]:
         schedule, diagnosis = self.schedule, self.diagnosis
-        state: dict[str, Any] = {
+        state: dict[str, Any] = super().resume_state() | {
             "processes": self.args.world_size,
             "rollouts": self.collector.num_rollouts,
             "drawn": self.collector.prompts.drawn,
@@ -339,8 +340,12 @@ class PPOTrainer(EvaluatesBySampling):
             "minibatches": schedule.minibatches if schedule.remaining_steps else [],
             "report": {
                 "kl": self.step_statistics.last_step_kl,
+                "peaks": self.step_statistics.peaks,
                 "entropy": diagnosis.first_entropy,
                 "said": diagnosis.already_warned,
+                "unlogged_samples": self._unlogged_samples,
+                "tokens_to_train": self._tokens_to_train,
+                "seconds_since_rollout": time.perf_counter() - self._training_since if self._training_since else None,
             },
         }
         if self.args.sync_ref_model and self.ref_policy is not None:
@@ -353,11 +358,16 @@ class PPOTrainer(EvaluatesBySampling):
                 f"the checkpoint was saved by {state['processes']} processes, these are {self.args.world_size}: its "
                 "rollout cannot be shared out anew; resume with as many"
             )
+        super().load_resume_state(state)
         self.collector.num_rollouts, self.collector.prompts.drawn = state["rollouts"], state["drawn"]
         self.schedule.remaining_steps, self.schedule.minibatches = state["steps"], state["minibatches"]
         report = state["report"]
         self.step_statistics.last_step_kl = report["kl"]
+        self.step_statistics.peaks = {name: peak.to(self.args.device) for name, peak in report["peaks"].items()}
         self.diagnosis = Diagnosis(report["entropy"], report["said"])
+        self._unlogged_samples, self._tokens_to_train = report["unlogged_samples"], report["tokens_to_train"]
+        if report["seconds_since_rollout"] is not None:
+            self._training_since = time.perf_counter() - report["seconds_since_rollout"]
         if self.ref_policy is not None and "ref_model" in state:
             self.ref_policy.model.load_state_dict(state["ref_model"])
         if self.controller is not None:

@@ -35,7 +35,6 @@ from rlhf.models.adapters import check_adapter
 from rlhf.models.policy import Wrapper
 from rlhf.models.vocabulary import grown_size
 from rlhf.trainers.balancing import balancer
-from rlhf.trainers.checkpointing import checkpoint_to_resume, log_resuming
 from rlhf.trainers.config import BaseConfig
 from rlhf.trainers.evaluating import Evaluating, Measures
 from rlhf.trainers.metric_sums import Metrics, MetricSums, means
@@ -221,13 +220,16 @@ class BaseTrainer(Evaluating, ProfiledTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As ``transformers.Trainer``; by default from ``args.resume_from_checkpoint``."""
-        requested = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        checkpoint = checkpoint_to_resume(requested, self.args.output_dir)
-        if checkpoint is not None:
-            log_resuming(checkpoint, self.args.max_steps)
         self._check_best_metric()
         self._check_drop_last()
-        return super().train(checkpoint, *args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def resume_state(self) -> dict[str, Any]:
+        return super().resume_state() | {"metric_sums": self._metric_sums.state()}
+
+    def load_resume_state(self, state: dict[str, Any]) -> None:
+        super().load_resume_state(state)
+        self._metric_sums.load_state(state["metric_sums"], self.args.device)
 
     def _check_drop_last(self) -> None:
         args, rows = self.args, self.train_dataset

@@ -1,7 +1,6 @@
 """Saving and loading as an ordinary checkpoint: the model inside the policy, never the wrapper."""
 
-import json
-import logging
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 from rlhf.models import configured_dropout
 from rlhf.models.adapter_base import keep_base, name_lengths
-
-logger = logging.getLogger(__name__)
 
 
 class Checkpointing(Trainer):
@@ -97,21 +93,21 @@ class Checkpointing(Trainer):
 
     # State that transformers does not know of, saved with the optimizer's in each checkpoint
 
-    def resume_state(self) -> dict[str, Any] | None:
+    @abstractmethod
+    def resume_state(self) -> dict[str, Any]:
         """What a resumed run needs besides weights, optimizer and the number of steps; of this process."""
-        return None
 
+    @abstractmethod
     def load_resume_state(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`resume_state` returned."""
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        if (state := self.resume_state()) is not None:
-            torch.save(state, self._resume_file(output_dir))
+        torch.save(self.resume_state(), self._resume_file(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self.resume_state() is None:
+        if checkpoint is None:
             return
         file = self._resume_file(checkpoint)
         if not file.exists():
@@ -123,57 +119,3 @@ class Checkpointing(Trainer):
 
     def _resume_file(self, checkpoint: str) -> Path:
         return Path(checkpoint) / f"trainer_state_{self.args.process_index}.pt"
-
-
-def checkpoint_to_resume(given: str | bool | None, output_dir: str) -> str | None:
-    """Find the folder that training continues from.
-
-    Args:
-        given: a folder; ``True`` (or the text ``true``, ``yes``, ``last``) for the last checkpoint in ``output_dir``;
-            None, ``False`` or their text for a new run.
-        output_dir: of the run.
-    Returns:
-        The folder, or None.
-    Raises:
-        ValueError: there is no checkpoint, or it does not hold what a run needs.
-    """
-    # The command line passes text, a YAML file a boolean.
-    word = str(given).lower()
-    if given in (None, "") or word in ("false", "no"):
-        return None
-    if word in ("true", "yes", "last"):
-        last_checkpoint = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-        if last_checkpoint is None:
-            raise ValueError(f"{output_dir}: no checkpoint to resume from; leave out --resume to start")
-        return last_checkpoint
-    folder = Path(str(given)).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"{given}: no such folder to resume from (--resume_from_checkpoint)")
-    last_checkpoint = get_last_checkpoint(str(folder))
-    if not (folder / "trainer_state.json").exists():
-        hint = f"; did you mean {last_checkpoint}?" if last_checkpoint else ""
-        raise ValueError(f"{given}: not a checkpoint of a run (no trainer_state.json){hint}")
-    # "global_step…" is DeepSpeed's folder of optimizer states.
-    has_optimizer = any(path.name.startswith(("optimizer", "global_step")) for path in folder.iterdir())
-    if not has_optimizer:
-        hint = "it was saved with --save_only_model; train from it as a model instead"
-        if last_checkpoint:
-            hint = f"did you mean {last_checkpoint}?"
-        raise ValueError(f"{given}: holds no state of the optimizer to go on with; {hint}")
-    return str(folder)
-
-
-def log_resuming(checkpoint: str, max_steps: int) -> None:
-    """Log the step that a run continues from, and warn if no step is left.
-
-    Args:
-        checkpoint: its folder.
-        max_steps: of the run; 0 or less where epochs are counted.
-    """
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-    last_step = int(state["global_step"])
-    logger.info("%s: going on after step %d", checkpoint, last_step)
-    if 0 < max_steps <= last_step:
-        logger.warning(
-            "%s: step %d of %d, so nothing is left to train; raise --max_steps", checkpoint, last_step, max_steps
-        )

@@ -16,8 +16,8 @@ from rlhf.data import Batch, Mixture, in_memory, is_tokenised
 from rlhf.data.batch import IGNORE
 from rlhf.models import vocabulary_size
 from rlhf.models.positions import inputs_of
-from rlhf.trainers.checkpointing import Checkpointing
 from rlhf.trainers.metric_sums import Metrics
+from rlhf.trainers.resuming import Resuming
 
 
 class Measures(NamedTuple):
@@ -30,7 +30,7 @@ class Measures(NamedTuple):
     router_logits: tuple[Tensor, ...] | None = None  # to be balanced
 
 
-class Evaluating(Checkpointing):
+class Evaluating(Resuming):
     """A ``transformers.Trainer`` whose evaluation adds up :class:`Measures`."""
 
     exp_metrics: ClassVar[frozenset[str]] = frozenset()  # reported as exp(sum / count), such as a perplexity

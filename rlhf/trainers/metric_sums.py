@@ -33,6 +33,14 @@ class MetricSums:
             previous = self._sums.get(name)
             self._sums[name] = sum_and_count if previous is None else previous + sum_and_count
 
+    def state(self) -> dict[str, Tensor]:
+        """Sums and counts of this process since the last line of the log, for a checkpoint."""
+        return {name: sum_and_count.cpu() for name, sum_and_count in self._sums.items()}
+
+    def load_state(self, state: dict[str, Tensor], device: torch.device) -> None:
+        """Go on from what :meth:`state` returned."""
+        self._sums = {name: sum_and_count.to(device) for name, sum_and_count in state.items()}
+
     def reduce(self, accelerator: Accelerator) -> dict[str, tuple[float, float]]:
         """Sums and counts over all processes since the last call; all processes must call it together.
 

@@ -97,11 +97,11 @@ class ReferencedTrainer(BaseTrainer):
 
     # A reference that moves is part of a checkpoint
 
-    def resume_state(self) -> dict[str, Any] | None:
+    def resume_state(self) -> dict[str, Any]:
         state = super().resume_state()
-        if not self.args.sync_ref_model or self.ref_policy is None:
-            return state
-        return {**(state or {}), "ref_model": self.ref_policy.model.state_dict()}
+        if self.args.sync_ref_model and self.ref_policy is not None:
+            state["ref_model"] = self.ref_policy.model.state_dict()
+        return state
 
     def load_resume_state(self, state: dict[str, Any]) -> None:
         super().load_resume_state(state)

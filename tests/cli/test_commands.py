@@ -118,11 +118,15 @@ def test_a_reward_model_from_a_file_and_on_from_there(peft, train, data_files, t
     assert first["std_reward"] > 0  # the head was kept
 
 
-def test_resume_and_overwrite(train):
-    folder = train("sft", "--save_steps", "1")
+def test_resume_and_overwrite(train, capsys):
+    folder = train("sft", "--save_steps", "1", "--resume", "auto")
     assert (folder / "checkpoint-2").is_dir()
     train("sft", "--save_steps", "1", "--resume", "--max_steps", "3")
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 3
+    files = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    train("sft", "--save_steps", "1", "--resume", "auto", "--max_steps", "3")
+    assert f"{folder}: already complete at step 3" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == files  # it trained a step more
     train("sft", "--save_strategy", "no", "--overwrite")
     assert not (folder / "checkpoint-2").exists() and (folder / "model.safetensors").exists()
 

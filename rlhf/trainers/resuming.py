@@ -1,0 +1,205 @@
+"""How a run goes on: which checkpoint it continues from, what is left to do, and what a line of the log began."""
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+
+from rlhf.trainers.checkpointing import Checkpointing
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"  # go on where there is a checkpoint, start where there is none
+
+
+class Resuming(Checkpointing):
+    """A trainer whose resumed run has the log of an uninterrupted one, also where steps since its last line are lost.
+
+    transformers begins its sums for the log anew when it resumes, and trains one step more where none is left.
+    """
+
+    appended_files: ClassVar[tuple[str, ...]] = ()  # in output_dir; a resumed run cuts them back
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._log_window: dict[str, Any] | None = None  # of the checkpoint, until training begins
+        self._in_own_folder = False  # whether the checkpoint lies there
+        self._training_began = 0.0  # as a time, less that of the run's earlier parts
+        self._earlier_seconds = 0.0
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As ``transformers.Trainer``; by default from ``args.resume_from_checkpoint``."""
+        requested = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        run_folder = Path(str(self.args.output_dir))
+        checkpoint = checkpoint_to_resume(requested, str(run_folder))
+        if checkpoint is not None:
+            log_resuming(checkpoint, self.args.max_steps)
+        elif resume_request(requested) == AUTO and self.args.process_index == 0:
+            cut_back(run_folder, dict.fromkeys(self.appended_files, 0))  # of a run without a checkpoint
+        self._in_own_folder = checkpoint is not None and Path(checkpoint).resolve().parent == run_folder.resolve()
+        self._log_window, self._earlier_seconds = None, 0.0
+        return super().train(checkpoint, *args, **kwargs)
+
+    def resume_state(self) -> dict[str, Any]:
+        """What a resumed run needs besides weights, optimizer and the number of steps; of this process."""
+        files = {name: Path(str(self.args.output_dir)) / name for name in self.appended_files}
+        return {
+            "appended_files": {name: file.stat().st_size if file.exists() else 0 for name, file in files.items()},
+            "log_window": {
+                "loss": self._tr_loss.detach().cpu().clone(),  # summed since the last line of the log
+                "total_loss": self._total_loss_scalar,
+                "last_logged_step": self._globalstep_last_logged,
+                "seconds": time.time() - self._training_began,
+            },
+        }
+
+    def load_resume_state(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`resume_state` returned."""
+        # transformers sets these sums to 0 after it loads a checkpoint, so they are kept until the first epoch.
+        self._log_window = state["log_window"]
+        # A run that goes on in another folder leaves those of the first as they are.
+        if self._in_own_folder and self.args.process_index == 0:
+            cut_back(Path(str(self.args.output_dir)), state["appended_files"])
+
+    def _continue_log_window(self, start_time: float) -> None:
+        """Go on with the sums of the checkpoint, once; training started at ``start_time``."""
+        window, self._log_window = self._log_window, None
+        if window is not None:
+            self._tr_loss += window["loss"].to(self.args.device)
+            self._total_loss_scalar = window["total_loss"]
+            self._globalstep_last_logged = window["last_logged_step"]
+            # The last line of the log is about the whole run: its loss, and the time of all its parts.
+            self._initial_global_step = 0
+            self._earlier_seconds = window["seconds"]
+        self._training_began = start_time - self._earlier_seconds
+
+    def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]  # passes all by name
+        self._continue_log_window(kwargs["start_time"])
+        # The run was stopped between its last step and its last save. transformers would take another step.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
+        self._continue_log_window(start_time)  # again, as a run without an epoch left comes here at once
+        return super()._finalize_training(trial, num_train_samples, self._training_began)
+
+
+def cut_back(folder: Path, sizes: dict[str, int]) -> None:
+    """Leave out what a run appended to files after its last checkpoint.
+
+    Args:
+        folder: of the run.
+        sizes: bytes of each file at the checkpoint, by name.
+    """
+    for name, size in sizes.items():
+        file = folder / name
+        if file.exists() and file.stat().st_size > size:
+            os.truncate(file, size)
+
+
+def resume_request(given: str | bool | None) -> str:
+    """Which run is asked for, as one word or path.
+
+    Args:
+        given: of ``--resume`` or ``resume_from_checkpoint``. The command line passes text, a YAML file a boolean.
+    Returns:
+        ``true`` for the last checkpoint of the run; ``auto`` for that, or a new run where there is none; a folder as it
+        was given; empty for a new run.
+    """
+    word = "" if given is None else str(given).lower()
+    if word in ("", "false", "no"):
+        return ""
+    if word in ("true", "yes", "last"):
+        return "true"
+    return AUTO if word == AUTO else str(given)
+
+
+def checkpoint_to_resume(given: str | bool | None, output_dir: str) -> str | None:
+    """Find the folder that training continues from.
+
+    Args:
+        given: a folder; ``True`` (or the text ``true``, ``yes``, ``last``) for the last checkpoint in ``output_dir``;
+            ``auto`` for the same, or a new run where there is none; None, ``False`` or their text for a new run.
+        output_dir: of the run.
+    Returns:
+        The folder, or None.
+    Raises:
+        ValueError: there is no checkpoint, or it does not hold what a run needs.
+    """
+    request = resume_request(given)
+    if not request:
+        return None
+    if request in ("true", AUTO):
+        last_checkpoint = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+        if last_checkpoint is None and request != AUTO:
+            raise ValueError(
+                f"{output_dir}: no checkpoint to resume from; leave out --resume to start, or pass --resume auto to do "
+                "either"
+            )
+        return last_checkpoint
+    folder = Path(str(given)).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"{given}: no such folder to resume from (--resume_from_checkpoint)")
+    last_checkpoint = get_last_checkpoint(str(folder))
+    if not (folder / "trainer_state.json").exists():
+        hint = f"; did you mean {last_checkpoint}?" if last_checkpoint else ""
+        raise ValueError(f"{given}: not a checkpoint of a run (no trainer_state.json){hint}")
+    # "global_step…" is DeepSpeed's folder of optimizer states.
+    has_optimizer = any(path.name.startswith(("optimizer", "global_step")) for path in folder.iterdir())
+    if not has_optimizer:
+        hint = "it was saved with --save_only_model; train from it as a model instead"
+        if last_checkpoint:
+            hint = f"did you mean {last_checkpoint}?"
+        raise ValueError(f"{given}: holds no state of the optimizer to go on with; {hint}")
+    return str(folder)
+
+
+def log_resuming(checkpoint: str, max_steps: int) -> None:
+    """Log the step that a run continues from.
+
+    Args:
+        checkpoint: its folder.
+        max_steps: of the run; 0 or less where epochs are counted.
+    """
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    last_step = int(state["global_step"])
+    logger.info("%s: going on after step %d", checkpoint, last_step)
+    if 0 < max_steps <= last_step:
+        logger.warning(
+            "%s: step %d of %d, so nothing is left to train; raise --max_steps", checkpoint, last_step, max_steps
+        )
+
+
+def finished_step(output_dir: str, max_steps: int, num_train_epochs: float) -> int | None:
+    """The last step of a run that is finished and saved, where it reached what is asked for now.
+
+    Args:
+        output_dir: of the run.
+        max_steps: asked for now; 0 or less where epochs are counted.
+        num_train_epochs: asked for now.
+    Returns:
+        The step; None where a step, or a part of the last save, is still to be done.
+    """
+    folder = Path(output_dir)
+    # The last files of a run, in this order; a run that was stopped writes none of them.
+    state, results = _read_json(folder / "trainer_state.json"), _read_json(folder / "all_results.json")
+    if state is None or results is None:
+        return None
+    step, epoch = int(state["global_step"]), float(state.get("epoch") or 0.0)
+    is_reached = step >= max_steps if max_steps > 0 else epoch >= num_train_epochs
+    return step if is_reached else None
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    """What a file holds; None where it is missing, or was cut off while it was written."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

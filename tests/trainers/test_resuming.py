@@ -1,0 +1,122 @@
+"""A run that was killed and resumed is the uninterrupted one: weights, log and completions."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import sentences, tiny_model
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from rlhf import PPOConfig, PPOTrainer, SFTConfig, SFTTrainer
+from rlhf.trainers.resuming import checkpoint_to_resume, finished_step, resume_request
+from rlhf.trainers.run_lock import run_lock
+
+TIMES = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+TIMES |= {"tokens_per_second/rollout", "tokens_per_second/training"}
+
+
+class Killed(Exception):
+    """What nothing handles."""
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+@pytest.fixture
+def make(tmp_path, tokenizer, sft_rows):
+    def one(kind, name, kill_at=None, **options):
+        trainer, config = {"sft": (SFTTrainer, SFTConfig), "ppo": (PPOTrainer, PPOConfig)}[kind]
+        base = dict(
+            output_dir=str(tmp_path / name), max_steps=6, logging_steps=2, save_steps=3, learning_rate=1e-3,
+            per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True, report_to="none",
+        )  # fmt: skip
+        rewards, rows = {}, sft_rows
+        if kind == "ppo":
+            base |= dict(max_length=64, max_completion_length=6, num_iterations=2)
+            rewards = {"reward_funcs": lambda completions, **_: [float(len(text)) for text in completions]}
+            rows = Dataset.from_list([{"prompt": text} for text in sentences(1, 12)])
+        return trainer(
+            tiny_model(), args=config(**{**base, **options}), train_dataset=rows, processing_class=tokenizer,
+            callbacks=[] if kill_at is None else [KillAt(kill_at)], **rewards,
+        )  # fmt: skip
+
+    return one
+
+
+def log_of(trainer):
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in trainer.state.log_history]
+
+
+def agree(one, other):
+    """The same run; keys of lines too, such as those of speeds."""
+    assert log_of(one) == log_of(other)
+    assert [line.keys() for line in one.state.log_history] == [line.keys() for line in other.state.log_history]
+    for weight, other_weight in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(weight, other_weight)
+
+
+@pytest.mark.parametrize("kind", ["sft", "ppo"])
+def test_a_killed_run_that_is_resumed_is_the_uninterrupted_one(make, kind, tmp_path):
+    """Saved at step 3, logged at 2 and 4, killed before 6: sums of step 3 were lost, lines of step 4 came twice."""
+    whole = make(kind, "whole")
+    whole.train()
+    with pytest.raises(Killed):
+        make(kind, "cut", kill_at=5).train()
+    resumed = make(kind, "cut")
+    resumed.train(resume_from_checkpoint="auto")
+    agree(resumed, whole)
+    if kind == "ppo":
+        completions = [tmp_path / name / "completions.jsonl" for name in ("cut", "whole")]
+        assert completions[0].read_bytes() == completions[1].read_bytes() != b""
+
+
+def test_a_run_without_a_step_left_takes_none(make):
+    """transformers took one more: a run that was killed before its last save had other weights."""
+    whole = make("sft", "run", max_steps=3)
+    whole.train()
+    again = make("sft", "run", max_steps=3)
+    again.train(resume_from_checkpoint=True)
+    agree(again, whole)
+
+
+def test_what_is_resumed(tmp_path):
+    run = str(tmp_path)
+    assert checkpoint_to_resume("auto", run) is None and checkpoint_to_resume("auto", run + "/none") is None
+    with pytest.raises(ValueError, match="no checkpoint to resume from; leave out --resume to start, or pass --res"):
+        checkpoint_to_resume("true", run)
+    assert [resume_request(given) for given in (None, False, "False", True, "AUTO", "a/b")] == [
+        "", "", "", "true", "auto", "a/b",
+    ]  # fmt: skip
+
+
+def test_a_run_is_finished_once_its_last_files_are_there(tmp_path):
+    def is_finished(max_steps=-1, epochs=3.0):
+        return finished_step(str(tmp_path), max_steps, epochs) is not None
+
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 5, "epoch": 1.0}))
+    assert not is_finished(5)
+    (tmp_path / "all_results.json").write_text("{}")
+    assert is_finished(5) and is_finished(4) and not is_finished(6)
+    assert is_finished(epochs=1.0) and not is_finished(epochs=1.5)
+    (tmp_path / "all_results.json").write_text('{"epoch": 1')  # cut off
+    assert not is_finished(5)
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    folder = tmp_path / "run"
+    refused = pytest.raises(ValueError, match=r"another run writes into it \(process \d+ on .+ since 20")
+    with run_lock(folder), refused, run_lock(folder):
+        pass
+    assert not folder.exists()  # nothing was written
+    folder.mkdir()
+    with run_lock(folder):
+        Path(folder / "rows").touch()
+    assert [path.name for path in folder.iterdir()] == ["rows"]
