@@ -32,7 +32,7 @@ from rlhf.distillation.teacher_setup import (
 from rlhf.distillation.teachers import AdapterTeacher, FileTeacher, LiveTeacher, RunningTeacher, TeacherSource
 from rlhf.models import Policy
 from rlhf.rollouts import RolloutEngine
-from rlhf.rollouts.policy_sampler import PolicySampler, make_engine
+from rlhf.rollouts.policy_sampler import PolicySampler, make_engine, probe_ids
 from rlhf.trainers.config import BaseConfig
 from rlhf.trainers.evaluating import Measures
 from rlhf.trainers.sft import TextTrainer
@@ -178,11 +178,11 @@ class DistillTrainer(TextTrainer):
         # The answers' log-probs come from the training pass, so those that the engine reports are not read.
         max_prompt_length = args.limit() - args.max_completion_length
         self.train_dataset = mark_prompts(rows, max_prompt_length, args.drop_long_prompts, args.dataset_num_proc)
+        tokenizer: Any = self.processing_class
         if engine is None:
-            tokenizer: Any = self.processing_class
             engine = make_engine(args, self.policy, tokenizer, self.accelerator, reads_logps=False)
         return StudentRollouts(
-            PolicySampler(engine, self.accelerator),
+            PolicySampler(engine, self.accelerator, probe_ids(tokenizer)),
             args.sampling(),
             share=args.lmbda,
             seed=args.seed,

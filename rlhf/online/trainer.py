@@ -49,7 +49,7 @@ from rlhf.online.samples import (
 )
 from rlhf.online.trl_names import refuse_trainer_arguments
 from rlhf.rollouts import Environment, RolloutEngine
-from rlhf.rollouts.policy_sampler import PolicySampler, make_engine
+from rlhf.rollouts.policy_sampler import PolicySampler, make_engine, probe_ids
 from rlhf.trainers.config import BaseConfig
 from rlhf.trainers.evaluating import Measures
 from rlhf.trainers.preparation import for_each_set
@@ -193,7 +193,7 @@ class PPOTrainer(EvaluatesBySampling):
         tokenize = partial(self.tokenize, tokenizer=tokenizer, args=args, vocab_size=vocabulary_size(self.policy))
         return RolloutCollector(
             args,
-            PolicySampler(engine, self.accelerator),
+            PolicySampler(engine, self.accelerator, probe_ids(tokenizer)),
             Prompts(self.train_dataset, order_seed, args.shuffle_dataset, tokenize),
             tokenizer,
             args.reading().for_tokenizer(tokenizer).form,

@@ -1,7 +1,7 @@
 """The engine that samples from a policy as it is now: in this process, or a server that is sent the weights first."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,8 @@ from rlhf.models import Policy
 from rlhf.rollouts.arguments import ServerArguments
 from rlhf.rollouts.engine import RolloutEngine
 from rlhf.rollouts.local import LocalEngine, end_ids
-from rlhf.rollouts.server import ServerEngine
+from rlhf.rollouts.server import TOKENIZER_PROBE, ServerEngine
+from rlhf.rollouts.server_proof import check_served_weights
 from rlhf.rollouts.server_weights import WRONG_MODEL_HINT
 
 logger = logging.getLogger(__name__)
@@ -31,10 +32,11 @@ class PolicySampler:
     Args:
         engine: from :func:`make_engine`, or another one.
         accelerator: of the training run.
+        probe_ids: a prompt of a few tokens; with a server, each update is checked on it.
     """
 
-    def __init__(self, engine: RolloutEngine, accelerator: Accelerator) -> None:
-        self.engine, self.accelerator = engine, accelerator
+    def __init__(self, engine: RolloutEngine, accelerator: Accelerator, probe_ids: Sequence[int] = ()) -> None:
+        self.engine, self.accelerator, self.probe_ids = engine, accelerator, list(probe_ids)
         self.is_local = isinstance(engine, LocalEngine)
         self._sent_at_step: int | None = None  # evaluation and a rollout after the same step need one transfer
         self._version = 0
@@ -101,6 +103,20 @@ class PolicySampler:
         if self.accelerator.is_main_process:
             self.engine.update_weights(weights.items(), self._version)
         self.accelerator.wait_for_everyone()
+        if isinstance(self.engine, ServerEngine) and self.probe_ids:
+            check_served_weights(self.engine, policy, trained_model, self.accelerator, self.probe_ids)
+
+
+def probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The prompt on which a server's weights are checked.
+
+    Args:
+        tokenizer: the policy's.
+    Returns:
+        Its token ids.
+    """
+    ids: list[int] = tokenizer(TOKENIZER_PROBE, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def make_engine(

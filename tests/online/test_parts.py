@@ -88,12 +88,14 @@ def test_a_rollout_is_sampled_and_scored(tmp_path, tokenizer):
     engine, collect = collector(config(tmp_path, num_mini_batches=2), tokenizer, lambda completion_ids, **_: [
         float(ids[0]) for ids in completion_ids
     ])  # fmt: skip
-    rollout = collect.collect(*models())
+    with collect.sampler.during_training():
+        rollout = collect.collect(*models())
+        assert engine.calls[0] == ("wake",) and engine.calls[-1] == ("sleep",)
+    assert engine.calls[-1] == ("wake",)
     assert [one.group for one in rollout.samples] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [one.row["prompt"] for one in rollout.samples[::2]] == ["a", "b", "c", "d"]
     assert [one.reward for one in rollout.samples] == [float(one.ids[0]) for one in rollout.samples]
     assert rollout.zero_std_groups == (0, 4) and rollout.greedy_rewards is None
-    assert engine.calls[0] == ("wake",) and engine.calls[-1] == ("sleep",)
     assert [one.row["prompt"] for one in collect.collect(*models()).samples[::2]] == ["e", "f", "a", "b"]
 
 

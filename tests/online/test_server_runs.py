@@ -90,6 +90,19 @@ def test_a_server_that_sleeps_while_the_policy_trains_is_awake_afterwards(server
     assert not server.asleep
 
 
+def test_a_server_that_did_not_take_the_weights_is_found_by_its_log_probs(tokenizer, tmp_path):
+    """This one tells no checksums."""
+    model, other_model = tiny_model(), tiny_model(seed=2)
+    for one in (model, other_model):
+        one.lm_head.weight.data *= 30  # as sure of its tokens as a trained model
+    other = FakeServer(tiny_model(seed=1), tokenizer, weights="sglang")
+    trainer(other, tokenizer, tmp_path, model=model).evaluate()
+    other.overlooked = ("model.layers.1.mlp.down_proj.weight",)
+    with pytest.raises(ServerError, match=r"log-probs differ from the policy's by [\d.]+ nats a token \(the first: -"):
+        trainer(other, tokenizer, tmp_path, model=other_model).evaluate()
+    other.shutdown()
+
+
 def test_lora_reaches_the_server_and_leaves_the_base_as_it_was(server, tokenizer, tmp_path):
     start = {name: weight.clone() for name, weight in tiny_model().state_dict().items()}
     adapter = LoraConfig(r=4, target_modules=["q_proj", "down_proj", "embed_tokens"], modules_to_save=["lm_head"])
