@@ -11,13 +11,14 @@ import sys
 import time
 import traceback
 
+from rlhf.cli.exit_codes import ExitCode
+
 # How long a process that fails waits for the first one, which may fail for the same reason.
 SECONDS_FOR_THE_FIRST = 3.0
 # How long a process that lost the connection waits for the launcher to end it.
 SECONDS_FOR_THE_LAUNCHER = 15.0
-USER_ERROR, BUG = 2, 1  # exit status
-# What a user can mend. Any other error is a bug, and keeps its traceback.
-MENDABLE = (ValueError, OSError, ImportError)
+# What a user can mend; a loss that is not finite too. Any other error is a bug, and keeps its traceback.
+MENDABLE = (ValueError, OSError, ImportError, FloatingPointError)
 
 
 def fail(command: str, error: Exception, debug: bool) -> int:
@@ -31,10 +32,10 @@ def fail(command: str, error: Exception, debug: bool) -> int:
         error: what was raised.
         debug: whether to print the traceback too; that of a bug is printed anyway.
     Returns:
-        2 for what a user can mend, 1 for a bug.
+        2 for what a user can mend, 3 for a number that is not finite, 1 for a bug.
     """
     is_bug = not isinstance(error, MENDABLE)
-    status = BUG if is_bug else USER_ERROR
+    status = _status_of(error)
     if not in_several_processes():
         _print(command, error, is_bug or debug)
         return status
@@ -49,17 +50,41 @@ def fail(command: str, error: Exception, debug: bool) -> int:
             time.sleep(SECONDS_FOR_THE_FIRST)
     # Still here, so no other process has told it.
     _print(command if rank == "0" else f"{command} (process {rank})", error, is_bug or debug)
-    if _has_group():
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    _end_at_once_in_a_group(status)
     return status
+
+
+def interrupted(command: str) -> int:
+    """Tell that Ctrl-C ended the command, and give its exit status.
+
+    Args:
+        command: its name.
+    Returns:
+        130.
+    """
+    if os.environ.get("RANK", "0") == "0":  # all processes get it
+        print(f"rlhf {command}: interrupted", file=sys.stderr)
+    _end_at_once_in_a_group(ExitCode.INTERRUPTED)
+    return ExitCode.INTERRUPTED
 
 
 def in_several_processes() -> bool:
     """Whether a launcher started this process among others."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _status_of(error: Exception) -> int:
+    if isinstance(error, FloatingPointError):
+        return ExitCode.NOT_FINITE
+    return ExitCode.BAD_INPUT if isinstance(error, MENDABLE) else ExitCode.BUG
+
+
+def _end_at_once_in_a_group(status: int) -> None:
+    if _has_group():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _print(speaker: str, error: Exception, with_traceback: bool) -> None:

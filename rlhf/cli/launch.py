@@ -6,6 +6,7 @@ from pathlib import Path
 from subprocess import CalledProcessError
 from typing import ClassVar
 
+from rlhf.cli.exit_codes import ExitCode
 from rlhf.cli.options import RaisingParser, config_folder
 
 
@@ -48,7 +49,7 @@ def launch(command: str, argv: list[str], options: LaunchArguments) -> int:
         options: number of processes and file for accelerate.
 
     Returns:
-        0, or the exit status of the process that failed first.
+        0; the exit status of the process that failed first; or that of the signal that ended the launcher.
 
     Raises:
         ValueError: fewer than one process, or this is one of several already.
@@ -61,6 +62,7 @@ def launch(command: str, argv: list[str], options: LaunchArguments) -> int:
 
     # Both import torch, so only here, after the options are checked.
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     arguments = launch_command_parser().parse_args([*words, "--module", "rlhf", command, *argv])
@@ -70,6 +72,9 @@ def launch(command: str, argv: list[str], options: LaunchArguments) -> int:
         # The process has said what was wrong; a traceback of the launcher would hide it.
         _, failure = error.get_first_failure()
         return failure.exitcode
+    except SignalException as error:
+        # The launcher has passed the signal on, and waited for the processes.
+        return ExitCode.of_signal(error.sigval)
     except CalledProcessError as error:
         return error.returncode
     return 0

@@ -3,12 +3,17 @@
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 from rlhf import __version__
 from rlhf.cli.commands import COMMANDS, LAUNCH, Command, TrainingCommand
-from rlhf.cli.failing import MENDABLE, fail, in_several_processes
+from rlhf.cli.exit_codes import ExitCode
+from rlhf.cli.failing import MENDABLE, fail, in_several_processes, interrupted
 from rlhf.cli.field_names import names_of_options
 from rlhf.cli.launch import LaunchArguments, launch, split_launch_options
 from rlhf.cli.options import check_options, expand_aliases, read_config
@@ -23,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: words of the command line; by default those of this process.
 
     Returns:
-        0 on success, 2 for bad input: one line on stderr says what is wrong (the traceback with ``--debug``).
+        The exit status, one of :class:`rlhf.cli.exit_codes.ExitCode`. One line on stderr says what is wrong with bad
+        input (the traceback with ``--debug``).
     """
     # Large tensors in pages of 2 MiB: page faults take a tenth of a training step on a CPU otherwise. torch reads this
     # at its first tensor.
@@ -34,16 +40,18 @@ def main(argv: list[str] | None = None) -> int:
     options, unknown = parser.parse_known_args(argv[:1])
     if options.version:
         print(__version__)
-        return 0
+        return ExitCode.SUCCESS
     if options.command is None:
         parser.print_help()
-        return 2 if unknown else 0
+        return ExitCode.BAD_INPUT if unknown else ExitCode.SUCCESS
     name, words = options.command, argv[1:]
     debug = _remove_debug(words)
     try:
         return _run(name, COMMANDS[name], words, debug)
     except MENDABLE as error:
         return fail(name, error, debug)
+    except KeyboardInterrupt:
+        return interrupted(name)
     except Exception as error:
         # A bug keeps its traceback; among several processes it also needs the number of the one that had it.
         if not in_several_processes():
@@ -83,10 +91,25 @@ def _run(name: str, command: Command | TrainingCommand, words: list[str], debug:
             return launch(name, [*words, "--debug"] if debug else words, launch_options)
     _log_plain_lines()
     if isinstance(command, TrainingCommand):
-        import_module("rlhf.cli.training").run(name, command, words)
-    else:
-        import_module(command.module).run(words)
-    return 0
+        with _nothing_to_save():
+            status: int = import_module("rlhf.cli.training").run(name, command, words)
+            return status
+    import_module(command.module).run(words)
+    return ExitCode.SUCCESS
+
+
+@contextmanager
+def _nothing_to_save() -> Iterator[None]:
+    """Ignore the signal that asks to save until training begins: it would end a process that does not know it."""
+    number = getattr(signal, "SIGUSR1", None)  # not on Windows
+    if number is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous_handler = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, previous_handler)
 
 
 def _log_plain_lines() -> None:

@@ -8,10 +8,12 @@ from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from rlhf.cli.arguments import DataArguments, ModelArguments
 from rlhf.cli.commands import TrainingCommand
+from rlhf.cli.exit_codes import ExitCode
+from rlhf.cli.lasting_output import lasting_output
 from rlhf.cli.options import require
 from rlhf.cli.parsing import parse
 from rlhf.data import Mixture, load_datasets, shuffled
@@ -23,18 +25,22 @@ from rlhf.trainers.base import BaseTrainer
 from rlhf.trainers.config import BAD_ROWS, BaseConfig
 from rlhf.trainers.resuming import AUTO, checkpoint_to_resume, finished_step, resume_request
 from rlhf.trainers.run_lock import LOCK_FILE, run_lock
+from rlhf.trainers.stopping import noted_signals
 
 TEACHER_ADAPTER = "teacher"  # name of the teacher's adapter on the student's model
 Rows: TypeAlias = Dataset | IterableDataset | Mixture
 
 
-def run(name: str, command: TrainingCommand, argv: list[str]) -> None:
+def run(name: str, command: TrainingCommand, argv: list[str]) -> int:
     """Train as a command of the table says.
 
     Args:
         name: of the command.
         command: its row of the table.
         argv: words of the command line, after the command.
+
+    Returns:
+        The exit status: 0, or that of the signal that stopped training.
 
     Raises:
         ValueError, OSError: bad options, bad data, or a folder that must not be replaced.
@@ -47,7 +53,8 @@ def run(name: str, command: TrainingCommand, argv: list[str]) -> None:
     trainer_kwargs: dict[str, Any] = {}
     for group in groups:
         trainer_kwargs |= group.trainer_kwargs(model, args)
-    train(command, data, model, args, trainer_kwargs)
+    with lasting_output():
+        return train(command, data, model, args, trainer_kwargs)
 
 
 def train(
@@ -56,7 +63,7 @@ def train(
     model: ModelArguments,
     args: BaseConfig,
     trainer_kwargs: dict[str, Any],
-) -> None:
+) -> int:
     """Check everything, then train, evaluate and save; nothing that existed is touched before training starts.
 
     No other run can write into the output folder meanwhile.
@@ -67,6 +74,9 @@ def train(
         model: the model and its adapter.
         args: the trainer's configuration.
         trainer_kwargs: further keyword arguments of the trainer.
+
+    Returns:
+        The exit status: 0, or that of the signal that stopped training.
     """
     output_folder = Path(str(args.output_dir))
     if output_folder.exists() and not output_folder.is_dir():
@@ -78,9 +88,9 @@ def train(
             step = finished_step(str(output_folder), args.max_steps, args.num_train_epochs)
             if step is not None:
                 print(f"{output_folder}: already complete at step {step}")
-                return
+                return ExitCode.SUCCESS
         checkpoint = _check_output(output_folder, data, request)
-        _train(command, data, model, args, trainer_kwargs, checkpoint)
+        return _train(command, data, model, args, trainer_kwargs, checkpoint)
 
 
 def _train(
@@ -90,7 +100,7 @@ def _train(
     args: BaseConfig,
     trainer_kwargs: dict[str, Any],
     checkpoint: str | None,
-) -> None:
+) -> int:
     output_folder = Path(str(args.output_dir))
     peft_config = model.peft_config()
     train_rows, eval_rows = _load_rows(data, args)
@@ -112,7 +122,7 @@ def _train(
     # Only now: whatever could be wrong with data or model would have been found.
     if data.overwrite:
         _clear(output_folder, trainer)
-    _train_and_save(trainer, checkpoint)
+    return _train_and_save(trainer, checkpoint)
 
 
 def make_distill_trainer(
@@ -177,14 +187,28 @@ def _check_columns(args: BaseConfig, rows: Rows | None) -> None:
                 args.check_columns(list(part.column_names))
 
 
-def _train_and_save(trainer: BaseTrainer, checkpoint: str | None) -> None:
-    try:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-    except (ValueError, OSError):
-        _close_progress_bar(trainer)
-        raise
+def _train_and_save(trainer: BaseTrainer, checkpoint: str | None) -> int:
+    # Only here: a program that uses the trainer itself keeps its own meaning of Ctrl-C.
+    with noted_signals() as requests:
+        trainer.obey(requests)
+        try:
+            result = trainer.train(resume_from_checkpoint=checkpoint)
+        except (ValueError, OSError, KeyboardInterrupt):
+            _close_progress_bar(trainer)
+            raise
     if trainer.state.global_step == 0:
         raise ValueError("no step was trained, so nothing is saved: raise --max_steps or --num_train_epochs")
+    if requests.stopped_by is None:
+        _save_and_evaluate(trainer, result)
+    elif trainer.is_world_process_zero():
+        print(_stopped_at(trainer))
+    # A single process has no group to end.
+    if trainer.args.world_size > 1:
+        _end_process_group(trainer)
+    return ExitCode.SUCCESS if requests.stopped_by is None else ExitCode.of_signal(requests.stopped_by)
+
+
+def _save_and_evaluate(trainer: BaseTrainer, result: TrainOutput) -> None:
     trainer.save_model()
     trainer.save_state()
     metrics: dict[str, Any] = dict(result.metrics)
@@ -193,9 +217,14 @@ def _train_and_save(trainer: BaseTrainer, checkpoint: str | None) -> None:
     trainer.save_metrics("all", metrics)
     if trainer.is_world_process_zero():
         print(f"saved {trainer.args.output_dir}")
-    # A single process has no group to end.
-    if trainer.args.world_size > 1:
-        _end_process_group(trainer)
+
+
+def _stopped_at(trainer: BaseTrainer) -> str:
+    where = f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}"
+    # The user asked for checkpoints that are no more than a model.
+    if trainer.args.save_only_model:
+        return f"{where}; its checkpoint holds the model only (--save_only_model), so training cannot go on from it"
+    return f"{where}; go on with --resume"
 
 
 def _close_progress_bar(trainer: BaseTrainer) -> None:

@@ -50,13 +50,14 @@ from rlhf.trainers.preparation import (
     unchanged_use_cache,
     wrapped,
 )
-from rlhf.trainers.profiling import ProfiledTrainer, Profiler
+from rlhf.trainers.profiling import Profiler
 from rlhf.trainers.reference import Reference, SyncReference
+from rlhf.trainers.step_checks import CheckedSteps
 
 logger = logging.getLogger(__name__)
 
 
-class BaseTrainer(Evaluating, ProfiledTrainer):
+class BaseTrainer(Evaluating, CheckedSteps):
     """A ``transformers.Trainer`` around a :class:`Policy`, or another :class:`Wrapper`.
 
     A subclass defines :meth:`tokenize`, :meth:`count` and :meth:`measure`.
@@ -266,7 +267,7 @@ class BaseTrainer(Evaluating, ProfiledTrainer):
             self.add_metrics({"aux_loss": (count * 0, torch.ones_like(count) / self.accelerator.num_processes)})
             batches = [inputs.to(self.args.device) for inputs in batch_samples]
             self.balancer.look_ahead(self.model_wrapped, batches)
-        return self.accelerator.reduce(count)
+        return self.reduce_count(count)
 
     @property
     def aux_loss_enabled(self) -> bool:

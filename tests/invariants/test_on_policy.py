@@ -115,7 +115,19 @@ def test_two_processes(kind, tmp_path, model_folder):
         close(found[1][1][key], found[0][1][key])
 
 
+VOWELS = """
+import os, re, signal
+
+def vowels(prompts, completions, **columns):
+    if os.environ.get("RANK") == "1":
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return [float(bool(re.search("[aeiou]", text))) for text in completions]
+"""
+
+
 def test_dynamic_sampling_on_two_processes_is_that_on_one(tmp_path, model_folder):
+    """One of them is asked to save, and both do: a signal changes no number."""
+    (tmp_path / "reward.py").write_text(VOWELS)
     data = write_rows(tmp_path / "prompts.jsonl", [{"prompt": text} for text in sentences(1, 12)])
     weights = []
     for number, (batch, launcher) in enumerate(
@@ -127,12 +139,13 @@ def test_dynamic_sampling_on_two_processes_is_that_on_one(tmp_path, model_folder
             model_name_or_path=model_folder, dataset_name=data, output_dir=folder, per_device_train_batch_size=batch,
             max_steps=2, learning_rate=1e-3, save_strategy="no", report_to="none", max_length=64, num_generations=2,
             adam_epsilon=EPSILON,
-            max_completion_length=8, dynamic_sampling=3, reward_funcs="matches('[aeiou]')",
+            max_completion_length=8, dynamic_sampling=3, reward_funcs=f"{tmp_path / 'reward.py'}:vowels",
         )  # fmt: skip
         argv = [*launcher, "scripts/grpo.py", *(f"--{k}={v}" for k, v in options.items()), "--use_cpu"]
         done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         weights.append(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+        assert len(list(folder.glob("checkpoint-1/rng_state_*"))) == 2 * number
     for key, weight in weights[0].items():
         close(weights[1][key], weight)
     assert any(not torch.equal(w, tiny_model().state_dict()[k]) for k, w in weights[0].items())
