@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 
+from rlhf.cli.output_files import check_output_file, write_output_file
 from rlhf.cli.parsing import parse
 from rlhf.cli.row_arguments import RowArguments
 from rlhf.evaluation import audit, audit_page, command_for, show_audit
@@ -30,6 +31,7 @@ class AuditArguments(RowArguments):
     max_length: int = option(1024, "Longest sequence in tokens, as in training.")
     samples: int = option(3, "How many of the first rows are shown.")
     html: str | None = option(None, "Also write a page of the same there.")
+    overwrite: bool = option(False, "Replace that page if it exists.")
 
 
 def run(argv: list[str]) -> None:
@@ -45,6 +47,7 @@ def run(argv: list[str]) -> None:
     if argv and not argv[0].startswith("-"):
         argv = ["--dataset_name", *argv]
     (args,) = parse("data", (AuditArguments,), argv)
+    check_output_file("html", args.html, args.overwrite)
     rows: Any = args.load_rows()
     tokenizer = None
     if args.model_name_or_path is not None:
@@ -70,7 +73,5 @@ def run(argv: list[str]) -> None:
     )
     show_audit(report)
     if args.html is not None:
-        path = Path(args.html)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(audit_page(report), encoding="utf-8")
-        print(f"saved {path}")
+        write_output_file(Path(args.html), audit_page(report))
+        print(f"saved {args.html}")

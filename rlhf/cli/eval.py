@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.cli.arguments import LoadArguments
 from rlhf.cli.launch import LaunchArguments
 from rlhf.cli.options import require
+from rlhf.cli.output_files import check_output_file, write_output_file
 from rlhf.cli.parsing import parse
 from rlhf.cli.row_arguments import RowArguments
 from rlhf.data import tokenizer_difference
@@ -40,6 +41,7 @@ class EvalArguments(RowArguments):
     num_completions: int = option(0, "Also answer this many prompts, greedily.")
     max_new_tokens: int = option(128, "Longest answer.")
     output_file: str | None = option(None, "Write metrics and answers there as JSON.")
+    overwrite: bool = option(False, "Replace output_file if it exists.")
 
 
 def run(argv: list[str]) -> None:
@@ -53,6 +55,7 @@ def run(argv: list[str]) -> None:
     """
     _, args, model_args = parse("eval", (LaunchArguments, EvalArguments, LoadArguments), argv)
     require(model_name_or_path=model_args.model_name_or_path)
+    check_output_file("output_file", args.output_file, args.overwrite)
     if args.teacher_model_name_or_path is not None and args.ref_model_name_or_path is not None:
         raise ValueError("--teacher_model_name_or_path and --ref_model_name_or_path exclude each other: pass one")
     name, trust_remote_code = str(model_args.model_name_or_path), model_args.trust_remote_code
@@ -163,6 +166,5 @@ def _write_report(
     if args.teacher_model_name_or_path is not None:
         report["teacher_metrics"] = columns["teacher"]
     report["completions"] = completions
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Answers in any script stay readable in the file.
-    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_output_file(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")

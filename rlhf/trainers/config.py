@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from rlhf.data import Reading, RowFormat
 from rlhf.trainers.options import check_options, check_packages, greater_is_better
 from rlhf.trainers.processes import check_processes, trains_on_cpus
+from rlhf.trainers.secret_options import SecretOptions
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ _NEVER_A_FILE = ("model_init_kwargs", "chat_template_kwargs", "loss_kwargs", "te
 
 
 @dataclass
-class BaseConfig(TrainingArguments):
+class BaseConfig(SecretOptions, TrainingArguments):
     """The options that all trainers share; names and defaults are TRL's where TRL has the same thing."""
 
     max_length: int | None = field(

@@ -1,0 +1,69 @@
+"""Tokens and passwords among options: no file of a run and no tracker gets them."""
+
+import copy
+import re
+from typing import Any
+
+MASK = "***"
+_SECRET_NAME = re.compile(r"(token|password|secret|api_key|access_key|authorization)$", re.IGNORECASE)
+_VOCABULARY = ("eos_token", "pad_token", "bos_token", "unk_token", "mask_token", "sep_token", "cls_token")
+_USER = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # user:password of an address
+_QUERY = re.compile(r"([?&][\w.-]*(?:token|password|secret|key)[\w.-]*=)[^&\s]+", re.IGNORECASE)
+_HUB_TOKEN = re.compile(r"\bhf_\w{16,}")  # wherever one stands
+
+
+def without_secrets(value: Any, name: str = "") -> Any:
+    """Replace tokens and passwords by ``***``.
+
+    Args:
+        value: an option; a dictionary, a list or a tuple is searched.
+        name: of the option, or the key of a dictionary, which tells a token.
+    Returns:
+        The value, or a copy where it has a secret.
+    """
+    if isinstance(value, str):
+        if value and name not in _VOCABULARY and _SECRET_NAME.search(name):
+            return MASK
+        return _HUB_TOKEN.sub(MASK, _QUERY.sub(rf"\g<1>{MASK}", _USER.sub(MASK, value)))
+    # No subclasses, which may be made in another way.
+    if type(value) is dict:
+        return {key: without_secrets(item, str(key)) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(without_secrets(item, name) for item in value)
+    return value
+
+
+class SecretOptions:
+    """A configuration whose secrets stay in memory: what is written, printed or pickled has none."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, for trackers; without secrets, and with the tokens of the vocabulary."""
+        options = super().to_dict()  # type: ignore[misc]  # of TrainingArguments
+        # transformers hides whatever is called a token.
+        options |= {name: getattr(self, name) for name in _VOCABULARY if name in options}
+        return without_secrets(options)
+
+    def __str__(self) -> str:
+        options = "".join(f"{name}={value},\n" for name, value in sorted(self.to_dict().items()))
+        return f"{type(self).__name__}(\n{options})"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Set on each class: `dataclass` writes one that prints all fields where a class has none.
+        cls.__repr__ = SecretOptions.__str__  # type: ignore[assignment,method-assign]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For ``training_args.bin``."""
+        return without_secrets(self.__dict__)
+
+    # A copy in memory stays whole.
+
+    def __copy__(self) -> "SecretOptions":
+        clone = object.__new__(type(self))
+        clone.__dict__.update(self.__dict__)
+        return clone
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SecretOptions":
+        clone = object.__new__(type(self))
+        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return clone
