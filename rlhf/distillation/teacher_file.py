@@ -32,6 +32,7 @@ from rlhf.data.collate import Collator
 from rlhf.data.packing import hash_of_tokens
 from rlhf.data.vocabulary import tokenizer_rules
 from rlhf.logprobs import TopK
+from rlhf.rollouts.server_calls import LARGEST_LOGP
 
 logger = logging.getLogger(__name__)
 
@@ -97,11 +98,10 @@ class TeacherFile:
             rows: numbers of the rows.
             top_k: of the scored tokens of these rows, one row after another.
         Raises:
-            ValueError: a log-prob is NaN.
+            ValueError: a number that cannot be a log-prob.
         """
-        if bool(top_k.logps.isnan().any()):
-            raise ValueError(f"row {rows[0]} and those beside it: the teacher's log-probs are NaN; check its weights")
         tokens = self._tokens_of(rows)
+        self._check_logps(top_k.logps.float().cpu().numpy(), tokens, "check the teacher's weights")
         self.ids[tokens] = top_k.ids.cpu().numpy()
         self.logps[tokens] = torch.cat([top_k.logps, top_k.rest[:, None]], 1).cpu().numpy()
         _flush(self.ids, self.logps)
@@ -117,10 +117,15 @@ class TeacherFile:
         Returns:
             Float32, of the scored tokens of these rows one row after another, which is the order of a batch's targets.
             The k + 1 outcomes are normalised.
+        Raises:
+            ValueError: the folder holds numbers that cannot be log-probs.
         """
         tokens = self._tokens_of(rows)
+        stored = self.logps[tokens].astype(np.float32)
+        # The mass of all other tokens may be 0, and its log -inf.
+        self._check_logps(stored[:, :-1], tokens, "write the folder again (rlhf teacher --overwrite)")
         # Float16 rounds each outcome, so together they are only nearly 1: normalised again, no loss is below 0.
-        outcomes = torch.from_numpy(self.logps[tokens].astype(np.float32)).log_softmax(-1)
+        outcomes = torch.from_numpy(stored).log_softmax(-1)
         ids = torch.from_numpy(self.ids[tokens].astype(np.int64))
         return TopK(ids, outcomes[:, :-1].contiguous(), outcomes[:, -1].contiguous())
 
@@ -136,6 +141,20 @@ class TeacherFile:
         if TEACHER_ROW not in examples[0]:
             return None
         return self.take([example[TEACHER_ROW] for example in examples])
+
+    def _check_logps(self, logps: np.ndarray, tokens: np.ndarray, remedy: str) -> None:
+        """Raise for the first number that cannot be a log-prob, before it spreads into a loss."""
+        # NaN is not less than anything.
+        is_wrong = ~((logps > -np.inf) & (logps <= LARGEST_LOGP))
+        if not is_wrong.any():
+            return
+        place, candidate = np.argwhere(is_wrong)[0]
+        token = tokens[place]
+        row = int(np.searchsorted(self.offsets, token, side="right")) - 1
+        raise ValueError(
+            f"{self.folder}: row {row}, scored token {token - self.offsets[row]}: a log-prob is "
+            f"{logps[place, candidate]}, expected at most 0; {remedy}"
+        )
 
     def _tokens_of(self, rows: Iterable[int]) -> np.ndarray:
         """Positions of the rows' tokens in the flat arrays."""

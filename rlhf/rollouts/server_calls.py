@@ -8,7 +8,7 @@ from rlhf.data.http_client import HttpClient, Reply, ServerError, Unavailable
 
 NOT_OFFERED = (404, 405)  # HTTP status of a path that a server does not have
 # The log-prob of a certain token may be above 0 by rounding: 1e-4 for logits of 1000 in float32.
-ROUNDING = 1e-3
+LARGEST_LOGP = 1e-3
 
 
 class ServerCalls:
@@ -101,5 +101,5 @@ def check_logps(logps: Sequence[Any], url: str, what: str) -> None:
     """
     for position, logp in enumerate(logps):
         is_number = isinstance(logp, float | int) and math.isfinite(logp)
-        if not is_number or logp > ROUNDING:
+        if not is_number or logp > LARGEST_LOGP:
             raise ServerError(f"{url}: the log-prob of {what} {position} of {len(logps)} is {logp}, expected at most 0")

@@ -159,10 +159,16 @@ def test_what_is_not_whole_is_refused(tmp_path, rows, key, tokenizer, written):
         open_teacher_file(written, rows, tokenizer)
 
 
-def test_nan_is_not_stored(tmp_path, rows, key):
-    file = create_teacher_file(tmp_path / "t", rows, key)
-    kept = said(rows)[0]
-    kept.logps[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="the teacher's log-probs are NaN"):
-        file.write([0], kept)
-    assert 0 in file.missing()
+@pytest.mark.parametrize("logp", [float("nan"), 5.0, float("-inf")])
+def test_numbers_that_are_no_log_probs_are_named(logp, written, rows, tokenizer):
+    file = TeacherFile(written, writable=True)
+    want = rf"row 3, scored token 1: a log-prob is {logp}, expected at most 0; "
+    spoilt = said(rows)[3]
+    spoilt.logps[1, 2] = logp
+    with pytest.raises(ValueError, match=want + "check the teacher's weights"):
+        file.write([3], spoilt)
+    assert (file.logps[file.offsets[3] : file.offsets[4]] <= 0).all()  # nothing of it is stored
+    file.logps[file.offsets[3] + 1, 2] = logp  # of another program, or a damaged disk
+    with pytest.raises(ValueError, match=want + r"write the folder again \(rlhf teacher --overwrite\)"):
+        file.take([5, 3])
+    file.take([2, 4])
