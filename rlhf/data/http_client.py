@@ -44,7 +44,7 @@ class Unavailable(ConnectionError):
     """No reply, or one that says that the server cannot answer now."""
 
 
-def without_secrets(text: str) -> str:
+def shown_address(text: str) -> str:
     """Remove what an address may keep secret: ``user:password@`` and the query.
 
     Args:
@@ -123,7 +123,7 @@ class HttpClient:
         patience: float = float("inf"),
         largest_body: int = 2**30,
     ) -> None:
-        self.address = without_secrets(url)
+        self.address = shown_address(url)
         self.tries, self.patience, self.largest_body = tries, patience, largest_body
         # The message of the library would show a part of a password that has a slash in it.
         try:
@@ -240,7 +240,7 @@ def _as_json(body: Any, address: str) -> bytes:
 def _shown_wrong_address(url: str) -> str:
     """An address that cannot be taken apart; everything up to its last @ may be a password."""
     scheme, separator, rest = url.partition("://")
-    return without_secrets(scheme + separator + rest.rpartition("@")[2])
+    return shown_address(scheme + separator + rest.rpartition("@")[2])
 
 
 def _is_unknown_host(error: BaseException | None) -> bool:

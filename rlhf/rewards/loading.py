@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.http_client import without_secrets
+from rlhf.data.http_client import shown_address
 from rlhf.losses.registry import load_object, split_place
 from rlhf.rewards import functions, trl_names
 from rlhf.rewards.endpoint import HttpReward
@@ -77,7 +77,7 @@ def load_reward(spec: str, tokenizer: PreTrainedTokenizerBase | None = None) -> 
     similar_names = difflib.get_close_matches(name, BUILTINS, n=1)
     hint = f"; did you mean {similar_names[0]}?" if similar_names else ""
     raise ValueError(
-        f"unknown reward {without_secrets(spec)!r}{hint} (built in: {', '.join(BUILTINS)}; or file.py:function, "
+        f"unknown reward {shown_address(spec)!r}{hint} (built in: {', '.join(BUILTINS)}; or file.py:function, "
         "module:function, a model folder, https://…)"
     )
 
@@ -138,7 +138,7 @@ def _parse(spec: str) -> tuple[str, _Options | None]:
         named_options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call_node.keywords}
     except (SyntaxError, ValueError):
         raise ValueError(
-            f"reward {without_secrets(spec)!r}: the options must be plain values, as in name(key=1, other='text')"
+            f"reward {shown_address(spec)!r}: the options must be plain values, as in name(key=1, other='text')"
         ) from None
     return name, _Options(positional, named_options)
 
@@ -147,4 +147,4 @@ def _build(spec: str, factory: Callable[..., Any], options: _Options) -> RewardF
     try:
         return factory(*options.positional, **options.named)
     except TypeError as error:
-        raise ValueError(f"reward {without_secrets(spec)!r}: {error}; write the options as name(key=value)") from error
+        raise ValueError(f"reward {shown_address(spec)!r}: {error}; write the options as name(key=value)") from error
