@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from rlhf.losses.registry import load_object
 from rlhf.models import load_model
 from rlhf.rollouts.arguments import option
+from rlhf.trainers.ranges import check_ranges
 
 DTYPES = ["auto", "float32", "bfloat16", "float16", "float64"]
 
@@ -48,6 +49,7 @@ class ModelArguments:
     bnb_4bit_quant_storage: str | None = option(None, "dtype that holds the 4 bits.")
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("--load_in_8bit and --load_in_4bit exclude each other: pass one")
         # On the command line names are separate words; people also join them with commas, as other tools want it.
@@ -213,6 +215,9 @@ class DataArguments:
     )
     overwrite: bool = option(False, "Replace the run in output_dir.")
 
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
 
 @dataclass
 class ReferenceArguments:
@@ -272,6 +277,8 @@ class ExperienceArguments:
             raise ValueError(
                 "--reward_funcs is missing: a built-in, file.py:function, a reward model's folder, https://…"
             )
+        if self.environment is None and config.max_turns > 1:  # type: ignore[attr-defined]
+            raise ValueError("--max_turns has no effect without --environment: leave it out, or name an environment")
         # Imported now, so that a mistake in the file is found before rows and weights are loaded.
         environment = None
         if self.environment is not None:

@@ -114,22 +114,59 @@ def read_config(file: str, known_names: Iterable[str]) -> dict[str, Any]:
         path = shipped
     try:
         # An empty file is read as None.
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such config file") from None
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: not UTF-8 text; save the file as UTF-8") from None
+    # ValueError: a date or a number that Python does not have.
+    except (yaml.YAMLError, ValueError) as error:
         # A YAML error has several lines; ours has one.
         raise ValueError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from error
+    except RecursionError:
+        raise ValueError(f"{file}: not valid YAML for options (nested too deeply)") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file}: expected `option: value` lines, found a {type(values).__name__}")
     # Before torch is imported, which reads some of them only then.
-    environment = values.pop("env", None) or {}
-    os.environ.update({str(name): str(value) for name, value in environment.items()})
+    _set_environment(file, values.pop("env", None))
     known_names = frozenset(known_names)
     for key in values:
         if key not in known_names:
             raise ValueError(f"{file}: unknown key {key!r}{_suggestion(str(key), known_names)}")
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader; of a key that is given twice it would take the last value without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = set()
+        for key_node, _ in node.value:
+            # Any other key is refused when the mapping is made.
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue
+            if key_node.value in keys:
+                line = key_node.start_mark.line + 1
+                raise ValueError(f"{key_node.value!r} is given twice, again in line {line}: delete one")
+            keys.add(key_node.value)
+        return node
+
+
+def _set_environment(file: str, variables: Any) -> None:
+    """Set the environment variables under ``env``."""
+    if variables is None:
+        return
+    if not isinstance(variables, dict):
+        raise ValueError(f"{file}: 'env' must hold `NAME: value` lines, got a {type(variables).__name__}")
+    for name, value in variables.items():
+        if not isinstance(value, str | int | float):
+            raise ValueError(f"{file}: 'env' has a {type(value).__name__} for {name}, expected text or a number")
+        try:
+            os.environ[str(name)] = str(value)
+        # The name is empty or has a "=", or one of them a NUL.
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{file}: 'env' has no valid variable {name!r} ({error})") from error
 
 
 def _option_name(word: str) -> str:

@@ -10,6 +10,7 @@ from transformers.hf_argparser import string_to_bool
 
 from rlhf.cli.options import RaisingParser, check_options, expand_aliases, read_config
 from rlhf.trainers.config import BaseConfig
+from rlhf.trainers.ranges import annotation
 
 TRAINING = "training"  # title of the options that all trainers have
 # Options of transformers that nearly every run sets.
@@ -24,6 +25,8 @@ COMMON = frozenset(
         "learning_rate",
     }
 )
+# Options that are text on the command line, and may be a mapping in a file.
+_MAPPINGS = ("columns", "roles", "chat_template_kwargs")
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter):
@@ -77,7 +80,8 @@ def parse(command: str, classes: Sequence[Any], argv: list[str]) -> tuple[Any, .
     file = check_options(argv, known_names | {"config", "help"})
     if file is not None:
         # As defaults, so that the command line wins.
-        parser.set_defaults(**_as_typed(file, read_config(file, known_names), parser))
+        kinds = {option.name: annotation(cls, option.name) for cls in classes for option in fields(cls)}
+        parser.set_defaults(**_as_typed(file, read_config(file, known_names), parser, kinds))
     *parsed, _, remaining = parser.parse_args_into_dataclasses(
         argv, look_for_args_file=False, return_remaining_strings=True
     )
@@ -106,21 +110,67 @@ def _make_parser(command: str, classes: Sequence[Any]) -> HfArgumentParser:
     return parser
 
 
-def _as_typed(file: str, values: dict[str, Any], parser: HfArgumentParser) -> dict[str, Any]:
-    """Values of a YAML file as if they were typed on the command line: argparse then converts and checks them."""
+def _as_typed(file: str, values: dict[str, Any], parser: HfArgumentParser, kinds: dict[str, str]) -> dict[str, Any]:
+    """Values of a YAML file as if they were typed on the command line: argparse then converts and checks them.
+
+    Args:
+        file: its name, for messages.
+        values: by the names of their options.
+        parser: has an action for each option.
+        kinds: the annotations of the options.
+    """
     actions = {action.dest: action for action in parser._actions}
-    typed = {}
+    typed: dict[str, Any] = {}
     for key, value in values.items():
+        action, place = actions[key], f"{file}: {key!r}"
         # Shares of a mixture may be a dictionary: {a.jsonl: 0.7, b.jsonl: 0.3}.
         if isinstance(value, dict) and key.endswith("dataset_name"):
             value = [f"{name}:{share}" for name, share in value.items()]
         if isinstance(value, list) and key in ("columns", "roles"):
-            value = ",".join(map(str, value))
-        if isinstance(value, list) and actions[key].nargs not in ("+", "*"):
-            raise ValueError(f"{file}: {key!r} takes one value, got a list")
-        # argparse converts and checks a default only where it is text.
-        typed[key] = str(value) if isinstance(value, (bool, int, float)) else value
+            value = ",".join(map(str, _scalars(place, value)))
+        if value is None and "None" not in kinds[key]:
+            raise ValueError(f"{place} is empty: give a value, or delete the line")
+        if value is None or (isinstance(value, dict) and ("dict" in kinds[key] or key in _MAPPINGS)):
+            typed[key] = value
+        elif action.nargs in ("+", "*"):
+            items = _scalars(place, value if isinstance(value, list) else [value])
+            typed[key] = [_converted(place, item, action) for item in items]
+        elif isinstance(value, list):
+            raise ValueError(f"{place} takes one value, got a list")
+        else:
+            (scalar,) = _scalars(place, [value])
+            _check_choice(place, scalar, action)
+            # argparse converts and checks a default only where it is text.
+            typed[key] = str(scalar)
     return typed
+
+
+def _scalars(place: str, values: list[Any]) -> list[Any]:
+    """The same values; refused where one is nothing that could be typed, such as a dictionary or a date."""
+    for value in values:
+        if not isinstance(value, str | bool | int | float):
+            kind = "null" if value is None else f"a {type(value).__name__}"
+            raise ValueError(f"{place} has {kind}, expected text or a number; put text into quotes")
+    return values
+
+
+def _converted(place: str, value: Any, action: Action) -> Any:
+    """An entry of a list, which argparse does not convert."""
+    _check_choice(place, value, action)
+    convert: Any = action.type or str
+    try:
+        return convert(str(value))
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def _check_choice(place: str, value: Any, action: Action) -> None:
+    """argparse does not compare a default with the choices."""
+    choices = [str(choice) for choice in action.choices or []]
+    if choices and str(value) not in choices:
+        # YAML reads a bare no as false.
+        hint = ' (write "no" in quotes)' if value is False and "no" in choices else ""
+        raise ValueError(f"{place} must be one of {', '.join(choices)}, got {value!r}{hint}")
 
 
 def _sort_help(parser: HfArgumentParser, command: str, classes: Sequence[Any]) -> None:

@@ -10,6 +10,7 @@ from rlhf.data import Reading, RowFormat, load_data
 from rlhf.data.messages import from_json
 from rlhf.rollouts.arguments import option
 from rlhf.trainers.config import renames
+from rlhf.trainers.ranges import check_ranges
 
 
 @dataclass
@@ -25,6 +26,9 @@ class RowArguments:
     chat_template_kwargs: str | None = option(None, 'JSON for the chat template, such as {"enable_thinking": false}.')
     columns: str | None = option(None, "Columns under other names: question=prompt,answer=completion.")
     roles: str | None = option(None, "Roles under other names: customer=user,agent=assistant.")
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     def load_rows(self) -> Dataset:
         """Load the rows as they are in the file.

@@ -33,9 +33,6 @@ from rlhf.rollouts import Sampling
 from rlhf.rollouts.arguments import option
 from rlhf.trainers.reference_logps import reference_fingerprint
 
-# k may be 0: then whole answers are sampled.
-_AT_LEAST = {"k": 0, "max_new_tokens": 1, "tokens_per_batch": 1, "seed": 0}
-
 
 @dataclass
 class TeacherArguments(RowArguments):
@@ -50,15 +47,6 @@ class TeacherArguments(RowArguments):
     max_length: int = option(1024, "Longest sequence in tokens, as in training.")
     drop_long_prompts: bool = option(False, "Leave out rows with too long a prompt.")
     tokens_per_batch: int = option(4096, "Tokens of a forward pass.")
-
-    def __post_init__(self) -> None:
-        for name, minimum in _AT_LEAST.items():
-            value = getattr(self, name)
-            if value < minimum:
-                raise ValueError(f"--{name} must be at least {minimum}, got {value}")
-        # Written so that NaN is refused too.
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"--temperature must be above 0, got {self.temperature}")
 
 
 @dataclass(frozen=True)

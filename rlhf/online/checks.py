@@ -9,7 +9,11 @@ from rlhf.losses import POLICY_LOSSES, PREFERENCE_LOSSES
 
 logger = logging.getLogger(__name__)
 
-AT_LEAST_ONE = ("num_mini_batches", "num_iterations", "num_generations", "max_turns")
+# Options, and the parameter of an estimator that reads them.
+READ_BY_ESTIMATORS = {
+    "gamma": "gamma", "lam": "lam", "scale_rewards": "scale", "value_model": "values", "vf_coef": "values",
+    "cliprange_value": "values",
+}  # fmt: skip
 ONLY_WITH_TOKEN_LOSSES = ("adaptive_kl_target", "early_stop_kl", "importance_sampling_cap", "off_policy_mask_threshold")
 PAIR_LENGTHS = ("chosen_lengths", "rejected_lengths")  # what sampled pairs have besides log-probs
 
@@ -34,12 +38,7 @@ def check_config(args: Any) -> None:
 
 
 def _check_ranges(args: Any) -> None:
-    for name in AT_LEAST_ONE:
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
     args.check_sync()
-    if not 0 <= args.top_entropy_quantile <= 1:
-        raise ValueError(f"top_entropy_quantile must be in [0, 1], got {args.top_entropy_quantile}")
     if args.scale_rewards not in ("group", "batch", "none"):
         raise ValueError(f"scale_rewards must be group (True), batch or none (False), got {args.scale_rewards!r}")
     bounds = args.reward_clip_range
@@ -56,9 +55,6 @@ def _check_sampling(args: Any) -> None:
             f"train_sampling_strategy {args.train_sampling_strategy}: prompts are drawn in a random order, or with "
             "shuffle_dataset false in their own"
         )
-    # Greedy sampling would give a group of equal completions.
-    if args.temperature <= 0:
-        raise ValueError(f"temperature must be positive to explore, got {args.temperature}")
     if args.max_completion_length >= args.limit():
         raise ValueError(
             f"max_completion_length {args.max_completion_length} leaves no room for a prompt in max_length "
@@ -93,6 +89,10 @@ def _check_advantages(args: Any) -> None:
     name, estimator = args.advantage_estimator, args.estimator()
     if estimator.needs_group and args.num_generations < 2:
         raise ValueError(f"{name} compares completions of a prompt: num_generations must be 2 or more")
+    for option, parameter in READ_BY_ESTIMATORS.items():
+        is_default = getattr(args, option) == type(args).__dataclass_fields__[option].default
+        if parameter not in estimator.reads and not is_default:
+            raise ValueError(f"{option} has no effect with advantage_estimator {name}: leave it out")
     # The KL is subtracted from the sum of the rewards, which an estimator of each reward does not see.
     reads_components = "reward_components" in estimator.reads
     if args.multi_objective_aggregation == "normalize_then_sum" and name != "gdpo":

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from rlhf.data import Reading, RowFormat
 from rlhf.trainers.options import check_options, check_packages, greater_is_better
 from rlhf.trainers.processes import check_processes, trains_on_cpus
+from rlhf.trainers.ranges import check_finite, check_ranges
 from rlhf.trainers.secret_options import SecretOptions
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,7 @@ class BaseConfig(SecretOptions, TrainingArguments):
         # Before transformers' own checks, whose errors do not name the option.
         self._check_dictionaries()
         self._check_choices()
+        check_ranges(self)
         self._set_defaults()
         check_packages(self)
         self.use_cpu = self.use_cpu or trains_on_cpus(self)
@@ -132,21 +134,9 @@ class BaseConfig(SecretOptions, TrainingArguments):
         accelerator: Any = self.accelerator_config
         # A blocking copy would wait for all work that is queued on the device.
         accelerator.non_blocking |= self.dataloader_pin_memory
-        self._check_numbers()
         self._check_batches()
         if self.truncation_mode != "keep_start":
             raise ValueError(f"truncation_mode {self.truncation_mode!r}: rows are cut at their end (keep_start)")
-
-    def _check_numbers(self) -> None:
-        for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
-            raise ValueError(f"tokens_per_batch must be at least 1, got {self.tokens_per_batch}")
-        if self.profile < 0:
-            raise ValueError(f"profile must be a number of steps, got {self.profile}")
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length must be at least 2 tokens, got {self.max_length}")
 
     def _check_batches(self) -> None:
         plans_rows = self.tokens_per_batch is not None or getattr(self, "packing", False)
@@ -178,6 +168,7 @@ class BaseConfig(SecretOptions, TrainingArguments):
         """Refuse what is no JSON among options that are dictionaries; the command line passes text."""
         for name in self._VALID_DICT_FIELDS:
             value = getattr(self, name)
+            check_finite(name, value)
             is_text = isinstance(value, str)
             # transformers' own dictionaries may also be the name of a file, such as fsdp_config.
             if not is_text or not (value.startswith("{") or name in _NEVER_A_FILE):
@@ -188,6 +179,7 @@ class BaseConfig(SecretOptions, TrainingArguments):
                 raise ValueError(f"--{name} {value}: not valid JSON ({error.msg} at {error.pos + 1})") from error
             if not isinstance(parsed, dict):
                 raise ValueError(f'--{name} {value}: expected a JSON object, such as {{"name": 1}}')
+            check_finite(name, parsed)
 
     def _check_choices(self) -> None:
         """Options that have a list of values, as the command line checks them."""

@@ -9,7 +9,9 @@ import torch
 from conftest import tiny_model, write_rows
 from peft import LoraConfig, get_peft_model
 
+from rlhf import DPOConfig
 from rlhf.cli.main import main
+from rlhf.cli.parsing import parse
 from rlhf.trainers import SFTConfig
 
 GOOD = {"prompt": "the cat", "chosen": " is big", "rejected": " is red"}
@@ -205,6 +207,48 @@ def test_options_are_checked_with_the_nearest_name(fails, pairs, tmp_path):
     config = text_file(tmp_path / "c.yaml", "beta: [1\n")
     assert "c.yaml: not valid YAML" in fails("dpo", pairs, config=config)
     assert "none.yaml: no such config file" in fails("dpo", pairs, config=tmp_path / "none.yaml")
+
+
+YAML = {
+    "a key given twice": ("beta: 0.1\nbeta: 0.2\n", "'beta' is given twice, again in line 2: delete one"),
+    "a list for one value": ("beta: [0.1]\n", "'beta' takes one value, got a list"),
+    "a mapping for a number": ("beta: {a: 1}\n", "'beta' has a dict, expected text or a number"),
+    "a mapping in a list": ("loss_type: [{a: 1}]\n", "'loss_type' has a dict, expected text or a number"),
+    "a list of other types": ("loss_weights: [high]\n", "'loss_weights': could not convert string to float: 'high'"),
+    "a date": ("seed: 2020-01-01\n", "'seed' has a date, expected text or a number; put text into quotes"),
+    "no such date": ("seed: 2020-13-01\n", "not valid YAML (month must be in 1..12"),
+    "nothing": ("beta:\n", "'beta' is empty: give a value, or delete the line"),
+    "no such choice": ("dtype: fp8\n", "'dtype' must be one of auto, float32"),
+    "a bare no": ("save_strategy: no\n", 'got False (write "no" in quotes)'),
+    "an environment that is a list": ("env: [1]\n", "'env' must hold `NAME: value` lines, got a list"),
+    "no name of a variable": ("env: {A=B: 1}\n", "'env' has no valid variable 'A=B'"),
+    "too deep": ("[" * 2000, "nested too deeply"),
+    "other text": (b"a: \xff\xfe\n", "not UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize("case", YAML)
+def test_a_config_file_with_odd_values_is_named(case, fails, pairs, tmp_path):
+    text, said = YAML[case]
+    config = tmp_path / "c.yaml"
+    config.write_bytes(text if isinstance(text, bytes) else text.encode())
+    line = fails("dpo", pairs, config=config)
+    assert "c.yaml: " in line and said in line
+
+
+def test_one_value_of_a_list_needs_no_list(tmp_path):
+    config = text_file(tmp_path / "c.yaml", "loss_weights: 0.5\nloss_type: sigmoid\n")
+    (args,) = parse("dpo", [DPOConfig], ["--config", str(config), "--output_dir", str(tmp_path)])
+    assert args.loss_weights == [0.5] and args.loss_type == ["sigmoid"]
+
+
+IGNORED = {"value_model": "critic", "gamma": 0.9, "lam": 0.5, "vf_coef": 0.5, "cliprange_value": 0.1, "max_turns": 2}
+
+
+@pytest.mark.parametrize("option", IGNORED)
+def test_an_option_that_the_estimator_ignores_is_refused(option, fails, pairs):
+    line = fails("grpo", pairs, reward_funcs="think_format", **{option: IGNORED[option]})
+    assert f"{option} has no effect with" in line
 
 
 def test_layouts_and_planned_batches_are_checked(fails, pairs):

@@ -699,7 +699,7 @@ def test_a_game_of_several_turns_is_learned(make, kind):
         (dict(loss_type="grpo", loss_kwargs={"beta": 0.5}), "loss_type grpo takes no beta; it takes epsilon,"),
         (dict(loss_type=lambda tokens: tokens.ratio), "is not registered: decorate it with @policy_loss"),
         (dict(kl_estimator="k3"), "in the reward only k1"),
-        (dict(temperature=0.0), "temperature must be positive"),
+        (dict(temperature=0.0), "temperature must be above 0"),
         (dict(max_length=100, max_completion_length=100), "leaves no room for a prompt"),
         (dict(per_device_train_batch_size=6, num_generations=4), "no multiple of the 4"),
         (dict(top_p=0.0), "top_p must be in"),
