@@ -82,7 +82,7 @@ RANGES: dict[Range, str] = {
     AT_LEAST_0: "learning_rate warmup_steps weight_decay adam_epsilon logging_steps eval_steps save_steps eval_delay "
     "neftune_noise_alpha router_aux_loss_coef center_rewards_coefficient desirable_weight undesirable_weight "
     "crossentropy_weight distillation_weight hidden_state_weight entropy_coef missing_eos_penalty vf_coef "
-    "off_policy_mask_threshold sampling_temperature kl_coef",
+    "off_policy_mask_threshold sampling_temperature kl_coef server_startup_timeout vllm_server_timeout",
     # Infinity measures the norm and clips nothing.
     Range(0, infinite=True): "max_grad_norm",
     Range(0, 1, open_above=True): "adam_beta1 adam_beta2 lora_dropout",
@@ -97,7 +97,7 @@ RANGES: dict[Range, str] = {
 UNCHECKED: dict[str, str] = {
     "refused at any value": "rpo_alpha max_prompt_length entropy_coef_delta entropy_coef_max entropy_coef_min "
     "entropy_target vllm_gpu_memory_utilization vllm_group_port vllm_max_model_length "
-    "vllm_server_timeout vllm_tensor_parallel_size vllm_importance_sampling_clip_min",
+    "vllm_tensor_parallel_size vllm_importance_sampling_clip_min",
     "moves no figure": "pad_to_multiple_of",
     "one side may be infinite; the order of both is checked with the rewards": "reward_clip_range",
     "a part of an address, which is asked at the start": "vllm_server_port",
