@@ -140,11 +140,21 @@ def read_head(model: nn.Module, settings: HeadSettings, temperature: float = 1.0
         temperature: divides the logits.
     Returns:
         The head, on the tokens without padding.
+    Raises:
+        ValueError: the head is sharded, it is trained, and no forward pass of FSDP2 is under way.
     """
     layer = model.get_output_embeddings()  # type: ignore[operator]
+    if hasattr(layer.weight, "full_tensor") and layer.weight.requires_grad and torch.is_grad_enabled():
+        # FSDP2 may shard the head as a unit of its own, which it gathers when the layer is called: here it is not.
+        # Gathered by FSDP2, because the gradient of `full_tensor` is not summed over the processes.
+        if not hasattr(layer, "unshard"):
+            raise ValueError(
+                "the head is sharded, and its gradient would be a part: read it within the sharded forward"
+            )
+        layer.unshard()
     weight, bias = layer.weight, getattr(layer, "bias", None)
     if hasattr(weight, "full_tensor"):
-        # Under FSDP2 the weight is sharded: gathered once in a forward pass, not once for each chunk.
+        # Gathered once in a forward pass, not once for each chunk, and freed after it.
         weight = weight.full_tensor()
         bias = None if bias is None else bias.full_tensor()
     head = Head(weight, bias, settings.scale, settings.softcap, temperature)

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from accelerate.utils.environment import parse_flag_from_env
 from torch import nn
-from transformers.integrations import is_fsdp_enabled
 
 from rlhf.data import Batch
 from rlhf.kernels.recompute import fewer_activations
@@ -52,7 +52,8 @@ class Wrapper(nn.Module):
 
         Under FSDP the names stay those of this module, because torch's checkpoints look parameters up by them.
         """
-        model_prefix = "" if is_fsdp_enabled() else "model."
+        # Set by accelerate. transformers' own `is_fsdp_enabled` also asks how weights were loaded.
+        model_prefix = "" if parse_flag_from_env("ACCELERATE_USE_FSDP") else "model."
         caller_prefix = f"{prefix}." if prefix else ""
         for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
             yield caller_prefix + name.removeprefix(caller_prefix).removeprefix(model_prefix), parameter

@@ -21,6 +21,7 @@ from transformers.trainer_utils import TrainOutput
 
 from rlhf.data import Batch, Collator, Mixture, Packed, answer_ends, in_memory, sample
 from rlhf.data.packing import num_tokens
+from rlhf.kernels.linear import weights_are_here
 from rlhf.models import (
     Policy,
     add_answer_ends,
@@ -52,6 +53,7 @@ from rlhf.trainers.preparation import (
 )
 from rlhf.trainers.profiling import Profiler
 from rlhf.trainers.reference import Reference, SyncReference
+from rlhf.trainers.sharding import can_shard, shard
 from rlhf.trainers.step_checks import CheckedSteps
 
 logger = logging.getLogger(__name__)
@@ -334,12 +336,19 @@ class BaseTrainer(Evaluating, CheckedSteps):
         if ref_model is None:
             if policy.has_adapter and adapter_off_is_start(policy.model):
                 return Reference(policy, None)
-            return Reference(policy, self.freeze(copy.deepcopy(policy.model))) if copies else None
-        if isinstance(ref_model, str):
-            ref_model = load_model(ref_model, **self.args.model_kwargs())
-        frozen = self.freeze(ref_model)
-        self.share_layout(frozen.model)
-        return Reference(policy, frozen)
+            if not copies:
+                return None
+            frozen_model = copy.deepcopy(policy.model)
+        else:
+            frozen_model = (
+                load_model(ref_model, **self.args.model_kwargs()) if isinstance(ref_model, str) else ref_model
+            )
+        # One that is asked before training alone stays whole until then.
+        shards = copies and can_shard(self.accelerator)
+        frozen = self.freeze(frozen_model, shards=shards)
+        if ref_model is not None:
+            self.share_layout(frozen.model)
+        return Reference(policy, frozen, shard(frozen, self.accelerator) if shards else None)
 
     @property
     def ref_policy(self) -> Policy | None:
@@ -362,15 +371,29 @@ class BaseTrainer(Evaluating, CheckedSteps):
         if isinstance(self.data_collator, Collator) and self.data_collator.layout == "segments":
             self.data_collator = replace(self.data_collator, layout=choose_layout(model, self.args.layout))
 
-    def freeze(self, model: nn.Module) -> Policy:
-        """A policy to compare with, on this device."""
-        # A copy of sharded parameters is a copy of this rank's shards.
-        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
-            raise ValueError("ZeRO-3 cannot hold a frozen copy as the reference yet: use LoRA (--use_peft), or FSDP2")
-        if self.is_fsdp_enabled:
-            logger.warning("the frozen reference is not sharded: each rank holds a whole copy; LoRA needs none")
+    def freeze(self, model: nn.Module, *, shards: bool = False) -> Policy:
+        """A policy to compare with.
+
+        Args:
+            model: whole on this process.
+            shards: whether its weights will be sharded, from where they are; otherwise they move to this device.
+        Returns:
+            The policy, in evaluation mode and without gradients.
+        Raises:
+            ValueError: this process has only a part of the weights.
+        """
+        if not weights_are_here(model):
+            raise ValueError(
+                "the weights of a frozen model were sharded when they were loaded, and it needs them whole: set "
+                "zero3_init_flag: false in accelerate's configuration, or train an adapter (--use_peft)"
+            )
+        if can_shard(self.accelerator) and not shards:
+            logger.warning(
+                "a frozen model that is asked for whole predictions is not sharded: each rank holds it whole"
+            )
         disable_dropout(model)
-        return wrapped(model.requires_grad_(False).eval().to(self.args.device), Policy, self.args)
+        model = model.requires_grad_(False).eval()
+        return wrapped(model if shards else model.to(self.args.device), Policy, self.args)
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         """Nothing: columns that nobody reads were left out when rows were tokenised."""

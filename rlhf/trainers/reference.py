@@ -19,10 +19,12 @@ class Reference:
     Attributes:
         policy: the trained policy, without what accelerate wraps around it.
         frozen: a policy with weights of its own; None where the adapter is switched off instead.
+        sharded: what gathers the weights of ``frozen``, where they are sharded over the processes.
     """
 
     policy: Policy
     frozen: Policy | None
+    sharded: nn.Module | None = None
 
     def logps(self, model: nn.Module, batch: Batch) -> Tensor:
         """Log-probs of the scored tokens under the reference. Gradients and autocast are up to the caller.
@@ -33,8 +35,9 @@ class Reference:
         Returns:
             [N], in nats.
         """
-        if self.frozen is not None:
-            return self.frozen(batch).logps
+        own = self.sharded or self.frozen
+        if own is not None:
+            return own(batch).logps
         # The wrapped model runs the forward pass: parameters sharded by FSDP are gathered by its hooks.
         with self.policy.adapter_off():
             logps: Tensor = model(batch).logps

@@ -1,15 +1,54 @@
-"""FSDP2's sharding on two CPU processes; accelerate itself turns FSDP on for accelerators only."""
+"""Sharding on two CPU processes; accelerate itself shards over accelerators only."""
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from sharded_training import KINDS, losses, make_trainer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
 HERE = Path(__file__).parent
 
 
-def test_sharded_models_score_like_whole_ones():
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", HERE / "sharded.py"]
+def on_two_processes(script: str, *words) -> None:
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", HERE / script]
     paths = os.pathsep.join([str(HERE.parent), *sys.path])
-    done = subprocess.run(argv, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*argv, *map(str, words)], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=400
+    )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_sharded_models_score_like_whole_ones():
+    on_two_processes("sharded.py")
+
+
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+
+
+@pytest.mark.parametrize(
+    "sharding",
+    ["fsdp2", *(pytest.param(name, marks=[pytest.mark.slow, needs_deepspeed]) for name in ("zero2", "zero3"))],
+)
+def test_sharded_runs_are_those_of_one_process(sharding, tmp_path, tokenizer):
+    """Losses and the saved weights; resumed by two processes, and by one. A frozen reference is sharded too."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    on_two_processes("sharded_training.py", sharding, tmp_path, *KINDS)
+    found = json.loads((tmp_path / "losses.json").read_text())
+    for kind in KINDS:
+        trainer = make_trainer(kind, tmp_path / f"{kind}-one", tokenizer, 4, use_cpu=True, save_strategy="no")
+        trainer.train()
+        weights = dict(trainer.model.model.named_parameters())
+        loader = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
+        for name, folder in {"whole": kind, "resumed": f"{kind}-resumed", "alone": f"{kind}-alone"}.items():
+            if name not in found[kind]:
+                continue
+            torch.testing.assert_close(found[kind][name], losses(trainer), rtol=1e-6, atol=1e-6)
+            saved = loader.from_pretrained(tmp_path / folder)
+            for key, weight in saved.named_parameters():
+                torch.testing.assert_close(weight, weights[key], rtol=0, atol=1e-6, msg=f"{kind} {name} {key}")

@@ -1,0 +1,60 @@
+"""A frozen model with its weights sharded over the processes, as FSDP2 or ZeRO-3 shards those that are trained."""
+
+import copy
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import nn
+
+from rlhf.models import Policy
+
+
+def can_shard(accelerator: Accelerator) -> bool:
+    """Whether the run shards weights in a way that a frozen model can take too: FSDP2 or ZeRO-3."""
+    return accelerator.is_fsdp2 or zero_stage(accelerator) == 3
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """The stage of DeepSpeed's ZeRO: from 2 on gradients, at 3 also weights are sharded. 0 without DeepSpeed."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return 0 if plugin is None else int(plugin.zero_stage)
+
+
+def shard(frozen: Policy, accelerator: Accelerator) -> nn.Module:
+    """Shard the weights of a frozen policy.
+
+    Args:
+        frozen: whole on each process, on a CPU; changed in place.
+        accelerator: of a run for which :func:`can_shard` holds.
+    Returns:
+        What is called with batches: its hooks gather the weights of each layer while that layer computes.
+    """
+    if not accelerator.is_fsdp2:
+        return _zero3_engine(frozen, accelerator)
+    # The plugin keeps the classes of layers of the first model it meets, which must not be those of another model.
+    state: Any = accelerator.state
+    plugin = state.fsdp_plugin
+    state.fsdp_plugin = copy.copy(plugin)
+    try:
+        return fsdp2_prepare_model(accelerator, frozen)
+    finally:
+        state.fsdp_plugin = plugin
+
+
+def _zero3_engine(frozen: Policy, accelerator: Accelerator) -> nn.Module:
+    import deepspeed
+
+    # The batch sizes and the optimizer of the run's configuration mean nothing here, but DeepSpeed checks them.
+    given = accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+    zero: dict[str, Any] = {"stage": 3}
+    if "offload_param" in given:
+        zero["offload_param"] = given["offload_param"]
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": zero,
+        "bf16": {"enabled": accelerator.mixed_precision == "bf16"},
+        "fp16": {"enabled": accelerator.mixed_precision == "fp16"},
+    }
+    engine, *_ = deepspeed.initialize(model=frozen, config=config)
+    return engine.eval()
