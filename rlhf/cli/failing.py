@@ -12,6 +12,7 @@ import time
 import traceback
 
 from rlhf.cli.exit_codes import ExitCode
+from rlhf.visible import visible
 
 # How long a process that fails waits for the first one, which may fail for the same reason.
 SECONDS_FOR_THE_FIRST = 3.0
@@ -91,7 +92,8 @@ def _print(speaker: str, error: Exception, with_traceback: bool) -> None:
     if with_traceback:
         traceback.print_exception(error)
     kind = "" if isinstance(error, MENDABLE) else f"{type(error).__name__}: "
-    print(f"rlhf {speaker}: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+    # Errors quote data.
+    print(visible(f"rlhf {speaker}: {kind}{' '.join(str(error).split())}"), file=sys.stderr)
 
 
 def _has_group() -> bool:

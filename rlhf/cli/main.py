@@ -17,6 +17,7 @@ from rlhf.cli.failing import MENDABLE, fail, in_several_processes, interrupted
 from rlhf.cli.field_names import names_of_options
 from rlhf.cli.launch import LaunchArguments, launch, split_launch_options
 from rlhf.cli.options import check_options, expand_aliases, read_config
+from rlhf.visible import VisibleFormatter
 
 _EXAMPLE = "in several processes: rlhf COMMAND --config FILE --num_processes N"
 
@@ -114,7 +115,9 @@ def _nothing_to_save() -> Iterator[None]:
 
 def _log_plain_lines() -> None:
     """Our own messages as plain lines, from the first process only."""
-    logging.basicConfig(format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(VisibleFormatter("%(message)s"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("rlhf").setLevel(logging.INFO if _is_first_process() else logging.ERROR)
 
 

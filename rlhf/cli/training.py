@@ -26,6 +26,7 @@ from rlhf.trainers.config import BAD_ROWS, BaseConfig
 from rlhf.trainers.resuming import AUTO, checkpoint_to_resume, finished_step, resume_request
 from rlhf.trainers.run_lock import LOCK_FILE, run_lock
 from rlhf.trainers.stopping import noted_signals
+from rlhf.visible import visible
 
 TEACHER_ADAPTER = "teacher"  # name of the teacher's adapter on the student's model
 Rows: TypeAlias = Dataset | IterableDataset | Mixture
@@ -216,7 +217,7 @@ def _save_and_evaluate(trainer: BaseTrainer, result: TrainOutput) -> None:
         metrics |= trainer.evaluate()
     trainer.save_metrics("all", metrics)
     if trainer.is_world_process_zero():
-        print(f"saved {trainer.args.output_dir}")
+        print(visible(f"saved {trainer.args.output_dir}"))
 
 
 def _stopped_at(trainer: BaseTrainer) -> str:

@@ -30,6 +30,7 @@ from rlhf.data.tokenised_rows import (
     truncate,
 )
 from rlhf.data.vocabulary import tokenizer_rules
+from rlhf.visible import visible
 
 logger = logging.getLogger(__name__)
 
@@ -301,7 +302,7 @@ def _map(
         with_indices=True,
         new_fingerprint=Hasher.hash(key),
         num_proc=num_proc,
-        desc=f"Tokenising {dataset_name}",
+        desc=visible(f"Tokenising {dataset_name}"),
         **options,
     )
     # The report is a part of the table, so that a run that reads the cache says the same.

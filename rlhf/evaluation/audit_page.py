@@ -1,11 +1,12 @@
 """An audit of a data file as one page of HTML that needs nothing else."""
 
+import html
 from collections.abc import Sequence
-from html import escape
 
 from rlhf.evaluation.audit import Audit
 from rlhf.evaluation.audit_facts import facts, histogram, interval_label
 from rlhf.evaluation.pieces import Piece, middle_left_out
+from rlhf.visible import visible
 
 # Each token is an element of its own, so a very long row would make the page slow to open.
 _PIECES = 2000  # of a row, shown at its beginning and at its end
@@ -46,6 +47,11 @@ _PAGE = """<!doctype html>
 """
 
 
+def _escape(text: str) -> str:
+    """A text of the data for HTML."""
+    return html.escape(visible(text))
+
+
 def audit_page(audit: Audit) -> str:
     """Write an audit as HTML: columns, roles, figures, lengths, faults and the first rows, learned tokens on green.
 
@@ -55,20 +61,20 @@ def audit_page(audit: Audit) -> str:
     Returns:
         The page.
     """
-    title = f"{escape(audit.name)} as rows for rlhf {escape(audit.command)}"
+    title = f"{_escape(audit.name)} as rows for rlhf {_escape(audit.command)}"
     # All text comes from a data file, in which HTML tags are common.
     column_cells = [
-        (escape(name), escape(read_as) or _marked("no", "not read")) for name, read_as in audit.columns.items()
+        (_escape(name), _escape(read_as) or _marked("no", "not read")) for name, read_as in audit.columns.items()
     ]
-    figure_cells = [(escape(name), escape(value)) for name, value in facts(audit)]
+    figure_cells = [(_escape(name), _escape(value)) for name, value in facts(audit)]
     sections = [f"<h1>{title}</h1>", _table("Columns", column_cells, ("column", "read as"))]
     if audit.roles:
-        role_cells = [(escape(role), f"{num_turns:,}") for role, num_turns in audit.roles.most_common()]
+        role_cells = [(_escape(role), f"{num_turns:,}") for role, num_turns in audit.roles.most_common()]
         sections.append(_table("Roles", role_cells, ("role", "turns")))
     sections.append(_table("Rows", figure_cells))
     if audit.errors:
         error_cells = [
-            (f"row {bad_row}", _marked("bad", escape(error))) for bad_row, error in audit.errors[:_SHOWN_ERRORS]
+            (f"row {bad_row}", _marked("bad", _escape(error))) for bad_row, error in audit.errors[:_SHOWN_ERRORS]
         ]
         sections.append(_table("Rows that cannot be read", error_cells))
     sections.append(_lengths(audit))
@@ -112,7 +118,7 @@ def _spans(sequence: list[Piece]) -> str:
     html_spans = []
     for piece in middle_left_out(sequence, _PIECES):
         css_classes = [css_class for css_class, applies in (("l", piece.learned), ("s", piece.special)) if applies]
-        escaped_text = escape(piece.text)
+        escaped_text = _escape(piece.text)
         # Every piece is a span: the style counts them to give neighbours different shades.
         html_spans.append(
             _marked(" ".join(css_classes), escaped_text) if css_classes else f"<span>{escaped_text}</span>"

@@ -2,8 +2,8 @@
 
 from itertools import groupby
 
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -11,6 +11,7 @@ from rich.text import Text
 from rlhf.evaluation.audit import Audit
 from rlhf.evaluation.audit_facts import facts, histogram, interval_label
 from rlhf.evaluation.pieces import Piece, middle_left_out
+from rlhf.visible import visible
 
 _LEARNED = ("black on pale_green3", "black on dark_sea_green3")  # two shades show where tokens end
 _CONTEXT = ("", "on grey19")
@@ -18,6 +19,11 @@ _SPECIAL = "bold magenta"
 _BAR = 40  # characters of the longest bar
 _SHOWN_ERRORS = 5
 _PIECES = 400  # of a row, shown at its beginning and at its end
+
+
+def _escape(text: str) -> str:
+    """A text of the data for rich, which reads words in square brackets as styles."""
+    return markup.escape(visible(text))
 
 
 def show_audit(audit: Audit, console: Console | None = None) -> None:
@@ -28,24 +34,23 @@ def show_audit(audit: Audit, console: Console | None = None) -> None:
         console: Where to print; a new one by default.
     """
     console = console or Console()
-    console.print(f"[bold]{escape(audit.name)}[/bold] as rows for [bold]rlhf {audit.command}[/bold]")
+    console.print(f"[bold]{_escape(audit.name)}[/bold] as rows for [bold]rlhf {audit.command}[/bold]")
     column_table = Table("column", "read as")
     for name, read_as in audit.columns.items():
-        # Rich reads words in square brackets as styles, and names may hold some.
-        column_table.add_row(escape(name), escape(read_as) if read_as else "[dim]not read[/dim]")
+        column_table.add_row(_escape(name), _escape(read_as) if read_as else "[dim]not read[/dim]")
     console.print(column_table)
     if audit.roles:
         role_table = Table("role", "turns")
         for role, num_turns in audit.roles.most_common():
-            role_table.add_row(escape(role), f"{num_turns:,}")
+            role_table.add_row(_escape(role), f"{num_turns:,}")
         console.print(role_table)
     figure_table = Table(show_header=False)
     for name, value in facts(audit):
-        figure_table.add_row(escape(name), escape(value))
+        figure_table.add_row(_escape(name), _escape(value))
     console.print(figure_table)
     for row_number, error in audit.errors[:_SHOWN_ERRORS]:
         # Errors quote the data, so they are printed as they are.
-        console.print(Text(f"row {row_number}: {error}", "red"))
+        console.print(Text(visible(f"row {row_number}: {error}"), "red"))
     _show_lengths(audit, console)
     _show_samples(audit, console)
 
@@ -85,7 +90,7 @@ def _shaded(pieces: list[Piece]) -> Text:
         if piece.special:
             # The magenta of special tokens would replace the black that is readable on green.
             style = f"{'bold' if piece.learned else _SPECIAL} {style}".strip()
-        shaded_text.append(piece.text, style)
+        shaded_text.append(visible(piece.text), style)
     return shaded_text
 
 
@@ -94,6 +99,6 @@ def _bracketed(pieces: list[Piece]) -> Text:
     bracketed_text = Text()
     # Neighbours are joined: a pair of brackets around each token would hide the text.
     for is_learned, neighbours in groupby(pieces, key=lambda piece: piece.learned):
-        joined_text = "".join(piece.text for piece in neighbours)
+        joined_text = visible("".join(piece.text for piece in neighbours))
         bracketed_text.append(f"⟦{joined_text}⟧" if is_learned else joined_text)
     return bracketed_text

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf.data.messages import Turns
+from rlhf.visible import visible
 
 
 def show_metrics(columns: Mapping[str, Mapping[str, float]]) -> None:
@@ -16,11 +17,12 @@ def show_metrics(columns: Mapping[str, Mapping[str, float]]) -> None:
     """
     # Not every model has every metric: a teacher has no figure that compares it with itself.
     metric_names = dict.fromkeys(metric_name for metrics in columns.values() for metric_name in metrics)
-    metric_table = Table("", *columns)
+    metric_table = Table("", *map(visible, columns))
     for metric_name in metric_names:
         cells = [_format(metrics[metric_name]) if metric_name in metrics else "–" for metrics in columns.values()]
         metric_table.add_row(metric_name, *cells)
-    Console().print(metric_table)
+    # Columns are called by the names of folders: words in square brackets are no styles.
+    Console().print(metric_table, markup=False)
 
 
 def _format(value: float) -> str:
@@ -38,10 +40,10 @@ def show_completions(prompts: Sequence[Turns], columns: Mapping[str, Sequence[st
     """
     if not prompts:
         return
-    answer_table = Table("prompt", *columns, show_lines=True)
+    answer_table = Table("prompt", *map(visible, columns), show_lines=True)
     for prompt_index, prompt in enumerate(prompts):
         answers = [completions[prompt_index].strip() for completions in columns.values()]
-        answer_table.add_row(_as_text(prompt).strip(), *answers)
+        answer_table.add_row(*map(visible, (_as_text(prompt).strip(), *answers)))
     # Answers are text of a model: words in square brackets are no styles.
     Console().print(answer_table, markup=False)
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rlhf.online.config import PPOConfig
 from rlhf.online.samples import Sample
 from rlhf.rewards import completion_text
+from rlhf.visible import visible
 
 COMPLETIONS = "completions.jsonl"  # in output_dir
 MAX_PROMPT, MAX_COMPLETION = 300, 600  # characters of each in the table
@@ -82,5 +83,6 @@ def print_completions(samples: Sequence[Sample], step: int) -> None:
         if not isinstance(prompt, str):  # of a conversation, the last message
             prompt = str(prompt[-1].get("content")) if prompt else ""
         completion = completion_text(sample.completion)
-        table.add_row(prompt[:MAX_PROMPT], completion[:MAX_COMPLETION], f"{sample.reward:.3g}")
+        shown_texts = visible(prompt[:MAX_PROMPT]), visible(completion[:MAX_COMPLETION])
+        table.add_row(*shown_texts, f"{sample.reward:.3g}")
     Console().print(table, markup=False)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rlhf.data.array_files import UNFINISHED, create_array
 from rlhf.data.packing import hash_of_tokens, num_tokens
+from rlhf.visible import visible
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ def add_ref_logps(
     missing = missing[np.argsort(-num_tokens(rows)[missing], kind="stable")]
     chunk_size = batch_size * accelerator.num_processes
     hidden = quiet or not accelerator.is_main_process
-    with datasets.utils.tqdm(total=len(missing), desc=f"reference on {name}", unit="row", disable=hidden) as progress:
+    description = visible(f"reference on {name}")
+    with datasets.utils.tqdm(total=len(missing), desc=description, unit="row", disable=hidden) as progress:
         for start in range(0, len(missing), chunk_size):
             chunk = missing[start : start + chunk_size]
             shard = [rows[int(index)] for index in _shard(chunk, accelerator)]

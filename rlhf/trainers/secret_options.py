@@ -4,16 +4,16 @@ import copy
 import re
 from typing import Any
 
+from rlhf.data import http_client
+
 MASK = "***"
 _SECRET_NAME = re.compile(r"(token|password|secret|api_key|access_key|authorization)$", re.IGNORECASE)
 _VOCABULARY = ("eos_token", "pad_token", "bos_token", "unk_token", "mask_token", "sep_token", "cls_token")
-_USER = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # user:password of an address
-_QUERY = re.compile(r"([?&][\w.-]*(?:token|password|secret|key)[\w.-]*=)[^&\s]+", re.IGNORECASE)
 _HUB_TOKEN = re.compile(r"\bhf_\w{16,}")  # wherever one stands
 
 
 def without_secrets(value: Any, name: str = "") -> Any:
-    """Replace tokens and passwords by ``***``.
+    """Replace tokens and passwords by ``***``, and cut addresses down to host and path.
 
     Args:
         value: an option; a dictionary, a list or a tuple is searched.
@@ -24,7 +24,7 @@ def without_secrets(value: Any, name: str = "") -> Any:
     if isinstance(value, str):
         if value and name not in _VOCABULARY and _SECRET_NAME.search(name):
             return MASK
-        return _HUB_TOKEN.sub(MASK, _QUERY.sub(rf"\g<1>{MASK}", _USER.sub(MASK, value)))
+        return _HUB_TOKEN.sub(MASK, http_client.without_secrets(value))
     # No subclasses, which may be made in another way.
     if type(value) is dict:
         return {key: without_secrets(item, str(key)) for key, item in value.items()}

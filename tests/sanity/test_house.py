@@ -37,7 +37,8 @@ def imported(file: Path) -> set[str]:
 def test_no_lower_floor_imports_an_upper_one(file):
     room = file.parent.name
     rooms = {name.split(".")[1] for name in imported(file) if name.startswith("rlhf.")}
-    assert {other for other in rooms if FLOORS[other] > FLOORS[room]} == set()
+    # A file beside the rooms, such as rlhf/visible.py, is below them all.
+    assert {other for other in rooms if FLOORS.get(other, 0) > FLOORS[room]} == set()
 
 
 def test_losses_need_torch_alone():

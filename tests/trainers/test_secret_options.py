@@ -42,11 +42,11 @@ def test_no_secret_is_written_or_printed(tmp_path, config_class):
 def test_what_is_no_secret_stays(tmp_path):
     args = config(tmp_path)
     assert args.to_dict()["eos_token"] == "<|im_end|>"
-    assert args.to_dict()["model_init_kwargs"]["proxies"] == {"https": "http://***@proxy:8080/?api_key=***&a=1"}
+    assert args.to_dict()["model_init_kwargs"]["proxies"] == {"https": "http://proxy:8080/"}
     pickled = pickle.loads(pickle.dumps(args))
     assert pickled.hub_token == "***" and pickled.learning_rate == args.learning_rate
     assert without_secrets({"num_tokens": 3, "token": True, "a": ["b/c.py:d", "https://hub/x?y=z"]}) == {
-        "num_tokens": 3, "token": True, "a": ["b/c.py:d", "https://hub/x?y=z"],
+        "num_tokens": 3, "token": True, "a": ["b/c.py:d", "https://hub/x"],
     }  # fmt: skip
 
 
