@@ -4,7 +4,7 @@ import copy
 import re
 from typing import Any
 
-from rlhf.data import http_client
+from rlhf.data.http_client import shown_address
 
 MASK = "***"
 _SECRET_NAME = re.compile(r"(token|password|secret|api_key|access_key|authorization)$", re.IGNORECASE)
@@ -24,7 +24,7 @@ def without_secrets(value: Any, name: str = "") -> Any:
     if isinstance(value, str):
         if value and name not in _VOCABULARY and _SECRET_NAME.search(name):
             return MASK
-        return _HUB_TOKEN.sub(MASK, http_client.without_secrets(value))
+        return _HUB_TOKEN.sub(MASK, shown_address(value))
     # No subclasses, which may be made in another way.
     if type(value) is dict:
         return {key: without_secrets(item, str(key)) for key, item in value.items()}
