@@ -1,7 +1,6 @@
 """``rlhf teacher``: run a teacher over a data set once, so that training needs none in memory."""
 
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,10 @@ from rlhf.data import tokenize_prompts, tokenize_sft
 from rlhf.data.packing import hash_of_tokens
 from rlhf.distillation.collect import COMPLETIONS, keep_top_k, sample_completions
 from rlhf.distillation.teacher_file import (
+    ARRAYS,
     HEADER,
+    NEW_HEADER,
+    UNFINISHED,
     Key,
     TeacherFile,
     check_key,
@@ -32,6 +34,7 @@ from rlhf.models import load_model, load_tokenizer, vocabulary_size
 from rlhf.rollouts import Sampling
 from rlhf.rollouts.arguments import option
 from rlhf.trainers.reference_logps import reference_fingerprint
+from rlhf.trainers.run_lock import LOCK_FILE, run_lock
 
 
 @dataclass
@@ -85,6 +88,12 @@ def run(argv: list[str]) -> None:
         raise ValueError("the teacher runs in one process: start it without accelerate launch")
     folder = Path(args.output_dir)
     _check_folder(folder)
+    with run_lock(folder):
+        _teach(args, model_args, name, folder)
+
+
+def _teach(args: TeacherArguments, model_args: LoadArguments, name: str, folder: Path) -> None:
+    """Load the rows and the teacher, and write what it says."""
     rows = args.load_rows()
     trusts_code = model_args.trust_remote_code
     tokenizer = load_tokenizer(name, args.chat_template_path, model_args.model_revision, trusts_code)
@@ -154,12 +163,16 @@ def _check_folder(folder: Path) -> None:
     """Refuse a folder of something else before anything is loaded, even with ``--overwrite``."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: output_dir is a file; choose a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / HEADER).exists():
+    # A run that was killed at once left no more than these.
+    names = {path.name for path in folder.iterdir()} - {LOCK_FILE, NEW_HEADER} if folder.is_dir() else set()
+    if names and HEADER not in names:
         raise ValueError(f"{folder}: not empty and holds no {HEADER}; choose another --output_dir")
 
 
 def _continues(folder: Path, key: Key, overwrite: bool) -> bool:
     """Whether the folder holds a result for ``key``, finished or not; it is emptied where ``overwrite`` says so.
+
+    A folder whose arrays are not all there yet holds none.
 
     Raises:
         ValueError: it holds another result.
@@ -168,7 +181,15 @@ def _continues(folder: Path, key: Key, overwrite: bool) -> bool:
         return False
     # Before the comparison: a result that is replaced need not fit.
     if overwrite:
-        shutil.rmtree(folder)
+        _clear(folder)
         return False
-    check_key(folder, read_key(folder), key, "choose another --output_dir, or pass --overwrite to replace it")
-    return True
+    found = read_key(folder)
+    check_key(folder, found, key, "choose another --output_dir, or pass --overwrite to replace it")
+    return not found.get(UNFINISHED)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a teacher wrote, and nothing else."""
+    # The header comes last: an interruption leaves a folder that is known as a teacher's.
+    for name in (*(f"{array}.npy" for array in ARRAYS), COMPLETIONS, HEADER):
+        (folder / name).unlink(missing_ok=True)

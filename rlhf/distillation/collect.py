@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,11 +105,14 @@ def sample_completions(
         seed: of the answers.
     Returns:
         The file.
+    Raises:
+        ValueError: the file has lines that this function did not write.
     """
     path = folder / COMPLETIONS
     lines, start = _completed(path)
-    # Lines of the last, unfinished call are taken out, as its prompts are answered again.
-    path.write_bytes(b"".join(lines))
+    # Lines of the last, unfinished call are cut off, as its prompts are answered again.
+    if path.exists():
+        os.truncate(path, sum(map(len, lines)))
     model.eval()
     optimize(model)
     engine = LocalEngine(model, tokenizer)
@@ -127,6 +131,8 @@ def sample_completions(
                     num_written += 1
             answers_file.flush()
             progress.update(len(numbers))
+        # Before the key says that all is there.
+        os.fsync(answers_file.fileno())
     if num_written < len(rows):
         logger.warning(
             "%d of %d answers are left out, cut at %d tokens or empty: raise --max_new_tokens",
@@ -141,10 +147,26 @@ def _completed(path: Path) -> tuple[list[bytes], int]:
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()  # cut short by an interruption
-    row_numbers = [json.loads(line)["row"] for line in lines]
+    row_numbers = _row_numbers(path, lines)
     # Some of the last call's answers may be missing, because they were left out or not written: it is repeated.
     start = max(row_numbers, default=0) // PROMPTS_PER_CALL * PROMPTS_PER_CALL
     return [line for line, row in zip(lines, row_numbers, strict=True) if row < start], start
+
+
+def _row_numbers(path: Path, lines: list[bytes]) -> list[int]:
+    """The prompt that each line answers; refused where they do not ascend, as then two runs wrote the file."""
+    numbers: list[int] = []
+    for index, line in enumerate(lines, 1):
+        try:
+            number = int(json.loads(line)["row"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{path}, line {index}: not an answer of a teacher; pass --overwrite to replace it"
+            ) from None
+        if numbers and number <= numbers[-1]:
+            raise ValueError(f"{path}, line {index}: row {number} is there twice; pass --overwrite to replace it")
+        numbers.append(number)
+    return numbers
 
 
 def _line(rows: Dataset, row: int, completion: Completion, engine: LocalEngine) -> bytes | None:

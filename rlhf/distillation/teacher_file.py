@@ -27,6 +27,7 @@ from datasets import Dataset
 from numpy.lib.format import open_memmap
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.data.array_files import create_array
 from rlhf.data.batch import IGNORE, Row
 from rlhf.data.collate import Collator
 from rlhf.data.packing import hash_of_tokens
@@ -38,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it when what is stored, or how it is computed, changes
 HEADER = "teacher.json"
+ARRAYS = ("ids", "logps", "offsets", "done")
+NEW_HEADER = f"{HEADER}.new"  # until it is renamed
+UNFINISHED = "unfinished"  # in the header of a folder that does not have all of its arrays yet
 TEACHER_ROW = "teacher_row"  # column: the number of a row in the folder
 
 Key = dict[str, Any]
@@ -60,7 +64,7 @@ class TeacherFile:
         writable: open it to add rows.
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it has another format, or one of its arrays is cut short.
+        ValueError: it has another format, or one of its arrays is cut short or missing.
     """
 
     def __init__(self, folder: str | Path, writable: bool = False) -> None:
@@ -68,6 +72,8 @@ class TeacherFile:
         self.key = read_key(self.folder)
         if self.key["k"] == 0:
             raise ValueError(f"{folder}: holds completions, not log-probs (--k 0): train on them with `rlhf sft`")
+        if self.key.get(UNFINISHED):
+            raise ValueError(f"{folder}: its arrays are not all there yet: run the same `rlhf teacher` again")
         # Earlier versions also kept tokens sampled from the teacher.
         if self.key.get("samples"):
             logger.warning("%s: samples.npy is no longer read: delete it", folder)
@@ -171,18 +177,20 @@ def create_teacher_file(folder: str | Path, rows: Dataset, key: Key) -> TeacherF
             ``temperature``, ``vocabulary``.
     Returns:
         The folder, opened to be written.
+    Raises:
+        OSError: it cannot be written, as on a full disk.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     key = {**key, **data_key(rows), "dtype": "float16"}
-    arrays = {
-        name: open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
-        for name, (shape, dtype) in _layout_of(key).items()
-    }
-    # New arrays are zeros: the first row begins at 0, and no row is done.
-    arrays["offsets"][1:] = np.cumsum(scored_tokens(rows))
-    _flush(arrays["offsets"])
-    # The header comes last: a folder that has one has all of its arrays.
+    # The header comes first too, so that a folder whose making was interrupted is known as a teacher's.
+    write_key(folder, {**key, UNFINISHED: True})
+    # Zeros: no row is done.
+    for name, (shape, dtype) in _layout_of(key).items():
+        create_array(folder / f"{name}.npy", shape, dtype)
+    offsets = open_memmap(folder / "offsets.npy", mode="r+")
+    offsets[1:] = np.cumsum(scored_tokens(rows))
+    _flush(offsets)
     write_key(folder, key)
     return TeacherFile(folder, writable=True)
 
@@ -315,9 +323,13 @@ def write_key(folder: Path, key: Key) -> None:
         key: to write.
     """
     path = folder / HEADER
-    new_header = folder / f"{HEADER}.new"
+    new_header = folder / NEW_HEADER
     text = json.dumps({"format": FORMAT, **key}, indent=2, ensure_ascii=False)
-    new_header.write_text(text + "\n", encoding="utf-8")
+    with new_header.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        # Before the rename: else a power failure could leave an empty header.
+        os.fsync(file.fileno())
     # Replaced in one step: an interruption leaves the key from before.
     os.replace(new_header, path)
 

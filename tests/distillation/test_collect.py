@@ -9,10 +9,11 @@ from datasets import load_dataset
 
 from rlhf.cli.main import main
 from rlhf.data import Collator, tokenize_sft
-from rlhf.distillation import TeacherFile, open_teacher_file
+from rlhf.distillation import TeacherFile, open_teacher_file, teacher_file
 from rlhf.distillation import collect as running
 from rlhf.logprobs import model_top_k_divergence
 from rlhf.models import choose_layout, load_model
+from rlhf.trainers.run_lock import run_lock
 
 
 def files(folder):
@@ -187,3 +188,42 @@ def test_a_conversation_is_answered_as_one(teach, eager, tmp_path):
     lines = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
     assert lines and all(line["prompt"] == turns for line in lines)
     assert all(line["completion"][0]["role"] == "assistant" for line in lines)
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_two_in_one_folder_are_refused(teach, tmp_path, k):
+    """With --k 0 both wrote each row."""
+    with run_lock(tmp_path / "kept"):
+        assert "kept: another run writes into it" in teach(fails=True, k=k)
+    assert not (tmp_path / "kept").exists()
+
+
+def test_answers_that_two_runs_wrote_are_refused(tmp_path):
+    for rows, said in (([0, 0, 1], "line 2: row 0 is there twice"), (["x"], "line 1: not an answer of a teacher")):
+        path = write_rows(tmp_path / "completions.jsonl", [{"row": row} for row in rows])
+        with pytest.raises(ValueError, match=said):
+            running._completed(path)
+
+
+def test_a_folder_whose_making_was_interrupted_is_made_again(teach, tmp_path, monkeypatch, tokenizer, data_files):
+    whole = files(teach())
+    create, seen = teacher_file.create_array, []
+
+    def breaks(path, *args):
+        if seen:
+            raise OSError("disk full")
+        seen.append(path.name)
+        create(path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_file, "create_array", breaks)
+        assert "disk full" in teach(fails=True, name="again")
+    again = tmp_path / "again"
+    assert sorted(path.name for path in again.iterdir()) == ["ids.npy", "teacher.json"]
+    with pytest.raises(ValueError, match="not all there yet: run the same"):
+        open_teacher_file(again, tokenised(data_files / "sft.jsonl", tokenizer), tokenizer)
+    assert files(teach(name="again")) == whole
+    # Killed before the header had its name, which is the first thing that is written.
+    (tmp_path / "early").mkdir()
+    (tmp_path / "early" / "teacher.json.new").write_text("{")
+    assert files(teach(name="early")) == whole

@@ -65,7 +65,7 @@ class _Watch:
     def __init__(self, folder: Path, kill: Kill, journal: Path) -> None:
         self.root, self.kill = f"{folder}{os.sep}", kill
         self.journal = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        self.number, self.opened = 0, ""
+        self.number, self.opened, self.size_before = 0, "", 0
 
     def install(self) -> None:
         os.fsync = self._noted(os.fsync, "fsync", lambda args: _path_of(args[0]))
@@ -79,8 +79,10 @@ class _Watch:
     def _on_event(self, event: str, args: tuple[Any, ...]) -> None:
         if event == "open":
             path, _, flags = args
+            # A file that is opened to be changed in place has nothing that a kill could leave out.
             if flags & _WRITING:
-                self._note("open", path)
+                kind = "open" if flags & (os.O_CREAT | os.O_TRUNC) else "update"
+                self._note(kind, path, appends=bool(flags & os.O_APPEND))
         elif event in _RENAMES:
             self._note(event, _within(args[1], args[3] if event == "os.rename" else -1))
         elif event in _CHANGES:
@@ -90,7 +92,7 @@ class _Watch:
             if not (event == "os.mkdir" and os.path.isdir(path)):
                 self._note(event, path)
 
-    def _note(self, kind: str, path: Any) -> None:
+    def _note(self, kind: str, path: Any, appends: bool = False) -> None:
         if not isinstance(path, str | bytes | os.PathLike):  # an open file, by its number
             return
         file = os.path.abspath(os.fsdecode(path))
@@ -101,10 +103,12 @@ class _Watch:
             self._die()
         os.write(self.journal, f"{kind} {file.removeprefix(self.root)}\n".encode())
         self.opened = file if kind == "open" else ""
+        # What is appended to stays as it was.
+        self.size_before = os.path.getsize(file) if appends and os.path.exists(file) else 0
 
     def _die(self) -> None:
         if self.kill.torn and os.path.isfile(self.opened):
-            os.truncate(self.opened, os.path.getsize(self.opened) // 2)
+            os.truncate(self.opened, (self.size_before + os.path.getsize(self.opened)) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
     def _noted(self, original: Callable[..., Any], kind: str, path_of: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,6 +20,8 @@ from rlhf.cli.commands import COMMANDS, TrainingCommand
 from rlhf.cli.main import main
 
 Result = dict[str, Any]
+# Temporary files of `datasets.map` are removed when nobody has written to them for a day.
+_IGNORED = re.compile(r".*\.lock$|tmp")
 _TIMES = re.compile("runtime|per_second|seconds|time|flos")
 _REWARD = "def vowels(completions, **_):\n    return [float(sum(c in 'aeiou' for c in text)) for text in completions]\n"
 # More than a checkpoint, rotation, log lines between the saves.
@@ -175,7 +177,7 @@ def result(case: Path) -> Result:
         Names of all files, hashes of weights and of a teacher's arrays, logs, metrics, and the lines of completions.
     """
     out = case / "out"
-    files = sorted(path for path in case.rglob("*") if path.is_file() and path.suffix != ".lock")
+    files = sorted(path for path in case.rglob("*") if path.is_file() and not _IGNORED.match(path.name))
     found: Result = {"files": [str(path.relative_to(case)) for path in files]}
     for path in out.iterdir():
         if path.suffix in (".safetensors", ".npy"):
