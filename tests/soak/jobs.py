@@ -121,8 +121,7 @@ def start(job: Job, inputs: Path, case: Path, kill: Kill = NONE) -> Outcome:
         model_name_or_path=inputs / "model", dataset_name=inputs / f"{job.rows}.jsonl", output_dir=case / "out"
     )
     if job.resumes:
-        last = list((case / "out").glob("checkpoint-*"))
-        options |= {"resume": "true"} if last else {"overwrite": "true"} if (case / "out").exists() else {}
+        options["resume"] = "auto"
     argv = [job.command, *(f"--{name}={value}" for name, value in options.items())]
     return run(partial(_command, argv, case / "cache"), case, kill)
 
