@@ -16,6 +16,10 @@ from rlhf.models import choose_layout, load_model
 from rlhf.trainers.run_lock import run_lock
 
 
+class Killed(Exception):
+    """Ends a command in the midst of its work; the command does not catch it."""
+
+
 def files(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -90,11 +94,11 @@ def test_an_interrupted_pass_goes_on_to_the_same_bytes(teach, monkeypatch, tmp_p
 
     def breaks(*args, **kwargs):
         if len(seen) == after:
-            raise KeyboardInterrupt
+            raise Killed
         seen.append(len(args[1]))
         return forward(*args, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(running, "model_top_k", breaks)
         teach(name="again")
     assert 0 < len(TeacherFile(tmp_path / "again").missing()) < 48
@@ -168,10 +172,10 @@ def test_answers_are_rows_that_sft_trains_on(teach, eager, data, data_files, mod
     def breaks(self, *args, **kwargs):
         calls.append(1)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            raise Killed
         return generate(self, *args, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(running.LocalEngine, "generate", breaks)
         teach(name="again", **options)
     part = tmp_path / "again" / "completions.jsonl"
