@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from rlhf import GRPOConfig, GRPOTrainer, OnlineDPOConfig, OnlineDPOTrainer, PPOConfig, PPOTrainer
+from rlhf.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4
@@ -99,13 +100,12 @@ def test_two_processes(kind, tmp_path, model_folder):
 
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/two_cpu.yaml"]
     script = f"scripts/{kind.replace('-', '_')}.py"
+    assert main([kind, *command(tmp_path / "one", 8)]) == 0
+    argv = [*launch, "--main_process_port", "0", script, *command(tmp_path / "two", 4)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
     found = []
-    for folder, argv in (
-        (tmp_path / "one", [sys.executable, script, *command(tmp_path / "one", 8)]),
-        (tmp_path / "two", [*launch, "--main_process_port", "0", script, *command(tmp_path / "two", 4)]),
-    ):
-        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for folder in (tmp_path / "one", tmp_path / "two"):
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         weights = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
         evaluation = json.loads((folder / "all_results.json").read_text())
@@ -130,22 +130,25 @@ def test_dynamic_sampling_on_two_processes_is_that_on_one(tmp_path, model_folder
     (tmp_path / "reward.py").write_text(VOWELS)
     data = write_rows(tmp_path / "prompts.jsonl", [{"prompt": text} for text in sentences(1, 12)])
     weights = []
-    for number, (batch, launcher) in enumerate(
-        ((8, [sys.executable]), (4, [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-         "configs/accelerate/two_cpu.yaml", "--main_process_port", "0"]))
-    ):  # fmt: skip
-        folder = tmp_path / str(number)
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/two_cpu.yaml"]
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
         options = dict(
-            model_name_or_path=model_folder, dataset_name=data, output_dir=folder, per_device_train_batch_size=batch,
-            max_steps=2, learning_rate=1e-3, save_strategy="no", report_to="none", max_length=64, num_generations=2,
-            adam_epsilon=EPSILON,
-            max_completion_length=8, dynamic_sampling=3, reward_funcs=f"{tmp_path / 'reward.py'}:vowels",
+            model_name_or_path=model_folder, dataset_name=data, output_dir=folder, max_steps=2, learning_rate=1e-3,
+            per_device_train_batch_size=8 // processes, save_strategy="no", report_to="none", max_length=64,
+            num_generations=2, adam_epsilon=EPSILON, max_completion_length=8, dynamic_sampling=3,
+            reward_funcs=f"{tmp_path / 'reward.py'}:vowels",
         )  # fmt: skip
-        argv = [*launcher, "scripts/grpo.py", *(f"--{k}={v}" for k, v in options.items()), "--use_cpu"]
-        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+        words = [*(f"--{k}={v}" for k, v in options.items()), "--use_cpu"]
+        if processes == 1:
+            assert main(["grpo", *words]) == 0
+        else:
+            argv = [sys.executable, *launch, "--main_process_port", "0", "scripts/grpo.py", *words]
+            done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr[-3000:]
         weights.append(AutoModelForCausalLM.from_pretrained(folder).state_dict())
-        assert len(list(folder.glob("checkpoint-1/rng_state_*"))) == 2 * number
+        # Both processes wrote theirs.
+        assert len(list(folder.glob("checkpoint-1/rng_state_*"))) == 2 * (processes - 1)
     for key, weight in weights[0].items():
         close(weights[1][key], weight)
     assert any(not torch.equal(w, tiny_model().state_dict()[k]) for k, w in weights[0].items())

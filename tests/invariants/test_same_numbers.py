@@ -192,18 +192,21 @@ def teacher_folder(tmp_path, tokenizer):
 
 
 def start(kind, folder, data, processes, **more):
-    """Our script, under ``accelerate launch`` (gloo) where there are two; log, weights and evaluation of the run."""
+    """Our command here, or our script in two processes (gloo); log, weights and evaluation of the run."""
     options = dict(
         dataset_name=data, output_dir=folder, per_device_train_batch_size=8 // processes, max_steps=STEPS,
         learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none", eval_dataset_name=data,
         per_device_eval_batch_size=5,
     ) | OWN.get(kind, {}) | more  # fmt: skip
-    launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/two_cpu.yaml"]
-    launch += ["--main_process_port", "0"]
     words = [f"--{key}={value}" for key, value in options.items()] + ["--use_cpu"]
-    argv = [sys.executable, *(launch if processes == 2 else []), f"scripts/{kind}.py", *words]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    if processes == 1:
+        assert main([kind, *words]) == 0
+    else:
+        launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/two_cpu.yaml"]
+        launch += ["--main_process_port", "0"]
+        argv = [sys.executable, *launch, f"scripts/{kind}.py", *words]
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
     state = json.loads((folder / "trainer_state.json").read_text())
     log = [{k: v for k, v in entry.items() if k not in CUT} for entry in state["log_history"] if "loss" in entry]
     weights = dict(LOADERS.get(kind, AutoModelForCausalLM).from_pretrained(folder).named_parameters())
