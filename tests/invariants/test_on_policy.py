@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -84,35 +85,38 @@ def test_sampled_in_parts(run):
     agree(run(), run(rollout_batch_size=3, name="other"))
 
 
-@pytest.mark.parametrize("kind", ["ppo", "grpo", "online-dpo"], indirect=True)
-def test_two_processes(kind, tmp_path, model_folder):
+def test_two_processes(tmp_path, model_folder, subtests):
+    """Each as its command, against one process with twice the batch; all in one launch."""
     data = write_rows(tmp_path / "prompts.jsonl", [{"prompt": text} for text in sentences(1, 12)])
-    own = KINDS[kind][2]
+    kinds = ("ppo", "grpo", "online-dpo")
 
-    def command(folder, batch):
+    def command(kind, processes):
         options = dict(
-            model_name_or_path=model_folder, dataset_name=data, eval_dataset_name=data, output_dir=folder,
-            per_device_train_batch_size=batch, max_steps=STEPS, learning_rate=1e-3, logging_steps=1, save_strategy="no",
-            adam_epsilon=EPSILON, report_to="none", max_length=64, max_completion_length=8,
-            reward_funcs="length_reward(target=3)", **own,
+            model_name_or_path=model_folder, dataset_name=data, eval_dataset_name=data, max_steps=STEPS,
+            output_dir=tmp_path / kind / f"{processes}", per_device_train_batch_size=8 // processes, learning_rate=1e-3,
+            logging_steps=1, save_strategy="no", adam_epsilon=EPSILON, report_to="none", max_length=64,
+            max_completion_length=8, reward_funcs="length_reward(target=3)", **KINDS[kind][2],
         )  # fmt: skip
-        return [f"--{key}={value}" for key, value in options.items()] + ["--use_cpu"]
+        return [kind, *(f"--{key}={value}" for key, value in options.items()), "--use_cpu"]
 
+    (tmp_path / "commands.json").write_text(json.dumps([command(kind, 2) for kind in kinds]))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/two_cpu.yaml"]
-    script = f"scripts/{kind.replace('-', '_')}.py"
-    assert main([kind, *command(tmp_path / "one", 8)]) == 0
-    argv = [*launch, "--main_process_port", "0", script, *command(tmp_path / "two", 4)]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    argv = [*launch, "--main_process_port", "0", "tests/invariants/commands.py", str(tmp_path / "commands.json")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = []
-    for folder in (tmp_path / "one", tmp_path / "two"):
-        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-        weights = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
-        evaluation = json.loads((folder / "all_results.json").read_text())
-        found.append(((log_of(history), weights), evaluation))
-    agree(found[0][0], found[1][0])
-    for key in ("eval_reward", "eval_reward_std", "eval_completions/mean_length"):
-        close(found[1][1][key], found[0][1][key])
+    for kind in kinds:
+        with subtests.test(kind):
+            assert main(command(kind, 1)) == 0
+            found = []
+            for folder in (tmp_path / kind / number for number in "12"):
+                history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+                weights = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+                evaluation = json.loads((folder / "all_results.json").read_text())
+                found.append(((log_of(history), weights), evaluation))
+            agree(found[0][0], found[1][0])
+            for key in ("eval_reward", "eval_reward_std", "eval_completions/mean_length"):
+                close(found[1][1][key], found[0][1][key])
 
 
 VOWELS = """

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -191,62 +192,68 @@ def teacher_folder(tmp_path, tokenizer):
     return tmp_path / "teacher"
 
 
-def start(kind, folder, data, processes, **more):
-    """Our command here, or our script in two processes (gloo); log, weights and evaluation of the run."""
+def words_of(kind, folder, data, processes, **more):
     options = dict(
         dataset_name=data, output_dir=folder, per_device_train_batch_size=8 // processes, max_steps=STEPS,
         learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none", eval_dataset_name=data,
         per_device_eval_batch_size=5,
     ) | OWN.get(kind, {}) | more  # fmt: skip
-    words = [f"--{key}={value}" for key, value in options.items()] + ["--use_cpu"]
-    if processes == 1:
-        assert main([kind, *words]) == 0
-    else:
-        launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/two_cpu.yaml"]
-        launch += ["--main_process_port", "0"]
-        argv = [sys.executable, *launch, f"scripts/{kind}.py", *words]
-        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+    return [kind, *(f"--{key}={value}" for key, value in options.items()), "--use_cpu"]
+
+
+def read_run(kind, folder):
+    """Log and weights, and the evaluation."""
     state = json.loads((folder / "trainer_state.json").read_text())
     log = [{k: v for k, v in entry.items() if k not in CUT} for entry in state["log_history"] if "loss" in entry]
     weights = dict(LOADERS.get(kind, AutoModelForCausalLM).from_pretrained(folder).named_parameters())
     return (log, weights), json.loads((folder / "all_results.json").read_text())
 
 
-def agree_on_two_processes(kind, tmp_path, data, **more):
-    (one, want), (two, got) = (start(kind, tmp_path / f"{n}", data, n, **more) for n in (1, 2))
-    agree(one, two)
-    measured = [k for k in want if k.startswith("eval_") and "per_second" not in k and "runtime" not in k]
-    assert "eval_loss" in measured
-    for key in measured:
-        close(got[key], want[key])
-
-
-def test_two_processes(kind, tmp_path, model_folder, teacher_folder, data_files):
-    """Against one process with twice the batch."""
-    data = data_files / {"sft": "sft.jsonl", "distill": "sft.jsonl", "kto": "unpaired.jsonl"}.get(
-        kind, "preferences.jsonl"
-    )
-    own = {"teacher_model_name_or_path": teacher_folder} if kind == "distill" else {}
-    agree_on_two_processes(kind, tmp_path, data, model_name_or_path=model_folder, **own)
-
-
-def test_two_processes_that_answer_themselves(tmp_path, model_folder, teacher_folder, data_files):
-    """The same rows are answered, with the same tokens, whichever process holds them."""
-    own = dict(
-        teacher_model_name_or_path=teacher_folder,
-        lmbda=0.5,
-        max_length=64,
-        max_completion_length=6,
-        crossentropy_weight=0.0,
-    )
-    data = data_files / "sft.jsonl"
-    agree_on_two_processes("distill", tmp_path, data, model_name_or_path=model_folder, adam_epsilon=1e-5, **own)
-
-
-def test_two_processes_that_read_what_a_teacher_said(tmp_path, model_folder, teacher_folder, data_files):
-    """Each finds the tokens of its own rows in the one folder."""
-    data, kept = data_files / "sft.jsonl", tmp_path / "kept"
-    options = dict(model_name_or_path=teacher_folder, dataset_name=data, output_dir=kept, k=4, temperature=2.0)
+def test_two_processes(tmp_path, model_folder, teacher_folder, data_files, subtests):
+    """Each trainer as its command, against one process with twice the batch; all in one launch."""
+    answered, teacher = tmp_path / "answered", dict(teacher_model_name_or_path=teacher_folder)
+    options = dict(
+        model_name_or_path=teacher_folder, dataset_name=data_files / "sft.jsonl", output_dir=answered, k=4,
+        temperature=2.0,
+    )  # fmt: skip
     assert main(["teacher", *(f"--{key}={value}" for key, value in options.items())]) == 0
-    agree_on_two_processes("distill", tmp_path, data, model_name_or_path=model_folder, teacher_file=kept)
+    runs = {
+        "sft": ("sft", "sft", {}),
+        "dpo": ("dpo", "preferences", {}),
+        "kto": ("kto", "unpaired", {}),
+        "reward": ("reward", "preferences", {}),
+        "distill": ("distill", "sft", teacher),
+        # The same rows are answered, with the same tokens, whichever process holds them.
+        "on-policy": (
+            "distill",
+            "sft",
+            dict(
+                lmbda=0.5, max_length=64, max_completion_length=6, crossentropy_weight=0.0, adam_epsilon=1e-5, **teacher
+            ),
+        ),
+        # Each process finds the tokens of its own rows in the one folder.
+        "teacher's file": ("distill", "sft", dict(teacher_file=answered)),
+    }
+
+    def command(name, processes):
+        kind, rows, more = runs[name]
+        more = dict(model_name_or_path=model_folder, **more)
+        return words_of(kind, tmp_path / name / f"{processes}", data_files / f"{rows}.jsonl", processes, **more)
+
+    (tmp_path / "commands.json").write_text(json.dumps([command(name, 2) for name in runs]))
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/two_cpu.yaml"]
+    argv = [sys.executable, *launch, "--main_process_port", "0", "tests/invariants/commands.py"]
+    done = subprocess.run(
+        [*argv, str(tmp_path / "commands.json")], cwd=ROOT, capture_output=True, text=True, timeout=200,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, (kind, *_) in runs.items():
+        with subtests.test(name):
+            assert main(command(name, 1)) == 0
+            (one, want), (two, got) = (read_run(kind, tmp_path / name / number) for number in "12")
+            agree(one, two)
+            measured = [k for k in want if k.startswith("eval_") and "per_second" not in k and "runtime" not in k]
+            assert "eval_loss" in measured
+            for key in measured:
+                close(got[key], want[key])
