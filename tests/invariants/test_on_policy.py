@@ -103,7 +103,7 @@ def test_two_processes(tmp_path, model_folder, subtests):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/two_cpu.yaml"]
     argv = [*launch, "--main_process_port", "0", "tests/invariants/commands.py", str(tmp_path / "commands.json")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=200, env=environment)
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     for kind in kinds:
         with subtests.test(kind):

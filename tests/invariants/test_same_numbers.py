@@ -244,7 +244,7 @@ def test_two_processes(tmp_path, model_folder, teacher_folder, data_files, subte
     launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/two_cpu.yaml"]
     argv = [sys.executable, *launch, "--main_process_port", "0", "tests/invariants/commands.py"]
     done = subprocess.run(
-        [*argv, str(tmp_path / "commands.json")], cwd=ROOT, capture_output=True, text=True, timeout=200,
+        [*argv, str(tmp_path / "commands.json")], cwd=ROOT, capture_output=True, text=True, timeout=300,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
