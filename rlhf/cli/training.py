@@ -123,7 +123,8 @@ def _train(
     # Only now: whatever could be wrong with data or model would have been found.
     if data.overwrite:
         _clear(output_folder, trainer)
-    return _train_and_save(trainer, checkpoint)
+    with trainer.trackers.open_to_the_end():
+        return _train_and_save(trainer, checkpoint)
 
 
 def make_distill_trainer(

@@ -55,6 +55,7 @@ from rlhf.trainers.profiling import Profiler
 from rlhf.trainers.reference import Reference, SyncReference
 from rlhf.trainers.sharding import can_shard, shard
 from rlhf.trainers.step_checks import CheckedSteps
+from rlhf.trainers.trackers import Trackers, set_places
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,7 @@ class BaseTrainer(Evaluating, CheckedSteps):
             if (capacity := self.capacity(args)) is not None:
                 train_dataset = Packed(train_dataset, capacity)
         pad_token = padding_token(processing_class)
+        set_places(args)
         with unchanged_use_cache(model):
             super().__init__(
                 model=wrapped(model, self.wrapper, args),
@@ -125,6 +127,7 @@ class BaseTrainer(Evaluating, CheckedSteps):
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             )
+        self.trackers = Trackers(self.callback_handler.callbacks)
         self._replace_neftune()
         # Only now is the model where it will be trained, which decides whether its attention takes segments.
         if data_collator is None and choose_layout(model, self._layout()) == "segments":

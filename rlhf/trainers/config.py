@@ -15,6 +15,7 @@ from rlhf.trainers.options import check_options, check_packages, greater_is_bett
 from rlhf.trainers.processes import check_processes, trains_on_cpus
 from rlhf.trainers.ranges import check_finite, check_ranges
 from rlhf.trainers.secret_options import SecretOptions
+from rlhf.trainers.trackers import name_run
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ class BaseConfig(SecretOptions, TrainingArguments):
         check_packages(self)
         self.use_cpu = self.use_cpu or trains_on_cpus(self)
         super().__post_init__()
+        name_run(self)
         check_processes(self)
         # After transformers' own checks, which make an object of accelerator_config.
         check_options(self)

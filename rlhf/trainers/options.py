@@ -56,6 +56,8 @@ ACTS: dict[str, str] = {
     "greater_is_better": "known for the metrics of docs/metrics.md",
     "load_best_model_at_end": "a metric that evaluation does not give is found before training",
     "report_to": "one or several names; a missing package is found at the start",
+    "run_name": "by default the name of the output folder",
+    "project": "by default the name of the folder above the output folder",
     "optim": "a missing package is found at the start",
     "resume_from_checkpoint": "a folder, or true for the last in output_dir; also on the command line",
     "do_train": "the commands train",
@@ -79,7 +81,7 @@ HANDED_ON: dict[str, str] = {
     "precision and memory": "fp16 tf32 activation_checkpointing activation_checkpointing_kwargs "
     "gradient_checkpointing gradient_checkpointing_kwargs torch_empty_cache_steps",
     "logging": "logging_strategy logging_first_step log_on_each_node log_level log_level_replica disable_tqdm "
-    "run_name project trackio_space_id trackio_bucket_id trackio_static_space_id debug skip_memory_metrics",
+    "trackio_space_id trackio_bucket_id trackio_static_space_id debug skip_memory_metrics",
     "evaluation and checkpoints": "eval_steps eval_delay per_device_eval_batch_size save_only_model save_strategy "
     "save_steps save_on_each_node save_total_limit enable_jit_checkpoint ignore_data_skip "
     "restore_callback_states_from_checkpoint",
