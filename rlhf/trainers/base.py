@@ -134,9 +134,7 @@ class BaseTrainer(Evaluating, CheckedSteps):
             self.data_collator = Collator(pad_token, layout="segments")  # type: ignore[assignment]
         self._metric_sums = MetricSums()
         self.balancer = balancer(self.model, args.router_aux_loss_coef, self.accelerator, self.balances)
-        if args.profile and args.process_index == 0:
-            self.profiler = Profiler(args)
-            self.add_callback(self.profiler)
+        self._add_profiler()
 
     def _prepare_data(
         self, train_dataset: Any, eval_dataset: Any, model: Any, tokenizer: PreTrainedTokenizerBase, args: BaseConfig
@@ -155,6 +153,11 @@ class BaseTrainer(Evaluating, CheckedSteps):
             train_dataset = self._repeat_stream(train_dataset, args)
         check_positions(model, first_rows, eval_dataset)
         return train_dataset, eval_dataset, first_rows
+
+    def _add_profiler(self) -> None:
+        if self.args.profile and self.args.process_index == 0:
+            self.profiler = Profiler(self.args)
+            self.add_callback(self.profiler)
 
     def _replace_neftune(self) -> None:
         """Noise on the embeddings scaled by each sequence's length; transformers' own takes the row's length."""
