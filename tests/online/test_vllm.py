@@ -1,0 +1,189 @@
+"""A real vLLM: what the fake server of the other tests only claims. `pytest -m vllm tests/online/test_vllm.py`.
+
+It needs the command `vllm`, or its path in VLLM_COMMAND, and takes about two minutes on two CPU cores.
+docs/runs/vllm/README.md has the installation and the figures of a run.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+
+import pytest
+import torch
+from conftest import sentences
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlhf import GRPOConfig, GRPOTrainer
+from rlhf.rollouts import Sampling, ServerEngine, ServerError
+
+COMMAND = os.environ.get("VLLM_COMMAND", "vllm")
+PROMPTS = [[5, 6, 7, 300, 20], [9], [40, 50, 60, 70, 80]]
+# Both compute in float32; the largest difference that was measured is 3.8e-6 for a single token.
+CLOSE = 1e-5
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.vllm,
+    pytest.mark.skipif(shutil.which(COMMAND) is None, reason="vLLM is not installed"),
+]
+
+
+def small_model(seed):
+    """vLLM's CPU kernels need heads of at least 32."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=330, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.08, tie_word_embeddings=False,
+            bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        )
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tokenizer, tmp_path_factory):
+    """Its address; it begins with the weights of seed 0."""
+    folder = tmp_path_factory.mktemp("vllm")
+    small_model(0).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = (
+        "--served-model-name tiny --dtype float32 --logprobs-mode processed_logprobs --max-model-len 256 "
+        f"--max-num-seqs 16 --enforce-eager --port {port}"
+    )
+    settings = dict(VLLM_SERVER_DEV_MODE="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
+    with open(folder / "log.txt", "w") as log:
+        process = subprocess.Popen(
+            [COMMAND, "serve", str(folder / "model"), *options.split()],
+            env=os.environ | settings, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    yield f"http://127.0.0.1:{port}"
+    # It has processes of its own.
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(60)
+
+
+@pytest.fixture
+def engine(server, tmp_path):
+    one = ServerEngine(server, "tiny", weights_dir=tmp_path / "weights", sleeps=True, startup_timeout=300)
+    yield one
+    one.close()
+
+
+def largest_difference(engine, model, sampling, seed=1):
+    """Of the server's log-probs and the model's, over all tokens of six completions."""
+    largest = 0.0
+    for prompt, completions in zip(PROMPTS, engine.generate(PROMPTS, 2, sampling, seed), strict=True):
+        for one in completions:
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + one.ids])).logits[0, len(prompt) - 1 : -1]
+            want = (logits / sampling.temperature).log_softmax(-1).gather(1, torch.tensor(one.ids)[:, None])[:, 0]
+            largest = max(largest, float((want - torch.tensor(one.logps)).abs().max()))
+    return largest
+
+
+def record(name, value):
+    print(f"{name}: {value:.2g}")  # for docs/runs/vllm; shown by `pytest -s`
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+def test_ids_and_log_probs(engine, temperature):
+    model = small_model(0)
+    engine.update_weights(model.state_dict().items(), 1)
+    largest = largest_difference(engine, model, Sampling(max_tokens=12, temperature=temperature))
+    record(f"largest difference at temperature {temperature}", largest)
+    assert largest < CLOSE
+
+
+def test_seeds(engine):
+    sampling = Sampling(max_tokens=8)
+    first, again, other = (engine.generate(PROMPTS, 2, sampling, seed) for seed in (3, 3, 4))
+    ids = [[[one.ids for one in group] for group in groups] for groups in (first, again, other)]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_prompt_log_probs(engine):
+    model = small_model(0)
+    engine.update_weights(model.state_dict().items(), 1)
+    (positions,) = engine.read([PROMPTS[0]], 4)
+    with torch.no_grad():
+        logps = model(torch.tensor([PROMPTS[0]])).logits[0].log_softmax(-1)
+    assert [len(position) for position in positions] == [0, *([len(positions[1])] * 4)]
+    largest = 0.0
+    for row, token, position in zip(logps, PROMPTS[0][1:], positions[1:], strict=False):
+        assert token in position and set(row.topk(4).indices.tolist()) <= set(position)
+        largest = max(largest, *(abs(float(row[v]) - logp) for v, logp in position.items()))
+    record("largest difference of prompt log-probs", largest)
+    assert largest < CLOSE
+
+
+def test_updates(engine):
+    for version in (1, 2, 3):
+        model = small_model(version)
+        engine.update_weights(model.state_dict().items(), version)
+        largest = largest_difference(engine, model, Sampling(max_tokens=12))
+        record(f"largest difference after update {version}", largest)
+        assert largest < CLOSE
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight"])
+def test_a_missing_tensor_is_named(engine, name):
+    model = small_model(4)
+    weights = {key: value for key, value in model.state_dict().items() if key != name}
+    with pytest.raises(ServerError, match=rf"did not load 1 of its 15 tensors from .*{name}"):
+        engine.update_weights(weights.items(), 1)
+    engine.update_weights(model.state_dict().items(), 2)
+    assert largest_difference(engine, model, Sampling(max_tokens=12)) < CLOSE
+
+
+def test_sleep_and_wake(engine, server, caplog):
+    engine.sleep()
+    other = ServerEngine(server, "tiny")
+    assert "is asleep: waking it" in caplog.text
+    assert other.generate(PROMPTS, 1, Sampling(max_tokens=2), 0)
+    other.close()
+    engine.wake()
+
+
+def grpo(server, tokenizer, folder, **changes):
+    args = GRPOConfig(
+        str(folder), per_device_train_batch_size=8, num_generations=4, max_steps=3, learning_rate=1e-3, logging_steps=1,
+        report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", max_length=64, max_completion_length=12,
+        rollout_server_url=server, rollout_server_model="tiny", rollout_weights_dir=str(folder / "weights"), **changes,
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": text} for text in sentences(1, 12)])
+    return GRPOTrainer(
+        small_model(5),
+        lambda completions, **_: [float(sum(letter in "aeiou" for letter in text)) for text in completions],
+        args, train_dataset=rows, processing_class=tokenizer,
+    )  # fmt: skip
+
+
+def test_three_steps_of_grpo(server, engine, tokenizer, tmp_path, caplog):
+    trainer = grpo(server, tokenizer, tmp_path, rollout_server_sleep=True)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "sampler_kl" in entry]
+    for entry in steps:
+        record(f"sampler_kl of step {entry['step']}", entry["sampler_kl"])
+    assert len(steps) == 3 and all(abs(entry["sampler_kl"]) < 1e-5 for entry in steps)
+    assert all(entry["grad_norm"] > 0 for entry in steps)
+    assert not engine._calls.request("GET", "/is_sleeping").json()["is_sleeping"]
+    assert "goes on serving the trained weights under the name 'tiny'" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.q_proj.weight"])
+def test_a_missing_matrix_is_found_by_log_probs(server, tokenizer, tmp_path, name):
+    """The CPU kernels keep packed copies of these, so their checksums tell nothing."""
+    trainer = grpo(server, tokenizer, tmp_path)
+    engine = trainer.collector.sampler.engine
+    update = engine.update_weights
+    engine.update_weights = lambda weights, version: update([pair for pair in weights if pair[0] != name], version)
+    trainer.policy.model.load_state_dict(small_model(6).state_dict())
+    with pytest.raises(ServerError, match="after the update its log-probs differ") as raised:
+        trainer.train()
+    print(str(raised.value)[:160])
