@@ -137,7 +137,9 @@ def hash_of_tokens(rows: Dataset, columns: Sequence[str]) -> str:
             # `flatten` respects the offset of a slice; `values` would return the whole buffer behind it.
             id_chunks = [id_chunk.flatten() for id_chunk in id_chunks]
         for id_chunk in id_chunks:
-            digest.update(np.ascontiguousarray(id_chunk.to_numpy()).data)
+            # Lists that are all empty have no type of their items, and nothing to hash.
+            if not pa.types.is_null(id_chunk.type):
+                digest.update(np.ascontiguousarray(id_chunk.to_numpy()).data)
     return digest.hexdigest()
 
 
