@@ -54,8 +54,10 @@ def run(name: str, command: TrainingCommand, argv: list[str]) -> int:
     trainer_kwargs: dict[str, Any] = {}
     for group in groups:
         trainer_kwargs |= group.trainer_kwargs(model, args)
+    # Those of the configuration are the trainer's own.
+    options = {name: value for group in (data, model, *groups) for name, value in vars(group).items()}
     with lasting_output():
-        return train(command, data, model, args, trainer_kwargs)
+        return train(command, data, model, args, trainer_kwargs, options)
 
 
 def train(
@@ -64,6 +66,7 @@ def train(
     model: ModelArguments,
     args: BaseConfig,
     trainer_kwargs: dict[str, Any],
+    options: dict[str, Any],
 ) -> int:
     """Check everything, then train, evaluate and save; nothing that existed is touched before training starts.
 
@@ -75,6 +78,7 @@ def train(
         model: the model and its adapter.
         args: the trainer's configuration.
         trainer_kwargs: further keyword arguments of the trainer.
+        options: all options that are not in ``args``, by name; each checkpoint records them.
 
     Returns:
         The exit status: 0, or that of the signal that stopped training.
@@ -91,7 +95,7 @@ def train(
                 print(f"{output_folder}: already complete at step {step}")
                 return ExitCode.SUCCESS
         checkpoint = _check_output(output_folder, data, request)
-        return _train(command, data, model, args, trainer_kwargs, checkpoint)
+        return _train(command, data, model, args, trainer_kwargs, options, checkpoint)
 
 
 def _train(
@@ -100,6 +104,7 @@ def _train(
     model: ModelArguments,
     args: BaseConfig,
     trainer_kwargs: dict[str, Any],
+    options: dict[str, Any],
     checkpoint: str | None,
 ) -> int:
     output_folder = Path(str(args.output_dir))
@@ -120,6 +125,7 @@ def _train(
         peft_config=peft_config,
         **trainer_kwargs,
     )
+    trainer.command_options = options
     # Only now: whatever could be wrong with data or model would have been found.
     if data.overwrite:
         _clear(output_folder, trainer)

@@ -24,6 +24,7 @@ class Checkpointing(Trainer):
 
     extra_state_file: ClassVar[str] = "value_head.safetensors"
     model: Any  # the wrapper, or what accelerate made of it
+    args: Any  # a configuration of rlhf
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

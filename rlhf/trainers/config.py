@@ -82,6 +82,10 @@ class BaseConfig(SecretOptions, TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Passed to from_pretrained where the model is given by name."}
     )
+    allow_changes: bool = field(
+        default=False,
+        metadata={"help": "Resume although options or rows have changed that move the figures of a run."},
+    )
     profile: int = field(
         default=0, metadata={"help": "Time this many steps after the first two, print where their time went."}
     )

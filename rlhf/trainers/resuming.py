@@ -4,12 +4,15 @@ import json
 import logging
 import os
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
+from rlhf.data.fingerprint import fingerprint
 from rlhf.trainers.checkpointing import Checkpointing
+from rlhf.trainers.option_changes import RECORD, check_changes, recorded_options
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +30,9 @@ class Resuming(Checkpointing):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._log_window: dict[str, Any] | None = None  # of the checkpoint, until training begins
+        # Options that are no part of `args`, of a command; recorded in each checkpoint.
+        self.command_options: dict[str, Any] = {}
+        self._record: dict[str, Any] = {}
         self._in_own_folder = False  # whether the checkpoint lies there
         self._training_began = 0.0  # as a time, less that of the run's earlier parts
         self._earlier_seconds = 0.0
@@ -36,13 +42,32 @@ class Resuming(Checkpointing):
         requested = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         run_folder = Path(str(self.args.output_dir))
         checkpoint = checkpoint_to_resume(requested, str(run_folder))
+        self._record = self._run_options()
         if checkpoint is not None:
+            check_changes(checkpoint, self._record, self.args.allow_changes)
             log_resuming(checkpoint, self.args.max_steps)
         elif resume_request(requested) == AUTO and self.args.process_index == 0:
             cut_back(run_folder, dict.fromkeys(self.appended_files, 0))  # of a run without a checkpoint
         self._in_own_folder = checkpoint is not None and Path(checkpoint).resolve().parent == run_folder.resolve()
         self._log_window, self._earlier_seconds = None, 0.0
         return super().train(checkpoint, *args, **kwargs)
+
+    def _run_options(self) -> dict[str, Any]:
+        """What a run that goes on from a checkpoint of this one is compared with."""
+        options = {option.name: getattr(self.args, option.name) for option in fields(self.args) if option.init}
+        facts = {
+            "trainer": type(self).__name__,
+            "processes": self.args.world_size,
+            # Log-probs of the reference belong to the options.
+            "rows": fingerprint(self.train_dataset, without=getattr(self, "ref_columns", ())),
+        }
+        return recorded_options(options | self.command_options | facts)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.args.should_save:
+            text = json.dumps(self._record, indent=2, sort_keys=True)
+            (Path(output_dir) / RECORD).write_text(text + "\n", encoding="utf-8")
 
     def resume_state(self) -> dict[str, Any]:
         """What a resumed run needs besides weights, optimizer and the number of steps; of this process."""

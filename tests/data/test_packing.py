@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rlhf.data import Collator, Packed, best_fit_decreasing
-from rlhf.data.packing import num_tokens
+from rlhf.data.packing import hash_of_tokens, num_tokens
 
 lengths_and_capacity = st.tuples(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 50))
 few = st.tuples(st.lists(st.integers(1, 20), max_size=8), st.integers(20, 30))
@@ -158,3 +158,10 @@ def test_all_layouts_score_the_same_tokens_from_the_same_places(rows):
 
 def num_tokens_of(rows):
     return sum(len(ids) for row in rows for name, ids in row.items() if name != "labels")
+
+
+def test_ids_of_prompts_that_are_all_empty_are_hashed():
+    """Of pairs without a common prompt: the list has no type of its items, and reading rows twice failed."""
+    rows = [Dataset.from_dict({"prompt_ids": [[]] * count, "chosen_ids": [[1]] * count}) for count in (2, 3)]
+    hashes = [hash_of_tokens(each, ("prompt_ids", "chosen_ids")) for each in rows]
+    assert hashes[0] != hashes[1]

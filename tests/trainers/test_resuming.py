@@ -1,15 +1,22 @@
 """A run that was killed and resumed is the uninterrupted one: weights, log and completions."""
 
 import json
+import logging
+from dataclasses import fields
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
-from conftest import sentences, tiny_model
-from datasets import Dataset
+from conftest import close, sentences, tiny_model
+from datasets import Dataset, concatenate_datasets
 from transformers import TrainerCallback
 
 from rlhf import PPOConfig, PPOTrainer, SFTConfig, SFTTrainer
+from rlhf.cli.commands import COMMANDS, TrainingCommand
+from rlhf.data.fingerprint import fingerprint
+from rlhf.trainers.option_changes import LENGTH, MAY_CHANGE, MOVE_FIGURES, compare, recorded_options
+from rlhf.trainers.options import REFUSED
 from rlhf.trainers.resuming import checkpoint_to_resume, finished_step, resume_request
 from rlhf.trainers.run_lock import run_lock
 
@@ -32,13 +39,13 @@ class KillAt(TrainerCallback):
 
 @pytest.fixture
 def make(tmp_path, tokenizer, sft_rows):
-    def one(kind, name, kill_at=None, **options):
+    def one(kind, name, kill_at=None, rows=sft_rows, **options):
         trainer, config = {"sft": (SFTTrainer, SFTConfig), "ppo": (PPOTrainer, PPOConfig)}[kind]
         base = dict(
             output_dir=str(tmp_path / name), max_steps=6, logging_steps=2, save_steps=3, learning_rate=1e-3,
             per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True, report_to="none",
         )  # fmt: skip
-        rewards, rows = {}, sft_rows
+        rewards = {}
         if kind == "ppo":
             base |= dict(max_length=64, max_completion_length=6, num_iterations=2)
             rewards = {"reward_funcs": lambda completions, **_: [float(len(text)) for text in completions]}
@@ -85,6 +92,68 @@ def test_a_run_without_a_step_left_takes_none(make):
     again = make("sft", "run", max_steps=3)
     again.train(resume_from_checkpoint=True)
     agree(again, whole)
+
+
+def trainer_options():
+    """All fields of the configurations and groups of the commands that train, by name."""
+    commands = [command for command in COMMANDS.values() if isinstance(command, TrainingCommand)]
+    paths = {path for command in commands for path in command.option_classes}
+    return {option.name: option for path in paths for option in fields(resolve_name(path)) if option.init}
+
+
+def test_each_option_moves_figures_or_may_change():
+    """A field that is new fails here, until somebody decided whether a run may go on with another value of it."""
+    by_subject = [*MOVE_FIGURES.values(), *MAY_CHANGE.values(), " ".join(LENGTH), " ".join(REFUSED)]
+    known = [name for names in by_subject for name in names.split()]
+    assert len(known) == len(set(known))
+    # A name of TRL sets an option of ours, or is refused.
+    ours = {name for name, option in trainer_options().items() if not option.metadata["help"].startswith("TRL's name")}
+    assert ours <= set(known) <= set(trainer_options())
+
+
+def test_what_breaks_exactness_is_refused_and_the_rest_is_told(make, sft_rows, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "rlhf")
+    make("sft", "run", max_steps=3).train()
+    checkpoint = str(tmp_path / "run" / "checkpoint-3")
+    refused = r"checkpoint-3: another run was saved there \(learning_rate: 0.01, was 0.001\); give the same options"
+    with pytest.raises(ValueError, match=refused):
+        make("sft", "run", learning_rate=1e-2).train(resume_from_checkpoint=checkpoint)
+    # A row that says something else, in as many tokens.
+    changed = Dataset.from_list([{**sft_rows[0], "completion": " " + sft_rows[0]["prompt"]}, *list(sft_rows)[1:]])
+    with pytest.raises(ValueError, match=r"\(rows: 48 rows \w+, was 48 rows \w+\)"):
+        make("sft", "run", rows=changed).train(resume_from_checkpoint=checkpoint)
+    going_on = make("sft", "run", max_steps=4, logging_steps=1, learning_rate=1e-2, allow_changes=True)
+    going_on.train(resume_from_checkpoint=checkpoint)
+    assert going_on.state.global_step == 4
+    told = "changed since: learning_rate: 0.01, was 0.001; allow_changes: true, was false; logging_steps: 1, was 2;"
+    assert told in caplog.text and "max_steps: 4, was 3" in caplog.text
+
+
+def test_a_record_holds_no_secret_and_no_address_of_memory():
+    options = {
+        "hub_token": "hf_key", "reward_funcs": ["https://me:word@host/score?key=1", "a.py:b"], "loss_type": close,
+        "lr_scheduler_type": SFTConfig("runs", use_cpu=True).lr_scheduler_type, "do_predict": False,
+    }  # fmt: skip
+    recorded = recorded_options(options)
+    assert not any(secret in str(recorded) for secret in ("hf_key", "me:word", "key=1"))
+    del recorded["hub_token"], recorded["reward_funcs"]
+    assert recorded == {"loss_type": "close", "lr_scheduler_type": "linear"}
+
+
+def test_a_longer_run_goes_on_and_a_shorter_one_is_another():
+    assert compare({"max_steps": 3}, {"max_steps": 5, "new": 1}) == ([], ["max_steps: 5, was 3"])
+    assert compare({"num_train_epochs": 3.0}, {"num_train_epochs": 2.0}).breaking == ["num_train_epochs: 2.0, was 3.0"]
+
+
+def test_rows_are_told_apart_by_what_they_hold():
+    ids = [[1, 2], [3]] * 600
+    rows = Dataset.from_dict({"input_ids": ids, "answer": ["a"] * 1200})
+    other_ids = Dataset.from_dict({"input_ids": [*ids[:1], [4], *ids[2:]], "answer": ["a"] * 1200})
+    other_column = Dataset.from_dict({"input_ids": ids, "answer": ["b"] * 1200})
+    same = concatenate_datasets([rows.select(range(7)), rows.select(range(7, 1200))])
+    assert fingerprint(rows) == fingerprint(same) == fingerprint(rows.add_column("logps", [0.0] * 1200), ["logps"])
+    assert len({fingerprint(each) for each in (rows, other_ids, other_column, rows.select(range(1199)))}) == 4
+    assert fingerprint(rows.to_iterable_dataset()) is None
 
 
 def test_what_is_resumed(tmp_path):
