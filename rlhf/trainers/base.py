@@ -21,7 +21,6 @@ from transformers.trainer_utils import TrainOutput
 
 from rlhf.data import Batch, Collator, Mixture, Packed, answer_ends, in_memory, sample
 from rlhf.data.packing import num_tokens
-from rlhf.kernels.linear import weights_are_here
 from rlhf.models import (
     Policy,
     add_answer_ends,
@@ -51,9 +50,10 @@ from rlhf.trainers.preparation import (
     unchanged_use_cache,
     wrapped,
 )
+from rlhf.trainers.processes import load_models_whole
 from rlhf.trainers.profiling import Profiler
 from rlhf.trainers.reference import Reference, SyncReference
-from rlhf.trainers.sharding import can_shard, shard
+from rlhf.trainers.sharding import can_shard, check_whole, shard
 from rlhf.trainers.step_checks import CheckedSteps
 from rlhf.trainers.trackers import Trackers, set_places
 
@@ -128,6 +128,7 @@ class BaseTrainer(Evaluating, CheckedSteps):
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             )
         self.trackers = Trackers(self.callback_handler.callbacks)
+        load_models_whole()  # again, as accelerate has read the configuration of DeepSpeed once more
         self._replace_neftune()
         # Only now is the model where it will be trained, which decides whether its attention takes segments.
         if data_collator is None and choose_layout(model, self._layout()) == "segments":
@@ -388,11 +389,7 @@ class BaseTrainer(Evaluating, CheckedSteps):
         Raises:
             ValueError: this process has only a part of the weights.
         """
-        if not weights_are_here(model):
-            raise ValueError(
-                "the weights of a frozen model were sharded when they were loaded, and it needs them whole: set "
-                "zero3_init_flag: false in accelerate's configuration, or train an adapter (--use_peft)"
-            )
+        check_whole(model)
         if can_shard(self.accelerator) and not shards:
             logger.warning(
                 "a frozen model that is asked for whole predictions is not sharded: each rank holds it whole"

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from rlhf.data import Reading, RowFormat
 from rlhf.trainers.options import check_options, check_packages, greater_is_better
-from rlhf.trainers.processes import check_processes, trains_on_cpus
+from rlhf.trainers.processes import check_processes, load_models_whole, trains_on_cpus
 from rlhf.trainers.ranges import check_finite, check_ranges
 from rlhf.trainers.secret_options import SecretOptions
 from rlhf.trainers.trackers import name_run
@@ -127,6 +127,7 @@ class BaseConfig(SecretOptions, TrainingArguments):
         super().__post_init__()
         name_run(self)
         check_processes(self)
+        load_models_whole()
         # After transformers' own checks, which make an object of accelerator_config.
         check_options(self)
         self.columns = renames(self.columns, "columns")

@@ -20,6 +20,7 @@ from rlhf.models.adapters import learn_tokens
 from rlhf.models.positions import max_positions, trained_length
 from rlhf.models.vocabulary import grow
 from rlhf.trainers.config import BaseConfig
+from rlhf.trainers.sharding import check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ def load_model_and_tokenizer(
     Returns:
         The model and the tokenizer.
     Raises:
-        ValueError: the model is loaded already and cannot be quantised; an unknown special token.
+        ValueError: the model is loaded already and cannot be quantised; only a part of it is here; an unknown special
+            token.
     """
     name = model if isinstance(model, str) else None
     model_kwargs = args.model_kwargs()
@@ -50,6 +52,7 @@ def load_model_and_tokenizer(
         model = load_model(name, **model_kwargs | quantization)
     elif quantization_config is not None:
         raise ValueError("quantization_config acts when a model is loaded: pass the model by name, or load it so")
+    check_whole(model)
     if tokenizer is None:
         # By the given name: an adapter's folder may hold a tokenizer, and its config names the base.
         hub_options = {key: model_kwargs.get(key) for key in ("revision", "trust_remote_code")}

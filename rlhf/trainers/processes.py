@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, get_int_from_env
 from accelerate.utils.environment import parse_flag_from_env
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 # What the launchers of torch and accelerate, MPICH, Open MPI and MVAPICH set; accelerate reads the same ones.
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -46,6 +47,14 @@ def check_processes(args: Any) -> None:
         f"WORLD_SIZE says that {launched} processes were launched, and this one sees {args.world_size}: each would "
         f"train alone; {remedy}; unset WORLD_SIZE to train in one process"
     )
+
+
+def load_models_whole() -> None:
+    """Let transformers load whole models under ZeRO-3; training shards them when it starts.
+
+    Otherwise each process would get parts, of which neither a head nor a vocabulary can be read.
+    """
+    unset_hf_deepspeed_config()
 
 
 def launched_world_size() -> int:

@@ -8,7 +8,6 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
 from rlhf.data import Batch, Packed
-from rlhf.kernels.linear import weights_are_here
 from rlhf.trainers.base import BaseTrainer
 from rlhf.trainers.config import BaseConfig
 from rlhf.trainers.options import as_config
@@ -121,11 +120,6 @@ class ReferencedTrainer(BaseTrainer):
 
     def _precompute(self) -> None:
         """Give every row the reference's sums."""
-        if not weights_are_here(self._reference_now()):
-            raise ValueError(
-                "ZeRO-3 sharded the weights before they could be asked: --precompute_ref_log_probs false, or "
-                "zero3_init_flag: false in accelerate's configuration"
-            )
         precision = self.accelerator.mixed_precision
         # Weights of the adapter are no part of a reference that switches it off.
         adapter_off = self.reference is not None and self.reference.frozen is None

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 
+from rlhf.kernels.linear import weights_are_here
 from rlhf.models import Policy
 
 
@@ -19,6 +20,21 @@ def zero_stage(accelerator: Accelerator) -> int:
     """The stage of DeepSpeed's ZeRO: from 2 on gradients, at 3 also weights are sharded. 0 without DeepSpeed."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     return 0 if plugin is None else int(plugin.zero_stage)
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse a model of which this process has only a part.
+
+    Args:
+        model: before training shards it.
+    Raises:
+        ValueError: ZeRO-3 sharded it when it was loaded, or its weights are on the meta device.
+    """
+    if not weights_are_here(model):
+        raise ValueError(
+            f"this process has only a part of the weights of a {type(model).__name__}: load it after the trainer's "
+            "configuration is made, which lets models be loaded whole; training shards them"
+        )
 
 
 def shard(frozen: Policy, accelerator: Accelerator) -> nn.Module:

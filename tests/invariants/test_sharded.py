@@ -36,7 +36,10 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
     ["fsdp2", *(pytest.param(name, marks=[pytest.mark.slow, needs_deepspeed]) for name in ("zero2", "zero3"))],
 )
 def test_sharded_runs_are_those_of_one_process(sharding, tmp_path, tokenizer):
-    """Losses and the saved weights; resumed by two processes, and by one. A frozen reference is sharded too."""
+    """Losses and the saved weights; resumed by two processes, and by one. A frozen reference is sharded too.
+
+    With DeepSpeed: `DS_BUILD_OPS=0 pip install deepspeed`, then `pytest -m slow` on this file, two minutes each.
+    """
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     on_two_processes("sharded_training.py", sharding, tmp_path, *KINDS)
     found = json.loads((tmp_path / "losses.json").read_text())
