@@ -128,7 +128,6 @@ class BaseTrainer(Evaluating, CheckedSteps):
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             )
         self.trackers = Trackers(self.callback_handler.callbacks)
-        load_models_whole()  # again, as accelerate has read the configuration of DeepSpeed once more
         self._replace_neftune()
         # Only now is the model where it will be trained, which decides whether its attention takes segments.
         if data_collator is None and choose_layout(model, self._layout()) == "segments":
@@ -159,6 +158,10 @@ class BaseTrainer(Evaluating, CheckedSteps):
         if self.args.profile and self.args.process_index == 0:
             self.profiler = Profiler(self.args)
             self.add_callback(self.profiler)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        load_models_whole()  # once more, as accelerate has read the configuration of DeepSpeed again
 
     def _replace_neftune(self) -> None:
         """Noise on the embeddings scaled by each sequence's length; transformers' own takes the row's length."""
