@@ -98,28 +98,34 @@ class RMSNorm(Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         # vector_norm reads the rows once; squaring them first would write a second matrix of their size.
-        norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+        # Half precision would round 1 / rms, an error that all entries of a row share.
+        precise_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=precise_dtype)
         mean_square = norm.square_().div_(hidden.size(-1))
         inverse_rms = mean_square.add_(eps).rsqrt_()
         ctx.save_for_backward(hidden, weight, inverse_rms)
         ctx.mark_non_differentiable(inverse_rms)
-        normed = (hidden * inverse_rms).mul_(weight)
-        return normed, inverse_rms
+        return _times_weight(hidden, inverse_rms, weight), inverse_rms
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:
         hidden, weight, inverse_rms = ctx.saved_tensors
         direction = hidden * inverse_rms
-        grad_direction = grad_output * weight
+        grad_direction = (grad_output * weight).to(direction.dtype)
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad_output * direction).flatten(0, -2).sum(0)
+            grad_weight = (grad_output * direction).flatten(0, -2).sum(0).to(weight.dtype)
         # A step along the row itself changes its rms and not its direction, so that part of the gradient drops out.
         along_row = (grad_direction * direction).mean(-1, keepdim=True)
         across_row = grad_direction.sub_(direction.mul_(along_row))
-        grad_hidden = across_row.mul_(inverse_rms)
+        grad_hidden = across_row.mul_(inverse_rms).to(hidden.dtype)
         return grad_hidden, grad_weight, None
+
+
+def _times_weight(hidden: Tensor, inverse_rms: Tensor, weight: Tensor) -> Tensor:
+    """The normed rows, rounded to the precision of ``hidden`` before the weight, as in transformers."""
+    return (hidden * inverse_rms).to(hidden.dtype).mul_(weight)
 
 
 def enable_recompute(model: nn.Module) -> None:
@@ -168,7 +174,7 @@ def _norm_forward(self: Any, hidden: Tensor) -> Tensor:
         return type(self).forward(self, hidden)
     normed, inverse_rms = RMSNorm.apply(hidden, self.weight, self.variance_epsilon)
     saved_hidden, weight = hidden.detach(), self.weight.detach()
-    return mark_recomputable(normed, lambda: (saved_hidden * inverse_rms).mul_(weight))
+    return mark_recomputable(normed, lambda: _times_weight(saved_hidden, inverse_rms, weight))
 
 
 def _is_rms_norm(module: nn.Module) -> bool:

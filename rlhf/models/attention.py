@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 NAME = "rlhf_segments"
 UNKNOWN_PARTS = ("s_aux", "softcap", "position_bias")  # sinks; soft-capped scores; ALiBi and relative positions
 LARGEST_VARLEN_HEAD = 256  # that torch's variable-length attention takes
+VARLEN_HEAD_MULTIPLE = 8  # of which its head sizes must be multiples
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
 # Two pairs: branches behind a prompt of several tokens, and behind one of a single token.
 TRIAL_EXAMPLES = (
@@ -80,7 +81,9 @@ def segment_attention(
         autocast_dtype = torch.get_autocast_dtype("cuda")
         query, key, value = (tensor.to(autocast_dtype) for tensor in (query, key, value))
     is_half_on_gpu = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
-    if is_half_on_gpu and not dropout and query.size(-1) <= LARGEST_VARLEN_HEAD:
+    head_size = query.size(-1)
+    takes_head_size = head_size <= LARGEST_VARLEN_HEAD and head_size % VARLEN_HEAD_MULTIPLE == 0
+    if is_half_on_gpu and not dropout and takes_head_size:
         return _varlen(query, key, value, segments, scaling, sliding_window), None
     return _sdpa(query, key, value, segments, dropout, scaling, sliding_window), None
 
