@@ -19,6 +19,15 @@ from rlhf.cli.launch import LaunchArguments, launch, split_launch_options
 from rlhf.cli.options import check_options, expand_aliases, read_config
 from rlhf.visible import VisibleFormatter
 
+# What torch reads from the environment when it first needs it; a user's own value stays.
+TORCH_ENVIRONMENT = {
+    # Large tensors in pages of 2 MiB: page faults take a tenth of a training step on a CPU otherwise.
+    "THP_MEM_ALLOC_ENABLE": "1",
+    # oneDNN, and torch in front of it, keep an operator for each shape of its inputs, 1024 in each of two caches. Each
+    # length of a batch is a new shape, so that memory grows for thousands of steps. A step itself needs some 20.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+    "LRU_CACHE_CAPACITY": "128",
+}
 _EXAMPLE = "in several processes: rlhf COMMAND --config FILE --num_processes N"
 
 
@@ -32,9 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         The exit status, one of :class:`rlhf.cli.exit_codes.ExitCode`. One line on stderr says what is wrong with bad
         input (the traceback with ``--debug``).
     """
-    # Large tensors in pages of 2 MiB: page faults take a tenth of a training step on a CPU otherwise. torch reads this
-    # at its first tensor.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    for variable, value in TORCH_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     # The first word alone: all that follows belongs to the command.

@@ -40,6 +40,6 @@ def create_array(path: Path, shape: tuple[int, ...], dtype: Any, fill: float = 0
             os.fsync(file.fileno())
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        megabytes = num_values * dtype.itemsize / 1e6
-        raise OSError(f"{path}: cannot be written, {megabytes:.0f} MB ({error.strerror}); free some space") from error
+        num_bytes = num_values * dtype.itemsize
+        raise OSError(f"{path}: {num_bytes} bytes cannot be written ({error.strerror}); free some space") from error
     os.replace(unfinished, path)

@@ -21,6 +21,7 @@ from rlhf.logprobs import model_top_k
 from rlhf.models import choose_layout, disable_dropout
 from rlhf.models.positions import inputs_of
 from rlhf.rollouts import Completion, LocalEngine, Sampling
+from rlhf.trainers.checkpoint_files import writing
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,8 @@ def sample_completions(
     engine = LocalEngine(model, tokenizer)
     num_written = len(lines)
     progress = datasets.utils.tqdm(total=len(rows), initial=start, desc="teacher", unit="row")
-    with path.open("ab") as answers_file, progress:
+    # The last of its lines may be cut short by a full disk; the next run cuts it off.
+    with writing(path), path.open("ab") as answers_file, progress:
         for first_row in range(start, len(rows), PROMPTS_PER_CALL):
             prompts = rows[first_row : first_row + PROMPTS_PER_CALL]["prompt_ids"]
             numbers = range(first_row, first_row + len(prompts))

@@ -34,6 +34,7 @@ from rlhf.data.packing import hash_of_tokens
 from rlhf.data.vocabulary import tokenizer_rules
 from rlhf.logprobs import TopK
 from rlhf.rollouts.server_calls import LARGEST_LOGP
+from rlhf.trainers.checkpoint_files import writing
 
 logger = logging.getLogger(__name__)
 
@@ -325,7 +326,7 @@ def write_key(folder: Path, key: Key) -> None:
     path = folder / HEADER
     new_header = folder / NEW_HEADER
     text = json.dumps({"format": FORMAT, **key}, indent=2, ensure_ascii=False)
-    with new_header.open("w", encoding="utf-8") as file:
+    with writing(folder), new_header.open("w", encoding="utf-8") as file:
         file.write(text + "\n")
         file.flush()
         # Before the rename: else a power failure could leave an empty header.

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from rlhf.trainers.checkpoint_files import writing
+
 LOCK_FILE = ".run.lock"
 
 
@@ -37,7 +39,8 @@ def run_lock(folder: Path) -> Iterator[None]:
     try:
         started = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
-        file.write_text(json.dumps(holder) + "\n", encoding="utf-8")
+        with writing(folder):
+            file.write_text(json.dumps(holder) + "\n", encoding="utf-8")
         yield
     finally:
         # Removed while it is held: whoever waits for it then sees that the file is gone, and makes another one.
