@@ -12,6 +12,7 @@ from rlhf.data.columns import RowFormat
 from rlhf.data.formats import canonical, label, unpaired_dialogue
 from rlhf.data.messages import Turns
 from rlhf.data.streams import name_of
+from rlhf.data.worker_processes import workers_end_with_this_process
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ def _with_json_lists(row: dict[str, Any]) -> dict[str, Any]:
     return {name: json.dumps(value) if isinstance(value, list) else value for name, value in row.items()}
 
 
+@workers_end_with_this_process()
 def add_mismatched(rows: Any, max_length: int | None, num_proc: int | None = None) -> Any:
     """Add to unpaired rows the answer to another prompt, from which KTO estimates the KL term.
 

@@ -2,7 +2,8 @@
 
 import glob
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -57,11 +58,14 @@ def load_data(source: str, split: str = "train", name: str | None = None, stream
     is_path = suffix(source_path) in _FORMATS or source.startswith((".", "/", "~")) or source.count("/") > 1
     try:
         if source_path.is_file():
-            rows = _from_files([source_path], split, streaming)
+            with _uncounted():
+                rows = _from_files([source_path], split, streaming)
         elif source_path.is_dir():
-            rows = _from_folder(source_path, split, name, streaming)
+            with _uncounted():
+                rows = _from_folder(source_path, split, name, streaming)
         elif glob.has_magic(source):
-            rows = _from_files(_matching_files(source_path), split, streaming)
+            with _uncounted():
+                rows = _from_files(_matching_files(source_path), split, streaming)
         elif is_path:
             raise FileNotFoundError(f"{source}: no such file or folder")
         else:
@@ -74,6 +78,17 @@ def load_data(source: str, split: str = "train", name: str | None = None, stream
     # The rows of a slice are numbered within it, so the name has to tell the slice.
     rows.info.dataset_name = f"{source} ({split})" if "[" in split else source
     return rows
+
+
+@contextmanager
+def _uncounted() -> Iterator[None]:
+    """Ask no server: ``datasets`` counts each loading there, also that of a file of one's own."""
+    config = datasets.config
+    counts_before, config.HF_UPDATE_DOWNLOAD_COUNTS = config.HF_UPDATE_DOWNLOAD_COUNTS, False
+    try:
+        yield
+    finally:
+        config.HF_UPDATE_DOWNLOAD_COUNTS = counts_before
 
 
 # Files

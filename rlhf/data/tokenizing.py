@@ -30,6 +30,7 @@ from rlhf.data.tokenised_rows import (
     truncate,
 )
 from rlhf.data.vocabulary import tokenizer_rules
+from rlhf.data.worker_processes import workers_end_with_this_process
 from rlhf.visible import visible
 
 logger = logging.getLogger(__name__)
@@ -283,6 +284,7 @@ def map_rows(
     return _map(dataset, function, key, num_proc, reading, max_length, **options)
 
 
+@workers_end_with_this_process()
 def _map(
     dataset: Dataset,
     function: Callable[..., dict[str, Any]],

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlhf.data import Batch
 from rlhf.data.batch import IGNORE, Row
+from rlhf.data.worker_processes import workers_end_with_this_process
 from rlhf.logprobs import Scores, TokenLoss
 from rlhf.models import Policy
 from rlhf.rollouts import Completion, Sampling
@@ -23,6 +24,7 @@ ROW_NUMBER = "row_number"  # column: the number of a row in the training data
 ANSWER_START = "answer_start"  # column: where the answer begins that the student's own replaces
 
 
+@workers_end_with_this_process()
 def mark_prompts(rows: Dataset, max_prompt: int, drop_long_prompts: bool, num_proc: int | None = None) -> Dataset:
     """Add columns that tell where the prompt of each row ends: before its last run of scored tokens, the answer.
 
