@@ -138,6 +138,8 @@ class HttpClient:
         )
         # The library logs every request with its whole address.
         logging.getLogger("httpx2").setLevel(logging.WARNING)
+        # A server that was started again does not say so; whoever depends on its state looks here.
+        self.connection_faults = 0
         self._warned_at = -SECONDS_BETWEEN_WARNINGS
 
     def request(self, method: str, path: str, body: Any = None, *, repeats_errors: bool = True) -> Reply:
@@ -196,11 +198,14 @@ class HttpClient:
                 body = self._read(response)
                 reply = Reply(self.address + path, response.status_code, response.reason_phrase, body)
         except httpx2.TransportError as error:
+            self.connection_faults += 1
             # A name that is not known is a typing error: waiting does not help.
             kind = ConnectionError if _is_unknown_host(error) else Unavailable
             raise kind(f"does not answer ({type(error).__name__}: {error})") from error
         is_busy = reply.status in BUSY or (repeats_errors and reply.status >= 500)
         if is_busy:
+            # A gateway that cannot reach the server behind it.
+            self.connection_faults += reply.status == 502
             raise Unavailable(f"answers {reply.status} {reply.reason} {reply.excerpt!r}")
         return reply
 

@@ -29,6 +29,7 @@ RAW_LOGPS = (
 CANNOT_SLEEP = (
     "cannot sleep: start vLLM with --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1, or leave --rollout_server_sleep out"
 )
+MAX_RESTARTS = 3  # within one request for completions
 # A text on which tokenizers differ: digits, symbols, quotes, accents and white space.
 TOKENIZER_PROBE = "It costs 1,234.50 €: “naïve” café\n\tdef f(x):  return x"
 
@@ -127,9 +128,7 @@ class ServerEngine:
         prompt_numbers = index or range(len(prompts))
         prompt_of_request = [prompt for prompt in prompts for _ in range(n)]
         seed_of_request = [(seed, number, sample) for number in prompt_numbers for sample in range(n)]
-        complete = partial(self._complete, sampling)
-        # In the order of the requests, whichever is answered first.
-        completions = list(self._pool.map(complete, prompt_of_request, seed_of_request))
+        completions = self._complete_all(sampling, prompt_of_request, seed_of_request)
         return [completions[start : start + n] for start in range(0, len(completions), n)]
 
     def read(self, sequences: Sequence[Sequence[int]], k: int) -> list[list[dict[int, float]]]:
@@ -213,6 +212,26 @@ class ServerEngine:
         self._calls.client.close()
 
     # Requests
+
+    def _complete_all(
+        self, sampling: Sampling, prompts: list[list[int]], seed_keys: list[tuple[int, int, int]]
+    ) -> list[Completion]:
+        """All completions, from the weights that were sent last, also where the server was started again meanwhile."""
+        client = self._calls.client
+        for _ in range(MAX_RESTARTS):
+            faults_before = client.connection_faults
+            # In the order of the requests, whichever is answered first.
+            completions = list(self._pool.map(partial(self._complete, sampling), prompts, seed_keys))
+            if client.connection_faults == faults_before or self._weights is None or not self._weights.are_loaded:
+                return completions
+            logger.warning(
+                "%s: the connection was lost, and a server that was started again has its original weights: it loads "
+                "version %d again, and the completions are sampled anew",
+                self.url,
+                self.version,
+            )
+            self._weights.load_again()
+        raise ConnectionError(f"{self.url}: the connection was lost {MAX_RESTARTS} times while it sampled")
 
     def _complete(self, sampling: Sampling, prompt: list[int], seed_key: tuple[int, int, int]) -> Completion:
         end_options: dict[str, Any] = {}

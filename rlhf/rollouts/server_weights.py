@@ -56,6 +56,16 @@ class ServerWeights:
             shutil.rmtree(self._own_folder)
         self._own_folder = folder
 
+    @property
+    def are_loaded(self) -> bool:
+        """Whether this process had the server load weights."""
+        return self._own_folder is not None
+
+    def load_again(self) -> None:
+        """Have the server load the last weights again: it may have been started anew, with its original ones."""
+        assert self._own_folder is not None
+        self._load_from(self._own_folder)
+
     def _new_folder(self, version: int) -> Path:
         """A folder that was not there: the server may still read the one before, and others may belong to the user."""
         self.folder.mkdir(parents=True, exist_ok=True)

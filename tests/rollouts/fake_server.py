@@ -91,8 +91,10 @@ class Handler(BaseHTTPRequestHandler):
         if not left:
             return False
         fault = left.pop(0)
-        if fault is None:
+        if fault is None or callable(fault):
             self.close_connection = True  # no answer at all
+            if fault:
+                fault()
         else:
             self.reply({"detail": "a fault"}, fault) if isinstance(fault, int) else self.reply(fault)
         return True

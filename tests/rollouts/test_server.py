@@ -122,6 +122,20 @@ def test_requests_are_repeated_and_give_the_same_completions(serve, waits):
         engine.generate(PROMPTS, 1, sampling, 0)
 
 
+def test_a_server_that_is_started_again_gets_the_weights_again(serve, waits, caplog):
+    server, engine = serve()
+    engine.update_weights(tiny_model(seed=7).state_dict().items(), 1)
+    sampling = Sampling(max_tokens=6)
+    want = engine.generate(PROMPTS, 2, sampling, 0)
+
+    def start_again():
+        server.model.load_state_dict(tiny_model().state_dict())
+
+    server.faults["/v1/completions"] = [start_again]
+    assert engine.generate(PROMPTS, 2, sampling, 0) == want
+    assert "it loads version 1 again" in caplog.text
+
+
 def test_a_request_that_is_wrong_itself_is_not_repeated(serve, waits):
     server, engine = serve(weights="vllm")
     server.faults = {"/v1/completions": [400], "/collective_rpc": [500]}
