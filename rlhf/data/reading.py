@@ -29,7 +29,8 @@ Rows: TypeAlias = Dataset | IterableDataset
 _PARQUET = ".parquet"
 _FORMATS = (*READERS, _PARQUET)
 _SAVED_FILES = ("state.json", "dataset_dict.json")  # `datasets` writes one of them with a saved data set
-_LOADING_ERRORS = (DatasetGenerationError, ValueError, OSError, EOFError, StopIteration)
+# RuntimeError: a folder with code, which `datasets` no longer runs.
+_LOADING_ERRORS = (DatasetGenerationError, ValueError, OSError, EOFError, StopIteration, RuntimeError)
 
 
 def load_data(source: str, split: str = "train", name: str | None = None, streaming: bool = False) -> Rows:

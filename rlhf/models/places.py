@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 from safetensors import SafetensorError
 
@@ -28,6 +29,10 @@ def loading(name_or_path: str, kind: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise ValueError(f"{name_or_path}: {_missing_package(error)}") from error
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{name_or_path}: its weights are damaged, or hold objects that could run code; use safetensors"
+        ) from error
     except _LOADING_ERRORS as error:
         raise ValueError(f"{name_or_path}: cannot be loaded as {kind} ({_reason(error)})") from error
 

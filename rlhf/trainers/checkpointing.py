@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer
 
 from rlhf.models import configured_dropout
 from rlhf.models.adapter_base import keep_base, name_lengths
+from rlhf.trainers.safe_loading import SafeLoading
 
 
-class Checkpointing(Trainer):
+class Checkpointing(SafeLoading):
     """A ``transformers.Trainer`` whose model is a wrapper (:class:`rlhf.models.policy.Wrapper`).
 
     A folder holds the model inside the wrapper, so that ``from_pretrained`` loads it. Other weights that the wrapper
