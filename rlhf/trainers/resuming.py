@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import SaveStrategy, TrainOutput, get_last_checkpoint
 
 from rlhf.data.fingerprint import fingerprint
 from rlhf.trainers.checkpointing import Checkpointing
@@ -36,6 +36,7 @@ class Resuming(Checkpointing):
         self._in_own_folder = False  # whether the checkpoint lies there
         self._training_began = 0.0  # as a time, less that of the run's earlier parts
         self._earlier_seconds = 0.0
+        self._step_figures: tuple[Any, Any] = (None, None)  # gradient norm and learning rate of the last step
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As ``transformers.Trainer``; by default from ``args.resume_from_checkpoint``."""
@@ -72,12 +73,15 @@ class Resuming(Checkpointing):
     def resume_state(self) -> dict[str, Any]:
         """What a resumed run needs besides weights, optimizer and the number of steps; of this process."""
         files = {name: Path(str(self.args.output_dir)) / name for name in self.appended_files}
+        grad_norm, learning_rate = self._step_figures
         return {
             "appended_files": {name: file.stat().st_size if file.exists() else 0 for name, file in files.items()},
             "log_window": {
                 "loss": self._tr_loss.detach().cpu().clone(),  # summed since the last line of the log
                 "total_loss": self._total_loss_scalar,
                 "last_logged_step": self._globalstep_last_logged,
+                "grad_norm": None if grad_norm is None else float(grad_norm),
+                "learning_rate": learning_rate,
                 "seconds": time.time() - self._training_began,
             },
         }
@@ -90,28 +94,59 @@ class Resuming(Checkpointing):
         if self._in_own_folder and self.args.process_index == 0:
             cut_back(Path(str(self.args.output_dir)), state["appended_files"])
 
-    def _continue_log_window(self, start_time: float) -> None:
-        """Go on with the sums of the checkpoint, once; training started at ``start_time``."""
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, *args: Any, learning_rate: Any = None, **kwargs: Any
+    ) -> None:
+        # The line at the end of an epoch repeats those of its last step.
+        self._step_figures = grad_norm, learning_rate
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, learning_rate=learning_rate, **kwargs)  # type: ignore[misc]
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # Until its first epoch a resumed run has nothing to evaluate: with `eval_on_start` it was, at its start.
+        return {} if self._log_window is not None else super()._evaluate(*args, **kwargs)
+
+    def _continue_log_window(self, start_time: float) -> bool:
+        """Go on with the sums of the checkpoint, once; training started at ``start_time``. Returns whether it did."""
         window, self._log_window = self._log_window, None
         if window is not None:
             self._tr_loss += window["loss"].to(self.args.device)
             self._total_loss_scalar = window["total_loss"]
             self._globalstep_last_logged = window["last_logged_step"]
+            self._step_figures = window["grad_norm"], window["learning_rate"]
             # The last line of the log is about the whole run: its loss, and the time of all its parts.
             self._initial_global_step = 0
             self._earlier_seconds = window["seconds"]
         self._training_began = start_time - self._earlier_seconds
+        return window is not None
 
     def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]  # passes all by name
-        self._continue_log_window(kwargs["start_time"])
-        # The run was stopped between its last step and its last save. transformers would take another step.
-        if self.state.global_step >= self.state.max_steps:
+        step, is_first = self.state.global_step, self._continue_log_window(kwargs["start_time"])
+        # Stopped between its last step and its last save; transformers would take another step.
+        is_over = step >= self.state.max_steps
+        if is_first and (is_over or step % kwargs["num_update_steps_per_epoch"] == 0):
+            # Evaluation follows with the random numbers of the checkpoint, and training with those after it.
+            self._load_rng_state(kwargs["resume_from_checkpoint"])
+            self._end_epoch(kwargs["trial"], kwargs["start_time"])
+            kwargs["resume_from_checkpoint"] = None
+        if is_over:
             self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
+    def _end_epoch(self, trial: Any, start_time: float) -> None:
+        """What a run does at the end of an epoch whose last step has saved the checkpoint."""
+        if self.args.save_strategy == SaveStrategy.EPOCH:  # saved after all of it
             return
-        super()._run_epoch(**kwargs)
+        self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+        grad_norm, learning_rate = self._step_figures
+        self._maybe_log_save_evaluate(
+            self._tr_loss, grad_norm, self.model_wrapped, trial, None, None, start_time, learning_rate=learning_rate
+        )
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
-        self._continue_log_window(start_time)  # again, as a run without an epoch left comes here at once
+        # Again, as a run without an epoch left comes here at once.
+        if self._continue_log_window(start_time):
+            self._end_epoch(trial, start_time)
         return super()._finalize_training(trial, num_train_samples, self._training_began)
 
 

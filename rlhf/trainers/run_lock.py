@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from rlhf.trainers.checkpoint_files import writing
 
-LOCK_FILE = ".run.lock"
+LOCK_FILE = "_run.lock"  # uploads to the hub leave out names that begin so
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from rlhf.trainers.resuming import checkpoint_to_resume, finished_step, resume_r
 from rlhf.trainers.run_lock import run_lock
 
 TIMES = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+TIMES |= {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
 TIMES |= {"tokens_per_second/rollout", "tokens_per_second/training"}
 
 
@@ -52,6 +53,7 @@ def make(tmp_path, tokenizer, sft_rows):
             rows = Dataset.from_list([{"prompt": text} for text in sentences(1, 12)])
         return trainer(
             tiny_model(), args=config(**{**base, **options}), train_dataset=rows, processing_class=tokenizer,
+            eval_dataset=rows.select(range(4)),
             callbacks=[] if kill_at is None else [KillAt(kill_at)], **rewards,
         )  # fmt: skip
 
@@ -92,6 +94,22 @@ def test_a_run_without_a_step_left_takes_none(make):
     again = make("sft", "run", max_steps=3)
     again.train(resume_from_checkpoint=True)
     agree(again, whole)
+
+
+def test_the_end_of_an_epoch_comes_once(make, sft_rows):
+    """A checkpoint of an epoch's last step is saved before the epoch's line and evaluation, which were lost."""
+    options = dict(
+        max_steps=-1, num_train_epochs=2, rows=sft_rows.select(range(12)), logging_strategy="epoch",
+        eval_strategy="epoch", eval_on_start=True,
+    )  # fmt: skip
+    whole = make("sft", "whole", **options)
+    whole.train()
+    with pytest.raises(Killed):
+        make("sft", "cut", kill_at=4, **options).train()
+    for _ in range(2):  # from the end of the first epoch, then from the end of the run
+        resumed = make("sft", "cut", **options)
+        resumed.train(resume_from_checkpoint="auto")
+        agree(resumed, whole)
 
 
 def trainer_options():
