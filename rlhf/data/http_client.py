@@ -41,7 +41,16 @@ class ServerError(OSError):
 
 
 class Unavailable(ConnectionError):
-    """No reply, or one that says that the server cannot answer now."""
+    """No reply, or one that says that the server cannot answer now.
+
+    Args:
+        problem: what the server does, as the end of a sentence.
+        has_replied: whether there was a reply.
+    """
+
+    def __init__(self, problem: str, has_replied: bool = False) -> None:
+        super().__init__(problem)
+        self.has_replied = has_replied
 
 
 def shown_address(text: str) -> str:
@@ -142,7 +151,9 @@ class HttpClient:
         self.connection_faults = 0
         self._warned_at = -SECONDS_BETWEEN_WARNINGS
 
-    def request(self, method: str, path: str, body: Any = None, *, repeats_errors: bool = True) -> Reply:
+    def request(
+        self, method: str, path: str, body: Any = None, *, repeats_errors: bool = True, tries: int | None = None
+    ) -> Reply:
         """Ask the server.
 
         Args:
@@ -150,6 +161,7 @@ class HttpClient:
             path: added to the address.
             body: sent as JSON; None for no body.
             repeats_errors: whether a status of 500 is repeated too: not where the request itself may be its cause.
+            tries: of this request; None for the client's.
         Returns:
             The reply, whatever its status, unless the status says that the server cannot answer now.
         Raises:
@@ -161,7 +173,7 @@ class HttpClient:
         retrying = Retrying(
             retry=retry_if_exception_type(Unavailable),
             wait=wait_exponential(multiplier=1, max=30) + wait_random(0, 1),
-            stop=stop_after_attempt(self.tries) | stop_after_delay(self.patience),
+            stop=stop_after_attempt(tries or self.tries) | stop_after_delay(self.patience),
             before_sleep=self._warn,
             reraise=True,
         )
@@ -200,13 +212,13 @@ class HttpClient:
         except httpx2.TransportError as error:
             self.connection_faults += 1
             # A name that is not known is a typing error: waiting does not help.
-            kind = ConnectionError if _is_unknown_host(error) else Unavailable
-            raise kind(f"does not answer ({type(error).__name__}: {error})") from error
+            problem = f"does not answer ({type(error).__name__}: {error})"
+            raise ConnectionError(problem) if _is_unknown_host(error) else Unavailable(problem) from error
         is_busy = reply.status in BUSY or (repeats_errors and reply.status >= 500)
         if is_busy:
             # A gateway that cannot reach the server behind it.
             self.connection_faults += reply.status == 502
-            raise Unavailable(f"answers {reply.status} {reply.reason} {reply.excerpt!r}")
+            raise Unavailable(f"answers {reply.status} {reply.reason} {reply.excerpt!r}", has_replied=True)
         return reply
 
     def _read(self, response: httpx2.Response) -> bytes:

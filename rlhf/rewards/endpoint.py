@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf.data.http_client import HttpClient, Reply, ServerError
+from rlhf.data.http_client import HttpClient, Reply, ServerError, Unavailable
 from rlhf.data.messages import Turns
 
 LARGEST_REPLY = 16 * 2**20  # bytes: a million numbers with all their digits
@@ -42,8 +42,13 @@ class HttpReward:
             ConnectionError: the server does not answer.
             ValueError: it answers, and not as a reward server does.
         """
-        # An error may be about the empty batch, so it is not worth a second try.
-        reply = self._ask({"prompts": [], "completions": []}, repeats_errors=False)
+        payload: dict[str, Any] = {"prompts": [], "completions": []}
+        try:
+            reply = self._client.request("POST", "", payload, repeats_errors=False, tries=1)
+        except ConnectionError as error:
+            if isinstance(error, Unavailable) and error.has_replied:
+                return  # it is busy now; requests for rewards are repeated
+            raise ConnectionError(f"{self.url}: the reward server {error}") from error
         # These do not depend on what was sent, so that they would come for every batch.
         if reply.status in (401, 403, 404, 405):
             raise ValueError(f"{self.url}: the reward server answers {_status(reply)}; check the address")
@@ -85,9 +90,9 @@ class HttpReward:
             rewards += self._rewards(self._ask(payload), len(payload["prompts"]))
         return rewards
 
-    def _ask(self, payload: dict[str, Any], repeats_errors: bool = True) -> Reply:
+    def _ask(self, payload: dict[str, Any]) -> Reply:
         try:
-            return self._client.request("POST", "", payload, repeats_errors=repeats_errors)
+            return self._client.request("POST", "", payload)
         except ConnectionError as error:
             raise ConnectionError(f"{self.url}: the reward server {error}, {self._client.tries} tries") from error
         except ValueError as error:

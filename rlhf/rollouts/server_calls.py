@@ -37,7 +37,7 @@ class ServerCalls:
         try:
             reply = self.client.wait_until_ready(path, seconds)
         except ConnectionError as error:
-            raise ConnectionError(f"{self.url}: no server: it {error}; start it, or check the address") from error
+            raise ConnectionError(f"{self.url} {error}; start the server, or check the address") from error
         return self._checked(reply)
 
     def request(

@@ -156,8 +156,8 @@ ONLINE = {
     ),
     "no such server": (
         dict(reward_funcs="think_format", rollout_server_url="http://127.0.0.1:9", rollout_server_model="m",
-             rollout_weights_dir="w"),
-        "no server answers",
+             rollout_weights_dir="w", server_startup_timeout=0.0),
+        "http://127.0.0.1:9 does not answer",
     ),
     "half a server": (dict(reward_funcs="think_format", rollout_server_url="http://x"), "needs --rollout_server_model"),
 }  # fmt: skip

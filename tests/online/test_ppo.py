@@ -732,8 +732,11 @@ def test_what_cannot_work_is_said_before_the_first_rollout(make, prompts, tokeni
         make(reward=lambda prompts: [0.0])
     with pytest.raises(ValueError, match="nothing to learn from"):
         make(reward=None)
-    with pytest.raises(ConnectionError, match="no server answers"):
-        make(rollout_server_url="http://127.0.0.1:9", rollout_server_model="m", rollout_weights_dir="w")
+    with pytest.raises(ConnectionError, match="does not answer"):
+        make(
+            rollout_server_url="http://127.0.0.1:9", rollout_server_model="m", rollout_weights_dir="w",
+            server_startup_timeout=0.0,
+        )  # fmt: skip
     endless = tiny_model()
     endless.generation_config.eos_token_id = None
     silent = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)

@@ -108,6 +108,9 @@ def test_the_server_is_checked_at_the_start(server):
     assert server.seen == [{"prompts": [], "completions": []}]
     server.answer = lambda payload: (500, "an empty batch!")  # which says nothing about others
     reward.check({})
+    server.answer = lambda payload: (503, "busy")  # for now
+    reward.check({})
+    assert server.waits == []
     server.answer = lambda payload: (404, "")
     with pytest.raises(ValueError, match="the reward server answers 404 Not Found ''; check the address"):
         RewardSet([reward]).check({"prompt": "p"})

@@ -43,12 +43,10 @@ def test_what_is_sent(serve):
 
 
 def test_no_server():
-    with pytest.raises(ConnectionError, match=r"http://127\.0\.0\.1:9: no server: it does not answer .* refused"):
+    with pytest.raises(ConnectionError, match=r"http://127\.0\.0\.1:9 does not answer .* refused"):
         ServerEngine("http://127.0.0.1:9", "tiny", startup_timeout=0)
     # A name that nobody knows is not waited for.
-    with pytest.raises(
-        ConnectionError, match=r"^http://no-such-host\.invalid: no server: .*start it, or check the addr"
-    ):
+    with pytest.raises(ConnectionError, match=r"^http://no-such-host\.invalid does not answer .*check the address"):
         ServerEngine("http://user:hunter2@no-such-host.invalid", "tiny")
 
 
