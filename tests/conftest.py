@@ -33,8 +33,7 @@ def sentences(seed: int, count: int, shortest: int = 3, longest: int = 9) -> lis
     return [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (n,), generator=g).tolist()) for n in lengths]
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def small_tokenizer():
     bpe = Tokenizer(models.BPE(unk_token=None))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -47,6 +46,11 @@ def tokenizer():
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     tokenizer.chat_template = TEMPLATE
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return small_tokenizer()
 
 
 _SMALL = dict(
