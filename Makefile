@@ -1,7 +1,7 @@
 PY ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-oldest check wheel soak bench
+.PHONY: setup demo test fuzz test-oldest check wheel soak bench
 setup: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PY) -m venv .venv
@@ -12,6 +12,8 @@ demo: setup  # MODEL=folder-or-hub-name trains that instead of a new small model
 	HF_HUB_OFFLINE=$(if $(MODEL),$(or $(HF_HUB_OFFLINE),0),1) $(BIN)/python demo/run.py $(MODEL)
 test: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4
+fuzz: setup  # N=cases SEED=number: malformed inputs, about a second for five
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzzer.py --cases $(or $(N),1000) --seed $(or $(SEED),0)
 # The oldest libraries in front of those of .venv: torch and the tools of tests are shared.
 OLDEST := .venv-oldest
 QUICK := tests/data/test_tokenizing.py tests/world/test_files.py tests/trainers/test_trainers.py

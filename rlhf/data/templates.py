@@ -18,7 +18,9 @@ limit_templates()
 
 PROBE = "\U000ffffd"  # a private character of Unicode: stands for a text whose place in a rendering is wanted
 # Besides Jinja's own errors, those of Python where a message lacks what the template reads.
-_TEMPLATE_ERRORS = (TemplateError, TypeError, KeyError, AttributeError, ValueError)
+_TEMPLATE_ERRORS = (
+    TemplateError, TypeError, LookupError, AttributeError, ValueError, ArithmeticError, RecursionError,
+)  # fmt: skip
 _OWN_KEYS = ("weight",)  # keys of a message that are ours; no template gets them
 
 

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import nn
@@ -14,9 +14,11 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from rlhf.models.adapter_base import BASE
 from rlhf.models.places import loading, one_line, resolve
 from rlhf.models.vocabulary import resize, vocabulary_size
+from rlhf.models.weights import check_finite, some_of
 
 logger = logging.getLogger(__name__)
 
+_WEIGHTS = "adapter_model.safetensors"
 # Weights with a row for each token, under the names that architectures have for them.
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "lm_head.weight", "embed_in.weight")
 
@@ -98,7 +100,10 @@ def load_adapter(model: PreTrainedModel, adapter: str, name: str = "default", **
         if vocabulary_rows is not None and vocabulary_rows != vocabulary_size(model):
             # PEFT does not load rows of tokens that the model lacks.
             resize(model, vocabulary_rows)
-        return PeftModel.from_pretrained(model, adapter, adapter_name=name, **hub)
+        adapted: PeftModel = PeftModel.from_pretrained(model, adapter, adapter_name=name, **hub)
+        _check_whole(adapted, Path(adapter) / _WEIGHTS, name)
+        check_finite(adapted)
+        return adapted
 
 
 def merged(model: PreTrainedModel, adapter: str, **hub: Any) -> PreTrainedModel:
@@ -128,9 +133,23 @@ def merged(model: PreTrainedModel, adapter: str, **hub: Any) -> PreTrainedModel:
     return merged_model
 
 
+def _check_whole(adapted: PeftModel, file: Path, name: str) -> None:
+    """Refuse an adapter with missing weights: PEFT leaves them as they were drawn, and only warns."""
+    # Older adapters, and those on the hub, are other files.
+    if not file.exists():
+        return
+    with safe_open(file, framework="pt") as weights:
+        # PEFT's own two lists differ in this end, for the lengths of DoRA.
+        stored = {key.removesuffix(".weight") for key in weights.keys()}  # noqa: SIM118  # not a dict
+    expected = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
+    missing = sorted(key for key in expected if key.removesuffix(".weight") not in stored)
+    if missing:
+        raise ValueError(f"weights are missing: {some_of(missing)}; copy or download its files again")
+
+
 def _vocabulary_of(adapter: str) -> int | None:
     """Rows of the embeddings that an adapter's file holds; None if it holds none."""
-    adapter_file = Path(adapter) / "adapter_model.safetensors"
+    adapter_file = Path(adapter) / _WEIGHTS
     if not adapter_file.exists():
         return None
     with safe_open(adapter_file, framework="pt") as weights:

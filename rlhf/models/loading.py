@@ -6,7 +6,8 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.models.adapter_files import adapter_config, base_of, merged
-from rlhf.models.places import loading, resolve
+from rlhf.models.places import broken_file, loading, reason_of, resolve
+from rlhf.models.weights import load_whole
 
 HUB = ("revision", "token", "trust_remote_code")  # arguments that select files, and allow to run code
 
@@ -39,7 +40,8 @@ def load_model(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
         base_model = load_model(base_of(location, adapter), **base_kwargs(kwargs, adapter))
         return merged(base_model, location, **hub_arguments)
     with loading(name_or_path, "a causal LM"):
-        return AutoModelForCausalLM.from_pretrained(location, **kwargs)
+        model: PreTrainedModel = load_whole(AutoModelForCausalLM, location, **kwargs)
+        return model
 
 
 def hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -98,16 +100,26 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **hub_arguments)
     # OSError: a file is missing. ValueError: the config is of no model with a known tokenizer.
-    except (OSError, ValueError) as error:
+    # The library of tokenizers raises a plain Exception for a file that it cannot read.
+    except Exception as error:
         # Asked only now: a tokenizer in the adapter's own folder comes first, as it may have new tokens.
         is_adapter = (Path(location) / "adapter_config.json").exists()
         adapter = adapter_config(location, **hub_kwargs(hub_arguments)) if is_adapter else None
         if adapter is not None:
             return load_tokenizer(base_of(location, adapter), chat_template_path, **base_kwargs(hub_arguments, adapter))
-        raise ValueError(f"{name_or_path}: no tokenizer found there; copy the base model's files in") from error
+        raise ValueError(_tokenizer_problem(name_or_path, Path(location), error)) from error
     if chat_template_path is not None:
         tokenizer.chat_template = _read_chat_template(chat_template_path)
     return tokenizer
+
+
+def _tokenizer_problem(name: str, folder: Path, error: Exception) -> str:
+    broken = broken_file(folder)
+    if broken is not None:
+        return broken
+    if (folder / "tokenizer.json").exists():
+        return f"{name}: its tokenizer cannot be loaded ({reason_of(error)}); copy or download its files again"
+    return f"{name}: no tokenizer found there; copy the base model's files in"
 
 
 def _read_chat_template(name_or_path: str) -> Any:

@@ -23,6 +23,7 @@ from rlhf.models.loading import HUB, base_kwargs, hub_kwargs, load_model
 from rlhf.models.places import loading, resolve
 from rlhf.models.policy import Wrapper
 from rlhf.models.positions import inputs_of
+from rlhf.models.weights import load_whole
 
 
 class RewardModel(Wrapper):
@@ -135,7 +136,7 @@ def load_reward_model(name_or_path: str, **kwargs: Any) -> RewardModel:
     # Any other checkpoint has no trained head: transformers would draw one at random.
     if any(architecture.endswith("ForSequenceClassification") for architecture in architectures):
         with loading(name_or_path, "a reward model"):
-            return RewardModel(AutoModelForSequenceClassification.from_pretrained(location, num_labels=1, **kwargs))
+            return RewardModel(load_whole(AutoModelForSequenceClassification, location, num_labels=1, **kwargs))
     return RewardModel(add_scalar_head(load_model(name_or_path, **kwargs)))
 
 

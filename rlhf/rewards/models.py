@@ -18,6 +18,7 @@ from rlhf.data.formats import Dialogue
 from rlhf.data.messages import Turns
 from rlhf.models import load_tokenizer
 from rlhf.models.adapter_files import adapter_config, base_of, merged
+from rlhf.models.weights import load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -206,9 +207,7 @@ def _load_classifier(name: str, dtype: str) -> nn.Module:
         raise ValueError(f"it is a {', '.join(architectures) or config.model_type}, not a …ForSequenceClassification")
     if config.num_labels != 1:
         raise ValueError(f"its head has {config.num_labels} labels, expected 1")
-    model, report = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    if report["missing_keys"]:  # transformers would draw them at random and only warn
-        raise ValueError(f"weights are missing: {', '.join(sorted(report['missing_keys'])[:3])}")
+    model: nn.Module = load_whole(AutoModelForSequenceClassification, name, dtype=dtype)
     return model
 
 
@@ -216,5 +215,8 @@ def _load_adapter(name: str, config: PeftConfig, dtype: str) -> nn.Module:
     """The adapter with its own score head, merged into its base model."""
     if config.task_type != "SEQ_CLS":
         raise ValueError(f"its adapter is for {config.task_type}, expected SEQ_CLS")
-    base_model = AutoModelForSequenceClassification.from_pretrained(base_of(name, config), num_labels=1, dtype=dtype)
+    # The adapter has the score head.
+    base_model = load_whole(
+        AutoModelForSequenceClassification, base_of(name, config), new_head="score", num_labels=1, dtype=dtype
+    )
     return merged(base_model, name)

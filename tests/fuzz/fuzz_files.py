@@ -166,7 +166,7 @@ def model_case(random: Random, folder: Path, world: World) -> Case:
         title, must = f"{name}: {title}", "either"
         file.write_bytes(data)
     words = world.words(random.choice(["sft", "sft", "dpo", "reward"]), folder, model=place)
-    return Case("model", title, words, must, (name, place.name))
+    return Case("model", title, words, must, () if "tokenizer_config" in title else (name, place.name))
 
 
 def weights_case(random: Random, folder: Path, world: World) -> Case:

@@ -208,7 +208,7 @@ def reward_case(random: Random, folder: Path, world: World) -> Case:
         file.write_text(code + "\n")
     words = world.words(random.choice(["grpo", "ppo", "online-dpo"]), folder)
     words[words.index("--reward_funcs") + 1] = f"{file}:{name}"
-    return Case("reward", title, words, must, ("reward_file",))
+    return Case("reward", title, words, must, ("reward_file", "reward 'score'"))
 
 
 VARIABLES = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION", "OMP_NUM_THREADS"]

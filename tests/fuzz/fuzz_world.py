@@ -121,9 +121,9 @@ def make_world(root: Path) -> World:
     run = [*world.words("sft", root / "stopped"), "--save_strategy", "steps", "--save_steps", "1"]
     _run(run)
     (root / "stopped/out").rename(root / "run")
+    places = {"model_name_or_path": "model", "dataset_name": "sft.jsonl", "output_dir": "teacher"}
     _run(
-        ["teacher", "--model_name_or_path", str(root / "model"), "--dataset_name", str(root / "sft.jsonl")]
-        + ["--output_dir", str(root / "teacher"), "--k", "4"]
+        ["teacher", "--k", "4", *(word for name, place in places.items() for word in (f"--{name}", str(root / place)))]
     )
     return world
 

@@ -133,13 +133,15 @@ def judge(case: Case, status: int | None, folder: Path, errors: str) -> tuple[st
         return "hang", "it did not end"
     if status == 0:
         if case.must == "refuse":
-            return "accepted", "must be refused"
+            return "accepted", _without_word_of_it(case, folder)
         return "accepted", "" if case.only_options else _wrong_output(case, folder)
     lines = [line for line in errors.splitlines() if line.startswith(f"rlhf {case.argv[0]}: ")]
     if "Traceback" in errors or status not in (2, 3):
         return "traceback", f"status {status}: {errors.strip().splitlines()[-1:]}"
     if len(lines) != 1:
         return "no line", f"{len(lines)} lines"
+    if "'loss'" in (folder / "stdout").read_text(errors="replace") and status == 2:
+        return "one line", f"after the work: {lines[0]}"
     if case.must == "accept":
         return "one line", f"must be accepted: {lines[0]}"
     if len(lines[0]) > LONGEST_LINE:
@@ -147,6 +149,12 @@ def judge(case: Case, status: int | None, folder: Path, errors: str) -> tuple[st
     if case.names and not any(name in lines[0] for name in case.names):
         return "one line", f"names none of {case.names}: {lines[0]}"
     return "one line", ""
+
+
+def _without_word_of_it(case: Case, folder: Path) -> str:
+    """`rlhf data` lists the rows that cannot be read; any other command must refuse them."""
+    reports = case.argv[0] == "data" and "cannot be read" in (folder / "stdout").read_text()
+    return "" if reports else "must be refused"
 
 
 def _wrong_output(case: Case, folder: Path) -> str:

@@ -1,0 +1,94 @@
+"""The weights of a model's folder: all there, numbers, and finite."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.distributed.utils import is_local_dist_rank_0
+from transformers.integrations import is_fsdp_enabled
+
+_NAMES_SHOWN = 3
+_INTEGERS = ("I", "U", "B")  # first letters of safetensors' names of integer types and of BOOL
+_FLOATS_IN_B = ("BF16",)
+
+
+def load_whole(auto_class: Any, location: str, *, new_head: str | None = None, **kwargs: Any) -> Any:
+    """Load a model whose weights must all be in its files.
+
+    transformers draws what is missing at random, and only warns.
+
+    Args:
+        auto_class: Such as ``AutoModelForCausalLM``.
+        location: A folder, or a name on the hub.
+        new_head: Module whose weights may be missing.
+        kwargs: Of ``from_pretrained``.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: Weights are missing, are integers where the model has floats, or are not finite.
+    """
+    model, report = auto_class.from_pretrained(location, output_loading_info=True, **kwargs)
+    # With FSDP the first process of a machine alone has weights yet.
+    if is_fsdp_enabled() and not is_local_dist_rank_0():
+        return model
+    missing = sorted(key for key in report["missing_keys"] if new_head is None or not key.startswith(f"{new_head}."))
+    if missing:
+        unexpected = some_of(sorted(report["unexpected_keys"]))
+        hint = f", and it has {unexpected}, which the model does not" if unexpected else ""
+        raise ValueError(f"weights are missing: {some_of(missing)}{hint}; copy or download its files again")
+    _check_types(model, Path(location))
+    check_finite(model)
+    return model
+
+
+def some_of(names: list[str]) -> str:
+    """Name the first few of many.
+
+    Args:
+        names: At least one.
+
+    Returns:
+        Three of them, and how many more there are.
+    """
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _check_types(model: nn.Module, folder: Path) -> None:
+    """Refuse integers in the place of floats, which would be converted without a word."""
+    # The integers of quantised weights mean something.
+    if getattr(model.config, "quantization_config", None) is not None:
+        return
+    parameters = dict(model.named_parameters())
+    for file in sorted(folder.glob("*.safetensors")):
+        # The types are in the header of the file: no weight is read.
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  # not a dict
+                dtype = weights.get_slice(name).get_dtype()
+                is_integer = dtype.startswith(_INTEGERS) and dtype not in _FLOATS_IN_B
+                if is_integer and name in parameters and parameters[name].is_floating_point():
+                    raise ValueError(f"{file.name}: {name} is of type {dtype}, expected a float")
+
+
+@torch.no_grad()
+def check_finite(model: nn.Module) -> None:
+    """Refuse weights that are not finite.
+
+    Args:
+        model: With weights in memory.
+
+    Raises:
+        ValueError: Names the first such weight.
+    """
+    for name, weight in model.named_parameters():
+        if weight.is_meta or not weight.is_floating_point():
+            continue
+        # A sum reads each number once, and is not finite where one of them is not.
+        total = weight.sum(dtype=torch.float32)
+        if not total.isfinite() and not weight.isfinite().all():
+            kind = "NaN" if weight.isnan().any() else "infinity"
+            raise ValueError(f"its weight {name} holds {kind}; take another checkpoint")
