@@ -4,12 +4,15 @@ A launcher ends the other processes once one has ended. So the first process spe
 process gives its number, and one that only lost the connection to it stays silent.
 """
 
+import json
 import logging
 import os
 import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
+from pathlib import Path
 
 from rlhf.cli.exit_codes import ExitCode
 from rlhf.visible import visible
@@ -112,7 +115,12 @@ def _lost_connection(error: Exception) -> bool:
 
 def _record(error: Exception) -> None:
     """Note the error and its time for torch's launcher, which takes the exit status of the first that failed."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        get_error_handler().record_exception(error)
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None:
+        return
+    line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    # The launcher shows what is here. A traceback would be longer than what a user can mend.
+    shown = line if isinstance(error, MENDABLE) else "".join(traceback.format_exception(error))
+    details = {"py_callstack": shown, "timestamp": str(int(time.time()))}
+    with suppress(OSError):  # a full disk must not hide the error
+        Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": details}}), encoding="utf-8")

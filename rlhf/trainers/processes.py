@@ -1,6 +1,7 @@
 """Several processes: what a launcher started must be what the trainer sees, or each process would train on its own."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +56,15 @@ def load_models_whole() -> None:
     Otherwise each process would get parts, of which neither a head nor a vocabulary can be read.
     """
     unset_hf_deepspeed_config()
+
+
+def another_process_failed() -> bool:
+    """Whether a process on this machine has told torch's launcher of an error, so that the launcher ends the others."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # in a folder for each process
+    if file is None:
+        return False
+    own = Path(file)
+    return any(other != own for other in own.parent.parent.glob(f"*/{own.name}"))
 
 
 def launched_world_size() -> int:

@@ -13,6 +13,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput, get_last_check
 from rlhf.data.fingerprint import fingerprint
 from rlhf.trainers.checkpointing import Checkpointing
 from rlhf.trainers.option_changes import RECORD, check_changes, recorded_options
+from rlhf.trainers.sharding import check_sharding_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Resuming(Checkpointing):
         checkpoint = checkpoint_to_resume(requested, str(run_folder))
         self._record = self._run_options()
         if checkpoint is not None:
+            check_sharding_of(checkpoint, self.accelerator)
             check_changes(checkpoint, self._record, self.args.allow_changes)
             log_resuming(checkpoint, self.args.max_steps)
         elif resume_request(requested) == AUTO and self.args.process_index == 0:

@@ -1,6 +1,7 @@
 """A frozen model with its weights sharded over the processes, as FSDP2 or ZeRO-3 shards those that are trained."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -74,3 +75,27 @@ def _zero3_engine(frozen: Policy, accelerator: Accelerator) -> nn.Module:
     }
     engine, *_ = deepspeed.initialize(model=frozen, config=config)
     return engine.eval()
+
+
+def check_sharding_of(checkpoint: str, accelerator: Accelerator) -> None:
+    """Refuse a checkpoint whose shards this run cannot load.
+
+    Args:
+        checkpoint: its folder.
+        accelerator: of the run.
+    Raises:
+        ValueError: it was saved with other sharding, or by another number of DeepSpeed's processes.
+    """
+    folder, state = Path(checkpoint), accelerator.state
+    sharding = {"FSDP": "pytorch_model_fsdp*", "DeepSpeed": "global_step*"}
+    plugins = {"FSDP": "fsdp_plugin", "DeepSpeed": "deepspeed_plugin"}
+    saved_with = next((name for name, files in sharding.items() if any(folder.glob(files))), "no sharding")
+    runs_with = next((name for name in plugins if getattr(state, plugins[name], None) is not None), "no sharding")
+    if saved_with != runs_with:
+        raise ValueError(f"{checkpoint}: saved with {saved_with}, and this run has {runs_with}: resume as it was saved")
+    zero_shards = len(list(folder.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))
+    if zero_shards and zero_shards != accelerator.num_processes:
+        raise ValueError(
+            f"{checkpoint}: DeepSpeed saved its optimizer in {zero_shards} processes, and cannot give it to "
+            f"{accelerator.num_processes}: resume with as many as before"
+        )

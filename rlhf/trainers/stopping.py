@@ -11,6 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rlhf.trainers.processes import another_process_failed
+
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 # Windows has no signal that a user may give a meaning.
 SAVING = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
@@ -41,6 +43,9 @@ class SignalRequests:
         """
         if os.getpid() != self._process_id:
             self._answer_in_a_child(number)
+        # The launcher's: there are no more steps, as the others would wait for the one that failed.
+        elif number == signal.SIGTERM and another_process_failed():
+            _end_by(number)
         # SIGTERM alone may come twice without anybody's impatience: from a scheduler, and from the launcher it told.
         elif number == signal.SIGINT and number in self._received:
             raise KeyboardInterrupt
@@ -51,8 +56,7 @@ class SignalRequests:
         """A process that was forked, such as a worker that loads data, has this handler too."""
         # A terminal sends Ctrl-C to all processes, and the step that is to be finished needs its workers.
         if number != signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            _end_by(number)
 
     def reduce_with(self, count: Tensor, accelerator: Accelerator) -> Tensor:
         """The sum of a number over all processes, which takes the signals along.
@@ -80,6 +84,12 @@ class SignalRequests:
             return due
         num_receivers = self._sent.tolist()
         return {number for number, num_processes in zip(NOTED, num_receivers, strict=True) if num_processes}
+
+
+def _end_by(number: int) -> None:
+    """End this process by a signal, as it would without a handler."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 @contextmanager

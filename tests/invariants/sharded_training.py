@@ -68,7 +68,7 @@ def make_trainer(kind: str, folder: Path, tokenizer, batch: int, **changes):
 
 def resumed(kind: str, folder: Path, tokenizer, batch: int, name: str) -> list[float]:
     """The losses of a run that goes on from a checkpoint of another one."""
-    trainer = make_trainer(kind, folder / f"{kind}-{name}", tokenizer, batch)
+    trainer = make_trainer(kind, folder / f"{kind}-{name}", tokenizer, batch, allow_changes=name == "alone")
     trainer.train(resume_from_checkpoint=str(folder / kind / f"checkpoint-{SAVED_AT}"))
     trainer.save_model()
     return losses(trainer)
