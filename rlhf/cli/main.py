@@ -24,7 +24,7 @@ TORCH_ENVIRONMENT = {
     # Large tensors in pages of 2 MiB: page faults take a tenth of a training step on a CPU otherwise.
     "THP_MEM_ALLOC_ENABLE": "1",
     # oneDNN, and torch in front of it, keep an operator for each shape of its inputs, 1024 in each of two caches. Each
-    # length of a batch is a new shape, so that memory grows for thousands of steps. A step itself needs some 20.
+    # length of a batch is a new shape, so that memory grows for thousands of steps. One step of a Llama needs 15.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
     "LRU_CACHE_CAPACITY": "128",
 }

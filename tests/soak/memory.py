@@ -3,7 +3,9 @@
     PYTHONPATH=.:tests python tests/soak/memory.py --steps 6000 --every 500
     PYTHONPATH=.:tests python tests/soak/memory.py --model SmolLM2-135M-Instruct --words 400 --steps 200 --every 20
 
-Batches have many lengths, as those of real rows do. `--command grpo` samples completions in each step.
+Batches have many lengths, as those of real rows do. torch's environment is that of the commands, and a variable that is
+set stays: `ONEDNN_PRIMITIVE_CACHE_CAPACITY=1024 LRU_CACHE_CAPACITY=1024` are torch's own bounds.
+`--command grpo` samples completions in each step.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from rlhf import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from rlhf.cli.main import TORCH_ENVIRONMENT
 
 
 class Recorder(TrainerCallback):
@@ -69,12 +72,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--words", type=int, default=40, help="the longest answer")
     args = parser.parse_args()
-    print(
-        {
-            name: os.environ.get(name)
-            for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY", "THP_MEM_ALLOC_ENABLE")
-        }
-    )
+    for variable, value in TORCH_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    print({variable: os.environ[variable] for variable in TORCH_ENVIRONMENT})
     with tempfile.TemporaryDirectory() as output:
         train(args, output)
 
