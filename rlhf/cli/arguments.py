@@ -213,6 +213,8 @@ class DataArguments:
             "const": "true",
         },
     )
+    # Read before anything is imported: rlhf.cli.main moves the caches.
+    cache_dir: str | None = option(None, "Folder of all caches, in place of ~/.cache/huggingface and others.")
     overwrite: bool = option(False, "Replace the run in output_dir.")
 
     def __post_init__(self) -> None:

@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from rlhf import __version__
+from rlhf.cli.cache_folder import move_caches
 from rlhf.cli.commands import COMMANDS, LAUNCH, Command, TrainingCommand
 from rlhf.cli.exit_codes import ExitCode
 from rlhf.cli.failing import MENDABLE, fail, in_several_processes, interrupted
 from rlhf.cli.field_names import names_of_options
 from rlhf.cli.launch import LaunchArguments, launch, split_launch_options
-from rlhf.cli.options import check_options, expand_aliases, read_config
+from rlhf.cli.options import check_options, expand_aliases, read_config, value_of
 from rlhf.visible import VisibleFormatter
 
 # What torch reads from the environment when it first needs it; a user's own value stays.
@@ -92,8 +93,9 @@ def _run(name: str, command: Command | TrainingCommand, words: list[str], debug:
         known_names = names_of_options(command.option_classes)
         words = expand_aliases(words, known_names)
         file = check_options(words, known_names | {"config"})
-        if file is not None:
-            read_config(file, known_names)
+        values = {} if file is None else read_config(file, known_names)
+        # Before a package is imported that reads where its cache is.
+        move_caches(value_of("cache_dir", words) or values.get("cache_dir"))
     if LAUNCH in command.option_classes:
         launch_options, words = split_launch_options(words)
         if launch_options != LaunchArguments():

@@ -68,7 +68,7 @@ def check_options(argv: Sequence[str], known_names: frozenset[str]) -> str | Non
         if name not in known_names and name.removeprefix("no_") not in known_names:
             option_shown = word.split("=")[0]
             raise ValueError(f"unknown option {option_shown}{_suggestion(name, known_names, '--')}")
-    return _value_of("config", argv)
+    return value_of("config", argv)
 
 
 def expand_aliases(argv: Sequence[str], known_names: frozenset[str]) -> list[str]:
@@ -174,14 +174,24 @@ def _option_name(word: str) -> str:
     return word.removeprefix("--").split("=")[0].replace("-", "_")
 
 
-def _value_of(option: str, argv: Sequence[str]) -> str | None:
-    """The value of an option on a command line; the last one counts."""
+def value_of(option: str, argv: Sequence[str]) -> str | None:
+    """Find the value of an option on a command line; the last one counts.
+
+    Args:
+        option: its name, without dashes.
+        argv: words of the command line.
+
+    Returns:
+        The value; None where the option is not there.
+    """
     value = None
     for position, word in enumerate(argv):
-        if word == f"--{option}" and position + 1 < len(argv):
-            value = argv[position + 1]
-        elif word.startswith(f"--{option}="):
+        if not word.startswith("--") or _option_name(word) != option:
+            continue
+        if "=" in word:
             value = word.partition("=")[2]
+        elif position + 1 < len(argv):
+            value = argv[position + 1]
     return value
 
 

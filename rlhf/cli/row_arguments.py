@@ -26,6 +26,8 @@ class RowArguments:
     chat_template_kwargs: str | None = option(None, 'JSON for the chat template, such as {"enable_thinking": false}.')
     columns: str | None = option(None, "Columns under other names: question=prompt,answer=completion.")
     roles: str | None = option(None, "Roles under other names: customer=user,agent=assistant.")
+    # Read before anything is imported: rlhf.cli.main moves the caches.
+    cache_dir: str | None = option(None, "Folder of all caches, in place of ~/.cache/huggingface and others.")
 
     def __post_init__(self) -> None:
         check_ranges(self)
