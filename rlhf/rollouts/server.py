@@ -1,9 +1,8 @@
 """The engine behind a completion server: vLLM, SGLang, or another with their form of OpenAI's protocol."""
 
 import logging
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,8 @@ RAW_LOGPS = (
 CANNOT_SLEEP = (
     "cannot sleep: start vLLM with --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1, or leave --rollout_server_sleep out"
 )
+MAX_TRIES = 12  # of a request: three and a half minutes of waiting
+SHORTEST_PATIENCE = 60.0  # seconds
 MAX_RESTARTS = 3  # within one request for completions
 # A text on which tokenizers differ: digits, symbols, quotes, accents and white space.
 TOKENIZER_PROBE = "It costs 1,234.50 €: “naïve” café\n\tdef f(x):  return x"
@@ -83,12 +84,16 @@ class ServerEngine:
             headers=headers,
             connections=concurrency,
             timeout=timeout,
-            patience=timeout,
+            # As long as a server needs to start: it may do so again.
+            tries=MAX_TRIES,
+            patience=max(startup_timeout, SHORTEST_PATIENCE),
         )
         self._calls = ServerCalls(client)
         self.url = client.address
         self._weights = None if weights_dir is None else ServerWeights(self._calls, Path(weights_dir))
-        self._pool = ThreadPoolExecutor(concurrency)
+        # Its threads end with the process, also where a request is still waiting: an executor's would be waited for.
+        self._pool = ThreadPool(concurrency)
+        self._concurrency = concurrency
         # Whether log-probs are right, by what can make them wrong: the temperature, and truncation or a penalty.
         self._logps_are_right: dict[tuple[float, bool], bool] = {}
         self._sleeps, self._is_asleep = sleeps, False
@@ -144,7 +149,7 @@ class ServerEngine:
             ConnectionError: the server is gone.
             ServerError: it reports no log-probs of a prompt (vLLM does, SGLang and others do not), or too few.
         """
-        return list(self._pool.map(lambda ids: self._read(list(ids), k), sequences))
+        return self._in_parallel(lambda ids: self._read(list(ids), k), sequences)
 
     def tokenizer_difference(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
         """Compare the server's tokenizer with the policy's on one text.
@@ -208,7 +213,7 @@ class ServerEngine:
 
     def close(self) -> None:
         """Close the connections; the server keeps running."""
-        self._pool.shutdown()
+        self._pool.terminate()
         self._calls.client.close()
 
     # Requests
@@ -220,8 +225,8 @@ class ServerEngine:
         client = self._calls.client
         for _ in range(MAX_RESTARTS):
             faults_before = client.connection_faults
-            # In the order of the requests, whichever is answered first.
-            completions = list(self._pool.map(partial(self._complete, sampling), prompts, seed_keys))
+            requests = zip(prompts, seed_keys, strict=True)
+            completions = self._in_parallel(lambda request: self._complete(sampling, *request), requests)
             if client.connection_faults == faults_before or self._weights is None or not self._weights.are_loaded:
                 return completions
             logger.warning(
@@ -232,6 +237,16 @@ class ServerEngine:
             )
             self._weights.load_again()
         raise ConnectionError(f"{self.url}: the connection was lost {MAX_RESTARTS} times while it sampled")
+
+    def _in_parallel(self, ask: Callable[[Any], Any], requests: Iterable[Any]) -> list[Any]:
+        """The results in the order of the requests, whichever is answered first."""
+        try:
+            return list(self._pool.imap(ask, requests))
+        except BaseException:  # Ctrl-C too
+            # Requests that have not begun are dropped.
+            self._pool.terminate()
+            self._pool = ThreadPool(self._concurrency)
+            raise
 
     def _complete(self, sampling: Sampling, prompt: list[int], seed_key: tuple[int, int, int]) -> Completion:
         end_options: dict[str, Any] = {}

@@ -1,5 +1,7 @@
 """The engine behind a server: what it sends, what it repeats, and what it refuses."""
 
+import os
+import signal
 import socket
 import threading
 from types import SimpleNamespace
@@ -114,10 +116,31 @@ def test_requests_are_repeated_and_give_the_same_completions(serve, waits):
     want = engine.generate(PROMPTS, 2, sampling, 0)
     server.faults["/v1/completions"] = [503, None, 429, 500]
     assert engine.generate(PROMPTS, 2, sampling, 0) == want
-    assert len(waits) == 4 and all(1 <= seconds < 9 for seconds in waits)
+    assert len(waits) == 4 and all(1 <= seconds < 10 for seconds in waits)
     server.faults["/v1/completions"] = [502] * 100
-    with pytest.raises(ConnectionError, match=r"/v1/completions: the server answers 502 .*, 6 tries"):
+    with pytest.raises(ConnectionError, match=r"/v1/completions: the server answers 502 .*, 12 tries"):
         engine.generate(PROMPTS, 1, sampling, 0)
+    server.faults.clear()
+    assert engine.generate(PROMPTS, 2, sampling, 0) == want
+
+
+def test_ctrl_c_does_not_wait_for_requests(serve):
+    server, engine = serve()
+    is_asked, goes_on = threading.Event(), threading.Event()
+
+    def hang(choice):
+        is_asked.set()
+        goes_on.wait()
+
+    def press_ctrl_c():
+        is_asked.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    server.sees = hang
+    threading.Thread(target=press_ctrl_c).start()
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(PROMPTS, 2, Sampling(max_tokens=2), 0)
+    goes_on.set()  # only now, so that nothing waited for the request
 
 
 def test_a_server_that_is_started_again_gets_the_weights_again(serve, waits, caplog):
