@@ -24,6 +24,7 @@ from rlhf.models import add_adapter_beside, load_tokenizer
 from rlhf.trainers.base import BaseTrainer
 from rlhf.trainers.config import BAD_ROWS, BaseConfig
 from rlhf.trainers.resuming import AUTO, checkpoint_to_resume, finished_step, resume_request
+from rlhf.trainers.run_folder import finish_interrupted
 from rlhf.trainers.run_lock import LOCK_FILE, run_lock
 from rlhf.trainers.stopping import noted_signals
 from rlhf.visible import visible
@@ -89,12 +90,16 @@ def train(
     # The first process writes the folder for all.
     with run_lock(output_folder) if args.process_index == 0 else nullcontext():
         request = _resume_request(data, args)
-        if request in ("true", AUTO):
-            step = finished_step(str(output_folder), args.max_steps, args.num_train_epochs)
-            if step is not None:
-                print(f"{output_folder}: already complete at step {step}")
-                return ExitCode.SUCCESS
-        checkpoint = _check_output(output_folder, data, request)
+        # The first process tidies the folder before any process looks at it.
+        with args.main_process_first(local=False, desc="looking for checkpoints"):
+            if args.process_index == 0:
+                finish_interrupted(output_folder)
+            if request in ("true", AUTO):
+                step = finished_step(str(output_folder), args.max_steps, args.num_train_epochs)
+                if step is not None:
+                    print(f"{output_folder}: already complete at step {step}")
+                    return ExitCode.SUCCESS
+            checkpoint = _check_output(output_folder, data, request)
         return _train(command, data, model, args, trainer_kwargs, options, checkpoint)
 
 

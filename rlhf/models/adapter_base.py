@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 BASE = "base"  # the folder beside an adapter
+PARTIAL = ".partial"  # in the folder of a run: what is being written, until it is whole and renamed
 _QUANTISED_WEIGHTS = ("Params4bit", "Int8Params")  # of bitsandbytes
 
 
@@ -51,8 +53,21 @@ def keep_base(model: Any, home: Path, known_folders: set[Path], state: dict[str,
         known_folders.add(base_folder)
         if getattr(base_model, "is_quantized", False):
             base_model, weights = _dequantised(base_model, weights)
-        base_model.save_pretrained(base_folder, state_dict=weights)
+        _write_base(base_model, weights, base_folder)
         logger.info("%s: the weights that the adapter sits on; no other checkpoint holds them", base_folder)
+
+
+def _write_base(base_model: Any, weights: dict[str, Tensor], base_folder: Path) -> None:
+    """Save a model whole or not at all, and readable for others."""
+    partial_folder = base_folder.parent / PARTIAL / base_folder.name
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    base_model.save_pretrained(partial_folder, state_dict=weights)
+    # safetensors makes files that only their owner can read; the configuration has the permissions of any new file.
+    mode = (partial_folder / "config.json").stat().st_mode
+    for file in partial_folder.iterdir():
+        file.chmod(mode)
+    shutil.rmtree(base_folder, ignore_errors=True)
+    partial_folder.rename(base_folder)
 
 
 def name_lengths(model: Any, folder: Path) -> None:

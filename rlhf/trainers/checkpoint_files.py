@@ -16,8 +16,9 @@ from typing import Any
 import xxhash
 from safetensors import SafetensorError
 
+from rlhf.models.adapter_base import PARTIAL
+
 MARK = "complete.json"  # in each whole folder: names, sizes and hashes of its files
-PARTIAL = ".partial"  # in the folder of a run: what is being written
 FORMAT_VERSION = 1
 
 _HASH = "xxh3_128"  # finds damage, not forgery; a fortieth of the time that writing takes
@@ -50,8 +51,9 @@ def write_mark(folder: Path, step: int | None = None, num_processes: int = 1) ->
     Raises:
         OSError: a file cannot be read or written.
     """
-    mark_file = folder / MARK
-    mark_file.unlink(missing_ok=True)
+    mark_file, temporary_mark = folder / MARK, folder / f".{MARK}"
+    for file in (mark_file, temporary_mark):
+        file.unlink(missing_ok=True)
     file_names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     mark = {
         "format": FORMAT_VERSION,
@@ -59,18 +61,17 @@ def write_mark(folder: Path, step: int | None = None, num_processes: int = 1) ->
         "num_processes": num_processes,
         "files": {name: _file_entry(folder / name) for name in file_names},
     }
-    temporary_mark = folder / f".{MARK}"
     temporary_mark.write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
     # safetensors makes files that nobody else may read. The mark has the permissions that the user's umask gives.
     mode = temporary_mark.stat().st_mode
     for name in [*file_names, temporary_mark.name]:
         os.chmod(folder / name, mode)
-        _sync(folder / name)
+        sync(folder / name)
     for path in folder.rglob("*"):
         if path.is_dir():
-            _sync(path)
+            sync(path)
     temporary_mark.rename(mark_file)
-    _sync(folder)
+    sync(folder)
 
 
 def read_mark(folder: Path) -> dict[str, Any]:
@@ -237,7 +238,7 @@ def put_in_place(partial: Path, final: Path) -> None:
     if final.exists():
         final.rename(replaced)
     partial.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     _remove_if_empty(partial.parent)
 
@@ -250,6 +251,19 @@ def discard(partial: Path) -> None:
     """
     shutil.rmtree(partial, ignore_errors=True)
     _remove_if_empty(partial.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk.
+
+    Args:
+        path: of the file or the folder.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _file_entry(file: Path) -> dict[str, Any]:
@@ -273,15 +287,6 @@ def _hash_of(file: Path) -> str:
         while num_bytes := stream.readinto(block):
             state.update(block[:num_bytes])
     return state.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _space_left(folder: Path) -> str:

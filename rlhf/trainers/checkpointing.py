@@ -1,17 +1,22 @@
 """Saving and loading as an ordinary checkpoint: the model inside the policy, never the wrapper."""
 
+import os
 from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rlhf.models import configured_dropout
-from rlhf.models.adapter_base import keep_base, name_lengths
+from rlhf.models.adapter_base import PARTIAL, keep_base, name_lengths
+from rlhf.trainers.checkpoint_files import discard, partial_path, put_in_place, write_mark, writing
+from rlhf.trainers.run_folder import MODEL, delete_old_checkpoints, last_marked_checkpoint, move_model_in
 from rlhf.trainers.safe_loading import SafeLoading
 
 
@@ -28,6 +33,7 @@ class Checkpointing(SafeLoading):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._is_saving_checkpoint = False
         self.bases: set[Path] = set()  # folders where this run saved the base of its adapter
 
     @contextmanager
@@ -59,30 +65,120 @@ class Checkpointing(SafeLoading):
             state_dict = {
                 name.removeprefix("model."): weight for name, weight in weights.items() if name.startswith("model.")
             }
-        run_folder = Path(str(self.args.output_dir))
-        folder = Path(output_dir) if output_dir else run_folder
+        folder = Path(output_dir or str(self.args.output_dir))
         # A run and all its checkpoints share the base of their adapters.
-        is_checkpoint = run_folder.resolve() in folder.resolve().parents
+        home = folder.parent.parent if folder.parent.name == PARTIAL else folder
         with self._inner_model() as inner_model, configured_dropout(inner_model):
-            keep_base(inner_model, run_folder.resolve() if is_checkpoint else folder, self.bases, state_dict)
+            keep_base(inner_model, home.resolve(), self.bases, state_dict)
             super()._save(output_dir, state_dict)
             name_lengths(inner_model, folder)
         if extra_weights:
             save_file(extra_weights, folder / self.extra_state_file)
 
+    # Checkpoints and the final model, each whole or not there
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run_folder = super()._get_output_dir(trial)
+        return os.path.join(run_folder, PARTIAL) if self._is_saving_checkpoint else run_folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As ``transformers.Trainer``; all processes write, and then one of them renames the folder.
+
+        Args:
+            model: as transformers passes it.
+            trial: of a search for hyperparameters.
+
+        Raises:
+            OSError: a process could not write; all processes raise.
+        """
+        run_folder = Path(self._get_output_dir(trial))
+        final = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        partial = partial_path(final)
+        self._is_saving_checkpoint = True
+        with self._all_or_none(partial, final), writing(final):
+            try:
+                super()._save_checkpoint(model, trial)
+                self._name_best_checkpoint(run_folder, partial)
+            finally:
+                self._is_saving_checkpoint = False
+        with self._all_or_none(partial, final), writing(final):
+            if self.args.should_save:
+                write_mark(partial, self.state.global_step, self.args.world_size)
+                put_in_place(partial, final)
+                delete_old_checkpoints(final, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As ``transformers.Trainer``; a folder that holds a model keeps it until the new one is whole.
+
+        Args:
+            output_dir: by default that of the run.
+            _internal_call: transformers saves a checkpoint.
+
+        Raises:
+            OSError: the model could not be written.
+        """
+        if _internal_call:
+            return super().save_model(output_dir, _internal_call)
+        final = Path(output_dir or str(self.args.output_dir))
+        partial = final / PARTIAL / MODEL
+        # Where weights are whole on each process, the first may be the only one that calls this.
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        with self._all_or_none(partial, final) if is_sharded else nullcontext(), writing(final):
+            super().save_model(str(partial), _internal_call=True)
+        if self.args.should_save:
+            with writing(final):
+                write_mark(partial, self.state.global_step, self.args.world_size)
+                move_model_in(partial, final)
+
+    def _name_best_checkpoint(self, run_folder: Path, partial: Path) -> None:
+        """Give the best checkpoint the path that it has once it is renamed; transformers looks beside the new one."""
+        best_step = self.state.best_global_step
+        best = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{best_step}"
+        if best_step and (best.exists() or best.name == partial.name):
+            self.state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                self.state.save_to_json(str(partial / "trainer_state.json"))
+
+    @contextmanager
+    def _all_or_none(self, partial: Path, final: Path) -> Iterator[None]:
+        """Let all processes fail where one does, so that none waits for it; nothing is left of the folder then."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:  # raised below, in all processes
+            error = caught
+        process = self.args.process_index
+        problems = gather_object([] if error is None else [f"process {process}: {error}"])
+        if not problems:
+            return
+        if self.args.should_save:
+            discard(partial)
+        if error is None:
+            raise OSError(f"{final} is not saved, because of {problems[0]}")
+        last = last_marked_checkpoint(final.parent)
+        if isinstance(error, OSError) and last is not None:
+            raise OSError(f"{error}; the last whole checkpoint is {last}: go on from it with --resume") from error
+        raise error
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:  # whose checkpoints hold the wrapper, in shards
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_extra_weights(Path(resume_from_checkpoint))
+        self._require_extra_weights(Path(resume_from_checkpoint))
         with self._inner_model() as inner_model:
             super()._load_from_checkpoint(resume_from_checkpoint, inner_model)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_best_model()
-        self._load_extra_weights(Path(str(self.state.best_model_checkpoint)))
+        self._require_extra_weights(Path(str(self.state.best_model_checkpoint)))
         with self._inner_model():
             super()._load_best_model()
+
+    def _require_extra_weights(self, folder: Path) -> None:
+        names = self.accelerator.unwrap_model(self.model).state_dict()
+        has_extra_weights = any(not name.startswith("model.") for name in names)
+        if not self._load_extra_weights(folder) and has_extra_weights:
+            raise ValueError(f"{folder}: no {self.extra_state_file}, which this trainer trains; choose another folder")
 
     def _load_extra_weights(self, folder: Path) -> bool:
         """Load what the wrapper trains besides the model; returns whether the folder has it."""

@@ -8,11 +8,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers.trainer_utils import SaveStrategy, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from rlhf.data.fingerprint import fingerprint
+from rlhf.trainers.checkpoint_files import last_whole_checkpoint, problem_of
 from rlhf.trainers.checkpointing import Checkpointing
 from rlhf.trainers.option_changes import RECORD, check_changes, recorded_options
+from rlhf.trainers.run_folder import finish_interrupted, last_marked_checkpoint
 from rlhf.trainers.sharding import check_sharding_of
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,11 @@ class Resuming(Checkpointing):
         """As ``transformers.Trainer``; by default from ``args.resume_from_checkpoint``."""
         requested = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         run_folder = Path(str(self.args.output_dir))
-        checkpoint = checkpoint_to_resume(requested, str(run_folder))
+        # The first process tidies the folder before any process looks at it.
+        with self.args.main_process_first(local=False, desc="looking for checkpoints"):
+            if self.args.process_index == 0:
+                finish_interrupted(run_folder)
+            checkpoint = checkpoint_to_resume(requested, str(run_folder))
         self._record = self._run_options()
         if checkpoint is not None:
             check_sharding_of(checkpoint, self.accelerator)
@@ -198,20 +204,27 @@ def checkpoint_to_resume(given: str | bool | None, output_dir: str) -> str | Non
     if not request:
         return None
     if request in ("true", AUTO):
-        last_checkpoint = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-        if last_checkpoint is None and request != AUTO:
+        whole, passed_over = last_whole_checkpoint(output_dir)
+        problems = [f"{path}: {problem}" for path, problem in passed_over.items()]
+        if whole is None and request != AUTO:
             raise ValueError(
                 f"{output_dir}: no checkpoint to resume from; leave out --resume to start, or pass --resume auto to do "
-                "either"
+                f"either{''.join(f' ({problem})' for problem in problems)}"
             )
-        return last_checkpoint
+        for line in problems:
+            logger.warning("passed over %s", line)
+        return None if whole is None else str(whole)
     folder = Path(str(given)).expanduser()
     if not folder.is_dir():
         raise ValueError(f"{given}: no such folder to resume from (--resume_from_checkpoint)")
-    last_checkpoint = get_last_checkpoint(str(folder))
+    last_checkpoint = last_marked_checkpoint(folder)
     if not (folder / "trainer_state.json").exists():
         hint = f"; did you mean {last_checkpoint}?" if last_checkpoint else ""
         raise ValueError(f"{given}: not a checkpoint of a run (no trainer_state.json){hint}")
+    if (problem := problem_of(folder)) is not None:
+        whole, _ = last_whole_checkpoint(folder.resolve().parent)
+        remedy = f"; the last whole checkpoint is {whole}" if whole else ""
+        raise ValueError(f"{given}: {problem}{remedy}")
     # "global_step…" is DeepSpeed's folder of optimizer states.
     has_optimizer = any(path.name.startswith(("optimizer", "global_step")) for path in folder.iterdir())
     if not has_optimizer:

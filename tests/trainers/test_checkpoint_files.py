@@ -8,10 +8,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from rlhf.models.adapter_base import PARTIAL
 from rlhf.trainers import checkpoint_files
 from rlhf.trainers.checkpoint_files import (
     MARK,
-    PARTIAL,
     atomic_folder,
     last_whole_checkpoint,
     problem_of,
@@ -104,6 +104,6 @@ def test_weights_get_the_permissions_of_an_ordinary_file(tmp_path: Path) -> None
 
 def test_all_is_on_the_disk_before_the_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
-    monkeypatch.setattr(checkpoint_files, "_sync", lambda path: synced.append(path.name))
+    monkeypatch.setattr(checkpoint_files, "sync", lambda path: synced.append(path.name))
     save(tmp_path / "model")
     assert synced == ["state", "weights", f".{MARK}", "inner", "model", tmp_path.name]
