@@ -336,12 +336,20 @@ def _nothing_to_learn(dialogue: Dialogue) -> str | None:
 # Rows that are tokenised already
 
 
+def _ids(row: Row, column_name: str) -> list[Any]:
+    """The token ids in a column; whether they are in the vocabulary is checked later."""
+    column_value = row[column_name]
+    if column_value is None or isinstance(column_value, str | bytes | dict | int | float):
+        raise ValueError(f"{column_name!r} is a {type(column_value).__name__}, expected a list of token ids")
+    return list(column_value)
+
+
 def _ready_sft_columns(row: Row) -> dict[str, Any]:
     """Ids and labels from ``labels``, from masks, or from a prompt and its completion."""
     if "input_ids" not in row:
-        prompt_ids, completion_ids = list(row["prompt_ids"]), list(row["completion_ids"])
+        prompt_ids, completion_ids = (_ids(row, column_name) for column_name in ("prompt_ids", "completion_ids"))
         return {"input_ids": prompt_ids + completion_ids, "labels": [IGNORE] * len(prompt_ids) + completion_ids}
-    token_ids = list(row["input_ids"])
+    token_ids = _ids(row, "input_ids")
     # Labels and masks may be given together: a token is scored if all of them say so.
     labels = token_ids if row.get("labels") is None else list(row["labels"])
     token_masks = {column_name: row[column_name] for column_name in _MASKS if row.get(column_name) is not None}
@@ -359,7 +367,7 @@ def _ready_sft_columns(row: Row) -> dict[str, Any]:
 
 
 def _ready_pair_columns(row: Row) -> dict[str, Any]:
-    id_columns = {column_name: list(row[column_name]) for column_name in PAIR_IDS}
+    id_columns = {column_name: _ids(row, column_name) for column_name in PAIR_IDS}
     # An answer without ids has no log-prob that could be compared.
     answer_columns = ("chosen_ids", "rejected_ids")
     for column_name in answer_columns:

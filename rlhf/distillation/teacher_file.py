@@ -71,7 +71,7 @@ class TeacherFile:
     def __init__(self, folder: str | Path, writable: bool = False) -> None:
         self.folder = Path(folder)
         self.key = read_key(self.folder)
-        if self.key["k"] == 0:
+        if self.key.get("k") == 0:
             raise ValueError(f"{folder}: holds completions, not log-probs (--k 0): train on them with `rlhf sft`")
         if self.key.get(UNFINISHED):
             raise ValueError(f"{folder}: its arrays are not all there yet: run the same `rlhf teacher` again")
@@ -85,6 +85,7 @@ class TeacherFile:
         }
         self.ids, self.logps = arrays["ids"], arrays["logps"]
         self.offsets, self.done = arrays["offsets"], arrays["done"]
+        _check_offsets(self.folder, self.offsets, self.key["tokens"])
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A data loader's worker that is spawned opens the folder again, rather than being sent all the arrays.
@@ -134,6 +135,12 @@ class TeacherFile:
         # Float16 rounds each outcome, so together they are only nearly 1: normalised again, no loss is below 0.
         outcomes = torch.from_numpy(stored).log_softmax(-1)
         ids = torch.from_numpy(self.ids[tokens].astype(np.int64))
+        vocabulary = self.key["vocabulary"]
+        if ids.numel() and int(ids.max()) >= vocabulary:
+            raise ValueError(
+                f"{self.folder}: token {int(ids.max())} is outside the teacher's vocabulary of {vocabulary}: damaged; "
+                "write the folder again (rlhf teacher --overwrite)"
+            )
         return TopK(ids, outcomes[:, :-1].contiguous(), outcomes[:, -1].contiguous())
 
     def of_examples(self, examples: list[Row], collate: Collator) -> TopK | None:
@@ -292,6 +299,8 @@ def read_key(folder: Path) -> Key:
             f"{path}: not valid JSON ({error}); write the folder again (rlhf teacher --overwrite)"
         ) from error
     # Before anything else of the key is trusted: another format may mean other things by the same names.
+    if not isinstance(key, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(key).__name__}; write the folder again")
     if key.get("format") != FORMAT:
         raise ValueError(f"{path}: format {key.get('format')}, this version reads {FORMAT}: write the folder again")
     return key
@@ -337,6 +346,14 @@ def write_key(folder: Path, key: Key) -> None:
 
 def _layout_of(key: Key) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and type of each array."""
+    for name in ("rows", "tokens", "k", "vocabulary"):
+        value = key.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{HEADER}: {name} is {value!r}, expected a number of them; write the folder again")
+    if key.get("dtype") not in ("float16", "float32"):
+        raise ValueError(
+            f"{HEADER}: dtype is {key.get('dtype')!r}, expected float16 or float32; write the folder again"
+        )
     rows, tokens, k = key["rows"], key["tokens"], key["k"]
     # Two bytes where they suffice: ids otherwise take twice the room of the log-probs.
     id_type = np.dtype(np.uint16 if key["vocabulary"] <= 2**16 else np.uint32)
@@ -348,6 +365,13 @@ def _layout_of(key: Key) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     }
 
 
+def _check_offsets(folder: Path, offsets: np.ndarray, num_tokens: int) -> None:
+    """Refuse damaged offsets, which would take tokens of other rows."""
+    rises = bool((np.diff(offsets) >= 0).all())
+    if offsets[0] != 0 or offsets[-1] != num_tokens or not rises:
+        raise ValueError(f"{folder / 'offsets.npy'}: damaged; write the folder again (rlhf teacher --overwrite)")
+
+
 def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype, mode: Mode) -> np.ndarray:
     """Map an array into memory; raises for one that is missing, cut short or of another folder."""
     try:
@@ -355,7 +379,8 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype, mode: Mode)
         array = open_memmap(path, mode="r")
     except FileNotFoundError:
         raise ValueError(f"{path}: missing; write the folder again (rlhf teacher --overwrite)") from None
-    except (ValueError, EOFError) as error:
+    # numpy raises anything for a header that is damaged.
+    except Exception as error:
         size, expected_size = path.stat().st_size, int(np.prod(shape)) * dtype.itemsize
         raise ValueError(
             f"{path}: cut short, {size} bytes of more than {expected_size}: copy it again, or write the folder again "

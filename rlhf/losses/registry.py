@@ -129,7 +129,7 @@ def _import(what: str, module: str) -> ModuleType:
         if error.name and (module == error.name or module.startswith(error.name + ".")):
             raise ValueError(f"{what}: no module {error.name!r}; for a file write file.py:function") from error
         raise ValueError(f"{what}: importing {module} fails ({error})") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{what}: importing {module} fails ({type(error).__name__}: {error})") from error
 
 
@@ -144,6 +144,7 @@ def _import_file(what: str, file: str) -> ModuleType:
     sys.modules[module_spec.name] = module  # data classes in the file look themselves up
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    # A script that ends itself would end the training without a word.
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{what}: running {file} fails ({type(error).__name__}: {error})") from error
     return module

@@ -54,6 +54,14 @@ def call(function: RewardFunction, arguments: dict[str, Any], timeout: float | N
     return _in_thread(function, arguments, timeout)
 
 
+def _without_exit(function: RewardFunction, arguments: dict[str, Any]) -> Any:
+    """Call a function whose ``sys.exit`` is an error: it would end the training without a word."""
+    try:
+        return function(**arguments)
+    except SystemExit as error:
+        raise RuntimeError(f"it ended the process (sys.exit({error.code!r}))") from error
+
+
 def _with_alarm(function: RewardFunction, arguments: dict[str, Any], timeout: float) -> Any:
     is_armed = True
 
@@ -66,7 +74,7 @@ def _with_alarm(function: RewardFunction, arguments: dict[str, Any], timeout: fl
     # Again each second: an exception that lands in a destructor is lost.
     seconds_left, interval = signal.setitimer(signal.ITIMER_REAL, timeout, 1.0)
     try:
-        return function(**arguments)
+        return _without_exit(function, arguments)
     except _Expired:
         raise TimedOut(timeout) from None
     finally:

@@ -70,6 +70,8 @@ def load_reward(spec: str, tokenizer: PreTrainedTokenizerBase | None = None) -> 
     is_module = bool(module_or_file) and "/" not in name
     if module_or_file.endswith(".py") or is_module:
         function = load_object(name, f"reward {spec!r}")
+        if not callable(function):
+            raise ValueError(f"reward {spec!r}: {function!r} is no function")
         return function if options is None else _build(spec, function, options)
     if "/" in name or name.startswith("~"):
         # A name on the hub; a folder that does not exist is reported by ModelReward.

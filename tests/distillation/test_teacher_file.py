@@ -172,3 +172,26 @@ def test_numbers_that_are_no_log_probs_are_named(logp, written, rows, tokenizer)
     with pytest.raises(ValueError, match=want + r"write the folder again \(rlhf teacher --overwrite\)"):
         file.take([5, 3])
     file.take([2, 4])
+
+
+@pytest.mark.parametrize(("name", "value"), [("vocabulary", [1]), ("rows", -1), ("tokens", None), ("dtype", "V9")])
+def test_a_header_of_odd_values_is_refused(name, value, written):
+    header = json.loads((written / "teacher.json").read_text())
+    (written / "teacher.json").write_text(json.dumps({**header, name: value}))
+    with pytest.raises(ValueError, match=f"teacher.json: {name} is "):
+        TeacherFile(written)
+    (written / "teacher.json").write_text("[]")
+    with pytest.raises(ValueError, match="expected a JSON object, got a list"):
+        TeacherFile(written)
+
+
+def test_damaged_arrays_are_named(written):
+    offsets = np.load(written / "offsets.npy")
+    np.save(written / "offsets.npy", np.where(np.arange(len(offsets)) == 3, 2**40, offsets))
+    with pytest.raises(ValueError, match=r"offsets.npy: damaged"):
+        TeacherFile(written)
+    np.save(written / "offsets.npy", offsets)
+    ids = np.load(written / "ids.npy")
+    np.save(written / "ids.npy", np.full_like(ids, V))
+    with pytest.raises(ValueError, match=f"token {V} is outside the teacher's vocabulary of {V}: damaged"):
+        TeacherFile(written).take([0])

@@ -29,7 +29,7 @@ NUMBERS = [
     "1,5",
     "None",
 ]
-TEXTS = ["", "x", "ü🙂", "\n", "a" * 5000, "none", "auto", "../..", "file.py:name", "[1", "{}", "true", "[red]", "0"]
+TEXTS = ["", "x", "ü🙂", "\n", "a" * 500, "none", "auto", "../..", "file.py:name", "[1", "{}", "true", "[red]", "0"]
 # Written again here, so that a mistake in the table of ranges is found.
 NEVER_NEGATIVE = frozenset(
     [

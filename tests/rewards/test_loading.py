@@ -4,6 +4,7 @@ import pytest
 from trl.rewards import get_soft_overlong_punishment, think_format_reward
 
 from rlhf.rewards import BUILTINS, RewardSet, load_reward
+from rlhf.rewards.calling import call
 
 FILE = """
 from dataclasses import dataclass
@@ -88,6 +89,14 @@ def test_files_that_cannot_be_read(file, tmp_path):
         load_reward(f"{file}:short")
     file.write_text("def f(:")
     with pytest.raises(ValueError, match=r"fails \(SyntaxError: "):
+        load_reward(f"{file}:f")
+    file.write_text("import sys\nscore = 3\ndef leaves(completions): sys.exit(5)")
+    with pytest.raises(ValueError, match=r"mine.py:score': 3 is no function"):
+        load_reward(f"{file}:score")
+    with pytest.raises(RuntimeError, match=r"it ended the process \(sys.exit\(5\)\)"):
+        call(load_reward(f"{file}:leaves"), {"completions": []}, 1.0)
+    file.write_text("import sys\nsys.exit(7)")
+    with pytest.raises(ValueError, match=r"running .*mine.py fails \(SystemExit: 7\)"):
         load_reward(f"{file}:f")
 
 
