@@ -1,5 +1,6 @@
 """How each training command runs: from parsed options to a saved checkpoint."""
 
+import gc
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,6 +30,11 @@ from rlhf.trainers.run_lock import LOCK_FILE, run_lock
 from rlhf.trainers.stopping import noted_signals
 from rlhf.visible import visible
 
+# Attributes of a trainer, or of its callbacks, that lead to weights or to the state of the optimizer.
+_HOLD_WEIGHTS = {
+    "model", "model_wrapped", "deepspeed", "optimizer", "lr_scheduler", "reference", "policy", "teacher", "collector",
+    "balancer", "callbacks", "rollouts",
+}  # fmt: skip
 TEACHER_ADAPTER = "teacher"  # name of the teacher's adapter on the student's model
 Rows: TypeAlias = Dataset | IterableDataset | Mixture
 
@@ -249,10 +255,14 @@ def _close_progress_bar(trainer: BaseTrainer) -> None:
 
 
 def _end_process_group(trainer: BaseTrainer) -> None:
-    """End the process group once DDP has let go of it: left to the interpreter's exit, its threads may abort there."""
+    """End the process group once nothing holds it: left to the interpreter's exit, its threads may abort there."""
     trainer.accelerator.wait_for_everyone()
-    trainer.model_wrapped = trainer.model
+    # DDP holds the group, and so does every tensor that is sharded over it.
+    for owner in (trainer, trainer.callback_handler):
+        for name in _HOLD_WEIGHTS & vars(owner).keys():
+            setattr(owner, name, None)
     trainer.accelerator.free_memory()
+    gc.collect()
     trainer.accelerator.end_training()
 
 
