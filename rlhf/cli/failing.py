@@ -46,14 +46,16 @@ def fail(command: str, error: Exception, debug: bool) -> int:
     # From now on the launcher may end this process at any moment.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     rank = os.environ.get("RANK", "0")
-    if _lost_connection(error):
+    lost_connection = _lost_connection(error)
+    if lost_connection:
         time.sleep(SECONDS_FOR_THE_LAUNCHER)
-    else:
-        _record(error)
-        if rank != "0":
-            time.sleep(SECONDS_FOR_THE_FIRST)
+    elif rank != "0":
+        time.sleep(SECONDS_FOR_THE_FIRST)
     # Still here, so no other process has told it.
     _print(command if rank == "0" else f"{command} (process {rank})", error, is_bug or debug)
+    # As late as this: the launcher takes the earliest error, not one of a process that it ends while it waits.
+    if not lost_connection:
+        _record(error)
     _end_at_once_in_a_group(status)
     return status
 
