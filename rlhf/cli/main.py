@@ -18,6 +18,7 @@ from rlhf.cli.failing import MENDABLE, fail, in_several_processes, interrupted
 from rlhf.cli.field_names import names_of_options
 from rlhf.cli.launch import LaunchArguments, launch, split_launch_options
 from rlhf.cli.options import check_options, expand_aliases, read_config, value_of
+from rlhf.secret_names import without_secret_words
 from rlhf.visible import VisibleFormatter
 
 # What torch reads from the environment when it first needs it; a user's own value stays.
@@ -44,7 +45,11 @@ def main(argv: list[str] | None = None) -> int:
     """
     for variable, value in TORCH_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        argv = sys.argv[1:]
+        # wandb stores these words.
+        sys.argv[1:] = without_secret_words(argv)
+    argv = list(argv)
     parser = _parser()
     # The first word alone: all that follows belongs to the command.
     options, unknown = parser.parse_known_args(argv[:1])

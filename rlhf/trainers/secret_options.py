@@ -1,15 +1,10 @@
 """Tokens and passwords among options: no file of a run and no tracker gets them."""
 
 import copy
-import re
 from typing import Any
 
 from rlhf.data.http_client import shown_address
-
-MASK = "***"
-_SECRET_NAME = re.compile(r"(token|password|secret|api_key|access_key|authorization)$", re.IGNORECASE)
-_VOCABULARY = ("eos_token", "pad_token", "bos_token", "unk_token", "mask_token", "sep_token", "cls_token")
-_HUB_TOKEN = re.compile(r"\bhf_\w{16,}")  # wherever one stands
+from rlhf.secret_names import MASK, VOCABULARY, is_secret, without_hub_tokens
 
 
 def without_secrets(value: Any, name: str = "") -> Any:
@@ -22,9 +17,7 @@ def without_secrets(value: Any, name: str = "") -> Any:
         The value, or a copy where it has a secret.
     """
     if isinstance(value, str):
-        if value and name not in _VOCABULARY and _SECRET_NAME.search(name):
-            return MASK
-        return _HUB_TOKEN.sub(MASK, shown_address(value))
+        return MASK if value and is_secret(name) else without_hub_tokens(shown_address(value))
     # No subclasses, which may be made in another way.
     if type(value) is dict:
         return {key: without_secrets(item, str(key)) for key, item in value.items()}
@@ -40,7 +33,7 @@ class SecretOptions:
         """As in transformers, for trackers; without secrets, and with the tokens of the vocabulary."""
         options = super().to_dict()  # type: ignore[misc]  # of TrainingArguments
         # transformers hides whatever is called a token.
-        options |= {name: getattr(self, name) for name in _VOCABULARY if name in options}
+        options |= {name: getattr(self, name) for name in VOCABULARY if name in options}
         return without_secrets(options)
 
     def __str__(self) -> str:

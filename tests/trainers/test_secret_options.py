@@ -2,12 +2,15 @@
 
 import copy
 import pickle
+import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+from rlhf.cli.main import main
 from rlhf.online import PPOConfig
+from rlhf.secret_names import without_secret_words
 from rlhf.trainers import DPOConfig, SFTConfig
 from rlhf.trainers.secret_options import without_secrets
 
@@ -48,6 +51,17 @@ def test_what_is_no_secret_stays(tmp_path):
     assert without_secrets({"num_tokens": 3, "token": True, "a": ["b/c.py:d", "https://hub/x?y=z"]}) == {
         "num_tokens": 3, "token": True, "a": ["b/c.py:d", "https://hub/x"],
     }  # fmt: skip
+
+
+def test_no_secret_stays_on_the_command_line(monkeypatch, capsys):
+    words = ["sft", "--hub_token", OTHER, f"--hub-token={OTHER}", "--eos_token", "<e>", "--run_name", HUB]
+    assert without_secret_words(words) == [
+        "sft", "--hub_token", "***", "--hub-token=***", "--eos_token", "<e>", "--run_name", "***",
+    ]  # fmt: skip
+    assert without_secret_words(["--hub_token", "--use_cpu"]) == ["--hub_token", "--use_cpu"]
+    monkeypatch.setattr("sys.argv", ["rlhf", *words, "--unknown_option"])
+    assert main() == 2
+    assert OTHER not in str(sys.argv) and "unknown option --unknown_option" in capsys.readouterr().err
 
 
 def test_a_copy_in_memory_is_whole(tmp_path):
