@@ -1,7 +1,6 @@
 """What on-policy training learns from: completions with their rewards, and from those to advantages."""
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +13,6 @@ from rlhf.data import Batch
 from rlhf.data.batch import IGNORE
 from rlhf.data.messages import Turns
 from rlhf.losses import ADVANTAGE_ESTIMATORS, rewards_of_tokens, whiten
-
-# A checkpoint that an older version saved within a rollout holds samples of this module, with these fields.
-sys.modules["rlhf.trainers.experience"] = sys.modules[__name__]
-_OLD_FIELDS = {"each": "reward_components", "learned": "in_loss"}
 
 
 @dataclass
@@ -53,15 +48,6 @@ class Sample:
     extra: dict[str, Any] = field(default_factory=dict)
     in_loss: bool = True
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a sample of a checkpoint, also under the names that fields had in older versions."""
-        for old_name, name in _OLD_FIELDS.items():
-            if old_name in state:
-                state[name] = state.pop(old_name)
-        if "kept" in state["tokens"]:
-            state["tokens"]["high_entropy"] = state["tokens"].pop("kept")
-        self.__dict__.update(state)
-
     def __len__(self) -> int:
         """Tokens that the policy sampled."""
         return len(self.ids) if self.sampled is None else sum(self.sampled)
@@ -72,6 +58,30 @@ class Sample:
         if self.sampled is None:
             return self.ids
         return [token if is_sampled else IGNORE for token, is_sampled in zip(self.ids, self.sampled, strict=True)]
+
+
+def plain_samples(samples: Any) -> Any:
+    """Samples as plain values, for a checkpoint.
+
+    Args:
+        samples: nested lists of them.
+
+    Returns:
+        Lists of the same shape, with the fields of each by name.
+    """
+    return [plain_samples(item) for item in samples] if isinstance(samples, list) else dict(vars(samples))
+
+
+def samples_of(plain: Any) -> Any:
+    """Samples from what :func:`plain_samples` returned.
+
+    Args:
+        plain: nested lists of fields by name.
+
+    Returns:
+        Lists of the same shape.
+    """
+    return [samples_of(item) for item in plain] if isinstance(plain, list) else Sample(**plain)
 
 
 @dataclass(frozen=True, eq=False)

@@ -45,6 +45,8 @@ from rlhf.online.samples import (
     collate_samples,
     kl_penalties,
     mark_high_entropy,
+    plain_samples,
+    samples_of,
     select_of_groups,
 )
 from rlhf.online.trl_names import refuse_trainer_arguments
@@ -337,13 +339,13 @@ class PPOTrainer(EvaluatesBySampling):
             "kl_coef": None if self.controller is None else self.controller.value,
             "steps": schedule.remaining_steps,
             # The samples are needed only in the middle of a rollout.
-            "minibatches": schedule.minibatches if schedule.remaining_steps else [],
+            "minibatches": plain_samples(schedule.minibatches) if schedule.remaining_steps else [],
             "report": {
                 "kl": self.step_statistics.last_step_kl,
                 "peaks": self.step_statistics.peaks,
                 "entropy": diagnosis.first_entropy,
                 "said": diagnosis.already_warned,
-                "unlogged_samples": self._unlogged_samples,
+                "unlogged_samples": plain_samples(self._unlogged_samples),
                 "tokens_to_train": self._tokens_to_train,
                 "seconds_since_rollout": time.perf_counter() - self._training_since if self._training_since else None,
             },
@@ -360,12 +362,16 @@ class PPOTrainer(EvaluatesBySampling):
             )
         super().load_resume_state(state)
         self.collector.num_rollouts, self.collector.prompts.drawn = state["rollouts"], state["drawn"]
-        self.schedule.remaining_steps, self.schedule.minibatches = state["steps"], state["minibatches"]
+        self.schedule.remaining_steps = state["steps"]
+        self.schedule.minibatches = samples_of(state["minibatches"])
         report = state["report"]
         self.step_statistics.last_step_kl = report["kl"]
         self.step_statistics.peaks = {name: peak.to(self.args.device) for name, peak in report["peaks"].items()}
         self.diagnosis = Diagnosis(report["entropy"], report["said"])
-        self._unlogged_samples, self._tokens_to_train = report["unlogged_samples"], report["tokens_to_train"]
+        self._unlogged_samples, self._tokens_to_train = (
+            samples_of(report["unlogged_samples"]),
+            report["tokens_to_train"],
+        )
         if report["seconds_since_rollout"] is not None:
             self._training_since = time.perf_counter() - report["seconds_since_rollout"]
         if self.ref_policy is not None and "ref_model" in state:

@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -16,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from rlhf.models import configured_dropout
 from rlhf.models.adapter_base import PARTIAL, keep_base, name_lengths
 from rlhf.trainers.checkpoint_files import discard, partial_path, put_in_place, write_mark, writing
+from rlhf.trainers.plain_state import load_state, save_state
 from rlhf.trainers.run_folder import MODEL, delete_old_checkpoints, last_marked_checkpoint, move_model_in
 from rlhf.trainers.safe_loading import SafeLoading
 
@@ -200,19 +200,23 @@ class Checkpointing(SafeLoading):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        torch.save(self.resume_state(), self._resume_file(output_dir))
+        save_state(self._resume_file(output_dir), self.resume_state())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         file = self._resume_file(checkpoint)
+        if not file.exists() and file.with_suffix(".pt").exists():
+            raise ValueError(
+                f"{file.with_suffix('.pt')}: of an older version, in a format that can run code; start the run anew"
+            )
         if not file.exists():
             raise FileNotFoundError(
                 f"{checkpoint}: no {file.name}; it was saved by fewer processes, or by another trainer: resume with as "
                 "many processes as before"
             )
-        self.load_resume_state(torch.load(file, weights_only=False))
+        self.load_resume_state(load_state(file))
 
     def _resume_file(self, checkpoint: str) -> Path:
-        return Path(checkpoint) / f"trainer_state_{self.args.process_index}.pt"
+        return Path(checkpoint) / f"trainer_state_{self.args.process_index}.json"

@@ -1,10 +1,8 @@
 """The parts of on-policy training one by one, without a trainer: collector, metrics, schedule, sampler, completions."""
 
-import importlib
 import json
 import logging
 import math
-import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -197,18 +195,6 @@ def test_minibatches_keep_their_samples_from_pass_to_pass():
     assert sorted(schedule.remaining_steps[4:8]) == sorted(schedule.remaining_steps[8:]) == [0, 1, 2, 3]
     schedule.next_step()
     assert schedule.remaining_micro_batches == [samples[:2]] and len(schedule.remaining_steps) == 11
-
-
-def test_samples_of_an_older_checkpoint_are_read():
-    """Under the module and the fields that they had in older versions."""
-    one = sample(2.0, kept=[1.0, 0.0])
-    state = vars(one) | {"each": one.reward_components, "learned": False}
-    del state["reward_components"], state["in_loss"]
-    old = importlib.import_module("rlhf.trainers.experience").Sample.__new__(Sample)
-    old.__setstate__(state)
-    assert old.reward_components == {"reward": 2.0} and not old.in_loss and len(old) == 2
-    assert old.tokens["high_entropy"].tolist() == [1.0, 0.0] and "kept" not in old.tokens
-    assert pickle.loads(pickle.dumps(old)).in_loss is False
 
 
 @pytest.mark.parametrize("unique", [False, True])
