@@ -38,10 +38,9 @@ wheel:
 	.venv-wheel/bin/pip wheel -q --no-deps -w dist .
 	.venv-wheel/bin/pip install -q -c constraints.txt dist/*.whl
 	HF_HUB_OFFLINE=1 .venv-wheel/bin/python tests/sanity/installed.py
-# Kills at random moments (N for each job) and in front of every write; half an hour on 2 cores.
-N := 20
+# N=random kills of each job, EVERY=K: aimed kills at each K-th write. With a kill at every write more than an hour.
 soak: setup
-	PYTHONPATH=tests $(BIN)/python tests/soak/soak.py --random $(N)
+	PYTHONPATH=tests $(BIN)/python tests/soak/soak.py --random $(or $(N),20) --every $(or $(EVERY),1)
 bench: setup  # MODEL=folder [DATA=folder of rows] adds whole steps of training, half an hour on 2 cores
 	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/head.py

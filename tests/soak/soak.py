@@ -6,6 +6,7 @@ PYTHONPATH=tests python tests/soak/soak.py --jobs sft ppo --random 5 --every 3
 
 import argparse
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -32,8 +33,12 @@ def main() -> int:
     prepared = run(lambda: prepare(inputs, tokenizer.__wrapped__()), inputs)
     assert prepared.status == 0, prepared.output
     num_wrong = sum(soak(name, JOBS[name], inputs, work, args) for name in args.jobs)
-    print(f"{num_wrong} runs are wrong; their folders are in {work}" if num_wrong else "nothing is wrong")
-    return min(num_wrong, 1)
+    if num_wrong:
+        print(f"{num_wrong} runs are wrong; their folders are in {work}")
+        return 1
+    shutil.rmtree(work)
+    print("nothing is wrong")
+    return 0
 
 
 def soak(name: str, job: Job, inputs: Path, work: Path, args: argparse.Namespace) -> int:
