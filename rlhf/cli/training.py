@@ -24,7 +24,7 @@ from rlhf.distillation import DistillConfig, DistillTrainer
 from rlhf.models import add_adapter_beside, load_tokenizer
 from rlhf.trainers.base import BaseTrainer
 from rlhf.trainers.config import BAD_ROWS, BaseConfig
-from rlhf.trainers.resuming import AUTO, checkpoint_to_resume, finished_step, resume_request
+from rlhf.trainers.resuming import AUTO, RESULTS, checkpoint_to_resume, finished_step, resume_request
 from rlhf.trainers.run_folder import finish_interrupted
 from rlhf.trainers.run_lock import LOCK_FILE, run_lock
 from rlhf.trainers.stopping import noted_signals
@@ -229,6 +229,9 @@ def _train_and_save(trainer: BaseTrainer, checkpoint: str | None) -> int:
 
 def _save_and_evaluate(trainer: BaseTrainer, result: TrainOutput) -> None:
     trainer.save_model()
+    if trainer.is_world_process_zero():
+        # Those of a shorter run: results say that all of a run is done, also its evaluation.
+        (Path(str(trainer.args.output_dir)) / RESULTS).unlink(missing_ok=True)
     trainer.save_state()
     metrics: dict[str, Any] = dict(result.metrics)
     if trainer.eval_dataset is not None:

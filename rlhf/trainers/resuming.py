@@ -19,6 +19,7 @@ from rlhf.trainers.sharding import check_sharding_of
 
 logger = logging.getLogger(__name__)
 
+RESULTS = "all_results.json"  # the last file of a run
 AUTO = "auto"  # go on where there is a checkpoint, start where there is none
 
 
@@ -263,7 +264,7 @@ def finished_step(output_dir: str, max_steps: int, num_train_epochs: float) -> i
     """
     folder = Path(output_dir)
     # The last files of a run, in this order; a run that was stopped writes none of them.
-    state, results = _read_json(folder / "trainer_state.json"), _read_json(folder / "all_results.json")
+    state, results = _read_json(folder / "trainer_state.json"), _read_json(folder / RESULTS)
     if state is None or results is None:
         return None
     step, epoch = int(state["global_step"]), float(state.get("epoch") or 0.0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -119,10 +120,15 @@ def test_a_reward_model_from_a_file_and_on_from_there(peft, train, data_files, t
     assert first["std_reward"] > 0  # the head was kept
 
 
-def test_resume_and_overwrite(train, capsys):
+def test_resume_and_overwrite(train, capsys, monkeypatch):
     folder = train("sft", "--save_steps", "1", "--resume", "auto")
     assert (folder / "checkpoint-2").is_dir()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):  # stopped before its results
+        patch.setattr(rlhf.SFTTrainer, "save_metrics", Mock(side_effect=RuntimeError))
+        train("sft", "--save_steps", "1", "--resume", "--max_steps", "3")
     train("sft", "--save_steps", "1", "--resume", "--max_steps", "3")
+    assert "already complete" not in capsys.readouterr().out
+    assert (folder / "all_results.json").exists()
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 3
     files = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     train("sft", "--save_steps", "1", "--resume", "auto", "--max_steps", "3")
