@@ -10,12 +10,19 @@ from accelerate import Accelerator
 
 from rlhf.cli.main import main
 
-# All in one process group: a second one in the same processes would wait for ever at its start.
-Accelerator.end_training = lambda self: None
-for words in json.loads(Path(sys.argv[1]).read_text()):
-    if status := main(words):
-        sys.exit(status)
-# A model that still holds the group may abort at the exit.
-gc.collect()
-dist.barrier()
-dist.destroy_process_group()
+
+def run_all(file: Path) -> int:
+    # All in one process group: a second one in the same processes would wait for ever at its start.
+    Accelerator.end_training = lambda self: None
+    for words in json.loads(file.read_text()):
+        if status := main(words):
+            return status
+    # A model that still holds the group may abort at the exit.
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_all(Path(sys.argv[1])))
