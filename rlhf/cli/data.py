@@ -9,6 +9,7 @@ import datasets
 from rlhf.cli.output_files import check_output_file, write_output_file
 from rlhf.cli.parsing import parse
 from rlhf.cli.row_arguments import RowArguments
+from rlhf.data.errors import error_context
 from rlhf.evaluation import audit, audit_page, command_for, show_audit
 from rlhf.models import load_tokenizer
 from rlhf.rollouts.arguments import option
@@ -59,18 +60,19 @@ def run(argv: list[str]) -> None:
     template = "" if tokenizer else "tool_calls"
     row_format = replace(reading.form, text_field=args.dataset_text_field, template=template)
     reading = replace(reading, form=row_format)
-    report = audit(
-        rows,
-        args.dataset_name,
-        args.command or command_for(rows, reading),
-        tokenizer,
-        reading,
-        max_length=args.max_length,
-        text_field=args.dataset_text_field,
-        samples=args.samples,
-        # disable=None hides the bar where the output is no terminal.
-        progress=lambda rows: datasets.utils.tqdm(rows, desc="Reading", unit="row", leave=False, disable=None),
-    )
+    with error_context(str(args.dataset_name)):
+        report = audit(
+            rows,
+            args.dataset_name,
+            args.command or command_for(rows, reading),
+            tokenizer,
+            reading,
+            max_length=args.max_length,
+            text_field=args.dataset_text_field,
+            samples=args.samples,
+            # disable=None hides the bar where the output is no terminal.
+            progress=lambda rows: datasets.utils.tqdm(rows, desc="Reading", unit="row", leave=False, disable=None),
+        )
     show_audit(report)
     if args.html is not None:
         write_output_file(Path(args.html), audit_page(report))

@@ -1,6 +1,7 @@
 """Files that a command writes at its end: checked before the work, and replaced only when asked to."""
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -26,8 +27,13 @@ def check_output_file(option: str, given: str | None, overwrite: bool) -> None:
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir():
         raise ValueError(f"--{option} {path}: {folder} is a file, not a folder; choose another place")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"--{option} {path}: cannot write to {folder}; choose another place")
+    # Tried, as permissions do not tell all: a file system may be read-only, or hold no files.
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"--{option} {path}: cannot write to {folder} ({reason}); choose another place") from error
 
 
 def write_output_file(path: Path, text: str) -> None:

@@ -73,6 +73,8 @@ def read_rows(path: Path) -> Iterator[Row]:
         with _open_text(path) as text_file:
             for row in READERS[suffix(path)](text_file):
                 num_rows += 1
+                if num_rows == 1:
+                    _check_names(row)
                 yield row
     except UnicodeError:
         raise ValueError(f"line {_first_broken_line(path)} is not UTF-8 text; save the file as UTF-8") from None
@@ -84,6 +86,13 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise ValueError(f"after row {num_rows}: cannot be read ({error})") from None
     if num_rows == 0:
         raise ValueError("the file is empty")
+
+
+def _check_names(row: Row) -> None:
+    # Arrow ends a name at a NUL, and does not find the column then.
+    for column_name in row:
+        if "\0" in column_name:
+            raise ValueError(f"the name of column {column_name!r} has a NUL character; save the file as text again")
 
 
 @contextmanager

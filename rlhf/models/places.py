@@ -134,6 +134,13 @@ def resolve(name_or_path: str) -> str:
     return name_or_path
 
 
+def _constant(name: str) -> float:
+    """Of NaN and the infinities, which Python's JSON allows: some configs have an infinite limit."""
+    if name == "NaN":
+        raise ValueError("it holds NaN")
+    return float(name)
+
+
 def check_json(file: Path) -> None:
     """Check that a file holds a JSON object.
 
@@ -146,7 +153,7 @@ def check_json(file: Path) -> None:
     if not file.is_file():
         return
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"), parse_constant=_constant)
     # Too many brackets inside each other.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not valid JSON ({error}); copy or download it again") from error

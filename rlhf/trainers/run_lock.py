@@ -29,13 +29,16 @@ def run_lock(folder: Path) -> Iterator[None]:
         OSError: the folder cannot be written.
     """
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / LOCK_FILE
     lock = FileLock(file)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(f"{folder}: another run writes into it{_holder(file)}; choose another folder") from None
+    # A read-only file system, a file in the place of a folder, a name that is too long.
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be written ({error.strerror or error}); choose another folder") from error
     try:
         started = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}

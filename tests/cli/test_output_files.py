@@ -1,6 +1,7 @@
 """A file that a command writes at its end is checked before the work, and replaced only when asked to."""
 
-import os
+import errno
+import tempfile
 
 import pytest
 
@@ -34,9 +35,13 @@ def test_a_place_where_nothing_can_be_written_is_refused(tmp_path, monkeypatch):
         check_output_file("html", str(tmp_path), True)
     with pytest.raises(ValueError, match=f"{file} is a file, not a folder"):
         check_output_file("html", str(file / "page.html"), False)
-    # As for a user: root may write anywhere.
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    with pytest.raises(ValueError, match=f"cannot write to {tmp_path}; choose another place"):
+
+    # As on a read-only file system: permissions stop no root.
+    def refuse(dir):
+        raise OSError(errno.EROFS, "Read-only file system", str(dir))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ValueError, match=rf"cannot write to {tmp_path} \(Read-only file system\); choose another"):
         check_output_file("html", str(tmp_path / "new" / "page.html"), False)
 
 

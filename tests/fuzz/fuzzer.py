@@ -9,6 +9,7 @@ Each case is made from the seed and its number. It runs in a forked child with a
 
 import argparse
 import contextlib
+import gc
 import json
 import math
 import os
@@ -180,6 +181,9 @@ def run_all(seed: int, numbers: range, limit: float) -> Iterator[Outcome]:
     root = Path(tempfile.mkdtemp(prefix="fuzz-"))
     try:
         world = make_world(root)
+        # Else each child would copy all pages of objects that its garbage collector visits.
+        gc.collect()
+        gc.freeze()
         for number in numbers:
             yield run_case(seed, number, world, limit)
     finally:

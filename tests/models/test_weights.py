@@ -77,6 +77,7 @@ def test_an_adapter_is_whole_and_finite(adapter):
 
 
 FILES = {
+    "special_tokens_map.json": ('{"a": NaN}', r"special_tokens_map.json: not valid JSON \(it holds NaN\)"),
     "config.json": ("[]", "config.json: expected a JSON object, got a list"),
     "generation_config.json": ("{", "generation_config.json: not valid JSON"),
     "tokenizer_config.json": ("[" * 9000, "tokenizer_config.json: not valid JSON"),

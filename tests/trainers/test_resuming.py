@@ -207,3 +207,10 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
     with run_lock(folder):
         Path(folder / "rows").touch()
     assert [path.name for path in folder.iterdir()] == ["rows"]
+
+
+def test_a_folder_that_cannot_be_written_is_found_first(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    said = r"file/out: cannot be written \(Not a directory\); choose another folder"
+    with pytest.raises(OSError, match=said), run_lock(tmp_path / "file/out"):
+        pass

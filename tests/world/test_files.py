@@ -144,6 +144,7 @@ FAULTS = {
     "commas without quotes": ("a.csv", "text\nso, it is\n", r"row 1 has 2 fields, the first line 1 \(split at ','\)"),
     "a quote that never ends": ("a.csv", 'a,b\n1,2\n"c,d\ne,f\n', "row 2 is not valid CSV"),
     "a column twice": ("a.csv", "a,a\n1,2\n", "two columns are called 'a'"),
+    "a name with a NUL": ("a.csv", "a\0b\n1\n", "the name of column 'a.x00b' has a NUL character"),
     "no rows": ("a.csv", "a,b\n", "there is a line of column names, but no row"),
     "half a character": ("a.jsonl", '{"a": "ok"}\n{"a": "\\ud83d"}\n', "row 2: 'a' holds half of a surrogate pair"),
     "a number for a row": ("a.jsonl", '{"a": 1}\n3\n', "row 2 is a int, not an object"),
