@@ -1,6 +1,5 @@
-"""Run by test_sharded.py under torchrun: whole and sharded (FSDP2) models must give the same scores and gradients."""
+"""Called by sharded_training.py: whole and sharded (FSDP2) models must give the same scores and gradients."""
 
-import gc
 from contextlib import nullcontext
 
 import torch
@@ -15,16 +14,6 @@ from rlhf.distillation.matching import MatchingPolicy, MatchingWeights
 from rlhf.distillation.objectives import TeacherObjective
 from rlhf.logprobs import Divergence
 from rlhf.models import Policy, RewardModel, add_scalar_head
-
-
-def main() -> None:
-    dist.init_process_group("gloo")
-    compare()
-    # Sharded models hold the group, in circles of references: threads of a group that is alive at the interpreter's
-    # exit may abort there.
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def compare() -> None:
@@ -77,7 +66,3 @@ def compare() -> None:
         loss.backward()
     for one, other in zip(whole.parameters(), sharded.parameters(), strict=True):
         close(other.grad.full_tensor(), one.grad)
-
-
-if __name__ == "__main__":
-    main()

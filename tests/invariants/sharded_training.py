@@ -94,6 +94,10 @@ def main() -> None:
     import torch.distributed as dist
     from transformers import AutoTokenizer
 
+    if sharding == "fsdp2":
+        from sharded import compare
+
+        compare()
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     found = train_all(folder, tokenizer, kinds)
     gc.collect()  # a model that still holds the group would abort at the interpreter's end

@@ -15,19 +15,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 HERE = Path(__file__).parent
 
 
-def on_two_processes(script: str, *words) -> None:
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", HERE / script]
-    paths = os.pathsep.join([str(HERE.parent), *sys.path])
-    done = subprocess.run(
-        [*argv, *map(str, words)], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_sharded_models_score_like_whole_ones():
-    on_two_processes("sharded.py")
-
-
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 
 
@@ -38,10 +25,17 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 def test_sharded_runs_are_those_of_one_process(sharding, tmp_path, tokenizer):
     """Losses and the saved weights; resumed by two processes, and by one. A frozen reference is sharded too.
 
+    With FSDP2 also scores and gradients of single models (sharded.py), in the same processes.
+
     With DeepSpeed: `DS_BUILD_OPS=0 pip install deepspeed`, then `pytest -m slow` on this file, two minutes each.
     """
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    on_two_processes("sharded_training.py", sharding, tmp_path, *KINDS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, HERE / "sharded_training.py", sharding, tmp_path, *KINDS], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "losses.json").read_text())
     for kind in KINDS:
         trainer = make_trainer(kind, tmp_path / f"{kind}-one", tokenizer, 4, use_cpu=True, save_strategy="no")
