@@ -83,6 +83,17 @@ def test_a_file_of_a_checkpoint(name, way, run, hostile, tmp_path):
         getattr(trainer, IN_A_CHECKPOINT[name])(str(tmp_path / "copy"))
 
 
+@pytest.mark.parametrize("suffix", [".json", ".safetensors", ".pt"])
+def test_the_state_of_a_trainer(suffix, run, hostile, tmp_path):
+    trainer, checkpoint = run
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    hostile(folder / f"trainer_state_0{suffix}")
+    if suffix == ".pt":  # of an older version
+        (folder / "trainer_state_0.json").unlink()
+    with pytest.raises(ValueError, match="damaged, or no state of a trainer|in a format that can run code"):
+        trainer._load_optimizer_and_scheduler(str(folder))
+
+
 def test_what_a_checkpoint_should_not_hold_is_not_read(run, hostile, tmp_path):
     trainer, checkpoint = run
     folder = shutil.copytree(checkpoint, tmp_path / "copy")
