@@ -90,7 +90,7 @@ def test_the_state_of_a_trainer(suffix, run, hostile, tmp_path):
     hostile(folder / f"trainer_state_0{suffix}")
     if suffix == ".pt":  # of an older version
         (folder / "trainer_state_0.json").unlink()
-    with pytest.raises(ValueError, match="damaged, or no state of a trainer|in a format that can run code"):
+    with pytest.raises(ValueError, match=r"damaged, or no state of a trainer|in a format that can run code"):
         trainer._load_optimizer_and_scheduler(str(folder))
 
 
