@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.cli.arguments import LoadArguments
 from rlhf.cli.options import require
+from rlhf.cli.overwriting import config_of, delete_set_aside, is_set_aside, refuse_inputs_inside, set_aside
 from rlhf.cli.parsing import parse
 from rlhf.cli.row_arguments import RowArguments
 from rlhf.data import tokenize_prompts, tokenize_sft
@@ -88,6 +89,8 @@ def run(argv: list[str]) -> None:
         raise ValueError("the teacher runs in one process: start it without accelerate launch")
     folder = Path(args.output_dir)
     _check_folder(folder)
+    if args.overwrite:
+        refuse_inputs_inside(folder, vars(args) | vars(model_args) | {"config": config_of(argv)})
     with run_lock(folder):
         _teach(args, model_args, name, folder)
 
@@ -104,6 +107,7 @@ def _teach(args: TeacherArguments, model_args: LoadArguments, name: str, folder:
         _write_answers(job)
     else:
         _keep_predictions(job)
+    delete_set_aside(folder)
 
 
 def _keep_predictions(job: _Job) -> None:
@@ -128,7 +132,7 @@ def _keep_predictions(job: _Job) -> None:
     else:
         file = create_teacher_file(folder, rows, {**job.about(), **key})
     keep_top_k(job.model, rows, file, tokens_per_batch=args.tokens_per_batch)
-    num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    num_bytes = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     num_tokens = file.key["tokens"]
     print(f"saved {folder}: {num_tokens} tokens, {num_bytes / max(num_tokens, 1):.0f} bytes each")
 
@@ -164,13 +168,14 @@ def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: output_dir is a file; choose a folder")
     # A run that was killed at once left no more than these.
-    names = {path.name for path in folder.iterdir()} - {LOCK_FILE, NEW_HEADER} if folder.is_dir() else set()
+    entries = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    names = {name for name in entries if not is_set_aside(name)} - {LOCK_FILE, NEW_HEADER}
     if names and HEADER not in names:
         raise ValueError(f"{folder}: not empty and holds no {HEADER}; choose another --output_dir")
 
 
 def _continues(folder: Path, key: Key, overwrite: bool) -> bool:
-    """Whether the folder holds a result for ``key``, finished or not; it is emptied where ``overwrite`` says so.
+    """Whether the folder holds a result for ``key``, finished or not; it is set aside where ``overwrite`` says so.
 
     A folder whose arrays are not all there yet holds none.
 
@@ -181,15 +186,8 @@ def _continues(folder: Path, key: Key, overwrite: bool) -> bool:
         return False
     # Before the comparison: a result that is replaced need not fit.
     if overwrite:
-        _clear(folder)
+        set_aside(folder, (*(f"{array}.npy" for array in ARRAYS), COMPLETIONS, HEADER))
         return False
     found = read_key(folder)
     check_key(folder, found, key, "choose another --output_dir, or pass --overwrite to replace it")
     return not found.get(UNFINISHED)
-
-
-def _clear(folder: Path) -> None:
-    """Remove what a teacher wrote, and nothing else."""
-    # The header comes last: an interruption leaves a folder that is known as a teacher's.
-    for name in (*(f"{array}.npy" for array in ARRAYS), COMPLETIONS, HEADER):
-        (folder / name).unlink(missing_ok=True)

@@ -1,7 +1,6 @@
 """How each training command runs: from parsed options to a saved checkpoint."""
 
 import gc
-import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from pkgutil import resolve_name
@@ -16,6 +15,14 @@ from rlhf.cli.commands import TrainingCommand
 from rlhf.cli.exit_codes import ExitCode
 from rlhf.cli.lasting_output import lasting_output
 from rlhf.cli.options import require
+from rlhf.cli.overwriting import (
+    WRITTEN_BY_RUN,
+    config_of,
+    delete_set_aside,
+    is_set_aside,
+    refuse_inputs_inside,
+    set_aside,
+)
 from rlhf.cli.parsing import parse
 from rlhf.data import Mixture, load_datasets, shuffled
 from rlhf.data.errors import error_context
@@ -63,6 +70,9 @@ def run(name: str, command: TrainingCommand, argv: list[str]) -> int:
         trainer_kwargs |= group.trainer_kwargs(model, args)
     # Those of the configuration are the trainer's own.
     options = {name: value for group in (data, model, *groups) for name, value in vars(group).items()}
+    if data.overwrite:
+        # The file of options is among the words of the command line only.
+        refuse_inputs_inside(Path(str(args.output_dir)), vars(args) | options | {"config": config_of(argv)})
     with lasting_output():
         return train(command, data, model, args, trainer_kwargs, options)
 
@@ -139,7 +149,9 @@ def _train(
     trainer.command_options = options
     # Only now: whatever could be wrong with data or model would have been found.
     if data.overwrite:
-        _clear(output_folder, trainer)
+        if args.process_index == 0 and (aside := set_aside(output_folder, WRITTEN_BY_RUN)) is not None:
+            print(f"{output_folder}: the run before is kept in {aside} until the new model is saved")
+        trainer.accelerator.wait_for_everyone()
     with trainer.trackers.open_to_the_end():
         return _train_and_save(trainer, checkpoint)
 
@@ -232,6 +244,7 @@ def _save_and_evaluate(trainer: BaseTrainer, result: TrainOutput) -> None:
     if trainer.is_world_process_zero():
         # Those of a shorter run: results say that all of a run is done, also its evaluation.
         (Path(str(trainer.args.output_dir)) / RESULTS).unlink(missing_ok=True)
+        delete_set_aside(Path(str(trainer.args.output_dir)))
     trainer.save_state()
     metrics: dict[str, Any] = dict(result.metrics)
     if trainer.eval_dataset is not None:
@@ -297,17 +310,7 @@ def _check_output(folder: Path, data: DataArguments, request: str) -> str | None
 
 
 def _holds_run(folder: Path) -> bool:
-    names = {path.name for path in folder.iterdir()} - {LOCK_FILE}
+    names = {path.name for path in folder.iterdir() if not is_set_aside(path.name)} - {LOCK_FILE}
     # A run that stopped before its first checkpoint left no more than these.
     ended_early = names <= {"completions.jsonl", BAD_ROWS}
     return ended_early or "training_args.bin" in names or get_last_checkpoint(str(folder)) is not None
-
-
-def _clear(folder: Path, trainer: BaseTrainer) -> None:
-    if trainer.is_world_process_zero():
-        for path in folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name not in (BAD_ROWS, LOCK_FILE):  # of the run that begins
-                path.unlink()
-    trainer.accelerator.wait_for_everyone()
