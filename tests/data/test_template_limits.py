@@ -1,5 +1,6 @@
 """A chat template can neither hang nor fill the memory, and an ordinary one renders as before."""
 
+import copy
 import threading
 import time
 
@@ -39,6 +40,7 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a %}{% 
 
 
 def with_template(tokenizer, source):
+    tokenizer = copy.deepcopy(tokenizer)  # other tests share it
     tokenizer.chat_template = source
     return ChatTemplate.of(tokenizer, Dialogue(MESSAGES, ()))
 
