@@ -138,6 +138,9 @@ def run(function: Callable[[], int], folder: Path, kill: Kill = NONE) -> Outcome
         How it ended.
     """
     output, journal = (folder.with_name(f"{folder.name}.{name}") for name in ("output", "writes"))
+    # A child may be killed before it opens them.
+    for file in (output, journal):
+        file.write_bytes(b"")
     begin = time.monotonic()
     child = os.fork()
     if child == 0:
