@@ -14,7 +14,7 @@ from rlhf.data.fingerprint import fingerprint
 from rlhf.trainers.checkpoint_files import last_whole_checkpoint, problem_of
 from rlhf.trainers.checkpointing import Checkpointing
 from rlhf.trainers.option_changes import RECORD, check_changes, recorded_options
-from rlhf.trainers.run_folder import finish_interrupted, last_marked_checkpoint
+from rlhf.trainers.run_folder import finish_deletion, finish_interrupted, last_marked_checkpoint
 from rlhf.trainers.sharding import check_sharding_of
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,8 @@ class Resuming(Checkpointing):
         elif resume_request(requested) == AUTO and self.args.process_index == 0:
             cut_back(run_folder, dict.fromkeys(self.appended_files, 0))  # of a run without a checkpoint
         self._in_own_folder = checkpoint is not None and Path(checkpoint).resolve().parent == run_folder.resolve()
+        if checkpoint is not None and self._in_own_folder and self.args.process_index == 0:
+            finish_deletion(Path(checkpoint), self.args.save_total_limit)
         self._log_window, self._earlier_seconds = None, 0.0
         return super().train(checkpoint, *args, **kwargs)
 

@@ -1,5 +1,6 @@
 """What a run keeps in its folder: the final model beside its checkpoints, and what an interrupted run left there."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -96,6 +97,19 @@ def delete_old_checkpoints(saved: Path, limit: int | None, best: str | None) -> 
         deleted.parent.mkdir(exist_ok=True)
         path.rename(deleted)
         discard(deleted)
+
+
+def finish_deletion(resumed: Path, limit: int | None) -> None:
+    """Delete the older checkpoints that a run was killed in front of deleting, after its last save.
+
+    Args:
+        resumed: the whole checkpoint that the run goes on from. Nothing is deleted where there is a later one.
+        limit: how many to keep; None or 0 for all.
+    """
+    if last_marked_checkpoint(resumed.parent) != resumed:
+        return
+    state = json.loads((resumed / "trainer_state.json").read_text(encoding="utf-8"))
+    delete_old_checkpoints(resumed, limit, state.get("best_model_checkpoint"))
 
 
 def last_marked_checkpoint(folder: Path) -> Path | None:

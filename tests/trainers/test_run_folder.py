@@ -16,7 +16,7 @@ from rlhf.models.adapter_base import PARTIAL
 from rlhf.trainers import run_folder
 from rlhf.trainers.checkpoint_files import MARK, partial_path, problem_of, whole_checkpoints, write_mark
 from rlhf.trainers.resuming import checkpoint_to_resume
-from rlhf.trainers.run_folder import MODEL, delete_old_checkpoints, finish_interrupted, move_model_in
+from rlhf.trainers.run_folder import MODEL, delete_old_checkpoints, finish_deletion, finish_interrupted, move_model_in
 
 
 def write(folder: Path, marked: bool = True, **files: str) -> Path:
@@ -83,6 +83,16 @@ def test_old_checkpoints_go_by_step(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-20", "checkpoint-5", "checkpoint-9"]
     delete_old_checkpoints(tmp_path / "checkpoint-20", None, None)
     assert len(whole_checkpoints(tmp_path)) == 2
+
+
+def test_a_deletion_that_a_kill_left_out_is_made_up_for(tmp_path: Path) -> None:
+    state = {"trainer_state.json": json.dumps({"best_model_checkpoint": str(tmp_path / "checkpoint-1")})}
+    for step in (1, 2, 4):
+        write(tmp_path / f"checkpoint-{step}", **state)
+    finish_deletion(tmp_path / "checkpoint-2", 1)  # a later one would be lost
+    assert len(whole_checkpoints(tmp_path)) == 3
+    finish_deletion(tmp_path / "checkpoint-4", 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-4"]
 
 
 @pytest.fixture
