@@ -38,6 +38,8 @@ def check_config(args: Any) -> None:
 
 
 def _check_ranges(args: Any) -> None:
+    if args.beta < 0:
+        raise ValueError(f"beta must be at least 0, got {args.beta}")
     args.check_sync()
     if args.scale_rewards not in ("group", "batch", "none"):
         raise ValueError(f"scale_rewards must be group (True), batch or none (False), got {args.scale_rewards!r}")

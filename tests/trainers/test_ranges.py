@@ -49,6 +49,7 @@ def test_a_number_out_of_its_range_is_refused_by_name(config, tmp_path):
     ("make", "options", "said"),
     [
         (GRPOConfig, {"gradient_accumulation_steps": -1}, "gradient_accumulation_steps must be at least 1, got -1"),
+        (GRPOConfig, {"beta": -1.0}, "beta must be at least 0, got -1.0"),
         (SFTConfig, {"max_steps": 0}, "max_steps must be at least 1, or -1 for all epochs, got 0"),
         (SFTConfig, {"learning_rate": None}, "learning_rate must be a number, got None"),
         (SFTConfig, {"max_length": 10.5}, "max_length must be a whole number, got 10.5"),
