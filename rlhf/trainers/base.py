@@ -38,6 +38,7 @@ from rlhf.trainers.balancing import balancer
 from rlhf.trainers.config import BaseConfig
 from rlhf.trainers.evaluating import Evaluating, Measures
 from rlhf.trainers.metric_sums import Metrics, MetricSums, means
+from rlhf.trainers.nonfinite import RowSource
 from rlhf.trainers.options import accepting, as_config, refuse_arguments
 from rlhf.trainers.preparation import (
     check_positions,
@@ -103,6 +104,7 @@ class BaseTrainer(Evaluating, CheckedSteps):
         check_adapter(model, peft_config)
         peft_config = copy.deepcopy(peft_config)  # what is filled in belongs to this model
         mend_generation_config(model)
+        self.row_source = RowSource.of(train_dataset)
         train_dataset, eval_dataset, first_rows = self._prepare_data(
             train_dataset, eval_dataset, model, processing_class, args
         )
@@ -235,14 +237,19 @@ class BaseTrainer(Evaluating, CheckedSteps):
         """As ``transformers.Trainer``; by default from ``args.resume_from_checkpoint``."""
         self._check_best_metric()
         self._check_drop_last()
+        self.check_nonfinite_options()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def resume_state(self) -> dict[str, Any]:
-        return super().resume_state() | {"metric_sums": self._metric_sums.state()}
+        return super().resume_state() | {
+            "metric_sums": self._metric_sums.state(),
+            "nonfinite_steps": self.nonfinite_steps,
+        }
 
     def load_resume_state(self, state: dict[str, Any]) -> None:
         super().load_resume_state(state)
         self._metric_sums.load_state(state["metric_sums"], self.args.device)
+        self.nonfinite_steps = state["nonfinite_steps"]
 
     def _check_drop_last(self) -> None:
         args, rows = self.args, self.train_dataset
@@ -272,6 +279,7 @@ class BaseTrainer(Evaluating, CheckedSteps):
     # The loss, and the metrics that come with it
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
+        self.begin_step(batch_samples)
         # Written on the device: a copy to it would wait for all that is under way there.
         count = torch.full((), sum(self.count(batch) for batch in batch_samples), device=device)
         if self.balancer is not None:
@@ -279,7 +287,7 @@ class BaseTrainer(Evaluating, CheckedSteps):
             self.add_metrics({"aux_loss": (count * 0, torch.ones_like(count) / self.accelerator.num_processes)})
             batches = [inputs.to(self.args.device) for inputs in batch_samples]
             self.balancer.look_ahead(self.model_wrapped, batches)
-        return self.reduce_count(count)
+        return self.accelerator.reduce(count)
 
     @property
     def aux_loss_enabled(self) -> bool:
@@ -308,6 +316,7 @@ class BaseTrainer(Evaluating, CheckedSteps):
         # A step may count nothing, as where on-policy samples are all dropped: its loss is 0 and not NaN.
         loss = total / torch.clamp(count, min=1) + self._balancing_loss(measures, inputs)
         loss = loss * self.accelerator.num_processes
+        self.step_record.add(loss, measures.loss)
         tokens = inputs.num_tokens()
         self.add_metrics({**measures.metrics, "num_tokens": (tokens, torch.zeros_like(tokens))})
         return (loss, measures) if return_outputs else loss
@@ -315,6 +324,15 @@ class BaseTrainer(Evaluating, CheckedSteps):
     def add_metrics(self, metrics: Metrics) -> None:
         """Add sums and counts to those of the next line of the log."""
         self._metric_sums.add(metrics)
+
+    def undo_step(self) -> Callable[[], None]:
+        undo_loss, sums_before = super().undo_step(), self._metric_sums.copy()
+
+        def undo() -> None:
+            undo_loss()
+            self._metric_sums = sums_before
+
+        return undo
 
     def reduce_metrics(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
         """The values to report, from the sum and the count of each metric."""

@@ -86,6 +86,16 @@ class BaseConfig(SecretOptions, TrainingArguments):
         default=False,
         metadata={"help": "Resume although options or rows have changed that move the figures of a run."},
     )
+    on_nonfinite: str = field(
+        default="stop",
+        metadata={
+            "help": "Where a loss or a gradient is not finite: stop, before it changes the weights; or skip the step.",
+            "choices": ["stop", "skip"],
+        },
+    )
+    max_nonfinite_steps: int = field(
+        default=10, metadata={"help": "Steps that --on_nonfinite skip may leave out; the next one stops the run."}
+    )
     profile: int = field(
         default=0, metadata={"help": "Time this many steps after the first two, print where their time went."}
     )

@@ -33,6 +33,12 @@ class MetricSums:
             previous = self._sums.get(name)
             self._sums[name] = sum_and_count if previous is None else previous + sum_and_count
 
+    def copy(self) -> "MetricSums":
+        """The same sums, which later additions leave as they are."""
+        copied = MetricSums()
+        copied._sums = dict(self._sums)  # an addition makes new tensors
+        return copied
+
     def state(self) -> dict[str, Tensor]:
         """Sums and counts of this process since the last line of the log, for a checkpoint."""
         return {name: sum_and_count.cpu() for name, sum_and_count in self._sums.items()}

@@ -71,7 +71,8 @@ RANGES: dict[Range, str] = {
     "num_iterations num_mini_batches max_turns rollout_batch_size adaptive_kl_horizon num_ppo_epochs response_length "
     "steps_per_generation generation_batch_size",
     COUNT: "dataloader_num_workers save_total_limit profile shuffle_buffer_size samples num_completions k "
-    "dynamic_sampling min_completion_length num_completions_to_print max_tool_calling_iterations top_k",
+    "dynamic_sampling min_completion_length num_completions_to_print max_tool_calling_iterations top_k "
+    "max_nonfinite_steps",
     Range(2, LARGEST): "max_length max_seq_length",
     SEED: "seed data_seed",
     Range(-1, LARGEST): "local_rank",

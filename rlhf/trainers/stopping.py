@@ -6,9 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import torch
-from accelerate import Accelerator
-from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf.trainers.processes import another_process_failed
@@ -22,14 +19,14 @@ NOTED = (*STOPPING, *SAVING)
 class SignalRequests:
     """The signals that this process got, and those that all processes obey at the end of this step.
 
-    Only one of several processes may get a signal, and a launcher passes one on at different moments. So each process
-    sends what it got with the sum that all compute at the beginning of a step. That is no message more.
+    Only one of several processes may get a signal, and a launcher passes one on at different moments. So the trainer
+    adds up what each got before the end of a step.
     """
 
     def __init__(self) -> None:
+        self.due: set[int] = set()  # what all processes obey at the end of this step
         self.stopped_by: signal.Signals | None = None  # set once training has been told to end
         self._received: set[int] = set()
-        self._sent: Tensor | None = None  # how many processes got each of NOTED; None in a single process
         self._process_id = os.getpid()
 
     def note(self, number: int, frame: FrameType | None = None) -> None:
@@ -58,32 +55,19 @@ class SignalRequests:
         if number != signal.SIGINT:
             _end_by(number)
 
-    def reduce_with(self, count: Tensor, accelerator: Accelerator) -> Tensor:
-        """The sum of a number over all processes, which takes the signals along.
+    def pop_received(self) -> list[int]:
+        """Whether this process got each of NOTED, as 1 or 0. A request to save is forgotten then."""
+        received = [int(number in self._received) for number in NOTED]
+        self._received -= set(SAVING)
+        return received
+
+    def settle(self, num_receivers: list[float]) -> None:
+        """Set what is due, from all processes' sums.
 
         Args:
-            count: a scalar; of this process.
-            accelerator: of the run.
-        Returns:
-            The sum.
+            num_receivers: how many processes got each of NOTED.
         """
-        if accelerator.num_processes == 1:
-            return count
-        # Written on the device: a copy to it would wait for all that is under way there.
-        flags = [torch.full_like(count, int(number in self._received)) for number in NOTED]
-        self._received -= set(SAVING)
-        summed: Tensor = accelerator.reduce(torch.stack([count, *flags]))
-        self._sent = summed[1:]
-        return summed[0]
-
-    def pop_due(self) -> set[int]:
-        """The signals to obey at the end of this step, the same in all processes."""
-        if self._sent is None:
-            due = set(self._received)
-            self._received -= set(SAVING)
-            return due
-        num_receivers = self._sent.tolist()
-        return {number for number, num_processes in zip(NOTED, num_receivers, strict=True) if num_processes}
+        self.due = {number for number, count in zip(NOTED, num_receivers, strict=True) if count}
 
 
 def _end_by(number: int) -> None:
@@ -121,7 +105,7 @@ class ObeySignals(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        due = self.requests.pop_due()
+        due = self.requests.due
         # The run is complete, and its model is about to be saved.
         if not due or state.global_step >= state.max_steps:
             return

@@ -1,6 +1,7 @@
 """The page of exit codes says what the program does."""
 
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ PAGE = (Path(__file__).parents[2] / "docs/exit-codes.md").read_text()
 
 
 def test_the_table_has_every_code():
+    assert ExitCode.of_signal(signal.SIGTERM) == ExitCode.TERMINATED == 143
     assert [int(code) for code in re.findall(r"^\| (\d+) \|", PAGE, re.MULTILINE)] == list(ExitCode)
 
 
