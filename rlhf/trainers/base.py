@@ -104,7 +104,6 @@ class BaseTrainer(Evaluating, CheckedSteps):
         check_adapter(model, peft_config)
         peft_config = copy.deepcopy(peft_config)  # what is filled in belongs to this model
         mend_generation_config(model)
-        self.row_source = RowSource.of(train_dataset)
         train_dataset, eval_dataset, first_rows = self._prepare_data(
             train_dataset, eval_dataset, model, processing_class, args
         )
@@ -142,6 +141,7 @@ class BaseTrainer(Evaluating, CheckedSteps):
         self, train_dataset: Any, eval_dataset: Any, model: Any, tokenizer: PreTrainedTokenizerBase, args: BaseConfig
     ) -> tuple[Any, Any, Any]:
         """Tokenised training rows, evaluation rows, and the first training rows, to look at."""
+        self.row_source = RowSource.of(train_dataset)
         vocab_size = grown_size(model, tokenizer)
 
         def prepare(rows: Any) -> Any:
