@@ -138,7 +138,7 @@ def load_reward_model(name_or_path: str, **kwargs: Any) -> RewardModel:
     # Any other checkpoint has no trained head: transformers would draw one at random.
     if any(architecture.endswith("ForSequenceClassification") for architecture in architectures):
         with loading(name_or_path, "a reward model"):
-            model: PreTrainedModel = load_whole(AutoModelForSequenceClassification, location, num_labels=1, **kwargs)
+            model = load_whole(AutoModelForSequenceClassification, location, num_labels=1, **kwargs)
         return RewardModel(check_finite(model, name_or_path))
     return RewardModel(add_scalar_head(load_model(name_or_path, **kwargs)))
 

@@ -67,6 +67,8 @@ MAY_CHANGE: dict[str, str] = {
     "load_best_model_at_end metric_for_best_model greater_is_better",
     "checkpoints": "save_only_model save_strategy save_steps save_on_each_node save_total_limit enable_jit_checkpoint "
     "restore_callback_states_from_checkpoint",
+    # A run that such a step has ended goes on without it.
+    "steps that are not finite": "on_nonfinite max_nonfinite_steps",
     "the hub": "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
     "speed and memory": "activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing "
     "gradient_checkpointing_kwargs torch_empty_cache_steps dataloader_num_workers dataloader_pin_memory "
