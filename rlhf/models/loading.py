@@ -6,7 +6,6 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.models.adapter_files import adapter_config, base_of, merged
-from rlhf.models.finite import check_finite
 from rlhf.models.places import broken_file, loading, reason_of, resolve
 from rlhf.models.weights import load_whole
 
@@ -29,7 +28,7 @@ def load_model(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
 
     Raises:
         FileNotFoundError: A path that is no folder, or a folder without a model.
-        ValueError: Neither a folder here nor a model on the hub, a package is missing, or weights are not finite.
+        ValueError: Neither a folder here nor a model on the hub, or a package is missing.
     """
     # Older versions of transformers load float32 by default, whatever the checkpoint has.
     kwargs.setdefault("dtype", "auto")
@@ -39,10 +38,10 @@ def load_model(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     if adapter is not None:
         # The base of an adapter may have an adapter itself, so this function is called again.
         base_model = load_model(base_of(location, adapter), **base_kwargs(kwargs, adapter))
-        return check_finite(merged(base_model, location, **hub_arguments), name_or_path)
+        return merged(base_model, location, **hub_arguments)
     with loading(name_or_path, "a causal LM"):
         model: PreTrainedModel = load_whole(AutoModelForCausalLM, location, **kwargs)
-    return check_finite(model, name_or_path)
+        return model
 
 
 def hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from rlhf.data.formats import sft_dialogue
 from rlhf.data.messages import Turns
 from rlhf.kernels.recompute import fewer_activations
 from rlhf.models.adapter_files import adapter_config, base_of, merged
-from rlhf.models.finite import check_finite
 from rlhf.models.loading import HUB, base_kwargs, hub_kwargs, load_model
 from rlhf.models.places import loading, resolve
 from rlhf.models.policy import Wrapper
@@ -127,8 +126,7 @@ def load_reward_model(name_or_path: str, **kwargs: Any) -> RewardModel:
     # An adapter of a reward model is on one; any other is on a causal LM, which gets a head.
     if adapter is not None and adapter.task_type == "SEQ_CLS":
         base_model = load_reward_model(base_of(location, adapter), **base_kwargs(kwargs, adapter))
-        model = merged(base_model.model, location, **hub_kwargs(kwargs))  # type: ignore[arg-type]
-        return RewardModel(check_finite(model, name_or_path))
+        return RewardModel(merged(base_model.model, location, **hub_kwargs(kwargs)))  # type: ignore[arg-type]
     if adapter is not None:
         return RewardModel(add_scalar_head(load_model(name_or_path, **kwargs)))
     with loading(name_or_path, "a reward model"):
@@ -138,8 +136,7 @@ def load_reward_model(name_or_path: str, **kwargs: Any) -> RewardModel:
     # Any other checkpoint has no trained head: transformers would draw one at random.
     if any(architecture.endswith("ForSequenceClassification") for architecture in architectures):
         with loading(name_or_path, "a reward model"):
-            model = load_whole(AutoModelForSequenceClassification, location, num_labels=1, **kwargs)
-        return RewardModel(check_finite(model, name_or_path))
+            return RewardModel(load_whole(AutoModelForSequenceClassification, location, num_labels=1, **kwargs))
     return RewardModel(add_scalar_head(load_model(name_or_path, **kwargs)))
 
 
