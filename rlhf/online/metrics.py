@@ -1,7 +1,7 @@
 """Metrics of on-policy training, from samples and scores, and what they say is wrong; see ``docs/metrics.md``."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -183,6 +183,15 @@ class StepStatistics:
             self.peaks[name] = torch.maximum(self.peaks[name], value) if name in self.peaks else value
         sum_and_count = torch.stack(metrics["approx_kl"])
         self.last_step_kl = sum_and_count if self.last_step_kl is None else self.last_step_kl + sum_and_count
+
+    def undo(self) -> Callable[[], None]:
+        """What forgets the step that begins now; its KL limits nothing."""
+        peaks_before = dict(self.peaks)
+
+        def forget() -> None:
+            self.peaks, self.last_step_kl = peaks_before, None
+
+        return forget
 
     def exceeds_kl_limit(self, limit: float | None, accelerator: Accelerator) -> bool:
         """Whether KL(old, new) of the last step, over all processes, was above a limit; starts the next step's sum."""

@@ -426,15 +426,8 @@ class PPOTrainer(EvaluatesBySampling):
         counts = torch.full((num_sequences,), objective.count(batch.lengths) / num_sequences)
         return Measures(loss_of_sequences, counts, metrics, total, scores.router_logits)
 
-    def undo_step(self) -> Callable[[], None]:
-        undo_sums, statistics = super().undo_step(), self.step_statistics
-        peaks_before = dict(statistics.peaks)
-
-        def undo() -> None:
-            undo_sums()
-            statistics.peaks, statistics.last_step_kl = peaks_before, None
-
-        return undo
+    def undo_step(self) -> list[Callable[[], None]]:
+        return [*super().undo_step(), self.step_statistics.undo()]
 
     def _importance_weights(self, tokens: Mapping[str, Tensor]) -> Tensor:
         """The factor of each token for where it comes from and for its entropy, [N]."""

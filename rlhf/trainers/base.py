@@ -325,15 +325,6 @@ class BaseTrainer(Evaluating, CheckedSteps):
         """Add sums and counts to those of the next line of the log."""
         self._metric_sums.add(metrics)
 
-    def undo_step(self) -> Callable[[], None]:
-        undo_loss, sums_before = super().undo_step(), self._metric_sums.copy()
-
-        def undo() -> None:
-            undo_loss()
-            self._metric_sums = sums_before
-
-        return undo
-
     def reduce_metrics(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
         """The values to report, from the sum and the count of each metric."""
         return means(sums, self.exp_metrics)

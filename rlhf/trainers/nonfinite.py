@@ -25,13 +25,13 @@ class StepRecord:
         batches: of all its micro-batches, in order.
         losses: of each micro-batch so far, the loss of each item: a sequence, or a pair.
         totals: of each micro-batch so far, its share of the loss of the step.
-        undo: gives metrics the values from before the step; None where a step is never left out.
+        undo: these give metrics the values from before the step; None where a step is never left out.
     """
 
     batches: list[Batch] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
     totals: list[Tensor] = field(default_factory=list)
-    undo: Callable[[], None] | None = None
+    undo: list[Callable[[], None]] | None = None
 
     def add(self, total: Tensor, losses: Tensor) -> None:
         """Note the loss of the next micro-batch; of one that belongs to no step, nothing.

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from transformers.trainer_utils import TrainOutput
 
 from rlhf.data import Batch
+from rlhf.trainers.metric_sums import MetricSums
 from rlhf.trainers.nonfinite import RowSource, StepRecord, describe_rows, describe_step
 from rlhf.trainers.profiling import ProfiledTrainer
 from rlhf.trainers.stopping import ObeySignals, SignalRequests
@@ -26,6 +27,7 @@ class CheckedSteps(ProfiledTrainer):
     args: Any
     signal_requests: SignalRequests | None = None
     row_source: RowSource | None = None  # of the training rows
+    _metric_sums: MetricSums
     nonfinite_steps = 0  # steps that were left out
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -52,17 +54,18 @@ class CheckedSteps(ProfiledTrainer):
         undo = self.undo_step() if self.args.on_nonfinite == "skip" else None
         self.step_record = StepRecord(batches, undo=undo)
 
-    def undo_step(self) -> Callable[[], None]:
+    def undo_step(self) -> list[Callable[[], None]]:
         """What gives metrics the values that they have now, where the step that begins is left out."""
-        # Added to in place.
-        loss_before = self._tr_loss.clone()
+        loss_before = self._tr_loss.clone()  # added to in place
+        sums_before = self._metric_sums.copy()
 
         def undo() -> None:
             self._tr_loss.copy_(loss_before)
             # The mean loss of a line of the log is over the steps since this one.
             self._globalstep_last_logged += 1
+            self._metric_sums = sums_before
 
-        return undo
+        return [undo]
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
@@ -100,7 +103,8 @@ class CheckedSteps(ProfiledTrainer):
         if record.undo is None or self.nonfinite_steps >= self.args.max_nonfinite_steps:
             raise FloatingPointError(f"{message}; {self._what_to_do()}")
         self.nonfinite_steps += 1
-        record.undo()
+        for undo in record.undo:
+            undo()
         # An optimizer passes over weights that have no gradient. float16's scaler has noted that it must not step.
         if scaler is None:
             model.zero_grad()
