@@ -397,8 +397,7 @@ class PPOTrainer(EvaluatesBySampling):
         # A loss of single tokens is computed while the logits of a chunk are in memory.
         head_objective = None
         if not objective.is_coupled:
-            columns = [advantages, weight, correction, ref_logps]
-            columns += [] if old_logps is None else [old_logps]
+            columns = [advantages, weight, correction, ref_logps, *([] if old_logps is None else [old_logps])]
             head_objective = TokenLoss(partial(_token_loss, objective), tuple(columns))
         scores = model(batch, head_objective, self.args.entropy_coef > 0)
         # With one step for each rollout, the policy before the step is this one.
