@@ -262,7 +262,7 @@ def test_what_cannot_be(distill, caplog):
         (dict(reverse=True), "generalized_jsd takes no reverse"),
         (dict(divergence="total_variation", alpha=0.5), "total_variation takes no alpha"),
         (dict(beta=2.0), "beta must be in"),
-        (dict(temperature=-1.0), "temperature must be in"),
+        (dict(temperature=-1.0), "temperature must be above 0"),
         (dict(distillation_weight=-1.0), "distillation_weight must be at least 0"),
     ],
 )

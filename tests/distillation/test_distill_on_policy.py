@@ -214,7 +214,7 @@ def test_padded_heads_are_sampled_from(distill, tokenizer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(lmbda=1.5), r"lmbda is a share of the rows, in \[0, 1\]; got 1.5"),
+        (dict(lmbda=1.5), r"lmbda must be in \[0, 1\], got 1.5"),
         (dict(reverse_kl_reward=True), "set lmbda to 1"),
         (dict(reverse_kl_reward=True, lmbda=1.0, sampling_temperature=0.7), "it is a sample of the KL"),
         (dict(lmbda=0.5, teacher_file="x"), "no predictions for the student's own answers"),
