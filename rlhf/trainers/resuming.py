@@ -250,7 +250,10 @@ def log_resuming(checkpoint: str, max_steps: int) -> None:
     logger.info("%s: going on after step %d", checkpoint, last_step)
     if 0 < max_steps <= last_step:
         logger.warning(
-            "%s: step %d of %d, so nothing is left to train; raise --max_steps", checkpoint, last_step, max_steps
+            "%s: step %d of %d, so all steps are trained; to train more, raise --max_steps",
+            checkpoint,
+            last_step,
+            max_steps,
         )
 
 

@@ -182,7 +182,7 @@ def test_weights_alone_are_no_checkpoint(sft, tmp_path):
 def test_a_finished_run_says_that_nothing_is_left(sft, tmp_path, caplog):
     sft(max_steps=2, save_strategy="steps", save_steps=2).train()
     sft(max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert "step 2 of 2, so nothing is left to train; raise --max_steps" in caplog.text
+    assert "step 2 of 2, so all steps are trained; to train more, raise --max_steps" in caplog.text
 
 
 def test_predictions_are_of_each_row(sft, sft_rows):
