@@ -124,7 +124,15 @@ def test_requests_are_repeated_and_give_the_same_completions(serve, waits):
     assert engine.generate(PROMPTS, 2, sampling, 0) == want
 
 
-def test_ctrl_c_does_not_wait_for_requests(serve):
+@pytest.fixture
+def python_handles_ctrl_c():
+    """A worker of pytest-xdist ignores it."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def test_ctrl_c_does_not_wait_for_requests(serve, python_handles_ctrl_c):
     server, engine = serve()
     is_asked, goes_on = threading.Event(), threading.Event()
 
