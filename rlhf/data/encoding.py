@@ -341,7 +341,11 @@ def _ids(row: Row, column_name: str) -> list[Any]:
     column_value = row[column_name]
     if column_value is None or isinstance(column_value, str | bytes | dict | int | float):
         raise ValueError(f"{column_name!r} is a {type(column_value).__name__}, expected a list of token ids")
-    return list(column_value)
+    token_ids = list(column_value)
+    for kind in set(map(type, token_ids)):  # few types, many ids
+        if kind in (bool, str, bytes, dict, list, type(None)):
+            raise ValueError(f"{column_name!r} has a {kind.__name__} in it, expected token ids only")
+    return token_ids
 
 
 def _ready_sft_columns(row: Row) -> dict[str, Any]:
@@ -351,7 +355,7 @@ def _ready_sft_columns(row: Row) -> dict[str, Any]:
         return {"input_ids": prompt_ids + completion_ids, "labels": [IGNORE] * len(prompt_ids) + completion_ids}
     token_ids = _ids(row, "input_ids")
     # Labels and masks may be given together: a token is scored if all of them say so.
-    labels = token_ids if row.get("labels") is None else list(row["labels"])
+    labels = token_ids if row.get("labels") is None else _ids(row, "labels")
     token_masks = {column_name: row[column_name] for column_name in _MASKS if row.get(column_name) is not None}
     for column_name, column_values in {"labels": labels, **token_masks}.items():
         if len(column_values) != len(token_ids):

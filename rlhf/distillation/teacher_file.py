@@ -349,7 +349,8 @@ def _layout_of(key: Key) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     for name in ("rows", "tokens", "k", "vocabulary"):
         value = key.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{HEADER}: {name} is {value!r}, expected a number of them; write the folder again")
+            found = repr(value)[:100]  # a damaged file may hold a text of any length
+            raise ValueError(f"{HEADER}: {name} is {found}, expected a number of them; write the folder again")
     if key.get("dtype") not in ("float16", "float32"):
         raise ValueError(
             f"{HEADER}: dtype is {key.get('dtype')!r}, expected float16 or float32; write the folder again"

@@ -1,6 +1,8 @@
 """Adapters in a folder or on the hub: their configuration, the model under them, and both merged into one model."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,22 @@ def base_of(name: str, config: PeftConfig) -> str:
     raise FileNotFoundError(
         f"{name}: {reason}; write where it is into {name}/adapter_config.json (base_model_name_or_path)"
     )
+
+
+@contextmanager
+def loading_base(name: str) -> Iterator[None]:
+    """Name the adapter in the errors of its base model, which the user did not give.
+
+    Args:
+        name: The adapter's folder.
+
+    Raises:
+        ValueError: As raised inside, after the adapter's folder.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: its base model {error}") from error
 
 
 def load_adapter(model: PreTrainedModel, adapter: str, name: str = "default", **hub: Any) -> PeftModel:

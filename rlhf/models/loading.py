@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.models.adapter_files import adapter_config, base_of, merged
+from rlhf.models.adapter_files import adapter_config, base_of, loading_base, merged
 from rlhf.models.places import broken_file, loading, reason_of, resolve
 from rlhf.models.weights import load_whole
 
@@ -37,7 +37,9 @@ def load_model(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     adapter = adapter_config(location, **hub_arguments)
     if adapter is not None:
         # The base of an adapter may have an adapter itself, so this function is called again.
-        base_model = load_model(base_of(location, adapter), **base_kwargs(kwargs, adapter))
+        base_name = base_of(location, adapter)
+        with loading_base(location):
+            base_model = load_model(base_name, **base_kwargs(kwargs, adapter))
         return merged(base_model, location, **hub_arguments)
     with loading(name_or_path, "a causal LM"):
         model: PreTrainedModel = load_whole(AutoModelForCausalLM, location, **kwargs)
@@ -106,7 +108,9 @@ def load_tokenizer(
         is_adapter = (Path(location) / "adapter_config.json").exists()
         adapter = adapter_config(location, **hub_kwargs(hub_arguments)) if is_adapter else None
         if adapter is not None:
-            return load_tokenizer(base_of(location, adapter), chat_template_path, **base_kwargs(hub_arguments, adapter))
+            base_name = base_of(location, adapter)
+            with loading_base(location):
+                return load_tokenizer(base_name, chat_template_path, **base_kwargs(hub_arguments, adapter))
         raise ValueError(_tokenizer_problem(name_or_path, Path(location), error)) from error
     if chat_template_path is not None:
         tokenizer.chat_template = _read_chat_template(chat_template_path)

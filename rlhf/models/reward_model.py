@@ -18,7 +18,7 @@ from rlhf.data import Batch, Collator, RowFormat, encode
 from rlhf.data.formats import sft_dialogue
 from rlhf.data.messages import Turns
 from rlhf.kernels.recompute import fewer_activations
-from rlhf.models.adapter_files import adapter_config, base_of, merged
+from rlhf.models.adapter_files import adapter_config, base_of, loading_base, merged
 from rlhf.models.loading import HUB, base_kwargs, hub_kwargs, load_model
 from rlhf.models.places import loading, resolve
 from rlhf.models.policy import Wrapper
@@ -125,7 +125,9 @@ def load_reward_model(name_or_path: str, **kwargs: Any) -> RewardModel:
     adapter = adapter_config(location, **hub_kwargs(kwargs))
     # An adapter of a reward model is on one; any other is on a causal LM, which gets a head.
     if adapter is not None and adapter.task_type == "SEQ_CLS":
-        base_model = load_reward_model(base_of(location, adapter), **base_kwargs(kwargs, adapter))
+        base_name = base_of(location, adapter)
+        with loading_base(location):
+            base_model = load_reward_model(base_name, **base_kwargs(kwargs, adapter))
         return RewardModel(merged(base_model.model, location, **hub_kwargs(kwargs)))  # type: ignore[arg-type]
     if adapter is not None:
         return RewardModel(add_scalar_head(load_model(name_or_path, **kwargs)))

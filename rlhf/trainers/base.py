@@ -37,7 +37,7 @@ from rlhf.models.vocabulary import grown_size
 from rlhf.trainers.balancing import balancer
 from rlhf.trainers.config import BaseConfig
 from rlhf.trainers.evaluating import Evaluating, Measures
-from rlhf.trainers.metric_sums import Metrics, MetricSums, means
+from rlhf.trainers.metric_sums import Metrics, MetricSums, known, means
 from rlhf.trainers.nonfinite import RowSource
 from rlhf.trainers.options import accepting, as_config, refuse_arguments
 from rlhf.trainers.preparation import (
@@ -335,7 +335,7 @@ class BaseTrainer(Evaluating, CheckedSteps):
             sums = self._metric_sums.reduce(self.accelerator)
             # Kept in the trainer's state, so that a resumed run goes on counting.
             self.state.num_input_tokens_seen += int(sums.pop("num_tokens")[0])
-            logs |= self.reduce_metrics(sums)
+            logs |= known(self.reduce_metrics(sums), sums)
             logs["num_tokens"] = self.state.num_input_tokens_seen
         super().log(logs, start_time)
 

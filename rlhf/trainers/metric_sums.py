@@ -82,6 +82,20 @@ def means(sums: dict[str, tuple[float, float]], exp_metrics: Set[str]) -> dict[s
     return values
 
 
+def known(values: dict[str, float], sums: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """The values for a line of the log: without those of nothing, which are NaN.
+
+    NaN is no JSON, and looks like training that went wrong. A NaN in what was counted stays.
+
+    Args:
+        values: by name; some may be computed from several metrics.
+        sums: by name, the sum and the count.
+    Returns:
+        The values that something was counted for.
+    """
+    return {name: value for name, value in values.items() if not math.isnan(value) or sums.get(name, (0, 0))[1]}
+
+
 def sum_dtype(device: torch.device) -> torch.dtype:
     """The type of sums: float64 where the device has it.
 

@@ -140,6 +140,8 @@ BAD = {
     "labels of another length": (sft, {"input_ids": [1, 2], "labels": [1]}, "'labels' has 1 entries, 'input_ids' 2"),
     "other vocabulary": (sft, {"input_ids": [1, 999]}, "token 999 in 'input_ids' is outside the model's vocabulary of"),
     "a wild label": (sft, {"input_ids": [1, 2], "labels": [1, -7]}, "token -7 in 'labels' is outside"),
+    "an id that is text": (sft, {"input_ids": ["a"]}, "'input_ids' has a str in it, expected token ids only"),
+    "a label that is null": (sft, {"input_ids": [1, 2], "labels": [None, 2]}, "'labels' has a NoneType in it"),
     "identical answers": (pairs, {"prompt": "a", "chosen": "b", "rejected": "b"}, "are identical"),
     "no rejected": (pairs, {"prompt": "a", "chosen": "b"}, "no column 'rejected': found prompt, chosen"),
     "a null prompt": (pairs, {"prompt": None, "chosen": "b", "rejected": "c"}, "has no 'prompt'"),

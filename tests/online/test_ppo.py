@@ -469,6 +469,8 @@ def test_nothing_usable_changes_nothing(make):
     trainer = make("grpo", reward=useless, num_generations=2, max_steps=1)
     trainer.train()
     assert lines(trainer)[0]["grad_norm"] == 0 and lines(trainer)[0]["frac_not_learned"] == 1
+    # A mean of nothing is left out of the line.
+    assert "reward" not in lines(trainer)[0] and all(math.isfinite(value) for value in lines(trainer)[0].values())
 
 
 def test_a_step_without_iterations_needs_no_pass_before_it(make, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from rlhf.trainers.metric_sums import MetricSums, means
+from rlhf.trainers.metric_sums import MetricSums, known, means
 
 
 def test_sums_are_those_of_all_batches_and_begin_anew():
@@ -41,3 +41,10 @@ def test_means():
     )
     assert values["loss"] == 1.5 and values["perplexity"] == pytest.approx(math.exp(1.5))
     assert math.isnan(values["kl"]) and math.isfinite(values["huge"])
+
+
+def test_a_line_of_the_log_has_no_metric_of_nothing():
+    sums = {"loss": (6.0, 4.0), "margins": (0.0, 0.0), "kl": (math.nan, 2.0)}
+    values = {**means(sums, set()), "derived": math.nan}
+    logged = known(values, sums)
+    assert logged.keys() == {"loss", "kl"}  # what was counted is shown, NaN or not

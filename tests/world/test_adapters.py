@@ -136,6 +136,16 @@ def test_an_adapter_on_an_adapter(folders, sft, tmp_path):
         load_model(str(tmp_path / "moved"))
 
 
+def test_an_error_of_the_base_model_names_the_adapter(folders, tmp_path):
+    adapter = tmp_path / "adapter"
+    get_peft_model(tiny_model(), lora()).save_pretrained(adapter)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "nowhere"}))
+    for load in (load_model, load_tokenizer, load_reward_model):
+        with pytest.raises(ValueError, match=rf"^{adapter}: its base model nowhere: "):
+            load(str(adapter))
+
+
 def test_checkpoints_share_what_they_sit_on_and_resume(folders, sft, tmp_path):
     _, first = sft(str(folders["llama"]), lora(), out=tmp_path / "first")
     saving = dict(save_strategy="steps", save_steps=1)
