@@ -310,7 +310,7 @@ def from_json(text: str) -> Any:
     Returns:
         The value, or None if the text is neither.
     """
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         return json.loads(text)
     text = text.strip()
     if text[:1] + text[-1:] in ("[]", "{}"):

@@ -161,7 +161,7 @@ def _row_numbers(path: Path, lines: list[bytes]) -> list[int]:
     for index, line in enumerate(lines, 1):
         try:
             number = int(json.loads(line)["row"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(
                 f"{path}, line {index}: not an answer of a teacher; pass --overwrite to replace it"
             ) from None

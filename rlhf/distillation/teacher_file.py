@@ -294,7 +294,7 @@ def read_key(folder: Path) -> Key:
         raise FileNotFoundError(f"{folder}: holds no {HEADER}; write it with `rlhf teacher`")
     try:
         key = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # brackets may be too deep
         raise ValueError(
             f"{path}: not valid JSON ({error}); write the folder again (rlhf teacher --overwrite)"
         ) from error

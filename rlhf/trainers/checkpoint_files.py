@@ -90,7 +90,7 @@ def read_mark(folder: Path) -> dict[str, Any]:
         mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"no {MARK}, so it was not written to its end, or by an older version") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # brackets may be too deep
         raise ValueError(f"{MARK} cannot be read ({error})") from error
     if not isinstance(mark, dict) or mark.get("format") != FORMAT_VERSION:
         raise ValueError(f"{MARK} is not of format {FORMAT_VERSION}")

@@ -194,6 +194,8 @@ class BaseConfig(SecretOptions, TrainingArguments):
                 parsed = json.loads(value)
             except json.JSONDecodeError as error:
                 raise ValueError(f"--{name} {value}: not valid JSON ({error.msg} at {error.pos + 1})") from error
+            except RecursionError:
+                raise ValueError(f"--{name} {value[:100]}: its brackets are too deep inside each other") from None
             if not isinstance(parsed, dict):
                 raise ValueError(f'--{name} {value}: expected a JSON object, such as {{"name": 1}}')
             check_finite(name, parsed)

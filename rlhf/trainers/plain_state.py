@@ -66,7 +66,9 @@ def load_state(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
         tensors = load_file(file.with_suffix(".safetensors"))
         state = _decoded(content, tensors)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, SafetensorError) as error:
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, SafetensorError,
+    ) as error:  # fmt: skip
         raise ValueError(f"{file}: damaged, or no state of a trainer ({error!r})") from error
     if not isinstance(state, dict):
         raise ValueError(f"{file}: no state of a trainer")

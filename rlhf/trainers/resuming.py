@@ -281,6 +281,6 @@ def _read_json(file: Path) -> dict[str, Any] | None:
     """What a file holds; None where it is missing, or was cut off while it was written."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None

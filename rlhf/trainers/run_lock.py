@@ -60,5 +60,5 @@ def _holder(file: Path) -> str:
     try:
         holder = json.loads(file.read_text(encoding="utf-8"))
         return f" (process {holder['pid']} on {holder['host']} since {holder['started']})"
-    except (OSError, ValueError, KeyError, TypeError):  # nothing is written yet
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # nothing is written yet
         return ""

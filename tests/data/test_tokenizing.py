@@ -136,6 +136,7 @@ BAD = {
     "a number": (sft, {"text": 7}, "'text' is a number, expected text"),
     "a null": (sft, {"prompt": "a", "completion": None}, "has no 'completion'"),
     "a missing column": (sft, {"question": "a"}, "no column to train on: found question"),
+    "too many brackets": (sft, {"messages": "[" * 3000}, "'messages' is"),
     "no role": (sft, {"messages": [{"content": "a"}]}, "'messages', message 1 has no 'role'"),
     "labels of another length": (sft, {"input_ids": [1, 2], "labels": [1]}, "'labels' has 1 entries, 'input_ids' 2"),
     "other vocabulary": (sft, {"input_ids": [1, 999]}, "token 999 in 'input_ids' is outside the model's vocabulary of"),

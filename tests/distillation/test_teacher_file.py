@@ -154,9 +154,10 @@ def test_what_is_not_whole_is_refused(tmp_path, rows, key, tokenizer, written):
     (written / "teacher.json").write_text(json.dumps({**header, "format": 0}))
     with pytest.raises(ValueError, match="format 0, this version reads 1"):
         open_teacher_file(written, rows, tokenizer)
-    (written / "teacher.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
-        open_teacher_file(written, rows, tokenizer)
+    for text in ("{", "[" * 3000):
+        (written / "teacher.json").write_text(text)
+        with pytest.raises(ValueError, match="not valid JSON"):
+            open_teacher_file(written, rows, tokenizer)
 
 
 @pytest.mark.parametrize("logp", [float("nan"), 5.0, float("-inf")])

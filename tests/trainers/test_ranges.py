@@ -57,6 +57,7 @@ def test_a_number_out_of_its_range_is_refused_by_name(config, tmp_path):
         (SFTConfig, {"seed": 2**32}, "seed must be in"),
         (DPOConfig, {"loss_weights": [1.0, math.nan]}, "loss_weights must be a finite number, got nan"),
         (DPOConfig, {"loss_kwargs": '{"a": [NaN]}'}, "loss_kwargs: a must be a finite number, got nan"),
+        (DPOConfig, {"loss_kwargs": '{"a": ' + "[" * 3000}, "its brackets are too deep inside each other"),
         (ModelArguments, {"lora_r": 0, "use_peft": True}, "lora_r must be at least 1, got 0"),
         (DataArguments, {"shuffle_buffer_size": -1}, "shuffle_buffer_size must be at least 0, got -1"),
         (TeacherArguments, {"top_p": math.nan}, r"top_p must be in \(0, 1\], got nan"),

@@ -155,3 +155,8 @@ def test_the_best_checkpoint_has_its_final_path(make, sft_rows, tmp_path):
     assert trainer.state.best_model_checkpoint == str(best)
     assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
     assert problem_of(best) is None
+
+
+def test_a_mark_of_too_many_brackets_is_damaged(tmp_path):
+    (tmp_path / MARK).write_text("[" * 3000)
+    assert f"{MARK} cannot be read" in problem_of(tmp_path)
