@@ -270,7 +270,7 @@ def test_rows_longer_than_a_planned_batch_are_trained_on_and_told(sft, caplog):
 BAD = {
     "layout": ("diagonal", "layout must be one of auto, segments, rows, got 'diagonal'"),
     "tokens_per_batch": (0, "tokens_per_batch must be at least 1, got 0"),
-    "max_length": (1, "max_length must be at least 2 tokens, got 1"),
+    "max_length": (1, "max_length must be at least 2, got 1"),
 }
 
 
