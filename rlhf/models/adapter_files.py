@@ -16,7 +16,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from rlhf.models.adapter_base import BASE
 from rlhf.models.places import loading, one_line, resolve
 from rlhf.models.vocabulary import resize, vocabulary_size
-from rlhf.models.weights import check_finite, some_of
+from rlhf.models.weights import check_finite, integer_weights, some_of
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def merged(model: PreTrainedModel, adapter: str, **hub: Any) -> PreTrainedModel:
 
 
 def _check_whole(adapted: PeftModel, file: Path, name: str) -> None:
-    """Refuse an adapter with missing weights: PEFT leaves them as they were drawn, and only warns."""
+    """Refuse an adapter with missing weights, which PEFT draws at random, or with integers, which it converts."""
     # Older adapters, and those on the hub, are other files.
     if not file.exists():
         return
@@ -163,6 +163,8 @@ def _check_whole(adapted: PeftModel, file: Path, name: str) -> None:
     missing = sorted(key for key in expected if key.removesuffix(".weight") not in stored)
     if missing:
         raise ValueError(f"weights are missing: {some_of(missing)}; copy or download its files again")
+    for weight_name, dtype in integer_weights(file).items():
+        raise ValueError(f"{file.name}: {weight_name} is of type {dtype}, expected a float")
 
 
 def _vocabulary_of(adapter: str) -> int | None:

@@ -65,13 +65,23 @@ def _check_types(model: nn.Module, folder: Path) -> None:
         return
     parameters = dict(model.named_parameters())
     for file in sorted(folder.glob("*.safetensors")):
-        # The types are in the header of the file: no weight is read.
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118  # not a dict
-                dtype = weights.get_slice(name).get_dtype()
-                is_integer = dtype.startswith(_INTEGERS) and dtype not in _FLOATS_IN_B
-                if is_integer and name in parameters and parameters[name].is_floating_point():
-                    raise ValueError(f"{file.name}: {name} is of type {dtype}, expected a float")
+        for name, dtype in integer_weights(file).items():
+            if name in parameters and parameters[name].is_floating_point():
+                raise ValueError(f"{file.name}: {name} is of type {dtype}, expected a float")
+
+
+def integer_weights(file: Path) -> dict[str, str]:
+    """Weights of a file that are stored as integers.
+
+    Args:
+        file: Of safetensors. Its header alone is read.
+
+    Returns:
+        Their types by name.
+    """
+    with safe_open(file, framework="pt") as weights:
+        dtypes = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118  # not a dict
+    return {name: dtype for name, dtype in dtypes.items() if dtype.startswith(_INTEGERS) and dtype not in _FLOATS_IN_B}
 
 
 @torch.no_grad()

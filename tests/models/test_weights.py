@@ -74,6 +74,10 @@ def test_an_adapter_is_whole_and_finite(adapter):
     save_file({name: whole[name] for name in list(whole)[1:]}, adapter / file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"adapter: .*weights are missing: .*lora_"):
         load_model(str(adapter))
+    integers = {name: weight.to(torch.int32) for name, weight in whole.items()}
+    save_file(integers, adapter / file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"adapter: .*lora_.* is of type I32, expected a float"):
+        load_model(str(adapter))
 
 
 FILES = {
