@@ -2,7 +2,7 @@
 
 from enum import IntEnum
 
-_SIGNAL_BASE = 128  # shells report a process that a signal ended as 128 and the signal's number
+SIGNAL_BASE = 128  # shells report a process that a signal ended as 128 and the signal's number
 
 
 class ExitCode(IntEnum):
@@ -24,4 +24,4 @@ class ExitCode(IntEnum):
         Returns:
             130 or 143.
         """
-        return cls(_SIGNAL_BASE + number)
+        return cls(SIGNAL_BASE + number)

@@ -1,12 +1,14 @@
 """``--num_processes`` and ``--accelerate_config``: a command in several processes, by accelerate's own launcher."""
 
 import os
+import signal
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import CalledProcessError
 from typing import ClassVar
 
-from rlhf.cli.exit_codes import ExitCode
+from rlhf.cli.exit_codes import SIGNAL_BASE, ExitCode
 from rlhf.cli.options import RaisingParser, config_folder
 
 
@@ -70,14 +72,28 @@ def launch(command: str, argv: list[str], options: LaunchArguments) -> int:
         launch_command(arguments)
     except ChildFailedError as error:
         # The process has said what was wrong; a traceback of the launcher would hide it.
-        _, failure = error.get_first_failure()
-        return failure.exitcode
+        return first_status([(failure.timestamp, failure.exitcode) for failure in error.failures.values()])
     except SignalException as error:
         # The launcher has passed the signal on, and waited for the processes.
         return ExitCode.of_signal(error.sigval)
     except CalledProcessError as error:
         return error.returncode
     return 0
+
+
+def first_status(failures: Iterable[tuple[int, int]]) -> int:
+    """The exit status of the process that failed first.
+
+    Args:
+        failures: time in seconds, and exit status, of each process that failed; below 0 where a signal ended it.
+
+    Returns:
+        The status as a shell reports it: 128 and the signal's number where a signal ended the process.
+    """
+    # The launcher ends the other processes with SIGTERM, within the same second.
+    by_cause = sorted((exitcode == -signal.SIGTERM, time, exitcode) for time, exitcode in failures)
+    _, _, status = by_cause[0]
+    return status if status >= 0 else SIGNAL_BASE - status
 
 
 def _launcher_words(options: LaunchArguments) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.cli.launch import LaunchArguments, accelerate_file, launch, split_launch_options
+from rlhf.cli.launch import LaunchArguments, accelerate_file, first_status, launch, split_launch_options
 from rlhf.cli.main import main
 
 CPU = ["--use_cpu"] if torch.accelerator.is_available() else []  # without it, where there is nothing else
@@ -50,6 +50,20 @@ def test_processes_that_were_launched_launch_no_others(monkeypatch):
         launch("dpo", [], LaunchArguments(num_processes=2))
 
 
+@pytest.mark.parametrize(
+    ("failures", "status"),
+    [
+        ([(10, -15), (10, 2)], 2),  # the launcher ended the first of them
+        ([(10, -15), (11, 3)], 3),
+        ([(11, -15), (10, -9)], 137),  # as when memory runs out
+        ([(10, -15), (10, -15)], 143),
+        ([(12, 1), (10, 2)], 2),
+    ],
+)
+def test_the_status_is_that_of_the_process_that_failed(failures, status):
+    assert first_status(failures) == status
+
+
 def run(tmp_path, model_folder, data_files, *words):
     argv = [sys.executable, "-m", "rlhf", "sft", "--model", str(model_folder), "--data", str(data_files / "sft.jsonl")]
     argv += ["--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--logging_steps", "1", *CPU]
@@ -64,8 +78,25 @@ def test_two_processes_share_a_batch(tmp_path, model_folder, data_files):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("saved ") == 1
     log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
-    done = run(tmp_path, model_folder, data_files, "--per_device_train_batch_size", "4", "--overwrite")
-    assert done.returncode == 0, done.stderr
+    words = [
+        "--model",
+        str(model_folder),
+        "--data",
+        str(data_files / "sft.jsonl"),
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    words += [
+        "--max_steps",
+        "2",
+        "--logging_steps",
+        "1",
+        "--per_device_train_batch_size",
+        "4",
+        "--overwrite",
+        "--use_cpu",
+    ]
+    assert main(["sft", *words]) == 0
     alone = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert [entry["num_tokens"] for entry in log[:2]] == [entry["num_tokens"] for entry in alone[:2]]
 
