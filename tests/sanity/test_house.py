@@ -16,7 +16,8 @@ from rlhf.cli.parsing import parse
 
 ROOT = Path(__file__).parents[2]
 FLOORS = {
-    "losses": 1, "kernels": 1, "logprobs": 2, "data": 3, "models": 4, "rollouts": 5, "rewards": 5, "evaluation": 6, "runs": 6, "serving": 6,
+    "losses": 1, "kernels": 1, "logprobs": 2, "data": 3, "models": 4, "rollouts": 5, "rewards": 5,
+    "evaluation": 6, "runs": 6, "serving": 6,
     "trainers": 7, "online": 8, "distillation": 8, "planning": 8, "cli": 9,
 }  # fmt: skip
 PUBLIC = ["rlhf", *(f"rlhf.{room}" for room in FLOORS if room != "cli")]
