@@ -96,6 +96,8 @@ def expand_aliases(argv: Sequence[str], known_names: frozenset[str]) -> list[str
 def read_config(file: str, known_names: Iterable[str]) -> dict[str, Any]:
     """Read a YAML file of options. Its key ``env``, a dictionary, sets environment variables.
 
+    A ``run.yaml`` that a run left is such a file; its key ``record`` is passed over.
+
     Args:
         file: a path, or the name of a file that comes with the package.
         known_names: names that its keys may have.
@@ -129,6 +131,7 @@ def read_config(file: str, known_names: Iterable[str]) -> dict[str, Any]:
         raise ValueError(f"{file}: expected `option: value` lines, found a {type(values).__name__}")
     # Before torch is imported, which reads some of them only then.
     _set_environment(file, values.pop("env", None))
+    values.pop("record", None)
     known_names = frozenset(known_names)
     for key in values:
         if key not in known_names:

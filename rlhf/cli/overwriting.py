@@ -15,6 +15,7 @@ WRITTEN_BY_RUN = (
     "adapter_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "chat_template.jinja", "additional_chat_templates", "README.md", "training_args.bin", "trainer_state.json",
     "all_results.json", "completions.jsonl", "profile.json", "trace.json", "runs", "wandb", "trackio", MARK,
+    "run.yaml", "metrics.jsonl", "samples.jsonl", "report.html",
 )  # fmt: skip
 _OLD = re.compile(r"\.old-(\d+)")
 # Options whose value is a place to write to.

@@ -29,6 +29,7 @@ from rlhf.data.errors import error_context
 from rlhf.data.streams import name_of
 from rlhf.distillation import DistillConfig, DistillTrainer
 from rlhf.models import add_adapter_beside, load_tokenizer
+from rlhf.runs.files import COMPLETIONS_FILE, METRICS_FILE, RUN_FILE, SAMPLES_FILE
 from rlhf.trainers.base import BaseTrainer
 from rlhf.trainers.config import BAD_ROWS, BaseConfig
 from rlhf.trainers.resuming import AUTO, RESULTS, checkpoint_to_resume, finished_step, resume_request
@@ -312,5 +313,5 @@ def _check_output(folder: Path, data: DataArguments, request: str) -> str | None
 def _holds_run(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir() if not is_set_aside(path.name)} - {LOCK_FILE}
     # A run that stopped before its first checkpoint left no more than these.
-    ended_early = names <= {"completions.jsonl", BAD_ROWS}
+    ended_early = names <= {RUN_FILE, METRICS_FILE, SAMPLES_FILE, COMPLETIONS_FILE, BAD_ROWS}
     return ended_early or "training_args.bin" in names or get_last_checkpoint(str(folder)) is not None

@@ -90,7 +90,7 @@ class PPOTrainer(EvaluatesBySampling):
 
     config_class: ClassVar[type[BaseConfig]] = PPOConfig
     balances: ClassVar[bool] = True
-    appended_files: ClassVar[tuple[str, ...]] = (COMPLETIONS,)
+    appended_files: ClassVar[tuple[str, ...]] = (*EvaluatesBySampling.appended_files, COMPLETIONS)
 
     def __init__(
         self,

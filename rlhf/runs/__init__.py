@@ -1,3 +1,5 @@
 """The files that describe a run: its record, its metrics, its model card and its report."""
 
-__all__: list[str] = []
+from rlhf.runs.files import Run, read_run
+
+__all__ = ["Run", "read_run"]

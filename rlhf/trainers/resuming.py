@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from rlhf.data.fingerprint import fingerprint
+from rlhf.runs.files import METRICS_FILE, SAMPLES_FILE, append_line
 from rlhf.trainers.checkpoint_files import last_whole_checkpoint, problem_of
 from rlhf.trainers.checkpointing import Checkpointing
 from rlhf.trainers.option_changes import RECORD, check_changes, recorded_options
@@ -29,7 +30,8 @@ class Resuming(Checkpointing):
     transformers begins its sums for the log anew when it resumes, and trains one step more where none is left.
     """
 
-    appended_files: ClassVar[tuple[str, ...]] = ()  # in output_dir; a resumed run cuts them back
+    # In output_dir; a resumed run cuts them back.
+    appended_files: ClassVar[tuple[str, ...]] = (METRICS_FILE, SAMPLES_FILE)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -56,8 +58,9 @@ class Resuming(Checkpointing):
             check_sharding_of(checkpoint, self.accelerator)
             check_changes(checkpoint, self._record, self.args.allow_changes)
             log_resuming(checkpoint, self.args.max_steps)
-        elif resume_request(requested) == AUTO and self.args.process_index == 0:
-            cut_back(run_folder, dict.fromkeys(self.appended_files, 0))  # of a run without a checkpoint
+        elif self.args.process_index == 0:
+            # Of an earlier run in this folder, which had no checkpoint, or which is not resumed.
+            cut_back(run_folder, dict.fromkeys(self.appended_files, 0))
         self._in_own_folder = checkpoint is not None and Path(checkpoint).resolve().parent == run_folder.resolve()
         if checkpoint is not None and self._in_own_folder and self.args.process_index == 0:
             finish_deletion(Path(checkpoint), self.args.save_total_limit)
@@ -104,6 +107,15 @@ class Resuming(Checkpointing):
         # A run that goes on in another folder leaves those of the first as they are.
         if self._in_own_folder and self.args.process_index == 0:
             cut_back(Path(str(self.args.output_dir)), state["appended_files"])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As ``transformers.Trainer``; each line of the log is a line of ``metrics.jsonl`` too."""
+        super().log(logs, start_time)
+        if self.is_world_process_zero():
+            # Evaluation may come before training.
+            seconds = time.time() - self._training_began if self._training_began else 0.0
+            entry = {"seconds": round(seconds, 3)} | self.state.log_history[-1]
+            append_line(Path(str(self.args.output_dir)) / METRICS_FILE, entry)
 
     def _maybe_log_save_evaluate(
         self, tr_loss: Any, grad_norm: Any, *args: Any, learning_rate: Any = None, **kwargs: Any

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from rlhf import PPOConfig, PPOTrainer, SFTConfig, SFTTrainer
 from rlhf.cli.commands import COMMANDS, TrainingCommand
 from rlhf.data.fingerprint import fingerprint
+from rlhf.runs.files import read_lines
 from rlhf.trainers.option_changes import LENGTH, MAY_CHANGE, MOVE_FIGURES, compare, recorded_options
 from rlhf.trainers.options import REFUSED
 from rlhf.trainers.resuming import checkpoint_to_resume, finished_step, resume_request
@@ -60,8 +61,14 @@ def make(tmp_path, tokenizer, sft_rows):
     return one
 
 
+def without_times(line):
+    return {key: value for key, value in line.items() if key not in TIMES} | (
+        {"seconds": 0} if "seconds" in line else {}
+    )
+
+
 def log_of(trainer):
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in trainer.state.log_history]
+    return [without_times(line) for line in trainer.state.log_history]
 
 
 def agree(one, other):
@@ -82,6 +89,12 @@ def test_a_killed_run_that_is_resumed_is_the_uninterrupted_one(make, kind, tmp_p
     resumed = make(kind, "cut")
     resumed.train(resume_from_checkpoint="auto")
     agree(resumed, whole)
+    # The file of metrics has the lines of the log, each once, in strict JSON.
+    logs = [read_lines(tmp_path / name / "metrics.jsonl") for name in ("cut", "whole")]
+    assert [{**line, "seconds": 0} for line in log_of(whole)] == [without_times(line) for line in logs[0]]
+    assert [without_times(line) for line in logs[0]] == [without_times(line) for line in logs[1]]
+    seconds = [line["seconds"] for line in logs[0]]
+    assert seconds == sorted(seconds) and seconds[-1] > 0
     if kind == "ppo":
         completions = [tmp_path / name / "completions.jsonl" for name in ("cut", "whole")]
         assert completions[0].read_bytes() == completions[1].read_bytes() != b""
