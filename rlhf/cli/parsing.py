@@ -27,6 +27,8 @@ COMMON = frozenset(
 )
 # Options that are text on the command line, and may be a mapping in a file.
 _MAPPINGS = ("columns", "roles", "chat_template_kwargs")
+# Options that belong to one call: a file that repeats a run does not have them.
+_HOW = ("config", "resume", "resume_from_checkpoint", "overwrite", "allow_changes")
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter):
@@ -73,21 +75,47 @@ def parse(command: str, classes: Sequence[Any], argv: list[str]) -> tuple[Any, .
     Raises:
         ValueError: an unknown option or key (with the nearest known one), or a value that does not fit.
     """
-    parser = _make_parser(command, classes)
-    known_names = frozenset(option.name for cls in classes for option in fields(cls) if option.init)
-    # The commands did the next two already. Scripts of users, which call this alone, did not.
-    argv = expand_aliases(argv, known_names)
-    file = check_options(argv, known_names | {"config", "help"})
-    if file is not None:
-        # As defaults, so that the command line wins.
-        kinds = {option.name: annotation(cls, option.name) for cls in classes for option in fields(cls)}
-        parser.set_defaults(**_as_typed(file, read_config(file, known_names), parser, kinds))
+    parser, argv, file_values = _read(command, classes, argv)
+    # As defaults, so that the command line wins.
+    parser.set_defaults(**file_values)
     *parsed, _, remaining = parser.parse_args_into_dataclasses(
         argv, look_for_args_file=False, return_remaining_strings=True
     )
     if remaining:
         raise ValueError(f"unknown option {remaining[0]}")
     return tuple(parsed)
+
+
+def given_options(command: str, classes: Sequence[Any], argv: list[str]) -> dict[str, Any]:
+    """The options that a command was given, as ``--config`` takes them.
+
+    Args:
+        command: name of the command.
+        classes: data classes; their fields are the options.
+        argv: words of the command line, after the command; :func:`parse` has accepted them.
+
+    Returns:
+        Values by the names of their options, in the order of the classes.
+    """
+    parser, argv, file_values = _read(command, classes, argv)
+    for action in parser._actions:
+        action.default = SUPPRESS
+    parser.set_defaults(**file_values)
+    given, _ = parser.parse_known_args(argv)
+    return {name: value for name, value in vars(given).items() if name not in _HOW}
+
+
+def _read(command: str, classes: Sequence[Any], argv: list[str]) -> tuple[HfArgumentParser, list[str], dict[str, Any]]:
+    """The parser, the words with full names, and the values of the file as if they were typed."""
+    parser = _make_parser(command, classes)
+    known_names = frozenset(option.name for cls in classes for option in fields(cls) if option.init)
+    # The commands did the next two already. Scripts of users, which call this alone, did not.
+    argv = expand_aliases(argv, known_names)
+    file = check_options(argv, known_names | {"config", "help"})
+    if file is None:
+        return parser, argv, {}
+    kinds = {option.name: annotation(cls, option.name) for cls in classes for option in fields(cls)}
+    return parser, argv, _as_typed(file, read_config(file, known_names), parser, kinds)
 
 
 def _make_parser(command: str, classes: Sequence[Any]) -> HfArgumentParser:

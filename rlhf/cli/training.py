@@ -2,6 +2,7 @@
 
 import gc
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, TypeAlias
@@ -23,7 +24,7 @@ from rlhf.cli.overwriting import (
     refuse_inputs_inside,
     set_aside,
 )
-from rlhf.cli.parsing import parse
+from rlhf.cli.parsing import given_options, parse
 from rlhf.data import Mixture, load_datasets, shuffled
 from rlhf.data.errors import error_context
 from rlhf.data.streams import name_of
@@ -32,6 +33,7 @@ from rlhf.models import add_adapter_beside, load_tokenizer
 from rlhf.runs.files import COMPLETIONS_FILE, METRICS_FILE, RUN_FILE, SAMPLES_FILE
 from rlhf.trainers.base import BaseTrainer
 from rlhf.trainers.config import BAD_ROWS, BaseConfig
+from rlhf.trainers.recording import CommandRecord
 from rlhf.trainers.resuming import AUTO, RESULTS, checkpoint_to_resume, finished_step, resume_request
 from rlhf.trainers.run_folder import finish_interrupted
 from rlhf.trainers.run_lock import LOCK_FILE, run_lock
@@ -73,9 +75,11 @@ def run(name: str, command: TrainingCommand, argv: list[str]) -> int:
     options = {name: value for group in (data, model, *groups) for name, value in vars(group).items()}
     if data.overwrite:
         # The file of options is among the words of the command line only.
-        refuse_inputs_inside(Path(str(args.output_dir)), vars(args) | options | {"config": config_of(argv)})
+        of_trainer = {option.name: getattr(args, option.name) for option in fields(args)}
+        refuse_inputs_inside(Path(str(args.output_dir)), of_trainer | options | {"config": config_of(argv)})
+    call = CommandRecord(name, ["rlhf", name, *argv], given_options(name, classes, argv))
     with lasting_output():
-        return train(command, data, model, args, trainer_kwargs, options)
+        return train(command, data, model, args, trainer_kwargs, options, call)
 
 
 def train(
@@ -85,6 +89,7 @@ def train(
     args: BaseConfig,
     trainer_kwargs: dict[str, Any],
     options: dict[str, Any],
+    call: CommandRecord,
 ) -> int:
     """Check everything, then train, evaluate and save; nothing that existed is touched before training starts.
 
@@ -97,6 +102,7 @@ def train(
         args: the trainer's configuration.
         trainer_kwargs: further keyword arguments of the trainer.
         options: all options that are not in ``args``, by name; each checkpoint records them.
+        call: how the command was called, for ``run.yaml``.
 
     Returns:
         The exit status: 0, or that of the signal that stopped training.
@@ -117,7 +123,7 @@ def train(
                     print(f"{output_folder}: already complete at step {step}")
                     return ExitCode.SUCCESS
             checkpoint = _check_output(output_folder, data, request)
-        return _train(command, data, model, args, trainer_kwargs, options, checkpoint)
+        return _train(command, data, model, args, trainer_kwargs, options, call, checkpoint)
 
 
 def _train(
@@ -127,6 +133,7 @@ def _train(
     args: BaseConfig,
     trainer_kwargs: dict[str, Any],
     options: dict[str, Any],
+    call: CommandRecord,
     checkpoint: str | None,
 ) -> int:
     output_folder = Path(str(args.output_dir))
@@ -147,7 +154,7 @@ def _train(
         peft_config=peft_config,
         **trainer_kwargs,
     )
-    trainer.command_options = options
+    trainer.command_options, trainer.command = options, call
     # Only now: whatever could be wrong with data or model would have been found.
     if data.overwrite:
         if args.process_index == 0 and (aside := set_aside(output_folder, WRITTEN_BY_RUN)) is not None:

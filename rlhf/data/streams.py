@@ -1,5 +1,6 @@
 """Rows that may be a stream: an ``IterableDataset``, which is read while training and never held as a whole."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,12 @@ SAMPLE_SIZE = 100  # rows that are looked at before training
 def name_of(rows: Dataset | IterableDataset) -> str:
     """The name of a data set for messages: the file it came from, where that is known."""
     return rows.info.dataset_name or "data set"
+
+
+def source_of(rows: Dataset | IterableDataset) -> str:
+    """The file, folder, pattern or hub name that a data set was read from; its name without the slice."""
+    # As `load_data` names a slice: "file (train[:100])".
+    return re.sub(r" \(\w+\[.*\]\)$", "", name_of(rows))
 
 
 def columns_of(rows: Dataset | IterableDataset) -> list[str]:

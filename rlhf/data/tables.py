@@ -89,8 +89,24 @@ def as_table(files: list[Path]) -> Dataset:
     return Dataset(rows.data, info=DatasetInfo(features=rows.features), fingerprint=cache_key)
 
 
+def hash_of_file(file: Path) -> str:
+    """Hash the bytes of a file, at some GB in a second.
+
+    Args:
+        file: Any file.
+
+    Returns:
+        Its xxh3 of 128 bits, in hexadecimal digits.
+    """
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as binary_file:
+        while block := binary_file.read(_HASHED_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def content_key(files: list[Path]) -> str:
-    """A cache key of files: their bytes, hashed at some GB in a second. A time may stay where the content does not.
+    """A cache key of files by their bytes. A time may stay where the content does not.
 
     Args:
         files: The files, in order.
@@ -98,15 +114,8 @@ def content_key(files: list[Path]) -> str:
     Returns:
         A key, in hexadecimal digits.
     """
-    parts = []
-    for file in files:
-        digest = xxhash.xxh3_128()
-        with file.open("rb") as binary_file:
-            while block := binary_file.read(_HASHED_BYTES):
-                digest.update(block)
-        # The name tells the format.
-        parts.append((file.name, digest.hexdigest()))
-    return Hasher.hash((_VERSION, parts))
+    # The name tells the format.
+    return Hasher.hash((_VERSION, [(file.name, hash_of_file(file)) for file in files]))
 
 
 def chain_rows(files: list[Path]) -> Iterator[Row]:

@@ -53,6 +53,7 @@ from rlhf.trainers.preparation import (
 )
 from rlhf.trainers.processes import load_models_whole
 from rlhf.trainers.profiling import Profiler
+from rlhf.trainers.recording import data_sources
 from rlhf.trainers.reference import Reference, SyncReference
 from rlhf.trainers.sharding import can_shard, check_whole, shard
 from rlhf.trainers.step_checks import CheckedSteps
@@ -142,6 +143,7 @@ class BaseTrainer(Evaluating, CheckedSteps):
     ) -> tuple[Any, Any, Any]:
         """Tokenised training rows, evaluation rows, and the first training rows, to look at."""
         self.row_source = RowSource.of(train_dataset)
+        self.data_sources = data_sources(train_dataset, eval_dataset)
         vocab_size = grown_size(model, tokenizer)
 
         def prepare(rows: Any) -> Any:

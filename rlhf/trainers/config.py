@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -127,6 +127,7 @@ class BaseConfig(SecretOptions, TrainingArguments):
     best_metric: ClassVar[str] = "loss"  # of evaluation, where nobody names another
 
     def __post_init__(self) -> None:
+        self.given_options = changed_options(self)  # before any is filled in
         # Before transformers' own checks, whose errors do not name the option.
         self._check_dictionaries()
         self._check_choices()
@@ -248,6 +249,23 @@ class BaseConfig(SecretOptions, TrainingArguments):
         )
         bad_rows = str(Path(str(self.output_dir)) / BAD_ROWS) if self.drop_bad_rows else None
         return Reading(row_format, split_turns=getattr(self, "split_turns", False), bad_rows=bad_rows)
+
+
+def changed_options(config: Any) -> dict[str, Any]:
+    """The options of a data class that are not its defaults.
+
+    Args:
+        config: an instance.
+    Returns:
+        Values by name.
+    """
+    changed = {}
+    for option in fields(config):
+        default = option.default_factory() if option.default_factory is not MISSING else option.default
+        value = getattr(config, option.name)
+        if option.init and value != default:
+            changed[option.name] = value
+    return changed
 
 
 def renames(given: Any, option: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from rlhf.runs.files import METRICS_FILE, SAMPLES_FILE, append_line
 from rlhf.trainers.checkpoint_files import last_whole_checkpoint, problem_of
 from rlhf.trainers.checkpointing import Checkpointing
 from rlhf.trainers.option_changes import RECORD, check_changes, recorded_options
+from rlhf.trainers.recording import CommandRecord, DataSource, OpenRecord, begin_record, closing, model_facts
 from rlhf.trainers.run_folder import finish_deletion, finish_interrupted, last_marked_checkpoint
 from rlhf.trainers.sharding import check_sharding_of
 
@@ -33,11 +35,14 @@ class Resuming(Checkpointing):
     # In output_dir; a resumed run cuts them back.
     appended_files: ClassVar[tuple[str, ...]] = (METRICS_FILE, SAMPLES_FILE)
 
+    data_sources: Sequence[DataSource] = ()  # as they were passed
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._log_window: dict[str, Any] | None = None  # of the checkpoint, until training begins
         # Options that are no part of `args`, of a command; recorded in each checkpoint.
         self.command_options: dict[str, Any] = {}
+        self.command = CommandRecord()  # that started the run
         self._record: dict[str, Any] = {}
         self._in_own_folder = False  # whether the checkpoint lies there
         self._training_began = 0.0  # as a time, less that of the run's earlier parts
@@ -64,8 +69,16 @@ class Resuming(Checkpointing):
         self._in_own_folder = checkpoint is not None and Path(checkpoint).resolve().parent == run_folder.resolve()
         if checkpoint is not None and self._in_own_folder and self.args.process_index == 0:
             finish_deletion(Path(checkpoint), self.args.save_total_limit)
-        self._log_window, self._earlier_seconds = None, 0.0
-        return super().train(checkpoint, *args, **kwargs)
+        self._log_window, self._earlier_seconds, self._training_began = None, 0.0, 0.0
+        with closing(self._begin_record(run_folder), lambda: self.state, lambda: self._training_began):
+            return super().train(checkpoint, *args, **kwargs)
+
+    def _begin_record(self, run_folder: Path) -> OpenRecord | None:
+        """Write ``run.yaml``, in the first process."""
+        if self.args.process_index != 0:
+            return None
+        facts = {"trainer": type(self).__name__, "model": model_facts(self.model.model)}
+        return begin_record(run_folder, self.command, self.args, facts, self.data_sources, self._in_own_folder)
 
     def _run_options(self) -> dict[str, Any]:
         """What a run that goes on from a checkpoint of this one is compared with."""
