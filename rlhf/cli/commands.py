@@ -140,6 +140,10 @@ COMMANDS: dict[str, Command | TrainingCommand] = {
         module="rlhf.cli.data",
         option_classes=("rlhf.cli.data:AuditArguments",),
     ),
+    "env": Command(
+        "what a report of a bug needs: versions, machine, variables",
+        module="rlhf.cli.env",
+    ),
     # Its sub-commands need a parser of their own.
     "losses": Command(
         "the catalogue of losses: list, show one, advise",

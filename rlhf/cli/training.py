@@ -257,6 +257,9 @@ def _save_and_evaluate(trainer: BaseTrainer, result: TrainOutput) -> None:
     metrics: dict[str, Any] = dict(result.metrics)
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
+    trainer.create_model_card()  # with the figures of the last evaluation
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
     trainer.save_metrics("all", metrics)
     if trainer.is_world_process_zero():
         print(visible(f"saved {trainer.args.output_dir}"))

@@ -14,6 +14,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rlhf.models import configured_dropout
 from rlhf.models.adapter_base import PARTIAL, keep_base, name_lengths
+from rlhf.runs.card import write_card
+from rlhf.runs.files import CARD_FILE
 from rlhf.trainers.checkpoint_files import discard, partial_path, put_in_place, write_mark, writing
 from rlhf.trainers.plain_state import load_state, save_state
 from rlhf.trainers.run_folder import MODEL, delete_old_checkpoints, last_marked_checkpoint, move_model_in
@@ -112,12 +114,12 @@ class Checkpointing(SafeLoading):
 
         Args:
             output_dir: by default that of the run.
-            _internal_call: transformers saves a checkpoint.
+            _internal_call: transformers saves a checkpoint, or the model that it is about to send to the hub.
 
         Raises:
             OSError: the model could not be written.
         """
-        if _internal_call:
+        if _internal_call and output_dir is not None:
             return super().save_model(output_dir, _internal_call)
         final = Path(output_dir or str(self.args.output_dir))
         partial = final / PARTIAL / MODEL
@@ -127,8 +129,23 @@ class Checkpointing(SafeLoading):
             super().save_model(str(partial), _internal_call=True)
         if self.args.should_save:
             with writing(final):
+                (partial / CARD_FILE).unlink(missing_ok=True)  # PEFT's, a form that nobody has filled in
                 write_mark(partial, self.state.global_step, self.args.world_size)
                 move_model_in(partial, final)
+                write_card(Path(str(self.args.output_dir)), final)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model card again, as ``transformers.Trainer`` does before it sends the folder to the hub.
+
+        Args:
+            args: not read; the card describes the run by its record.
+            kwargs: alike.
+        """
+        if self.is_world_process_zero():
+            folder = Path(str(self.args.output_dir))
+            write_card(folder, folder)
 
     def _name_best_checkpoint(self, run_folder: Path, partial: Path) -> None:
         """Give the best checkpoint the path that it has once it is renamed; transformers looks beside the new one."""

@@ -17,18 +17,11 @@ from rlhf.runs import read_run
 from rlhf.runs.facts import git_state
 
 
-@pytest.fixture
-def base(tmp_path, tokenizer):
-    tiny_model().save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
-
-
-def test_a_command_leaves_a_record_that_repeats_it(tmp_path, base, sft_rows):
+def test_a_command_leaves_a_record_that_repeats_it(tmp_path, model_folder, sft_rows):
     renamed_rows = [{"question": row["prompt"], "completion": row["completion"]} for row in sft_rows]
     rows = write_rows(tmp_path / "rows.jsonl", renamed_rows)
     config = tmp_path / "sft.yaml"
-    config.write_text(f"model_name_or_path: {base}\nlearning_rate: 1e-3\n")
+    config.write_text(f"model_name_or_path: {model_folder}\nlearning_rate: 1e-3\n")
     words = [
         "sft", "--config", str(config), f"--data={rows}", "--max_steps", "2", "--use_cpu", "--report_to", "none",
         "--per_device_train_batch_size=2", "--columns", "question=prompt", "--hub_token", "hf_secretsecretsecret",
@@ -37,7 +30,7 @@ def test_a_command_leaves_a_record_that_repeats_it(tmp_path, base, sft_rows):
     assert main([*words, "--output_dir", str(first)]) == 0
     run = read_run(first)
     assert run.options == {
-        "dataset_name": [str(rows)], "model_name_or_path": base, "output_dir": str(first), "max_steps": 2,
+        "dataset_name": [str(rows)], "model_name_or_path": str(model_folder), "output_dir": str(first), "max_steps": 2,
         "learning_rate": 1e-3, "use_cpu": True, "report_to": ["none"], "per_device_train_batch_size": 2,
         "columns": "question=prompt",
     }  # fmt: skip
