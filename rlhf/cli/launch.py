@@ -2,14 +2,18 @@
 
 import os
 import signal
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from subprocess import CalledProcessError
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rlhf.cli.exit_codes import SIGNAL_BASE, ExitCode
 from rlhf.cli.options import RaisingParser, config_folder
+
+_BY_US = "RLHF_LAUNCHED"  # accelerate sets nothing where it starts a single process
+# Each process that was launched has one of them.
+_LAUNCHED = frozenset({"WORLD_SIZE", _BY_US})
 
 
 @dataclass
@@ -42,6 +46,20 @@ def split_launch_options(argv: list[str]) -> tuple[LaunchArguments, list[str]]:
     return LaunchArguments(**vars(options)), rest
 
 
+def launch_words(values: Mapping[str, Any]) -> list[str]:
+    """The options of the launcher in a file of options, as words to put before those of the command line.
+
+    Args:
+        values: of the file, by the names of their options.
+
+    Returns:
+        Words; none in a process that was launched already.
+    """
+    if not _LAUNCHED.isdisjoint(os.environ):
+        return []
+    return [f"--{option.name}={values[option.name]}" for option in fields(LaunchArguments) if option.name in values]
+
+
 def launch(command: str, argv: list[str], options: LaunchArguments) -> int:
     """Run ``rlhf COMMAND`` in several processes, and wait for them.
 
@@ -68,6 +86,7 @@ def launch(command: str, argv: list[str], options: LaunchArguments) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     arguments = launch_command_parser().parse_args([*words, "--module", "rlhf", command, *argv])
+    os.environ[_BY_US] = "1"
     try:
         launch_command(arguments)
     except ChildFailedError as error:
@@ -78,6 +97,8 @@ def launch(command: str, argv: list[str], options: LaunchArguments) -> int:
         return ExitCode.of_signal(error.sigval)
     except CalledProcessError as error:
         return error.returncode
+    finally:
+        del os.environ[_BY_US]
     return 0
 
 

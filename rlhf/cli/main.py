@@ -16,7 +16,7 @@ from rlhf.cli.commands import COMMANDS, LAUNCH, Command, TrainingCommand
 from rlhf.cli.exit_codes import ExitCode
 from rlhf.cli.failing import MENDABLE, fail, in_several_processes, interrupted
 from rlhf.cli.field_names import names_of_options
-from rlhf.cli.launch import LaunchArguments, launch, split_launch_options
+from rlhf.cli.launch import LaunchArguments, launch, launch_words, split_launch_options
 from rlhf.cli.options import check_options, expand_aliases, read_config, value_of
 from rlhf.secret_names import without_secret_words
 from rlhf.visible import VisibleFormatter
@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(name: str, command: Command | TrainingCommand, words: list[str], debug: bool) -> int:
+    values = {}
     # Names first, as they are known without importing torch; values are checked when the command reads them.
     if command.option_classes and not {"-h", "--help"} & set(words):
         known_names = names_of_options(command.option_classes)
@@ -102,7 +103,7 @@ def _run(name: str, command: Command | TrainingCommand, words: list[str], debug:
         # Before a package is imported that reads where its cache is.
         move_caches(value_of("cache_dir", words) or values.get("cache_dir"))
     if LAUNCH in command.option_classes:
-        launch_options, words = split_launch_options(words)
+        launch_options, words = split_launch_options([*launch_words(values), *words])
         if launch_options != LaunchArguments():
             return launch(name, [*words, "--debug"] if debug else words, launch_options)
     _log_plain_lines()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.cli.launch import LaunchArguments, accelerate_file, first_status, launch, split_launch_options
+from rlhf.cli.launch import LaunchArguments, accelerate_file, first_status, launch, launch_words, split_launch_options
 from rlhf.cli.main import main
 
 CPU = ["--use_cpu"] if torch.accelerator.is_available() else []  # without it, where there is nothing else
@@ -62,6 +62,22 @@ def test_processes_that_were_launched_launch_no_others(monkeypatch):
 )
 def test_the_status_is_that_of_the_process_that_failed(failures, status):
     assert first_status(failures) == status
+
+
+def test_a_file_of_options_can_ask_for_processes(monkeypatch, tmp_path):
+    """Also a run.yaml; the command line wins, and a process that was launched launches no others."""
+    asked = []
+    monkeypatch.setattr("rlhf.cli.main.launch", lambda name, words, options: asked.append((words, options)) or 0)
+    monkeypatch.setattr("rlhf.cli.main.import_module", lambda name: pytest.fail("not launched"))
+    file = tmp_path / "dpo.yaml"
+    file.write_text("num_processes: 2\naccelerate_config: two_cpu\n")
+    words = ["--config", str(file)]
+    assert main(["dpo", *words]) == 0 and main(["dpo", *words, "--num_processes", "3"]) == 0
+    assert asked == [(words, LaunchArguments(2, "two_cpu")), (words, LaunchArguments(3, "two_cpu"))]
+    for variable in ("WORLD_SIZE", "RLHF_LAUNCHED"):
+        with monkeypatch.context() as launched:
+            launched.setenv(variable, "2")
+            assert launch_words({"num_processes": 2}) == []
 
 
 def run(tmp_path, model_folder, data_files, *words):
