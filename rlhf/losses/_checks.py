@@ -1,27 +1,49 @@
-"""Input checks shared by every loss: one line that names the argument, what was seen and what to do."""
+"""Input checks shared by every loss: one line that names the argument, its value and what to pass instead."""
 
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 # A module's state instead of an argument, so that checks() reaches losses deep inside a trainer.
 _level: Literal["off", "warn", "error"] = "off"
-# The number of elements that each loss was last summed over, inside a context.
-_sizes: dict[str, int] = {}
+# A warning names the first line outside of these folders: torch calls the losses that are modules.
+_NOT_THE_CALLER = tuple(os.path.dirname(file) + os.sep for file in (__file__, torch.__file__))
+
+
+@dataclass
+class Seen:
+    """What the losses have seen since a context of :data:`checks` was entered.
+
+    Attributes:
+        sizes: by loss, the number of elements that it was last summed over.
+        label_counts: by loss, how often each class has occurred.
+        advised: losses about which advice was given. It is given once.
+    """
+
+    sizes: dict[str, int] = field(default_factory=dict)
+    label_counts: dict[str, Tensor] = field(default_factory=dict)
+    advised: set[str] = field(default_factory=set)
+
+
+_seen = Seen()
 
 
 class Checks:
-    """``with rlhf.losses.checks():`` and ``with rlhf.losses.checks.warn():`` look at *values* too.
+    """``with rlhf.losses.checks():`` checks the values of tensors too, and raises; ``checks.warn()`` warns.
 
-    Shapes, dtypes and hyper-parameters are always checked. Label and probability ranges are always checked on CPU,
-    where it costs nothing. Inside ``checks()`` they are checked on an accelerator as well (which waits for the device),
-    and so is what is legal but looks like a mistake: NaN or infinity, a sigmoid or softmax before a loss that has its
-    own, continuous targets for a classification and labels for a regression, rare positives without a weight, sums over
-    batches of different sizes. ``checks.warn()`` warns of the latter kind instead of raising.
+    Types, shapes, dtypes and hyper-parameters are always checked. The values of labels and probabilities are always
+    checked on a CPU. On an accelerator they are checked inside ``checks()`` only, as the check waits for the device.
+
+    Inside ``checks()`` legal values that look like a mistake are errors as well: NaN or infinity, a sigmoid or softmax
+    before a loss that applies its own, continuous targets in a classification, classes in a regression, sums over
+    batches of different sizes. Rare classes are counted over the batches of a context, and give a warning.
     """
 
     def __call__(self, enabled: bool = True):  # type: ignore[no-untyped-def]
@@ -32,10 +54,10 @@ class Checks:
 
     @contextmanager
     def _within(self, level: Literal["off", "warn", "error"]) -> Iterator[None]:
-        global _level
+        global _level, _seen
         previous_level, _level = _level, level
-        # Sizes are compared within one context: the next may be about other data.
-        _sizes.clear()
+        # Batches are compared within one context: the next may be about other data.
+        _seen = Seen()
         try:
             yield
         finally:
@@ -46,28 +68,92 @@ checks = Checks()
 
 
 def checking() -> bool:
-    """Whether values are to be read on an accelerator too."""
+    """Whether values are checked on an accelerator too."""
     return _level != "off"
 
 
+def seen() -> Seen:
+    """What the losses have seen in the present context."""
+    return _seen
+
+
 def suspect(message: str) -> None:
-    """Something legal that looks like a mistake; only called where :func:`checking`."""
+    """Report legal values that look like a mistake: an error inside ``checks()``, and a warning elsewhere."""
     if _level == "error":
         raise ValueError(message)
-    warnings.warn(message, stacklevel=4)
+    warn(message)
+
+
+def warn(message: str) -> None:
+    """Warn, with the line of the user's code that called the loss."""
+    stack_level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_CALLER):
+        stack_level, frame = stack_level + 1, frame.f_back
+    warnings.warn(message, stacklevel=stack_level)
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Raise for what is no tensor, such as a list or an array of NumPy."""
+    if isinstance(value, Tensor):
+        return
+    if value is None:
+        raise ValueError(f"{name} is None: pass a tensor")
+    kind = type(value)
+    library = "" if kind.__module__ == "builtins" else f"{kind.__module__.split('.')[0]}."
+    size = ""
+    if hasattr(value, "shape"):
+        size = f" of shape {tuple(value.shape)}"
+    elif hasattr(value, "__len__"):
+        size = f" of {len(value)}"
+    call = f"torch.as_tensor({name})"
+    # A Series of pandas is read by its index, which need not begin at 0.
+    if hasattr(value, "to_numpy"):
+        call = f"torch.as_tensor({name}.to_numpy())"
+    elif isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
+        call = f"torch.stack({name})"
+    raise ValueError(f"{name} must be a torch.Tensor, got a {library}{kind.__name__}{size}: pass {call}")
 
 
 def check_floating(name: str, value: Tensor) -> None:
+    """Raise unless a tensor is floating point; inside ``checks()``, report NaN and infinity."""
+    check_tensor(name, value)
     if not value.is_floating_point():
-        raise ValueError(f"{name} must be floating point, got {value.dtype}: pass log-probabilities or logits")
+        raise ValueError(f"{name} must be floating point, got {_described(value)}: {_float_remedy(name)}")
     if not checking():
         return
     # From here on values are read, which waits for an accelerator.
     is_finite = value.isfinite()
     if not is_finite.all():
-        position = first_true(~is_finite)
-        likely_cause = "look for an overflow or a division by zero upstream"
-        suspect(f"{name}{list(position)} is {float(value[position])}: {likely_cause}")
+        suspect(f"{non_finite(name, value)}: look for {cause_of(value)}")
+
+
+def _described(value: Tensor) -> str:
+    description = f"{value.dtype} of shape {tuple(value.shape)}"
+    if value.numel() and value.device.type == "cpu":
+        description += f", the first {value.flatten()[0].item()}"
+    return description
+
+
+def _float_remedy(name: str) -> str:
+    if name in ("logits", "scores", "predictions", "probabilities"):
+        return "pass the output of the model first, without argmax or rounding; the targets come second"
+    if name.endswith(("logps", "log_probs")):
+        return "pass log-probabilities"
+    return f"pass {name}.float()"
+
+
+def non_finite(name: str, value: Tensor) -> str:
+    """The first element that is NaN or infinite, such as ``logits[3, 0] is nan``."""
+    position = first_true(~value.isfinite())
+    return f"{element(name, position)} is {float(value[position])}"
+
+
+def cause_of(value: Tensor) -> str:
+    """The usual origin of the first element that is NaN or infinite."""
+    first = float(value[first_true(~value.isfinite())])
+    if first == float("-inf"):
+        return "the logarithm of 0 upstream"
+    return "an overflow or a division by 0 upstream" if first == float("inf") else "0/0 or inf - inf upstream"
 
 
 def first_true(condition: Tensor) -> tuple[int, ...]:
@@ -75,31 +161,39 @@ def first_true(condition: Tensor) -> tuple[int, ...]:
     return tuple(condition.nonzero()[0].tolist())
 
 
+def element(name: str, position: tuple[int, ...]) -> str:
+    """An element as it is written in Python; a scalar has no brackets."""
+    return f"{name}{list(position)}" if position else name
+
+
 def check_same_shape(**named: Tensor | None) -> None:
+    """Raise unless the tensors have one shape. None is left out."""
     # Equal, not broadcastable: [B, 1] against [B] would silently become [B, B].
-    shapes = {name: tuple(value.shape) for name, value in named.items() if value is not None}
+    shapes = {}
+    for name, value in named.items():
+        if value is not None:
+            check_tensor(name, value)
+            shapes[name] = tuple(value.shape)
     if len(set(shapes.values())) > 1:
         seen_shapes = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(f"shapes must be equal, got {seen_shapes}")
+        raise ValueError(f"shapes must be equal, got {seen_shapes}{_squeeze_hint(shapes)}")
 
 
-def check_labels(name: str, labels: Tensor, classes: int, ignore_index: int) -> None:
-    """Raise unless every label is an index into ``classes`` or ``ignore_index``."""
-    if labels.is_floating_point() or labels.dtype is torch.bool:
-        raise ValueError(
-            f"{name} must hold class indices (integers), got {labels.dtype}: for one-hot rows pass {name}.argmax(-1)"
-        )
-    if not labels.numel() or not is_cheap_to_read(labels):
-        return
-    # On CUDA such a label is a device-side assert without its position, after which the process cannot go on.
-    is_outside = (labels < 0) | (labels >= classes)
-    is_wrong = is_outside & (labels != ignore_index)
-    if is_wrong.any():
-        position = first_true(is_wrong)
-        raise ValueError(
-            f"{name}{list(position)} is {int(labels[position])}, outside the vocabulary [0, {classes}): "
-            f"fix the label, or set it to ignore_index ({ignore_index})"
-        )
+def _squeeze_hint(shapes: dict[str, tuple[int, ...]]) -> str:
+    # The output of nn.Linear(n, 1) is a column.
+    for name, shape in shapes.items():
+        if any(shape == (*other, 1) for other in shapes.values()):
+            return f": pass {name}.squeeze(-1)"
+    return ""
+
+
+def first_rows(values: Tensor, rows: int = 8) -> Tensor:
+    """Some rows [..., C] without their gradient: enough to know a softmax, too few to cost time."""
+    values = values.detach()
+    # Not flattened, which would copy a tensor that is not contiguous.
+    while values.dim() > 2 and len(values):
+        values = values[0]
+    return values[:rows] if values.dim() > 1 else values
 
 
 def is_cheap_to_read(values: Tensor) -> bool:
@@ -115,62 +209,35 @@ def check_range(name: str, value: float, low: float, high: float, *, open_low: b
         raise ValueError(f"{name} must be in {bracket}{low}, {high}), got {value}")
 
 
-def check_probabilities(name: str, value: Tensor) -> None:
-    """Raise unless all values lie in [0, 1]; like label ranges, read on CPU always and elsewhere on request."""
-    if value.numel() and is_cheap_to_read(value):
-        smallest, largest = float(value.detach().min()), float(value.detach().max())
-        # NaN passes both comparisons; finding it is what checks() is for.
-        if smallest < 0 or largest > 1:
-            raise ValueError(f"{name} must be probabilities in [0, 1], got values from {smallest:.4g} to {largest:.4g}")
+def check_probabilities(name: str, value: Tensor, remedy: str = "") -> tuple[float, float] | None:
+    """Raise unless all values lie in [0, 1]; like label ranges, read on CPU always and elsewhere on request.
+
+    Args:
+        name: of the argument.
+        value: any shape.
+        remedy: what to do instead; by default it is guessed from the values, as those of targets.
+    Returns:
+        The smallest and the largest value; None where they are not read.
+    Raises:
+        ValueError: one lies outside.
+    """
+    if not value.numel() or not is_cheap_to_read(value):
+        return None
+    smallest, largest = float(value.detach().min()), float(value.detach().max())
+    # NaN passes both comparisons; finding it is what checks() is for.
+    if smallest < 0 or largest > 1:
+        got = f"got values from {smallest:.4g} to {largest:.4g}"
+        raise ValueError(f"{name} must be probabilities in [0, 1], {got}: {remedy or _target_remedy(name, value)}")
+    return smallest, largest
 
 
-def check_binary(logits: Tensor, targets: Tensor, weighted: bool) -> None:
-    """What looks like a mistake in a binary classification from logits."""
-    # A handful of values can look like anything.
-    if not checking() or logits.numel() < 8:
-        return
-    if logits.min() >= 0 and logits.max() <= 1:
-        suspect("logits all lie in [0, 1]: was a sigmoid applied before? this loss applies its own")
-    if not ((targets == 0) | (targets == 1)).all():
-        suspect("targets are neither 0 nor 1: for continuous targets use a regression loss")
-    positive_share = float(targets.float().mean())
-    # In fewer than 100 targets such a share is easily an accident of the batch.
-    if not weighted and targets.numel() >= 100 and 0 < positive_share < 0.05:
-        suspect(
-            f"{positive_share:.1%} of the targets are positive and weigh as all others: "
-            "set pos_weight, or use focal_loss"
-        )
-
-
-def check_softmax(logits: Tensor) -> None:
-    """What looks like probabilities where logits belong."""
-    if not checking() or logits.numel() < 8:
-        return
-    # The tolerance covers the rounding of a softmax in float16.
-    sums_to_one = ((logits.sum(-1) - 1).abs() < 1e-3).all()
-    if logits.min() >= 0 and sums_to_one:
-        suspect("logits are not negative and sum to 1: was a softmax applied before? this loss applies its own")
-
-
-def check_continuous(targets: Tensor) -> None:
-    """What looks like labels where values belong."""
-    if not checking() or targets.numel() < 8:
-        return
-    is_binary = ((targets == 0) | (targets == 1)).all()
-    # All 0 or all 1 may be a constant target; the two together look like labels.
-    if is_binary and len(targets.unique()) == 2:
-        suspect("targets are all 0 or 1: for labels use bce_with_logits_loss or cross_entropy_loss")
-
-
-def check_sum(loss: str, reduction: str, size: int) -> None:
-    """Sums over batches of different sizes pull with different force."""
-    if not checking() or reduction != "sum":
-        return
-    previous_size = _sizes.setdefault(loss, size)
-    # The gradient of a sum grows with the batch, and with it the step.
-    if previous_size != size:
-        _sizes[loss] = size
-        suspect(
-            f"{loss} is summed over {size} elements after {previous_size}: "
-            'with reduction="sum" a step grows with the batch'
-        )
+def _target_remedy(name: str, targets: Tensor) -> str:
+    values = set(targets.detach().unique().tolist())
+    # A mask puts 0 where an element is hidden.
+    if values <= {-1.0, 0.0, 1.0}:
+        return f"for labels of -1 and 1 pass ({name} + 1) / 2"
+    if values == {1.0, 2.0}:
+        return f"for labels of 1 and 2 pass {name} - 1"
+    if values == set(map(float, range(len(values)))):
+        return f"for {len(values)} classes use cross_entropy_loss, with {len(values)} logits for each row"
+    return "for continuous targets use a regression loss such as mse_loss"

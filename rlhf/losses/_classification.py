@@ -7,11 +7,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.losses._checks import check_binary, check_probabilities, check_range, check_same_shape, check_softmax
+from rlhf.losses._checks import check_probabilities, check_range, check_same_shape, check_tensor
+from rlhf.losses._class_targets import check_log_probs
 from rlhf.losses._reduction import reducible
+from rlhf.losses._suspicions import (
+    check_binary,
+    check_log_of_zero,
+    check_rare_classes,
+    check_row_sums,
+    check_softmax,
+)
 
 
-@reducible("logits", "targets")
+def _check_bce(arguments: dict[str, Any], mask: Tensor | None) -> None:
+    pos_weight = arguments.get("pos_weight", 1.0)
+    # A tensor counts as a weight unread: comparing it would wait for an accelerator.
+    is_weighted = isinstance(pos_weight, Tensor) or pos_weight != 1
+    check_binary(arguments["logits"], arguments["targets"], mask, loss="bce_with_logits_loss", weighted=is_weighted)
+
+
+def _check_focal(arguments: dict[str, Any], mask: Tensor | None) -> None:
+    check_binary(arguments["logits"], arguments["targets"], mask, loss="focal_loss", weighted=True)
+
+
+def _check_cross_entropy(arguments: dict[str, Any], mask: Tensor | None) -> None:
+    logits, targets = arguments["logits"], arguments["targets"]
+    check_softmax(logits, mask)
+    if targets.shape == logits.shape:
+        check_row_sums(targets, mask)
+    elif arguments.get("class_weights") is None:
+        check_rare_classes("cross_entropy_loss", targets, mask, logits.size(-1))
+
+
+def _check_logits(arguments: dict[str, Any], mask: Tensor | None) -> None:
+    check_softmax(arguments["logits"], mask)
+
+
+def _check_nll(arguments: dict[str, Any], mask: Tensor | None) -> None:
+    check_log_probs(arguments["log_probs"], mask)
+
+
+@reducible("logits", "targets", check=_check_bce)
 def bce_with_logits_loss(logits: Tensor, targets: Tensor, pos_weight: float | Tensor = 1.0) -> Tensor:
     r"""Binary cross-entropy from logits: for two classes, or several labels that do not exclude each other.
 
@@ -33,8 +69,6 @@ def bce_with_logits_loss(logits: Tensor, targets: Tensor, pos_weight: float | Te
     """
     check_same_shape(logits=logits, targets=targets)
     check_probabilities("targets", targets)
-    # A tensor counts as a weight unread: comparing it would wait for an accelerator.
-    check_binary(logits, targets, weighted=isinstance(pos_weight, Tensor) or pos_weight != 1)
     # Without a weight torch takes a shorter path, with fewer passes over the logits.
     positive_weights = (
         None if isinstance(pos_weight, float | int) and pos_weight == 1 else logits.new_tensor(pos_weight)
@@ -62,12 +96,15 @@ def bce_loss(probabilities: Tensor, targets: Tensor) -> Tensor:
     Source: Bernoulli likelihood; as ``torch.nn.functional.binary_cross_entropy``.
     """
     check_same_shape(probabilities=probabilities, targets=targets)
-    check_probabilities("probabilities", probabilities)
+    extremes = check_probabilities("probabilities", probabilities, "for logits use bce_with_logits_loss")
     check_probabilities("targets", targets)
+    if extremes is not None and (extremes[0] == 0 or extremes[1] == 1):
+        remedy = "has no gradient through a sigmoid: pass the logits to bce_with_logits_loss"
+        check_log_of_zero(probabilities, targets, 100, remedy, binary=True)
     return F.binary_cross_entropy(probabilities, targets, reduction="none")
 
 
-@reducible("logits", labels="targets")
+@reducible("logits", labels="targets", soft=True, check=_check_cross_entropy)
 def cross_entropy_loss(
     logits: Tensor, targets: Tensor, *, class_weights: Tensor | None = None, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor | None]:
@@ -92,11 +129,10 @@ def cross_entropy_loss(
     Source: multinomial likelihood; smoothing arXiv 1512.00567 §7. As ``torch.nn.functional.cross_entropy``.
     """
     check_range("label_smoothing", label_smoothing, 0.0, 1.0)
-    check_softmax(logits)
     # Class indices never have the dimension of the classes, so the shape tells soft targets from hard ones.
     has_soft_targets = targets.shape == logits.shape
     if has_soft_targets:
-        check_probabilities("targets", targets)
+        check_probabilities("targets", targets, "for the logits of a teacher pass targets.softmax(-1)")
     # The logits may have been taken to float32, and torch wants one dtype.
     cast_weights = None if class_weights is None else class_weights.to(logits.dtype)
     # torch wants the classes in dimension 1; as [N, C] they are there without a transposition.
@@ -155,14 +191,17 @@ def categorical_cross_entropy(probabilities: Tensor, targets: Tensor) -> Tensor:
     Source: multinomial likelihood; Keras' form of it.
     """
     check_same_shape(probabilities=probabilities, targets=targets)
-    check_probabilities("probabilities", probabilities)
-    check_probabilities("targets", targets)
+    extremes = check_probabilities("probabilities", probabilities, "for logits use cross_entropy_loss")
+    check_probabilities("targets", targets, "pass one-hot rows or probabilities")
     # log 0 would make NaN of a target of 0 times it.
     smallest = torch.finfo(probabilities.dtype).tiny
+    if extremes is not None and extremes[0] == 0:
+        remedy = "has no gradient there: pass the logits to cross_entropy_loss"
+        check_log_of_zero(probabilities, targets, -math.log(smallest), remedy, binary=False)
     return -(targets * probabilities.clamp(min=smallest).log()).sum(-1)
 
 
-@reducible("log_probs", labels="targets")
+@reducible("log_probs", labels="targets", check=_check_nll)
 def nll_loss(
     log_probs: Tensor, targets: Tensor, *, class_weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -184,8 +223,6 @@ def nll_loss(
 
     Source: as ``torch.nn.functional.nll_loss``, with the classes last.
     """
-    if targets.shape == log_probs.shape:
-        raise ValueError("targets must be class indices: for soft targets use cross_entropy_loss on logits")
     # An ignored label is class 0 by now, so the index is valid; its loss is masked.
     losses = -log_probs.gather(-1, targets[..., None]).squeeze(-1)
     if class_weights is None:
@@ -194,7 +231,7 @@ def nll_loss(
     return losses * target_weights, target_weights
 
 
-@reducible("logits", "targets")
+@reducible("logits", "targets", check=_check_focal)
 def focal_loss(logits: Tensor, targets: Tensor, alpha: float | None = 0.25, gamma: float = 2.0) -> Tensor:
     r"""Binary cross-entropy with less weight on examples that the model already classifies well, for rare positives.
 
@@ -217,7 +254,6 @@ def focal_loss(logits: Tensor, targets: Tensor, alpha: float | None = 0.25, gamm
     """
     check_same_shape(logits=logits, targets=targets)
     check_probabilities("targets", targets)
-    check_binary(logits, targets, weighted=True)
     check_range("gamma", gamma, 0.0, math.inf)
     log_prob, log_other = F.logsigmoid(logits), F.logsigmoid(-logits)
     # (1 - p)^gamma as an exponential, which has a gradient at p = 1; a power has none there for gamma < 1.
@@ -232,7 +268,7 @@ def focal_loss(logits: Tensor, targets: Tensor, alpha: float | None = 0.25, gamm
     return torch.lerp((alpha - 1) * negative, -alpha * positive, targets)
 
 
-@reducible("logits", labels="targets")
+@reducible("logits", labels="targets", check=_check_logits)
 def multiclass_focal_loss(
     logits: Tensor, targets: Tensor, gamma: float = 2.0, *, class_weights: Tensor | None = None
 ) -> Tensor:
@@ -257,8 +293,6 @@ def multiclass_focal_loss(
     Source: arXiv 1708.02002 eq. 4, over a softmax.
     """
     check_range("gamma", gamma, 0.0, math.inf)
-    if targets.shape == logits.shape:
-        raise ValueError("targets must be class indices: the focal factor is defined for one true class")
     log_probs = logits.log_softmax(-1)
     target_logp = log_probs.gather(-1, targets[..., None]).squeeze(-1)
     # log(1 - p_y) from the other classes: exact, and differentiable, where p_y rounds to 1.
@@ -316,7 +350,7 @@ def modified_huber_loss(scores: Tensor, targets: Tensor) -> Tensor:
     return torch.where(margin >= -1, F.relu(1 - margin) ** 2, -4 * margin)
 
 
-@reducible("logits", labels="targets")
+@reducible("logits", labels="targets", check=_check_logits)
 def poly1_loss(logits: Tensor, targets: Tensor, epsilon: float = 1.0) -> Tensor:
     r"""Cross-entropy with its first polynomial coefficient changed.
 
@@ -338,8 +372,6 @@ def poly1_loss(logits: Tensor, targets: Tensor, epsilon: float = 1.0) -> Tensor:
     """
     # Below -1 the slope at p = 1 changes its sign, and certain predictions would be pushed away.
     check_range("epsilon", epsilon, -1.0, math.inf)
-    if targets.shape == logits.shape:
-        raise ValueError("targets must be class indices: the polynomial is in the probability of one true class")
     target_logp = logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
     # expm1(logp) is p - 1 with all digits where p is near 1.
     return -target_logp - epsilon * target_logp.expm1()
@@ -365,6 +397,7 @@ def class_weights(counts: Tensor, scheme: str = "balanced", *, beta: float = 0.9
 
     Source: King and Zeng 2001; effective number arXiv 1901.05555.
     """
+    check_tensor("counts", counts)
     counts = counts if counts.dtype == torch.float64 else counts.float()
     is_empty = counts <= 0
     # The weight of a class that never occurs would be infinite.

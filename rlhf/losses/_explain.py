@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from rlhf.losses._checks import first_true
+from rlhf.losses._checks import cause_of, check_tensor, non_finite
 
 LARGE_NORM = 1e3  # of a gradient: far beyond what clipping at 1.0 leaves
 
@@ -19,21 +19,27 @@ def explain(
     model: nn.Module | None = None,
     num_classes: int | None = None,
 ) -> list[str]:
-    """In words: why a loss is NaN, infinite or stuck, with what to do. The likeliest reason first.
+    """Why a loss is NaN, infinite or constant, and what to do; the likeliest reason first.
 
     Args:
         loss: a scalar before or after ``backward()``, or the losses of the last steps, oldest first.
         inputs: by name, what the loss was computed from (logits, targets, masks).
-        model: its parameters and their gradients are looked at.
-        num_classes: for a cross-entropy, to know the value of a guess.
+        model: its parameters and their gradients are checked.
+        num_classes: of a cross-entropy; used to recognise the loss of random guessing.
     Returns:
         Sentences; empty where nothing looks wrong.
+    Raises:
+        ValueError: an input is no tensor.
     Example:
         >>> explain(torch.tensor(float("nan")), inputs={"logits": torch.tensor([0.0, float("inf")])})
-        ['logits[1] is inf: the loss cannot be a number; look for an overflow or a division by zero upstream']
+        ['logits[1] is inf: the loss cannot be a number; look for an overflow or a division by 0 upstream']
     """
     reasons: list[str] = []
-    # Inputs come first: a NaN there explains all that follows.
+    for name, value in (inputs or {}).items():
+        check_tensor(name, value)
+    # A NaN in any input explains all that follows.
+    for name, value in (inputs or {}).items():
+        reasons += _of_non_finite(name, value)
     for name, value in (inputs or {}).items():
         reasons += _of_input(name, value)
     history = [float(loss.detach())] if isinstance(loss, Tensor) else [float(value) for value in loss]
@@ -53,21 +59,29 @@ def explain(
     return reasons + (_of_history(history, num_classes) if len(history) > 3 else [])
 
 
+def _of_non_finite(name: str, value: Tensor) -> list[str]:
+    if not value.is_floating_point() or value.isfinite().all():
+        return []
+    return [f"{non_finite(name, value)}: the loss cannot be a number; look for {cause_of(value)}"]
+
+
 def _of_input(name: str, value: Tensor) -> list[str]:
     if value.dtype == torch.bool and not value.any():
         return [f"{name} is False everywhere: nothing counts, and the loss is 0 whatever the model does"]
-    if not value.is_floating_point():
-        # -100 is the label that transformers and torch ignore.
-        return [f"{name} is -100 everywhere: nothing is scored"] if value.numel() and (value == -100).all() else []
-    is_finite = value.isfinite()
-    if not is_finite.all():
-        position = first_true(~is_finite)
-        likely_cause = "look for an overflow or a division by zero upstream"
-        return [f"{name}{list(position)} is {float(value[position])}: the loss cannot be a number; {likely_cause}"]
-    value = value.detach()
-    if value.numel() > 1 and float(value.std()) == 0:
-        return [f"{name} is the same everywhere ({float(value.flatten()[0]):.4g}): a dead layer, or zero weights?"]
-    return []
+    # -100 is the label that transformers and torch ignore.
+    if value.dtype == torch.int64 and value.numel() and (value == -100).all():
+        return [f"{name} is -100 everywhere: nothing is scored"]
+    values = value.detach().flatten()
+    is_constant = values.numel() > 1 and bool((values == values[0]).all())
+    if not is_constant:
+        return []
+    constant = f"{name} is the same everywhere ({values[0].item():.4g})"
+    # Targets and labels are data; an attention mask and weights of 1 everywhere are usual.
+    if any(word in name.lower() for word in ("target", "label")) or name in ("y", "y_true"):
+        return [f"{constant}: this batch has one class or one value, so shuffle the data"]
+    if not value.is_floating_point() or "mask" in name or "weight" in name:
+        return []
+    return [f"{constant}: if a model computed it, look for a dead layer or for weights of 0"]
 
 
 def _of_model(model: nn.Module) -> list[str]:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.losses._checks import check_floating, check_labels, check_range, check_same_shape
+from rlhf.losses._checks import check_floating, check_range, check_same_shape, check_tensor
+from rlhf.losses._class_targets import check_labels
 from rlhf.losses._reduction import Reduction, reduce, upcast
 
 
@@ -212,7 +213,7 @@ def unlikelihood_loss(
     """
     _check_dense(logits, labels)
     check_floating("logits", logits)
-    check_labels("labels", labels, logits.size(-1), ignore_index)
+    check_labels("labels", labels, logits.size(-1), ignore_index, "vocabulary")
     predicting_logits, unwanted_tokens = (logits[..., :-1, :], labels[..., 1:]) if shift else (logits, labels)
     log_probs = upcast(predicting_logits).log_softmax(-1)
     # scatter needs a valid index everywhere; what is ignored is masked below.
@@ -292,6 +293,8 @@ def _reduce_tokens(
 
 
 def _check_dense(logits: Tensor, labels: Tensor) -> None:
+    check_tensor("logits", logits)
+    check_tensor("labels", labels)
     if logits.dim() < 2 or logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"labels must have the shape of logits without the vocabulary, {tuple(logits.shape[:-1])}, "
@@ -304,7 +307,7 @@ def _token_nll(
 ) -> Tensor:  # fmt: skip
     _check_dense(logits, labels)
     check_floating("logits", logits)
-    check_labels("labels", labels, logits.size(-1), ignore_index)
+    check_labels("labels", labels, logits.size(-1), ignore_index, "vocabulary")
     if shift:
         logits, labels = logits[..., :-1, :], labels[..., 1:]
     # For half-precision logits this is a float32 copy of the whole vocabulary, which trainers avoid.

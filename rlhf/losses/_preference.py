@@ -25,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.losses._checks import check_floating, check_range, check_same_shape, check_sum
+from rlhf.losses._checks import check_floating, check_range, check_same_shape
 from rlhf.losses._reduction import SHARED_HELP, SHARED_OPTIONS, Reduction, document_options, hide, reduce
+from rlhf.losses._suspicions import check_sum
 from rlhf.losses.registry import Registry, arguments_of
 
 # In the order of the call: the signatures of all losses are built from it.

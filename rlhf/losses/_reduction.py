@@ -9,9 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf.losses._checks import check_floating, check_labels, check_same_shape, check_sum
+from rlhf.losses._checks import check_floating, check_same_shape, check_tensor
+from rlhf.losses._class_targets import check_class_weights, check_labels, has_soft_targets
+from rlhf.losses._suspicions import check_sum
 
 Reduction = Literal["mean", "sum", "none"]
+# Called with the arguments of a loss and the mask of what counts.
+Check = Callable[[dict[str, Any], Tensor | None], None]
 
 
 def upcast(tensor: Tensor) -> Tensor:
@@ -109,7 +113,9 @@ def document_options(docstring: str, options: Mapping[str, str], instead_of: str
     return docstring[:start] + "".join(lines) + docstring[end:]
 
 
-def reducible(*inputs: str, labels: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Tensor]]:
+def reducible(
+    *inputs: str, labels: str | None = None, soft: bool = False, check: Check | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Tensor]]:
     """Give a function of per-element losses the arguments ``reduction``, ``weight`` and ``mask``.
 
     Args:
@@ -117,7 +123,9 @@ def reducible(*inputs: str, labels: str | None = None) -> Callable[[Callable[...
             They are checked, taken to float32 where they are half precision, and set to 0 where the mask is False, so
             that what it hides reaches neither the loss nor, by way of 0 * NaN, a gradient. An argument may be None.
         labels: its argument of class indices into the last dimension of the first input. They are checked, the
-            argument ``ignore_index`` is added, and what is ignored is masked. (Soft targets pass as an input does.)
+            argument ``ignore_index`` is added, and what is ignored is masked.
+        soft: ``labels`` may also be probabilities of the classes, which are treated as an input is.
+        check: called with the arguments and the mask before the loss, for checks that need to know what is masked.
     Returns:
         A decorator.
     """
@@ -128,6 +136,7 @@ def reducible(*inputs: str, labels: str | None = None) -> Callable[[Callable[...
         positional = [
             parameter.name for parameter in loss_parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         ]
+        required = {parameter.name for parameter in loss_parameters if parameter.default is parameter.empty}
 
         @wraps(loss)
         def call(
@@ -139,18 +148,27 @@ def reducible(*inputs: str, labels: str | None = None) -> Callable[[Callable[...
         ) -> Tensor:
             if len(args) > len(positional):
                 signature.bind(*args, **kwargs)  # raises, naming what is too many
+            if mask is not None:
+                check_tensor("mask", mask)
             arguments = dict(zip(positional, args, strict=False), **kwargs)
             # An ignored label hides its loss, but is not worth a copy of the logits, as in torch.
             hiding_mask = mask
             if labels is not None:
-                mask = _take_labels(arguments, inputs[0], labels, mask)
+                mask = _take_labels(arguments, inputs[0], labels, mask, soft)
             for name in inputs:
-                if arguments.get(name) is not None:
+                is_given = name in arguments and (arguments[name] is not None or name in required)
+                if is_given:
                     arguments[name] = hide(name, arguments[name], hiding_mask)
+            # Without a required argument the call below raises, as any function does.
+            if check is not None and required <= set(arguments):
+                check(arguments, mask)
             loss_output = loss(**arguments)
             # Some losses also return what each element adds to the divisor of the mean.
             values, counts = loss_output if isinstance(loss_output, tuple) else (loss_output, None)
             check_sum(loss.__name__, reduction, values.numel())
+            if weight is not None and not (isinstance(weight, Tensor) and weight.shape == values.shape):
+                classes = None if labels is None else arguments[inputs[0]].size(-1)
+                raise ValueError(_weight_error(weight, values, set(signature.parameters), labels, classes))
             return reduce(values, reduction, weight, mask, counts)
 
         added_options = SHARED_OPTIONS if labels is None else [_option("ignore_index", -100, int), *SHARED_OPTIONS]
@@ -164,19 +182,17 @@ def reducible(*inputs: str, labels: str | None = None) -> Callable[[Callable[...
     return decorate
 
 
-def _take_labels(given: dict[str, Any], scores: str, name: str, mask: Tensor | None) -> Tensor | None:
+def _take_labels(given: dict[str, Any], scores: str, name: str, mask: Tensor | None, soft: bool) -> Tensor | None:
     """Check the labels, put a valid one where none is scored, and return the mask of what is."""
-    ignore_index, logits, labels = given.pop("ignore_index", -100), given.get(scores), given.get(name)
-    if logits is None or labels is None:
+    ignore_index = given.pop("ignore_index", -100)
+    if scores not in given or name not in given:
         return mask
-    if labels.shape == logits.shape:  # soft targets
+    logits, labels = given[scores], given[name]
+    is_soft = has_soft_targets(scores, logits, name, labels, soft)
+    check_class_weights(given.get("class_weights"), logits.size(-1))
+    if is_soft:
         given[name] = hide(name, labels, mask)
         return mask
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"{name} must be indices of shape {tuple(logits.shape[:-1])} or probabilities of shape "
-            f"{tuple(logits.shape)}, to go with {scores} {tuple(logits.shape)}; got {tuple(labels.shape)}"
-        )
     check_labels(name, labels, logits.size(-1), ignore_index)
     is_scored = labels != ignore_index
     check_same_shape(mask=mask, **{name: labels})
@@ -184,6 +200,19 @@ def _take_labels(given: dict[str, Any], scores: str, name: str, mask: Tensor | N
     # Class 0 exists for any number of classes; the loss there is masked.
     given[name] = torch.where(mask, labels.long(), 0)
     return mask
+
+
+def _weight_error(weight: Any, values: Tensor, options: set[str], labels: str | None, classes: int | None) -> str:
+    """What is wrong with a ``weight`` that has not the shape of the losses, and what it may have been meant for."""
+    check_tensor("weight", weight)
+    shape = tuple(weight.shape)
+    remedy = ""
+    if shape == (classes,):
+        option = "class_weights=" if "class_weights" in options else f"weight=weight[{labels}]"
+        remedy = f": for the weight of each class pass {option}"
+    elif "pos_weight" in options:
+        remedy = ": for the weight of the positives pass pos_weight="
+    return f"weight must have the shape of the losses, {tuple(values.shape)}, got {shape}{remedy}"
 
 
 def hide(name: str, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,26 +1,28 @@
 r"""Regression losses, element by element, on the residual :math:`r = \hat y - y`."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.losses._checks import check_continuous, check_range, check_same_shape
+from rlhf.losses._checks import check_range, check_same_shape
 from rlhf.losses._reduction import reducible
+from rlhf.losses._suspicions import check_regression_targets
 
 
-def _check(predictions: Tensor, targets: Tensor) -> None:
-    check_same_shape(predictions=predictions, targets=targets)  # no silent broadcast of [B, 1] against [B]
-    check_continuous(targets)
+def _check_targets(arguments: dict[str, Any], mask: Tensor | None) -> None:
+    check_regression_targets(arguments["targets"], mask)
 
 
 def _residual(predictions: Tensor, targets: Tensor) -> Tensor:
-    _check(predictions, targets)
+    # No silent broadcast of [B, 1] against [B].
+    check_same_shape(predictions=predictions, targets=targets)
     return predictions - targets
 
 
-@reducible("predictions", "targets")
+@reducible("predictions", "targets", check=_check_targets)
 def mse_loss(predictions: Tensor, targets: Tensor) -> Tensor:
     r"""Squared error: estimates the mean, and outliers have a large influence.
 
@@ -39,12 +41,12 @@ def mse_loss(predictions: Tensor, targets: Tensor) -> Tensor:
 
     Source: Gauss 1809. As ``torch.nn.functional.mse_loss``, with a mask, and without broadcasting.
     """
-    _check(predictions, targets)
+    check_same_shape(predictions=predictions, targets=targets)
     # torch only warns of shapes that broadcast; the check above raises.
     return F.mse_loss(predictions, targets, reduction="none")
 
 
-@reducible("predictions", "targets")
+@reducible("predictions", "targets", check=_check_targets)
 def mae_loss(predictions: Tensor, targets: Tensor) -> Tensor:
     r"""Absolute error: estimates the median; the gradient is ±1 at any distance from the target.
 
@@ -64,12 +66,12 @@ def mae_loss(predictions: Tensor, targets: Tensor) -> Tensor:
 
     Source: Boscovich 1757, Laplace 1793. As ``torch.nn.functional.l1_loss``.
     """
-    _check(predictions, targets)
+    check_same_shape(predictions=predictions, targets=targets)
     # At a residual of 0 torch's gradient is 0, the middle of the subgradients.
     return F.l1_loss(predictions, targets, reduction="none")
 
 
-@reducible("predictions", "targets")
+@reducible("predictions", "targets", check=_check_targets)
 def huber_loss(predictions: Tensor, targets: Tensor, delta: float = 1.0) -> Tensor:
     r"""Squared error near the target and absolute error beyond ``delta``: outliers have a bounded gradient.
 
@@ -93,11 +95,11 @@ def huber_loss(predictions: Tensor, targets: Tensor, delta: float = 1.0) -> Tens
     """
     # At 0 the loss and its gradient would be 0 everywhere.
     check_range("delta", delta, 0.0, math.inf, open_low=True)
-    _check(predictions, targets)
+    check_same_shape(predictions=predictions, targets=targets)
     return F.huber_loss(predictions, targets, delta=delta, reduction="none")
 
 
-@reducible("predictions", "targets")
+@reducible("predictions", "targets", check=_check_targets)
 def smooth_l1_loss(predictions: Tensor, targets: Tensor, beta: float = 1.0) -> Tensor:
     r"""Huber's loss divided by its threshold: the slope far from the target is 1 for any ``beta``.
 
@@ -121,12 +123,12 @@ def smooth_l1_loss(predictions: Tensor, targets: Tensor, beta: float = 1.0) -> T
     Source: arXiv 1504.08083 eq. 3 (beta = 1). As ``torch.nn.functional.smooth_l1_loss``.
     """
     check_range("beta", beta, 0.0, math.inf)
-    _check(predictions, targets)
+    check_same_shape(predictions=predictions, targets=targets)
     # At beta 0 torch takes the absolute error instead of dividing by 0.
     return F.smooth_l1_loss(predictions, targets, beta=beta, reduction="none")
 
 
-@reducible("predictions", "targets")
+@reducible("predictions", "targets", check=_check_targets)
 def log_cosh_loss(predictions: Tensor, targets: Tensor) -> Tensor:
     r"""Like Huber's loss with delta 1, with all derivatives smooth.
 
@@ -152,7 +154,7 @@ def log_cosh_loss(predictions: Tensor, targets: Tensor) -> Tensor:
     return residual + F.softplus(-2 * residual) - math.log(2)
 
 
-@reducible("predictions", "targets")
+@reducible("predictions", "targets", check=_check_targets)
 def quantile_loss(predictions: Tensor, targets: Tensor, quantile: float = 0.5) -> Tensor:
     r"""Pinball loss: estimates the ``quantile`` of the target.
 
@@ -179,7 +181,7 @@ def quantile_loss(predictions: Tensor, targets: Tensor, quantile: float = 0.5) -
     return torch.maximum(quantile * shortfall, (quantile - 1) * shortfall)
 
 
-@reducible("predictions", "targets")
+@reducible("predictions", "targets", check=_check_targets)
 def epsilon_insensitive_loss(predictions: Tensor, targets: Tensor, epsilon: float = 0.1) -> Tensor:
     r"""Absolute error beyond a tube: residuals within ``epsilon`` cost nothing.
 

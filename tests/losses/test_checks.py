@@ -17,10 +17,8 @@ RARE[:4] = 1
 MISTAKES = {
     "a sigmoid twice": (lambda: losses.bce_with_logits_loss(BINARY.sigmoid(), RARE, pos_weight=9.0), "was a sigmoid applied"),
     "a sigmoid before focal": (lambda: losses.focal_loss(BINARY.sigmoid(), RARE), "was a sigmoid applied"),
-    "a softmax before cross-entropy": (lambda: losses.cross_entropy_loss(Z.softmax(-1), LABELS), "was a softmax applied"),
     "continuous targets": (lambda: losses.bce_with_logits_loss(BINARY, torch.rand(200)), "use a regression loss"),
     "labels for a regression": (lambda: losses.mse_loss(BINARY, RARE), "for labels use bce_with_logits_loss"),
-    "imbalance ignored": (lambda: losses.bce_with_logits_loss(BINARY, RARE), "2.0% of the targets are positive"),
     "NaN in the inputs": (lambda: losses.mse_loss(torch.tensor([0.0, math.nan]), torch.ones(2)), r"predictions\[1\] is nan"),
     "infinity in the targets": (lambda: losses.mse_loss(torch.ones(2), torch.tensor([-math.inf, 0.0])), r"targets\[0\] is -inf"),
     "log of 0": (lambda: losses.mse_loss(torch.zeros(3).log(), torch.ones(3)), r"predictions\[0\] is -inf"),
@@ -81,6 +79,28 @@ EXPLAINED = {
     "guessing": (lambda: losses.explain([1.387, 1.386, 1.388, 1.386], num_classes=4), "that of a guess"),
     "slow": (lambda: losses.explain([3.0, 2.999, 2.998, 2.997]), "hardly falls"),
 }  # fmt: skip
+
+
+def test_an_input_that_is_nan_comes_before_others():
+    logits = torch.tensor([0.5, math.nan])
+    reasons = losses.explain(torch.tensor(math.nan), inputs={"targets": torch.ones(2), "logits": logits})
+    assert reasons[0].startswith("logits[1] is nan: the loss cannot be a number; look for 0/0 or inf - inf")
+    assert (
+        reasons[1] == "targets is the same everywhere (1): this batch has one class or one value, so shuffle the data"
+    )
+
+
+CONSTANT = {"targets": 1.0, "labels": 2, "y": 0.0, "weight": 1.0, "attention_mask": 1, "class_weights": 1.0}
+
+
+def test_only_what_a_model_may_have_computed_is_called_a_dead_layer():
+    for name, value in CONSTANT.items():
+        reasons = losses.explain([1.0], inputs={name: torch.full((4,), value)})
+        assert "dead layer" not in " ".join(reasons) and bool(reasons) == (name in ("targets", "labels", "y"))
+    (reason,) = losses.explain([1.0], inputs={"logits": torch.zeros(4)})
+    assert "look for a dead layer" in reason
+    with pytest.raises(ValueError, match="targets must be a torch"):
+        losses.explain([1.0], inputs={"targets": [1.0, 1.0]})
 
 
 def broken():
