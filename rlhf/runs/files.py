@@ -26,7 +26,7 @@ class Run:
     Attributes:
         folder: its ``output_dir``.
         options: those that were given, by name.
-        record: command, versions, data files, machine and so on (docs/cluster.md lists the keys); empty where there is
+        record: command, versions, data files, machine and so on (docs/places.md lists the keys); empty where there is
             no ``run.yaml``.
         metrics: the lines of ``metrics.jsonl``, each with ``step`` and ``epoch``.
         samples: the lines of ``samples.jsonl``.
