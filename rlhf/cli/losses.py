@@ -1,17 +1,37 @@
-"""``rlhf losses``: the catalogue, one loss in full, or advice."""
+"""``rlhf losses``: which loss for which problem, one loss in full, or the whole catalogue."""
 
-import re
-from argparse import Namespace
+import difflib
+import textwrap
+from argparse import Namespace, RawDescriptionHelpFormatter
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from rlhf.cli.docstring_text import fold, without_markup
 from rlhf.cli.options import RaisingParser
-from rlhf.losses.catalogue import advise, entries, find
+
+# The tasks of rlhf.losses.catalogue, which imports torch: options are checked without it.
+PROBLEMS = {
+    "regression": "a number",
+    "binary": "yes or no, also for several labels of a row",
+    "multiclass": "one class among several",
+    "language-model": "the next token",
+    "embeddings": "which items belong together",
+    "distillation": "what a teacher model predicts",
+    "preferences": "the better of two answers",
+    "reward": "a score for answers, from preferences",
+    "rl": "actions, from rewards",
+}
+ACTIONS = ("list", "show", "advise")
+_COMMANDS = """\
+rlhf losses NAME                                   one loss: formula, arguments
+rlhf losses advise --task binary --imbalance 0.05  where to start, and why
+rlhf losses list                                   all losses, by family"""
 
 
 def run(argv: list[str]) -> None:
-    """List the losses, show one, or advise.
+    """List the losses by problem or by family, show one, or recommend some.
 
     Args:
         argv: words of the command line, after the command.
@@ -19,41 +39,97 @@ def run(argv: list[str]) -> None:
     Raises:
         ValueError: an unknown loss, task or option.
     """
+    # A name alone shows the loss.
+    if argv and not argv[0].startswith("-") and argv[0] not in ACTIONS:
+        argv = ["show", *argv]
     options = _parser().parse_args(argv)
+    # From here on torch is needed.
     if options.action == "show":
-        entry = find(options.name)
-        print(f"{entry.family}\n\n{entry.signature}\n\n{entry.documentation}")
+        _show(options.name)
     elif options.action == "advise":
-        Console().print(_advice(options))
+        _advise(options)
+    elif options.action == "list":
+        _list()
     elif options.markdown:
+        from rlhf.cli.losses_table import markdown
+
         print(markdown(), end="")
     else:
-        table = Table("family", "loss", "what it does")
-        for entry in entries():
-            table.add_row(entry.family, entry.name, entry.summary)
-        # Brackets in a summary are no styles of rich.
-        Console().print(table, markup=False)
+        _by_problem()
 
 
 def _parser() -> RaisingParser:
-    parser = RaisingParser("rlhf losses", description="The catalogue of losses; alone, a list.")
-    parser.add_argument("--markdown", action="store_true", help="the list as the table of docs/losses.md")
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", parser_class=RaisingParser)
-    show_parser = actions.add_parser("show", help="one loss: formula, paper, signature and a worked number")
-    show_parser.add_argument("name")
-    advise_parser = actions.add_parser("advise", help="from a problem to losses and where to start")
-    advise_parser.add_argument(
-        "--task", required=True, help="regression, binary, multiclass, language-model, preferences, …"
+    parser = RaisingParser(
+        "rlhf losses",
+        usage="rlhf losses [NAME | ACTION ...] [--markdown]",
+        description="Alone: which loss for which problem. With the name of a loss: its formula\nand arguments.",
+        epilog=_COMMANDS,
+        formatter_class=RawDescriptionHelpFormatter,
     )
-    advise_parser.add_argument("--imbalance", type=float, help="share of the rarer class")
+    parser.add_argument("--markdown", action="store_true", help="all losses, as the table of docs/losses.md")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", prog="rlhf losses", parser_class=RaisingParser)
+    actions.add_parser("list", help="all losses by family, with what they do")
+    show_parser = actions.add_parser("show", help="one loss: formula, arguments, paper and a worked number")
+    show_parser.add_argument("name", metavar="NAME")
+    advise_parser = actions.add_parser("advise", help="from a problem to losses, with starting values")
+    advise_parser.add_argument("--task", required=True, metavar="TASK", help=", ".join(PROBLEMS))
+    advise_parser.add_argument("--imbalance", type=float, metavar="SHARE", help="share of the rarer class")
     advise_parser.add_argument("--outliers", action="store_true", help="some targets are far off")
-    advise_parser.add_argument("--noise", type=float, default=0.0, help="share of labels thought wrong")
-    advise_parser.add_argument("--unpaired", action="store_true", help="preferences without partners")
+    advise_parser.add_argument("--noise", type=float, default=0.0, metavar="SHARE", help="share of wrong labels")
+    advise_parser.add_argument("--unpaired", action="store_true", help="answers marked good or bad, not pairs")
     return parser
 
 
-def _advice(options: Namespace) -> Table:
-    table = Table("loss", "start with", "why")
+def _by_problem() -> None:
+    from rlhf.losses.catalogue import advise
+
+    console = Console(highlight=False)
+    console.print("Which loss for which problem; start with the first\n")
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for task, description in PROBLEMS.items():
+        names = ", ".join(dict.fromkeys(advice.loss for advice in advise(task)))
+        table.add_row(Text(task), Text(f"{description}: {names}"))
+    console.print(table)
+    console.print(Text(f"\n{_COMMANDS}"), soft_wrap=True)
+
+
+def _list() -> None:
+    from rlhf.losses.catalogue import entries
+
+    catalogue = entries()
+    name_width = max(len(entry.name) for entry in catalogue)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True, min_width=name_width)
+    table.add_column(overflow="fold")
+    family = ""
+    for entry in catalogue:
+        if entry.family != family:
+            # A blank line in front of each family but the first.
+            table.add_row(Text(f"{family and chr(10)}{entry.family}", style="bold"), "")
+            family = entry.family
+        table.add_row(Text(entry.name), Text(without_markup(entry.summary)))
+    Console(highlight=False).print(table)
+
+
+def _show(name: str) -> None:
+    from rlhf.losses.catalogue import find
+
+    try:
+        entry = find(name)
+    except ValueError:
+        if near_actions := difflib.get_close_matches(name, ACTIONS, n=1, cutoff=0.7):
+            raise ValueError(f"no loss {name!r}; did you mean `rlhf losses {near_actions[0]}`?") from None
+        raise
+    width = Console().width
+    signature = textwrap.fill(entry.signature, width, subsequent_indent="    ", break_long_words=False)
+    print(f"{entry.family}\n\n{signature}\n\n{fold(without_markup(entry.documentation), width)}")
+
+
+def _advise(options: Namespace) -> None:
+    from rlhf.losses.catalogue import advise
+
     advices = advise(
         options.task,
         imbalance=options.imbalance,
@@ -61,70 +137,10 @@ def _advice(options: Namespace) -> Table:
         noise=options.noise,
         pairs=not options.unpaired,
     )
-    for advice in advices:
-        table.add_row(advice.loss, advice.start, advice.why)
-    return table
-
-
-# What the tests of each family compare with.
-_ORACLES = {
-    "Regression": "NumPy, SciPy; scikit-learn's metrics and estimators",
-    "Classification": "NumPy, SciPy; scikit-learn; torch's own",
-    "Language models": "plain Python; scikit-learn's log_loss; torch's own; TRL's log-probs",
-    "Representation": "plain loops; torch's own",
-    "Divergences": "SciPy in a loop; torch's kl_div; limits",
-    "Inside a model": "plain loops; SciPy; torch's own",
-    "Reward models and rankings": "plain Python; identities",
-    "Preferences": "plain Python; TRL's own where it is right",
-    "Policy gradients": "plain loops; enumeration; the gradient at ratio 1",
-    "Advantages and control": "plain loops; scikit-learn's class weights; limits",
-}
-_SAME = "the same"
-# How TRL 1.16 computes a loss under the same name; a loss that is not here is not in TRL.
-_TRL = {
-    **dict.fromkeys(["hinge", "ipo", "sigmoid_norm", "robust", "exo_pair", "discopop", "nca_pair", "bco_pair"], _SAME),
-    **dict.fromkeys(["sppo_hard", "apo_zero", "apo_down", "aot", "aot_unpaired", "dft_loss", "reward_loss"], _SAME),
-    "sigmoid": "the same, but for label smoothing, which it ignores",
-    "f_dpo": "as `f_divergence_type`; its alpha is 1 - alpha",
-    "sft": "over the micro-batch's tokens instead of pairs",
-    "simpo": "experimental (CPO)",
-    "cpo": "experimental; likelihood per token",
-    "orpo": "experimental; likelihood over the prompt too",
-    "rpo": "as the mixture `sigmoid` + `sft`",
-    "kto_loss": "`KTOTrainer`",
-    "causal_lm_loss": "without z-loss; smoothing costs a forward",
-    "generalized_jsd": "`DistillationTrainer`, GKD",
-    "grpo_loss": _SAME, "dr_grpo_loss": _SAME, "dapo_loss": _SAME, "bnpo_loss": _SAME, "luspo_loss": _SAME,
-    "cispo_loss": "`epsilon_high` is our `max_ratio`",
-    "sapo_loss": _SAME,
-    "vespo_loss": _SAME,
-    "gspo_loss": "as `importance_sampling_level`",
-    "gmpo_loss": "experimental",
-    "rloo_loss": "`RLOOTrainer`, with a clip",
-}  # fmt: skip
-
-
-def markdown() -> str:
-    """The table of docs/losses.md."""
-    lines = ["| loss | what it does | formula | source | tested against | TRL 1.16 |", "|---|---|---|---|---|---|"]
-    family = ""
-    for entry in entries():
-        # A family begins with a row of its own.
-        if entry.family != family:
-            family = entry.family
-            lines.append(f"| **{family}** | | | | | |")
-        formula = f"${_in_a_cell(entry.formula)}$" if entry.formula else ""
-        in_trl = _TRL.get(entry.name, "–")
-        cells = (f"`{entry.name}`", entry.summary, formula, entry.source, _ORACLES[family], in_trl)
-        # A bar would end the cell.
-        lines.append("| " + " | ".join(cell.replace(" | ", " / ") for cell in cells) + " |")
-    # Sphinx's roles and double backquotes mean nothing in Markdown.
-    return re.sub(r"(?::func:|:data:)?`+([^`]+)`+", r"`\1`", "\n".join(lines) + "\n")
-
-
-def _in_a_cell(formula: str) -> str:
-    r"""TeX without ``|``, which ends a cell of a table: ``\|`` too would be cut in two."""
-    for bar, name in ((r"\|", r"\Vert"), ("|", r"\vert")):
-        formula = formula.replace(bar, name + " ")
-    # The space after \vert is needed only before a letter.
-    return re.sub(r"(?<=ert) (?![a-zA-Z])", "", formula)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for number, advice in enumerate(advices, 1):
+        lines = [line for line in (advice.start, advice.why) if line]
+        table.add_row(f"{number}.", Text("\n".join((advice.loss, *lines))))
+    Console(highlight=False).print(table)

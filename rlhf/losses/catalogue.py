@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from rlhf import losses
 
@@ -68,7 +69,11 @@ class Entry:
 
     @property
     def signature(self) -> str:
-        return f"{self.function.__name__}{inspect.signature(self.function)}".replace("torch.Tensor", "Tensor")
+        """The call with its defaults; the docstring has the types."""
+        signature = inspect.signature(self.function)
+        bare = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+        call = signature.replace(parameters=bare, return_annotation=signature.empty)
+        return f"{self.function.__name__}{call}"
 
 
 def entries() -> list[Entry]:
@@ -97,17 +102,25 @@ def find(name: str) -> Entry:
     Raises:
         ValueError: no such loss; names the nearest.
     """
-    from difflib import get_close_matches
-
     known_entries = {entry.name: entry for entry in entries()}
     # They are listed as grpo_loss and so on, but people also ask for the name in --loss_type.
     known_entries |= {name: Entry("Policy gradients", name, loss) for name, loss in losses.POLICY_LOSSES.items()}
-    if name in known_entries:
-        return known_entries[name]
-    close_matches = get_close_matches(name, known_entries, n=1)
-    raise ValueError(
-        f"no loss {name!r}" + (f"; did you mean {close_matches[0]}?" if close_matches else "; `rlhf losses` lists them")
-    )
+    # `focal` is short for `focal_loss`; FocalLoss and nn.MSELoss are modules.
+    bare_name = name.rpartition(".")[2]
+    module = getattr(losses, bare_name, None)
+    of_module = getattr(getattr(module, "function", None), "__name__", "")
+    for candidate in (name, bare_name, f"{bare_name}_loss", of_module):
+        if candidate in known_entries:
+            return known_entries[candidate]
+    raise ValueError(f"no loss {name!r}; {_near(bare_name.lower(), list(known_entries))}")
+
+
+def _near(name: str, known: list[str]) -> str:
+    # One letter off is a mistyped name; a part of names is a question.
+    close_matches = get_close_matches(name, known, n=1)
+    parts = sorted((candidate for candidate in known if name in candidate), key=len)
+    near = list(dict.fromkeys([*close_matches, *parts]))[:3]
+    return f"did you mean {', '.join(near)}?" if near else "`rlhf losses list` names them all"
 
 
 @dataclass(frozen=True)
@@ -144,28 +157,48 @@ def _regression(problem: Problem) -> list[Advice]:
     return [*robust_losses, squared_error] if problem.outliers else [squared_error, *robust_losses]
 
 
+# The advice on rare classes is measured: benchmarks/imbalance.py, docs/imbalance.md.
 def _binary(problem: Problem) -> list[Advice]:
     if problem.imbalance is None or not problem.has_rare_class:
-        return [Advice("bce_with_logits_loss", "no sigmoid before it", "calibrated probabilities")]
+        return [
+            Advice("bce_with_logits_loss", "no sigmoid before it", "the outputs become probabilities"),
+            Advice("hinge_loss", "targets of -1 and 1", "a margin, where no probabilities are needed"),
+        ]
     # With this weight both classes have the same total weight.
-    class_ratio = (1 - problem.imbalance) / problem.imbalance
+    ratio = (1 - problem.imbalance) / problem.imbalance
     return [
-        Advice("focal_loss", f"gamma=2, alpha={1 - problem.imbalance:.2g}", "easy negatives get little weight"),
-        Advice("bce_with_logits_loss", f"pos_weight={class_ratio:.3g}", "negatives / positives; stays convex"),
+        Advice(
+            "bce_with_logits_loss",
+            f"no weight, and a threshold chosen on validation data; or pos_weight={ratio:.3g} and a threshold of 0.5",
+            "No weight had the best probabilities, and no other loss had a better average precision. "
+            "pos_weight finds more positives at a threshold of 0.5, with more false alarms. "
+            f"The logits minus log({ratio:.3g}) give probabilities again.",
+        ),
+        Advice(
+            "focal_loss",
+            f"gamma=2, alpha=None; or alpha={1 - problem.imbalance:.2g}, which acts like pos_weight",
+            "The default alpha=0.25 gives a positive a third of the weight of a negative, so that fewer positives are "
+            "found at a threshold of 0.5. The outputs are no probabilities.",
+        ),
     ]
 
 
 def _multiclass(problem: Problem) -> list[Advice]:
+    # At least 0.1, the usual amount; more than 0.2 rarely helps, however many labels are wrong.
+    smoothing = max(min(problem.noise, 0.2), 0.1 if problem.noise else 0.0)
     if not problem.has_rare_class:
-        # At least 0.1, the usual amount; more than 0.2 rarely helps, however many labels are wrong.
-        smoothing = max(min(problem.noise, 0.2), 0.1 if problem.noise else 0.0)
         return [
             Advice("cross_entropy_loss", f"label_smoothing={smoothing:.2g}", "more smoothing with wrong labels"),
+            Advice("poly1_loss", "epsilon=1", "more weight on confident predictions; try -1 to 5"),
         ]
-    weights = 'class_weights=class_weights(counts, "effective")'
     return [
-        Advice("multiclass_focal_loss", f"gamma=2, {weights}", "rare classes keep their gradient"),
-        Advice("cross_entropy_loss", weights, "the plain alternative"),
+        Advice("cross_entropy_loss", "no weights", "the best accuracy and log loss; look at the recall of each class"),
+        Advice(
+            "cross_entropy_loss",
+            'class_weights=class_weights(counts), or the milder class_weights(counts, "effective")',
+            "finds more of the rare classes; the logits minus the logarithm of the weights give probabilities again",
+        ),
+        Advice("multiclass_focal_loss", "gamma=2", "less weight on easy rows; the outputs are no probabilities"),
     ]
 
 
