@@ -160,7 +160,7 @@ def _train(
         if args.process_index == 0 and (aside := set_aside(output_folder, WRITTEN_BY_RUN)) is not None:
             print(f"{output_folder}: the run before is kept in {aside} until the new model is saved")
         trainer.accelerator.wait_for_everyone()
-    with trainer.trackers.open_to_the_end():
+    with trainer.trackers.open_to_the_end(), trainer.progress:
         return _train_and_save(trainer, checkpoint)
 
 
@@ -230,11 +230,7 @@ def _train_and_save(trainer: BaseTrainer, checkpoint: str | None) -> int:
     # Only here: a program that uses the trainer itself keeps its own meaning of Ctrl-C.
     with noted_signals() as requests:
         trainer.obey(requests)
-        try:
-            result = trainer.train(resume_from_checkpoint=checkpoint)
-        except (ValueError, OSError, KeyboardInterrupt):
-            _close_progress_bar(trainer)
-            raise
+        result = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.global_step == 0:
         raise ValueError("no step was trained, so nothing is saved: raise --max_steps or --num_train_epochs")
     if requests.stopped_by is None:
@@ -271,14 +267,6 @@ def _stopped_at(trainer: BaseTrainer) -> str:
     if trainer.args.save_only_model:
         return f"{where}; its checkpoint holds the model only (--save_only_model), so training cannot go on from it"
     return f"{where}; go on with --resume"
-
-
-def _close_progress_bar(trainer: BaseTrainer) -> None:
-    """The error has a line of its own then."""
-    for callback in trainer.callback_handler.callbacks:
-        progress_bar = getattr(callback, "training_bar", None)
-        if progress_bar is not None:
-            progress_bar.close()
 
 
 def _end_process_group(trainer: BaseTrainer) -> None:

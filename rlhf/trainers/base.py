@@ -53,6 +53,7 @@ from rlhf.trainers.preparation import (
 )
 from rlhf.trainers.processes import load_models_whole
 from rlhf.trainers.profiling import Profiler
+from rlhf.trainers.progress import replace_progress
 from rlhf.trainers.recording import data_sources
 from rlhf.trainers.reference import Reference, SyncReference
 from rlhf.trainers.sharding import can_shard, check_whole, shard
@@ -136,7 +137,7 @@ class BaseTrainer(Evaluating, CheckedSteps):
             self.data_collator = Collator(pad_token, layout="segments")  # type: ignore[assignment]
         self._metric_sums = MetricSums()
         self.balancer = balancer(self.model, args.router_aux_loss_coef, self.accelerator, self.balances)
-        self._add_profiler()
+        self._add_callbacks()
 
     def _prepare_data(
         self, train_dataset: Any, eval_dataset: Any, model: Any, tokenizer: PreTrainedTokenizerBase, args: BaseConfig
@@ -158,7 +159,8 @@ class BaseTrainer(Evaluating, CheckedSteps):
         check_positions(model, first_rows, eval_dataset)
         return train_dataset, eval_dataset, first_rows
 
-    def _add_profiler(self) -> None:
+    def _add_callbacks(self) -> None:
+        self.progress = replace_progress(self.callback_handler, type(self), self.args)
         if self.args.profile and self.args.process_index == 0:
             self.profiler = Profiler(self.args)
             self.add_callback(self.profiler)
@@ -240,7 +242,8 @@ class BaseTrainer(Evaluating, CheckedSteps):
         self._check_best_metric()
         self._check_drop_last()
         self.check_nonfinite_options()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with self.progress:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def resume_state(self) -> dict[str, Any]:
         return super().resume_state() | {

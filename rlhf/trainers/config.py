@@ -99,6 +99,9 @@ class BaseConfig(SecretOptions, TrainingArguments):
     profile: int = field(
         default=0, metadata={"help": "Time this many steps after the first two, print where their time went."}
     )
+    log_all: bool = field(
+        default=False, metadata={"help": "Show all metrics at each line of the log, not only those that matter most."}
+    )
     optimize_model: bool = field(
         default=True,
         metadata={"help": "Replace norms, MLPs and linear layers by faster ones with the same results (rlhf.kernels)."},

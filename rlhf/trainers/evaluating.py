@@ -100,6 +100,7 @@ class Evaluating(Resuming):
         """Sums and counts over the data set."""
         model = self._prepared_model()
         model.eval()
+        self.callback_handler.eval_dataloader = dataloader
         names: list[str] = []
         batch_tables: list[Tensor] = []  # [rows, 2 * metrics]: the sum and the count of each metric side by side
         predictions = GatheredPredictions(self.accelerator, self.preprocess_logits_for_metrics)

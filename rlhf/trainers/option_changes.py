@@ -60,8 +60,8 @@ MAY_CHANGE: dict[str, str] = {
     "where rows come from": "dataset_name dataset_config dataset_train_split eval_dataset_name dataset_test_split",
     "logging": "logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter "
     "include_num_input_tokens_seen log_level log_level_replica disable_tqdm report_to run_name project "
-    "trackio_space_id trackio_bucket_id trackio_static_space_id debug skip_memory_metrics profile log_completions "
-    "num_completions_to_print log_unique_prompts",
+    "trackio_space_id trackio_bucket_id trackio_static_space_id debug skip_memory_metrics profile log_all "
+    "log_completions num_completions_to_print log_unique_prompts",
     "evaluation": "do_train do_eval eval_strategy eval_steps eval_delay eval_on_start eval_packing "
     "eval_accumulation_steps per_device_eval_batch_size prediction_loss_only num_generations_eval "
     "load_best_model_at_end metric_for_best_model greater_is_better",

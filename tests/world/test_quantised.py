@@ -54,7 +54,7 @@ def test_it_trains_on_few_bits(command, bits, run, tmp_path, capsys):
     assert run(command, **OWN[command], load_in_4bit=bits == 4, load_in_8bit=bits == 8) == 0, capsys.readouterr().err
     said = capsys.readouterr()
     if command == "dpo":
-        assert "'loss': '0.6931'" in said.out
+        assert "loss 0.693" in said.out
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
