@@ -135,6 +135,11 @@ COMMANDS: dict[str, Command | TrainingCommand] = {
         module="rlhf.cli.eval",
         option_classes=(LAUNCH, "rlhf.cli.eval:EvalArguments", FROZEN_MODEL),
     ),
+    # Its models are words without an option's name, so it has a parser of its own.
+    "chat": Command(
+        "talk to a model, or to two side by side",
+        module="rlhf.cli.chat",
+    ),
     "data": Command(
         "show what training reads of a file: columns, lengths, tokens",
         module="rlhf.cli.data",

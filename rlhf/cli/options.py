@@ -33,6 +33,23 @@ class RaisingParser(ArgumentParser):
         raise ValueError(message)
 
 
+def underscored(argv: Sequence[str]) -> list[str]:
+    """Write names of options with underscores, for a command with a parser of its own.
+
+    Args:
+        argv: words of the command line, after the command.
+
+    Returns:
+        The same words; ``--max-new-tokens=5`` is ``--max_new_tokens=5``.
+    """
+    return [_with_underscores(word) if word.startswith("--") else word for word in argv]
+
+
+def _with_underscores(word: str) -> str:
+    name, equals, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
 def require(**options: Any) -> None:
     """Refuse options that have no value.
 

@@ -1,6 +1,6 @@
 """The state of a batch that is being decoded: the tokens drawn for each row, and where each row ends."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -24,6 +24,7 @@ class DecodingState:
         tokenizer: decodes the tokens when there are stop strings.
         device: the model's device.
         prompts: [P] lists of ids, read by the repetition penalty only.
+        on_token: called with the row and the token, for each token of a row up to its end.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class DecodingState:
         tokenizer: PreTrainedTokenizerBase,
         device: torch.device,
         prompts: Sequence[Sequence[int]] = (),
+        on_token: Callable[[int, int], None] | None = None,
     ) -> None:
         self.sampling = sampling
+        self.on_token = on_token
         self.tokenizer = tokenizer
         self.num_samples = num_samples
         # MPS has no float64, which the uniform numbers need.
@@ -94,16 +97,23 @@ class DecodingState:
         self.ids[rows, step] = token
         self.logps[rows, step] = token_logp
 
+        already_stopped = self.stopped[rows]
         if may_end:
             ends_now = torch.isin(token, self.end_ids)
             if self.sampling.stop:
                 ends_now |= self._completes_stop_string(rows)
-            already_stopped = self.stopped[rows]
             # Only the first end counts: a finished row goes on drawing tokens that are not used.
             self.lengths[rows] = torch.where(ends_now & ~already_stopped, step + 1, self.lengths[rows])
             self.stopped[rows] = already_stopped | ends_now
         self.step += 1
+        if self.on_token is not None:
+            self._report(rows[~already_stopped], token[~already_stopped])
         return token
+
+    def _report(self, rows: Tensor, tokens: Tensor) -> None:
+        # Waits for the device, which a request without `on_token` does not.
+        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+            self.on_token(row, token)  # type: ignore[misc]  # the caller has checked it
 
     def _seen_tokens_of(self, rows: Tensor, vocab_size: int) -> Tensor | None:
         """The tokens that occurred in each row so far, its prompt included.

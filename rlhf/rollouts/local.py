@@ -2,7 +2,7 @@
 
 import difflib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,6 +72,7 @@ class LocalEngine:
         sampling: Sampling,
         seed: int,
         index: Sequence[int] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
     ) -> list[list[Completion]]:
         """See :class:`RolloutEngine`.
 
@@ -81,6 +82,8 @@ class LocalEngine:
             sampling: how tokens are drawn.
             seed: >= 0.
             index: the number of each prompt in a larger request.
+            on_token: called with each token as soon as it is drawn, and with its row: sample j of prompt i is row
+                ``i * n + j``. The end token is the last of a row. An exception that it raises ends the call.
         Returns:
             ``n`` completions of each prompt.
 
@@ -97,7 +100,9 @@ class LocalEngine:
         with self._inference() as device:
             if not self._is_checked:
                 self._choose_path(device)
-            state = DecodingState(prompt_numbers, n, sampling, seed, self.end_ids, self.tokenizer, device, prompts)
+            state = DecodingState(
+                prompt_numbers, n, sampling, seed, self.end_ids, self.tokenizer, device, prompts, on_token
+            )
             if self._fallback_reason is not None:
                 self._decode_by_generate(prompts, state, device)
             else:
