@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import signal
 import sys
@@ -124,17 +125,22 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(model_folder):
     if process == 0:
         _begin_as_a_process_of_its_own()
         os._exit(main(["chat", str(model_folder), "--max_new_tokens", "100", "--temperature", "0"]))
-    seen = _read_until(terminal, "Ctrl-D ends")
-    os.write(terminal, b"hello\n")
-    seen += _read_until(terminal, "hello\r\n")
-    seen += _read_some(terminal)
-    os.write(terminal, b"\x03")
-    seen += _read_until(terminal, "[stopped]")
-    os.write(terminal, b"/set seed 4\n")
-    seen += _read_until(terminal, "seed is 4")
-    os.write(terminal, b"\x04")
-    _, status = os.waitpid(process, 0)
-    os.close(terminal)
+    try:
+        seen = _read_until(terminal, "Ctrl-D ends.*> ", "")
+        os.write(terminal, b"hello\n")
+        seen = _read_until(terminal, "> hello\r\n.", seen)  # the answer has begun
+        os.write(terminal, b"\x03")
+        seen = _read_until(terminal, r"stopped\].*> ", seen)
+        os.write(terminal, b"/set seed 4\n")
+        # The line editor has the terminal once it has written its prompt; earlier, a Ctrl-D would be lost.
+        seen = _read_until(terminal, "seed is 4.*> ", seen)
+        os.write(terminal, b"\x04")
+        status = _wait(process)
+    except AssertionError:
+        os.kill(process, signal.SIGKILL)
+        raise
+    finally:
+        os.close(terminal)
     assert os.waitstatus_to_exitcode(status) == 0, seen
 
 
@@ -147,14 +153,18 @@ def _begin_as_a_process_of_its_own():
     TextStream.feed = lambda stream, token: (time.sleep(0.02), feed(stream, token))[1]
 
 
-def _read_some(terminal):
-    ready, _, _ = select.select([terminal], [], [], 20)
-    assert ready, "nothing was written"
-    return os.read(terminal, 4096).decode(errors="replace")
+def _wait(process):
+    for _ in range(200):
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(0.1)
+    raise AssertionError("the chat did not end")
 
 
-def _read_until(terminal, text):
-    seen = ""
-    while text not in seen:
-        seen += _read_some(terminal)
+def _read_until(terminal, text, seen):
+    while not re.search(text, seen, re.DOTALL):
+        ready, _, _ = select.select([terminal], [], [], 20)
+        assert ready, f"{text!r} was not written after {seen!r}"
+        seen += os.read(terminal, 4096).decode(errors="replace")
     return seen
