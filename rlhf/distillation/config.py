@@ -6,7 +6,8 @@ from typing import Any, Literal, get_args
 from rlhf.distillation.matching import DISTANCES, MatchingWeights
 from rlhf.logprobs import Divergence
 from rlhf.logprobs.topk import Estimate
-from rlhf.losses import DIVERGENCES
+from rlhf.losses import DIVERGENCES, arguments_of
+from rlhf.losses.trials import is_own, try_divergence
 from rlhf.rollouts import Sampling
 from rlhf.rollouts.arguments import GenerationArguments, old_name, option
 from rlhf.trainers.sft import TextConfig
@@ -90,6 +91,7 @@ class DistillConfig(GenerationArguments, TextConfig):
         super().__post_init__()
         self._take_over_names()
         self.divergence = DIVERGENCES.name_of(self.divergence)
+        self._try_divergence()
         if self.teacher_file is not None and self.teacher_model_name_or_path is not None:
             raise ValueError("teacher_file stands for a teacher: leave teacher_model_name_or_path out, or the file")
         if self.teacher_server_url is not None:
@@ -126,6 +128,15 @@ class DistillConfig(GenerationArguments, TextConfig):
             self.crossentropy_weight,
             estimate=self.teacher_estimate,
         )
+
+    def _try_divergence(self) -> None:
+        """Call a divergence of the user's own before anything is loaded."""
+        function = DIVERGENCES.find(self.divergence)
+        if not is_own(function):
+            return
+        given = {name: getattr(self, name) for name in ("beta", "alpha") if getattr(self, name) is not None}
+        options = arguments_of(function, given) | {"reduction": "none"}
+        try_divergence(f"divergence {self.divergence}", lambda student, teacher: function(student, teacher, **options))
 
     def matching(self) -> MatchingWeights:
         """The comparison of hidden states.

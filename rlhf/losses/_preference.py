@@ -173,6 +173,9 @@ class PreferenceLoss:
         self._check_columns(sums, further_columns)
         columns = {name: _hidden(name, value, mask) for name, value in (sums | further_columns).items()}
         pair_losses = self.function(Pair(columns, mask), beta, **options)
+        if not torch.is_tensor(pair_losses):
+            kind = type(pair_losses).__name__
+            raise TypeError(f"{self.__name__} returns a {kind}; expected a tensor: the loss of each pair")
         check_sum(self.__name__, reduction, pair_losses.numel())
         return reduce(pair_losses, reduction, weight, mask)
 

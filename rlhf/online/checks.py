@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from rlhf.losses import POLICY_LOSSES, PREFERENCE_LOSSES
+from rlhf.losses import POLICY_LOSSES, PREFERENCE_LOSSES, arguments_of
+from rlhf.losses.trials import TRIAL_PAIRS, is_own, try_advantage_estimator, try_pair_loss, try_policy_loss
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,9 @@ def _check_advantages(args: Any) -> None:
         is_default = getattr(args, option) == type(args).__dataclass_fields__[option].default
         if parameter not in estimator.reads and not is_default:
             raise ValueError(f"{option} has no effect with advantage_estimator {name}: leave it out")
+    if is_own(estimator):
+        settings = {"gamma": args.gamma, "lam": args.lam, "scale": args.scale_rewards}
+        try_advantage_estimator(f"advantage_estimator {name}", estimator, args.num_generations, **settings)
     # The KL is subtracted from the sum of the rewards, which an estimator of each reward does not see.
     reads_components = "reward_components" in estimator.reads
     if args.multi_objective_aggregation == "normalize_then_sum" and name != "gdpo":
@@ -119,11 +123,15 @@ def _check_pairs(args: Any) -> None:
         if column not in PAIR_LENGTHS and column not in args.loss_options:
             raise ValueError(f"loss_type {args.loss_type} reads {column}, which sampled pairs do not have")
     # The loss checks its options itself, now rather than at the first step.
-    one_pair = torch.ones(1)
+    what, lengths = f"loss_type {args.loss_type}", dict.fromkeys(PAIR_LENGTHS, torch.ones(TRIAL_PAIRS))
+    if is_own(PREFERENCE_LOSSES.find(args.loss_type)):
+        try_pair_loss(what, lambda *sums: args.pair_loss(*sums, **lengths))
+        return
+    ones = torch.ones(TRIAL_PAIRS)
     try:
-        args.pair_loss(one_pair, one_pair, one_pair, one_pair, **dict.fromkeys(PAIR_LENGTHS, one_pair))
+        args.pair_loss(ones, ones, ones, ones, **lengths)
     except TypeError as error:
-        raise ValueError(f"loss_type {args.loss_type}: {error}") from error
+        raise ValueError(f"{what}: {error}") from error
 
 
 def _check_policy_loss(args: Any) -> None:
@@ -135,6 +143,10 @@ def _check_policy_loss(args: Any) -> None:
             f"loss_type {args.loss_type} has no ratio to the policy that sampled, so a rollout serves one step: "
             "set num_iterations and num_mini_batches to 1, or take ppo"
         )
+    if is_own(loss):
+        length = {"max_completion_length": args.max_completion_length}
+        options = arguments_of(loss.term, length | args.loss_options)
+        try_policy_loss(f"loss_type {args.loss_type}", lambda tokens: loss.term(tokens, **options), loss.coupled)
     args.objective()  # checks the options of the loss
     # A longer sequence has more terms in these losses. (luspo is meant for ratios of sequences, weighted by length.)
     sums_over_tokens = loss.mean == "tokens" or "max_completion_length" in loss.hyper_parameters

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf.data.columns import check_preference_columns
 from rlhf.losses import PREFERENCE_LOSSES, PreferenceLoss, arguments_of, dpo_loss
+from rlhf.losses.trials import TRIAL_PAIRS, is_own, try_pair_loss
 from rlhf.trainers.referenced import ReferencedConfig
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
@@ -99,13 +100,16 @@ class DPOConfig(ReferencedConfig):
         if self.reads_kl():
             self._check_kl()
         # The loss itself checks its hyper-parameters: here, rather than at the first step.
-        one_pair = torch.ones(1)
+        what = f"loss_type {' '.join(losses)}"
+        columns = dict.fromkeys((*LENGTHS, *COLUMNS, *KL_COLUMNS), torch.ones(TRIAL_PAIRS))
+        if any(is_own(loss) for loss in losses.values()):
+            try_pair_loss(what, lambda *sums: self.loss(*sums, **columns))
+            return
+        ones = torch.ones(TRIAL_PAIRS)
         try:
-            self.loss(
-                one_pair, one_pair, one_pair, one_pair, **dict.fromkeys((*LENGTHS, *COLUMNS, *KL_COLUMNS), one_pair)
-            )
+            self.loss(ones, ones, ones, ones, **columns)
         except TypeError as error:
-            raise ValueError(f"loss_type {' '.join(losses)}: {error}") from error
+            raise ValueError(f"{what}: {error}") from error
 
     def _check_kl(self) -> None:
         """A KL of each token needs all predictions of the reference, and two passes that agree."""

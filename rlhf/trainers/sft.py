@@ -11,12 +11,36 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data import Batch, tokenize_sft
 from rlhf.data.columns import sft_column
 from rlhf.logprobs import TokenLoss
+from rlhf.losses.registry import Registry
+from rlhf.losses.trials import is_own, try_token_loss
 from rlhf.trainers.base import BaseTrainer
 from rlhf.trainers.config import BaseConfig
 from rlhf.trainers.evaluating import Measures
 
-LOSS_TYPES = ("nll", "chunked_nll", "dft")
 PACKING_STRATEGIES = ("bfd", "wrapped")
+
+
+def negative_log_likelihood(logps: Tensor) -> Tensor:
+    """The loss of each token, [N], from its log-probability, [N] in nats."""
+    return -logps
+
+
+def dynamic_fine_tuning(logps: Tensor) -> Tensor:
+    """The negative log-likelihood of each token times its probability, [N].
+
+    Source: arXiv 2508.05629.
+    """
+    # The probability is a constant weight: the gradient is that of the probability itself.
+    return -logps * logps.detach().exp()
+
+
+TOKEN_LOSSES: Registry[Callable[[Tensor], Tensor]] = Registry("loss_type")
+"""Losses of SFT by name, from the log-probs of tokens, [N] in nats, to the loss of each, [N]."""
+TOKEN_LOSSES |= {
+    "nll": negative_log_likelihood,
+    "chunked_nll": negative_log_likelihood,
+    "dft": dynamic_fine_tuning,
+}
 
 
 @dataclass
@@ -47,8 +71,8 @@ class SFTConfig(TextConfig):
     loss_type: str = field(
         default="nll",
         metadata={
-            "help": "nll, of which chunked_nll is another name; dft: each token's loss times its probability.",
-            "choices": list(LOSS_TYPES),
+            "help": "nll, of which chunked_nll is another name; dft: each token's loss times its probability; or "
+            "file.py:name, a function from log-probs to the loss of each token."
         },
     )
     completion_only_loss: bool | None = field(
@@ -75,6 +99,10 @@ class SFTConfig(TextConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.loss_type = TOKEN_LOSSES.name_of(self.loss_type)
+        token_loss = TOKEN_LOSSES.find(self.loss_type)
+        if is_own(token_loss):
+            try_token_loss(f"loss_type {self.loss_type}", token_loss)
         for key in self.dataset_kwargs or ():
             if key != "skip_prepare_dataset":
                 raise ValueError(f"dataset_kwargs: {key!r} has no effect here; only 'skip_prepare_dataset' is known")
@@ -175,14 +203,7 @@ class SFTTrainer(TextTrainer):
         return TextTrainer.capacity(args)
 
     def token_loss(self, logps: Tensor) -> Tensor:
-        """The loss of each token, [N], from its log-probability, [N] in nats.
-
-        Source: dft is dynamic fine-tuning, arXiv 2508.05629.
-        """
-        if self.args.loss_type != "dft":
-            return super().token_loss(logps)
-        # The probability is a constant weight: the gradient is that of the probability itself.
-        return -logps * logps.detach().exp()
+        return TOKEN_LOSSES.find(self.args.loss_type)(logps)
 
 
 def as_text(dataset: Any, formatting_func: Callable[[dict[str, Any]], str], text_field: str) -> Any:
