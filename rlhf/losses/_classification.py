@@ -19,10 +19,13 @@ from rlhf.losses._suspicions import (
 )
 
 
-def _check_bce(arguments: dict[str, Any], mask: Tensor | None) -> None:
-    pos_weight = arguments.get("pos_weight", 1.0)
+def _is_weighted(pos_weight: Any) -> bool:
     # A tensor counts as a weight unread: comparing it would wait for an accelerator.
-    is_weighted = isinstance(pos_weight, Tensor) or pos_weight != 1
+    return not (isinstance(pos_weight, float | int) and pos_weight == 1)
+
+
+def _check_bce(arguments: dict[str, Any], mask: Tensor | None) -> None:
+    is_weighted = _is_weighted(arguments.get("pos_weight", 1.0))
     check_binary(arguments["logits"], arguments["targets"], mask, loss="bce_with_logits_loss", weighted=is_weighted)
 
 
@@ -70,9 +73,9 @@ def bce_with_logits_loss(logits: Tensor, targets: Tensor, pos_weight: float | Te
     check_same_shape(logits=logits, targets=targets)
     check_probabilities("targets", targets)
     # Without a weight torch takes a shorter path, with fewer passes over the logits.
-    positive_weights = (
-        None if isinstance(pos_weight, float | int) and pos_weight == 1 else logits.new_tensor(pos_weight)
-    )
+    positive_weights = None
+    if _is_weighted(pos_weight):
+        positive_weights = torch.as_tensor(pos_weight, dtype=logits.dtype, device=logits.device).detach()
     return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=positive_weights, reduction="none")
 
 

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import textwrap
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from multiprocessing import get_context
 from pathlib import Path
@@ -164,6 +165,8 @@ def _become_a_program(output: int, folder: Path) -> None:
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    # pytest collects warnings; a program prints them.
+    warnings.showwarning = _print_warning
     programs = Path(tempfile.mkdtemp(dir=folder.parent))
     for name, words in (("rlhf", "-m rlhf "), ("python", "")):
         program = programs / name
@@ -175,6 +178,10 @@ def _become_a_program(output: int, folder: Path) -> None:
     # A script's folder is the first on its path.
     sys.path.insert(0, "")
     os.chdir(folder)
+
+
+def _print_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 class _Runner:

@@ -1,5 +1,6 @@
 """The catalogue is complete, documented, and in the docs; advice names losses that exist."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,18 @@ def test_the_docs_hold_the_table():
     assert (ROOT / "docs/losses.md").read_text().endswith(markdown()), "run: rlhf losses --markdown"
 
 
+def test_the_page_of_problems_names_what_is_advised():
+    page = (ROOT / "docs/which-loss.md").read_text()
+    sections = page.split("\n## ")[1:]
+    for task in TASKS:
+        for more in VARIANTS:
+            # All losses of a task stand in one section.
+            advised = {f"`{advice.loss}`" for advice in advise(task, **more)}
+            assert any(advised <= set(re.findall(r"`[^`]+`", section)) for section in sections), (task, advised)
+    named = set(re.findall(r"^\| `([a-z0-9_]+)` \|", page, re.MULTILINE))
+    assert named and all(find(name) for name in named)
+
+
 def test_names_of_every_kind_are_found():
     assert find("focal_loss").function is losses.focal_loss
     assert find("simpo").function is losses.PREFERENCE_LOSSES["simpo"]
@@ -70,8 +83,11 @@ TASKS = [
 ]
 
 
+VARIANTS = [{}, dict(imbalance=0.05), dict(outliers=True), dict(noise=0.1), dict(pairs=False)]
+
+
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("more", [{}, dict(imbalance=0.05), dict(outliers=True), dict(noise=0.1), dict(pairs=False)])
+@pytest.mark.parametrize("more", VARIANTS)
 def test_advice_names_losses_that_exist(task, more):
     assert all(find(advice.loss) for advice in advise(task, **more))
 

@@ -116,6 +116,7 @@ def test_what_is_right_gives_no_warning():
         # A certain prediction that is right.
         losses.bce_loss(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0]))
         losses.bce_with_logits_loss(SCORES, YES_NO.float())
+        losses.bce_with_logits_loss(SCORES, YES_NO.float(), pos_weight=torch.tensor(3.0))
         # What a mask hides is nobody's mistake.
         hidden = torch.tensor([0.5, 0.0])
         losses.bce_loss(hidden, torch.ones(2), mask=torch.tensor([True, False]))

@@ -16,6 +16,9 @@ X = G.normal(size=(300, 3))
 LINE = X @ [1.5, -2.0, 0.5] + 0.7 + G.normal(size=300) * 0.3
 LINE[::25] += 6  # outliers, which set the robust ones apart
 SIGN = (X @ [2.0, -1.0, 0.5] + 0.3 + G.normal(size=300) > 0).astype(float)
+# One class in ten, and three classes of different sizes.
+RARE = (X @ [2.0, -1.0, 0.5] - 3.2 + G.normal(size=300) > 0).astype(float)
+THREE = np.digitize(X @ [1.0, -1.0, 0.5] + G.normal(size=300), [0.5, 2.0])
 N = len(X)
 
 
@@ -39,6 +42,8 @@ def minimise(objective):
 
 Y, S01 = torch.as_tensor(LINE), torch.as_tensor(SIGN)
 S = 2 * S01 - 1
+R01 = torch.as_tensor(RARE)
+BALANCED = losses.class_weights(R01.long().bincount().double())
 ALPHA = 1e-3
 SGD = dict(
     alpha=ALPHA,
@@ -73,6 +78,7 @@ TABLE = {
     "Lasso": (linear_model.Lasso(alpha=0.05, tol=1e-10), LINE, lambda z, w, _: losses.mse_loss(z, Y) / 2 + 0.05 * w.abs().sum(), 1e-4),
     "HuberRegressor": (linear_model.HuberRegressor(alpha=ALPHA, tol=1e-9, max_iter=1000), LINE, huber, 1e-4),
     "LogisticRegression": (linear_model.LogisticRegression(C=3.0, tol=1e-10, max_iter=1000), SIGN, lambda z, w, _: 3.0 * losses.bce_with_logits_loss(z, S01, reduction="sum") + half(w), 1e-4),
+    "LogisticRegression(balanced)": (linear_model.LogisticRegression(C=3.0, class_weight="balanced", tol=1e-10, max_iter=1000), RARE, lambda z, w, _: 3.0 * losses.bce_with_logits_loss(z, R01, reduction="sum", weight=BALANCED[R01.long()]) + half(w), 1e-4),
     "SGDClassifier(log_loss)": (linear_model.SGDClassifier(loss="log_loss", **{**SGD, "eta0": 3.0}), SIGN, lambda z, w, _: losses.bce_with_logits_loss(z, S01) + ALPHA * half(w), 2e-2),
     "SGDClassifier(hinge)": (linear_model.SGDClassifier(loss="hinge", **SGD), SIGN, lambda z, w, _: losses.hinge_loss(z, S) + ALPHA * half(w), 2e-2),
     "SGDClassifier(modified_huber)": (linear_model.SGDClassifier(loss="modified_huber", **SGD), SIGN, lambda z, w, _: losses.modified_huber_loss(z, S) + ALPHA * half(w), 2e-2),
@@ -89,3 +95,29 @@ def test_same_coefficients(name):
     want = np.append(np.ravel(estimator.coef_), np.ravel(estimator.intercept_))
     got = minimise(objective)
     assert np.linalg.norm(got - want) < tolerance * np.linalg.norm(want), (got, want)
+
+
+def test_balanced_weights_of_two_classes_are_a_pos_weight():
+    logits = torch.as_tensor(X[:, 0])
+    negatives, positives = R01.long().bincount().double()
+    weighted = losses.bce_with_logits_loss(logits, R01, reduction="sum", weight=BALANCED[R01.long()])
+    by_pos_weight = losses.bce_with_logits_loss(logits, R01, negatives / positives, reduction="sum")
+    torch.testing.assert_close(weighted, by_pos_weight * N / (2 * negatives))
+
+
+def test_balanced_classes_of_a_multinomial_regression():
+    estimator = linear_model.LogisticRegression(C=3.0, class_weight="balanced", tol=1e-10, max_iter=2000).fit(X, THREE)
+    labels = torch.as_tensor(THREE)
+    weights = losses.class_weights(labels.bincount().double())
+    w = torch.as_tensor(estimator.coef_).requires_grad_()
+    b = torch.as_tensor(estimator.intercept_).requires_grad_()
+    logits = torch.as_tensor(X) @ w.T + b
+    objective = 3.0 * losses.cross_entropy_loss(logits, labels, reduction="sum", class_weights=weights) + half(w)
+    objective.backward()
+    # The objective is convex: where its gradient is 0, it has its minimum.
+    size = float(torch.linalg.vector_norm(w.detach()))
+    assert w.grad.abs().max() < 1e-5 * size and b.grad.abs().max() < 1e-5 * size
+    # Without the weights it has not.
+    w.grad = None
+    (3.0 * losses.cross_entropy_loss(torch.as_tensor(X) @ w.T, labels, reduction="sum") + half(w)).backward()
+    assert w.grad.abs().max() > size
