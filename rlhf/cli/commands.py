@@ -145,6 +145,10 @@ COMMANDS: dict[str, Command | TrainingCommand] = {
         module="rlhf.cli.data",
         option_classes=("rlhf.cli.data:AuditArguments",),
     ),
+    "report": Command(
+        "one page about runs: curves, health in words, differences",
+        module="rlhf.cli.report",
+    ),
     "env": Command(
         "what a report of a bug needs: versions, machine, variables",
         module="rlhf.cli.env",

@@ -30,7 +30,8 @@ from rlhf.data.errors import error_context
 from rlhf.data.streams import name_of
 from rlhf.distillation import DistillConfig, DistillTrainer
 from rlhf.models import add_adapter_beside, load_tokenizer
-from rlhf.runs.files import COMPLETIONS_FILE, METRICS_FILE, RUN_FILE, SAMPLES_FILE
+from rlhf.runs.files import COMPLETIONS_FILE, METRICS_FILE, REPORT_FILE, RUN_FILE, SAMPLES_FILE
+from rlhf.runs.report import write_report_at_end
 from rlhf.trainers.base import BaseTrainer
 from rlhf.trainers.config import BAD_ROWS, BaseConfig
 from rlhf.trainers.recording import CommandRecord
@@ -258,6 +259,7 @@ def _save_and_evaluate(trainer: BaseTrainer, result: TrainOutput) -> None:
         trainer.push_to_hub()
     trainer.save_metrics("all", metrics)
     if trainer.is_world_process_zero():
+        write_report_at_end(Path(str(trainer.args.output_dir)))  # once more, with the last evaluation
         print(visible(f"saved {trainer.args.output_dir}"))
 
 
@@ -311,5 +313,5 @@ def _check_output(folder: Path, data: DataArguments, request: str) -> str | None
 def _holds_run(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir() if not is_set_aside(path.name)} - {LOCK_FILE}
     # A run that stopped before its first checkpoint left no more than these.
-    ended_early = names <= {RUN_FILE, METRICS_FILE, SAMPLES_FILE, COMPLETIONS_FILE, BAD_ROWS}
+    ended_early = names <= {RUN_FILE, METRICS_FILE, SAMPLES_FILE, COMPLETIONS_FILE, REPORT_FILE, BAD_ROWS}
     return ended_early or "training_args.bin" in names or get_last_checkpoint(str(folder)) is not None

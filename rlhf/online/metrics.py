@@ -11,6 +11,7 @@ from torch import Tensor
 from rlhf.losses import kl_estimate
 from rlhf.online.samples import RolloutBatch, Sample
 from rlhf.rewards.scoring import Scored
+from rlhf.runs.rollout_faults import diagnose
 from rlhf.trainers.metric_sums import sum_dtype
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -236,63 +237,6 @@ def derived_metrics(means: Mapping[str, float]) -> dict[str, float]:
         metrics["critic/explained_variance"] = 1 - unexplained / total if total > 0 else math.nan
         del metrics["critic/errors"], metrics["critic/values_squared"]
     return metrics
-
-
-def diagnose(logs: Mapping[str, float], first_entropy: float | None, half_precision: bool) -> dict[str, str]:
-    """Troubles that a line of the log shows.
-
-    Args:
-        logs: one line of the log of :class:`rlhf.PPOTrainer`.
-        first_entropy: that of the first line, in nats a token; None if it had none.
-        half_precision: whether log-probs come from bf16 or fp16 products, which need wider tolerances.
-    Returns:
-        Name of each trouble to a sentence: what was found, and what to do.
-    """
-    deviation = logs.get("ratio/first_deviation", 0.0)
-    kl = logs.get("kl", 0.0)
-    # An unbiased estimate of a KL near 0 may be negative; its noise grows with the root of the length.
-    kl_noise = max(1.0, logs.get("completions/mean_length", 1.0) ** 0.5)
-    entropy = logs.get("entropy")
-    has_collapsed = entropy is not None and first_entropy is not None and entropy < min(0.1 * first_entropy, 0.1)
-    truncated = logs.get("completions/clipped_ratio", 0.0)
-    all_rewards_equal = logs.get("reward_std", 1.0) == 0
-    no_group_varies = logs.get("frac_reward_zero_std", 0.0) == 1
-    same_rewards = "every reward is the same" if all_rewards_equal else "no group has two different rewards"
-    sampler_kl = logs.get("sampler_kl", 0.0)
-
-    checks = {
-        "ratio": (
-            deviation > (0.1 if half_precision else 1e-3),
-            f"the first ratio after a rollout is {deviation:.2g} away from 1: the policy that is trained is not the "
-            "one whose log-probs were recorded (dropout on? a layer that draws random numbers?)",
-        ),
-        "kl": (
-            kl < -0.1 * kl_noise,
-            f"KL to the reference is {kl:.3g}, below 0: the sampler draws from another distribution than the trainer "
-            "scores (top_p or top_k on? another temperature? a server with old weights?)",
-        ),
-        "entropy": (
-            has_collapsed,
-            f"entropy fell from {first_entropy or 0:.3g} to {entropy or 0:.3g} nats a token: the policy hardly "
-            "explores any more; raise beta or entropy_coef, or lower learning_rate",
-        ),
-        "truncated": (
-            truncated >= 0.95,
-            f"{truncated:.0%} of the completions are cut at max_completion_length: raise it, or set "
-            "missing_eos_penalty",
-        ),
-        "variance": (
-            all_rewards_equal or no_group_varies,
-            f"{same_rewards}: there is nothing to learn from; check the reward function, use easier prompts or "
-            "larger groups",
-        ),
-        "sampler": (
-            sampler_kl > (0.05 if half_precision else 0.01),
-            f"sampler and trainer differ by {sampler_kl:.2g} nats a token: set importance_sampling_cap, switch top_p "
-            "and top_k off, or check that the server got the new weights",
-        ),
-    }
-    return {name: message for name, (is_wrong, message) in checks.items() if is_wrong}
 
 
 @dataclass

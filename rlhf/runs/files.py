@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,8 @@ def read_run(folder: Path | str) -> Run:
     """Read a run from its folder, also while it is being written.
 
     Args:
-        folder: ``output_dir`` of the run. One of an older version, which has a ``trainer_state.json`` alone, will do.
+        folder: ``output_dir`` of the run. One of an older version, which has a ``trainer_state.json`` alone, will do;
+            so will a copy of that file.
 
     Returns:
         The run.
@@ -59,6 +61,8 @@ def read_run(folder: Path | str) -> Run:
         ValueError: the folder holds no run, or a file cannot be read.
     """
     folder = Path(folder)
+    if folder.is_file():
+        return _read_state_file(folder)
     run_file, state_file = folder / RUN_FILE, folder / _STATE_FILE
     if not (run_file.exists() or state_file.exists()):
         raise ValueError(f"{folder}: no run in this folder (neither {RUN_FILE} nor {_STATE_FILE}); name its output_dir")
@@ -77,6 +81,15 @@ def read_run(folder: Path | str) -> Run:
     )
 
 
+def _read_state_file(file: Path) -> Run:
+    """A run of which only the state of its trainer is left, such as ``dpo_state.json``."""
+    metrics = _read_json(file).get("log_history")
+    if not isinstance(metrics, list):
+        raise ValueError(f"{file}: no state of a trainer (it has no log_history); name the output_dir of a run")
+    place = file.with_name(file.stem.removesuffix("_state"))
+    return Run(place, options={}, record={}, metrics=metrics, samples=[], completions=[])
+
+
 def append_line(file: Path, entry: Mapping[str, Any]) -> None:
     """Append an entry to a file of JSON lines.
 
@@ -91,6 +104,26 @@ def append_line(file: Path, entry: Mapping[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as lines:
         lines.write(line + "\n")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file, whole or not at all.
+
+    Args:
+        file: its folder is made.
+        text: its content.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, as only there a rename replaces a file at once.
+    temporary_file = file.with_name(f".{file.name}")
+    try:
+        temporary_file.write_text(text, encoding="utf-8")
+        os.replace(temporary_file, file)
+    finally:
+        temporary_file.unlink(missing_ok=True)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """``run.yaml``: the options that a run was given, and what it ran on."""
 
-import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from rlhf.runs.files import RECORD, RUN_FILE, read_run
+from rlhf.runs.files import RECORD, RUN_FILE, read_run, write_whole
 
 RUNNING, FINISHED = "running", "finished"
 _HEADER = """\
@@ -33,10 +32,7 @@ def write_record(folder: Path, options: Mapping[str, Any], record: Mapping[str, 
     header = _HEADER.format(command=command, file=folder / RUN_FILE) if command else _HEADER_OF_PROGRAM
     # Only in a file: the order is that of a reader's questions.
     text = yaml.safe_dump({**options, RECORD: dict(record)}, sort_keys=False, allow_unicode=True, width=120)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary_file = folder / f".{RUN_FILE}"
-    temporary_file.write_text(header + text, encoding="utf-8")
-    os.replace(temporary_file, folder / RUN_FILE)
+    write_whole(folder / RUN_FILE, header + text)
 
 
 def continue_record(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:

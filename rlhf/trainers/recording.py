@@ -18,6 +18,7 @@ from rlhf.data import Mixture
 from rlhf.data.streams import name_of, source_of
 from rlhf.runs.facts import data_files, git_state, machine, versions
 from rlhf.runs.record import FINISHED, RUNNING, continue_record, now, write_record
+from rlhf.runs.report import write_report_at_end
 from rlhf.secret_names import MASK, without_secret_words
 from rlhf.trainers.option_changes import recorded_options
 from rlhf.trainers.preparation import sets_of
@@ -201,3 +202,5 @@ def closing(record: OpenRecord | None, state: Callable[[], TrainerState], began:
             record.close(status, time.time() - began() if began() else 0.0)
         except OSError as error:  # the disk may be what failed the run
             logger.warning("%s: not written at the end of the run (%s)", record.folder, error)
+    # Only here, as a report shows how the run ended.
+    write_report_at_end(record.folder)
