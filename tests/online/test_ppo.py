@@ -29,10 +29,10 @@ from rlhf.data import Dialogue
 from rlhf.logprobs import Scores
 from rlhf.losses import POLICY_LOSSES
 from rlhf.models import add_scalar_head
-from rlhf.runs.rollout_faults import diagnose
 from rlhf.online.objective import make_objective
 from rlhf.online.samples import Sample, add_advantages, collate_samples, select_of_groups
 from rlhf.rollouts import LocalEngine, Reply, Sampling, play
+from rlhf.runs.rollout_faults import diagnose
 
 FAMILY = {
     "ppo": (PPOTrainer, PPOConfig),
