@@ -135,10 +135,14 @@ COMMANDS: dict[str, Command | TrainingCommand] = {
         module="rlhf.cli.eval",
         option_classes=(LAUNCH, "rlhf.cli.eval:EvalArguments", FROZEN_MODEL),
     ),
-    # Its models are words without an option's name, so it has a parser of its own.
+    # Their models are words without an option's name, so they have parsers of their own.
     "chat": Command(
         "talk to a model, or to two side by side",
         module="rlhf.cli.chat",
+    ),
+    "merge": Command(
+        "an adapter and its base model as one model folder",
+        module="rlhf.cli.merge",
     ),
     "data": Command(
         "show what training reads of a file: columns, lengths, tokens",

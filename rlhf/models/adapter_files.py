@@ -139,8 +139,23 @@ def merged(model: PreTrainedModel, adapter: str, **hub: Any) -> PreTrainedModel:
         ValueError: The adapter cannot be loaded or merged.
     """
     logger.info("%s: an adapter; merging it into %s", adapter, model.config._name_or_path)
-    adapted: Any = load_adapter(model, adapter, **hub)
-    _untie_adapted(model)
+    return merge_loaded(load_adapter(model, adapter, **hub), adapter)
+
+
+def merge_loaded(adapted: Any, adapter: str) -> PreTrainedModel:
+    """Add an adapter to the weights of the model that it is on.
+
+    Args:
+        adapted: The PEFT model of :func:`load_adapter`.
+        adapter: Where it came from.
+
+    Returns:
+        The model inside, without the adapter.
+
+    Raises:
+        ValueError: The adapter cannot be merged.
+    """
+    _untie_adapted(adapted.get_base_model())
     with one_line(f"{adapter}: cannot be merged"):
         merged_model: PreTrainedModel = adapted.merge_and_unload()
     # Weights of few bits are integers, which cannot have a gradient.
