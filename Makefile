@@ -1,24 +1,31 @@
 PY ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test fuzz test-oldest check wheel soak bench
+.PHONY: setup demo test docs fuzz test-oldest check wheel soak bench
 setup: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PY) -m venv .venv
 	$(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev,math,plot,trl]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev,math,plot]"
+	touch $@
+# What one target alone needs. TRL is the package that a part of the tests compares with.
+.venv/.trl .venv/.docs: .venv/.%: .venv/.ready
+	$(BIN)/pip install -q -c constraints.txt -e ".[$*]"
 	touch $@
 demo: setup  # MODEL=folder-or-hub-name trains that instead of a new small model
 	HF_HUB_OFFLINE=$(if $(MODEL),$(or $(HF_HUB_OFFLINE),0),1) $(BIN)/python demo/run.py $(MODEL)
-test: setup
+test: setup .venv/.trl
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4
-fuzz: setup  # N=cases SEED=number: malformed inputs, about a second for five
+# The site in site/: every page in the navigation, every link and anchor checked, nothing loaded from the network.
+docs: setup .venv/.docs
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet
+fuzz: setup .venv/.trl  # N=cases SEED=number: malformed inputs, about a second for five
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzzer.py --cases $(or $(N),1000) --seed $(or $(SEED),0)
 # The oldest libraries in front of those of .venv: torch and the tools of tests are shared.
 OLDEST := .venv-oldest
 QUICK := tests/data/test_tokenizing.py tests/world/test_files.py tests/trainers/test_trainers.py
 LATER := layout_is_the_models # says why Gemma 2 gets rows: it had another attention by default
-test-oldest: $(OLDEST)/.ready
+test-oldest: $(OLDEST)/.ready .venv/.trl
 	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -q -n auto --maxprocesses 4 $(QUICK) -k "not $(strip $(LATER))"
 $(OLDEST)/.ready: .venv/.ready constraints-oldest.txt
 	rm -rf $(OLDEST) && $(BIN)/python -m venv --without-pip $(OLDEST)
@@ -41,7 +48,7 @@ wheel:
 # N=random kills of each job, EVERY=K: aimed kills at each K-th write. With a kill at every write more than an hour.
 soak: setup
 	PYTHONPATH=tests $(BIN)/python tests/soak/soak.py --random $(or $(N),20) --every $(or $(EVERY),1)
-bench: setup  # MODEL=folder [DATA=folder of rows] adds whole steps of training, half an hour on 2 cores
+bench: setup .venv/.trl  # MODEL=folder [DATA=folder of rows] adds whole steps of training, half an hour on 2 cores
 	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/distillation.py $(if $(MODEL),--model $(MODEL) $(if $(DATA),--data $(DATA)))
