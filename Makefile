@@ -18,7 +18,7 @@ test: setup .venv/.trl
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4
 # The site in site/: every page in the navigation, every link and anchor checked, nothing loaded from the network.
 docs: setup .venv/.docs
-	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build
 fuzz: setup .venv/.trl  # N=cases SEED=number: malformed inputs, about a second for five
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzzer.py --cases $(or $(N),1000) --seed $(or $(SEED),0)
 # The oldest libraries in front of those of .venv: torch and the tools of tests are shared.

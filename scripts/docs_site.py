@@ -8,11 +8,12 @@ so that the site is complete without a repository host. Formulas become MathML, 
 import html
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure import StructureItem
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.nav import Navigation, Section
 from mkdocs.structure.pages import Page
@@ -88,14 +89,14 @@ def on_post_build(config: MkDocsConfig) -> None:
     (site / "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def pages_of(items: list[Page | Section], heading: str = "Start") -> Iterator[tuple[Page, str]]:
+def pages_of(items: Sequence[StructureItem], heading: str = "Start") -> Iterator[tuple[Page, str]]:
     """Yield each page of the navigation, with the heading of its section before the first page of a section."""
     for item in items:
         if isinstance(item, Section):
             yield from pages_of(item.children, item.title)
-            continue
-        yield item, heading
-        heading = ""
+        elif isinstance(item, Page):
+            yield item, heading
+            heading = ""
 
 
 def first_sentence(markdown: str) -> str:
