@@ -135,6 +135,11 @@ COMMANDS: dict[str, Command | TrainingCommand] = {
         module="rlhf.cli.eval",
         option_classes=(LAUNCH, "rlhf.cli.eval:EvalArguments", FROZEN_MODEL),
     ),
+    "compare": Command(
+        "two models on the same prompts: win rate, perplexity, accuracy",
+        module="rlhf.cli.compare",
+        option_classes=("rlhf.cli.compare:CompareArguments",),
+    ),
     # Their models are words without an option's name, so they have parsers of their own.
     "chat": Command(
         "talk to a model, or to two side by side",

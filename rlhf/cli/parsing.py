@@ -119,10 +119,12 @@ def _read(command: str, classes: Sequence[Any], argv: list[str]) -> tuple[HfArgu
 
 
 def _make_parser(command: str, classes: Sequence[Any]) -> HfArgumentParser:
+    # Words that come first without an option, as a class of options names them.
+    words = [f"rlhf {command}", *(cls.positional for cls in classes if hasattr(cls, "positional"))]
     parser = _OptionParser(
         list(classes),
         prog=f"rlhf {command}",
-        usage=f"rlhf {command} [--config FILE] [--OPTION VALUE ...]",
+        usage=f"{' '.join(words)} [--config FILE] [--OPTION VALUE ...]",
         epilog="Short names: --model, --data, --lr, --epochs. In a config file, use the whole names.",
         # An abbreviation would be guessed, and could mean another option in a later version.
         allow_abbrev=False,

@@ -12,7 +12,7 @@ from rlhf.visible import visible
 _PIECES = 2000  # of a row, shown at its beginning and at its end
 _SHOWN_ERRORS = 20
 # A part of the page, which must open offline and as a single file.
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fff; --line: #d0d0d0; --soft: #f3f3f3;
   --learned: #bfeec0; --learned2: #9fe0a1; --special: #8a2be2; --bar: #5b8def; --bad: #b00020; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #161616; --line: #444; --soft: #222;
@@ -82,7 +82,7 @@ def audit_page(audit: Audit) -> str:
         sections += [f"<h2>Row {row_number}</h2><pre>{_spans(sequence)}</pre>" for sequence in sequences]
     if audit.samples:
         sections.append('<p>Learned is what stands on <span style="background: var(--learned)">green</span>.</p>')
-    return _PAGE.format(title=title, style=_STYLE, body="\n".join(sections))
+    return _PAGE.format(title=title, style=STYLE, body="\n".join(sections))
 
 
 # The functions below take and return HTML; text is escaped before.

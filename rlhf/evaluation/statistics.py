@@ -109,8 +109,8 @@ def win_rate(wins: int, ties: int, losses: int) -> Estimate:
         ValueError: There are no prompts.
     """
     difference = share_difference(wins, losses, wins + ties + losses)
-    rates = [(1 + end) / 2 for end in (difference.value, difference.low, difference.high)]
-    return Estimate(*rates, difference.p_value)
+    rate, low, high = ((1 + end) / 2 for end in (difference.value, difference.low, difference.high))
+    return Estimate(rate, low, high, difference.p_value)
 
 
 def sign_test(gains: int, losses: int) -> float:

@@ -43,12 +43,22 @@ def show_completions(prompts: Sequence[Turns], columns: Mapping[str, Sequence[st
     answer_table = Table("prompt", *map(visible, columns), show_lines=True)
     for prompt_index, prompt in enumerate(prompts):
         answers = [completions[prompt_index].strip() for completions in columns.values()]
-        answer_table.add_row(*map(visible, (_as_text(prompt).strip(), *answers)))
+        answer_table.add_row(*map(visible, (prompt_text(prompt).strip(), *answers)))
     # Answers are text of a model: words in square brackets are no styles.
     Console().print(answer_table, markup=False)
 
 
-def _as_text(prompt: Turns) -> str:
+def prompt_text(prompt: Turns) -> str:
+    """The text of a prompt; in a conversation of several messages, each begins with its role.
+
+    Args:
+        prompt: Text or messages.
+
+    Returns:
+        Text.
+    """
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(str(message.get("content")) for message in prompt)
+    if len(prompt) == 1:
+        return str(prompt[0].get("content"))
+    return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in prompt)

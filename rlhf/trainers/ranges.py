@@ -70,7 +70,7 @@ RANGES: dict[Range, str] = {
     "max_new_tokens num_processes teacher_top_k max_completion_length num_generations num_generations_eval "
     "num_iterations num_mini_batches max_turns rollout_batch_size adaptive_kl_horizon num_ppo_epochs response_length "
     "steps_per_generation generation_batch_size",
-    COUNT: "dataloader_num_workers save_total_limit profile shuffle_buffer_size samples num_completions k "
+    COUNT: "dataloader_num_workers save_total_limit profile shuffle_buffer_size samples num_completions num_prompts k "
     "dynamic_sampling min_completion_length num_completions_to_print max_tool_calling_iterations top_k "
     "max_nonfinite_steps",
     Range(2, LARGEST): "max_length max_seq_length",
@@ -112,12 +112,13 @@ def check_ranges(options: Any) -> None:
     """Check all numbers of a configuration.
 
     Args:
-        options: a data class; its fields that are no numbers are passed over.
+        options: a data class; its fields that are no numbers are passed over. Its ``own_ranges``, if it has any, win.
     Raises:
         ValueError: the option, its range and the value.
     """
+    own_ranges: dict[str, Range] = getattr(options, "own_ranges", {})
     for option in fields(options):
-        interval = _BY_NAME.get(option.name)
+        interval = own_ranges.get(option.name) or _BY_NAME.get(option.name)
         if interval is None:
             continue
         value = getattr(options, option.name)
