@@ -164,7 +164,7 @@ COMMANDS: dict[str, Command | TrainingCommand] = {
     ),
     # Its sub-commands need a parser of their own.
     "losses": Command(
-        "the catalogue of losses: list, show one, advise",
+        "which loss for which problem; one loss in full",
         module="rlhf.cli.losses",
     ),
 }

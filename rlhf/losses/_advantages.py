@@ -1,17 +1,17 @@
-"""From rewards to advantages, and what keeps a policy near the one that sampled.
+"""Advantage estimators, importance weights, and the controller of the KL coefficient.
 
-Estimators are found by name in :data:`ADVANTAGE_ESTIMATORS`. The parameters of an estimator name what it reads, of:
+Estimators are found by name in :data:`ADVANTAGE_ESTIMATORS`. An estimator is passed what its parameters name:
 
-* ``rewards``: [S], of each completion, the KL penalty of its tokens included; NaN where there is none;
+* ``rewards``: [S], the reward of each completion, with the KL penalty of its tokens; NaN where there is none;
 * ``group``: int64 [S], the prompt of each completion;
 * ``task_rewards``: [S], without the KL penalty;
-* ``reward_components``: the same by reward function, a dictionary of [S]; ``reward_weights``: their weights;
-* ``token_rewards``: [S, T], the KL penalty of each token, and the task's reward at the last;
-* ``penalties``: [S, T], the KL penalty alone (negative where the policy has gone away from the reference);
+* ``reward_components``: the rewards of each reward function, a dictionary of [S]; ``reward_weights``: their weights;
+* ``token_rewards``: [S, T], the KL penalty of each token, plus the reward of the task at the last one;
+* ``penalties``: [S, T], the KL penalty alone (negative where the policy has moved away from the reference);
 * ``mask``: bool [S, T], True for the tokens that the policy sampled;
-* ``values``: [S, T], a critic's; an estimator that reads them gets a critic;
-* ``baselines``: [S], the reward of a greedy completion of each prompt, which is sampled where they are read;
-* ``gamma``, ``lam``, ``scale``: the options of the trainer; ``gather``: True, statistics are those of all processes.
+* ``values``: [S, T], the values of a critic, which is trained if the estimator has this parameter;
+* ``baselines``: [S], the reward of a greedy completion of each prompt, sampled if the estimator has this parameter;
+* ``gamma``, ``lam``, ``scale``: the options of the trainer; ``gather``: True; statistics are taken over all processes.
 """
 
 import inspect
@@ -36,14 +36,14 @@ OFFERED = (
 
 
 class AdvantageEstimator:
-    """A function of what a rollout offers, called with the part that its parameters name.
+    """An advantage estimator: a function that is called with the values of a rollout that its parameters name.
 
     Args:
         function: returns advantages, [S] for completions or [S, T] for tokens; or ``(advantages, returns)``, where
-            returns are what a critic learns, [S, T].
-        needs_group: it compares the completions of a prompt, so that there must be several.
+            returns are the targets of a critic, [S, T].
+        needs_group: it compares the completions of a prompt, so there must be several.
     Raises:
-        ValueError: it needs a parameter that no rollout offers.
+        ValueError: it needs a parameter that no rollout has.
     """
 
     __name__: str
@@ -82,8 +82,8 @@ def advantage_estimator(name: str, *, needs_group: bool = False) -> Callable[[Ca
         name: its key in :data:`ADVANTAGE_ESTIMATORS`, and what ``--advantage_estimator`` takes.
         needs_group: it compares the completions of a prompt: ``--num_generations`` must be 2 or more.
     Returns:
-        A decorator that returns the function as it is. Its parameters name what it reads; the module's docstring lists
-        what there is.
+        A decorator that returns the function as it is. The docstring of the module lists the parameters that it can
+        have.
     Example:
         >>> @advantage_estimator("best", needs_group=True)
         ... def beats_the_mean(rewards, group):
@@ -104,7 +104,7 @@ def advantage_estimator(name: str, *, needs_group: bool = False) -> Callable[[Ca
 def gae(
     rewards: Tensor, values: Tensor, gamma: float = 1.0, lam: float = 0.95, *, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    r"""Generalised advantage estimation, from the last token back.
+    r"""Generalised advantage estimation (GAE).
 
     .. math:: A_t = \delta_t + \gamma\lambda A_{t+1},\; \delta_t = r_t + \gamma V_{t+1} - V_t,\; R_t = A_t + V_t
 
@@ -150,7 +150,7 @@ def gae(
 def _gae_of_tokens(
     token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """:func:`gae` of what a rollout offers."""
+    """:func:`gae` of the values of a rollout."""
     return gae(token_rewards, values, gamma, lam, mask=mask)
 
 
@@ -158,7 +158,7 @@ def _gae_of_tokens(
 def whiten(
     values: Tensor, *, mask: Tensor | None = None, shift_mean: bool = True, gather: bool = False, eps: float = 1e-8
 ) -> Tensor:
-    """Mean 0 and variance 1 over what counts.
+    """Scales values to mean 0 and variance 1 over the elements that count.
 
     Args:
         values: any shape.
@@ -203,12 +203,12 @@ def group_advantages(
     gather: bool = False,
     eps: float = 1e-4,
 ) -> Tensor:
-    r"""GRPO: a completion against the others of its prompt.
+    r"""GRPO: the reward of a completion against the mean of its group, divided by a standard deviation.
 
     .. math:: A_i = \frac{r_i - \mathrm{mean}_g}{\mathrm{std} + \epsilon}
 
     Args:
-        rewards: [S]; NaN where there is none: it counts nowhere and gets 0.
+        rewards: [S]; NaN where there is none: such a completion is left out and has the advantage 0.
         group: int64 [S], the prompt of each completion.
         scale: divide by the standard deviation of the group (GRPO), of the batch, or not at all (Dr. GRPO).
         gather: under ``torch.distributed``, the batch is that of all ranks together; a group is on one rank.
@@ -248,12 +248,12 @@ def group_advantages(
 @advantage_estimator("rloo", needs_group=True)
 @torch.no_grad()
 def rloo_advantages(rewards: Tensor, group: Tensor) -> Tensor:
-    r"""Leave one out: a completion against the mean of the *others* of its prompt.
+    r"""RLOO: the reward of a completion minus the mean reward of the *others* of its prompt.
 
     .. math:: A_i = r_i - \frac{1}{k-1}\sum_{j\ne i} r_j
 
     Args:
-        rewards: [S]; NaN where there is none: it counts nowhere and gets 0.
+        rewards: [S]; NaN where there is none: such a completion is left out and has the advantage 0.
         group: int64 [S], the prompt of each completion.
     Returns:
         [S], at least float32. No gradient.
@@ -278,7 +278,7 @@ def rloo_advantages(rewards: Tensor, group: Tensor) -> Tensor:
 @advantage_estimator("reinforce++")
 @torch.no_grad()
 def reward_to_go(token_rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
-    r"""REINFORCE++: the rewards from a token on.
+    r"""REINFORCE++: the discounted sum of the rewards from each token on.
 
     .. math:: A_t = \sum_{u\ge t} \gamma^{u-t} r_u
 
@@ -304,7 +304,7 @@ def reward_to_go(token_rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Ten
 def reward_to_go_of_group(
     task_rewards: Tensor, group: Tensor, penalties: Tensor, mask: Tensor, gamma: float = 1.0
 ) -> Tensor:
-    r"""REINFORCE++ with a baseline: the mean reward of the prompt's completions is subtracted first.
+    r"""REINFORCE++ with a baseline: the mean reward of the group is subtracted first.
 
     Args:
         task_rewards: [S], without the KL penalty.
@@ -330,7 +330,7 @@ def reward_to_go_of_group(
 @advantage_estimator("remax")
 @torch.no_grad()
 def remax_advantages(rewards: Tensor, baselines: Tensor) -> Tensor:
-    r"""ReMax: the reward of a greedy completion of the prompt is subtracted.
+    r"""ReMax: the reward minus that of a greedy completion of the prompt.
 
     Args:
         rewards: [S]; NaN where there is none.
@@ -351,7 +351,7 @@ def remax_advantages(rewards: Tensor, baselines: Tensor) -> Tensor:
 @advantage_estimator("best_of_n", needs_group=True)
 @advantage_estimator("pairs", needs_group=True)
 def uniform_advantages(rewards: Tensor) -> Tensor:
-    """1 for each completion, where rewards have decided before which completions are learned.
+    """An advantage of 1 for each completion, for completions that rewards have already selected.
 
     Args:
         rewards: [S].
@@ -374,7 +374,7 @@ def gdpo_advantages(
     *,
     gather: bool = False,
 ) -> Tensor:
-    """GDPO: each reward is divided by its own deviation in the group before they are summed; the sum is whitened.
+    """GDPO: each reward is divided by its own standard deviation in the group; the sum is whitened.
 
     Args:
         rewards: [S]; NaN where a completion does not count.
@@ -402,7 +402,7 @@ def gdpo_advantages(
 
 
 def rewards_of_tokens(task_rewards: Tensor, penalties: Tensor, mask: Tensor) -> Tensor:
-    """Rewards of tokens: the penalty of each, and the task's reward at the last token that counts.
+    """The reward of each token: its penalty, plus the reward of the task at the last token that counts.
 
     Args:
         task_rewards: [S]; NaN counts as 0.
@@ -426,7 +426,7 @@ def rewards_of_tokens(task_rewards: Tensor, penalties: Tensor, mask: Tensor) -> 
 def truncated_importance_weights(
     old_logps: Tensor, sampling_logps: Tensor, cap: float = 2.0, *, beyond: Literal["cap", "zero"] = "cap"
 ) -> Tensor:
-    r"""Weights that correct for a sampler whose probabilities differ from the trainer's.
+    r"""Truncated importance weights, for a sampler whose probabilities differ from the trainer's.
 
     .. math:: \min(\pi_{old}/\pi_{sampler}, C)
 
@@ -458,12 +458,12 @@ def truncated_importance_weights(
 
 
 class AdaptiveKLController:
-    """A KL coefficient that seeks a target: it grows while KL is above, by at most 20 % of the error a horizon.
+    """Adapts a KL coefficient: it grows while the KL is above the target, and shrinks while it is below.
 
     Args:
         init_kl_coef: > 0, where it starts.
         target: > 0, KL of a whole sequence, nats.
-        horizon: > 0, in sequences.
+        horizon: > 0, in sequences; the coefficient changes by at most 20 % in this time.
     Raises:
         ValueError: an argument out of range.
     Example:

@@ -18,13 +18,13 @@ from rlhf.losses._reduction import reducible
 
 @preference_loss("nca_pair")
 def nca_pair_loss(pair: Pair, beta: float = 0.1) -> Tensor:
-    r"""NCA: noise-contrastive, keeps the chosen answer's likelihood from falling.
+    r"""NCA: a noise-contrastive loss that keeps the likelihood of the chosen answer from falling.
 
     .. math:: \ell(\beta s_w) + \tfrac12\ell(-\beta s_w) + \tfrac12\ell(-\beta s_l)
 
     Args:
         pair: chosen and rejected completions.
-        beta: > 0; larger stays nearer the reference.
+        beta: > 0; larger keeps the policy nearer to the reference.
     Returns:
         The loss of each pair, [S], before the reduction.
     Example:
@@ -44,13 +44,13 @@ def nca_pair_loss(pair: Pair, beta: float = 0.1) -> Tensor:
 
 @preference_loss("bco_pair")
 def bco_pair_loss(pair: Pair, beta: float = 0.1, *, shift: float | Tensor = 0.0) -> Tensor:
-    r"""BCO: a classifier whose logit is the implicit reward, for chosen against rejected.
+    r"""BCO: binary cross-entropy with the implicit reward as logit; chosen answers are the positives.
 
     .. math:: \ell(\beta s_w - \delta) + \ell(\delta - \beta s_l)
 
     Args:
         pair: chosen and rejected completions.
-        beta: > 0; larger stays nearer the reference.
+        beta: > 0; larger keeps the policy nearer to the reference.
         shift: delta; a running mean of the rewards of both kinds in the paper, 0 in TRL.
     Returns:
         The loss of each pair, [S], before the reduction.
@@ -70,13 +70,13 @@ def bco_pair_loss(pair: Pair, beta: float = 0.1, *, shift: float | Tensor = 0.0)
 
 @preference_loss("sppo_hard")
 def sppo_hard_loss(pair: Pair, beta: float = 0.1) -> Tensor:
-    r"""SPPO with hard labels: each log-ratio is pulled to plus or minus ``1 / (2 beta)``.
+    r"""SPPO with hard labels: squared loss with targets of plus and minus ``1 / (2 beta)`` for the log-ratios.
 
     .. math:: (s_w - \tfrac{1}{2\beta})^2 + (s_l + \tfrac{1}{2\beta})^2
 
     Args:
         pair: chosen and rejected completions.
-        beta: > 0, 1 / eta; larger stays nearer the reference.
+        beta: > 0, 1 / eta; larger keeps the policy nearer to the reference.
     Returns:
         The loss of each pair, [S], before the reduction.
     Example:
@@ -94,7 +94,7 @@ def sppo_hard_loss(pair: Pair, beta: float = 0.1) -> Tensor:
 
 @preference_loss("apo_zero")
 def apo_zero_loss(pair: Pair, beta: float = 0.1) -> Tensor:
-    r"""APO-zero: chosen answers up, rejected answers down, each against the reference.
+    r"""APO-zero: raises chosen answers and lowers rejected ones, each against the reference.
 
     .. math:: 1 - \sigma(\beta s_w) + \sigma(\beta s_l)
 
@@ -102,7 +102,7 @@ def apo_zero_loss(pair: Pair, beta: float = 0.1) -> Tensor:
 
     Args:
         pair: chosen and rejected completions.
-        beta: > 0; larger stays nearer the reference.
+        beta: > 0; larger keeps the policy nearer to the reference.
     Returns:
         The loss of each pair, [S], before the reduction.
     Example:
@@ -120,13 +120,13 @@ def apo_zero_loss(pair: Pair, beta: float = 0.1) -> Tensor:
 
 @preference_loss("apo_down")
 def apo_down_loss(pair: Pair, beta: float = 0.1) -> Tensor:
-    r"""APO-down: both down, the rejected one more; for a model better than the chosen answers.
+    r"""APO-down: lowers both answers, the rejected one more; for a model better than the chosen answers.
 
     .. math:: \sigma(\beta s_w) + 1 - \sigma(\beta\Delta)
 
     Args:
         pair: chosen and rejected completions.
-        beta: > 0; larger stays nearer the reference.
+        beta: > 0; larger keeps the policy nearer to the reference.
     Returns:
         The loss of each pair, [S], before the reduction.
     Example:
@@ -143,13 +143,13 @@ def apo_down_loss(pair: Pair, beta: float = 0.1) -> Tensor:
 
 @preference_loss("cal_dpo")
 def cal_dpo_loss(pair: Pair, beta: float = 0.1) -> Tensor:
-    r"""Cal-DPO: DPO with the scale of the implicit rewards calibrated.
+    r"""Cal-DPO: DPO plus a squared loss that calibrates the scale of the implicit rewards.
 
     .. math:: \ell(\Delta) + (s_w - \tfrac{1}{2\beta})^2 + (s_l + \tfrac{1}{2\beta})^2
 
     Args:
         pair: chosen and rejected completions.
-        beta: > 0; larger stays nearer the reference.
+        beta: > 0; larger keeps the policy nearer to the reference.
     Returns:
         The loss of each pair, [S], before the reduction.
     Example:
@@ -168,13 +168,13 @@ def cal_dpo_loss(pair: Pair, beta: float = 0.1) -> Tensor:
 
 @preference_loss("kto_pair")
 def kto_pair_loss(pair: Pair, beta: float = 0.1, *, kl: float | Tensor = 0.0) -> Tensor:
-    r"""KTO on pairs: prospect theory's value of each answer against a reference point.
+    r"""KTO on pairs: the value of each answer against a reference point, as in prospect theory.
 
     .. math:: \tfrac12 [1 - \sigma(\beta(s_w - z))] + \tfrac12 [1 - \sigma(\beta(z - s_l))]
 
     Args:
         pair: chosen and rejected completions.
-        beta: > 0; larger stays nearer the reference.
+        beta: > 0; larger keeps the policy nearer to the reference.
         kl: z >= 0, nats; an estimate of KL(policy to reference), for example the mean log-ratio of mismatched answers,
             bounded below at 0. For answers without a partner: :func:`kto_loss`.
     Returns:
@@ -204,7 +204,7 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:
-    r"""KTO: answers that are good or bad by themselves, without partners.
+    r"""KTO: for answers marked good or bad, without pairs.
 
     .. math:: \lambda_D[1 - \sigma(\beta(s - z))] \text{ if desirable, else } \lambda_U[1 - \sigma(\beta(z - s))]
 
@@ -212,7 +212,7 @@ def kto_loss(
         policy_logps: [S], nats, summed over completion tokens; carries gradient.
         ref_logps: [S], the same under the reference; constant.
         labels: [S] bool, True is desirable.
-        beta: > 0; larger stays nearer the reference.
+        beta: > 0; larger keeps the policy nearer to the reference.
         kl: z >= 0, nats; an estimate of KL(policy to reference), without gradient.
         desirable_weight: lambda_D. With n_D and n_U examples of each kind, the paper advises lambda_D n_D / (lambda_U
             n_U) in [1, 4/3].
@@ -252,7 +252,7 @@ def _aot(better: Tensor, worse: Tensor, pair: Pair, beta: float, label_smoothing
 
 @preference_loss("aot", coupled=True)
 def aot_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.0) -> Tensor:
-    r"""AOT: the policy's margins dominate the reference's in distribution, quantile by quantile, over the batch.
+    r"""AOT: stochastic dominance of the policy's margins over the reference's, by quantiles of the batch.
 
     .. math:: \ell(\beta[\mathrm{sort}(\pi_w - \pi_l)_i - \mathrm{sort}(ref_w - ref_l)_i])
 
@@ -262,7 +262,7 @@ def aot_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.0) -> 
 
     Args:
         pair: chosen and rejected completions.
-        beta: > 0; larger stays nearer the reference.
+        beta: > 0; larger keeps the policy nearer to the reference.
         label_smoothing: chance that a pair is flipped, in [0, 0.5).
     Returns:
         The loss of each quantile, [S], before the reduction.
@@ -281,13 +281,13 @@ def aot_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.0) -> 
 
 @preference_loss("aot_unpaired", coupled=True)
 def aot_unpaired_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.0) -> Tensor:
-    r"""AOT without pairs: the rewards of chosen answers dominate those of rejected ones, over the batch.
+    r"""AOT without pairs: stochastic dominance of chosen rewards over rejected ones, by quantiles of the batch.
 
     .. math:: \ell(\beta[\mathrm{sort}(s_w)_i - \mathrm{sort}(s_l)_i])
 
     Args:
         pair: chosen and rejected completions.
-        beta: > 0; larger stays nearer the reference.
+        beta: > 0; larger keeps the policy nearer to the reference.
         label_smoothing: chance that a pair is flipped, in [0, 0.5).
     Returns:
         The loss of each quantile, [S], before the reduction.
@@ -304,7 +304,7 @@ def aot_unpaired_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float =
 
 @preference_loss("simpo", sums=POLICY_SUMS, needs=LENGTHS)
 def simpo_loss(pair: Pair, beta: float = 2.0, *, simpo_gamma: float = 0.5) -> Tensor:
-    r"""SimPO: the likelihood per token is the reward, and pairs must be apart by a margin.
+    r"""SimPO: the reward is the log-likelihood per token, with a target margin and no reference.
 
     .. math:: \ell(\beta(\bar w - \bar l) - \gamma)
 
@@ -329,7 +329,7 @@ def simpo_loss(pair: Pair, beta: float = 2.0, *, simpo_gamma: float = 0.5) -> Te
 
 @preference_loss("cpo", sums=POLICY_SUMS, optional=("chosen_lengths",))
 def cpo_loss(pair: Pair, beta: float = 0.1, *, cpo_alpha: float = 1.0) -> Tensor:
-    r"""CPO: DPO against a uniform reference, with the likelihood of the chosen answer beside it.
+    r"""CPO: DPO without a reference, plus the negative log-likelihood of the chosen answer.
 
     .. math:: \ell(\beta(\log\pi(y_w) - \log\pi(y_l))) - \alpha\log\pi(y_w)
 
@@ -358,7 +358,7 @@ def cpo_loss(pair: Pair, beta: float = 0.1, *, cpo_alpha: float = 1.0) -> Tensor
 
 @preference_loss("orpo", sums=POLICY_SUMS, needs=LENGTHS)
 def orpo_loss(pair: Pair, beta: float = 0.1) -> Tensor:
-    r"""ORPO: fine-tuning on the chosen answer with a preference in odds, in one stage.
+    r"""ORPO: negative log-likelihood of the chosen answer plus a preference in odds, in one stage.
 
     .. math:: -\bar w + \beta\,\ell\!\left(\log\frac{p_w}{1-p_w} - \log\frac{p_l}{1-p_l}\right),\;
               p_w = e^{\bar w},\; p_l = e^{\bar l}
@@ -392,7 +392,7 @@ def _log_odds(logp: Tensor) -> Tensor:
 
 @preference_loss("slic", sums=POLICY_SUMS)
 def slic_loss(pair: Pair, beta: float = 1.0, *, slic_lambda: float = 0.1) -> Tensor:
-    r"""SLiC-HF: a hinge on the difference of log-probs, with the likelihood of the chosen answer beside it.
+    r"""SLiC-HF: hinge loss on log-probs, plus the negative log-likelihood of the chosen answer.
 
     .. math:: \max(0, \beta - \log\pi(y_w) + \log\pi(y_l)) - \lambda\log\pi(y_w)
 
@@ -417,7 +417,7 @@ def slic_loss(pair: Pair, beta: float = 1.0, *, slic_lambda: float = 0.1) -> Ten
 
 @preference_loss("sft", sums=("policy_chosen",), needs=("chosen_lengths",))
 def chosen_nll_loss(pair: Pair, beta: float = 0.1) -> Tensor:
-    r"""The chosen answer's negative log-likelihood per token: the fine-tuning part of a mixture.
+    r"""Negative log-likelihood per token of the chosen answer: the fine-tuning part of a mixture.
 
     .. math:: -\bar w
 

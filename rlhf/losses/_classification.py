@@ -52,14 +52,15 @@ def _check_nll(arguments: dict[str, Any], mask: Tensor | None) -> None:
 
 @reducible("logits", "targets", check=_check_bce)
 def bce_with_logits_loss(logits: Tensor, targets: Tensor, pos_weight: float | Tensor = 1.0) -> Tensor:
-    r"""Binary cross-entropy from logits: for two classes, or several labels that do not exclude each other.
+    r"""Binary cross-entropy from logits: for two classes, or for several labels of a row.
 
     .. math:: -w\,y\log\sigma(z) - (1-y)\log(1-\sigma(z))
 
     Args:
         logits: any shape, any real number: no sigmoid before.
         targets: same shape, probabilities in [0, 1].
-        pos_weight: > 0; weight of the positives, about negatives / positives; broadcasts.
+        pos_weight: > 0; weight of the positives, about negatives / positives; broadcasts. It moves the threshold: the
+            outputs are probabilities again after its logarithm is subtracted from the logits (docs/imbalance.md).
     Returns:
         Scalar, or the shape of the input for ``"none"``; nats, at least float32; 0 if nothing counts.
     Raises:
@@ -120,7 +121,7 @@ def cross_entropy_loss(
         targets: [...] integer indices, of which ``ignore_index`` is not scored; or [..., C] probabilities.
         class_weights: [C], the weight of each class; with indices the mean divides by the summed weight of the targets,
             as torch's does.
-        label_smoothing: share of the target that is spread over all classes, in [0, 1).
+        label_smoothing: in [0, 1); the share of the target that is spread over all classes.
     Returns:
         Scalar, or [...] for ``"none"``; nats, at least float32; 0 if nothing counts.
     Raises:
@@ -152,7 +153,7 @@ def cross_entropy_loss(
 
 
 def label_smoothing_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.1, **options: Any) -> Tensor:
-    r"""Cross-entropy against targets with a share ``smoothing`` spread over all classes.
+    r"""Cross-entropy with label smoothing: a share of each target is spread over all classes.
 
     .. math:: -(1-\epsilon)\log p_y - \tfrac{\epsilon}{C}\sum_c\log p_c
 
@@ -236,14 +237,18 @@ def nll_loss(
 
 @reducible("logits", "targets", check=_check_focal)
 def focal_loss(logits: Tensor, targets: Tensor, alpha: float | None = 0.25, gamma: float = 2.0) -> Tensor:
-    r"""Binary cross-entropy with less weight on examples that the model already classifies well, for rare positives.
+    r"""Binary cross-entropy with less weight on examples that the model already classifies well.
 
     .. math:: -\alpha_t (1 - p_t)^\gamma \log p_t,\; p_t = \sigma(z) \text{ for } y=1,\; 1-\sigma(z) \text{ for } y=0
+
+    For rare positives, begin with :func:`bce_with_logits_loss`: its ranking was as good, and its outputs are
+    probabilities, unlike those of this loss (measured in docs/imbalance.md).
 
     Args:
         logits: any shape, any real number: no sigmoid before.
         targets: same shape, probabilities in [0, 1].
-        alpha: weight of the positives, in [0, 1]; negatives have 1 - alpha. None for no weights.
+        alpha: weight of the positives, in [0, 1]; negatives have 1 - alpha. The default gives a positive a third of the
+            weight of a negative, so that fewer positives are found at a threshold of 0.5. None for no weights.
         gamma: >= 0; how fast the loss of easy examples falls; 0 with ``alpha=None`` is :func:`bce_with_logits_loss`.
     Returns:
         Scalar, or the shape of the input for ``"none"``; nats, at least float32; 0 if nothing counts.
@@ -307,7 +312,7 @@ def multiclass_focal_loss(
 
 @reducible("scores", "targets")
 def hinge_loss(scores: Tensor, targets: Tensor, *, squared: bool = False) -> Tensor:
-    r"""Margin loss of linear classifiers: examples that are right by a margin of 1 have no gradient.
+    r"""Margin loss of linear classifiers: examples on the right side by 1 or more have no gradient.
 
     .. math:: \max(0, 1 - y s)
 
@@ -331,7 +336,7 @@ def hinge_loss(scores: Tensor, targets: Tensor, *, squared: bool = False) -> Ten
 
 @reducible("scores", "targets")
 def modified_huber_loss(scores: Tensor, targets: Tensor) -> Tensor:
-    r"""Squared hinge that grows only linearly where the model is far wrong; its scores map to probabilities.
+    r"""Squared hinge that is linear for large errors; its scores map to probabilities.
 
     .. math:: \max(0, 1 - ys)^2 \text{ if } ys \ge -1, \text{ else } -4ys
 
@@ -355,7 +360,7 @@ def modified_huber_loss(scores: Tensor, targets: Tensor) -> Tensor:
 
 @reducible("logits", labels="targets", check=_check_logits)
 def poly1_loss(logits: Tensor, targets: Tensor, epsilon: float = 1.0) -> Tensor:
-    r"""Cross-entropy with its first polynomial coefficient changed.
+    r"""PolyLoss: cross-entropy plus ``epsilon`` times the probability of a wrong class.
 
     .. math:: -\log p_y + \epsilon (1 - p_y)
 
@@ -381,7 +386,7 @@ def poly1_loss(logits: Tensor, targets: Tensor, epsilon: float = 1.0) -> Tensor:
 
 
 def class_weights(counts: Tensor, scheme: str = "balanced", *, beta: float = 0.999) -> Tensor:
-    r"""Weights of classes from how often each occurs, for ``class_weights=`` of the losses.
+    r"""Weights of classes from their counts, for the argument ``class_weights`` of the losses.
 
     ``"inverse"``: 1 / n_c · ``"balanced"``: N / (C n_c), scikit-learn's · ``"effective"``: (1 - beta) / (1 - beta^n_c)
     scaled to sum to C.

@@ -1,14 +1,14 @@
 r"""Divergences between two categorical distributions, from logits: distilling a teacher (p) into a student (q).
 
 Every function is called as ``divergence(student_logits, teacher_logits, ...)`` on [..., V] and takes ``temperature``,
-``reduction``, ``weight`` and ``mask`` ([...]: a token counts, not a class). ``"mean"`` divides by the tokens that
+``reduction``, ``weight`` and ``mask`` ([...], one for each token). ``"mean"`` divides by the tokens that
 count: for [B, V] that is torch's ``batchmean``. Values are in nats, at least float32; 0 where the two agree.
 
-A temperature divides both sides' logits, and gradients fall as 1 / T²; ``scale_by_temperature=True`` multiplies by T²
-against that. ValueError: shapes differ, a temperature <= 0, or an option out of range.
+A temperature divides the logits of both sides, which makes gradients smaller by 1 / T²; ``scale_by_temperature=True``
+multiplies by T² to compensate. ValueError: shapes differ, a temperature <= 0, or an option out of range.
 
-Where the two have different tokenizers: :func:`uld_loss` compares what needs no vocabulary, and :func:`span_loss` the
-probabilities of the same stretches of text (:mod:`rlhf.distillation.alignment` finds them).
+For different tokenizers: :func:`uld_loss` compares sorted probabilities, and :func:`span_loss` the probabilities of
+the same spans of text (:mod:`rlhf.distillation.alignment` finds them).
 """
 
 import inspect
@@ -118,7 +118,7 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 @divergence("kl_divergence")
 def kl_divergence(log_q: Tensor, log_p: Tensor, *, reverse: bool = False) -> Tensor:
-    r"""Forward KL covers what the teacher does; reverse KL keeps to what it does most.
+    r"""KL divergence: forward KL covers all modes of the teacher, reverse KL seeks the largest.
 
     .. math:: \mathrm{KL}(p\,\|\,q) = \sum_v p_v\log\frac{p_v}{q_v}, \text{ or } \mathrm{KL}(q\,\|\,p)
 
@@ -139,7 +139,7 @@ def kl_divergence(log_q: Tensor, log_p: Tensor, *, reverse: bool = False) -> Ten
 
 @divergence("generalized_jsd")
 def generalized_jsd(log_q: Tensor, log_p: Tensor, beta: float = 0.5) -> Tensor:
-    r"""Jensen–Shannon with a dial: KL(p, q) as beta → 0 and KL(q, p) as beta → 1, each divided by beta or 1 - beta.
+    r"""Generalised Jensen–Shannon divergence; divided by beta or 1 - beta, its limits are the two KL divergences.
 
     .. math:: \beta\,\mathrm{KL}(p\,\|\,m) + (1-\beta)\,\mathrm{KL}(q\,\|\,m),\; m = \beta p + (1-\beta) q
 
@@ -161,7 +161,7 @@ def generalized_jsd(log_q: Tensor, log_p: Tensor, beta: float = 0.5) -> Tensor:
 
 
 def interpolated_kl(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
-    r"""The generalised Jensen–Shannon divergence of log-probs, and the two KLs at its ends.
+    r"""The generalised Jensen–Shannon divergence of log-probs; at beta 0 and 1 a KL divergence.
 
     Args:
         log_q: [..., n], log-probs of the student.
@@ -185,7 +185,7 @@ def interpolated_kl(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
 
 
 def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, **options: Any) -> Tensor:
-    r"""The symmetric divergence, at most log 2; its square root is a distance.
+    r"""Jensen–Shannon divergence: symmetric, at most log 2; its square root is a distance.
 
     .. math:: \tfrac12\mathrm{KL}(p\,\|\,m) + \tfrac12\mathrm{KL}(q\,\|\,m),\; m = \tfrac12(p + q)
 
@@ -207,7 +207,7 @@ def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, temperature: 
 
 @divergence("skew_kl")
 def skew_kl(log_q: Tensor, log_p: Tensor, alpha: float = 0.1, *, reverse: bool = False) -> Tensor:
-    r"""KL against a mixture, which bounds the gradient where one side has no mass.
+    r"""KL to a mixture of both distributions, which bounds the gradient where a probability is 0.
 
     .. math:: \mathrm{KL}(p\,\|\,\alpha p + (1-\alpha) q), \text{ or } \mathrm{KL}(q\,\|\,(1-\alpha) p + \alpha q)
 
@@ -235,7 +235,7 @@ def skew_kl(log_q: Tensor, log_p: Tensor, alpha: float = 0.1, *, reverse: bool =
 
 @divergence("alpha_divergence")
 def alpha_divergence(log_q: Tensor, log_p: Tensor, alpha: float = 0.5) -> Tensor:
-    r"""Amari's family between the two KLs.
+    r"""Amari's alpha divergence, which has both KL divergences as limits.
 
     .. math:: \frac{1 - \sum_v p_v^\alpha q_v^{1-\alpha}}{\alpha(1-\alpha)}
 
@@ -263,7 +263,7 @@ def alpha_divergence(log_q: Tensor, log_p: Tensor, alpha: float = 0.5) -> Tensor
 
 @divergence("total_variation")
 def total_variation(log_q: Tensor, log_p: Tensor) -> Tensor:
-    r"""Half the summed difference of probabilities, in [0, 1]: how often the two can be told apart.
+    r"""Total variation distance: half the summed absolute difference of probabilities, in [0, 1].
 
     .. math:: \tfrac12\sum_v |p_v - q_v|
 
@@ -284,7 +284,7 @@ def total_variation(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 @reducible("student_logits", "teacher_logits")
 def uld_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    r"""How the two spread their mass, whatever the tokens: for different vocabularies.
+    r"""Compares sorted probabilities (ULD), for models with different vocabularies.
 
     .. math:: \sum_i |p_{(i)} - q_{(i)}|, \text{ each sorted from the largest, the shorter followed by zeros}
 
@@ -350,7 +350,7 @@ def span_loss(
     *,
     distance: Literal["kl", "squared"] = "kl",
 ) -> Tensor:
-    r"""Both give the same stretch of text the same probability: for different tokenizers.
+    r"""Matches the probabilities of the same spans of text, for models with different tokenizers.
 
     .. math:: P\log\frac{P}{Q} + (1-P)\log\frac{1-P}{1-Q},\; P = e^{L^t/T},\; Q = e^{L^s/T}, \quad
               \text{or } (L^s - L^t)^2/T^2
@@ -408,7 +408,7 @@ def distillation_loss(
     ignore_index: int = -100,
     **options: Any,
 ) -> Tensor:
-    r"""The classic mixture of soft and hard labels.
+    r"""Knowledge distillation: KL to the teacher's probabilities, mixed with cross-entropy against labels.
 
     .. math:: \alpha\,T^2\,\mathrm{KL}(p_T\,\|\,q_T) - (1-\alpha)\log q_y
 

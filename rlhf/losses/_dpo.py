@@ -1,4 +1,4 @@
-r"""DPO and its relatives: losses of one margin, how much more the policy than the reference prefers the chosen answer.
+r"""DPO and its relatives: losses of one margin: how much more than the reference the policy prefers the chosen answer.
 
 The call is that of :mod:`rlhf.losses._preference`. With :math:`\Delta = s_w - s_l`, the margin of the implicit rewards
 is :math:`\beta\Delta`; :math:`\ell(h) = -\log\sigma(h)`.
@@ -26,7 +26,7 @@ def dpo_sigmoid_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 
 
     Args:
         pair: chosen and rejected completions.
-        beta: > 0; larger stays nearer the reference.
+        beta: > 0; larger keeps the policy nearer to the reference.
         label_smoothing: chance that a pair is flipped, in [0, 0.5).
     Returns:
         The loss of each pair, [S], before the reduction; log 2 where policy = reference.
@@ -42,13 +42,13 @@ def dpo_sigmoid_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 
 
 @preference_loss("hinge")
 def dpo_hinge_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.0) -> Tensor:
-    r"""Hinge on the margin of the implicit rewards: no gradient once a pair is apart by ``1 / beta`` nats.
+    r"""Hinge loss on the margin of the implicit rewards: no gradient beyond ``1 / beta`` nats.
 
     .. math:: \max(0, 1 - \beta\Delta)
 
     Args:
         pair: chosen and rejected completions.
-        beta: > 0; larger stays nearer the reference.
+        beta: > 0; larger keeps the policy nearer to the reference.
         label_smoothing: chance that a pair is flipped, in [0, 0.5).
     Returns:
         The loss of each pair, [S], before the reduction.
@@ -59,13 +59,13 @@ def dpo_hinge_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.
 
     Source: SLiC-HF, arXiv 2305.10425; on log-ratios in RSO, arXiv 2309.06657.
     """
-    # With smoothing, a pair beyond the margin keeps the slope of its flipped label and is pulled back.
+    # With smoothing, a pair beyond the margin has the slope of the flipped label, which makes its margin smaller.
     return smoothed(lambda logits: F.relu(1 - logits), beta * pair.margin(), label_smoothing)
 
 
 @preference_loss("ipo", optional=LENGTHS)
 def ipo_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.0) -> Tensor:
-    r"""IPO: pull the log-ratio margin to ``1 / (2 beta)`` instead of to infinity.
+    r"""IPO: squared loss with a target of ``1 / (2 beta)`` for the margin, which DPO drives to infinity.
 
     .. math:: (\Delta - \tfrac{1}{2\beta})^2
 
@@ -74,7 +74,7 @@ def ipo_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.0) -> 
 
     Args:
         pair: chosen and rejected completions.
-        beta: > 0, the paper's tau; larger stays nearer the reference.
+        beta: > 0, the paper's tau; larger keeps the policy nearer to the reference.
         label_smoothing: chance that a pair is flipped, in [0, 0.5).
     Returns:
         The loss of each pair, [S], before the reduction; ``1 / (4 beta**2)`` where policy = reference.
@@ -100,13 +100,13 @@ def ipo_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.0) -> 
 
 @preference_loss("sigmoid_norm", needs=LENGTHS)
 def sigmoid_norm_loss(pair: Pair, beta: float = 0.1) -> Tensor:
-    r"""DPO on log-ratios per token: long answers weigh no more than short ones.
+    r"""DPO on log-ratios per token, so that the length of an answer does not matter.
 
     .. math:: \ell(\beta(s_w/|y_w| - s_l/|y_l|))
 
     Args:
         pair: chosen and rejected completions.
-        beta: > 0; larger stays nearer the reference.
+        beta: > 0; larger keeps the policy nearer to the reference.
     Returns:
         The loss of each pair, [S], before the reduction.
     Example:
@@ -131,7 +131,7 @@ def robust_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.0) 
 
     Args:
         pair: chosen and rejected completions.
-        beta: > 0; larger stays nearer the reference.
+        beta: > 0; larger keeps the policy nearer to the reference.
         label_smoothing: the share of flipped pairs, in [0, 0.5).
     Returns:
         The loss of each pair, [S], before the reduction.
@@ -153,13 +153,13 @@ def robust_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 0.0) 
 
 @preference_loss("exo_pair")
 def exo_pair_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 1e-3) -> Tensor:
-    r"""EXO: reverse KL from the policy's preference to the data's, instead of DPO's forward KL.
+    r"""EXO: reverse KL between the policy's preferences and those of the data, where DPO has the forward KL.
 
     .. math:: q\log\frac{q}{1-\epsilon} + (1-q)\log\frac{1-q}{\epsilon},\; q = \sigma(\beta\Delta)
 
     Args:
         pair: chosen and rejected completions.
-        beta: > 0; larger stays nearer the reference.
+        beta: > 0; larger keeps the policy nearer to the reference.
         label_smoothing: chance that a pair is flipped, in (0, 0.5); it cannot be 0.
     Returns:
         The loss of each pair, [S], before the reduction.
@@ -182,13 +182,13 @@ def exo_pair_loss(pair: Pair, beta: float = 0.1, *, label_smoothing: float = 1e-
 
 @preference_loss("discopop")
 def discopop_loss(pair: Pair, beta: float = 0.1, *, discopop_tau: float = 0.05) -> Tensor:
-    r"""DiscoPOP: a mixture of the logistic and the exponential loss, found by search.
+    r"""DiscoPOP: a mixture of logistic and exponential loss that was found by a search.
 
     .. math:: (1-m)\,\ell(h) + m\,e^{-h},\; h = \beta\Delta,\; m = \sigma(h/\tau)
 
     Args:
         pair: chosen and rejected completions.
-        beta: > 0; larger stays nearer the reference.
+        beta: > 0; larger keeps the policy nearer to the reference.
         discopop_tau: > 0, tau.
     Returns:
         The loss of each pair, [S], before the reduction.
@@ -209,13 +209,13 @@ def discopop_loss(pair: Pair, beta: float = 0.1, *, discopop_tau: float = 0.05) 
 
 @preference_loss("dpop")
 def dpop_loss(pair: Pair, beta: float = 0.1, *, dpop_lambda: float = 50.0) -> Tensor:
-    r"""DPO-Positive: a penalty inside the sigmoid when the chosen answer becomes less likely than under the reference.
+    r"""DPO-Positive: DPO with a penalty where the chosen answer is less likely than under the reference.
 
     .. math:: \ell(\beta(\Delta - \lambda\max(0, -s_w)))
 
     Args:
         pair: chosen and rejected completions.
-        beta: > 0; larger stays nearer the reference.
+        beta: > 0; larger keeps the policy nearer to the reference.
         dpop_lambda: >= 0, lambda.
     Returns:
         The loss of each pair, [S], before the reduction.
@@ -235,7 +235,7 @@ def dpop_loss(pair: Pair, beta: float = 0.1, *, dpop_lambda: float = 50.0) -> Te
 
 @preference_loss("odpo", optional=("margin",))
 def odpo_loss(pair: Pair, beta: float = 0.1) -> Tensor:
-    r"""DPO with an offset: pairs must be apart by how much better the chosen answer is.
+    r"""DPO with an offset: the target margin is how much better the chosen answer is.
 
     .. math:: \ell(\beta\Delta - m)
 
@@ -243,7 +243,7 @@ def odpo_loss(pair: Pair, beta: float = 0.1) -> Tensor:
 
     Args:
         pair: chosen and rejected completions.
-        beta: > 0; larger stays nearer the reference.
+        beta: > 0; larger keeps the policy nearer to the reference.
     Returns:
         The loss of each pair, [S], before the reduction.
     Example:
@@ -259,13 +259,13 @@ def odpo_loss(pair: Pair, beta: float = 0.1) -> Tensor:
 
 @preference_loss("rpo", needs=("chosen_lengths",))
 def rpo_loss(pair: Pair, beta: float = 0.1, *, rpo_alpha: float = 1.0) -> Tensor:
-    r"""DPO with the likelihood of the chosen answer beside it.
+    r"""DPO plus the negative log-likelihood of the chosen answer.
 
     .. math:: \ell(\beta\Delta) - \alpha \log\pi(y_w)/|y_w|
 
     Args:
         pair: chosen and rejected completions.
-        beta: > 0; larger stays nearer the reference.
+        beta: > 0; larger keeps the policy nearer to the reference.
         rpo_alpha: >= 0, alpha.
     Returns:
         The loss of each pair, [S], before the reduction.
@@ -286,7 +286,7 @@ def rpo_loss(pair: Pair, beta: float = 0.1, *, rpo_alpha: float = 1.0) -> Tensor
 def length_desensitized_logps(
     logps: Tensor, sequence: Tensor, public_lengths: Tensor, ld_alpha: float = 0.5
 ) -> Tensor:  # fmt: skip
-    r"""Sums of log-probs in which what an answer has beyond its partner's length weighs less (LD-DPO).
+    r"""Sums of log-probs in which tokens beyond the length of the shorter answer have less weight (LD-DPO).
 
     .. math:: \sum_{t \le n} \log\pi(y_t) + \alpha\sum_{t > n} \log\pi(y_t),\; n = \min(|y_w|, |y_l|)
 
@@ -327,7 +327,7 @@ def length_desensitized_logps(
     ),
 )
 def tdpo_loss(pair: Pair, beta: float = 0.1, *, tdpo_alpha: float = 0.5) -> Tensor:
-    r"""Token-level DPO: the sequences' forward KL to the reference is held even.
+    r"""Token-level DPO: also keeps the forward KL to the reference similar for both answers.
 
     .. math:: \ell(\beta\Delta - \alpha\beta(K_l - \mathrm{sg}\,K_w)),\;
               K = \sum_t \mathrm{KL}(\pi_{ref}(\cdot|y_{<t})\,\|\,\pi(\cdot|y_{<t}))
@@ -336,7 +336,7 @@ def tdpo_loss(pair: Pair, beta: float = 0.1, *, tdpo_alpha: float = 0.5) -> Tens
 
     Args:
         pair: chosen and rejected completions.
-        beta: > 0; larger stays nearer the reference.
+        beta: > 0; larger keeps the policy nearer to the reference.
         tdpo_alpha: >= 0, alpha; 0 is DPO.
     Returns:
         The loss of each pair, [S], before the reduction.
@@ -348,7 +348,7 @@ def tdpo_loss(pair: Pair, beta: float = 0.1, *, tdpo_alpha: float = 0.5) -> Tens
     Source: arXiv 2404.11999 (TDPO2).
     """
     check_range("tdpo_alpha", tdpo_alpha, 0.0, math.inf)
-    # The chosen completion's KL is a constant: with its gradient (TDPO1) the policy would be pulled off it as well.
+    # The chosen completion's KL is a constant: its gradient (TDPO1) would move the policy away from it as well.
     kl_gap = pair["rejected_kl"] - pair["chosen_kl"].detach()
     return logistic(beta * (pair.margin() - tdpo_alpha * kl_gap))
 
@@ -362,7 +362,7 @@ def beta_dpo_loss(
     threshold: float = 0.0,
     batch_margin: float | Tensor | None = None,
 ) -> Tensor:
-    r"""Beta-DPO: beta follows the quality of the batch's pairs.
+    r"""Beta-DPO: beta is adapted to the mean margin of the batch.
 
     .. math:: \ell(\beta'\Delta),\; \beta' = \beta\,[1 + \alpha(\bar M - M_0)],\; M = \beta\Delta
 
@@ -399,7 +399,7 @@ def beta_dpo_loss(
 def f_dpo_loss(
     pair: Pair, beta: float = 0.1, *, f_divergence_type: str = "reverse_kl", f_alpha_divergence_coef: float = 0.5
 ) -> Tensor:
-    r"""DPO under another divergence than reverse KL from the reference.
+    r"""DPO with another divergence from the reference than reverse KL.
 
     .. math:: \ell(\beta(g(s_w) - g(s_l)))
 
@@ -408,7 +408,7 @@ def f_dpo_loss(
 
     Args:
         pair: chosen and rejected completions.
-        beta: > 0; larger stays nearer the reference.
+        beta: > 0; larger keeps the policy nearer to the reference.
         f_divergence_type: ``"reverse_kl"``, ``"forward_kl"``, ``"js"`` or ``"alpha"``.
         f_alpha_divergence_coef: > 0, alpha.
     Returns:

@@ -15,7 +15,7 @@ from rlhf.losses._reduction import Reduction, reduce, upcast
 
 
 def shift(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pair each position's logits with the *next* label.
+    """Pair the logits of each position with the *next* label.
 
     Args:
         logits: [..., T, V].
@@ -185,7 +185,7 @@ def unlikelihood_loss(
     mask: Tensor | None = None,
     shift: bool = True,
 ) -> Tensor:
-    r"""Lower the probability of given tokens: repetitions, or an answer that must not be given.
+    r"""Unlikelihood: lowers the probability of given tokens, such as repetitions.
 
     .. math:: -\log(1 - p(y_{t+1} \mid y_{\le t}))
 

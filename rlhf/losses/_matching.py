@@ -1,4 +1,4 @@
-"""Matching what a student has inside with what its teacher has: hidden states and attention."""
+"""Losses on the inside of a model: hidden states and attention of a student and its teacher."""
 
 from typing import Literal
 
@@ -18,7 +18,7 @@ def hidden_state_loss(
     projection: Tensor | None = None,
     distance: Literal["squared", "cosine"] = "squared",
 ) -> Tensor:
-    r"""A student's hidden states are near its teacher's, after a learned map where their widths differ.
+    r"""Matches hidden states of a student to those of its teacher; a learned projection joins different widths.
 
     .. math:: \tfrac{1}{D}\lVert W s - t\rVert^2, \text{ or } 1 - \cos(W s, t)
 
@@ -65,7 +65,7 @@ def hidden_state_loss(
 def attention_loss(
     student_attention: Tensor, teacher_attention: Tensor, *, distance: Literal["kl", "squared"] = "kl"
 ) -> Tensor:
-    r"""A student attends where its teacher does.
+    r"""Matches the attention of a student to that of its teacher.
 
     .. math:: \sum_k a_k\log\frac{a_k}{b_k}, \text{ or } \sum_k (a_k - b_k)^2, \text{ teacher } a, \text{ student } b
 

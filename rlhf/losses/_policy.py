@@ -1,4 +1,4 @@
-r"""The elements of policy gradients, on tensors of any one shape: PPO's two losses, actor–critic, KL estimates.
+r"""Policy-gradient losses of single elements, on tensors of one shape: PPO's two losses, actor–critic, KL estimates.
 
 Losses that know which token belongs to which sequence are in :mod:`rlhf.losses._policy_sequences`.
 """
@@ -55,7 +55,7 @@ def ppo_loss(
     clip_ratio_high: float | None = None,
     dual_clip: float | None = None,
 ) -> Tensor:
-    r"""PPO's clipped objective: no reward for going further than the clip from the policy that sampled.
+    r"""PPO's clipped objective: nothing is gained by moving the ratio beyond the clip.
 
     .. math:: -\min(\rho A, \mathrm{clip}(\rho, 1-\epsilon, 1+\epsilon_{high}) A)
 
@@ -65,7 +65,7 @@ def ppo_loss(
         advantages: same shape.
         clip_ratio: in (0, 1), epsilon.
         clip_ratio_high: epsilon above 1, DAPO's clip-higher (0.28); None for ``clip_ratio``.
-        dual_clip: > 1; for A < 0 the loss stops at ``-dual_clip * A`` (3 is usual); None for none.
+        dual_clip: > 1; for A < 0 the loss stops at ``-dual_clip * A`` (3 is usual); None for no limit.
     Returns:
         Scalar, or the input's shape for ``"none"``; at least float32; 0 if nothing counts.
     Raises:
@@ -86,7 +86,7 @@ def ppo_loss(
 
 @reducible("values", "old_values", "returns")
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float | None = 0.2) -> Tensor:
-    r"""PPO's critic: half the squared error, which cannot be lowered by leaving the clip around the old values.
+    r"""PPO's value loss: half the squared error, with a clip around the old values.
 
     .. math:: \tfrac12\max[(V - R)^2, (\mathrm{clip}(V, V_{old}-\epsilon, V_{old}+\epsilon) - R)^2]
 
@@ -126,7 +126,7 @@ def actor_critic_loss(
     vf_coef: float = 0.5,
     entropy_coef: float = 0.0,
 ) -> Tensor:
-    r"""The plain advantage actor–critic: policy, critic and entropy in one.
+    r"""Advantage actor–critic: the losses of policy and critic, and an entropy bonus, in one.
 
     .. math:: -(R - \mathrm{sg}(V))\log\pi(a) + c_V\,(R - V)^2 - c_H H
 
@@ -156,7 +156,7 @@ def actor_critic_loss(
 
 
 def kl_estimate(logps: Tensor, ref_logps: Tensor, kind: str = "k3") -> Tensor:
-    r"""KL(policy to reference) from sampled tokens, element by element.
+    r"""Estimates of KL(policy, reference) from sampled tokens, one for each element.
 
     With :math:`r = \log\pi - \log\pi_{ref}`: k1 = r (unbiased, may be negative), k2 = r²/2 (its gradient is the KL's),
     k3 = :math:`e^{-r} - 1 + r` (unbiased, never negative; as a loss its gradient is that of the *forward* KL).

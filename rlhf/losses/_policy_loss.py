@@ -1,4 +1,4 @@
-r"""What a policy-gradient loss is: a term for each token, and how terms are averaged.
+r"""Policy-gradient losses: a term for each token, and how the terms are averaged.
 
 Every member of :data:`POLICY_LOSSES` is called as ``loss(logps, old_logps, advantages, sequence, ...)``:
 
@@ -13,8 +13,8 @@ Every member of :data:`POLICY_LOSSES` is called as ``loss(logps, old_logps, adva
 * ``ref_logps``, ``beta``: [N], nats, and >= 0: adds ``beta`` times :func:`kl_estimate` k3 to each token's loss.
 
 It returns a scalar, at least float32; 0 if nothing counts. A loss that is a mean over sequences divides by those with a
-token that counts. ValueError: shapes do not fit, or a hyper-parameter is out of range. The *value* of these losses is
-of little use (it is 0 on the first step with centred advantages); the gradient is what they are for. Notation:
+token that counts. ValueError: shapes do not fit, or a hyper-parameter is out of range. The *value* of these losses
+has little meaning (it is 0 on the first step with centred advantages); only the gradient matters. Notation:
 :math:`\rho_t = \pi(a_t)/\pi_{old}(a_t)`; log-ratios stop at ±20.
 """
 

@@ -40,7 +40,7 @@ def ppo_tokens_loss(
         tokens: the sampled tokens.
         epsilon: in (0, 1), the clip below 1.
         epsilon_high: the clip above 1; None for ``epsilon``.
-        dual_clip: > 1; for A < 0 the loss stops at ``-dual_clip * A``; None for none.
+        dual_clip: > 1; for A < 0 the loss stops at ``-dual_clip * A``; None for no limit.
     Returns:
         The loss of each token, [N]; a call returns their average, a scalar.
     Example:
@@ -66,7 +66,7 @@ def grpo_loss(
         tokens: the sampled tokens.
         epsilon: in (0, 1), the clip below 1.
         epsilon_high: the clip above 1; None for ``epsilon``.
-        delta: > 0, the largest ratio that counts (two-sided clip, above 1 + epsilon); None for none.
+        delta: > 0, an upper bound of the ratio (two-sided clip; above 1 + epsilon); None for no limit.
     Returns:
         The loss of each token, [N]; a call returns their average, a scalar.
     Example:
@@ -89,7 +89,7 @@ def dr_grpo_loss(
     max_completion_length: int,
     delta: float | None = None,
 ) -> Tensor:
-    r"""Dr. GRPO: divided by a constant, so that length is neither rewarded nor punished.
+    r"""Dr. GRPO: PPO's clip, divided by a constant instead of the length of each answer.
 
     .. math:: \frac{1}{S\,L_{max}}\sum_t \mathrm{clip}_t
 
@@ -98,7 +98,7 @@ def dr_grpo_loss(
         epsilon: in (0, 1), the clip below 1.
         epsilon_high: the clip above 1; None for ``epsilon``.
         max_completion_length: > 0, L_max.
-        delta: > 0, the largest ratio that counts (two-sided clip, above 1 + epsilon); None for none.
+        delta: > 0, an upper bound of the ratio (two-sided clip; above 1 + epsilon); None for no limit.
     Returns:
         The loss of each token, [N]; a call returns their average, a scalar.
     Example:
@@ -118,13 +118,13 @@ def dr_grpo_loss(
 def dapo_loss(
     tokens: Tokens, epsilon: float = 0.2, epsilon_high: float | None = 0.28, *, delta: float | None = None
 ) -> Tensor:
-    r"""DAPO: clip-higher, averaged over all tokens, so that long answers are not diluted.
+    r"""DAPO: PPO's clip with a higher upper bound, averaged over all tokens of the batch.
 
     Args:
         tokens: the sampled tokens.
         epsilon: in (0, 1), the clip below 1.
         epsilon_high: the clip above 1; None for ``epsilon``.
-        delta: > 0, the largest ratio that counts (two-sided clip, above 1 + epsilon); None for none.
+        delta: > 0, an upper bound of the ratio (two-sided clip; above 1 + epsilon); None for no limit.
     Returns:
         The loss of each token, [N]; a call returns their average, a scalar.
     Example:
@@ -147,7 +147,7 @@ def bnpo_loss(
         tokens: the sampled tokens.
         epsilon: in (0, 1), the clip below 1.
         epsilon_high: the clip above 1; None for ``epsilon``.
-        delta: > 0, the largest ratio that counts (two-sided clip, above 1 + epsilon); None for none.
+        delta: > 0, an upper bound of the ratio (two-sided clip; above 1 + epsilon); None for no limit.
     Returns:
         The loss of each token, [N]; a call returns their average, a scalar.
     Example:
@@ -165,13 +165,13 @@ def bnpo_loss(
 def luspo_loss(
     tokens: Tokens, epsilon: float = 0.2, epsilon_high: float | None = None, *, delta: float | None = None
 ) -> Tensor:
-    r"""Length-unbiased: the mean over sequences of their summed clipped losses.
+    r"""LUSPO: PPO's clip, summed over each sequence and averaged over sequences.
 
     Args:
         tokens: the sampled tokens.
         epsilon: in (0, 1), the clip below 1.
         epsilon_high: the clip above 1; None for ``epsilon``.
-        delta: > 0, the largest ratio that counts (two-sided clip, above 1 + epsilon); None for none.
+        delta: > 0, an upper bound of the ratio (two-sided clip; above 1 + epsilon); None for no limit.
     Returns:
         The loss of each token, [N]; a call returns their average, a scalar.
     Example:
@@ -186,7 +186,7 @@ def luspo_loss(
 
 @policy_loss("gspo", mean="sequences", coupled=True)
 def gspo_loss(tokens: Tokens, epsilon: float = 3e-4, epsilon_high: float | None = 4e-4) -> Tensor:
-    r"""GSPO: one ratio for a sequence, the geometric mean of its tokens', clipped as a whole.
+    r"""GSPO: clips one ratio for each sequence, the geometric mean of its token ratios.
 
     .. math:: -\frac1S\sum_s\min(\rho_s A_s, \mathrm{clip}(\rho_s) A_s),\; \rho_s = e^{\frac1{|s|}\sum_t\log\rho_t}
 
@@ -216,7 +216,7 @@ def gspo_loss(tokens: Tokens, epsilon: float = 3e-4, epsilon_high: float | None 
 # The clip of exp(±0.4), 0.67 to 1.49, is wider than PPO's, because a geometric mean damps outliers.
 @policy_loss("gmpo", mean="sequences", coupled=True, token_ratios=False)
 def gmpo_loss(tokens: Tokens, epsilon: float = 0.4) -> Tensor:
-    r"""GMPO: the geometric mean of token ratios, each clipped in logarithm first.
+    r"""GMPO: the geometric mean of token ratios, each clipped in logarithms first.
 
     .. math:: -\frac1S\sum_s A_s \exp\Big(\frac{1}{|s|}\sum_t \mathrm{pess}_t\Big),\;
               \mathrm{pess}_t = \min \text{ or } \max \text{ (by the sign of A) of } \log\rho_t,
@@ -246,7 +246,7 @@ def gmpo_loss(tokens: Tokens, epsilon: float = 0.4) -> Tensor:
 
 @policy_loss("cispo", mean="tokens")
 def cispo_loss(tokens: Tokens, max_ratio: float = 5.0) -> Tensor:
-    r"""CISPO: the importance weight is clipped, not the update, so that no token loses its gradient.
+    r"""CISPO: clips the importance weight instead of the update, so that every token keeps its gradient.
 
     .. math:: -\frac1N\sum_t\mathrm{sg}(\min(\rho_t, \rho_{max}))\,A_t\log\pi(a_t)
 
@@ -271,7 +271,7 @@ def cispo_loss(tokens: Tokens, max_ratio: float = 5.0) -> Tensor:
 
 @policy_loss("sapo", mean="sequences")
 def sapo_loss(tokens: Tokens, temperature: float = 1.0, temperature_negative: float = 1.05) -> Tensor:
-    r"""SAPO: a smooth gate around ratio 1 in place of the clip.
+    r"""SAPO: a smooth gate around a ratio of 1 replaces the clip.
 
     .. math:: -\frac{4}{\tau}\sigma(\tau(\rho - 1)) A,\; \tau \text{ by the sign of A}
 
@@ -301,7 +301,7 @@ def sapo_loss(tokens: Tokens, temperature: float = 1.0, temperature_negative: fl
 def vespo_loss(
     tokens: Tokens, k_pos: float = 2.0, lambda_pos: float = 3.0, k_neg: float = 3.0, lambda_neg: float = 2.0
 ) -> Tensor:
-    r"""VESPO: a smooth weight of the whole sequence's ratio in place of a clip, averaged over tokens.
+    r"""VESPO: a smooth weight from the ratio of the whole sequence replaces the clip; averaged over tokens.
 
     .. math:: -\frac1N\sum_t\mathrm{sg}(\phi(w_s))\,A_t\log\pi(a_t),\;
               \phi(w) = e^{\lambda(1 - w)} w^k,\; w_s = \prod_{t\in s}\rho_t
@@ -339,7 +339,7 @@ def vespo_loss(
 # Without a ratio nothing corrects for an older policy: one step for each rollout.
 @policy_loss("reinforce", mean="tokens", token_ratios=False)
 def reinforce_loss(tokens: Tokens) -> Tensor:
-    r"""REINFORCE: the policy gradient itself, averaged over tokens; ``old_logps`` is not read.
+    r"""REINFORCE: the plain policy gradient, averaged over tokens; ``old_logps`` is ignored.
 
     .. math:: -\frac1N\sum_t A_t\log\pi(a_t)
 
@@ -359,7 +359,7 @@ def reinforce_loss(tokens: Tokens) -> Tensor:
 # Sums, because the log-prob of an answer is the sum of its tokens'. TRL's RLOOTrainer adds PPO's clip.
 @policy_loss("rloo", mean="sums", token_ratios=False)
 def rloo_loss(tokens: Tokens) -> Tensor:
-    r"""REINFORCE on whole answers: the mean over sequences of advantage times summed log-prob.
+    r"""REINFORCE on whole answers: the mean over sequences of the advantage times the summed log-prob.
 
     .. math:: -\frac1S\sum_s A_s\sum_{t\in s}\log\pi(a_t)
 

@@ -4,7 +4,7 @@ Every member is called as ``loss(policy_chosen, policy_rejected, ref_chosen, ref
 
 * ``policy_chosen``, ``policy_rejected``: [S], nats, summed over completion tokens; carry gradient;
 * ``ref_chosen``, ``ref_rejected``: [S], the same under the reference; constant. None where a loss reads none;
-* ``beta``: > 0; unless the docstring differs, larger stays nearer the reference;
+* ``beta``: > 0; unless the docstring differs, larger keeps the policy nearer to the reference;
 * ``chosen_lengths``, ``rejected_lengths``: [S], completion tokens, where a loss names them;
 * ``reduction``, ``weight``, ``mask``: as everywhere; weight and mask are [S], mask True counts.
 
@@ -93,7 +93,7 @@ class Pair:
         return self.chosen - self["ref_chosen"], self.rejected - self["ref_rejected"]
 
     def margin(self) -> Tensor:
-        r"""How much more the policy than the reference prefers the chosen completion: :math:`\Delta`, [S]."""
+        r"""How much more than the reference the policy prefers the chosen completion: :math:`\Delta`, [S]."""
         chosen_ratio, rejected_ratio = self.log_ratios()
         return chosen_ratio - rejected_ratio
 
@@ -337,7 +337,9 @@ def dpo_loss(
     loss_weights: Sequence[float] | None = None,
     **options: Any,
 ) -> Tensor:
-    """The preference loss named ``loss_type``, or a weighted sum of several, in either of the forms that people know.
+    """A preference loss by name, or a weighted sum of several.
+
+    It is called in one of two forms:
 
     * pairs: ``dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1)``, each [S];
     * indices, as the DPO paper prints it: ``dpo_loss(policy_logps, ref_logps, yw_idx, yl_idx, beta=0.1)``, where
@@ -350,7 +352,7 @@ def dpo_loss(
         policy_rejected: [S], the same of the rejected completion.
         ref_chosen: [S], the chosen completion under the reference; constant.
         ref_rejected: [S], the rejected completion under the reference; constant.
-        beta: > 0; larger stays nearer the reference.
+        beta: > 0; larger keeps the policy nearer to the reference.
         loss_type: a key of :data:`PREFERENCE_LOSSES`, a callable, or ``file.py:name``; or several: MPO is
             ``["sigmoid", "bco_pair", "sft"]``.
         loss_weights: one weight for each of several, default 1; MPO's are ``[0.8, 0.2, 1.0]``.

@@ -1,4 +1,4 @@
-"""What every loss shares: the precision rule, what a mask hides, and the one reducer."""
+"""What all losses share: precision, masks and reductions."""
 
 import inspect
 import re
@@ -93,7 +93,7 @@ def document_options(docstring: str, options: Mapping[str, str], instead_of: str
     Args:
         docstring: of the function, which describes its own parameters.
         options: name to description; the ones that the docstring describes are left out.
-        instead_of: a parameter that the decorator takes away; its line gives way to those of the options.
+        instead_of: a parameter that the decorator takes away; its line is replaced by those of the options.
     Returns:
         The docstring, with the lines in that place, or at the end of its ``Args``; unchanged if it has none.
     """

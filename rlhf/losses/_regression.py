@@ -24,7 +24,7 @@ def _residual(predictions: Tensor, targets: Tensor) -> Tensor:
 
 @reducible("predictions", "targets", check=_check_targets)
 def mse_loss(predictions: Tensor, targets: Tensor) -> Tensor:
-    r"""Squared error: estimates the mean, and outliers have a large influence.
+    r"""Squared error: estimates the mean; outliers have a large influence.
 
     .. math:: r^2
 
@@ -130,7 +130,7 @@ def smooth_l1_loss(predictions: Tensor, targets: Tensor, beta: float = 1.0) -> T
 
 @reducible("predictions", "targets", check=_check_targets)
 def log_cosh_loss(predictions: Tensor, targets: Tensor) -> Tensor:
-    r"""Like Huber's loss with delta 1, with all derivatives smooth.
+    r"""Like Huber's loss with delta 1, but with smooth derivatives of all orders.
 
     .. math:: \log\cosh r = |r| + \log(1 + e^{-2|r|}) - \log 2
 
@@ -156,7 +156,7 @@ def log_cosh_loss(predictions: Tensor, targets: Tensor) -> Tensor:
 
 @reducible("predictions", "targets", check=_check_targets)
 def quantile_loss(predictions: Tensor, targets: Tensor, quantile: float = 0.5) -> Tensor:
-    r"""Pinball loss: estimates the ``quantile`` of the target.
+    r"""Pinball loss: estimates a quantile of the target.
 
     .. math:: \max(q\,e, (q-1)\,e),\; e = y - \hat y
 

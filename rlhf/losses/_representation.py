@@ -1,4 +1,4 @@
-"""Losses on embeddings: what belongs together is near, the rest is far."""
+"""Losses on embeddings: contrastive and triplet losses."""
 
 import math
 from typing import Literal
@@ -27,7 +27,7 @@ def info_nce_loss(
     weight: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    r"""InfoNCE: each query finds its own key among all keys (CLIP's loss when symmetric).
+    r"""InfoNCE: classifies the own key of each query among all keys (CLIP's loss when symmetric).
 
     .. math:: -\log\frac{e^{q_i \cdot k_i/\tau}}{\sum_j e^{q_i \cdot k_j/\tau} + \sum_m e^{q_i \cdot n_m/\tau}}
 
@@ -105,7 +105,7 @@ def supervised_contrastive_loss(
     weight: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    r"""SupCon: an example is near all others of its class.
+    r"""SupCon: contrastive loss with labels; all other examples of a class are positives.
 
     .. math:: -\frac{1}{|P_i|}\sum_{p\in P_i}\log\frac{e^{z_i\cdot z_p/\tau}}{\sum_{a\ne i}e^{z_i\cdot z_a/\tau}}
 
@@ -133,7 +133,7 @@ def supervised_contrastive_loss(
     check_same_shape(embeddings=embeddings[:, 0], labels=labels, mask=visible, weight=weight)
     prepared = _prepared(embeddings, visible, normalize)
     is_self = torch.eye(len(prepared), dtype=torch.bool, device=prepared.device)
-    # The similarity of an example with itself is the largest there is, and would win every softmax.
+    # The similarity of an example with itself is the largest there is, and would dominate every softmax.
     is_other = visible[None] & ~is_self
     is_positive = is_other & (labels[:, None] == labels[None])
     # Not -inf: a row without others would have an empty softmax, and its gradient would be NaN.
@@ -157,7 +157,7 @@ def triplet_loss(
     weight: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    r"""An anchor is nearer to its positive than to its negative, by a margin.
+    r"""Triplet loss: an anchor should be nearer to its positive than to its negative, by a margin.
 
     .. math:: \max(0, d(a, p) - d(a, n) + m)
 
@@ -197,7 +197,7 @@ def batch_triplet_loss(
     distance: Distance = "euclidean",
     reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
-    r"""Triplets found within a batch.
+    r"""Triplet loss over all triplets of a batch, or over the hardest.
 
     Args:
         embeddings: [N, D]; carries the gradient.
@@ -301,7 +301,7 @@ def siglip_loss(
 
 @reducible("first", "second")
 def cosine_embedding_loss(first: Tensor, second: Tensor, targets: Tensor, margin: float = 0.0) -> Tensor:
-    r"""Pairs that match have the same direction; other pairs differ by an angle.
+    r"""Cosine of pairs: 1 for matches, and at most ``margin`` for others.
 
     .. math:: 1 - \cos(a, b) \text{ if } y = 1, \text{ else } \max(0, \cos(a, b) - m)
 

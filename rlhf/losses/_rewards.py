@@ -19,7 +19,7 @@ def reward_loss(
     center_rewards_coefficient: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    r"""Bradley–Terry: makes the reward of the chosen answer the larger one.
+    r"""Bradley–Terry: raises the reward of the chosen answer above that of the rejected one.
 
     .. math:: \ell(r_w - r_l - m) + c\,(r_w + r_l)^2
 
@@ -48,7 +48,7 @@ def reward_loss(
 
 @reducible("scores")
 def plackett_luce_loss(scores: Tensor) -> Tensor:
-    r"""Likelihood of a ranking of k answers, best first.
+    r"""Plackett–Luce: negative log-likelihood of a ranking of k answers, best first.
 
     .. math:: -\sum_{i=1}^{k-1} \log\frac{e^{s_i}}{\sum_{j\ge i} e^{s_j}}
 

@@ -1,9 +1,9 @@
-r"""Divergences from a teacher of whom only a part was kept: its k likeliest tokens, or tokens that it sampled.
+r"""Divergences from a teacher of which only a part is stored: its k likeliest tokens, or tokens sampled from it.
 
-With :math:`K` the kept tokens, :math:`p_{rest} = 1 - \sum_{v\in K} p_v` and :math:`q_{rest}` likewise, there are three
-estimates of a divergence between teacher p and student q: over the k + 1 outcomes "each of K" and "any other" (the
-tail), over K alone with both sides renormalised (truncated), and from samples of p. `docs/teacher-cache.md` has their
-bias, their variance and a measured table.
+With :math:`K` the stored tokens, :math:`p_{rest} = 1 - \sum_{v\in K} p_v` and :math:`q_{rest}` likewise, there are
+three estimates of a divergence between teacher p and student q: over the k + 1 outcomes "each of K" and "any other"
+(the tail), over K alone with both sides renormalised (truncated), and from samples of p. `docs/teacher-cache.md` has
+their bias, their variance and a measured table.
 """
 
 import math
@@ -21,7 +21,7 @@ _top_k = reducible("student_logits", "teacher_top_logps", "teacher_rest")
 def top_k_outcomes(
     log_q: Tensor, log_q_rest: Tensor, log_p: Tensor, log_p_rest: Tensor, vocabulary: int, tail: bool
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of the kept tokens and of all others, as two distributions of the same outcomes.
+    """Log-probs of the stored tokens and of the rest, as two distributions over the same outcomes.
 
     Args:
         log_q: [..., k], of the kept tokens under the student.
@@ -97,7 +97,7 @@ def top_k_kl(
     tail: bool = True,
     scale_by_temperature: bool = False,
 ) -> Tensor:
-    r"""KL from a teacher of whom only the k likeliest tokens were kept; the rest is one bucket.
+    r"""KL to a teacher of which only the k likeliest tokens are stored; the rest is one bucket.
 
     .. math:: \sum_{v\in K} p_v\log\frac{p_v}{q_v} + p_{rest}\log\frac{p_{rest}}{q_{rest}} \le \mathrm{KL}(p\,\|\,q)
 
@@ -145,7 +145,7 @@ def top_k_jsd(
     tail: bool = True,
     scale_by_temperature: bool = False,
 ) -> Tensor:
-    r"""The generalised Jensen–Shannon divergence over the k kept tokens and one bucket of the rest.
+    r"""Generalised Jensen–Shannon divergence over the teacher's k likeliest tokens and one bucket for the rest.
 
     .. math:: \beta\,\mathrm{KL}(p'\,\|\,m) + (1-\beta)\,\mathrm{KL}(q'\,\|\,m),\; m = \beta p' + (1-\beta) q'
 
@@ -181,7 +181,7 @@ def top_k_jsd(
 
 @reducible("student_logits")
 def sampled_distillation_loss(student_logits: Tensor, teacher_samples: Tensor, temperature: float = 1.0) -> Tensor:
-    r"""The student's cross-entropy on m tokens that the teacher sampled, its mean over them.
+    r"""The student's mean cross-entropy on m tokens that were sampled from the teacher.
 
     .. math:: -\frac1m\sum_{i=1}^m \log q_{v_i},\; v_i \sim p,\qquad
               \mathbb{E} = \mathrm{KL}(p\,\|\,q) + H(p)

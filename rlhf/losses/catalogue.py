@@ -143,11 +143,11 @@ class Problem:
 
     @property
     def has_rare_class(self) -> bool:
-        """Whether one class is so rare that the others would drown it."""
+        """Whether one class is so rare that a constant answer has a high accuracy."""
         return self.imbalance is not None and self.imbalance < 0.2
 
 
-# Each takes the whole problem, also where it reads nothing of it, so that TASKS can call them alike.
+# Each takes the whole problem, even if it ignores it, so that TASKS can call them in the same way.
 def _regression(problem: Problem) -> list[Advice]:
     squared_error = Advice("mse_loss", "", "estimates the mean; the best where errors are like normal ones")
     robust_losses = [

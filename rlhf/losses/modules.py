@@ -249,8 +249,8 @@ class CombinedLoss(nn.Module):
     Args:
         parts: name to loss (a function or module); each is called with what the call is given.
         weights: name to w, default 1.
-        scheme: ``"sum"`` · ``"scaled"``: each part divided by its own present value, so that all pull alike whatever
-            their units (a part that is 0 stays 0) · ``"uncertainty"``: the s are learned (``log_variances``).
+        scheme: ``"sum"`` · ``"scaled"``: each part divided by its own value, so that all have the same influence
+            whatever their units (a part that is 0 stays 0) · ``"uncertainty"``: the s are learned (``log_variances``).
     A call returns ``(total, {name: value of the part})``; the values carry no gradient.
 
     Raises:

@@ -105,6 +105,30 @@ def test_a_sure_sign_is_a_warning_without_asking(case):
         wrong()
 
 
+LOSSES = {
+    "bce_with_logits_loss": (SCORES, YES_NO.float()),
+    "focal_loss": (SCORES, YES_NO.float()),
+    "bce_loss": (SCORES.sigmoid(), YES_NO.float()),
+    "mse_loss": (SCORES, SCORES),
+    "hinge_loss": (SCORES, SCORES.sign()),
+    "cross_entropy_loss": (LOGITS, LABELS),
+    "nll_loss": (LOGITS.log_softmax(-1), LABELS),
+    "multiclass_focal_loss": (LOGITS, LABELS),
+    "poly1_loss": (LOGITS, LABELS),
+    "categorical_cross_entropy": (LOGITS.softmax(-1), ONE_HOT.float()),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_value_is_read_on_an_accelerator_without_asking(name):
+    # A tensor of the meta device has no values: reading one is an error there, where a GPU would wait.
+    inputs = [value.to("meta") for value in LOSSES[name]]
+    loss = getattr(losses, name)
+    assert loss(*inputs).device.type == "meta"
+    with losses.checks(), pytest.raises((RuntimeError, NotImplementedError)):
+        loss(*inputs)
+
+
 def test_what_is_right_gives_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
