@@ -52,8 +52,6 @@ from rlhf.trainers.preparation import (
     wrapped,
 )
 from rlhf.trainers.processes import load_models_whole
-from rlhf.trainers.profiling import Profiler
-from rlhf.trainers.progress import replace_progress
 from rlhf.trainers.recording import data_sources
 from rlhf.trainers.reference import Reference, SyncReference
 from rlhf.trainers.sharding import can_shard, check_whole, shard
@@ -145,6 +143,7 @@ class BaseTrainer(Evaluating, CheckedSteps):
         """Tokenised training rows, evaluation rows, and the first training rows, to look at."""
         self.row_source = RowSource.of(train_dataset)
         self.data_sources = data_sources(train_dataset, eval_dataset)
+        eval_rows = eval_dataset  # as text
         vocab_size = grown_size(model, tokenizer)
 
         def prepare(rows: Any) -> Any:
@@ -157,13 +156,12 @@ class BaseTrainer(Evaluating, CheckedSteps):
         if isinstance(train_dataset, IterableDataset):
             train_dataset = self._repeat_stream(train_dataset, args)
         check_positions(model, first_rows, eval_dataset)
+        self.choose_prompts(eval_rows, tokenizer, args)
         return train_dataset, eval_dataset, first_rows
 
     def _add_callbacks(self) -> None:
-        self.progress = replace_progress(self.callback_handler, type(self), self.args)
-        if self.args.profile and self.args.process_index == 0:
-            self.profiler = Profiler(self.args)
-            self.add_callback(self.profiler)
+        self.add_profiler()
+        self.show_run()
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()

@@ -102,6 +102,10 @@ class BaseConfig(SecretOptions, TrainingArguments):
     log_all: bool = field(
         default=False, metadata={"help": "Show all metrics at each line of the log, not only those that matter most."}
     )
+    num_sample_answers: int = field(
+        default=2,
+        metadata={"help": "Prompts of the evaluation rows to answer at each evaluation of the run; 0 for none."},
+    )
     optimize_model: bool = field(
         default=True,
         metadata={"help": "Replace norms, MLPs and linear layers by faster ones with the same results (rlhf.kernels)."},

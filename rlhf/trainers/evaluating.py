@@ -1,6 +1,7 @@
 """Evaluation and prediction: sums and counts over a data set, each row once however it is spread over ranks."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -17,7 +18,9 @@ from rlhf.data.batch import IGNORE
 from rlhf.models import vocabulary_size
 from rlhf.models.positions import inputs_of
 from rlhf.trainers.metric_sums import Metrics
+from rlhf.trainers.progress import ProgressLines, replace_progress
 from rlhf.trainers.resuming import Resuming
+from rlhf.trainers.sample_answers import SampleAnswers, SamplePrompt, choose_prompts
 
 
 class Measures(NamedTuple):
@@ -35,6 +38,8 @@ class Evaluating(Resuming):
 
     exp_metrics: ClassVar[frozenset[str]] = frozenset()  # reported as exp(sum / count), such as a perplexity
     has_logits: ClassVar[bool] = True  # whether compute_metrics can be given those of evaluation rows
+    writes_text: ClassVar[bool] = True  # whether the model can answer a prompt
+    sample_prompts: Sequence[SamplePrompt] = ()
 
     @abstractmethod
     def measure(self, model: nn.Module, batch: Any) -> Measures: ...
@@ -44,6 +49,25 @@ class Evaluating(Resuming):
 
     @abstractmethod
     def _prepare_rows(self, rows: Any, tokenizer: Any, args: Any, vocab_size: int) -> Any: ...
+
+    def choose_prompts(self, eval_rows: Any, tokenizer: Any, args: Any) -> None:
+        """Choose the prompts that are answered at each evaluation.
+
+        Args:
+            eval_rows: as they are in a file, or None.
+            tokenizer: of the model.
+            args: the configuration.
+        """
+        count = args.num_sample_answers if self.writes_text else 0
+        self.sample_prompts = choose_prompts(eval_rows, count, tokenizer, args)
+
+    def show_run(self) -> None:
+        """Show lines of the log, and answers at each evaluation, instead of what transformers shows."""
+        self.progress = ProgressLines(type(self), self.args.log_all, plain=bool(self.args.disable_tqdm))
+        answers = SampleAnswers(self.sample_prompts, self.accelerator, self.progress.tell)
+        # Answers come first, so that their time is not that of training.
+        callbacks = [answers, self.progress] if self.sample_prompts else [self.progress]
+        replace_progress(self.callback_handler, callbacks)
 
     def predictions(self, model: Any, batch: Batch) -> tuple[Any, Tensor]:
         """Predictions and labels of a batch, for ``compute_metrics``."""

@@ -63,7 +63,7 @@ MAY_CHANGE: dict[str, str] = {
     "trackio_space_id trackio_bucket_id trackio_static_space_id debug skip_memory_metrics profile log_all "
     "log_completions num_completions_to_print log_unique_prompts",
     "evaluation": "do_train do_eval eval_strategy eval_steps eval_delay eval_on_start eval_packing "
-    "eval_accumulation_steps per_device_eval_batch_size prediction_loss_only num_generations_eval "
+    "eval_accumulation_steps per_device_eval_batch_size prediction_loss_only num_generations_eval num_sample_answers "
     "load_best_model_at_end metric_for_best_model greater_is_better",
     "checkpoints": "save_only_model save_strategy save_steps save_on_each_node save_total_limit enable_jit_checkpoint "
     "restore_callback_states_from_checkpoint",

@@ -142,6 +142,13 @@ class ProfiledTrainer(Trainer):
     """A ``transformers.Trainer`` whose parts of a step have labels, where a profiler is there."""
 
     profiler: Profiler | None = None
+    args: Any
+
+    def add_profiler(self) -> None:
+        """Profile, in the first process, where the configuration asks for it."""
+        if self.args.profile and self.args.process_index == 0:
+            self.profiler = Profiler(self.args)
+            self.add_callback(self.profiler)
 
     def label(self, name: str) -> AbstractContextManager[Any]:
         """The label of a part of a step; nothing without a profiler."""

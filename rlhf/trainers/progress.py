@@ -24,14 +24,14 @@ class ProgressLines(TrainerCallback):
     returns its metrics.
 
     Args:
-        trainer_names: of the trainer's class and of its base classes, its own first; they decide which metrics a line
-            has.
+        trainer_class: decides which metrics a line has.
         log_all: whether to show all other metrics too.
         plain: whether to show lines of text alone, wherever this runs.
     """
 
-    def __init__(self, trainer_names: Sequence[str], log_all: bool, plain: bool) -> None:
-        self.figures, self.log_all, self.plain = figures_of(trainer_names), log_all, plain
+    def __init__(self, trainer_class: type, log_all: bool, plain: bool) -> None:
+        self.figures = figures_of([base.__name__ for base in trainer_class.__mro__])
+        self.log_all, self.plain = log_all, plain
         self._screen: Screen | None = None
         self._open = 0  # with statements around this one
         self._began: float | None = None  # when training began in this process
@@ -127,20 +127,14 @@ class ProgressLines(TrainerCallback):
             self._screen.move(self._pace(state), evaluated)
 
 
-def replace_progress(handler: CallbackHandler, trainer_class: type, args: Any) -> ProgressLines:
-    """Show one line for each entry of the log, instead of what transformers shows.
+def replace_progress(handler: CallbackHandler, callbacks: Sequence[TrainerCallback]) -> None:
+    """Put callbacks in the place of those with which transformers shows a run.
 
     Args:
         handler: of the trainer's callbacks.
-        trainer_class: decides which metrics a line has.
-        args: the trainer's configuration.
-
-    Returns:
-        The callback, which shows nothing until it is opened by ``with``.
+        callbacks: are called in this order.
     """
-    for callback in REPLACED:
-        handler.remove_callback(callback)
-    names = [base.__name__ for base in trainer_class.__mro__]
-    progress = ProgressLines(names, args.log_all, plain=bool(args.disable_tqdm))
-    handler.add_callback(progress)
-    return progress
+    for replaced in REPLACED:
+        handler.remove_callback(replaced)
+    for callback in callbacks:
+        handler.add_callback(callback)

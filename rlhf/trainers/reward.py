@@ -79,6 +79,7 @@ class RewardTrainer(BaseTrainer):
     """
 
     config_class: ClassVar[type[BaseConfig]] = RewardConfig
+    writes_text: ClassVar[bool] = False
     wrapper = RewardModel
 
     def __init__(
