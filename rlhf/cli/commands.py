@@ -149,6 +149,10 @@ COMMANDS: dict[str, Command | TrainingCommand] = {
         "an adapter and its base model as one model folder",
         module="rlhf.cli.merge",
     ),
+    "export": Command(
+        "a model for llama.cpp, Ollama or vLLM",
+        module="rlhf.cli.export",
+    ),
     "data": Command(
         "show what training reads of a file: columns, lengths, tokens",
         module="rlhf.cli.data",
