@@ -6,6 +6,7 @@ from rlhf.data.collate import Collator
 from rlhf.data.columns import RowFormat
 from rlhf.data.encoding import Reading
 from rlhf.data.formats import Dialogue
+from rlhf.data.given import as_rows
 from rlhf.data.mixing import Mixture, load_datasets, shuffled
 from rlhf.data.packing import Packed, best_fit_decreasing
 from rlhf.data.pairing import add_mismatched
@@ -31,6 +32,7 @@ __all__ = [
     "RowFormat",
     "answer_end_ids",
     "add_mismatched",
+    "as_rows",
     "answer_ends",
     "best_fit_decreasing",
     "encode",

@@ -27,6 +27,9 @@ _HASHED_BYTES = 2**20  # read at a time
 _LEFT_OVER_SECONDS = 24 * 3600
 _BATCH_ROWS = 500  # rows that are in memory at once
 _SCALARS: dict[type, str] = {str: "string", bool: "bool", int: "int64", float: "float64"}
+# The type of a column: None as long as only nulls were seen, the name of a scalar, [type of the items], or the types of
+# an object's values under its keys.
+_Type = str | list[Any] | dict[str, Any] | None
 _JSON = "json"  # the type of values that have no common one: objects with different keys, or several types
 
 
@@ -89,6 +92,28 @@ def as_table(files: list[Path]) -> Dataset:
     return Dataset(rows.data, info=DatasetInfo(features=rows.features), fingerprint=cache_key)
 
 
+def table_of_rows(rows: list[Row]) -> Dataset:
+    """A table in memory, with the same types of columns as :func:`as_table`.
+
+    Args:
+        rows: Plain values, as JSON has them.
+
+    Returns:
+        All rows.
+
+    Raises:
+        ValueError: A text is no Unicode; names the row.
+    """
+    column_types = _types_of_columns(rows)
+    features = Features({column: _feature(column_type) for column, column_type in column_types.items()})
+    # Later caches build on the fingerprint, so it names the content.
+    return Dataset(
+        pa.Table.from_batches(_batches(rows, column_types, features.arrow_schema)),
+        info=DatasetInfo(features=features),
+        fingerprint=Hasher.hash((_VERSION, rows)),
+    )
+
+
 def hash_of_file(file: Path) -> str:
     """Hash the bytes of a file, at some GB in a second.
 
@@ -135,40 +160,53 @@ def _remove_left_over(folder: Path) -> None:
 
 def _write_table(files: list[Path], table: Path) -> None:
     """Read all rows twice: to find the type of each column, and to write them."""
-    column_types: dict[str, _Type] = {}
     num_rows = 0
-    for row in _with_progress(chain_rows(files), "Reading"):
-        num_rows += 1
-        for column, value in row.items():
-            column_types[column] = _merge(column_types.get(column), _type_of(value))
+
+    def counted() -> Iterator[Row]:
+        nonlocal num_rows
+        for num_rows, row in enumerate(_with_progress(chain_rows(files), "Reading"), start=1):  # noqa: B007
+            yield row
+
+    column_types = _types_of_columns(counted())
     schema = Features({column: _feature(column_type) for column, column_type in column_types.items()}).arrow_schema
 
-    row_iterator = iter(_with_progress(chain_rows(files), "Writing", num_rows))
+    all_rows = _with_progress(chain_rows(files), "Writing", num_rows)
     # One name for all processes, as only the one with the lock writes: what a killed run left is written over.
     unfinished = table.with_suffix(".new")
-    rows_written = 0
     try:
         with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            while row_batch := list(islice(row_iterator, _BATCH_ROWS)):
-                column_arrays = [
-                    _array(row_batch, column, column_type, schema.field(column).type, rows_written)
-                    for column, column_type in column_types.items()
-                ]
-                writer.write_batch(pa.RecordBatch.from_arrays(column_arrays, schema=schema))
-                rows_written += len(row_batch)
+            for batch in _batches(all_rows, column_types, schema):
+                writer.write_batch(batch)
         # Renamed when it is complete: a run that is killed leaves no half table.
         unfinished.replace(table)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
+def _batches(rows: Iterable[Row], column_types: dict[str, _Type], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """The rows as Arrow has them, some at a time."""
+    row_iterator = iter(rows)
+    rows_before = 0
+    while row_batch := list(islice(row_iterator, _BATCH_ROWS)):
+        column_arrays = [
+            _array(row_batch, column, column_type, schema.field(column).type, rows_before)
+            for column, column_type in column_types.items()
+        ]
+        yield pa.RecordBatch.from_arrays(column_arrays, schema=schema)
+        rows_before += len(row_batch)
+
+
 def _with_progress(rows: Iterable[Row], description: str, total: int | None = None) -> Iterable[Row]:
     return tqdm(rows, desc=description, total=total, unit=" rows", delay=3, leave=False)
 
 
-# The type of a column: None as long as only nulls were seen, the name of a scalar, [type of the items], or the types of
-# an object's values under its keys.
-_Type = str | list[Any] | dict[str, Any] | None
+def _types_of_columns(rows: Iterable[Row]) -> dict[str, _Type]:
+    """The type of each column, in the order in which the rows have them."""
+    column_types: dict[str, _Type] = {}
+    for row in rows:
+        for column, value in row.items():
+            column_types[column] = _merge(column_types.get(column), _type_of(value))
+    return column_types
 
 
 def _type_of(value: Any) -> _Type:

@@ -71,6 +71,14 @@ class DistillTrainer(TextTrainer):
         ``tokens_per_second/rollout``; ``reverse_kl`` of the reward form.
     Raises:
         ValueError: no teacher, a teacher with another tokenizer and no ``align``, or bad data; before any step.
+    Example:
+        ```python
+        rows = [{"prompt": "What is 2 + 2?", "completion": " It is 4."}]
+        args = rlhf.DistillConfig("runs/distill", max_steps=100)
+        student = "HuggingFaceTB/SmolLM2-135M-Instruct"
+        trainer = rlhf.DistillTrainer(student, "HuggingFaceTB/SmolLM2-1.7B-Instruct", args, train_dataset=rows)
+        trainer.train()
+        ```
 
     Source: arXiv 1503.02531, 2306.13649; with ``align`` 2402.12030, 2503.20083.
     """

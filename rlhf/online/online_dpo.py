@@ -15,11 +15,22 @@ from rlhf.trainers.evaluating import Measures
 class OnlineDPOTrainer(PPOTrainer):
     r"""DPO on the best and the worst of each prompt's completions, by reward; a tie is left out.
 
-    The loss is the mean over the pairs of the optimizer step; everything else is :class:`PPOTrainer`'s.
+    The loss is the mean over the pairs of the optimizer step. Everything else is :class:`PPOTrainer`'s, also the
+    arguments: ``model``, ``reward_funcs``, ``args``, ``train_dataset``, ``eval_dataset``, and so on.
 
     Logs:
         ``rewards/margins`` (beta times the difference of log-ratios), ``rewards/accuracies``, and what
         :class:`PPOTrainer` logs of its rollouts.
+    Example:
+        ```python
+        def is_short(completions, **columns):
+            return [-len(text) for text in completions]
+
+        rows = [{"prompt": "What is 2 + 2?"}, {"prompt": "What is 3 + 3?"}]
+        args = rlhf.OnlineDPOConfig("runs/online-dpo", max_steps=100)
+        trainer = rlhf.OnlineDPOTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", is_short, args, train_dataset=rows)
+        trainer.train()
+        ```
 
     Source: arXiv 2402.04792.
     """

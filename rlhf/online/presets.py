@@ -49,7 +49,22 @@ class GRPOConfig(PPOConfig):
 
 
 class GRPOTrainer(PPOTrainer):
-    """:class:`PPOTrainer` under :class:`GRPOConfig`."""
+    """Learn from rewards, against the mean of a group of completions of the same prompt.
+
+    It is :class:`PPOTrainer` under :class:`GRPOConfig`, and takes the same arguments: ``model``, ``reward_funcs``,
+    ``args``, ``train_dataset``, ``eval_dataset``, ``processing_class``, ``peft_config`` and so on.
+
+    Example:
+        ```python
+        def is_short(completions, **columns):
+            return [-len(text) for text in completions]
+
+        rows = [{"prompt": "What is 2 + 2?"}, {"prompt": "What is 3 + 3?"}]
+        args = rlhf.GRPOConfig("runs/grpo", max_steps=100)
+        trainer = rlhf.GRPOTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", is_short, args, train_dataset=rows)
+        trainer.train()
+        ```
+    """
 
     config_class: ClassVar[type[BaseConfig]] = GRPOConfig
 
@@ -66,7 +81,22 @@ class RLOOConfig(PPOConfig):
 
 
 class RLOOTrainer(PPOTrainer):
-    """:class:`PPOTrainer` under :class:`RLOOConfig`."""
+    """Learn from rewards, against the mean of the other completions of the same prompt.
+
+    It is :class:`PPOTrainer` under :class:`RLOOConfig`, and takes the same arguments: ``model``, ``reward_funcs``,
+    ``args``, ``train_dataset``, ``eval_dataset``, ``processing_class``, ``peft_config`` and so on.
+
+    Example:
+        ```python
+        def is_short(completions, **columns):
+            return [-len(text) for text in completions]
+
+        rows = [{"prompt": "What is 2 + 2?"}, {"prompt": "What is 3 + 3?"}]
+        args = rlhf.RLOOConfig("runs/rloo", max_steps=100)
+        trainer = rlhf.RLOOTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", is_short, args, train_dataset=rows)
+        trainer.train()
+        ```
+    """
 
     config_class: ClassVar[type[BaseConfig]] = RLOOConfig
 
@@ -85,7 +115,22 @@ class BestOfNConfig(PPOConfig):
 
 
 class BestOfNTrainer(PPOTrainer):
-    """:class:`PPOTrainer` under :class:`BestOfNConfig`."""
+    """Fine-tune on the best of several completions of each prompt, by their rewards.
+
+    It is :class:`PPOTrainer` under :class:`BestOfNConfig`, and takes the same arguments: ``model``, ``reward_funcs``,
+    ``args``, ``train_dataset``, ``eval_dataset``, ``processing_class``, ``peft_config`` and so on.
+
+    Example:
+        ```python
+        def is_short(completions, **columns):
+            return [-len(text) for text in completions]
+
+        rows = [{"prompt": "What is 2 + 2?"}, {"prompt": "What is 3 + 3?"}]
+        args = rlhf.BestOfNConfig("runs/best-of-n", max_steps=100)
+        trainer = rlhf.BestOfNTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", is_short, args, train_dataset=rows)
+        trainer.train()
+        ```
+    """
 
     config_class: ClassVar[type[BaseConfig]] = BestOfNConfig
 

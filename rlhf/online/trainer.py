@@ -84,6 +84,16 @@ class PPOTrainer(EvaluatesBySampling):
         As ``docs/metrics.md`` lists them; ``completions.jsonl`` in the run's folder has samples.
     Raises:
         ValueError: bad data, a reward that cannot be called so, a model that cannot end a completion; before any step.
+    Example:
+        ```python
+        def is_short(completions, **columns):
+            return [-len(text) for text in completions]
+
+        rows = [{"prompt": "What is 2 + 2?"}, {"prompt": "What is 3 + 3?"}]
+        args = rlhf.PPOConfig("runs/ppo", max_steps=100)
+        trainer = rlhf.PPOTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", is_short, args, train_dataset=rows)
+        trainer.train()
+        ```
 
     Source: arXiv 1707.06347 (PPO), 1909.08593 and 2009.01325 (for language models).
     """

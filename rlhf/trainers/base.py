@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from rlhf.data import Batch, Collator, Mixture, Packed, answer_ends, in_memory, sample
+from rlhf.data import Batch, Collator, Mixture, Packed, answer_ends, as_rows, in_memory, sample
 from rlhf.data.packing import num_tokens
 from rlhf.models import (
     Policy,
@@ -79,8 +79,8 @@ class BaseTrainer(Evaluating, CheckedSteps):
         model: Any,
         args: BaseConfig | None = None,
         data_collator: Any = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -141,6 +141,7 @@ class BaseTrainer(Evaluating, CheckedSteps):
         self, train_dataset: Any, eval_dataset: Any, model: Any, tokenizer: PreTrainedTokenizerBase, args: BaseConfig
     ) -> tuple[Any, Any, Any]:
         """Tokenised training rows, evaluation rows, and the first training rows, to look at."""
+        train_dataset, eval_dataset = as_rows(train_dataset), for_each_set(as_rows, eval_dataset)
         self.row_source = RowSource.of(train_dataset)
         self.data_sources = data_sources(train_dataset, eval_dataset)
         eval_rows = eval_dataset  # as text

@@ -36,6 +36,13 @@ class DPOTrainer(ReferencedTrainer):
         ``logps/rejected`` (sums over completion tokens, in nats), ``perplexity/chosen`` (of all chosen tokens).
     Raises:
         ValueError: bad data, named by data set and row, before any step.
+    Example:
+        ```python
+        rows = [{"prompt": "What is 2 + 2?", "chosen": " It is 4.", "rejected": " It is 5."}]
+        args = rlhf.DPOConfig("runs/dpo", beta=0.1, max_steps=100)
+        trainer = rlhf.DPOTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", args=args, train_dataset=rows)
+        trainer.train()
+        ```
     """
 
     config_class: ClassVar[type[BaseConfig]] = DPOConfig

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from rlhf.data import Batch, Mixture, in_memory, is_tokenised
 from rlhf.data.batch import IGNORE
 from rlhf.models import vocabulary_size
 from rlhf.models.positions import inputs_of
+from rlhf.trainers.history import as_frame
 from rlhf.trainers.metric_sums import Metrics
 from rlhf.trainers.progress import ProgressLines, replace_progress
 from rlhf.trainers.resuming import Resuming
@@ -68,6 +70,14 @@ class Evaluating(Resuming):
         # Answers come first, so that their time is not that of training.
         callbacks = [answers, self.progress] if self.sample_prompts else [self.progress]
         replace_progress(self.callback_handler, callbacks)
+
+    def history(self) -> pd.DataFrame:
+        """The log as a table: a row for each step, with figures of training and of evaluation (``eval_...``).
+
+        Returns:
+            As :func:`rlhf.trainers.history.as_frame`; empty before training.
+        """
+        return as_frame(self.state.log_history)
 
     def predictions(self, model: Any, batch: Batch) -> tuple[Any, Tensor]:
         """Predictions and labels of a batch, for ``compute_metrics``."""

@@ -74,6 +74,16 @@ class KTOTrainer(ReferencedTrainer):
         ``logps/chosen`` and ``logps/rejected`` (sums over completion tokens, in nats).
     Raises:
         ValueError: bad data, named by data set and row, before any step.
+    Example:
+        ```python
+        rows = [
+            {"prompt": "What is 2 + 2?", "completion": " It is 4.", "label": True},
+            {"prompt": "What is 3 + 3?", "completion": " It is 5.", "label": False},
+        ]
+        args = rlhf.KTOConfig("runs/kto", max_steps=100)
+        trainer = rlhf.KTOTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", args=args, train_dataset=rows)
+        trainer.train()
+        ```
 
     Source: Ethayarajh et al., arXiv 2402.01306, section 4; apo_zero_unpaired: D'Oosterlinck et al., arXiv 2408.06266.
     """

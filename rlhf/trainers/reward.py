@@ -74,6 +74,13 @@ class RewardTrainer(BaseTrainer):
         also ``eval_calibration_error`` (:func:`rlhf.evaluation.calibration_error`), over the whole data set.
     Raises:
         ValueError: bad data, named by data set and row, before any step; or a model that cannot be a reward model.
+    Example:
+        ```python
+        rows = [{"prompt": "What is 2 + 2?", "chosen": " It is 4.", "rejected": " It is 5."}]
+        args = rlhf.RewardConfig("runs/reward", max_steps=100)
+        trainer = rlhf.RewardTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", args, train_dataset=rows)
+        trainer.train()
+        ```
 
     Source: Bradley and Terry 1952; Stiennon et al., arXiv 2009.01325, section 3.4.
     """

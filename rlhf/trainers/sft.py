@@ -154,14 +154,22 @@ class SFTTrainer(TextTrainer):
         *positional: the other arguments of :class:`BaseTrainer`, in its order.
         formatting_func: from a row to its text; the other columns are not read then.
         **kwargs: the other arguments of :class:`BaseTrainer` by name: ``train_dataset`` and ``eval_dataset`` (rows in
-            any of the known columns), ``processing_class`` (the tokenizer; by default the model's own),
-            ``peft_config`` (train this adapter instead of the weights), ``data_collator``, ``callbacks``,
-            ``optimizers``, … as in ``transformers.Trainer``.
+            any of the known columns: a list of dictionaries, a ``pandas.DataFrame``, a path, a ``Dataset`` or a
+            stream), ``processing_class`` (the tokenizer; by default the model's own), ``peft_config`` (train this
+            adapter instead of the weights), ``data_collator``, ``callbacks``, ``optimizers``, … as in
+            ``transformers.Trainer``.
     Logs:
         ``loss``, ``perplexity`` (exp of total NLL / total tokens since the last line), ``num_tokens``, ``grad_norm``,
         ``learning_rate``; in evaluation ``eval_loss`` and ``eval_perplexity`` over the whole data set.
     Raises:
         ValueError: bad data, named by data set and row, before any step.
+    Example:
+        ```python
+        rows = [{"prompt": "What is 2 + 2?", "completion": " It is 4."}]
+        args = rlhf.SFTConfig("runs/sft", max_steps=100)
+        trainer = rlhf.SFTTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", args, train_dataset=rows)
+        trainer.train()
+        ```
     """
 
     config_class: ClassVar[type[BaseConfig]] = SFTConfig
