@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 
 from rlhf.cli.main import main
 from rlhf.evaluation import show_completions, show_metrics
+from rlhf.runs.files import REPORT_FILE
 
 OUT = Path("runs/demo")
 PAIRS = "demo/data/pairs_eval.jsonl"
@@ -69,8 +70,13 @@ def demo(model: str | None) -> None:
     if not gentle:
         learn_to_answer_in_sentences()
         distill_into_half()
-    print(f"The checkpoint is in {dpo}: AutoModelForCausalLM.from_pretrained({str(dpo)!r})")
-    print(f"{time.monotonic() - start:.0f} s in all")
+    runs = [folder for name in ("sft", "dpo", "ppo", "distilled") if (folder := OUT / name).is_dir()]
+    print(f"\n{time.monotonic() - start:.0f} s in all. Each run left a page of curves, samples and checks:")
+    for folder in runs:
+        print(f"  {folder / REPORT_FILE}")
+    print("Talk to the model, or to the models before and after DPO side by side:")
+    print(f"  rlhf chat {dpo}")
+    print(f"  rlhf chat {sft} {dpo}")
 
 
 def learn_to_answer_in_sentences() -> None:

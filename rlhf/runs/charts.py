@@ -16,7 +16,8 @@ DECADES = 2.0  # that values span before their scale is logarithmic
 _DIGITS = 5
 _OTHER = "Other figures"
 # Bookkeeping, or drawn in another form.
-NOT_DRAWN = ("epoch", "step", "seconds", "num_tokens", "total_flos", "train_*", "*runtime", "*_per_second")
+NOT_DRAWN = ("epoch", "step", "seconds", "num_tokens", "total_flos", "train_*", "*runtime", "*_per_second",
+             "completions/eos_ratio")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _add_chart(
     for position, entry in enumerate(figures):
         for kind, name in enumerate(members):
             series = entry.series(name)
-            if len(series) > 1 and not _repeats_reward(series, entry):
+            if len(series) > 1 and not _repeats_another(series, entry):
                 label = _label(name, members, entry.run.name if len(figures) > 1 else None)
                 lines.append(Line(label, position, kind, name.startswith(EVALUATION), series))
     values = [value for line in lines for value in line.series.values]
@@ -190,15 +191,15 @@ def _add_chart(
     groups.setdefault(heading, []).append(Chart(plan.title, names, unit, tuple(lines), is_log))
 
 
-def _repeats_reward(series: Series, figures: Figures) -> bool:
-    """Whether this is the mean or the deviation of the only reward function, which the reward itself has too."""
+def _repeats_another(series: Series, figures: Figures) -> bool:
+    """Whether a series is drawn in another chart: the only reward function as the reward, the only loss as the loss."""
     metric, split = split_name(series.name)
-    ends = {"mean": "reward", "std": "reward_std"}
-    if not metric.startswith("rewards/") or metric.rpartition("/")[2] not in ends or split.startswith("eval "):
+    first, _, last = metric.rpartition("/")
+    wholes = {"mean": "reward", "std": "reward_std", "policy_loss": "loss"}
+    if last not in wholes or split.startswith("eval ") or (first and not first.startswith("rewards/")):
         return False
-    whole = ends[metric.rpartition("/")[2]]
     prefix = EVALUATION if split == "eval" else ""
-    return series.values == figures.series(prefix + whole).values
+    return series.values == figures.series(prefix + wholes[last]).values
 
 
 def _label(name: str, members: Sequence[str], run_name: str | None) -> str:

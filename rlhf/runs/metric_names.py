@@ -23,6 +23,8 @@ class Metric(NamedTuple):
 
 
 METRICS = {
+    "reward": Metric("reward", "", "higher"),
+    "reward_std": Metric("standard deviation of rewards"),
     "loss": Metric("loss", "", "lower"),
     "perplexity": Metric("perplexity", "", "lower"),
     "perplexity/chosen": Metric("perplexity of chosen answers", "", "lower"),
@@ -50,8 +52,6 @@ METRICS = {
     "calibration_error": Metric("calibration error", "share", "lower"),
     "mean_reward": Metric("mean reward"),
     "std_reward": Metric("standard deviation of rewards"),
-    "reward": Metric("reward", "", "higher"),
-    "reward_std": Metric("standard deviation of rewards"),
     "frac_reward_zero_std": Metric("groups with equal rewards", "share"),
     "frac_not_learned": Metric("completions left out of the loss", "share"),
     "kl": Metric("KL", "nats"),
@@ -96,6 +96,14 @@ class ChartPlan:
 
 
 CHARTS: dict[str, tuple[ChartPlan, ...]] = {
+    # Of training on rewards alone: its loss tells little.
+    "Rewards": (
+        ChartPlan("Reward", ("reward",)),
+        ChartPlan("Reward by function", ("rewards/*/mean",)),
+        ChartPlan("Spread of the reward", ("reward_std", "rewards/*/std")),
+        ChartPlan("Groups with equal rewards, and completions left out", ("frac_reward_zero_std", "frac_not_learned")),
+        ChartPlan("Failures of reward functions", ("rewards/*/failed",)),
+    ),
     "Loss": (
         ChartPlan("Loss", ("loss",), "auto"),
         ChartPlan("Perplexity", ("perplexity", "perplexity/chosen", "teacher_perplexity"), "auto"),
@@ -109,19 +117,10 @@ CHARTS: dict[str, tuple[ChartPlan, ...]] = {
         ChartPlan("Calibration", ("brier_score", "calibration_error")),
         ChartPlan("Rewards of all answers", ("mean_reward", "std_reward")),
     ),
-    "Rewards": (
-        ChartPlan("Reward", ("reward",)),
-        ChartPlan("Reward by function", ("rewards/*/mean",)),
-        ChartPlan("Spread of the reward", ("reward_std", "rewards/*/std")),
-        ChartPlan("Groups with equal rewards, and completions left out", ("frac_reward_zero_std", "frac_not_learned")),
-        ChartPlan("Failures of reward functions", ("rewards/*/failed",)),
-    ),
-    "Distance from the reference or the teacher": (
+    "Distance and entropy": (
         ChartPlan("KL", ("kl", "reverse_kl", "divergence"), "auto"),
         ChartPlan("Agreement with the teacher", ("agreement", "own_answers", "aligned")),
         ChartPlan("Losses over alignments", ("uld", "span")),
-    ),
-    "Policy": (
         ChartPlan("Entropy", ("entropy",)),
         ChartPlan("KL of the updates", ("approx_kl",)),
         ChartPlan("KL between sampler and trainer", ("sampler_kl",), "auto"),
@@ -132,7 +131,8 @@ CHARTS: dict[str, tuple[ChartPlan, ...]] = {
     ),
     "Completions": (
         ChartPlan("Length of completions", ("completions/mean_length",)),
-        ChartPlan("How completions end", ("completions/clipped_ratio", "completions/eos_ratio")),
+        # The others ended by themselves (`completions/eos_ratio`).
+        ChartPlan("Completions cut by length", ("completions/clipped_ratio",)),
     ),
     "Critic": (
         ChartPlan("Values and returns", ("critic/values", "critic/returns")),

@@ -13,7 +13,11 @@ from rlhf.runs.sample_checks import text_of
 
 MAX_PROMPTS, MAX_STEPS = 8, 6
 MAX_CHARACTERS = 1500  # of a prompt or a completion
-_OF_THE_OPTIMIZER = ("learning_rate", "grad_norm", "tokens_per_second*", "ratio/*")
+# Of the optimizer and its inside: curves tell of them.
+_NOT_IN_TABLES = (
+    "learning_rate", "grad_norm", "tokens_per_second*", "ratio/*", "clip_ratio/*", "approx_kl", "sampler_kl", "beta",
+    "entropy_coef", "policy_loss", "value_loss", "critic/values", "critic/returns",
+)  # fmt: skip
 _ROLLOUT_STEPS, _ROLLOUT_ROWS = 3, 6
 
 
@@ -79,11 +83,12 @@ def final_figures(runs: Sequence[Run]) -> Table | None:
     for name in names:
         values = [_final_value(figures.series(name)) for figures in all_figures]
         rows.append([_title(name), *("" if value is None else short(value) for value in values)])
-        best = _best([value for value in values if value is not None], describe(split_name(name).metric).better)
-        if best is not None and len(set(values)) > 1:
+        known = [value for value in values if value is not None]
+        best = _best(known, _better(name, all_figures))
+        if len(set(known)) > 1 and best is not None:
             marked |= {(len(rows) - 1, column + 1) for column, value in enumerate(values) if value == best}
     heads = ["figure", *names_of(runs)]
-    caption = "Last evaluation; in training, the mean of the last fifth of the log. The best of a row is bold."
+    caption = "Last evaluation, else the last fifth of training; the best is bold"
     return Table(caption, heads, rows, frozenset(marked)) if rows else None
 
 
@@ -195,7 +200,7 @@ def _all_series(figures: Figures) -> list[Series]:
     """Those that measure the model, the most telling first."""
     names = [
         name for name in figures.names
-        if not any(fnmatchcase(split_name(name).metric, pattern) for pattern in (*NOT_DRAWN, *_OF_THE_OPTIMIZER))
+        if not any(fnmatchcase(split_name(name).metric, pattern) for pattern in (*NOT_DRAWN, *_NOT_IN_TABLES))
     ]  # fmt: skip
     order = list(METRICS)
     names.sort(key=lambda name: order.index(metric) if (metric := split_name(name).metric) in METRICS else len(order))
@@ -206,6 +211,13 @@ def _row_of_evaluation(series: Series) -> list[str]:
     best = _best(series.values, describe(split_name(series.name).metric).better)
     where = "" if best is None else f"{short(best)} (step {series.steps[series.values.index(best)]})"
     return [_title(series.name), short(series.values[0]), short(series.values[-1]), where]
+
+
+def _better(name: str, figures: Sequence[Figures]) -> Better | None:
+    """The direction of progress; the loss of training on rewards has none."""
+    metric = split_name(name).metric
+    is_online = any(entry.is_online for entry in figures)
+    return None if metric == "loss" and is_online else describe(metric).better
 
 
 def _title(name: str) -> str:

@@ -51,7 +51,7 @@
       scales: { x: { time: false }, y: { distr: chart.log ? 3 : 1 } },
       axes: [
         { ...axis, size: 30, values: (plot, splits) => splits.map((split) => (Number.isInteger(split) ? split : "")) },
-        { ...axis, size: 58, ...(chart.log ? { splits: powers } : {}), values: (plot, splits) => splits.map((split) => (split === null ? "" : figure(split))) },
+        { ...axis, size: 66, ...(chart.log ? { splits: powers } : {}), values: (plot, splits) => splits.map((split) => (split === null ? "" : figure(split))) },
       ],
       series: [{ label: "step" }, ...chart.lines.map(series)],
       cursor: { sync: { key: "step", setSeries: false, scales: ["x", null] }, drag: { x: true, y: false } },
