@@ -1,6 +1,6 @@
 """Write the reports of the recorded runs anew: ``python docs/runs/make_reports.py``.
 
-Of each run the log of its trainer, the options of its YAML file and, where they were kept, samples of its rollouts are in its folder.
+The folder of a run has the log of its trainer, the options as YAML, and for some runs samples of rollouts.
 """
 
 from dataclasses import replace

@@ -3,16 +3,16 @@
 import bisect
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from rlhf.runs.figures import EVALUATION, Figures, Series
+from rlhf.runs.figures import EVALUATION, Figures, Series, is_finite_number
 from rlhf.runs.files import Run
 from rlhf.runs.metric_names import CHARTS, ChartPlan, describe, split_name
 
 MAX_BUCKETS = 300  # of steps; two points of each line are kept in a bucket
-DECADES = 2.0  # that values span before their scale is logarithmic
+DECADES = 1.0  # that values span before their scale is logarithmic
 _DIGITS = 5
 _OTHER = "Other figures"
 # Bookkeeping, or drawn in another form.
@@ -170,6 +170,28 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
+def repeats_another(series: Series, figures: Figures) -> bool:
+    """Whether a series is drawn in another chart: the only reward function as the reward, the only loss as the loss.
+
+    Args:
+        series: of the run.
+        figures: of the run.
+
+    Returns:
+        True where it would be drawn, or written, twice.
+    """
+    metric, split = split_name(series.name)
+    first, _, last = metric.rpartition("/")
+    wholes = {"mean": "reward", "std": "reward_std", "policy_loss": "loss"}
+    if last not in wholes or split.startswith("eval ") or (first and not first.startswith("rewards/")):
+        return False
+    prefix = EVALUATION if split == "eval" else ""
+    whole = figures.series(prefix + wholes[last])
+    return series.steps == whole.steps and all(
+        math.isclose(value, other, rel_tol=1e-4) for value, other in zip(series.values, whole.values, strict=True)
+    )
+
+
 def _add_chart(
     groups: dict[str, list[Chart]], heading: str, plan: ChartPlan, members: Sequence[str], figures: Sequence[Figures]
 ) -> None:
@@ -177,7 +199,7 @@ def _add_chart(
     for position, entry in enumerate(figures):
         for kind, name in enumerate(members):
             series = entry.series(name)
-            if len(series) > 1 and not _repeats_another(series, entry):
+            if len(series) > 1 and not repeats_another(series, entry):
                 label = _label(name, members, entry.run.name if len(figures) > 1 else None)
                 lines.append(Line(label, position, kind, name.startswith(EVALUATION), series))
     values = [value for line in lines for value in line.series.values]
@@ -189,17 +211,6 @@ def _add_chart(
     unit = units.pop() if len(units) == 1 else ""
     is_log = plan.scale == "auto" and _spans_decades(values)
     groups.setdefault(heading, []).append(Chart(plan.title, names, unit, tuple(lines), is_log))
-
-
-def _repeats_another(series: Series, figures: Figures) -> bool:
-    """Whether a series is drawn in another chart: the only reward function as the reward, the only loss as the loss."""
-    metric, split = split_name(series.name)
-    first, _, last = metric.rpartition("/")
-    wholes = {"mean": "reward", "std": "reward_std", "policy_loss": "loss"}
-    if last not in wholes or split.startswith("eval ") or (first and not first.startswith("rewards/")):
-        return False
-    prefix = EVALUATION if split == "eval" else ""
-    return series.values == figures.series(prefix + wholes[last]).values
 
 
 def _label(name: str, members: Sequence[str], run_name: str | None) -> str:
@@ -247,15 +258,14 @@ def _rounded(value: float) -> float:
 def _with_speed(run: Run) -> Run:
     """The run with tokens per second, from tokens and seconds between two lines of the log."""
     metrics = []
-    before: dict[str, Any] | None = None
+    before: tuple[float, float] | None = None  # tokens and seconds where the interval began
     for line in run.metrics:
-        if "num_tokens" not in line or "seconds" not in line or "loss" not in line:
-            metrics.append(line)
-            continue
-        added = {}
-        if before is not None and line["seconds"] > before["seconds"]:
-            tokens = line["num_tokens"] - before["num_tokens"]
-            added = {"tokens_per_second": tokens / (line["seconds"] - before["seconds"])}
-        metrics.append({**line, **added})
-        before = line
-    return Run(run.folder, run.options, run.record, metrics, run.samples, run.completions)
+        tokens, seconds = line.get("num_tokens"), line.get("seconds")
+        if is_finite_number(tokens) and is_finite_number(seconds) and "loss" in line:
+            if before is not None and seconds > before[1]:
+                line = {**line, "tokens_per_second": (tokens - before[0]) / (seconds - before[1])}
+            before = tokens, seconds
+        elif is_finite_number(seconds) and before is not None:
+            before = before[0], seconds  # the time of an evaluation is not that of training
+        metrics.append(line)
+    return replace(run, metrics=metrics)

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from rlhf.runs.files import Run
 
@@ -162,7 +162,7 @@ class Figures:
         return [line for line in self.run.metrics if name in line]
 
 
-def is_finite_number(value: Any) -> bool:
+def is_finite_number(value: Any) -> TypeGuard[float]:
     """Whether a value of a line can be drawn.
 
     Args:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from rlhf.runs.charts import NOT_DRAWN, short
+from rlhf.runs.charts import NOT_DRAWN, repeats_another, short
 from rlhf.runs.figures import EVALUATION, Figures, Series, is_finite_number
 from rlhf.runs.files import Run
 from rlhf.runs.metric_names import METRICS, Better, describe, split_name
@@ -18,6 +18,7 @@ _NOT_IN_TABLES = (
     "learning_rate", "grad_norm", "tokens_per_second*", "ratio/*", "clip_ratio/*", "approx_kl", "sampler_kl", "beta",
     "entropy_coef", "policy_loss", "value_loss", "critic/values", "critic/returns",
 )  # fmt: skip
+_NAMES = ("output_dir", "run_name")  # of a run; they always differ
 _ROLLOUT_STEPS, _ROLLOUT_ROWS = 3, 6
 
 
@@ -150,7 +151,7 @@ def differing_options(runs: Sequence[Run]) -> tuple[Table | None, Table | None]:
     """
     names = list(dict.fromkeys(name for run in runs for name in run.options))
     rows = {name: [_option(run.options.get(name)) for run in runs] for name in names}
-    differing = [[name, *values] for name, values in rows.items() if len(set(values)) > 1]
+    differing = [[name, *values] for name, values in rows.items() if len(set(values)) > 1 and name not in _NAMES]
     equal = [[name, values[0]] for name, values in rows.items() if len(set(values)) == 1]
     return (
         Table("Options that differ", ["option", *names_of(runs)], differing) if differing else None,
@@ -204,7 +205,7 @@ def _all_series(figures: Figures) -> list[Series]:
     ]  # fmt: skip
     order = list(METRICS)
     names.sort(key=lambda name: order.index(metric) if (metric := split_name(name).metric) in METRICS else len(order))
-    return [figures.series(name) for name in names]
+    return [series for name in names if not repeats_another(series := figures.series(name), figures)]
 
 
 def _row_of_evaluation(series: Series) -> list[str]:
@@ -271,7 +272,11 @@ def _cut(text: str) -> str:
 
 
 def _option(value: Any) -> str:
-    return "default" if value is None else str(value)
+    if value is None:
+        return "default"
+    if isinstance(value, list) and not any(isinstance(item, list | dict) for item in value):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _facts(run: Run) -> dict[str, str]:

@@ -15,7 +15,7 @@ LENGTH_FACTOR = 4.0
 ENTROPY_RISE = 2.0  # times the entropy of the first fifth
 # A reward model is a good measure up to about ten nats (Stiennon et al., arXiv 2009.01325, figure 5).
 KL_PER_COMPLETION, KL_PER_TOKEN = 50.0, 1.0  # nats
-LARGE_STEP_KL = 0.1  # nats a token; usual limits (target_kl) are 0.01 to 0.05
+LARGE_STEP_KL = 0.1  # nats a token; usual limits are 0.01 to 0.05
 CLIPPED_TOKENS = 0.3  # share
 USELESS_CRITIC, HARMFUL_CRITIC = 0.0, -0.5  # explained variance
 _HALF_PRECISION = ("bfloat16", "float16", "bf16", "fp16")
@@ -118,7 +118,7 @@ def completions_end(figures: Figures) -> FindingOrNot:
             "warning" if figures.is_online else "hint",
             "Many completions are cut at the length limit.",
             f"{last:.0%} of them in the last third",
-            "Raise max_completion_length (max_new_tokens in distillation), or set missing_eos_penalty.",
+            "Raise max_completion_length, or set missing_eos_penalty.",
         )
     ]
 
@@ -195,7 +195,7 @@ def steps_are_small(figures: Figures) -> FindingOrNot:
             "warning",
             "Updates change the policy too much at once.",
             f"median KL between policy and sampler {number(median)} nats a token; {share:.0%} of the tokens clipped",
-            "Lower learning_rate, use fewer passes over a rollout (num_ppo_epochs), or set target_kl.",
+            "Lower learning_rate, use fewer passes over a rollout (num_iterations), or set early_stop_kl.",
         )
     ]
 
@@ -213,7 +213,7 @@ def critic_explains_returns(figures: Figures) -> FindingOrNot:
             "warning" if last < HARMFUL_CRITIC else "hint",
             "The critic explains no variance of the returns.",
             f"explained variance {number(last)} in the last third; 1 is perfect, 0 is a constant",
-            "Raise the critic's learning rate or vf_coef, train longer, or use GRPO or RLOO, which need no critic.",
+            "Raise vf_coef, train longer, or use GRPO or RLOO, which need no critic.",
         )
     ]
 

@@ -1,11 +1,14 @@
 """Each check finds the fault in a series that has it, and nothing in the recorded runs, which are well."""
 
+import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 
+from rlhf import DPOConfig, PPOConfig
 from rlhf.runs import read_run
 from rlhf.runs.figures import Series
 from rlhf.runs.files import Run
@@ -158,6 +161,13 @@ def test_every_check_has_a_fault_that_it_finds():
         passed = set(examine(run_of(**series)).passed)
         found |= {check.title for check in CHECKS if check.title not in passed}
     assert found == {check.title for check in CHECKS}
+
+
+def test_advice_names_options_that_exist():
+    findings = [finding for series in FAULTS.values() for finding in examine(run_of(**series)).findings]
+    words = {word for finding in findings for word in re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", finding.advice)}
+    options = {field.name for config in (PPOConfig, DPOConfig) for field in dataclasses.fields(config)}
+    assert words - options - {"eval_loss", "apo_zero", "eval_dataset_name"} == set() and len(words) > 10
 
 
 def test_a_run_without_figures_is_examined():

@@ -30,7 +30,7 @@ LINES = [
     {"step": 0, "eval_loss": 0.7, "eval_rewards/accuracies": 0.5},
     {"step": 1, "loss": 0.7, "beta": 0.1, "learning_rate": 1e-5, "num_tokens": 100, "seconds": 1.0, "odd_figure": 1.0},
     {"step": 2, "loss": 4e-3, "beta": 0.1, "learning_rate": 2e-5, "num_tokens": 300, "seconds": 2.0, "odd_figure": 2.0},
-    {"step": 2, "eval_loss": 0.4, "eval_rewards/accuracies": 0.8},
+    {"step": 2, "eval_loss": 0.4, "eval_rewards/accuracies": 0.8, "seconds": 2.5},
     {"step": 3, "loss": 0.006, "beta": 0.1, "learning_rate": 0.0, "num_tokens": 700, "seconds": 3.0, "odd_figure": 3.0},
     {"step": 3, "eval_loss": 0.5, "eval_rewards/accuracies": 0.7, "train_runtime": 3.0},
 ]  # fmt: skip
@@ -84,7 +84,8 @@ def test_charts_are_grouped_and_none_is_empty():
     assert [line.label for line in loss.lines] == ["train", "eval"] and loss.names == ("loss", "eval_loss")
     assert loss.as_json()["steps"] == [0, 1, 2, 3]
     assert [line["values"] for line in loss.as_json()["lines"]] == [[None, 0.7, 0.004, 0.006], [0.7, None, 0.4, 0.5]]
-    assert groups["Speed"][0].lines[0].series.values == (200.0, 400.0)
+    # The evaluation took half of the second before the last line, which is not the time of training.
+    assert groups["Speed"][0].lines[0].series.values == (200.0, 800.0)
     assert loss.summary == "train: 0.7 → 0.006; eval: 0.7 → 0.5"
     assert constant_figures(run_of()) == {"beta": 0.1}
 
