@@ -216,6 +216,9 @@ class DataArguments:
     # Read before anything is imported: rlhf.cli.main moves the caches.
     cache_dir: str | None = option(None, "Folder of all caches, in place of ~/.cache/huggingface and others.")
     overwrite: bool = option(False, "Replace the run in output_dir.")
+    dry_run: bool = option(
+        False, "Make all checks and print rows, steps, memory, disk and time; train nothing and write nothing."
+    )
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -3,6 +3,7 @@
 import gc
 from contextlib import nullcontext
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, TypeAlias
@@ -13,6 +14,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from rlhf.cli.arguments import DataArguments, ModelArguments
 from rlhf.cli.commands import TrainingCommand
+from rlhf.cli.dry_run import dry_run
 from rlhf.cli.exit_codes import ExitCode
 from rlhf.cli.lasting_output import lasting_output
 from rlhf.cli.options import require
@@ -111,6 +113,9 @@ def train(
     output_folder = Path(str(args.output_dir))
     if output_folder.exists() and not output_folder.is_dir():
         raise ValueError(f"{output_folder}: output_dir is a file; choose a folder")
+    make_trainer = partial(_make_trainer, command, data, model, args, trainer_kwargs, options)
+    if data.dry_run:
+        return dry_run(args, _check_output(output_folder, data, _resume_request(data, args)), make_trainer)
     # The first process writes the folder for all.
     with run_lock(output_folder) if args.process_index == 0 else nullcontext():
         request = _resume_request(data, args)
@@ -124,20 +129,25 @@ def train(
                     print(f"{output_folder}: already complete at step {step}")
                     return ExitCode.SUCCESS
             checkpoint = _check_output(output_folder, data, request)
-        return _train(command, data, model, args, trainer_kwargs, options, call, checkpoint)
+        trainer = make_trainer()
+        trainer.command = call
+        # Only now: whatever could be wrong with data or model would have been found.
+        if data.overwrite:
+            if args.process_index == 0 and (aside := set_aside(output_folder, WRITTEN_BY_RUN)) is not None:
+                print(f"{output_folder}: the run before is kept in {aside} until the new model is saved")
+            trainer.accelerator.wait_for_everyone()
+        with trainer.trackers.open_to_the_end(), trainer.progress:
+            return _train_and_save(trainer, checkpoint)
 
 
-def _train(
+def _make_trainer(
     command: TrainingCommand,
     data: DataArguments,
     model: ModelArguments,
     args: BaseConfig,
     trainer_kwargs: dict[str, Any],
     options: dict[str, Any],
-    call: CommandRecord,
-    checkpoint: str | None,
-) -> int:
-    output_folder = Path(str(args.output_dir))
+) -> BaseTrainer:
     peft_config = model.peft_config()
     train_rows, eval_rows = _load_rows(data, args)
     name, trust_remote_code = str(model.model_name_or_path), args.trust_remote_code
@@ -145,8 +155,8 @@ def _train(
     init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     # A reference or a critic that is given by name is loaded alike.
     args.model_init_kwargs = {**model.other_kwargs(trust_remote_code), **init_kwargs}
-    load_model, make_trainer = resolve_name(command.load_model), resolve_name(command.trainer)
-    trainer = make_trainer(
+    load_model, trainer_class = resolve_name(command.load_model), resolve_name(command.trainer)
+    trainer: BaseTrainer = trainer_class(
         model=load_model(name, **{**model.load_kwargs(trust_remote_code), **init_kwargs}),
         args=args,
         train_dataset=train_rows,
@@ -155,14 +165,8 @@ def _train(
         peft_config=peft_config,
         **trainer_kwargs,
     )
-    trainer.command_options, trainer.command = options, call
-    # Only now: whatever could be wrong with data or model would have been found.
-    if data.overwrite:
-        if args.process_index == 0 and (aside := set_aside(output_folder, WRITTEN_BY_RUN)) is not None:
-            print(f"{output_folder}: the run before is kept in {aside} until the new model is saved")
-        trainer.accelerator.wait_for_everyone()
-    with trainer.trackers.open_to_the_end(), trainer.progress:
-        return _train_and_save(trainer, checkpoint)
+    trainer.command_options = options
+    return trainer
 
 
 def make_distill_trainer(

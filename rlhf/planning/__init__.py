@@ -1,3 +1,7 @@
-"""Before training: what a run will read, how long it will take, and whether it fits into memory."""
+"""A run before it begins: its steps, the memory at its peak, its disk, and its hours."""
 
-__all__: list[str] = []
+from rlhf.planning.memory import MemoryPlan
+from rlhf.planning.plan import RunPlan, plan_run
+from rlhf.planning.report import plan_lines
+
+__all__ = ["MemoryPlan", "RunPlan", "plan_lines", "plan_run"]

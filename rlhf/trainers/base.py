@@ -238,11 +238,23 @@ class BaseTrainer(Evaluating, CheckedSteps):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As ``transformers.Trainer``; by default from ``args.resume_from_checkpoint``."""
+        self.check_before_training()
+        with self.progress:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def check_before_training(self, checkpoint: str | None = None) -> None:
+        """Make the checks that need rows and model, but no step.
+
+        Args:
+            checkpoint: to go on from; :meth:`train` checks its own.
+        Raises:
+            ValueError: an option has no effect on these rows, or the checkpoint is of another run.
+        """
         self._check_best_metric()
         self._check_drop_last()
         self.check_nonfinite_options()
-        with self.progress:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+        if checkpoint is not None:
+            self.check_checkpoint(checkpoint)
 
     def resume_state(self) -> dict[str, Any]:
         return super().resume_state() | {

@@ -54,7 +54,7 @@ MOVE_FIGURES: dict[str, str] = {
 """Options of which another value gives another run, by subject."""
 
 MAY_CHANGE: dict[str, str] = {
-    "the run": "output_dir cache_dir resume resume_from_checkpoint overwrite allow_changes num_processes "
+    "the run": "output_dir cache_dir resume resume_from_checkpoint overwrite dry_run allow_changes num_processes "
     "accelerate_config trust_remote_code local_rank",
     # Rows are compared themselves.
     "where rows come from": "dataset_name dataset_config dataset_train_split eval_dataset_name dataset_test_split",

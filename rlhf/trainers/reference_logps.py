@@ -3,6 +3,8 @@
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,19 @@ from rlhf.visible import visible
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it when what is stored, or how it is computed, changes
+
+
+_is_left_out = ContextVar("_is_left_out", default=False)
+
+
+@contextmanager
+def without_reference_pass() -> Iterator[None]:
+    """A context in which rows get zeros in place of the reference's log-probs: nothing is computed or stored."""
+    token = _is_left_out.set(True)
+    try:
+        yield
+    finally:
+        _is_left_out.reset(token)
 
 
 def add_ref_logps(
@@ -59,6 +74,10 @@ def add_ref_logps(
         ValueError: the reference gives NaN for a row.
         OSError: the file cannot be written.
     """
+    if _is_left_out.get():
+        for column in columns:
+            rows = rows.add_column(column, np.zeros(len(rows)))
+        return rows
     shape = len(rows), len(columns)
     sums, file = np.empty(0), None
     # One process reads and writes the file; the others get its content, also where they share no disk.

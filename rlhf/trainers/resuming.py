@@ -60,8 +60,7 @@ class Resuming(Checkpointing):
             checkpoint = checkpoint_to_resume(requested, str(run_folder))
         self._record = self._run_options()
         if checkpoint is not None:
-            check_sharding_of(checkpoint, self.accelerator)
-            check_changes(checkpoint, self._record, self.args.allow_changes)
+            self.check_checkpoint(checkpoint)
             log_resuming(checkpoint, self.args.max_steps)
         elif self.args.process_index == 0:
             # Of an earlier run in this folder, which had no checkpoint, or which is not resumed.
@@ -79,6 +78,17 @@ class Resuming(Checkpointing):
             return None
         facts = {"trainer": type(self).__name__, "model": model_facts(self.model.model)}
         return begin_record(run_folder, self.command, self.args, facts, self.data_sources, self._in_own_folder)
+
+    def check_checkpoint(self, checkpoint: str) -> None:
+        """Refuse to go on from the checkpoint of another run.
+
+        Args:
+            checkpoint: its folder.
+        Raises:
+            ValueError: it is sharded in another way, or options differ that move figures.
+        """
+        check_sharding_of(checkpoint, self.accelerator)
+        check_changes(checkpoint, self._run_options(), self.args.allow_changes)
 
     def _run_options(self) -> dict[str, Any]:
         """What a run that goes on from a checkpoint of this one is compared with."""

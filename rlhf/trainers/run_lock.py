@@ -10,6 +10,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 from rlhf.trainers.checkpoint_files import writing
 
 LOCK_FILE = "_run.lock"  # uploads to the hub leave out names that begin so
@@ -53,6 +58,26 @@ def run_lock(folder: Path) -> Iterator[None]:
         if is_new:
             with suppress(OSError):
                 folder.rmdir()
+
+
+def check_unlocked(folder: Path) -> None:
+    """Refuse a folder that a run holds; nothing is written.
+
+    Args:
+        folder: of a run; may be missing.
+    Raises:
+        ValueError: a run holds it.
+    """
+    file = folder / LOCK_FILE
+    # Windows has no such call; there the run itself finds it.
+    if fcntl is None or not file.exists():
+        return
+    # Opened for reading, because FileLock would empty it.
+    with file.open(encoding="utf-8") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{folder}: another run writes into it{_holder(file)}; choose another folder") from None
 
 
 def _holder(file: Path) -> str:

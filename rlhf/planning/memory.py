@@ -1,0 +1,123 @@
+"""The memory that a run takes at its peak, and the memory that the machine has."""
+
+import ctypes
+import gc
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What takes memory at the peak of a run, in bytes of one process.
+
+    Attributes:
+        weights: of the trained model.
+        others: of the reference, the teacher and the critic.
+        optimizer: the state of the optimizer.
+        gradients: of all trained weights.
+        phases: the peak of each phase of the run: what it takes beside weights and the state of the optimizer.
+        fixed: Python and its libraries on a CPU; 0 on an accelerator, whose context is not torch's memory.
+        available: what the machine has, or the device.
+        note: how far the figures are measured.
+        changes: the peak with one option changed, by the option.
+    """
+
+    weights: int
+    others: int
+    optimizer: int
+    gradients: int
+    phases: dict[str, int]
+    fixed: int
+    available: int
+    note: str = ""
+    changes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def phase(self) -> str:
+        """The phase with the peak."""
+        return max(self.phases, key=lambda name: self.phases[name])
+
+    @property
+    def model_bytes(self) -> int:
+        """All that stays in memory from step to step, without Python."""
+        return self.weights + self.others + self.optimizer
+
+    @property
+    def peak(self) -> int:
+        """The most that the process takes."""
+        return self.fixed + self.model_bytes + self.phases[self.phase]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the machine has so much."""
+        return self.peak <= self.available
+
+
+def weight_bytes(modules: Iterable[nn.Module]) -> int:
+    """The memory of parameters and buffers, exactly; those that are tied count once.
+
+    Args:
+        modules: models.
+
+    Returns:
+        Bytes.
+    """
+    sizes = {}
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            storage = tensor.untyped_storage()
+            # A part of a mapped file shares a storage with other weights.
+            sizes[tensor.data_ptr()] = min(tensor.nbytes, storage.nbytes())
+    return sum(sizes.values())
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    """The memory of the gradients of all trained weights.
+
+    Args:
+        model: as it is trained.
+
+    Returns:
+        Bytes.
+    """
+    return sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+
+
+def resident_memory() -> int:
+    """Memory of this process that is in use now, in bytes; what the C library keeps for later is given back first."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+    return int(psutil.Process().memory_info().rss)
+
+
+def available_memory(device: torch.device, num_processes: int = 1) -> int:
+    """The memory that a process of a run may take.
+
+    Args:
+        device: of the training.
+        num_processes: of this machine, which share its memory on a CPU.
+
+    Returns:
+        Bytes: of the device; on a CPU, of the machine or of the container.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device))
+    total = int(psutil.virtual_memory().total)
+    limits = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+    for limit in limits:
+        text = limit.read_text(encoding="ascii").strip() if limit.exists() else "max"
+        if text.isdigit():
+            total = min(total, int(text))
+    return total // num_processes
