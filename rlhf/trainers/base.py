@@ -41,6 +41,7 @@ from rlhf.trainers.metric_sums import Metrics, MetricSums, known, means
 from rlhf.trainers.nonfinite import RowSource
 from rlhf.trainers.options import accepting, as_config, refuse_arguments
 from rlhf.trainers.preparation import (
+    check_drop_last,
     check_positions,
     check_rows,
     for_each_set,
@@ -251,7 +252,7 @@ class BaseTrainer(Evaluating, CheckedSteps):
             ValueError: an option has no effect on these rows, or the checkpoint is of another run.
         """
         self._check_best_metric()
-        self._check_drop_last()
+        check_drop_last(self.train_dataset, self.args)
         self.check_nonfinite_options()
         if checkpoint is not None:
             self.check_checkpoint(checkpoint)
@@ -266,15 +267,6 @@ class BaseTrainer(Evaluating, CheckedSteps):
         super().load_resume_state(state)
         self._metric_sums.load_state(state["metric_sums"], self.args.device)
         self.nonfinite_steps = state["nonfinite_steps"]
-
-    def _check_drop_last(self) -> None:
-        args, rows = self.args, self.train_dataset
-        batch = args.per_device_train_batch_size * args.world_size
-        if args.dataloader_drop_last and isinstance(rows, Dataset | Packed) and len(rows) < batch:
-            raise ValueError(
-                f"--dataloader_drop_last leaves nothing to train on: {len(rows)} rows, and {batch} in a batch of all "
-                "processes; use a smaller --per_device_train_batch_size"
-            )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         with accepting("optim_args", self.args.optim_args):

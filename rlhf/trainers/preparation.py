@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed, validate_quantization_for_training
 
 from rlhf.data import Endless, is_tokenised
-from rlhf.data.packing import largest_token, longest_sequences
+from rlhf.data.packing import Packed, largest_token, longest_sequences
 from rlhf.kernels import optimize
 from rlhf.models import add_adapter, disable_dropout, load_model, load_tokenizer, vocabulary_size
 from rlhf.models.adapters import learn_tokens
@@ -208,6 +208,23 @@ def check_rows(rows: Any) -> None:
         raise ValueError(f"expected a Dataset or an IterableDataset of `datasets`, got {type(rows).__name__}")
     if isinstance(rows, Dataset) and rows.format["type"] == "custom":
         raise ValueError("the rows have a with_transform(), which acts when they are read: apply it with map() first")
+
+
+def check_drop_last(rows: Any, args: BaseConfig) -> None:
+    """Refuse to leave out the last batch where it is the only one.
+
+    Args:
+        rows: tokenised training rows.
+        args: the configuration.
+    Raises:
+        ValueError: nothing would be left to train on.
+    """
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and isinstance(rows, Dataset | Packed) and len(rows) < batch:
+        raise ValueError(
+            f"--dataloader_drop_last leaves nothing to train on: {len(rows)} rows, and {batch} in a batch of all "
+            "processes; use a smaller --per_device_train_batch_size"
+        )
 
 
 def repeat_stream(stream: IterableDataset, args: BaseConfig, plans_rows: bool) -> Endless:
