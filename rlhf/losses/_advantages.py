@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf.losses._checks import check_range, check_same_shape
+from rlhf.losses._checks import check_range, check_same_shape, check_tensors
 from rlhf.losses._policy import MAX_LOG_RATIO
 from rlhf.losses._reduction import upcast
 from rlhf.losses.registry import Registry, arguments_of
@@ -294,6 +294,7 @@ def reward_to_go(token_rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Ten
 
     Source: arXiv 2501.03262.
     """
+    check_tensors(token_rewards=token_rewards)
     # Without a critic and at lambda 1, generalised advantages are rewards to go.
     advantages, _ = gae(token_rewards, torch.zeros_like(token_rewards), gamma, 1.0, mask=mask)
     return advantages
@@ -343,6 +344,7 @@ def remax_advantages(rewards: Tensor, baselines: Tensor) -> Tensor:
 
     Source: arXiv 2310.10505.
     """
+    check_tensors(rewards=rewards, baselines=baselines)
     # The greedy reward does not depend on the sampled completion, so subtracting it adds no bias.
     # Without either reward there is nothing to compare, and the advantage is 0.
     return (rewards - baselines.to(rewards)).nan_to_num(0.0)
@@ -361,6 +363,7 @@ def uniform_advantages(rewards: Tensor) -> Tensor:
         >>> uniform_advantages(torch.tensor([0.3, 0.7]))
         tensor([1., 1.])
     """
+    check_tensors(rewards=rewards)
     return torch.ones_like(rewards)
 
 
@@ -392,6 +395,7 @@ def gdpo_advantages(
 
     Source: arXiv 2601.05242.
     """
+    check_tensors(rewards=rewards, group=group)
     # In the plain sum a reward with a large range would hide the others.
     weighted_sum = torch.zeros_like(rewards)
     for name, weight in reward_weights.items():
@@ -415,6 +419,7 @@ def rewards_of_tokens(task_rewards: Tensor, penalties: Tensor, mask: Tensor) -> 
         >>> rewards_of_tokens(torch.tensor([2.0]), penalties, mask)
         tensor([[-0.1000,  1.8000,  0.0000]])
     """
+    check_tensors(task_rewards=task_rewards, penalties=penalties, mask=mask)
     # A completion without a token that counts gives -1, the last column: hidden, so nothing reads the reward there.
     last_token = mask.sum(1) - 1
     token_rewards = penalties.clone()

@@ -114,6 +114,12 @@ def check_tensor(name: str, value: Any) -> None:
     raise ValueError(f"{name} must be a torch.Tensor, got a {library}{kind.__name__}{size}: pass {call}")
 
 
+def check_tensors(**named: Any) -> None:
+    """:func:`check_tensor` of several arguments."""
+    for name, value in named.items():
+        check_tensor(name, value)
+
+
 def check_floating(name: str, value: Tensor) -> None:
     """Raise unless a tensor is floating point; inside ``checks()``, report NaN and infinity."""
     check_tensor(name, value)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.losses._checks import check_range, check_same_shape
+from rlhf.losses._checks import check_range, check_same_shape, check_tensors
 from rlhf.losses._classification import cross_entropy_loss
 from rlhf.losses._reduction import document_options, reducible, upcast
 from rlhf.losses.registry import Registry
@@ -173,6 +173,7 @@ def interpolated_kl(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
         >>> interpolated_kl(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.0, 1.0]).log(), 0.0)
         tensor(0.6931)
     """
+    check_tensors(log_q=log_q, log_p=log_p)
     # At the ends the mixture is one of the two sides, and the divergence 0.
     # As in TRL the KLs take its place: the divergence divided by beta or 1 - beta tends to them.
     if beta == 0:

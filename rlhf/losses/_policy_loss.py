@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from rlhf.losses._checks import check_floating, check_same_shape
+from rlhf.losses._checks import check_floating, check_same_shape, check_tensors
 from rlhf.losses._policy import MAX_LOG_RATIO, clamped_log_ratio, kl_estimate
 from rlhf.losses._reduction import document_options, reduce, upcast
 from rlhf.losses.registry import Registry
@@ -96,6 +96,7 @@ class Tokens:
         Raises:
             ValueError: shapes or dtypes do not fit.
         """
+        check_tensors(logps=logps, advantages=advantages, sequence=sequence)
         if logps.dim() != 1 or sequence.is_floating_point():
             raise ValueError(
                 f"logps must be flat [N] with integer sequence ids, got {tuple(logps.shape)} and {sequence.dtype}: "

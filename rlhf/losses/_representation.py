@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.losses._checks import check_range, check_same_shape
+from rlhf.losses._checks import check_range, check_same_shape, check_tensor
 from rlhf.losses._reduction import Reduction, reduce, reducible, upcast
 
 Distance = Literal["euclidean", "squared", "cosine"]
@@ -333,6 +333,7 @@ def cosine_embedding_loss(first: Tensor, second: Tensor, targets: Tensor, margin
 
 def _check_embeddings(**named: Tensor) -> None:
     for name, value in named.items():
+        check_tensor(name, value)
         if value.dim() != 2 or not value.is_floating_point():
             raise ValueError(f"{name} must be floating point [N, D], got {value.dtype} {tuple(value.shape)}")
 

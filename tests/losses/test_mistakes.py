@@ -1,5 +1,6 @@
 """The classic mistakes, as a student types them: each error names what was passed and the call that mends it."""
 
+import inspect
 import math
 import re
 import warnings
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from rlhf import losses
+from rlhf.losses.catalogue import entries
 
 G = torch.Generator().manual_seed(0)
 LOGITS, LABELS = torch.randn(8, 3, generator=G), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
@@ -79,6 +81,22 @@ def test_an_error_says_what_was_passed_and_what_to_pass(case):
     with pytest.raises(ValueError, match=re.escape(message)) as raised:
         wrong()
     assert "\n" not in str(raised.value)
+
+
+# They take numbers, or the parts of a divergence that was called with tensors.
+OTHERWISE = ("AdaptiveKLController", "top_k_outcomes")
+PUBLIC = [entry for entry in entries() if entry.name not in OTHERWISE]
+
+
+@pytest.mark.parametrize("entry", PUBLIC, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("given", [[0.5, 0.5], np.full(2, 0.5)], ids=["list", "NumPy"])
+def test_every_loss_names_the_call_that_makes_a_tensor(entry, given):
+    parameters = inspect.signature(entry.function).parameters.values()
+    required = [parameter for parameter in parameters if parameter.default is parameter.empty]
+    keywords = {parameter.name: given for parameter in required if parameter.kind is parameter.KEYWORD_ONLY}
+    positional = [given for parameter in required if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    with pytest.raises(ValueError, match=r"must be a torch\.Tensor, got a .*: pass torch\.as_tensor\("):
+        entry.function(*positional, **keywords)
 
 
 SOFTMAX = (
