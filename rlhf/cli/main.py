@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 from rlhf import __version__
 from rlhf.cli.cache_folder import move_caches
@@ -18,6 +19,7 @@ from rlhf.cli.failing import MENDABLE, fail, in_several_processes, interrupted
 from rlhf.cli.field_names import names_of_options
 from rlhf.cli.launch import LaunchArguments, launch, launch_words, split_launch_options
 from rlhf.cli.options import check_options, expand_aliases, read_config, value_of
+from rlhf.cli.quiet import is_debugging, leave_out_bars, leave_out_messages
 from rlhf.secret_names import without_secret_words
 from rlhf.visible import VisibleFormatter
 
@@ -109,10 +111,20 @@ def _run(name: str, command: Command | TrainingCommand, words: list[str], debug:
     _log_plain_lines()
     if isinstance(command, TrainingCommand):
         with _nothing_to_save():
-            status: int = import_module("rlhf.cli.training").run(name, command, words)
+            status: int = _module("rlhf.cli.training", debug).run(name, command, words)
             return status
-    import_module(command.module).run(words)
+    _module(command.module, debug).run(words)
     return ExitCode.SUCCESS
+
+
+def _module(name: str, debug: bool) -> Any:
+    """Import the module of a command, and leave out what other packages tell needlessly."""
+    if is_debugging(debug):
+        return import_module(name)
+    leave_out_messages()
+    module = import_module(name)
+    leave_out_bars()
+    return module
 
 
 @contextmanager
@@ -129,9 +141,17 @@ def _nothing_to_save() -> Iterator[None]:
         signal.signal(number, previous_handler)
 
 
+class _StandardError(logging.StreamHandler[Any]):
+    """Writes to what ``sys.stderr`` is at the time: a live bar puts messages above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def _log_plain_lines() -> None:
     """Our own messages as plain lines, from the first process only."""
-    handler = logging.StreamHandler()
+    handler = _StandardError()
     handler.setFormatter(VisibleFormatter("%(message)s"))
     logging.basicConfig(handlers=[handler])
     logging.getLogger("rlhf").setLevel(logging.INFO if _is_first_process() else logging.ERROR)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from rlhf.cli.arguments import DataArguments, ModelArguments
-from rlhf.cli.commands import TrainingCommand
+from rlhf.cli.commands import COMMANDS, TrainingCommand
 from rlhf.cli.dry_run import dry_run
 from rlhf.cli.exit_codes import ExitCode
 from rlhf.cli.lasting_output import lasting_output
@@ -32,8 +32,10 @@ from rlhf.data.errors import error_context
 from rlhf.data.streams import name_of
 from rlhf.distillation import DistillConfig, DistillTrainer
 from rlhf.models import add_adapter_beside, load_tokenizer
+from rlhf.runs.ending import Ending, Kind
 from rlhf.runs.files import COMPLETIONS_FILE, METRICS_FILE, REPORT_FILE, RUN_FILE, SAMPLES_FILE
 from rlhf.runs.report import write_report_at_end
+from rlhf.runs.screens import print_whole
 from rlhf.trainers.base import BaseTrainer
 from rlhf.trainers.config import BAD_ROWS, BaseConfig
 from rlhf.trainers.recording import CommandRecord
@@ -264,7 +266,20 @@ def _save_and_evaluate(trainer: BaseTrainer, result: TrainOutput) -> None:
     trainer.save_metrics("all", metrics)
     if trainer.is_world_process_zero():
         write_report_at_end(Path(str(trainer.args.output_dir)))  # once more, with the last evaluation
-        print(visible(f"saved {trainer.args.output_dir}"))
+        print_whole(visible("\n".join(_ending(trainer, result).lines(COMMANDS))))
+
+
+def _ending(trainer: BaseTrainer, result: TrainOutput) -> Ending:
+    kind: Kind = "adapter" if trainer.model.has_adapter else "model"
+    return Ending(
+        folder=Path(str(trainer.args.output_dir)),
+        kind=kind if trainer.writes_text else "reward model",
+        history=trainer.state.log_history,
+        figures=trainer.progress.figures,
+        steps=trainer.state.global_step,
+        seconds=result.metrics.get("train_runtime", 0.0),
+        tokens=trainer.state.num_input_tokens_seen,
+    )
 
 
 def _stopped_at(trainer: BaseTrainer) -> str:

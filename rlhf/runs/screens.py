@@ -33,7 +33,8 @@ class Screen(Protocol):
         """Show any other text.
 
         Args:
-            text: of one or more lines. Its control characters are shown as text.
+            text: of one or more lines, which may be cut where the terminal ends. Its control characters are shown as
+                text.
         """
 
     def move(self, pace: Pace, evaluated: tuple[int, int] | None) -> None:
@@ -57,8 +58,7 @@ class PlainScreen:
 
     def tell(self, text: str) -> None:
         """See :class:`Screen`."""
-        # A line must be seen when it is written, also through a pipe.
-        print(writable(visible(text), sys.stdout.encoding), flush=True)
+        print_whole(visible(text))
 
     def move(self, pace: Pace, evaluated: tuple[int, int] | None) -> None:
         """Nothing: there is no bar."""
@@ -95,7 +95,7 @@ class TerminalScreen:
 
     def _print(self, text: Text) -> None:
         text = Text(writable(text.plain, self.console.encoding), style=text.style)
-        self.console.print(text, soft_wrap=False, highlight=False)
+        self.console.print(text, no_wrap=True, overflow="ellipsis", highlight=False)
 
     def move(self, pace: Pace, evaluated: tuple[int, int] | None) -> None:
         """See :class:`Screen`."""
@@ -253,6 +253,16 @@ def writable(text: str, encoding: str | None) -> str:
         text = text.replace("·", "|").replace("→", "->")
         return text.encode(encoding, errors="replace").decode(encoding)
     return text
+
+
+def print_whole(text: str) -> None:
+    """Print a text, whatever its output can show.
+
+    Args:
+        text: of one or more lines.
+    """
+    # A line must be seen when it is written, also through a pipe.
+    print(writable(text, sys.stdout.encoding), flush=True)
 
 
 def make_screen(plain: bool) -> Screen:

@@ -34,6 +34,7 @@ class ProgressLines(TrainerCallback):
         self.log_all, self.plain = log_all, plain
         self._screen: Screen | None = None
         self._open = 0  # with statements around this one
+        self._is_training = False
         self._began: float | None = None  # when training began in this process
         self._first_step = 0
         self._mark = 0.0  # until when the time of training is counted
@@ -66,6 +67,7 @@ class ProgressLines(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
+        self._is_training = True
         self._began = self._mark = time.monotonic()
         self._first_step, self._seconds, self._speed = state.global_step, 0.0, None
         # A resumed run has tokens of before in its first line, whose time is unknown.
@@ -90,7 +92,16 @@ class ProgressLines(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Go back to the bar of training."""
         self._batches, self._mark = 0, time.monotonic()
-        self._move(state)
+        if self._is_training:
+            self._move(state)
+        elif self._screen is not None:
+            self._screen.close()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the bar away, also where training has stopped early."""
+        self._is_training = False
+        if self._screen is not None:
+            self._screen.close()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the time of saving out of the speed."""
