@@ -3,12 +3,11 @@
 import bisect
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from rlhf.runs.figures import EVALUATION, Figures, Series, is_finite_number
-from rlhf.runs.files import Run
+from rlhf.runs.figures import EVALUATION, Figures, Series
 from rlhf.runs.metric_names import CHARTS, ChartPlan, describe, split_name
 
 MAX_BUCKETS = 300  # of steps; two points of each line are kept in a bucket
@@ -84,16 +83,15 @@ class Chart:
         return {"steps": steps, "log": self.is_log, "lines": lines, "title": self.title}
 
 
-def charts_of(runs: Sequence[Run]) -> dict[str, list[Chart]]:
+def charts_of(figures: Sequence[Figures]) -> dict[str, list[Chart]]:
     """The charts of one or several runs.
 
     Args:
-        runs: whose curves are drawn over each other.
+        figures: of the runs whose curves are drawn over each other.
 
     Returns:
         By heading, in the order of the page; nothing empty.
     """
-    figures = [Figures(_with_speed(run)) for run in runs]
     names = list(dict.fromkeys(name for entry in figures for name in entry.names))
     groups: dict[str, list[Chart]] = {}
     drawn: set[str] = set()
@@ -114,16 +112,15 @@ def charts_of(runs: Sequence[Run]) -> dict[str, list[Chart]]:
     return groups
 
 
-def constant_figures(run: Run) -> dict[str, float]:
+def constant_figures(figures: Figures) -> dict[str, float]:
     """Figures that never changed, or have one value: a line of text shows them better than a chart.
 
     Args:
-        run: as its folder describes it.
+        figures: of a run.
 
     Returns:
         By name.
     """
-    figures = Figures(run)
     series = {name: figures.series(name) for name in figures.names if not _is_bookkeeping(name)}
     return {name: entry.values[-1] for name, entry in series.items() if entry.is_constant}
 
@@ -253,19 +250,3 @@ def _spans_decades(values: Iterable[float]) -> bool:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.{_DIGITS}g}")
-
-
-def _with_speed(run: Run) -> Run:
-    """The run with tokens per second, from tokens and seconds between two lines of the log."""
-    metrics = []
-    before: tuple[float, float] | None = None  # tokens and seconds where the interval began
-    for line in run.metrics:
-        tokens, seconds = line.get("num_tokens"), line.get("seconds")
-        if is_finite_number(tokens) and is_finite_number(seconds) and "loss" in line:
-            if before is not None and seconds > before[1]:
-                line = {**line, "tokens_per_second": (tokens - before[0]) / (seconds - before[1])}
-            before = tokens, seconds
-        elif is_finite_number(seconds) and before is not None:
-            before = before[0], seconds  # the time of an evaluation is not that of training
-        metrics.append(line)
-    return replace(run, metrics=metrics)

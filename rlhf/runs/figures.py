@@ -100,7 +100,18 @@ class Figures:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._series: dict[str, Series] = {}
+
+    @cached_property
+    def all_series(self) -> dict[str, Series]:
+        """All series by name, in the order of the log. Where a step has a metric twice, the last value counts."""
+        # A long run has millions of numbers: they are read once.
+        by_name: dict[str, dict[int, float]] = {}
+        for line in [*self.run.metrics, *_speeds(self.run.metrics)]:
+            step = int(line.get("step", 0))
+            for name, value in line.items():
+                if is_finite_number(value):
+                    by_name.setdefault(name, {})[step] = float(value)
+        return {name: _as_series(name, by_step) for name, by_step in by_name.items()}
 
     def series(self, name: str) -> Series:
         """The series of a metric; empty where the run does not have it.
@@ -109,17 +120,9 @@ class Figures:
             name: of the metric.
 
         Returns:
-            Its values. Where a step has several, as the last evaluation, the last one.
+            Its finite values.
         """
-        if name not in self._series:
-            by_step = {
-                int(line.get("step", 0)): float(line[name])
-                for line in self.run.metrics
-                if is_finite_number(line.get(name))
-            }
-            steps = tuple(sorted(by_step))
-            self._series[name] = Series(name, steps, tuple(by_step[step] for step in steps))
-        return self._series[name]
+        return self.all_series.get(name) or Series(name, (), ())
 
     def evaluated(self, name: str) -> Series:
         """The series of an evaluation where it has at least two values, else that of training.
@@ -133,17 +136,15 @@ class Figures:
         of_evaluation = self.series(EVALUATION + name)
         return of_evaluation if len(of_evaluation) > 1 else self.series(name)
 
-    @cached_property
+    @property
     def names(self) -> list[str]:
         """Names of all metrics with a finite value, in the order of the log."""
-        return list(
-            dict.fromkeys(name for line in self.run.metrics for name, value in line.items() if is_finite_number(value))
-        )
+        return list(self.all_series)
 
     @property
     def is_online(self) -> bool:
         """Whether the model learned from rewards of its own completions: the loss measures no progress then."""
-        return any(name in self.names for name in _ONLINE_METRICS)
+        return any(name in self.all_series for name in _ONLINE_METRICS)
 
     @property
     def last_step(self) -> int:
@@ -172,6 +173,27 @@ def is_finite_number(value: Any) -> TypeGuard[float]:
         False for text, booleans, null, and what is not finite.
     """
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _as_series(name: str, by_step: dict[int, float]) -> Series:
+    steps = tuple(sorted(by_step))
+    return Series(name, steps, tuple(by_step[step] for step in steps))
+
+
+def _speeds(metrics: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """Tokens per second between two lines of training."""
+    speeds = []
+    before: tuple[float, float] | None = None  # tokens and seconds where the interval began
+    for line in metrics:
+        tokens, seconds = line.get("num_tokens"), line.get("seconds")
+        if is_finite_number(tokens) and is_finite_number(seconds) and "loss" in line:
+            if before is not None and seconds > before[1]:
+                speed = (tokens - before[0]) / (seconds - before[1])
+                speeds.append({"step": line.get("step", 0), "tokens_per_second": speed})
+            before = tokens, seconds
+        elif is_finite_number(seconds) and before is not None:
+            before = before[0], seconds  # the time of an evaluation is not that of training
+    return speeds
 
 
 def median_before(values: Sequence[float], position: int, number: int) -> float | None:

@@ -36,7 +36,18 @@ def examine(run: Run) -> Health:
     Returns:
         What was found. Checks that need figures which the run does not have are left out.
     """
-    figures = Figures(run)
+    return examine_figures(Figures(run))
+
+
+def examine_figures(figures: Figures) -> Health:
+    """Check the health of a run whose figures were read already.
+
+    Args:
+        figures: of the run.
+
+    Returns:
+        As :func:`examine`.
+    """
     findings: list[Finding] = []
     passed = []
     for check in CHECKS:

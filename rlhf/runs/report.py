@@ -10,8 +10,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rlhf.runs.charts import charts_of, constant_figures, short
+from rlhf.runs.figures import Figures
 from rlhf.runs.files import REPORT_FILE, Run, read_run, write_whole
-from rlhf.runs.health import Health, examine
+from rlhf.runs.health import Health, examine_figures
 from rlhf.runs.metric_names import describe, split_name
 from rlhf.runs.report_tables import (
     before_and_after,
@@ -98,14 +99,18 @@ def report_page(runs: Sequence[Run]) -> str:
     Returns:
         The page.
     """
-    charts = charts_of(runs)
+    all_figures = [Figures(run) for run in runs]
+    charts = charts_of(all_figures)
     names = names_of(runs)
     differing, equal = differing_options(runs)
     context: dict[str, Any] = {
         "names": names,
         "introduction": _introduction(runs[0]) if len(runs) == 1 else f"{len(runs)} runs over each other",
-        "healths": [NamedHealth(name, examine(run), _constants(run)) for name, run in zip(names, runs, strict=True)],
-        "figures": before_and_after(runs[0]) if len(runs) == 1 else final_figures(runs),
+        "healths": [
+            NamedHealth(name, examine_figures(figures), _constants(figures))
+            for name, figures in zip(names, all_figures, strict=True)
+        ],
+        "figures": before_and_after(all_figures[0]) if len(runs) == 1 else final_figures(all_figures),
         "chart_groups": charts,
         "chart_data": [chart.as_json() for group in charts.values() for chart in group],
         "samples": samples_table(runs),
@@ -157,9 +162,9 @@ def _introduction(run: Run) -> str:
     return " · ".join(str(part) for part in parts if part)
 
 
-def _constants(run: Run) -> list[str]:
+def _constants(figures: Figures) -> list[str]:
     texts = []
-    for name, value in constant_figures(run).items():
+    for name, value in constant_figures(figures).items():
         metric, split = split_name(name)
         texts.append(f"{describe(metric).title}{'' if split == 'train' else f' ({split})'}: {short(value)}")
     return texts

@@ -41,16 +41,15 @@ class Table:
     is_text: bool = False
 
 
-def before_and_after(run: Run) -> Table | None:
+def before_and_after(figures: Figures) -> Table | None:
     """Figures at the beginning and at the end: of the evaluations, else of training.
 
     Args:
-        run: as its folder describes it.
+        figures: of a run.
 
     Returns:
         None where nothing was logged twice.
     """
-    figures = Figures(run)
     evaluated = [series for series in _all_series(figures) if series.name.startswith(EVALUATION) and len(series) > 1]
     if evaluated:
         same_steps = len({(series.steps[0], series.steps[-1]) for series in evaluated}) == 1
@@ -67,16 +66,15 @@ def before_and_after(run: Run) -> Table | None:
     return Table("In training (there was no evaluation before and after)", heads, rows) if rows else None
 
 
-def final_figures(runs: Sequence[Run]) -> Table | None:
+def final_figures(all_figures: Sequence[Figures]) -> Table | None:
     """The last evaluation of each run, else the end of its training, with the best of each row marked.
 
     Args:
-        runs: at least two.
+        all_figures: of at least two runs.
 
     Returns:
         None where nothing was logged.
     """
-    all_figures = [Figures(run) for run in runs]
     names = list(dict.fromkeys(series.name for figures in all_figures for series in _all_series(figures)))
     # A figure of training says little where the same was measured on held-out rows.
     names = [name for name in names if name.startswith(EVALUATION) or EVALUATION + name not in names]
@@ -88,7 +86,7 @@ def final_figures(runs: Sequence[Run]) -> Table | None:
         best = _best(known, _better(name, all_figures))
         if len(set(known)) > 1 and best is not None:
             marked |= {(len(rows) - 1, column + 1) for column, value in enumerate(values) if value == best}
-    heads = ["figure", *names_of(runs)]
+    heads = ["figure", *names_of([figures.run for figures in all_figures])]
     caption = "Last evaluation, else the last fifth of training; the best is bold"
     return Table(caption, heads, rows, frozenset(marked)) if rows else None
 

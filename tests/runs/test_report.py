@@ -11,7 +11,7 @@ from conftest import write_rows
 from rlhf.cli.main import main
 from rlhf.runs import read_run
 from rlhf.runs.charts import charts_of, constant_figures, thinned
-from rlhf.runs.figures import Series
+from rlhf.runs.figures import Figures, Series
 from rlhf.runs.files import Run
 from rlhf.runs.metric_names import METRICS, split_name
 from rlhf.runs.report import report_page, write_report
@@ -70,7 +70,7 @@ class Page(HTMLParser):
 
 
 def test_charts_are_grouped_and_none_is_empty():
-    groups = charts_of([run_of()])
+    groups = charts_of([Figures(run_of())])
     titles = {heading: [chart.title for chart in charts] for heading, charts in groups.items()}
     assert titles == {
         "Loss": ["Loss"],
@@ -87,15 +87,15 @@ def test_charts_are_grouped_and_none_is_empty():
     # The evaluation took half of the second before the last line, which is not the time of training.
     assert groups["Speed"][0].lines[0].series.values == (200.0, 800.0)
     assert loss.summary == "train: 0.7 → 0.006; eval: 0.7 → 0.5"
-    assert constant_figures(run_of()) == {"beta": 0.1}
+    assert constant_figures(Figures(run_of())) == {"beta": 0.1}
 
 
 def test_rewards_of_several_functions_are_one_chart_and_one_function_is_the_reward():
     lines = [{"step": s, "reward": 3.0 * s, "rewards/a/mean": 1.0 * s, "rewards/b[1]/mean": 2.0 * s} for s in (1, 2)]
-    charts = {chart.title: chart for chart in charts_of([run_of(metrics=lines)])["Rewards"]}
+    charts = {chart.title: chart for chart in charts_of([Figures(run_of(metrics=lines))])["Rewards"]}
     assert [line.label for line in charts["Reward by function"].lines] == ["mean of a", "mean of b[1]"]
     alone = [{"step": line["step"], "reward": line["reward"], "rewards/f/mean": line["reward"]} for line in lines]
-    assert [chart.title for chart in charts_of([run_of(metrics=alone)])["Rewards"]] == ["Reward"]
+    assert [chart.title for chart in charts_of([Figures(run_of(metrics=alone))])["Rewards"]] == ["Reward"]
 
 
 def test_evaluation_sets_are_lines_of_their_own():
@@ -122,28 +122,28 @@ def test_a_long_series_keeps_its_ends_and_spikes():
 
 
 def test_before_and_after():
-    table = before_and_after(run_of())
+    table = before_and_after(Figures(run_of()))
     assert table.heads == ["figure", "step 0", "step 3", "best"]
     assert table.rows == [
         ["loss", "0.7", "0.5", "0.4 (step 2)"],
         ["preference accuracy (share)", "0.5", "0.7", "0.8 (step 2)"],
     ]
-    in_training = before_and_after(run_of(metrics=[line for line in LINES if "loss" in line]))
+    in_training = before_and_after(Figures(run_of(metrics=[line for line in LINES if "loss" in line])))
     assert in_training.rows[0] == ["loss", "0.7", "0.006"] and "In training" in in_training.caption
 
 
 def test_several_runs_are_compared():
     better = [line | ({"eval_loss": 0.3} if "eval_loss" in line else {}) for line in LINES]
     runs = [run_of(), run_of("run-b", options={"beta": 0.5, "seed": 1}, metrics=better)]
-    figures = final_figures(runs)
+    figures = final_figures(list(map(Figures, runs)))
     assert figures.heads == ["figure", "run-a", "run-b"] and figures.rows[0] == ["loss", "0.5", "0.3"]
     assert (0, 2) in figures.marked and (0, 1) not in figures.marked
     differing, equal = differing_options(runs)
     assert differing.rows == [["beta", "0.1", "0.5"], ["seed", "default", "1"]] and equal is None
-    labels = [line.label for line in charts_of(runs)["Loss"][0].lines]
+    labels = [line.label for line in charts_of(list(map(Figures, runs)))["Loss"][0].lines]
     assert labels == ["run-a, train", "run-a, eval", "run-b, train", "run-b, eval"]
     # Folders of one name are told apart by the folder around them.
-    assert final_figures([run_of("a/x"), run_of("b/x")]).heads == ["figure", "a/x", "b/x"]
+    assert final_figures([Figures(run_of("a/x")), Figures(run_of("b/x"))]).heads == ["figure", "a/x", "b/x"]
 
 
 def test_samples_stand_side_by_side():
@@ -191,6 +191,28 @@ def test_a_page_holds_all_that_it_needs(names, tmp_path):
     assert len(page.charts) >= 4 and text.count('class="plot"') == len(page.charts)
     assert all(len(line["values"]) == len(chart["steps"]) for chart in page.charts for line in chart["lines"])
     assert list(tmp_path.glob("new/*")) == [tmp_path / "new/page.html"]
+
+
+def luminance(colour):
+    """WCAG 2.2, relative luminance."""
+    digits = colour * 2 if len(colour) == 3 else colour
+    channels = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_colours_can_be_read():
+    """Text has a contrast of 4.5 against both backgrounds, lines have 3 (WCAG 2.2, AA)."""
+    style = (ROOT / "rlhf/runs/page/report.css").read_text()
+    themes = re.findall(r"--ink: #.*?(?=\})", style, re.DOTALL)
+    assert len(themes) == 3  # light, dark, print
+    for theme in themes:
+        colours = dict(re.findall(r"--([\w-]+): #(\w+)", theme))
+        for name, colour in colours.items():
+            limit = 3 if re.fullmatch(r"c\d", name) else 4.5
+            for background in (colours["paper"], colours["panel"]) if name not in ("paper", "panel", "line") else ():
+                dark, bright = sorted((luminance(colour), luminance(background)))
+                assert (bright + 0.05) / (dark + 0.05) >= limit, (name, colour, background)
 
 
 def test_a_run_leaves_a_report(tmp_path, model_folder, preference_rows, capsys):

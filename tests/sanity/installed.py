@@ -25,6 +25,7 @@ def main() -> None:
     """Raise `AssertionError` for the first thing that is missing."""
     assert "site-packages" in PACKAGE.parts, f"{PACKAGE} is a checkout, not an installed wheel"
     assert (PACKAGE / "py.typed").exists()
+    assert {"report.html.jinja", "report.css", "report.js"} <= {file.name for file in (PACKAGE / "runs/page").iterdir()}
     configs = sorted((PACKAGE / "configs").glob("*.yaml"))
     assert configs and list((PACKAGE / "configs/accelerate").glob("*.yaml"))
     with tempfile.TemporaryDirectory() as folder:
