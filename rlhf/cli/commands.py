@@ -133,7 +133,7 @@ COMMANDS: dict[str, Command | TrainingCommand] = {
     "eval": Command(
         "perplexity; preferences beside a reference, or KL to a teacher",
         module="rlhf.cli.eval",
-        option_classes=(LAUNCH, "rlhf.cli.eval:EvalArguments", FROZEN_MODEL),
+        option_classes=(LAUNCH, "rlhf.cli.eval:EvalArguments", "rlhf.cli.eval:EvaluatedArguments"),
     ),
     "compare": Command(
         "two models on the same prompts: win rate, perplexity, accuracy",
