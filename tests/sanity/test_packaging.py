@@ -14,7 +14,7 @@ import rlhf
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MODULES = {"pyyaml": "yaml", "math-verify": "math_verify"}  # named otherwise than their distribution
-EXTRA = {"math_verify", "bitsandbytes", "deepspeed", "lm_eval"}  # imported where they are needed, with a line that names the extra
+EXTRA = {"math_verify", "bitsandbytes", "deepspeed", "lm_eval"}  # imported late; an error names the extra
 
 
 def imported():
