@@ -411,7 +411,10 @@ def class_weights(counts: Tensor, scheme: str = "balanced", *, beta: float = 0.9
     # The weight of a class that never occurs would be infinite.
     if is_empty.any():
         first_empty = int(is_empty.nonzero()[0])
-        raise ValueError(f"counts[{first_empty}] is 0: leave the class out, or give it a weight by hand")
+        raise ValueError(
+            f"counts[{first_empty}] is 0: leave the class out, or give it a weight by hand "
+            "(counts are how often each class occurs: for labels pass labels.bincount())"
+        )
     match scheme:
         case "inverse":
             return 1 / counts

@@ -136,6 +136,8 @@ def reducible(
         positional = [
             parameter.name for parameter in loss_parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         ]
+        added_options = SHARED_OPTIONS if labels is None else [_option("ignore_index", -100, int), *SHARED_OPTIONS]
+        parameters = [*loss_parameters, *added_options]
         required = {parameter.name for parameter in loss_parameters if parameter.default is parameter.empty}
 
         @wraps(loss)
@@ -147,7 +149,9 @@ def reducible(
             **kwargs: Any,
         ) -> Tensor:
             if len(args) > len(positional):
-                signature.bind(*args, **kwargs)  # raises, naming what is too many
+                given = f"got {len(args)} arguments by position"
+                by_name = ", ".join(parameter.name for parameter in parameters if parameter.name not in positional)
+                raise TypeError(f"{loss.__name__}({', '.join(positional)}): {given}; pass by name: {by_name}")
             if mask is not None:
                 check_tensor("mask", mask)
             arguments = dict(zip(positional, args, strict=False), **kwargs)
@@ -171,9 +175,8 @@ def reducible(
                 raise ValueError(_weight_error(weight, values, set(signature.parameters), labels, classes))
             return reduce(values, reduction, weight, mask, counts)
 
-        added_options = SHARED_OPTIONS if labels is None else [_option("ignore_index", -100, int), *SHARED_OPTIONS]
         # help(), the modules and the catalogue read the signature; *args would tell them nothing.
-        call.__signature__ = signature.replace(parameters=[*loss_parameters, *added_options])  # type: ignore[attr-defined]
+        call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         call.__doc__ = document_options(
             loss.__doc__ or "", {option.name: SHARED_HELP[option.name] for option in added_options}
         )

@@ -39,6 +39,7 @@ ERRORS = {
     "class weights as weight": (lambda: losses.cross_entropy_loss(LOGITS, LABELS, weight=torch.ones(3)), "for the weight of each class pass class_weights="),
     "class weights of focal": (lambda: losses.multiclass_focal_loss(LOGITS, LABELS, weight=torch.ones(3)), "for the weight of each class pass class_weights="),
     "class weights of poly": (lambda: losses.poly1_loss(LOGITS, LABELS, weight=torch.ones(3)), "for the weight of each class pass weight=weight[targets]"),
+    "labels in the place of counts": (lambda: losses.class_weights(LABELS), "for labels pass labels.bincount()"),
     "too few class weights": (lambda: losses.cross_entropy_loss(LOGITS, LABELS, class_weights=torch.ones(2)), "class_weights must have a value for each of 3 classes, got shape (2,)"),
     # Integer labels where floats belong.
     "integers into BCE": (lambda: losses.bce_with_logits_loss(SCORES, YES_NO), "targets must be floating point, got torch.int64 of shape (8,), the first 0: pass targets.float()"),
@@ -73,6 +74,14 @@ ERRORS = {
     "NumPy rewards of groups": (lambda: losses.group_advantages(np.ones(4), torch.zeros(4)), "rewards must be a torch.Tensor"),
     "a list of token labels": (lambda: losses.causal_lm_loss(torch.zeros(1, 3, 4), [[0, 1, 2]]), "labels must be a torch.Tensor"),
 }  # fmt: skip
+
+
+def test_class_weights_by_position():
+    message = (
+        "cross_entropy_loss(logits, targets): got 3 arguments by position; pass by name: class_weights, label_smoothing"
+    )
+    with pytest.raises(TypeError, match=re.escape(message)):
+        losses.cross_entropy_loss(LOGITS, LABELS, torch.ones(3))
 
 
 @pytest.mark.parametrize("case", ERRORS)
