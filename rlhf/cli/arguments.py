@@ -26,27 +26,27 @@ class ModelArguments:
     model_name_or_path: str | None = option(None, "A folder, or a name on the hub.")
     model_revision: str = option("main", "Branch, tag or commit on the hub.")
     # Trained in float32: most updates of AdamW are smaller than a bfloat16 weight resolves.
-    dtype: str = option("float32", "Of the weights; auto is the checkpoint's.", choices=DTYPES)
+    dtype: str = option("float32", "dtype of the weights; auto keeps the checkpoint's.", choices=DTYPES)
     attn_implementation: str | None = option(None, "sdpa, eager, flash_attention_2, …")
     use_peft: bool = option(False, "Train a LoRA adapter instead of the weights.")
     lora_r: int = option(16, "Rank of the adapter.")
-    lora_alpha: int = option(32, "Its scale, times rank.")
-    lora_dropout: float = option(0.05, "Dropout in front of it.")
+    lora_alpha: int = option(32, "Scale of the adapter: lora_alpha / rank.")
+    lora_dropout: float = option(0.05, "Dropout on the input of the adapter.")
     lora_target_modules: list[str] | None = option(
-        None, "Layers it sits on, by name or as one pattern; all-linear by default."
+        None, "Layers with an adapter, by name or as one pattern; default: all-linear."
     )
     lora_target_parameters: list[str] | None = option(
-        None, "Weights it sits on that are no layers, such as experts in one tensor."
+        None, "Parameters with an adapter that are not layers, such as stacked experts."
     )
-    lora_modules_to_save: list[str] | None = option(None, "Layers that are trained whole and saved with it.")
+    lora_modules_to_save: list[str] | None = option(None, "Layers that are trained in full and saved with the adapter.")
     lora_task_type: str = option("CAUSAL_LM", "Task in the adapter's config; SEQ_CLS for rewards.")
     use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(lora_r).")
-    use_dora: bool = option(False, "Learn the lengths of the weights besides (DoRA).")
-    load_in_8bit: bool = option(False, "Hold the frozen weights in 8 bits; with use_peft.")
-    load_in_4bit: bool = option(False, "Hold the frozen weights in 4 bits; with use_peft.")
+    use_dora: bool = option(False, "Also train the magnitudes of the weights (DoRA).")
+    load_in_8bit: bool = option(False, "Store the frozen weights in 8 bits; needs use_peft.")
+    load_in_4bit: bool = option(False, "Store the frozen weights in 4 bits (QLoRA); needs use_peft.")
     bnb_4bit_quant_type: str = option("nf4", "Number format of the 4 bits.", choices=["fp4", "nf4"])
     use_bnb_nested_quant: bool = option(False, "Quantise the scales of the 4 bits too.")
-    bnb_4bit_quant_storage: str | None = option(None, "dtype that holds the 4 bits.")
+    bnb_4bit_quant_storage: str | None = option(None, "dtype of the tensor that stores the 4-bit values.")
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -181,7 +181,7 @@ class LoadArguments(ModelArguments):
     """The same for commands that do not train: in the dtype of the checkpoint."""
 
     # Nothing is updated here, so no bits are lost in half precision.
-    dtype: str = option("auto", "Of the weights; auto is the checkpoint's.", choices=DTYPES)
+    dtype: str = option("auto", "dtype of the weights; auto keeps the checkpoint's.", choices=DTYPES)
     trust_remote_code: bool = option(False, "Run model code from the hub.")
 
 
@@ -197,24 +197,24 @@ class DataArguments:
         "several are mixed, with shares after a colon: a.jsonl:0.7 b.parquet:0.3.",
     )
     mixture: str = option("rows", "Unit of the shares: rows, or tokens.", choices=["rows", "tokens"])
-    streaming: bool = option(False, "Read the rows while training, and keep none; needs --max_steps.")
-    shuffle_buffer_size: int = option(1000, "Rows of a stream that the next one is drawn from; 0 keeps their order.")
+    streaming: bool = option(False, "Read rows during training and keep none in memory; needs --max_steps.")
+    shuffle_buffer_size: int = option(1000, "Size of a stream's shuffle buffer in rows; 0 keeps the order.")
     dataset_config: str | None = option(None, "Configuration of a hub data set.")
     # A file has a single split, which `datasets` calls train.
-    dataset_train_split: str = option("train", "Split; a slice such as train[:1000] too.")
+    dataset_train_split: str = option("train", "Split, or a slice of it such as train[:1000].")
     eval_dataset_name: list[str] | None = option(None, "Rows to evaluate on, like dataset_name.")
     dataset_test_split: str | None = option(None, "Split to evaluate on.")
     # Without a value it is true.
     resume: str | None = field(
         default=None,
         metadata={
-            "help": "Go on from the last checkpoint in output_dir; auto: start where there is none.",
+            "help": "Resume from the last checkpoint in output_dir; auto: start if there is none.",
             "nargs": "?",
             "const": "true",
         },
     )
     # Read before anything is imported: rlhf.cli.main moves the caches.
-    cache_dir: str | None = option(None, "Folder of all caches, in place of ~/.cache/huggingface and others.")
+    cache_dir: str | None = option(None, "Folder for all caches, instead of ~/.cache/huggingface and others.")
     overwrite: bool = option(False, "Replace the run in output_dir.")
     dry_run: bool = option(
         False, "Make all checks and print rows, steps, memory, disk and time; train nothing and write nothing."
@@ -230,7 +230,7 @@ class ReferenceArguments:
 
     title: ClassVar[str] = "reference"
 
-    ref_model_name_or_path: str | None = option(None, "Another reference than the model itself as it is at the start.")
+    ref_model_name_or_path: str | None = option(None, "Reference model; default: the model at the start of training.")
 
     def trainer_kwargs(self, model: ModelArguments, config: TrainingArguments) -> dict[str, Any]:
         """Keyword arguments of the trainer.
@@ -263,7 +263,7 @@ class ExperienceArguments:
         "Rewards: a built-in such as numeric_answer or length_reward(target=200), file.py:function, a "
         "reward model's folder, https://…; several add up.",
     )
-    environment: str | None = option(None, "file.py:Class of an environment, for several turns (--max_turns).")
+    environment: str | None = option(None, "Environment class for several turns (--max_turns), as file.py:Class.")
 
     def trainer_kwargs(self, model: ModelArguments, config: TrainingArguments) -> dict[str, Any]:
         """Keyword arguments of the trainer.

@@ -21,17 +21,17 @@ class AuditArguments(RowArguments):
 
     dataset_text_field: str = option("text", "Column of plain text.")
     command: str | None = option(
-        None, "What the rows are for: sft, dpo, reward, kto, grpo, …; else the columns decide."
+        None, "Command that will use the rows: sft, dpo, reward, kto, grpo, …; default: by columns."
     )
     model_name_or_path: str | None = option(
         None, "Model whose tokenizer and template are used (--model too); none: text alone."
     )
     model_revision: str = option("main", "Branch, tag or commit on the hub.")
     trust_remote_code: bool = option(False, "Run tokenizer code from the hub.")
-    split_turns: bool = option(False, "Each answer of a conversation is a row of its own.")
+    split_turns: bool = option(False, "Split a conversation into one row for each answer.")
     max_length: int = option(1024, "Longest sequence in tokens, as in training.")
-    samples: int = option(3, "How many of the first rows are shown.")
-    html: str | None = option(None, "Also write a page of the same there.")
+    samples: int = option(3, "Number of first rows to show.")
+    html: str | None = option(None, "Also write the audit as an HTML page to this file.")
     overwrite: bool = option(False, "Replace that page if it exists.")
 
 

@@ -36,7 +36,7 @@ def run(argv: list[str]) -> None:
         ValueError: an unknown option.
     """
     parser = RaisingParser("rlhf env", description="What a report of a bug needs; it holds no tokens.")
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
     facts = _facts()
     if options.json:

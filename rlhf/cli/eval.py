@@ -50,7 +50,7 @@ class EvalArguments(RowArguments):
         None, "Benchmarks of lm-eval, such as ifeval,gsm8k, or YAML files of tasks; needs the extra eval."
     )
     max_length: int = option(1024, "Longest sequence in tokens.")
-    drop_long_prompts: bool = option(False, "Leave out rows with too long a prompt.")
+    drop_long_prompts: bool = option(False, "Drop rows whose prompt is longer than max_length.")
     batch_size: int = option(8, "Rows a forward pass, on each device; moves speeds alone.")
     beta: float = option(0.1, "Scale of the rewards in the preference metrics.")
     num_completions: int = option(0, "Also answer this many prompts, greedily.")

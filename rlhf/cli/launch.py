@@ -25,7 +25,7 @@ class LaunchArguments:
     num_processes: int | None = field(default=None, metadata={"help": "Processes, one for each GPU."})
     accelerate_config: str | None = field(
         default=None,
-        metadata={"help": "accelerate's YAML file, or one of ours: fsdp2, multi_gpu, single_gpu, two_cpu, zero3."},
+        metadata={"help": "YAML file of accelerate, or a shipped one: fsdp2, multi_gpu, single_gpu, two_cpu, zero3."},
     )
 
 

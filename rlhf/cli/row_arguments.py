@@ -20,14 +20,14 @@ class RowArguments:
     # None rather than required: `require` answers in one line that names the config file too.
     dataset_name: str | None = option(None, "File, saved folder or hub name.")
     dataset_config: str | None = option(None, "Configuration of a hub data set.")
-    dataset_split: str = option("train", "Split; a slice such as train[:1000] too.")
+    dataset_split: str = option("train", "Split, or a slice of it such as train[:1000].")
     chat_template_path: str | None = option(None, "Template file, or a model folder.")
     # Text, because a word of the command line cannot be a dictionary.
     chat_template_kwargs: str | None = option(None, 'JSON for the chat template, such as {"enable_thinking": false}.')
-    columns: str | None = option(None, "Columns under other names: question=prompt,answer=completion.")
-    roles: str | None = option(None, "Roles under other names: customer=user,agent=assistant.")
+    columns: str | None = option(None, "Rename columns: question=prompt,answer=completion.")
+    roles: str | None = option(None, "Rename roles: customer=user,agent=assistant.")
     # Read before anything is imported: rlhf.cli.main moves the caches.
-    cache_dir: str | None = option(None, "Folder of all caches, in place of ~/.cache/huggingface and others.")
+    cache_dir: str | None = option(None, "Folder for all caches, instead of ~/.cache/huggingface and others.")
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -38,14 +38,16 @@ def _parser() -> RaisingParser:
     )
     # `from` is a keyword of Python, so that the value has another name.
     parser.add_argument("--from", dest="teacher", metavar="TEACHER", required=True, help="a folder, or a hub name")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the student goes; new or empty")
+    parser.add_argument("--output_dir", type=Path, required=True, help="output folder of the student; new or empty")
     source_options = parser.add_mutually_exclusive_group(required=True)
     source_options.add_argument(
-        "--layers", type=int, help="copy so many, evenly spread, the first and the last among them"
+        "--layers", type=int, help="number of layers to copy, evenly spaced, with the first and the last"
     )
-    source_options.add_argument("--keep", type=_numbers, metavar="0,2,5", help="copy these, counted from 0")
-    source_options.add_argument("--config", metavar="FOLDER_OR_FILE", help="draw new weights for this configuration")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights that are drawn")
+    source_options.add_argument("--keep", type=_numbers, metavar="0,2,5", help="layers to copy, counted from 0")
+    source_options.add_argument(
+        "--config", metavar="FOLDER_OR_FILE", help="initialise random weights for this configuration"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
     parser.add_argument("--dtype", default="auto", help="auto (the teacher's), float32, bfloat16 or float16")
     return parser
 

@@ -41,16 +41,16 @@ from rlhf.trainers.run_lock import LOCK_FILE, run_lock
 @dataclass
 class TeacherArguments(RowArguments):
     dataset_text_field: str = option("text", "Column of plain text.")
-    output_dir: str | None = option(None, "Folder to write; an unfinished one is continued.")
-    overwrite: bool = option(False, "Replace what the folder holds.")
-    k: int = option(32, "Likeliest tokens kept of each scored token; 0 samples whole answers instead.")
-    temperature: float = option(1.0, "Divides the teacher's logits; training uses the same.")
-    top_p: float = option(1.0, "Sample whole answers (k 0) from the likeliest tokens of this mass.")
+    output_dir: str | None = option(None, "Output folder; an unfinished one is continued.")
+    overwrite: bool = option(False, "Replace the contents of the folder.")
+    k: int = option(32, "Most likely tokens to store at each position; 0: sample whole answers instead.")
+    temperature: float = option(1.0, "Temperature of the teacher's logits; training uses the same.")
+    top_p: float = option(1.0, "Nucleus sampling of whole answers (k 0).")
     max_new_tokens: int = option(256, "Longest answer (k 0).")
     seed: int = option(0, "Seed of whole answers (k 0).")
     max_length: int = option(1024, "Longest sequence in tokens, as in training.")
-    drop_long_prompts: bool = option(False, "Leave out rows with too long a prompt.")
-    tokens_per_batch: int = option(4096, "Tokens of a forward pass.")
+    drop_long_prompts: bool = option(False, "Drop rows whose prompt is longer than max_length.")
+    tokens_per_batch: int = option(4096, "Tokens in a forward pass.")
 
 
 @dataclass(frozen=True)

@@ -29,22 +29,22 @@ class DistillConfig(GenerationArguments, TextConfig):
 
     # The teacher
     teacher_model_name_or_path: str | None = option(
-        None, "The teacher. With an adapter (--use_peft) and none, the model without the adapter."
+        None, "Teacher model. Default with --use_peft: the model without its adapter."
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'Passed to from_pretrained for the teacher, such as {"dtype": "bfloat16"}.'}
     )
     teacher_file: str | None = option(
-        None, "Folder that `rlhf teacher` wrote for these rows, in place of a teacher in memory."
+        None, "Folder written by `rlhf teacher` for these rows, instead of a teacher in memory."
     )
     teacher_estimate: str = option(
         "tail",
         "How the divergence is estimated from a folder or a server: docs/teacher-cache.md.",
         [*get_args(Estimate)],
     )
-    teacher_server_url: str | None = option(None, "The teacher is on this server (vLLM), not in memory.")
-    teacher_server_model: str | None = option(None, "Name that the teacher is served under.")
-    teacher_top_k: int = option(16, "Likeliest tokens to ask the server for, at each position.")
+    teacher_server_url: str | None = option(None, "Address of a server (vLLM) with the teacher.")
+    teacher_server_model: str | None = option(None, "Name of the teacher on the server.")
+    teacher_top_k: int = option(16, "Most likely tokens to request from the server at each position.")
     align: str | None = option(
         None,
         "A teacher with another tokenizer: compare sorted probabilities (uld), or spans of the same text.",
@@ -56,27 +56,27 @@ class DistillConfig(GenerationArguments, TextConfig):
         "generalized_jsd",
         f"Between teacher and student: {', '.join(DIVERGENCES)}, or file.py:name; `rlhf losses NAME` explains it.",
     )
-    temperature: float = option(1.0, "Divides the logits of both sides in the divergence.")
+    temperature: float = option(1.0, "Temperature of both models' logits in the divergence.")
     scale_by_temperature: bool = option(
         False, "Multiply the divergence by the temperature squared, so that gradients keep their size."
     )
-    beta: float | None = option(None, "Of generalized_jsd (0.5): 0 is KL(teacher, student), 1 KL(student, teacher).")
-    alpha: float | None = option(None, "Of skew_kl (0.1) and alpha_divergence (0.5).")
-    reverse: bool = option(False, "Of kl_divergence and skew_kl: the student's first, which seeks modes.")
-    distillation_weight: float = option(1.0, "Weight of the divergence.")
-    crossentropy_weight: float = option(0.0, "Weight of the tokens themselves, the hard labels, at temperature 1.")
-    hidden_state_weight: float = option(
-        0.0, "Weight of the distance between the layers' outputs, student's and teacher's."
+    beta: float | None = option(
+        None, "Interpolation of generalized_jsd (0.5): 0 is KL(teacher, student), 1 is KL(student, teacher)."
     )
+    alpha: float | None = option(None, "Alpha of skew_kl (0.1) and alpha_divergence (0.5).")
+    reverse: bool = option(False, "Use KL(student, teacher) in kl_divergence and skew_kl: mode-seeking.")
+    distillation_weight: float = option(1.0, "Weight of the divergence.")
+    crossentropy_weight: float = option(0.0, "Weight of the cross-entropy with the tokens (hard labels).")
+    hidden_state_weight: float = option(0.0, "Weight of the distance between hidden states of student and teacher.")
     hidden_state_distance: str = option("squared", "Mean square of the difference, or 1 - cosine.", [*DISTANCES])
-    disable_dropout: bool = option(True, "Train without dropout; the teacher never has any.")
+    disable_dropout: bool = option(True, "Train without dropout; the teacher never uses dropout.")
 
     # The student's own answers
-    lmbda: float = option(0.0, "Share of the rows that the student answers itself (GKD); 0 is offline.")
-    max_completion_length: int = option(256, "Longest of the student's own answers, in tokens.")
-    sampling_temperature: float = option(1.0, "Temperature of sampling the student's own answers.")
+    lmbda: float = option(0.0, "Share of rows with answers sampled from the student (GKD); 0: none.")
+    max_completion_length: int = option(256, "Longest sampled answer of the student, in tokens.")
+    sampling_temperature: float = option(1.0, "Temperature for sampling the student's answers.")
     reverse_kl_reward: bool = option(
-        False, "Reward own answers by -KL(student, teacher) of each token, in place of the divergence."
+        False, "Use -KL(student, teacher) of each sampled token as a reward, instead of the divergence."
     )
     max_new_tokens: int | None = old_name("max_completion_length")
     seq_kd: bool | None = old_name("not offered: `rlhf teacher` writes the teacher's answers, which sft learns")

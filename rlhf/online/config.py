@@ -42,24 +42,26 @@ class PPOConfig(TRLNames, ReferenceSyncArguments, BaseConfig):
     disable_dropout: bool = option(True, "Train without dropout.")
 
     # Rewards
-    reward_weights: list[float] | None = option(None, "One for each reward; 1 by default.")
-    on_reward_error: str = option("stop", "stop, or drop the sample.", ["stop", "drop"])
-    reward_timeout: float | None = option(300.0, "Seconds for one call of a reward.")
+    reward_weights: list[float] | None = option(None, "Weight of each reward; default 1.")
+    on_reward_error: str = option("stop", "If a reward function fails: stop, or drop the sample.", ["stop", "drop"])
+    reward_timeout: float | None = option(300.0, "Time limit of one call of a reward function, in seconds.")
     reward_clip: float | None = option(None, "Bound on the absolute reward, before KL.")
     reward_clip_range: list[float] | None = option(None, "Smallest and largest reward, before KL.")
-    missing_eos_penalty: float | None = option(None, "Subtracted from the reward of a cut completion.")
-    mask_truncated_completions: bool = option(False, "Leave cut completions out of the loss, not of the baseline.")
+    missing_eos_penalty: float | None = option(None, "Penalty, subtracted from the reward of a truncated completion.")
+    mask_truncated_completions: bool = option(
+        False, "Leave truncated completions out of the loss, but not out of the baseline."
+    )
     whiten_rewards: bool = option(False, "Scale rewards to variance 1, keeping their mean.")
     # Sampling
     num_generations: int = option(1, "Completions of each prompt.")
     num_generations_eval: int | None = option(None, "Completions of each prompt in evaluation; 1 by default.")
     max_completion_length: int = option(256, "Longest completion in tokens.")
-    min_completion_length: int = option(0, "No end before this many tokens.")
+    min_completion_length: int = option(0, "Shortest completion in tokens.")
     temperature: float = option(1.0, "Temperature of sampling, and of all log-probs.")
     stop: list[str] | None = option(None, "Strings that end a completion.")
-    shuffle_dataset: bool = option(True, "Another order of prompts in each epoch.")
-    dynamic_sampling: int = option(0, "Rounds of further prompts in place of groups of equal rewards (DAPO).")
-    rollout_batch_size: int | None = option(None, "Completions that a device samples at once; all by default.")
+    shuffle_dataset: bool = option(True, "Shuffle the prompts in each epoch.")
+    dynamic_sampling: int = option(0, "Rounds of new prompts that replace groups of equal rewards (DAPO).")
+    rollout_batch_size: int | None = option(None, "Completions sampled at once on a device; default: all.")
     max_turns: int = option(1, "Answers in an episode, with an environment.")
     # Training
     num_mini_batches: int = option(1, "Optimizer steps in a pass over a rollout.")
@@ -67,9 +69,9 @@ class PPOConfig(TRLNames, ReferenceSyncArguments, BaseConfig):
     advantage_estimator: str = option("gae", ESTIMATOR_HELP)
     gamma: float = option(1.0, "Discount of a token (gae, reinforce++).")
     lam: float = option(0.95, "Lambda of gae.")
-    whiten_advantages: bool = option(True, "Of gae and reinforce++: mean 0, variance 1.")
-    normalize_advantages: bool = option(False, "Of rloo, group and remax: mean 0, variance 1 over the whole rollout.")
-    scale_rewards: str = option("group", "Group advantages over the deviation of: group, batch, none.")
+    whiten_advantages: bool = option(True, "Normalise advantages to mean 0, variance 1 (gae, reinforce++).")
+    normalize_advantages: bool = option(False, "Normalise advantages over the whole rollout (rloo, group, remax).")
+    scale_rewards: str = option("group", "Divide group advantages by the standard deviation of: group, batch, none.")
     multi_objective_aggregation: str = option(
         "sum_then_normalize",
         "Order for several rewards in group advantages; normalize_then_sum is GDPO's.",
@@ -77,33 +79,35 @@ class PPOConfig(TRLNames, ReferenceSyncArguments, BaseConfig):
     )
     loss_type: str = option("ppo", POLICY_LOSS_HELP)
     loss_kwargs: dict[str, Any] | str | None = option(None, 'Further options of the loss, such as {"dual_clip": 3}.')
-    epsilon: float | None = option(None, "Clip of the ratio; the loss's own by default.")
-    epsilon_high: float | None = option(None, "Clip above; as below by default. The largest ratio of cispo.")
-    delta: float | None = option(None, "Largest ratio that counts at all (two-sided clip); above 1 + epsilon.")
+    epsilon: float | None = option(None, "Clip range of the ratio; default: that of the loss.")
+    epsilon_high: float | None = option(None, "Upper clip range; default: epsilon. For cispo, the largest ratio.")
+    delta: float | None = option(
+        None, "Upper bound of the ratio for negative advantages (two-sided clip); above 1 + epsilon."
+    )
     importance_sampling_level: str = option(
         "token", "One ratio for each token, or sequence (GSPO).", ["token", "sequence"]
     )
-    top_entropy_quantile: float = option(1.0, "Share of the tokens in the loss: those of the highest entropy. 1: all.")
+    top_entropy_quantile: float = option(1.0, "Share of tokens in the loss, those of highest entropy; 1: all.")
     off_policy_mask_threshold: float | None = option(
         None, "Leave out a bad sequence whose log-probs fell by more than this a token since sampling."
     )
     importance_sampling_cap: float | None = option(
-        None, "Weigh tokens by min(trainer / sampler, this); 2 is usual. With a server: 2."
+        None, "Cap of the importance weight trainer / sampler of a token; 2 is usual, and the default with a server."
     )
-    beta: float = option(0.05, "Weight of the KL to the reference; 0 needs none.")
-    kl_in: str = option("reward", "Where KL goes.", ["reward", "loss"])
+    beta: float = option(0.05, "Weight of the KL to the reference; with 0, no reference is loaded.")
+    kl_in: str = option("reward", "Where the KL term enters.", ["reward", "loss"])
     kl_estimator: str | None = option(None, "k1 (in the reward, always), k2 or k3.")
     adaptive_kl_target: float | None = option(None, "Adapt beta so that the KL of a completion approaches this.")
     adaptive_kl_horizon: int = option(10_000, "Completions over which beta adapts.")
-    early_stop_kl: float | None = option(None, "End a rollout once KL(old, new) of a token exceeds this.")
-    entropy_coef: float = option(0.0, "Weight of an entropy bonus; costs a pass over the logits.")
+    early_stop_kl: float | None = option(None, "Stop training on a rollout once KL(old, new) per token exceeds this.")
+    entropy_coef: float = option(0.0, "Weight of an entropy bonus; needs one more pass over the logits.")
     vf_coef: float = option(0.1, "Weight of the critic's loss.")
-    cliprange_value: float | None = option(0.2, "Clip of the critic's change; None for none.")
+    cliprange_value: float | None = option(0.2, "Clip range of the value; None: no clipping.")
     value_model: str = option("shared", "Critic: shared (a head on the policy), or a model's folder.")
     # Completions
     log_completions: bool = option(True, "Write the last rollout before each line of the log to completions.jsonl.")
     num_completions_to_print: int | None = option(0, "Print this many of them too; None prints all.")
-    log_unique_prompts: bool = option(False, "Write and print one completion of each prompt.")
+    log_unique_prompts: bool = option(False, "Write and print one completion for each prompt.")
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012  # not a field
         *BaseConfig._VALID_DICT_FIELDS, "loss_kwargs", "generation_kwargs", "transformers_continuous_batching_config",

@@ -144,7 +144,7 @@ class OnlineDPOConfig(PPOConfig):
     num_iterations: int = 1
     advantage_estimator: str = "pairs"
     loss_type: str = option("sigmoid", f"One of {', '.join(PREFERENCE_LOSSES)}, or file.py:name.")
-    beta: float = option(0.1, "Larger stays nearer the reference.")
+    beta: float = option(0.1, "Larger values keep the policy closer to the reference.")
 
     def __post_init__(self) -> None:
         if self.advantage_estimator != "pairs":

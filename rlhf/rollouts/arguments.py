@@ -64,9 +64,9 @@ def old_name(meaning: str) -> Any:
 class ServerArguments:
     """Where completions are sampled."""
 
-    rollout_server_url: str | None = option(None, "Sample there (vLLM, SGLang), not here.")
-    rollout_server_model: str | None = option(None, "Name that it serves the policy under.")
-    rollout_weights_dir: str | None = option(None, "Folder that both see, for new weights.")
+    rollout_server_url: str | None = option(None, "Address of a rollout server (vLLM, SGLang).")
+    rollout_server_model: str | None = option(None, "Name of the policy on the server.")
+    rollout_weights_dir: str | None = option(None, "Shared folder through which the server reads new weights.")
     rollout_server_sleep: bool = option(False, "Let the server free its memory while the policy trains.")
     server_startup_timeout: float = option(240.0, "Seconds to wait for a server that is still loading.")
 
@@ -75,14 +75,12 @@ class ServerArguments:
 class GenerationArguments(ServerArguments):
     """How tokens are drawn. TRL's names are taken over, or refused with what to do instead."""
 
-    top_p: float = option(1.0, "Draw from the likeliest tokens of this mass; 1: from all.")
-    top_k: int | None = option(0, "Draw from this many likeliest tokens; 0: from all.")
-    min_p: float | None = option(None, "Draw from tokens of at least this share of the likeliest one's probability.")
-    repetition_penalty: float = option(
-        1.0, "Makes tokens less likely that were there before, prompt included; 1: does not."
-    )
+    top_p: float = option(1.0, "Nucleus sampling: most likely tokens up to this probability; 1: off.")
+    top_k: int | None = option(0, "Sample from this many most likely tokens; 0: off.")
+    min_p: float | None = option(None, "Drop tokens below this share of the highest probability.")
+    repetition_penalty: float = option(1.0, "Penalty for tokens that occurred before, also in the prompt; 1: off.")
     generation_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": f"The same in one mapping: {', '.join(_GENERATION_KEYS)}."}
+        default=None, metadata={"help": f"The sampling options in one mapping: {', '.join(_GENERATION_KEYS)}."}
     )
     use_vllm: bool = option(False, "TRL's name: sample on a vLLM server (vllm_server_*).")
     vllm_mode: str | None = old_name("server; colocate is not offered")
@@ -101,7 +99,7 @@ class GenerationArguments(ServerArguments):
     use_transformers_continuous_batching: bool | None = old_name("not needed: ended rows always make room")
     use_transformers_paged: bool | None = old_name("not needed: ended rows always make room")
     transformers_continuous_batching_config: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "TRL's name: not offered."}
+        default=None, metadata={"help": "A name of TRL; not supported."}
     )
     ds3_gather_for_generation: bool | None = old_name("ZeRO-3 samples on a server (rollout_server_url)")
 

@@ -29,34 +29,37 @@ class BaseConfig(SecretOptions, TrainingArguments):
     """The options that all trainers share; names and defaults are TRL's where TRL has the same thing."""
 
     max_length: int | None = field(
-        default=1024, metadata={"help": "Longest sequence in tokens. What is longer loses its end, never its prompt."}
+        default=1024,
+        metadata={"help": "Longest sequence in tokens. Longer ones are cut at the end; prompts are never cut."},
     )
     drop_long_prompts: bool = field(
-        default=False, metadata={"help": "Leave out rows whose prompt alone reaches max_length, instead of stopping."}
+        default=False, metadata={"help": "Drop rows whose prompt fills max_length, instead of stopping."}
     )
     chat_template_path: str | None = field(
-        default=None, metadata={"help": "A .jinja file, or a model folder, to take the chat template from."}
+        default=None, metadata={"help": "Chat template: a .jinja file, or a model folder."}
     )
     # How rows are read
     columns: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Columns under other names: question=prompt,answer=completion."}
+        default=None, metadata={"help": "Rename columns: question=prompt,answer=completion."}
     )
     roles: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Roles under other names: customer=user,agent=assistant."}
+        default=None, metadata={"help": "Rename roles: customer=user,agent=assistant."}
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": 'What the chat template gets besides, such as {"enable_thinking": false}.'}
+        default=None, metadata={"help": 'Further arguments of the chat template, such as {"enable_thinking": false}.'}
     )
     drop_bad_rows: bool = field(
         default=False,
         metadata={
-            "help": "Leave out rows that cannot be read, instead of stopping; bad_rows.jsonl in output_dir lists them."
+            "help": "Drop rows that cannot be read, instead of stopping; they are listed in output_dir/bad_rows.jsonl."
         },
     )
-    eos_token: str | None = field(default=None, metadata={"help": "The token that ends an answer, if another."})
-    pad_token: str | None = field(default=None, metadata={"help": "The token to pad with, if another."})
+    eos_token: str | None = field(
+        default=None, metadata={"help": "Token that ends an answer; default: the tokenizer's."}
+    )
+    pad_token: str | None = field(default=None, metadata={"help": "Padding token; default: the tokenizer's."})
     add_tokens: list[str] | None = field(
-        default=None, metadata={"help": "New special tokens; the model's embeddings grow by them."}
+        default=None, metadata={"help": "New special tokens; the embeddings are resized."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the hub."})
     router_aux_loss_coef: float | None = field(
@@ -78,13 +81,13 @@ class BaseConfig(SecretOptions, TrainingArguments):
         metadata={"help": "Plan batches by tokens: as many rows as fit, instead of per_device_train_batch_size rows."},
     )
     disable_dropout: bool = field(default=False, metadata={"help": "Train without dropout."})
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Number of processes that tokenise."})
     model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Passed to from_pretrained where the model is given by name."}
+        default=None, metadata={"help": "Arguments of from_pretrained if the model is given by name."}
     )
     allow_changes: bool = field(
         default=False,
-        metadata={"help": "Resume although options or rows have changed that move the figures of a run."},
+        metadata={"help": "Resume although options or rows have changed that affect the results."},
     )
     on_nonfinite: str = field(
         default="stop",
@@ -97,7 +100,7 @@ class BaseConfig(SecretOptions, TrainingArguments):
         default=10, metadata={"help": "Steps that --on_nonfinite skip may leave out; the next one stops the run."}
     )
     profile: int = field(
-        default=0, metadata={"help": "Time this many steps after the first two, print where their time went."}
+        default=0, metadata={"help": "Profile this many steps after the first two, and print where the time went."}
     )
     log_all: bool = field(
         default=False, metadata={"help": "Show all metrics at each line of the log, not only those that matter most."}
@@ -108,26 +111,34 @@ class BaseConfig(SecretOptions, TrainingArguments):
     )
     optimize_model: bool = field(
         default=True,
-        metadata={"help": "Replace norms, MLPs and linear layers by faster ones with the same results (rlhf.kernels)."},
+        metadata={"help": "Use faster norms, MLPs and linear layers with the same results (rlhf.kernels)."},
     )
     # TRL's, for what is always so here
-    padding_free: bool = field(default=False, metadata={"help": "TRL's; batches without padding are the default."})
-    truncation_mode: str = field(default="keep_start", metadata={"help": "TRL's; rows are cut at their end."})
-    pad_to_multiple_of: int | str | None = field(default=None, metadata={"help": "TRL's; moves no figure here."})
+    padding_free: bool = field(
+        default=False, metadata={"help": "A name of TRL; batches without padding are the default."}
+    )
+    truncation_mode: str = field(
+        default="keep_start", metadata={"help": "A name of TRL; rows are always cut at the end."}
+    )
+    pad_to_multiple_of: int | str | None = field(
+        default=None, metadata={"help": "A name of TRL; has no effect on results here."}
+    )
     max_seq_length: int | None = field(default=None, metadata={"help": "Old name of max_length."})
     # Defaults that differ from transformers'.
     report_to: list[str] = field(  # a name by itself is taken too
-        default_factory=lambda: ["none"], metadata={"help": "Trackers, such as wandb and tensorboard; all; or none."}
+        default_factory=lambda: ["none"], metadata={"help": "Trackers, such as wandb and tensorboard; or all, or none."}
     )
     bf16: bool | None = field(  # type: ignore[assignment]  # never None after __post_init__
         default=None,
-        metadata={"help": "Multiply in bfloat16; by default on a GPU that has it (weights stay float32)."},
+        metadata={"help": "Mixed precision in bfloat16; default: on if the GPU supports it. Weights stay float32."},
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay false: the collator needs all columns."}
     )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide a loss that is NaN; a sync a step."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide NaN losses in the log; waits for the device at each step."}
+    )
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]  # noqa: RUF012  # not a field
 

@@ -31,22 +31,22 @@ class DPOConfig(ReferencedConfig):
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
         metadata={
-            "help": f"One of {', '.join(PREFERENCE_LOSSES)}, or file.py:name; or several, whose weighted sum is taken."
+            "help": f"One of {', '.join(PREFERENCE_LOSSES)}, or file.py:name; several are added, with loss_weights."
         },
     )
-    loss_weights: list[float] | None = field(default=None, metadata={"help": "One weight for each loss_type."})
+    loss_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each loss_type."})
     loss_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": 'What a loss takes besides, such as {"simpo_gamma": 1.0}.'}
+        default=None, metadata={"help": 'Further arguments of the loss, such as {"simpo_gamma": 1.0}.'}
     )
     label_smoothing: float | None = field(
         default=None,
-        metadata={"help": "Chance that a pair is labelled the wrong way; by default the loss's own, mostly 0."},
+        metadata={"help": "Probability that a label is wrong; default: that of the loss, mostly 0."},
     )
     discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of the discopop loss."})
     f_divergence_type: str = field(
         default="reverse_kl",
         metadata={
-            "help": "The divergence from the reference that is bounded, for losses of a margin.",
+            "help": "Divergence from the reference (f-DPO), for losses that depend on the margin only.",
             "choices": list(F_DIVERGENCES),
         },
     )
@@ -58,7 +58,7 @@ class DPOConfig(ReferencedConfig):
         metadata={"help": "Weight, in [0, 1], of tokens beyond the length of the shorter answer (LD-DPO)."},
     )
     use_weighting: bool = field(
-        default=False, metadata={"help": "Weigh each pair by how likely its answers are for the policy (WPO)."}
+        default=False, metadata={"help": "Weight each pair by the policy's probability of its answers (WPO)."}
     )
     # TRL's, that are gone there too
     rpo_alpha: float | None = field(default=None, metadata={"help": "Refused: use loss_type sigmoid sft."})

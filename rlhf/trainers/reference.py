@@ -63,12 +63,15 @@ class ReferenceSyncArguments:
     """Options of a reference that follows the policy; names and defaults are TRL's."""
 
     sync_ref_model: bool = field(
-        default=False, metadata={"help": "Move the reference towards the policy from time to time (TR-DPO)."}
+        default=False, metadata={"help": "Update the reference towards the policy during training (TR-DPO)."}
     )
     ref_model_mixup_alpha: float = field(
-        default=0.6, metadata={"help": "Share of the policy in the new reference, with sync_ref_model; in (0, 1]."}
+        default=0.6,
+        metadata={"help": "Share of the policy in an update of the reference, in (0, 1]; needs sync_ref_model."},
     )
-    ref_model_sync_steps: int = field(default=512, metadata={"help": "Steps between two moves, with sync_ref_model."})
+    ref_model_sync_steps: int = field(
+        default=512, metadata={"help": "Steps between two updates of the reference; needs sync_ref_model."}
+    )
 
     def check_sync(self) -> None:
         """Check the numbers.

@@ -21,17 +21,17 @@ class ReferencedConfig(ReferenceSyncArguments, BaseConfig):
     """What trainers against a reference share; names and defaults are TRL's where TRL has the same thing."""
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of AdamW."})
-    beta: float = field(default=0.1, metadata={"help": "Larger stays nearer the reference."})
+    beta: float = field(default=0.1, metadata={"help": "Larger values keep the policy closer to the reference."})
     disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
     precompute_ref_log_probs: bool | None = field(
         default=None,
         metadata={
-            "help": "Compute the reference's log-probs once, before training, and keep them on disk: no copy of the "
-            "weights in memory. By default where rows are read more than once."
+            "help": "Compute the reference's log-probs once, before training, and store them on disk, so that no copy of "
+            "the weights stays in memory. Default: on if rows are read more than once."
         },
     )
     precompute_ref_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows at a time in that pass; per_device_eval_batch_size by default."}
+        default=None, metadata={"help": "Batch size of that computation; default: per_device_eval_batch_size."}
     )
 
     def __post_init__(self) -> None:

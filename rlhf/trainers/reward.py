@@ -35,7 +35,7 @@ class RewardConfig(BaseConfig):
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
     center_rewards_coefficient: float | None = field(
-        default=None, metadata={"help": "Keep rewards around 0: weight of (chosen + rejected) squared; 0.01 is usual."}
+        default=None, metadata={"help": "Weight of (chosen + rejected)², which centres rewards at 0; 0.01 is usual."}
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
 

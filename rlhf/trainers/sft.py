@@ -49,7 +49,8 @@ class TextConfig(BaseConfig):
 
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate of AdamW."})
     packing: bool = field(
-        default=False, metadata={"help": "Fill rows of max_length with several examples, each by itself."}
+        default=False,
+        metadata={"help": "Pack several examples into rows of max_length; they do not attend to each other."},
     )
     dataset_text_field: str = field(default="text", metadata={"help": "Column of plain text."})
 
@@ -77,22 +78,25 @@ class SFTConfig(TextConfig):
     )
     completion_only_loss: bool | None = field(
         default=None,
-        metadata={"help": "Rows with a prompt: false scores the prompt too. By default completions alone."},
+        metadata={"help": "For rows with a prompt: score completions only. false: score prompts too. Default: on."},
     )
     assistant_only_loss: bool | None = field(
-        default=None, metadata={"help": "Conversations: false scores all turns. By default the assistant's alone."}
+        default=None,
+        metadata={"help": "For conversations: score the assistant's turns only. false: score all turns. Default: on."},
     )
     packing_strategy: str = field(
         default="bfd",
         metadata={
-            "help": "bfd: whole examples, each by itself. wrapped: one stream of tokens, cut every max_length.",
+            "help": "bfd: whole examples, attention within each. wrapped: one stream of tokens, cut at max_length.",
             "choices": list(PACKING_STRATEGIES),
         },
     )
-    eval_packing: bool | None = field(default=None, metadata={"help": "TRL's; moves no figure of an evaluation here."})
-    shuffle_dataset: bool = field(default=False, metadata={"help": "Shuffle the rows once, before they are packed."})
+    eval_packing: bool | None = field(
+        default=None, metadata={"help": "A name of TRL; has no effect on an evaluation here."}
+    )
+    shuffle_dataset: bool = field(default=False, metadata={"help": "Shuffle the rows once, before packing."})
     dataset_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "TRL's; only skip_prepare_dataset, for rows that hold ids already."}
+        default=None, metadata={"help": "A name of TRL; only skip_prepare_dataset, for tokenised rows."}
     )
 
     _VALID_DICT_FIELDS = [*TextConfig._VALID_DICT_FIELDS, "dataset_kwargs"]  # noqa: RUF012  # not a field
