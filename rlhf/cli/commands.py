@@ -68,14 +68,14 @@ COMMANDS: dict[str, Command | TrainingCommand] = {
         groups=(REFERENCE,),
     ),
     "kto": TrainingCommand(
-        "align with answers marked good or bad, without partners",
+        "align with single answers marked good or bad",
         trainer="rlhf.trainers:KTOTrainer",
         config="rlhf.trainers:KTOConfig",
         groups=(REFERENCE,),
     ),
     # Its teacher may be an adapter in a folder, so that a function makes the trainer.
     "distill": TrainingCommand(
-        "train a student to predict what a teacher predicts",
+        "train a student on the predictions of a teacher",
         trainer="rlhf.cli.training:make_distill_trainer",
         config="rlhf.distillation:DistillConfig",
         groups=(TEACHER_ADAPTER,),
@@ -89,31 +89,31 @@ COMMANDS: dict[str, Command | TrainingCommand] = {
     ),
     # These five are one trainer with other defaults: where advantages come from, and the loss.
     "ppo": TrainingCommand(
-        "learn from rewards, with a critic (prompts and --reward_funcs)",
+        "train on rewards with a critic (prompts, --reward_funcs)",
         trainer="rlhf.online:PPOTrainer",
         config="rlhf.online:PPOConfig",
         groups=(REFERENCE, EXPERIENCE),
     ),
     "grpo": TrainingCommand(
-        "learn from rewards, against the mean of a group (DAPO, GSPO, …)",
+        "train on rewards, baseline: mean of a group (DAPO, GSPO, …)",
         trainer="rlhf.online:GRPOTrainer",
         config="rlhf.online:GRPOConfig",
         groups=(REFERENCE, EXPERIENCE),
     ),
     "rloo": TrainingCommand(
-        "learn from rewards, against the others of a group",
+        "train on rewards, baseline: the others of a group",
         trainer="rlhf.online:RLOOTrainer",
         config="rlhf.online:RLOOConfig",
         groups=(REFERENCE, EXPERIENCE),
     ),
     "online-dpo": TrainingCommand(
-        "DPO on pairs of own completions, judged by rewards",
+        "DPO on pairs of sampled completions, ranked by rewards",
         trainer="rlhf.online:OnlineDPOTrainer",
         config="rlhf.online:OnlineDPOConfig",
         groups=(REFERENCE, EXPERIENCE),
     ),
     "best-of-n": TrainingCommand(
-        "fine-tune on the best of own completions",
+        "fine-tune on the best of n sampled completions",
         trainer="rlhf.online:BestOfNTrainer",
         config="rlhf.online:BestOfNConfig",
         groups=(REFERENCE, EXPERIENCE),
@@ -121,7 +121,7 @@ COMMANDS: dict[str, Command | TrainingCommand] = {
     # From here on nothing is trained.
     # Some of its options exclude each other, and data classes cannot express that: it has a parser of its own.
     "student": Command(
-        "make a smaller model: some of a teacher's layers, or fresh",
+        "make a smaller model: layers of a teacher, or new weights",
         module="rlhf.cli.student",
     ),
     # No options of the launcher: one process writes the folder.
@@ -131,12 +131,12 @@ COMMANDS: dict[str, Command | TrainingCommand] = {
         option_classes=("rlhf.cli.teacher:TeacherArguments", FROZEN_MODEL),
     ),
     "eval": Command(
-        "perplexity; preferences beside a reference, or KL to a teacher",
+        "perplexity, preference accuracy, or KL to a teacher",
         module="rlhf.cli.eval",
         option_classes=(LAUNCH, "rlhf.cli.eval:EvalArguments", "rlhf.cli.eval:EvaluatedArguments"),
     ),
     "compare": Command(
-        "two models on the same prompts: win rate, perplexity, accuracy",
+        "compare two models: win rate, perplexity, accuracy",
         module="rlhf.cli.compare",
         option_classes=("rlhf.cli.compare:CompareArguments",),
     ),
@@ -146,24 +146,24 @@ COMMANDS: dict[str, Command | TrainingCommand] = {
         module="rlhf.cli.chat",
     ),
     "merge": Command(
-        "an adapter and its base model as one model folder",
+        "merge an adapter into its base model",
         module="rlhf.cli.merge",
     ),
     "export": Command(
-        "a model for llama.cpp, Ollama or vLLM",
+        "prepare a model for llama.cpp, Ollama or vLLM",
         module="rlhf.cli.export",
     ),
     "data": Command(
-        "show what training reads of a file: columns, lengths, tokens",
+        "show how a data file is read: columns, lengths, tokens",
         module="rlhf.cli.data",
         option_classes=("rlhf.cli.data:AuditArguments",),
     ),
     "report": Command(
-        "one page about runs: curves, health in words, differences",
+        "a page about runs: curves, diagnosis, differences",
         module="rlhf.cli.report",
     ),
     "env": Command(
-        "what a report of a bug needs: versions, machine, variables",
+        "versions and machine, for a bug report",
         module="rlhf.cli.env",
     ),
     # Its sub-commands need a parser of their own.

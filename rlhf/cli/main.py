@@ -32,7 +32,10 @@ TORCH_ENVIRONMENT = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
     "LRU_CACHE_CAPACITY": "128",
 }
-_EXAMPLE = "in several processes: rlhf COMMAND --config FILE --num_processes N"
+_EXAMPLE = """from a file to a model in use:
+  rlhf data FILE → rlhf sft … --dry_run → rlhf sft … → rlhf report RUN
+  → rlhf compare RUN BASE → rlhf chat RUN → rlhf merge, rlhf export
+in several processes: rlhf COMMAND --config FILE --num_processes N"""
 
 
 def main(argv: list[str] | None = None) -> int:

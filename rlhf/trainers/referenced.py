@@ -26,8 +26,8 @@ class ReferencedConfig(ReferenceSyncArguments, BaseConfig):
     precompute_ref_log_probs: bool | None = field(
         default=None,
         metadata={
-            "help": "Compute the reference's log-probs once, before training, and store them on disk, so that no copy of "
-            "the weights stays in memory. Default: on if rows are read more than once."
+            "help": "Compute the reference's log-probs once, before training, and store them on disk, so that no copy "
+            "of the weights stays in memory. Default: on if rows are read more than once."
         },
     )
     precompute_ref_batch_size: int | None = field(
