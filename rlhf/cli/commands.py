@@ -118,6 +118,11 @@ COMMANDS: dict[str, Command | TrainingCommand] = {
         config="rlhf.online:BestOfNConfig",
         groups=(REFERENCE, EXPERIENCE),
     ),
+    # It starts the commands above, and passes their options on: it has a parser of its own.
+    "sweep": Command(
+        "train once for each value of some options, and compare the runs",
+        module="rlhf.cli.sweep",
+    ),
     # From here on nothing is trained.
     # Some of its options exclude each other, and data classes cannot express that: it has a parser of its own.
     "student": Command(

@@ -116,8 +116,8 @@ def _run(name: str, command: Command | TrainingCommand, words: list[str], debug:
         with _nothing_to_save():
             status: int = _module("rlhf.cli.training", debug).run(name, command, words)
             return status
-    _module(command.module, debug).run(words)
-    return ExitCode.SUCCESS
+    # Most commands return nothing; one that starts others returns their status.
+    return _module(command.module, debug).run(words) or ExitCode.SUCCESS
 
 
 def _module(name: str, debug: bool) -> Any:

@@ -57,12 +57,14 @@ class OnlineDPOTrainer(PPOTrainer):
 
         log_ratios = (logps - ref_logps).detach()
         chosen_log_ratio, rejected_log_ratio = _of_pairs(targets.sum(log_ratios))
-        margins = self.args.beta * (chosen_log_ratio - rejected_log_ratio)
+        log_ratio_margins = chosen_log_ratio - rejected_log_ratio
+        margins = self.args.beta * log_ratio_margins
         # A tie counts one half, as in offline DPO: policy = reference gives 0.5.
         accuracies = (margins > 0) + 0.5 * (margins == 0)
         kl = targets.sum(log_ratios)
         metrics = {
             "rewards/margins": (margins * pair_counts, pair_counts),
+            "log_ratios/margins": (log_ratio_margins * pair_counts, pair_counts),
             "rewards/accuracies": (accuracies * pair_counts, pair_counts),
             "kl": (kl, torch.ones_like(kl)),
             # Estimated from the samples, which needs no pass over the logits.

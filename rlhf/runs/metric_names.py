@@ -43,6 +43,7 @@ METRICS = {
     "rewards/accuracies": Metric("preference accuracy", "share", "higher"),
     "accuracy": Metric("preference accuracy", "share", "higher"),
     "rewards/margins": Metric("margin of implicit rewards", "", "higher"),
+    "log_ratios/margins": Metric("margin of log-ratios to the reference", "nats", "higher"),
     "margin": Metric("margin of rewards", "", "higher"),
     "rewards/chosen": Metric("reward of chosen answers"),
     "rewards/rejected": Metric("reward of rejected answers"),
@@ -112,6 +113,7 @@ CHARTS: dict[str, tuple[ChartPlan, ...]] = {
     "Preferences": (
         ChartPlan("Preference accuracy", ("rewards/accuracies", "accuracy")),
         ChartPlan("Margin between chosen and rejected", ("rewards/margins", "margin")),
+        ChartPlan("Margin without beta, which compares across runs", ("log_ratios/margins",)),
         ChartPlan("Rewards of chosen and rejected answers", ("rewards/chosen", "rewards/rejected")),
         ChartPlan("Log-probs of chosen and rejected answers", ("logps/chosen", "logps/rejected")),
         ChartPlan("Calibration", ("brier_score", "calibration_error")),

@@ -31,7 +31,8 @@ class DPOTrainer(ReferencedTrainer):
             for ``odpo``), ``processing_class``, ``peft_config``, ``callbacks``, … as in :class:`SFTTrainer`.
     Logs:
         ``loss`` (log 2 at the start, for ``sigmoid``), ``rewards/chosen`` and ``rewards/rejected``
-        (beta * log-ratio to the reference), ``rewards/margins`` (their difference), ``rewards/accuracies`` (share of
+        (beta * log-ratio to the reference), ``rewards/margins`` (their difference), ``log_ratios/margins`` (the same
+        without beta, in nats), ``rewards/accuracies`` (share of
         pairs whose margin is positive; a tie counts one half, so policy = reference gives 0.5), ``logps/chosen`` and
         ``logps/rejected`` (sums over completion tokens, in nats), ``perplexity/chosen`` (of all chosen tokens).
     Raises:
@@ -177,6 +178,8 @@ def pair_metrics(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejec
         "rewards/rejected": rejected_rewards,
         "rewards/accuracies": torch.where(is_tie, 0.5, (margins > 0).to(margins.dtype)),
         "rewards/margins": margins,
+        # Without beta, so that runs with different betas compare.
+        "log_ratios/margins": (chosen - ref_chosen) - (rejected - ref_rejected),
         "logps/chosen": chosen,
         "logps/rejected": rejected,
     }

@@ -71,6 +71,7 @@ class KTOTrainer(ReferencedTrainer):
     Logs:
         ``loss`` (0.5 at the start, with weights of 1), ``kl`` (z, nats), ``rewards/chosen`` and ``rewards/rejected``
         (beta * log-ratio to the reference, of good and of bad answers), ``rewards/margins`` (their difference),
+        ``log_ratios/margins`` (the same without beta, in nats),
         ``logps/chosen`` and ``logps/rejected`` (sums over completion tokens, in nats).
     Raises:
         ValueError: bad data, named by data set and row, before any step.
@@ -182,10 +183,12 @@ class KTOTrainer(ReferencedTrainer):
         values = super().reduce_metrics(sums)
         if "rewards/chosen" in values:
             values["rewards/margins"] = values["rewards/chosen"] - values["rewards/rejected"]
+            # Without beta, so that runs with different betas compare.
+            values["log_ratios/margins"] = values["rewards/margins"] / self.args.beta
         reported = {}
         for name, value in values.items():
             # NaN where a logging step had answers of one kind only: no value is known then.
-            if not (name.startswith(("rewards/", "logps/")) and math.isnan(value)):
+            if not (name.startswith(("rewards/", "logps/", "log_ratios/")) and math.isnan(value)):
                 reported[name] = value
         return reported
 
