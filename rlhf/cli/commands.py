@@ -163,6 +163,15 @@ COMMANDS: dict[str, Command | TrainingCommand] = {
         module="rlhf.cli.data",
         option_classes=("rlhf.cli.data:AuditArguments",),
     ),
+    # They read no model and no rows.
+    "recipes": Command(
+        "the recipes that come with the package, with their memory",
+        module="rlhf.cli.recipes",
+    ),
+    "init": Command(
+        "write a recipe into a file of your own",
+        module="rlhf.cli.init",
+    ),
     "report": Command(
         "a page about runs: curves, diagnosis, differences",
         module="rlhf.cli.report",

@@ -63,8 +63,9 @@ def test_public_names_exist_and_are_documented(module):
 
 
 ONLINE = ("ppo", "grpo", "rloo", "online_dpo", "best_of_n")
+ADAPTED = ("sft_lora", "sft_qlora", "sft_long", "sft_laptop", "dpo_lora")
 HAS = {
-    "configs": ("sft", "distill", "dpo", "kto", "reward", *ONLINE),
+    "configs": ("sft", "distill", "dpo", "kto", "reward", *ONLINE, *ADAPTED),
     "demo": ("sft", "dpo", "ppo", "distill"),
     "docs/runs/smollm2-135m": ("sft", "dpo"),
     "docs/runs/one-sentence": ("ppo", "grpo"),
@@ -73,7 +74,11 @@ HAS = {
 }
 TRAINING = [ROOT / f"{folder}/{name}.yaml" for folder, names in HAS.items() for name in names]
 # Files that are not named after their command.
-COMMAND_OF = {"hard": "sft", **dict.fromkeys(("live", "cached", "gkd"), "distill")}
+COMMAND_OF = {
+    **{name: name.partition("_")[0] for name in ADAPTED},
+    "hard": "sft",
+    **dict.fromkeys(("live", "cached", "gkd"), "distill"),
+}
 
 
 @pytest.mark.parametrize("file", TRAINING, ids=lambda f: f"{f.parent.name}/{f.name}")
@@ -105,5 +110,5 @@ def test_accelerate_configs_load(file):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.stem)
 def test_configs_are_headed_by_their_command(file):
-    command = file.stem.replace("_", "-")
+    command = COMMAND_OF.get(file.stem, file.stem).replace("_", "-")
     assert file.read_text().startswith(f"# rlhf {command} --config configs/{file.name}\n# accelerate launch")
