@@ -227,6 +227,7 @@ def _answers(
         )
         open_count = len(questions) - len(answers)
         num_batches = -(-open_count // args.batch_size)
+        logger.info("%s answers %d prompts", name, open_count)
         for batch in track(batches, f"answers of {name}", num_batches, console=Console(stderr=True), transient=True):
             for answer in batch:
                 stored.add(asdict(answer))

@@ -2,17 +2,24 @@
 
 import json
 import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 import torch
 from conftest import close, tiny_model
+from tenacity import wait_none
+from transformers import AutoModelForSequenceClassification
 
+from rlhf.cli.judges import ServerJudge
 from rlhf.cli.main import main
-from rlhf.data import RowFormat, load_data
+from rlhf.data import Dialogue, RowFormat, load_data
 from rlhf.evaluation.answers import Answer, Question, answer_questions, questions_of
 from rlhf.evaluation.comparison import Likelihoods, answer_figures, judged_figures, likelihood_figures
-from rlhf.evaluation.endpoint_judge import read_choice, verdict_of_orders
-from rlhf.evaluation.judging import Verdict, ask_person, b_is_first, verdict_of_choice
+from rlhf.evaluation.endpoint_judge import EndpointJudge, read_choice, verdict_of_orders
+from rlhf.evaluation.judging import Verdict, b_is_first, verdict_of_choice
+from rlhf.rewards import ModelReward
 from rlhf.rollouts import Sampling
 
 
@@ -160,6 +167,70 @@ def test_an_answer_does_not_depend_on_its_batch(tokenizer, data_files):
     assert rest == found[4][4:]
 
 
+class FakeJudge(BaseHTTPRequestHandler):
+    """Prefers the longer answer, except for one prompt, where it always takes the first; is busy once."""
+
+    requests: ClassVar[list[dict]] = []
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.requests.append({"path": self.path, "key": self.headers["Authorization"], **body})
+        self.send_response(503 if len(self.requests) == 1 else 200)
+        self.end_headers()
+        text = body["messages"][1]["content"]
+        first, second = (part.split("\n[End")[0] for part in re.split(r"\[Answer of assistant [AB]\]\n", text)[1:])
+        decision = "A" if text.startswith("[Prompt]\np2\n") or len(first) > len(second) else "B"
+        reply = {"choices": [{"message": {"content": f"Because. [[{decision}]]"}}]}
+        self.wfile.write(json.dumps(reply).encode())
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def judge_url(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeJudge)
+    monkeypatch.setattr(FakeJudge, "requests", [])
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_endpoint_is_asked_in_both_orders_once(judge_url, tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf.data.http_client.wait_exponential", lambda **kwargs: wait_none())
+    questions = [Question(Dialogue(f"p{index}"), {}) for index in range(4)]
+    a, b = answers("short", "much longer", "x", "same"), answers("not short", "tiny", "yy", "same")
+
+    def verdicts():
+        judge = ServerJudge(EndpointJudge(judge_url, "a-model", "a-secret"), tmp_path)
+        return judge.verdicts("key", questions, a, b), judge.name
+
+    found, name = verdicts()
+    assert [verdict.score for verdict in found] == [1.0, 0.0, 0.5, 0.5]
+    assert found[2].positions == ("first", "first") and found[3].positions is None
+    assert len(FakeJudge.requests) == 7  # three prompts in two orders, and one request that was repeated
+    assert {request["path"] for request in FakeJudge.requests} == {"/v1/chat/completions"}
+    assert {(request["key"], request["model"]) for request in FakeJudge.requests} == {("Bearer a-secret", "a-model")}
+    assert "a-secret" not in name + "".join(file.read_text() for file in tmp_path.iterdir())
+    # Judgements are stored: nothing is asked again.
+    assert verdicts() == (found, name) and len(FakeJudge.requests) == 7
+
+
+def test_a_reward_model_judges(compare, tmp_path, tokenizer):
+    config = tiny_model().config
+    config.num_labels = 1
+    torch.manual_seed(2)
+    model = AutoModelForSequenceClassification.from_config(config)
+    model.save_pretrained(tmp_path / "reward")
+    tokenizer.save_pretrained(tmp_path / "reward")
+    result = compare("--reward_model", str(tmp_path / "reward"))
+    reward = ModelReward(str(tmp_path / "reward"))
+    for row in result["answers"]:
+        close(row["rewards"], reward([row["prompt"]] * 2, [row["a"], row["b"]]))
+        assert row["score"] == float(row["rewards"][1] > row["rewards"][0])
+
+
 def answers(*texts):
     return [Answer(text, [1] * len(text), is_whole=True) for text in texts]
 
@@ -179,13 +250,11 @@ def test_the_last_decision_of_a_judge_counts():
 
 
 def test_a_person_sees_a_random_order_without_names():
-    questions = [Question(dialogue, {}) for dialogue in ()]
     orders = [b_is_first("key", index) for index in range(400)]
     assert 160 < sum(orders) < 240 and orders == [b_is_first("key", index) for index in range(400)]
     first_wins = [verdict_of_choice("key", index, "first").score for index in range(400)]
     assert first_wins == [float(order) for order in orders]
     assert verdict_of_choice("key", 0, "tie").score == 0.5
-    ask_person("key", questions, [], [], [], input, print)  # nothing to ask
 
 
 def test_few_prompts_are_called_few():
