@@ -17,7 +17,9 @@ body { max-width: 80rem; }
 .pair > div { min-width: 0; } .pair h3 { font-size: .95rem; margin: .3rem 0; } pre { margin: .2rem 0 .6rem; }
 .wins { border-left: 4px solid var(--bar); padding-left: .6rem; } .wide { overflow-x: auto; }
 td.n, th.n { text-align: right; white-space: nowrap; width: auto; padding-left: .8rem; }
-label { margin-right: 1.2rem; } button { font: inherit; padding: .4rem 1rem; }
+.wide td:first-child { min-width: 8rem; overflow-wrap: normal; }
+label { display: inline-block; margin-right: 1.2rem; } fieldset { border: 1px solid var(--line); min-width: 0; }
+ button { font: inherit; padding: .4rem 1rem; }
 .save { position: sticky; bottom: 0; background: var(--paper); border-top: 1px solid var(--line); padding: .6rem 0; }
 @media (max-width: 45rem) { .pair { grid-template-columns: 1fr; } }
 """
@@ -135,8 +137,8 @@ def _judged_pair(comparison: Comparison, index: int) -> dict[str, str]:
         "prompt": visible(prompt_text(comparison.questions[index].dialogue.prompt)),
         "winner": winner,
         "result": result,
-        "a": visible(answers[0].text),
-        "b": visible(answers[1].text),
+        "a": visible(answers[0].text.strip()),
+        "b": visible(answers[1].text.strip()),
         "note_a": notes[0],
         "note_b": notes[1],
     }
@@ -153,9 +155,9 @@ def blind_page(comparison: Comparison) -> str:
     """
     pairs = []
     for index, question in enumerate(comparison.questions):
-        texts = [visible(answers[index].text) for answers in comparison.answers]
+        texts = [visible(answers[index].text.strip()) for answers in comparison.answers]
         # Identical answers are a tie without being asked.
-        if texts[0] == texts[1]:
+        if comparison.answers[0][index].text == comparison.answers[1][index].text:
             continue
         if b_is_first(comparison.key, index):
             texts.reverse()
