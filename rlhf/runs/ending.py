@@ -67,7 +67,8 @@ def before_and_after(history: Sequence[Mapping[str, Any]], figures: Mapping[str,
     if len(of_last) > 1:
         return f"evaluation: {_change(list(of_last.values()), figures, prefix)}"
     parts = []
-    training = [entry for entry in history if "loss" in entry]
+    # Not all lines of a trainer have figures: a rollout may serve several.
+    training = [entry for entry in history if "loss" in entry and _texts(entry, figures, "")]
     if training:
         parts.append(f"training: {_change(training, figures, '')}")
     if evaluations:

@@ -138,11 +138,14 @@ def log_line(logs: Mapping[str, object], figures: Mapping[str, str], pace: Pace)
     is_evaluation = prefix.split("_")[0] == EVALUATION
     values = {name.removeprefix(prefix): value for name, value in numbers.items()}
     chosen = {label: values[name] for name, label in figures.items() if name in values}
+    # Rewards are those of a rollout, which may serve several lines.
+    if not chosen and "loss" in values:
+        chosen = {"loss": values["loss"]}
     costs = tuple(f"{prefix.removesuffix('_')}{end}" for end in _ENDS_OF_COST)
     others = {
         name.removeprefix(prefix): value
         for name, value in numbers.items()
-        if name.removeprefix(prefix) not in figures and name not in _ELSEWHERE and name not in costs
+        if name.removeprefix(prefix) not in (*figures, *chosen) and name not in _ELSEWHERE and name not in costs
     }
     if is_evaluation:
         set_name = prefix.removeprefix(EVALUATION).strip("_")

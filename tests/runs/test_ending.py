@@ -24,6 +24,8 @@ def test_with_one_evaluation_or_none_it_is_training_and_says_so():
     assert before_and_after([*TRAINING, {"step": 30, "train_loss": 5.0, "train_runtime": 1.0}], SFT) == training
     assert before_and_after([*TRAINING, EVALUATIONS[-1]], SFT) == f"{training}; evaluation: loss 4.159 · ppl 64.03"
     assert before_and_after(TRAINING[:1], SFT) == "training: loss 6.259 · ppl 523.7 (step 5)"
+    rollouts = [{"step": 1, "loss": 0.1, "reward": 0.2}, {"step": 2, "loss": 0.3}]
+    assert before_and_after(rollouts, FIGURES["PPOTrainer"]) == "training: reward 0.200 (step 1)"
     assert before_and_after([], SFT) == "no line of the log: see --logging_steps"
 
 

@@ -59,6 +59,11 @@ def test_the_summary_of_a_run_is_no_line_and_an_entry_of_somebody_else_is():
     assert line.text() == "step  40/104 · my_metric 3.000 · 1.23k tok/s · 1:19 left"
 
 
+def test_a_line_between_two_rollouts_has_its_loss():
+    line = log_line({"loss": -0.25, "approx_kl": 0.1}, FIGURES["PPOTrainer"], Pace(2, 2))
+    assert line.text() == "step 2/2 · loss -0.250" and line.others == {"approx_kl": 0.1}
+
+
 def test_steps_that_were_skipped_are_on_the_line_and_the_last_step_has_no_time_left():
     line = log_line({"loss": math.nan, "nonfinite_steps": 2}, FIGURES["SFTTrainer"], Pace(7, 7, None, 0.0))
     assert line.text() == "step 7/7 · loss nan · 2 steps skipped"
