@@ -14,14 +14,20 @@
     return String(Number(value.toPrecision(4)));
   }
 
-  // Powers of ten alone, and few of them: uPlot draws a line for each multiple.
+  // Few lines of a logarithmic scale: uPlot draws one for each multiple of a power of ten.
   function powers(plot, axis, min, max) {
     const first = Math.floor(Math.log10(min)), last = Math.ceil(Math.log10(max));
     const every = Math.max(1, Math.ceil((last - first) / 5));
+    const multiples = max < 100 * min ? [1, 2, 5] : [1];
     const found = [];
-    for (let power = first; power <= last; power += every) found.push(Number(`1e${power}`));
-    return found;
+    for (let power = first; power <= last; power += every) {
+      for (const multiple of multiples) found.push(Number(`${multiple}e${power}`));
+    }
+    return found.filter((value) => value >= min && value <= max);
   }
+
+  // By itself uPlot ends a logarithmic scale at powers of ten, which may leave half of the chart empty.
+  const tightRange = (plot, min, max) => (min === null ? [1, 10] : [min / 1.1, max * 1.1]);
 
   // Of one run the colour tells the metric; of several runs it tells the run, and the dash the metric.
   const strokeOf = (line) => colour(`--c${(severalRuns ? line.run : line.kind) % COLOURS}`);
@@ -48,10 +54,11 @@
     const options = {
       width: place.clientWidth,
       height: HEIGHT,
-      scales: { x: { time: false }, y: { distr: chart.log ? 3 : 1 } },
+      scales: { x: { time: false }, y: chart.log ? { distr: 3, range: tightRange } : {} },
       axes: [
         { ...axis, size: 30, values: (plot, splits) => splits.map((split) => (Number.isInteger(split) ? split : "")) },
-        { ...axis, size: 66, ...(chart.log ? { splits: powers } : {}), values: (plot, splits) => splits.map((split) => (split === null ? "" : figure(split))) },
+        { ...axis, size: 66, ...(chart.log ? { splits: powers, filter: (plot, splits) => splits } : {}),
+          values: (plot, splits) => splits.map(figure) },
       ],
       series: [{ label: "step" }, ...chart.lines.map(series)],
       cursor: { sync: { key: "step", setSeries: false, scales: ["x", null] }, drag: { x: true, y: false } },
