@@ -282,8 +282,17 @@ def changed_options(config: Any) -> dict[str, Any]:
         default = option.default_factory() if option.default_factory is not MISSING else option.default
         value = getattr(config, option.name)
         if option.init and value != default:
-            changed[option.name] = value
+            changed[option.name] = _as_text(value)
     return changed
+
+
+def _as_text(value: Any) -> Any:
+    """A function, or those in a list, by name: a configuration is saved, and a function of a notebook cannot be."""
+    if isinstance(value, list | tuple):
+        return [_as_text(item) for item in value]
+    if callable(value):
+        return f"{value.__module__}:{getattr(value, '__qualname__', type(value).__name__)}"
+    return value
 
 
 def renames(given: Any, option: str) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Functions of the user's own: a wrong one is named in one line before anything is loaded."""
 
+import pickle
+
 import pytest
 
 from rlhf import DistillConfig, DPOConfig, GRPOConfig, OnlineDPOConfig, SFTConfig
@@ -96,6 +98,13 @@ def test_a_loss_of_tokens(tmp_path):
     file.write_text("def focal(logps):\n    return -logps * (1 - logps.detach().exp())\n")
     args = SFTConfig(str(tmp_path), loss_type=f"{file}:focal", use_cpu=True)
     assert args.to_dict()["loss_type"] == f"{file}:focal"
+
+
+def test_a_configuration_with_a_function_can_be_saved(tmp_path):
+    loss = lambda pair, beta=0.1: pair.margin()  # noqa: E731
+    args = DPOConfig(str(tmp_path), use_cpu=True, loss_type=[loss, "sigmoid"])
+    name = f"{__name__}:test_a_configuration_with_a_function_can_be_saved.<locals>.<lambda>"
+    assert pickle.loads(pickle.dumps(args)).loss_type == [name, "sigmoid"] == args.given_options["loss_type"]
 
 
 def test_functions_of_the_package_are_not_tried(tmp_path, monkeypatch):
