@@ -23,11 +23,13 @@ class Command:
         summary: one line for ``rlhf --help``.
         module: where ``run`` is.
         option_classes: data classes whose fields are the options. Empty where the module has a parser of its own.
+        group: heading in ``rlhf --help``.
     """
 
     summary: str
     module: str
     option_classes: tuple[str, ...] = ()
+    group: str = "More"
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,17 @@ class TrainingCommand:
     load_model: str = "rlhf.models:load_model"
 
     @property
+    def group(self) -> str:
+        """Heading in ``rlhf --help``."""
+        return "Train"
+
+    @property
     def option_classes(self) -> tuple[str, ...]:
         """Data classes whose fields are the options, in the order of the help."""
         return (LAUNCH, DATA, MODEL, *self.groups, self.config)
 
+
+GROUPS = ("Train", "Prepare", "Results", "More")  # headings of the help, in this order
 
 # In the order of the help: by how often a command is the first one that people use.
 COMMANDS: dict[str, Command | TrainingCommand] = {
@@ -122,59 +131,71 @@ COMMANDS: dict[str, Command | TrainingCommand] = {
     "sweep": Command(
         "train once for each value of some options, and compare the runs",
         module="rlhf.cli.sweep",
+        group="Train",
     ),
     # From here on nothing is trained.
     # Some of its options exclude each other, and data classes cannot express that: it has a parser of its own.
     "student": Command(
         "make a smaller model: layers of a teacher, or new weights",
         module="rlhf.cli.student",
+        group="Prepare",
     ),
     # No options of the launcher: one process writes the folder.
     "teacher": Command(
         "store a teacher's predictions for a data set, to distill from",
         module="rlhf.cli.teacher",
         option_classes=("rlhf.cli.teacher:TeacherArguments", FROZEN_MODEL),
+        group="Prepare",
     ),
     "eval": Command(
         "perplexity, preference accuracy, or KL to a teacher",
         module="rlhf.cli.eval",
         option_classes=(LAUNCH, "rlhf.cli.eval:EvalArguments", "rlhf.cli.eval:EvaluatedArguments"),
+        group="Results",
     ),
     "compare": Command(
         "compare two models: win rate, perplexity, accuracy",
         module="rlhf.cli.compare",
         option_classes=("rlhf.cli.compare:CompareArguments",),
+        group="Results",
     ),
     # Their models are words without an option's name, so they have parsers of their own.
     "chat": Command(
         "talk to a model, or to two side by side",
         module="rlhf.cli.chat",
+        group="Results",
     ),
     "merge": Command(
         "merge an adapter into its base model",
         module="rlhf.cli.merge",
+        group="Results",
     ),
     "export": Command(
         "prepare a model for llama.cpp, Ollama or vLLM",
         module="rlhf.cli.export",
+        group="Results",
     ),
     "data": Command(
         "show how a data file is read: columns, lengths, tokens",
         module="rlhf.cli.data",
         option_classes=("rlhf.cli.data:AuditArguments",),
+        group="Prepare",
     ),
     # They read no model and no rows.
     "recipes": Command(
         "the recipes that come with the package, with their memory",
         module="rlhf.cli.recipes",
+        group="Prepare",
     ),
     "init": Command(
         "write a recipe into a file of your own",
         module="rlhf.cli.init",
+        group="Prepare",
     ),
     "report": Command(
         "a page about runs: curves, diagnosis, differences",
         module="rlhf.cli.report",
+        group="Results",
     ),
     "env": Command(
         "versions and machine, for a bug report",

@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf import __version__
 from rlhf.cli.cache_folder import move_caches
-from rlhf.cli.commands import COMMANDS, LAUNCH, Command, TrainingCommand
+from rlhf.cli.commands import COMMANDS, GROUPS, LAUNCH, Command, TrainingCommand
 from rlhf.cli.exit_codes import ExitCode
 from rlhf.cli.failing import MENDABLE, fail, in_several_processes, interrupted
 from rlhf.cli.field_names import names_of_options
@@ -84,17 +84,26 @@ def _parser() -> argparse.ArgumentParser:
         "rlhf",
         usage="rlhf [-h | --version] COMMAND ...",
         add_help=False,
+        description=_description(),
         epilog=_EXAMPLE,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=15),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     # Both are in the usage line, which leaves the screen to the commands.
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="store_true", help=argparse.SUPPRESS)
-    title = "Fine-tune language models on text and on preferences (rlhf COMMAND --help)"
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title=title)
-    for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.summary, add_help=False)
+    # The description lists them under headings, which argparse has for options only.
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", help=argparse.SUPPRESS)
+    for name in COMMANDS:
+        commands.add_parser(name, add_help=False)
     return parser
+
+
+def _description() -> str:
+    lines = ["Fine-tune language models on text and on preferences (rlhf COMMAND --help)"]
+    for group in GROUPS:
+        lines += ["", f"{group}:"]
+        lines += [f"  {name:10}  {command.summary}" for name, command in COMMANDS.items() if command.group == group]
+    return "\n".join(lines)
 
 
 def _run(name: str, command: Command | TrainingCommand, words: list[str], debug: bool) -> int:
