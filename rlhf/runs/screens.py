@@ -198,12 +198,12 @@ class NotebookScreen:
 
     def close(self) -> None:
         """Take the bar away; the table stays."""
-        if self._bar and self._handle is not None:
-            self._bar = ""
+        self._bar = ""
+        if self._handle is not None:
             self._update()
 
     def html(self) -> str:
-        """The table, the bar and the texts below it, as they are now.
+        """The table, the bar and the last text below it, as they are now.
 
         Returns:
             HTML, whose texts are escaped.
@@ -213,7 +213,7 @@ class NotebookScreen:
             parts.append(_html_table(self._rows[-_NOTEBOOK_LINES:]))
         if self._bar:
             parts.append(f"<div>{self._bar}</div>")
-        parts += [f'<pre style="white-space: pre-wrap">{escape(text)}</pre>' for text in self._texts[-3:]]
+        parts += [f'<pre style="white-space: pre-wrap">{escape(text)}</pre>' for text in self._texts[-1:]]
         return "\n".join(parts)
 
     def _update(self) -> None:

@@ -75,6 +75,7 @@ def test_a_notebook_has_a_table_that_is_updated_in_place():
     assert cells[7:] == ["5/20", "0.500", "1.600", "2e-5", "1.23k tok/s", "0.400", "1.500"]
     assert '<progress value="5" max="20"></progress> step 5/20 · 1:01 left' in shown[-1]
     assert "&lt;b&gt;an answer" in shown[-1]
+    screen.move(Pace(20, 20), None)  # so soon after the last update that it is not shown
     screen.close()
     assert "<progress" not in shown[-1] and "<table" in shown[-1]
 
