@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -103,6 +104,9 @@ def run(argv: list[str]) -> None:
     names = _checked_names(args, model_args)
     check_output_file("output_file", None if args.output_file == STDOUT else args.output_file, args.overwrite)
     if args.tasks is not None:
+        # Each process would run all tasks.
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("--tasks runs in one process: leave --num_processes out")
         check_tasks(args.tasks)
     # Tasks bring rows of their own.
     rows = None if args.tasks is not None and args.dataset_name is None else args.load_rows()

@@ -68,6 +68,13 @@ def test_options_that_do_not_fit_are_told(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_tasks_in_several_processes_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["eval", "--model_name_or_path", "a", "--tasks", "gsm8k"]) == 2
+    assert "--tasks runs in one process" in capsys.readouterr().err
+
+
 def test_without_lm_eval_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setattr("rlhf.evaluation.harness.find_spec", lambda name: None)
     assert main(["eval", "--model_name_or_path", "a", "--tasks", "gsm8k"]) == 2
