@@ -53,7 +53,7 @@ def _parser() -> RaisingParser:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a folder (model or adapter), or a hub name")
     parser.add_argument("--system", help="the system message")
     parser.add_argument("--tools", metavar="FILE", help="a JSON file with a list of tools")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the most likely token (default: 0.7)")
     parser.add_argument("--top_p", type=float, default=0.95, help="probability that is kept (default: 0.95)")
     parser.add_argument("--top_k", type=int, default=0, help="tokens that are kept; 0 keeps all (default: 0)")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="longest answer (default: 512)")

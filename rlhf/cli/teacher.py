@@ -111,7 +111,7 @@ def _teach(args: TeacherArguments, model_args: LoadArguments, name: str, folder:
 
 
 def _keep_predictions(job: _Job) -> None:
-    """Keep the k likeliest tokens at each scored position."""
+    """Keep the k most likely tokens at each scored position."""
     args, folder = job.args, job.folder
     vocabulary = vocabulary_size(job.model)
     rows = tokenize_sft(

@@ -60,7 +60,7 @@ class Batch:
         per_token: tensors [N, ...] in the order of ``targets``, by name, such as ``old_logps`` and ``advantages``.
         per_sequence: tensors [S, ...], by name, such as ``ref_logps`` (sums under the reference), ``margin`` (of a
             pair, at both of its sequences) and ``desirable``.
-        extras: whatever else a loss needs, by name: objects that can move to a device.
+        extras: other inputs of a loss, by name: objects that can move to a device.
     Raises:
         ValueError: a tensor of ``per_token`` or ``per_sequence`` has another length.
     """

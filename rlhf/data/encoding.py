@@ -42,11 +42,11 @@ _MASKS = ("completion_mask", "assistant_masks", "attention_mask")
 
 @dataclass(frozen=True)
 class Reading:
-    """How a trainer reads rows, besides their length.
+    """How a trainer reads rows, apart from their length.
 
     Args:
         form: Names of columns and roles, and options of the template.
-        split_turns: Whether each answer of a conversation is a row of its own, behind all that comes before it.
+        split_turns: Whether each answer of a conversation is a separate row, after all earlier turns.
         bad_rows: File that lists the rows that cannot be read; these are left out. None stops at the first.
     """
 

@@ -24,7 +24,7 @@ class Mixture:
     """Data sets to train on together.
 
     Args:
-        parts: The data sets, each with columns of its own.
+        parts: The data sets; their columns may differ.
         weights: Shares, in any unit. With them, each row is drawn from one of the sets with these probabilities, until
             one set has no row left; no row comes twice. Without them, all rows are taken, one set after the other.
         by: What the shares are of: ``"rows"``, or ``"tokens"`` of the tokenised rows.
@@ -163,7 +163,7 @@ def shuffled(rows: Rows | Mixture, seed: int, buffer: int) -> Any:
     Args:
         rows: Rows or a mixture.
         seed: Decides the order.
-        buffer: Each row is drawn from so many next ones; 0 keeps the order.
+        buffer: Number of next rows from which each row is drawn; 0 keeps the order.
 
     Returns:
         The rows.

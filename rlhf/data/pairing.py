@@ -21,7 +21,7 @@ _VERSION = 1  # part of the cache key: raise it when the meaning of a row change
 
 
 def pairs_of_labelled(dataset: Dataset, row_format: RowFormat) -> Dataset:
-    """Make pairs of rows with a ``label``: the good answers to a prompt beside its bad ones, in order.
+    """Make pairs of rows with a ``label``: each good answer to a prompt with a bad one, in order.
 
     Args:
         dataset: Rows of a prompt, a completion and a label.

@@ -1,4 +1,4 @@
-"""Run a teacher once over a data set: keep its likeliest tokens at each scored position, or its answers to prompts."""
+"""Run a teacher once over a data set: store its most likely tokens at each scored position, or its answers."""
 
 import json
 import logging

@@ -28,7 +28,7 @@ LayerOutputs = dict[int, Tensor]  # from the position of a layer among the compa
 
 @dataclass(frozen=True)
 class MatchingWeights:
-    """What is compared besides predictions.
+    """Weights of the comparisons beyond predictions.
 
     Args:
         hidden_states: weight of the distance, >= 0; nothing is compared at 0.
@@ -97,7 +97,7 @@ class MatchingPolicy(Policy):
 
         Args:
             teacher: a transformers model, which may be the student's own under another adapter.
-            weights: what is compared.
+            weights: the comparisons and their weights.
             seed: of the projections, drawn as ``nn.Linear`` draws its weight.
         Raises:
             ValueError: the student is deeper than the teacher, or layers are not in one list.

@@ -25,7 +25,7 @@ class TeacherObjective(HeadObjective):
 
     Args:
         teacher: from the student's policy to the teacher's.
-        divergence: what is compared, and the weights of the loss.
+        divergence: the divergence, and the weights of the loss.
     """
 
     teacher: PolicyOfTeacher

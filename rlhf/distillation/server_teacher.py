@@ -18,11 +18,11 @@ from rlhf.rollouts import ServerEngine
 
 @dataclass
 class ServerTeacher(TopKTeacher):
-    """A teacher behind vLLM's completion endpoint; the student is compared with its likeliest tokens.
+    """A teacher behind vLLM's completion endpoint; the student is compared with its most likely tokens.
 
     Args:
         engine: connected to a server, see :func:`connect`.
-        k: likeliest tokens to ask for at each position (vLLM allows 20 unless started with --max-logprobs).
+        k: most likely tokens to ask for at each position (vLLM allows 20 unless started with --max-logprobs).
     """
 
     engine: ServerEngine
@@ -50,7 +50,7 @@ class ServerTeacher(TopKTeacher):
         Args:
             rows: tokenised, with ``input_ids`` and ``labels``.
         Returns:
-            The k likeliest tokens at each scored position, [N, k], with the mass of the rest; and the log-probs of the
+            The k most likely tokens at each scored position, [N, k], with the mass of the rest; and log-probs of the
             scored tokens themselves, [N], row after row.
         Raises:
             ServerError: the server does not report log-probs of a prompt.
@@ -64,10 +64,10 @@ class ServerTeacher(TopKTeacher):
             for token, label, logp_of in zip(row["input_ids"][1:], row["labels"][1:], report[1:], strict=True):
                 if label == IGNORE:
                     continue
-                # The server adds the token at hand to the k likeliest, which makes k or k + 1 entries.
-                likeliest = sorted(logp_of, key=logp_of.__getitem__, reverse=True)[: self.k]
-                top_ids.append(likeliest)
-                top_logps.append([logp_of[candidate] for candidate in likeliest])
+                # The server adds the token at hand to the k most likely, which makes k or k + 1 entries.
+                most_likely = sorted(logp_of, key=logp_of.__getitem__, reverse=True)[: self.k]
+                top_ids.append(most_likely)
+                top_logps.append([logp_of[candidate] for candidate in most_likely])
                 token_logps.append(logp_of[token])
         logps = torch.tensor(top_logps)
         # In float64: for a confident teacher the rest is a small difference of numbers near 1.

@@ -1,9 +1,9 @@
-"""A teacher's likeliest tokens for a data set, kept in a folder that is memory-mapped and knows what it was made from.
+"""A teacher's most likely tokens for a data set, stored in a memory-mapped folder that records how it was made.
 
 The folder holds ``teacher.json``, the key of everything that determines the rest, and flat arrays over all scored
 tokens, row after row:
 
-    ids.npy      [N, k]      the likeliest tokens, the likeliest first
+    ids.npy      [N, k]      the most likely tokens, the most likely first
     logps.npy    [N, k + 1]  their log-probs; the last column is the log of the mass of all other tokens
     offsets.npy  [rows + 1]  where the tokens of each row begin
     done.npy     [rows]      1 for a row that is written

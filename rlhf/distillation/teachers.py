@@ -31,7 +31,7 @@ class TeacherSource(ABC):
 
     Args:
         divergence: the loss of a token.
-        matching: the comparison of hidden states, for teachers that run beside the student.
+        matching: the comparison of hidden states, for teachers that run in the same process.
     """
 
     divergence: Divergence
@@ -109,7 +109,7 @@ class TeacherSource(ABC):
 
 
 class RunningTeacher(TeacherSource):
-    """A teacher that runs beside the student: all of its predictions are known, and its layers too."""
+    """A teacher in memory: all of its predictions and hidden states are available."""
 
     @abstractmethod
     def policy_of(self, student: Policy) -> Any:
@@ -127,7 +127,7 @@ class RunningTeacher(TeacherSource):
 
 @dataclass
 class LiveTeacher(RunningTeacher):
-    """A model of its own, frozen and without dropout.
+    """A separate model, frozen and without dropout.
 
     Args:
         policy: the teacher.
@@ -159,7 +159,7 @@ class AdapterTeacher(RunningTeacher):
 
 
 class TopKTeacher(TeacherSource):
-    """A teacher that is not in memory: its likeliest tokens travel with the batch, ``batch.extras["teacher"]``."""
+    """A teacher that is not in memory: its most likely tokens travel with the batch, ``batch.extras["teacher"]``."""
 
     def objective(self, batch: Batch) -> HeadObjective:
         top_k: Any = batch.extras["teacher"]
@@ -172,7 +172,7 @@ class TopKTeacher(TeacherSource):
 
 @dataclass
 class FileTeacher(TopKTeacher):
-    """The teacher's likeliest tokens, kept in a folder for the training rows.
+    """The teacher's most likely tokens, stored in a folder for the training rows.
 
     Args:
         file: the opened folder.

@@ -44,7 +44,7 @@ class DistillTrainer(TextTrainer):
     .. math:: L = \frac{1}{N} \sum_{t} \big(w_d\,D(p_t, q_t) - w_c \log q_t(y_t)\big),\;
               N = \text{scored tokens of the optimizer step}
 
-    The teacher is one of :mod:`rlhf.distillation.teachers`: a model of its own, frozen and without dropout; the
+    The teacher is one of :mod:`rlhf.distillation.teachers`: a separate model, frozen and without dropout; the
     student's own weights with the adapter off or with another adapter, which needs no second copy of the weights; a
     folder of kept predictions (``args.teacher_file``); or a server (``args.teacher_server_url``). With a folder or a
     server, evaluation is that of supervised fine-tuning.
@@ -60,8 +60,8 @@ class DistillTrainer(TextTrainer):
         kwargs: ``train_dataset``, ``eval_dataset``, ``processing_class``, ``peft_config``, ``callbacks``, … as in
             :class:`SFTTrainer`.
     Logs:
-        ``loss``; ``kl``, KL(teacher, student) at temperature 1 in nats a token, whatever the divergence; ``agreement``
-        (share of tokens for which both find the same token likeliest); ``perplexity`` and ``teacher_perplexity`` of
+        ``loss``; ``kl``, KL(teacher, student) at temperature 1 in nats a token, for any divergence; ``agreement``
+        (share of tokens for which both find the same token most likely); ``perplexity`` and ``teacher_perplexity`` of
         the same tokens; ``num_tokens``, ``grad_norm``, ``learning_rate``. All but the last three in evaluation too.
         From a folder or a server: ``divergence``, as it is estimated, and ``perplexity``. With
         ``args.hidden_state_weight``: ``hidden_state_loss``, before the weight, per token. With ``args.align``: ``uld``

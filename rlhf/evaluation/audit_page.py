@@ -81,7 +81,7 @@ def audit_page(audit: Audit) -> str:
     for row_number, sequences in audit.samples:
         sections += [f"<h2>Row {row_number}</h2><pre>{_spans(sequence)}</pre>" for sequence in sequences]
     if audit.samples:
-        sections.append('<p>Learned is what stands on <span style="background: var(--learned)">green</span>.</p>')
+        sections.append('<p>Tokens on <span style="background: var(--learned)">green</span> are trained.</p>')
     return _PAGE.format(title=title, style=STYLE, body="\n".join(sections))
 
 

@@ -78,7 +78,7 @@ def _show_samples(audit: Audit, console: Console) -> None:
             panel_text = _shaded(shown_pieces) if has_colours else _bracketed(shown_pieces)
             console.print(Panel(panel_text, title=f"row {row_number}", title_align="left"))
     if audit.samples:
-        console.print(f"Learned is what stands {'on green' if has_colours else 'between ⟦ and ⟧'}.")
+        console.print(f"Tokens {'on green' if has_colours else 'between ⟦ and ⟧'} are trained.")
 
 
 def _shaded(pieces: list[Piece]) -> Text:

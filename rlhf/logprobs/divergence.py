@@ -33,7 +33,7 @@ class Divergence:
     Args:
         name: of ``rlhf.losses.DIVERGENCES``, or ``file.py:name``.
         temperature: > 0, divides both sides' logits in D alone.
-        options: what that function takes besides: ``beta``, ``alpha``, ``reverse``, ``scale_by_temperature``.
+        options: further arguments of that function: ``beta``, ``alpha``, ``reverse``, ``scale_by_temperature``.
         distillation_weight: >= 0.
         crossentropy_weight: >= 0.
         vocab_size: of the tokens that both know, where the two heads are padded to different sizes; probabilities are
@@ -148,7 +148,7 @@ def compare(
         student: rows and head receive gradients where they require them.
         teacher: constants, of the same tokens.
         token: int64 [N], the hard labels.
-        divergence: what is compared, and the weights of the loss.
+        divergence: the divergence, and the weights of the loss.
         chunk_size: rows of each model's logits at a time; by default half as many as ``score`` takes.
     Returns:
         Scores whose ``loss`` is the sum over tokens of ``divergence.loss``, with the gradient; ``logps`` and
@@ -167,7 +167,7 @@ class TeacherDivergence(HeadObjective):
 
     Args:
         teacher: predictions of the same tokens; constants.
-        divergence: what is compared, and the weights of the loss.
+        divergence: the divergence, and the weights of the loss.
     """
 
     teacher: Predictions

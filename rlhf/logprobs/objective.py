@@ -16,10 +16,10 @@ class Comparison(NamedTuple):
 
     Args:
         divergence: the one asked for, at its temperature.
-        kl: KL(teacher, student) at temperature 1, whatever divergence was asked for. This and the next two are None
+        kl: KL(teacher, student) at temperature 1, for any trained divergence. This and the next two are None
             where only a part of the teacher's predictions is known.
         logps: the teacher's log-probs of the tokens.
-        agrees: whether both find the same token likeliest.
+        agrees: whether both have the same most likely token.
         hidden_states: the distance of hidden states, where it is part of the loss.
     """
 

@@ -32,7 +32,7 @@ class TopK(NamedTuple):
     """The part of a teacher's predictions that is kept, one row for each scored token.
 
     Args:
-        ids: int64 [N, k], its likeliest tokens, the likeliest first.
+        ids: int64 [N, k], its most likely tokens, the most likely first.
         logps: [N, k], their log-probs over the whole vocabulary, nats.
         rest: [N], log of the mass of all other tokens; without meaning at k = V.
     """
@@ -66,7 +66,7 @@ class TopKScores(NamedTuple):
 
 @dataclass(frozen=True)
 class TopKDivergence(HeadObjective):
-    """The divergence from what was kept of a teacher, mixed with the hard labels' loss.
+    """The divergence from a teacher's stored tokens, mixed with the loss of hard labels.
 
     Args:
         teacher: of the same N tokens, in the order of the targets.
@@ -196,7 +196,7 @@ def top_k_divergence(
     hard: float = 0.0,
     chunk_size: int | None = None,
 ) -> TopKScores:
-    r"""The student's divergence from what was kept of a teacher, mixed with the hard labels' loss in the same pass.
+    r"""The student's divergence from a teacher's stored tokens, mixed with the loss of hard labels in one pass.
 
     .. math:: L = \sum_t \left[ s\, D(p_t, q_t) - h \log q_t(y_t) \right]
 
@@ -238,7 +238,7 @@ def model_top_k_divergence(
     hard: float = 0.0,
     **inputs: Any,
 ) -> TopKScores:
-    """:func:`top_k_divergence` of a causal LM or PEFT around one, whatever its head.
+    """:func:`top_k_divergence` of a causal LM or a PEFT model, with any head.
 
     Inside DDP, FSDP or ZeRO, call the wrapped policy with :class:`TopKDivergence` instead.
 
@@ -272,7 +272,7 @@ def top_k(
     *,
     chunk_size: int | None = None,
 ) -> TopK:
-    """A teacher's ``k`` likeliest tokens at each target, and the mass of the others: one product, no gradient.
+    """A teacher's ``k`` most likely tokens at each target, and the mass of the others: one product, no gradient.
 
     Args:
         hidden: [..., H], the teacher's last hidden states; flattened, ``targets.source`` indexes its rows.
@@ -297,7 +297,7 @@ def model_top_k(
     temperature: float = 1.0,
     **inputs: Any,
 ) -> TopK:
-    """:func:`top_k` of a causal LM, whatever its head.
+    """:func:`top_k` of a causal LM with any head.
 
     Args:
         model: the teacher.

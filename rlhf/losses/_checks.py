@@ -93,7 +93,7 @@ def warn(message: str) -> None:
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """Raise for what is no tensor, such as a list or an array of NumPy."""
+    """Raise for anything that is not a tensor, such as a list or a NumPy array."""
     if isinstance(value, Tensor):
         return
     if value is None:

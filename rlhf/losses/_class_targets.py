@@ -26,7 +26,7 @@ def check_labels(name: str, labels: Tensor, classes: int, ignore_index: int, kin
         name: of the argument.
         labels: any shape.
         classes: the number of classes.
-        ignore_index: a label that is allowed beside them.
+        ignore_index: one more label that is allowed.
         kind: what the error calls them.
     """
     check_tensor(name, labels)

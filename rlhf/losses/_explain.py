@@ -19,7 +19,7 @@ def explain(
     model: nn.Module | None = None,
     num_classes: int | None = None,
 ) -> list[str]:
-    """Why a loss is NaN, infinite or constant, and what to do; the likeliest reason first.
+    """Why a loss is NaN, infinite or constant, and what to do; the most likely reason first.
 
     Args:
         loss: a scalar before or after ``backward()``, or the losses of the last steps, oldest first.

@@ -143,7 +143,7 @@ class PreferenceLoss:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What it reads besides the four sums."""
+        """The further columns that it reads."""
         return self.needs + self.optional
 
     def __call__(
@@ -357,7 +357,7 @@ def dpo_loss(
             ``["sigmoid", "bco_pair", "sft"]``.
         loss_weights: one weight for each of several, default 1; MPO's are ``[0.8, 0.2, 1.0]``.
         options: what the losses take: ``label_smoothing``, ``chosen_lengths``, ``reduction``, ``weight``, ``mask``, …
-            Of several losses each is passed what it names.
+            Each of several losses gets the arguments that it names.
     Returns:
         Scalar, or [S] for ``reduction="none"``.
     Raises:

@@ -1,4 +1,4 @@
-r"""Divergences from a teacher of which only a part is stored: its k likeliest tokens, or tokens sampled from it.
+r"""Divergences from a teacher of which only a part is stored: its k most likely tokens, or tokens sampled from it.
 
 With :math:`K` the stored tokens, :math:`p_{rest} = 1 - \sum_{v\in K} p_v` and :math:`q_{rest}` likewise, there are
 three estimates of a divergence between teacher p and student q: over the k + 1 outcomes "each of K" and "any other"
@@ -97,7 +97,7 @@ def top_k_kl(
     tail: bool = True,
     scale_by_temperature: bool = False,
 ) -> Tensor:
-    r"""KL to a teacher of which only the k likeliest tokens are stored; the rest is one bucket.
+    r"""KL to a teacher of which only the k most likely tokens are stored; the rest is one bucket.
 
     .. math:: \sum_{v\in K} p_v\log\frac{p_v}{q_v} + p_{rest}\log\frac{p_{rest}}{q_{rest}} \le \mathrm{KL}(p\,\|\,q)
 
@@ -145,7 +145,7 @@ def top_k_jsd(
     tail: bool = True,
     scale_by_temperature: bool = False,
 ) -> Tensor:
-    r"""Generalised Jensen–Shannon divergence over the teacher's k likeliest tokens and one bucket for the rest.
+    r"""Generalised Jensen–Shannon divergence over the teacher's k most likely tokens and one bucket for the rest.
 
     .. math:: \beta\,\mathrm{KL}(p'\,\|\,m) + (1-\beta)\,\mathrm{KL}(q'\,\|\,m),\; m = \beta p' + (1-\beta) q'
 

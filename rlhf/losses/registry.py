@@ -32,7 +32,7 @@ class Registry(dict[str, Entry], Generic[Entry]):
         self._given: dict[str, Entry] = {}
 
     def name_of(self, given: str | Callable[..., Any]) -> str:
-        """The text that stands for ``given`` in a configuration.
+        """The text that represents ``given`` in a configuration.
 
         Args:
             given: a registered name, ``file.py:name``, ``module:name``, or a callable.
@@ -57,7 +57,7 @@ class Registry(dict[str, Entry], Generic[Entry]):
         return name
 
     def find(self, name: str) -> Entry:
-        """The function that a name stands for.
+        """The function with a given name.
 
         Args:
             name: as :meth:`name_of` gives it.

@@ -16,7 +16,7 @@ class ActorCritic(Policy):
 
     Args:
         model: the causal LM.
-        critic: a reward model that is read at every token, with weights of its own; None puts a linear head of zeros on
+        critic: a reward model that is read at every token, with its own weights; None puts a linear head of zeros on
             the policy's last hidden states, so that one trunk (under LoRA, one adapter) serves both.
     """
 
@@ -32,7 +32,7 @@ class ActorCritic(Policy):
             nn.init.zeros_(self.value_head.bias)
 
     def forward(self, batch: Batch, objective: HeadObjective | None = None, entropy: bool = False) -> Scores:
-        """As :class:`Policy`, with values. A critic of its own is run on the same batch."""
+        """As :class:`Policy`, with values. A separate critic is run on the same batch."""
         scores = super().forward(batch, objective, entropy)
         if self.critic is None:
             return scores  # with the values of the value head

@@ -16,7 +16,7 @@ _TOLERANCE = 1e-4  # relative to the largest logit
 
 
 def adapter_off_stays(model: Any) -> bool:
-    """Whether a PEFT model with its adapter off stays the same, whatever is learned.
+    """Whether a PEFT model with its adapter off stays the same during training.
 
     It does not with ``bias="all"``, whose biases stay on. The logits of 16 tokens are compared before and after every
     weight that is trained is moved.
@@ -32,7 +32,7 @@ def adapter_off_stays(model: Any) -> bool:
 
 
 def adapter_off_is_start(model: Any) -> bool:
-    """Whether a PEFT model with its adapter off is, whatever is learned, the model that training starts from.
+    """Whether a PEFT model with its adapter off is always the model that training started from.
 
     That is the model before :func:`add_adapter`, or else the model as it is now, with its adapter on. It is so under a
     new LoRA adapter. It is not under PiSSA, an adapter that is trained already, or ``bias="all"``: then a warning says

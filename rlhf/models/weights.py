@@ -17,7 +17,7 @@ _FLOATS_IN_B = ("BF16",)
 def load_whole(auto_class: Any, location: str, *, new_head: str | None = None, **kwargs: Any) -> Any:
     """Load a model whose weights must all be in its files.
 
-    transformers draws what is missing at random, and only warns.
+    transformers initialises missing weights at random, and only warns.
 
     Args:
         auto_class: Such as ``AutoModelForCausalLM``.

@@ -150,7 +150,7 @@ class Objective:
         return self._policy_loss(tokens, weight, correction) + self.kl_and_entropy(scores, weight, old, ref)
 
     def kl_and_entropy(self, scores: Scores, weight: Tensor, old: Tensor, ref: Tensor) -> Tensor:
-        """The summed terms beside the policy's loss.
+        """The sums of KL and entropy, the terms added to the policy's loss.
 
         Args:
             scores: of c tokens under the policy.
@@ -186,7 +186,7 @@ def make_objective(
     level: str = "token",
     **terms: Any,
 ) -> Objective:
-    """An :class:`Objective` whose loss got what it takes of these.
+    """An :class:`Objective` whose loss got the arguments that it takes.
 
     Args:
         name: of :data:`rlhf.losses.POLICY_LOSSES`, or ``file.py:name``.

@@ -32,7 +32,7 @@ class ModelReward:
 
     Args:
         path: a folder (of a model, or of a PEFT adapter), or a name on the hub; or the model itself.
-        tokenizer: its tokenizer, where it does not lie beside the model.
+        tokenizer: its tokenizer, if it is not in the model's folder.
         rendering: must be that of its training. ``"answer"``: prompt and completion tokenised apart, up to the token
             that ends the answer, as :class:`rlhf.RewardTrainer` does; ``"template"``: all that the chat template
             writes (for plain text, the text and EOS), tokenised as one, as TRL and most published models do.

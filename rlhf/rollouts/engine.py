@@ -18,7 +18,7 @@ class Sampling:
         min_tokens: no end token and no stop string counts before this many.
         max_tokens: >= 1; a completion of this length is cut, with the finish reason ``"length"``.
         stop: strings that end a completion. Their tokens stay in the completion, as they were sampled.
-        min_p: in [0, 1), keeps tokens whose probability is at least this share of the likeliest one's; 0 keeps all.
+        min_p: in [0, 1), keeps tokens whose probability is at least this share of the most likely one's; 0 keeps all.
         repetition_penalty: > 0, divides the logit of a token that occurred before (prompt included), or multiplies it
             if it is below 0; 1 is none.
     Raises:

@@ -79,7 +79,7 @@ def _penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def _apply_min_p(logits: Tensor, min_p: float) -> Tensor:
-    """-inf for tokens with less than ``min_p`` of the likeliest token's probability."""
+    """-inf for tokens with less than ``min_p`` of the most likely token's probability."""
     if not min_p:
         return logits
     threshold = logits.amax(-1, keepdim=True) + math.log(min_p)

@@ -38,7 +38,7 @@ TOKENIZER_PROBE = "It costs 1,234.50 €: “naïve” café\n\tdef f(x):  retur
 class ServerEngine:
     """A :class:`RolloutEngine` that asks a server for completions of token ids.
 
-    Each completion is a request of its own, with a seed made from ``(seed, prompt, sample)``, so that it does not
+    Each completion is a separate request, with a seed made from ``(seed, prompt, sample)``, so that it does not
     depend on other requests. Servers batch requests and share their prompts. Completions are reproducible as far as the
     server is. vLLM reports log-probs before temperature and truncation unless configured otherwise; where that makes a
     difference, it is noticed before the first request, and refused.
@@ -52,7 +52,7 @@ class ServerEngine:
         api_key: sent as a bearer token, if given.
         vocab_size: of the policy; a larger token id from the server is an error.
         reads_logps: check that its log-probs are those of the distribution sampled from.
-        end_ids: tokens that end a completion, besides those of the server's own configuration.
+        end_ids: tokens that end a completion, in addition to those of the server's configuration.
         startup_timeout: seconds to wait for a server that is still loading.
         sleeps: whether :meth:`sleep` does anything; without it, the server stays awake for its other users.
     Raises:
@@ -137,13 +137,13 @@ class ServerEngine:
         return [completions[start : start + n] for start in range(0, len(completions), n)]
 
     def read(self, sequences: Sequence[Sequence[int]], k: int) -> list[list[dict[int, float]]]:
-        """Log-probs of given tokens, and of the likeliest ones at their positions.
+        """Log-probs of given tokens, and of the most likely ones at their positions.
 
         Args:
             sequences: token ids.
-            k: how many of the likeliest tokens.
+            k: how many of the most likely tokens.
         Returns:
-            For each sequence and position: token to log-prob, in nats at temperature 1, of the k likeliest tokens and
+            For each sequence and position: token to log-prob, in nats at temperature 1, of the k most likely tokens and
             of the given one. The first position has none.
         Raises:
             ConnectionError: the server is gone.
@@ -305,7 +305,7 @@ class ServerEngine:
         return choice
 
     def _read(self, ids: list[int], k: int) -> list[dict[int, float]]:
-        """Log-probs of the k likeliest tokens and of the given one at each position; none at the first."""
+        """Log-probs of the k most likely tokens and of the given one at each position; none at the first."""
         # A completion needs at least one token; it is thrown away.
         request_body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
         positions = self._first_choice(request_body).get("prompt_logprobs")

@@ -379,12 +379,12 @@ class BaseTrainer(Evaluating, CheckedSteps):
 
     @property
     def ref_policy(self) -> Policy | None:
-        """The reference as a policy, where it has weights of its own."""
+        """The reference as a policy, if it has its own weights."""
         return None if self.reference is None else self.reference.frozen
 
     @property
     def ref_model(self) -> Any:
-        """The reference's transformers model, where it has weights of its own."""
+        """The reference's transformers model, if it has its own weights."""
         return None if self.ref_policy is None else self.ref_policy.model
 
     def sync_reference(self) -> None:

@@ -209,7 +209,7 @@ class Checkpointing(SafeLoading):
 
     @abstractmethod
     def resume_state(self) -> dict[str, Any]:
-        """What a resumed run needs besides weights, optimizer and the number of steps; of this process."""
+        """The state of this process that a resumed run needs, beyond weights, optimizer and the number of steps."""
 
     @abstractmethod
     def load_resume_state(self, state: dict[str, Any]) -> None:

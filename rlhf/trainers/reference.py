@@ -14,7 +14,7 @@ from rlhf.models import Policy
 
 @dataclass
 class Reference:
-    """A frozen policy: a model of its own, or the trained policy with its adapter off.
+    """A frozen policy: a separate model, or the trained policy with its adapter off.
 
     Attributes:
         policy: the trained policy, without what accelerate wraps around it.
@@ -87,7 +87,7 @@ class ReferenceSyncArguments:
 
 
 class SyncReference(TrainerCallback):
-    """At every so many steps the reference becomes ``alpha`` of the policy and ``1 - alpha`` of itself.
+    """Every ``steps`` steps the reference becomes ``alpha`` of the policy and ``1 - alpha`` of itself.
 
     Args:
         reference: the frozen policy, changed in place; None is refused, as there is nothing to move.

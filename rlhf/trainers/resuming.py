@@ -108,7 +108,7 @@ class Resuming(Checkpointing):
             (Path(output_dir) / RECORD).write_text(text + "\n", encoding="utf-8")
 
     def resume_state(self) -> dict[str, Any]:
-        """What a resumed run needs besides weights, optimizer and the number of steps; of this process."""
+        """The state of this process that a resumed run needs, beyond weights, optimizer and the number of steps."""
         files = {name: Path(str(self.args.output_dir)) / name for name in self.appended_files}
         grad_norm, learning_rate = self._step_figures
         return {

@@ -54,7 +54,7 @@ class RewardTrainer(BaseTrainer):
     .. math:: L = -\log\sigma(r_w - r_l - m) + c\,(r_w + r_l)^2
 
     The reward is read at the last token of an answer. The loss is the mean over the pairs of the whole optimizer step.
-    ``AutoModelForSequenceClassification.from_pretrained(output_dir, num_labels=1)`` loads what is saved and gives the
+    ``AutoModelForSequenceClassification.from_pretrained(output_dir, num_labels=1)`` loads the saved model and gives the
     same score for the same tokens: the saved pad token is one that ends no answer, because transformers looks for the
     last token that is not the pad. An adapter's folder has no such config: pass ``pad_token_id=`` of its tokenizer.
 

@@ -107,7 +107,7 @@ def main() -> None:
     page = (HERE / "README.md").read_text(encoding="utf-8")
     (HERE / "README.md").write_text(with_table(page, table(found, audits(rows, True), rows)), encoding="utf-8")
     (HERE / "scored.md").write_text(
-        "# Rows 3 and 4 under each template; what is scored stands between ⟦ and ⟧\n\n"
+        "# Rows 3 and 4 under each template; scored tokens are between ⟦ and ⟧\n\n"
         + "\n".join(f"## Row {number}\n\n{texts(found, number)}" for number in (3, 4)),
         encoding="utf-8",
     )
