@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ class MemoryPlan:
         phases: the peak of each phase of the run: what it takes beside weights and the state of the optimizer.
         fixed: Python and its libraries on a CPU; 0 on an accelerator, whose context is not torch's memory.
         available: what the machine has, or the device.
+        measured: the largest memory of this process during real steps, on a CPU; 0 without them. The C library keeps
+            freed memory there, which no sum of tensors has.
         note: how far the figures are measured.
         changes: the peak with one option changed, by the option.
     """
@@ -37,6 +40,7 @@ class MemoryPlan:
     phases: dict[str, int]
     fixed: int
     available: int
+    measured: int = 0
     note: str = ""
     changes: dict[str, int] = field(default_factory=dict)
 
@@ -52,8 +56,13 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """The most that the process takes."""
+        """The most that the process takes, without what the C library keeps."""
         return self.fixed + self.model_bytes + self.phases[self.phase]
+
+    @property
+    def expected(self) -> int:
+        """The most that the process takes: as predicted, or as measured where that is more."""
+        return max(self.peak, self.measured)
 
     @property
     def fits(self) -> bool:
@@ -99,6 +108,15 @@ def resident_memory() -> int:
         if trim is not None:
             trim(0)
     return int(psutil.Process().memory_info().rss)
+
+
+def peak_resident() -> int:
+    """The most memory that this process had so far, in bytes; 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii", errors="replace"), re.MULTILINE)
+    return 0 if found is None else int(found[1]) * 1024
 
 
 def available_memory(device: torch.device, num_processes: int = 1) -> int:

@@ -9,11 +9,13 @@ import torch
 
 from rlhf.data import Mixture
 from rlhf.online import PPOTrainer
+from rlhf.planning.advice import changes_that_help
 from rlhf.planning.batches import BatchSizes, Micro, batch_sizes, largest_of_stream, make_micro, sizes_of_rows
 from rlhf.planning.memory import (
     MemoryPlan,
     available_memory,
     gradient_bytes,
+    peak_resident,
     resident_memory,
     weight_bytes,
 )
@@ -32,7 +34,6 @@ from rlhf.planning.timing import (
 from rlhf.planning.tracking import MemoryRecorder
 from rlhf.trainers.base import BaseTrainer
 
-TYPICAL_MICROS = 3  # micro-batches of about the mean size that are timed
 ROLLOUT, EVALUATION, REFERENCE = "rollout", "evaluation", "reference pass"
 
 
@@ -93,7 +94,10 @@ def plan_run(trainer: BaseTrainer, folder: Path | None = None, *, with_times: bo
     disk = disk_of(trainer, schedule, memory.optimizer, shutil.disk_usage(disk_folder).free)
     largest = int(micro.batch.input_ids.numel())
     plan = RunPlan(train_rows, _evaluation_figures(trainer), schedule, largest, memory, disk)
-    if not (with_times and memory.fits):
+    if not memory.fits:
+        others = changes_that_help(trainer, sizes, memory, lambda other: predict_memory(trainer, other, rollouts).peak)
+        return replace(plan, memory=replace(memory, changes=others))
+    if not with_times:
         return plan
     return _with_times(plan, trainer, micro, sizes, rollouts, disk_folder)
 
@@ -223,8 +227,8 @@ def _with_times(
     micros = [micro]
     mean_tokens = float(plan.largest)
     if sizes is not None and not isinstance(trainer, PPOTrainer):
-        typical = sizes.typical(TYPICAL_MICROS)
-        micros = [make_micro(trainer, [trainer.train_dataset[index] for index in indices]) for indices in typical]
+        (typical,) = sizes.typical(1)
+        micros.append(make_micro(trainer, [trainer.train_dataset[index] for index in typical]))
         mean_tokens = float(sizes.tokens.mean())
     eval_sets = [] if isinstance(trainer, PPOTrainer) else _eval_sets(trainer)
     eval_batch = None
@@ -242,7 +246,10 @@ def _with_times(
         evaluation=schedule.evaluations * eval_tokens * speed.eval_token / trainer.args.world_size,
         saving=saves,
     )
-    return replace(plan, duration=duration, speed=speed)
+    # Sharded processes hold a part of what this one measured.
+    measured = peak_resident() if trainer.args.device.type == "cpu" and trainer.args.world_size == 1 else 0
+    memory = replace(plan.memory, measured=measured)
+    return replace(plan, memory=memory, duration=duration, speed=speed)
 
 
 def _num_rollouts(trainer: Any, schedule: Schedule) -> int:

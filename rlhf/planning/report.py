@@ -67,7 +67,10 @@ def _memory_lines(memory: MemoryPlan) -> list[str]:
     lines.append(_line("activations, gradients", f"{gib(memory.phases[memory.phase])}, most in: {memory.phase}"))
     if memory.fixed:
         lines.append(_line("Python, libraries", gib(memory.fixed)))
-    lines.append(_line("in all", f"{gib(memory.peak)} of {gib(memory.available)}"))
+    if memory.expected > memory.peak:
+        kept = gib(memory.expected - memory.peak)
+        lines.append(_line("kept by the C library", f"{kept}, measured in two real steps"))
+    lines.append(_line("in all", f"{gib(memory.expected)} of {gib(memory.available)}"))
     if memory.note:
         lines.append(_line("", memory.note))
     if memory.fits:

@@ -14,7 +14,6 @@ from rlhf.planning.batches import Micro
 from rlhf.planning.step import backward, update
 from rlhf.trainers.base import BaseTrainer
 
-ENOUGH_SECONDS = 15.0  # of micro-batches after the first; then no more are timed
 _TRIAL_BYTES = 2**26  # that are written to measure the disk
 
 
@@ -55,7 +54,7 @@ def measure_speed(trainer: BaseTrainer, micros: Sequence[Micro], eval_micro: Any
 
     Args:
         trainer: of the run; nothing may be trained with it afterwards.
-        micros: typical micro-batches; the first is only a warm-up, and is timed again if it is the only one.
+        micros: the largest micro-batch, which warms up, and typical ones.
         eval_micro: a batch of evaluation rows.
 
     Returns:
@@ -65,14 +64,15 @@ def measure_speed(trainer: BaseTrainer, micros: Sequence[Micro], eval_micro: Any
     trainer.create_optimizer()
     model: Any = trainer.model
     model.train()
-    first = _seconds(lambda: backward(trainer, micros[0]))
+    largest, *typical = micros
+    passes = min(trainer.args.gradient_accumulation_steps, 2)
+    first = _seconds(lambda: backward(trainer, largest))
     update(trainer)  # makes the optimizer's state
+    # From here on the memory is that of a step in the middle of a run: gradients, state, and the largest batch.
     seconds, tokens = 0.0, 0
-    for micro in [*micros[1:], micros[0]]:
+    for micro in [*typical, largest][-passes:]:
         seconds += _seconds(lambda micro=micro: backward(trainer, micro))  # type: ignore[misc]
         tokens += micro.batch.input_ids.numel()
-        if seconds > ENOUGH_SECONDS:
-            break
     update_seconds = _seconds(lambda: update(trainer))
     eval_token = 0.0
     if eval_micro is not None:

@@ -6,7 +6,7 @@ from peft import LoraConfig
 
 from rlhf.cli.main import main
 from rlhf.online import GRPOConfig, GRPOTrainer
-from rlhf.planning import plan_run
+from rlhf.planning import plan_lines, plan_run
 from rlhf.planning.batches import batch_sizes, make_micro
 from rlhf.planning.memory import gradient_bytes, weight_bytes
 from rlhf.planning.schedule import row_figures
@@ -56,6 +56,18 @@ def test_the_bytes_of_weights_and_gradients_are_those_of_the_tensors(tmp_path, t
     assert gradient_bytes(trainer.model) == sum(weight.grad.nbytes for weight in weights)
 
 
+def test_a_run_that_does_not_fit_is_told_what_would(tmp_path, tokenizer, sft_rows, monkeypatch):
+    monkeypatch.setattr("rlhf.planning.plan.available_memory", lambda _: 10)
+    plan = plan_run(sft_trainer(tmp_path, tokenizer, sft_rows))
+    assert not plan.memory.fits and plan.duration is None
+    changes = plan.memory.changes
+    assert "--per_device_train_batch_size 1" in changes
+    assert all(0 < peak < plan.memory.peak for peak in changes.values())
+    lines = plan_lines(plan, "cpu")
+    assert any("--per_device_train_batch_size 1" in line for line in lines)
+    assert "  not measured: the run does not fit" in lines
+
+
 def test_figures_of_rows(tmp_path, tokenizer, sft_rows):
     rows = sft_trainer(tmp_path, tokenizer, sft_rows).train_dataset
     figures = row_figures(rows)
@@ -77,6 +89,7 @@ def test_a_reference_that_is_asked_once_needs_no_pass_for_a_plan(tmp_path, token
     plan = plan_run(trainer)
     assert plan.schedule.steps == 24 and plan.memory.others == 0
     assert {"evaluation", "reference pass", "head and loss"} <= set(plan.memory.phases)
+    assert plan.memory.expected >= plan.memory.measured > 0
     assert plan.duration.evaluation > 0 and plan.duration.training > 0
 
 
