@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from rlhf.runs.lines import EVALUATION, SEPARATOR, duration, evaluation_prefix, number, thousands
 
+_MOST_FIGURES = 2  # of an evaluation, so that the line fits a terminal
 Kind = Literal["model", "adapter", "reward model"]
 
 
@@ -99,7 +100,8 @@ def _change(entries: Sequence[Mapping[str, Any]], figures: Mapping[str, str], pr
 
 
 def _texts(entry: Mapping[str, Any], figures: Mapping[str, str], prefix: str) -> dict[str, str]:
-    return {label: number(entry[prefix + name]) for name, label in figures.items() if prefix + name in entry}
+    texts = {label: number(entry[prefix + name]) for name, label in figures.items() if prefix + name in entry}
+    return dict(list(texts.items())[:_MOST_FIGURES])
 
 
 def next_commands(folder: Path, kind: Kind, commands: Collection[str]) -> list[str]:

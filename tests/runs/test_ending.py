@@ -38,6 +38,13 @@ def test_a_reward_is_compared_as_well():
     assert before_and_after(history, FIGURES["PPOTrainer"]) == "evaluation: reward 0.100 → 0.500 (steps 0 and 8)"
 
 
+def test_the_two_figures_that_matter_most_are_compared():
+    history = [{"step": step, "loss": 0.6, "rewards/accuracies": step / 10, "rewards/margins": 0.1} for step in (4, 8)]
+    assert before_and_after(history, FIGURES["DPOTrainer"]) == (
+        "training: loss 0.600 → 0.600 · accuracy 0.400 → 0.800 (steps 4 and 8)"
+    )
+
+
 def test_the_four_lines(tmp_path):
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "model").write_bytes(bytes(1_500_000))
