@@ -50,13 +50,13 @@ class CompareArguments(RowArguments):
     # Training has no group of completions at temperature 0; here it is greedy.
     own_ranges: ClassVar[dict[str, Range]] = {"temperature": AT_LEAST_0}
 
-    models: list[str] | None = option(None, "The two models: A B, folders of models, runs, adapters, or hub names.")
+    models: list[str] | None = option(None, "The two models, A B: folders of models, runs or adapters, or hub names.")
     num_prompts: int = option(100, "Different prompts to answer, the first of the data; 0: none.")
-    temperature: float = option(0.0, "Of the answers; 0: greedy.")
-    top_p: float = option(1.0, "Draw from the most likely tokens of this mass; 1: from all.")
-    top_k: int = option(0, "Draw from this many most likely tokens; 0: from all.")
-    max_new_tokens: int = option(256, "Longest answer.")
-    seed: int = option(0, "Of the random numbers.")
+    temperature: float = option(0.0, "Temperature of sampling; 0: greedy.")
+    top_p: float = option(1.0, "Nucleus sampling: most likely tokens up to this probability; 1: off.")
+    top_k: int = option(0, "Sample from this many most likely tokens; 0: off.")
+    max_new_tokens: int = option(256, "Longest answer in tokens.")
+    seed: int = option(0, "Random seed.")
     reward_model: str | None = option(None, "Judge by this reward model's score.")
     reward_funcs: list[str] | None = option(None, "Judge by rewards as in training: file.py:name, numeric_answer, …")
     judge_url: str | None = option(
