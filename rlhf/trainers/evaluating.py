@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import EvalPrediction
 from transformers.trainer_pt_utils import EvalLoopContainer
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
-from rlhf.data import Batch, Mixture, in_memory, is_tokenised
+from rlhf.data import Batch, Mixture, as_rows, in_memory, is_tokenised
 from rlhf.data.batch import IGNORE
 from rlhf.models import vocabulary_size
 from rlhf.models.positions import inputs_of
@@ -110,8 +111,9 @@ class Evaluating(Resuming):
         """Rows as ``tokenize`` makes them, of one data set or several."""
         if isinstance(dataset, dict):
             return {name: self._tokenised_rows(rows) for name, rows in dataset.items()}
-        if isinstance(dataset, list):
-            dataset = Dataset.from_list(dataset)
+        # None, a name of one of the evaluation sets, and a data set of torch are left to transformers.
+        if isinstance(dataset, list | tuple | pd.DataFrame | PathLike):
+            dataset = as_rows(dataset)
         if not isinstance(dataset, Dataset | IterableDataset | Mixture):
             return dataset
         if not isinstance(dataset, Mixture) and is_tokenised(dataset):

@@ -31,4 +31,7 @@ def test_model_and_tokenizer_by_name(tmp_path, model_folder):
     args = rlhf.SFTConfig(str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
     trainer = rlhf.SFTTrainer(str(model_folder), args, train_dataset=[{"prompt": "the cat", "completion": " is big"}])
     trainer.train()
+    rows = [{"prompt": "a dog", "completion": " is red"}]
+    from_list = trainer.evaluate(rows)["eval_loss"]
+    assert from_list == trainer.evaluate(pd.DataFrame(rows, index=[7]))["eval_loss"] > 0
     assert trainer.processing_class.eos_token == "<|im_end|>"
