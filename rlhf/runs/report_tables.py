@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from rlhf.runs.charts import NOT_DRAWN, repeats_another, short
+from rlhf.runs.comparable import scaled_by
 from rlhf.runs.figures import EVALUATION, Figures, Series, is_finite_number
 from rlhf.runs.files import Run
 from rlhf.runs.metric_names import METRICS, Better, describe, split_name
@@ -78,12 +79,19 @@ def final_figures(all_figures: Sequence[Figures]) -> Table | None:
     names = list(dict.fromkeys(series.name for figures in all_figures for series in _all_series(figures)))
     # A figure of training says little where the same was measured on held-out rows.
     names = [name for name in names if name.startswith(EVALUATION) or EVALUATION + name not in names]
+    options = {name for figures in all_figures for name in figures.run.options}
+    differing = [
+        name for name in options if len({_option(figures.run.options.get(name)) for figures in all_figures}) > 1
+    ]
     rows, marked = [], set()
     for name in names:
         values = [_final_value(figures.series(name)) for figures in all_figures]
         rows.append([_title(name), *("" if value is None else short(value) for value in values)])
         known = [value for value in values if value is not None]
         best = _best(known, _better(name, all_figures))
+        # A scale that an option sets differs between these runs, so no value is the best.
+        if scaled_by(name, differing):
+            best = None
         if len(set(known)) > 1 and best is not None:
             marked |= {(len(rows) - 1, column + 1) for column, value in enumerate(values) if value == best}
     heads = ["figure", *names_of([figures.run for figures in all_figures])]

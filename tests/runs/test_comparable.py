@@ -1,6 +1,11 @@
 """Which figures compare across a sweep."""
 
+from pathlib import Path
+
 from rlhf.runs.comparable import comparable_metrics, last_figures, lower_is_better, scaled_by
+from rlhf.runs.figures import Figures
+from rlhf.runs.files import Run
+from rlhf.runs.report_tables import final_figures
 
 
 def test_margins_grow_with_beta_and_log_ratios_do_not():
@@ -16,3 +21,13 @@ def test_directions_and_last_values():
     assert lower_is_better("eval_perplexity") and lower_is_better("eval_kl") and not lower_is_better("reward")
     lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "note": "x"}, {"train_runtime": 3.0, "loss": 9.0}]
     assert last_figures(lines) == {"step": 2, "loss": 1.0}
+
+
+def test_the_report_marks_no_best_of_what_does_not_compare():
+    def figures(beta, accuracy):
+        line = {"step": 1, "eval_rewards/margins": 9 * beta, "eval_rewards/accuracies": accuracy}
+        return Figures(Run(Path(f"beta={beta}"), {"beta": beta}, {}, [line], [], []))
+
+    table = final_figures([figures(0.1, 0.7), figures(0.2, 0.6)])
+    best = [(table.rows[row][0], column) for row, column in table.marked]
+    assert best == [("preference accuracy (share)", 1)] and len(table.rows) == 2  # of two margins none

@@ -134,12 +134,12 @@ def test_before_and_after():
 
 def test_several_runs_are_compared():
     better = [line | ({"eval_loss": 0.3} if "eval_loss" in line else {}) for line in LINES]
-    runs = [run_of(), run_of("run-b", options={"beta": 0.5, "seed": 1}, metrics=better)]
+    runs = [run_of(), run_of("run-b", options={"beta": 0.1, "seed": 1}, metrics=better)]
     figures = final_figures(list(map(Figures, runs)))
     assert figures.heads == ["figure", "run-a", "run-b"] and figures.rows[0] == ["loss", "0.5", "0.3"]
     assert (0, 2) in figures.marked and (0, 1) not in figures.marked
     differing, equal = differing_options(runs)
-    assert differing.rows == [["beta", "0.1", "0.5"], ["seed", "default", "1"]] and equal is None
+    assert differing.rows == [["seed", "default", "1"]] and equal.rows == [["beta", "0.1"]]
     labels = [line.label for line in charts_of(list(map(Figures, runs)))["Loss"][0].lines]
     assert labels == ["run-a, train", "run-a, eval", "run-b, train", "run-b, eval"]
     # Folders of one name are told apart by the folder around them.
