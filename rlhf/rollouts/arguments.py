@@ -99,7 +99,7 @@ class GenerationArguments(ServerArguments):
     use_transformers_continuous_batching: bool | None = old_name("not needed: ended rows always make room")
     use_transformers_paged: bool | None = old_name("not needed: ended rows always make room")
     transformers_continuous_batching_config: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "A name of TRL; not supported."}
+        default=None, metadata={"help": "TRL's name: not supported."}
     )
     ds3_gather_for_generation: bool | None = old_name("ZeRO-3 samples on a server (rollout_server_url)")
 
