@@ -101,7 +101,7 @@ class ChatModel:
             question: the user's message, or the result of a tool.
             sampling: how tokens are drawn. ``max_tokens`` is lowered to what is left of the context.
             seed: of the random numbers.
-            number: of the answer in this session. Another one has other random numbers.
+            number: of the answer in this chat. Another one has other random numbers.
             on_part: called with each piece of the answer.
 
         Returns:
