@@ -59,6 +59,21 @@ class BatchSizes:
         order = np.argsort(np.abs(self.tokens - self.tokens.mean()), kind="stable")
         return [self.rows[index] for index in order[:count]]
 
+    def spread(self, count: int) -> list[list[int]]:
+        """Rows of micro-batches of different sizes, from small to large.
+
+        Args:
+            count: how many, at most.
+
+        Returns:
+            The micro-batches at the middles of ``count`` equal parts of all sizes; the mean of theirs is near that of
+            all.
+        """
+        order = np.argsort(self.tokens, kind="stable")
+        count = min(count, len(order))
+        middles = ((np.arange(count) + 0.5) * len(order) / count).astype(int)
+        return [self.rows[order[index]] for index in middles]
+
 
 def sizes_of_rows(rows: Any) -> np.ndarray:
     """Tokens of each item of the training data.

@@ -213,6 +213,8 @@ def _forward_peak(trainer: BaseTrainer, batch: Any, stacks: Any) -> int:
 
 # Time
 
+TRIAL_SIZES = 4  # of micro-batches that are really computed on a CPU
+
 
 def _with_times(
     plan: RunPlan,
@@ -227,8 +229,9 @@ def _with_times(
     micros = [micro]
     mean_tokens = float(plan.largest)
     if sizes is not None and not isinstance(trainer, PPOTrainer):
-        (typical,) = sizes.typical(1)
-        micros.append(make_micro(trainer, [trainer.train_dataset[index] for index in typical]))
+        # On a CPU the allocator keeps more memory the more sizes it has seen.
+        chosen = sizes.spread(TRIAL_SIZES) if trainer.args.device.type == "cpu" else sizes.typical(1)
+        micros += [make_micro(trainer, [trainer.train_dataset[index] for index in rows]) for rows in chosen]
         mean_tokens = float(sizes.tokens.mean())
     eval_sets = [] if isinstance(trainer, PPOTrainer) else _eval_sets(trainer)
     eval_batch = None

@@ -65,14 +65,19 @@ def measure_speed(trainer: BaseTrainer, micros: Sequence[Micro], eval_micro: Any
     model: Any = trainer.model
     model.train()
     largest, *typical = micros
-    passes = min(trainer.args.gradient_accumulation_steps, 2)
     first = _seconds(lambda: backward(trainer, largest))
     update(trainer)  # makes the optimizer's state
     # From here on the memory is that of a step in the middle of a run: gradients, state, and the largest batch.
     seconds, tokens = 0.0, 0
-    for micro in [*typical, largest][-passes:]:
+    for micro in typical or [largest]:
         seconds += _seconds(lambda micro=micro: backward(trainer, micro))  # type: ignore[misc]
         tokens += micro.batch.input_ids.numel()
+        # Without accumulation no gradient is left when the next batch is read.
+        if trainer.args.gradient_accumulation_steps == 1:
+            update(trainer)
+    # The largest batch, with the gradients of others: the highest point of a step.
+    if typical:
+        backward(trainer, largest)
     update_seconds = _seconds(lambda: update(trainer))
     eval_token = 0.0
     if eval_micro is not None:
