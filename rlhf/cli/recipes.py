@@ -77,7 +77,7 @@ def run(argv: list[str]) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        "\nMemory: predicted for the model in the file, on a CPU, if every row is as long as max_length."
+        "\nMemory of the weights alone, for large models."
         "\nrlhf init RECIPE writes one; rlhf COMMAND --config FILE --dry_run tells what your rows take."
     )
 
