@@ -48,6 +48,19 @@ def small_tokenizer():
     return tokenizer
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", help="where the tests marked gpu run: cpu checks the tests themselves")
+
+
+@pytest.fixture(scope="session")
+def gpu(request):
+    """The device of the tests marked gpu; they are skipped where there is none."""
+    chosen = request.config.getoption("--device")
+    if chosen is None and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return torch.device(chosen or "cuda")
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return small_tokenizer()

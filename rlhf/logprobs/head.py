@@ -220,17 +220,19 @@ def _mismatch(model: nn.Module, settings: HeadSettings) -> str | None:
 
     # One forward gives both sides of the comparison, so dropout cannot make them differ.
     recording_hook = backbone_of(model).register_forward_hook(record)
-    try:
-        # Any ids serve; the remainder keeps them inside a vocabulary of fewer than 17 tokens.
-        probe_ids = torch.arange(1, 17, device=weight.device)[None] % weight.size(0)
-        model_logits = model(input_ids=probe_ids, use_cache=False).logits.float()
-        if "hidden" not in recorded:
-            # The model ran a part of its backbone (BART, OPT), and the hook was not called.
-            recorded["hidden"] = backbone_of(model)(input_ids=probe_ids, use_cache=False)[0]
-    finally:
-        recording_hook.remove()
-    head = read_head(model, settings)
-    logits = Predictions(recorded["hidden"], head).logits(torch.float32)
+    # Any ids serve; the remainder keeps them inside a vocabulary of fewer than 17 tokens.
+    probe_ids = torch.arange(1, 17, device=weight.device)[None] % weight.size(0)
+    # Autocast would round the two sides differently.
+    with torch.autocast(weight.device.type, enabled=False):
+        try:
+            model_logits = model(input_ids=probe_ids, use_cache=False).logits.float()
+            if "hidden" not in recorded:
+                # The model ran a part of its backbone (BART, OPT), and the hook was not called.
+                recorded["hidden"] = backbone_of(model)(input_ids=probe_ids, use_cache=False)[0]
+        finally:
+            recording_hook.remove()
+        head = read_head(model, settings)
+        logits = Predictions(recorded["hidden"], head).logits(torch.float32)
     # NaN equals nothing, so the comparison below would blame the formula of the head.
     if model_logits.isnan().any():
         raise ValueError(f"{type(model).__name__}: its logits are NaN; the weights are broken, or its dtype too narrow")

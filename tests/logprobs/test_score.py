@@ -95,6 +95,12 @@ def test_models_agree_with_their_own_logits(name):
     close(model_scores(model, Targets.from_labels(ids), input_ids=ids).logps.detach(), dense.detach())
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_a_head_is_verified_outside_autocast(weights):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert verified_settings(tiny_model().to(weights)) is not None
+
+
 def problem(rows=40, vocabulary=50, size=8, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, size, generator=g, dtype=dtype, requires_grad=True)
