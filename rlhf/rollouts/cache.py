@@ -91,6 +91,10 @@ class Cache:
 
     # Decoding
 
+    def advance(self) -> None:
+        """All layers have kept this step's tokens."""
+        self.step += 1
+
     def append(self, layer: nn.Module, keys: Tensor, values: Tensor) -> None:
         """Keep the keys and values of this step's tokens.
 
@@ -174,8 +178,8 @@ class Cache:
         completion_values = completion_values[:, :, completion_start:completion_end]
 
         # The prompt's keys are read once for all its rows, which is why queries go through the grid.
-        completion_scores = _matmul_fp32(query, completion_keys.transpose(2, 3))
-        prompt_scores = _matmul_fp32(self._rows_to_grid(query), keys[:, :, prompt_start:].transpose(2, 3))
+        completion_scores = matmul_fp32(query, completion_keys.transpose(2, 3))
+        prompt_scores = matmul_fp32(self._rows_to_grid(query), keys[:, :, prompt_start:].transpose(2, 3))
         if self.padding is not None:
             prompt_scores.masked_fill_(self.padding[..., prompt_start:], -torch.inf)
 
@@ -184,8 +188,8 @@ class Cache:
         weights = scores.softmax(-1).to(query.dtype)
         prompt_length = self.longest - prompt_start
         prompt_weights, completion_weights = weights.split((prompt_length, completion_end - completion_start), dim=-1)
-        from_prompt = _matmul_fp32(self._rows_to_grid(prompt_weights), values[:, :, prompt_start:])
-        output = self._grid_to_rows(from_prompt) + _matmul_fp32(completion_weights, completion_values)
+        from_prompt = matmul_fp32(self._rows_to_grid(prompt_weights), values[:, :, prompt_start:])
+        output = self._grid_to_rows(from_prompt) + matmul_fp32(completion_weights, completion_values)
         return output.to(query.dtype).reshape(rows, heads, 1, -1)
 
     def _rows_to_grid(self, tensor: Tensor) -> Tensor:
@@ -216,7 +220,7 @@ class Cache:
         return tensor if self.grid_is_full else tensor.index_select(0, self.cell_of_row)
 
 
-def _matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
+def matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
     """A product with a float32 result for half-precision operands, as fused attention has it.
 
     Args:

@@ -22,12 +22,15 @@ from rlhf.models.positions import finds_own_positions, first_position
 from rlhf.rollouts.cache import DECODING_ATTENTION, Cache
 from rlhf.rollouts.decoding import DecodingState
 from rlhf.rollouts.engine import Completion, Sampling, check_request
+from rlhf.rollouts.graphs import FEWEST_STEPS, GraphedSteps, can_use_graphs
+from rlhf.rollouts.static_cache import StaticCache
 
 logger = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 8192  # most tokens of prompts in one forward
 STOP_CHECK_INTERVAL = 8  # steps on an accelerator between two copies of which rows have ended
 COMPACT_BELOW = 7 / 8  # share of rows that still run, below which dropping the others costs less than it saves
+COMPACT_GRAPH_BELOW = 1 / 2  # the same, where a step of fewer rows is captured anew
 # Logits of the decoding path against those of the model's own forward, relative to the largest.
 TOLERANCE, HALF_TOLERANCE = 1e-4, 5e-2
 
@@ -62,6 +65,7 @@ class LocalEngine:
         self._is_checked = False
         self._fallback_reason: str | None = None  # why `model.generate` is used, once checked
         self._generate_uses_cache = True
+        self._can_be_captured = True  # until a CUDA graph of a step fails
 
     # The protocol
 
@@ -171,15 +175,6 @@ class LocalEngine:
         finally:
             self.base.set_attn_implementation(trained_attention)
 
-    @contextmanager
-    def _empty_generation_config(self) -> Iterator[None]:
-        """Without the model's own defaults, which ``model.generate`` would mix into ours."""
-        model_defaults, self.base.generation_config = self.base.generation_config, GenerationConfig()
-        try:
-            yield
-        finally:
-            self.base.generation_config = model_defaults
-
     @property
     def _vocab_size(self) -> int:
         return int(self.base.config.get_text_config().vocab_size)
@@ -207,27 +202,37 @@ class LocalEngine:
         """
         max_tokens = state.sampling.max_tokens
         lengths = torch.tensor([len(ids) for ids in prompts], device=device)
+        uses_graphs = can_use_graphs(device) and self._can_be_captured and max_tokens >= FEWEST_STEPS
         # The last token is drawn, but never read.
-        cache = Cache(lengths, state.num_samples, max(1, max_tokens - 1))
+        cache = (StaticCache if uses_graphs else Cache)(lengths, state.num_samples, max(1, max_tokens - 1))
         rows = torch.arange(len(prompts) * state.num_samples, device=device)
         # The first sampled token comes right after the prompt, whatever the padding.
         positions = lengths.repeat_interleave(state.num_samples)
         logits = self._prefill(prompts, cache, device).repeat_interleave(state.num_samples, 0)
+
+        def run_step(token: Tensor, positions: Tensor) -> Tensor:
+            return self._forward(token[:, None], positions[:, None], cache).squeeze(1)
+
+        graphed_steps = GraphedSteps(run_step, cache) if isinstance(cache, StaticCache) else None
+        next_logits = graphed_steps or run_step
+        compact_below = COMPACT_GRAPH_BELOW if uses_graphs else COMPACT_BELOW
         while True:
             token = state.draw_next(logits, rows.to(state.device)).to(device)
             if state.step == max_tokens:
-                return
+                break
             # Reading on an accelerator which rows have ended waits for it; finished rows run on until then.
             if not token.is_cuda or state.step % STOP_CHECK_INTERVAL == 0:
                 running = (~state.stopped[rows.to(state.device)]).nonzero().squeeze(1).to(device)
                 if not len(running):
-                    return
-                if len(running) <= COMPACT_BELOW * len(rows):
+                    break
+                if len(running) <= compact_below * len(rows):
                     cache.keep_rows(running)
                     rows, positions, token = rows[running], positions[running], token[running]
-            logits = self._forward(token[:, None], positions[:, None], cache).squeeze(1)
+            logits = next_logits(token, positions)
             positions = positions + 1
-            cache.step += 1
+            cache.advance()
+        if graphed_steps is not None:
+            self._can_be_captured = graphed_steps.unsupported_reason is None
 
     def _prefill(self, prompts: list[list[int]], cache: Cache, device: torch.device) -> Tensor:
         """Read the prompts into the cache, as many at once as :data:`PREFILL_TOKENS` allows.
@@ -296,7 +301,7 @@ class LocalEngine:
             use_cache=self._generate_uses_cache,
         )
         samples = torch.arange(state.num_samples)
-        with self._empty_generation_config():
+        with _empty_generation_config(self.base):
             # Only prompts of one length go together: recurrent and convolutional layers would read padding.
             for length in sorted({len(ids) for ids in prompts}):
                 group = [number for number, ids in enumerate(prompts) if len(ids) == length]
@@ -364,7 +369,7 @@ class LocalEngine:
             The largest difference.
         """
         lengths = torch.tensor([len(ids) for ids in prompts], device=device)
-        cache = Cache(lengths, 2, 2)
+        cache = (StaticCache if can_use_graphs(device) else Cache)(lengths, 2, 2)
         # The logits after the prompts are those of rows 0 and 2, the first of each prompt.
         decoded = list(zip((0, 2), lengths - 1, self._prefill(prompts, cache, device), strict=True))
         rows = torch.arange(len(sequences), device=device)
@@ -377,7 +382,7 @@ class LocalEngine:
             ids = torch.stack([sequences[row][0, position] for row, position in zip(rows, positions, strict=True)])
             logits = self._forward(ids[:, None], positions[:, None], cache)[:, 0]
             decoded += zip(rows, positions, logits, strict=True)
-            cache.step += 1
+            cache.advance()
         return max(float((logits - expected[row][position]).abs().max()) for row, position, logits in decoded)
 
     def _generate_cache_is_exact(self, device: torch.device) -> bool:
@@ -387,7 +392,7 @@ class LocalEngine:
             max_new_tokens=3, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
         )
         try:
-            with self._empty_generation_config():
+            with _empty_generation_config(self.base):
                 output = self.model.generate(  # type: ignore[operator]
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
@@ -422,6 +427,16 @@ def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if not ids:
         raise ValueError("no token ends a completion: set tokenizer.eos_token or model.generation_config.eos_token_id")
     return ids
+
+
+@contextmanager
+def _empty_generation_config(model: Any) -> Iterator[None]:
+    """Without the model's own defaults, which ``model.generate`` would mix into ours."""
+    model_defaults, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = model_defaults
 
 
 def _position_ids(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
