@@ -154,9 +154,12 @@ def read_head(model: nn.Module, settings: HeadSettings, temperature: float = 1.0
         layer.unshard()
     weight, bias = layer.weight, getattr(layer, "bias", None)
     if hasattr(weight, "full_tensor"):
-        # Gathered once in a forward pass, not once for each chunk, and freed after it.
-        weight = weight.full_tensor()
-        bias = None if bias is None else bias.full_tensor()
+        # Gathered once in a forward pass, not once for each chunk, and freed after it; in the precision in which FSDP2
+        # gathers it for training, so that a reference's log-probs are those of the policy.
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        weight = weight.to(dtype).full_tensor()
+        bias = None if bias is None else bias.to(dtype).full_tensor()
     head = Head(weight, bias, settings.scale, settings.softcap, temperature)
     # The model's own forward drops the logits of padding rows as well.
     return head if settings.vocab_size is None else head.first(settings.vocab_size)

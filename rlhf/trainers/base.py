@@ -55,7 +55,7 @@ from rlhf.trainers.preparation import (
 from rlhf.trainers.processes import load_models_whole
 from rlhf.trainers.recording import data_sources
 from rlhf.trainers.reference import Reference, SyncReference
-from rlhf.trainers.sharding import can_shard, check_whole, shard
+from rlhf.trainers.sharding import can_shard, check_whole, keep_single_precision, shard
 from rlhf.trainers.step_checks import CheckedSteps
 from rlhf.trainers.trackers import Trackers, set_places
 
@@ -168,6 +168,7 @@ class BaseTrainer(Evaluating, CheckedSteps):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         load_models_whole()  # once more, as accelerate has read the configuration of DeepSpeed again
+        keep_single_precision(self.accelerator)
 
     def _replace_neftune(self) -> None:
         """Noise on the embeddings scaled by each sequence's length; transformers' own takes the row's length."""

@@ -126,7 +126,11 @@ class Checkpointing(SafeLoading):
         # Where weights are whole on each process, the first may be the only one that calls this.
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         with self._all_or_none(partial, final) if is_sharded else nullcontext(), writing(final):
-            super().save_model(str(partial), _internal_call=True)
+            if self.is_fsdp_enabled:
+                # Gathered by all processes. transformers saves no model at all where checkpoints are in shards.
+                self._save(str(partial), state_dict=self.accelerator.get_state_dict(self.model))
+            else:
+                super().save_model(str(partial), _internal_call=True)
         if self.args.should_save:
             with writing(final):
                 (partial / CARD_FILE).unlink(missing_ok=True)  # PEFT's, a form that nobody has filled in

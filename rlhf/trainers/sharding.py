@@ -1,12 +1,14 @@
-"""A frozen model with its weights sharded over the processes, as FSDP2 or ZeRO-3 shards those that are trained."""
+"""Weights that are sharded over the processes: the precision of sums, and frozen models that are sharded too."""
 
 import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from rlhf.kernels.linear import weights_are_here
 from rlhf.models import Policy
@@ -21,6 +23,24 @@ def zero_stage(accelerator: Accelerator) -> int:
     """The stage of DeepSpeed's ZeRO: from 2 on gradients, at 3 also weights are sharded. 0 without DeepSpeed."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     return 0 if plugin is None else int(plugin.zero_stage)
+
+
+def keep_single_precision(accelerator: Accelerator) -> None:
+    """Let FSDP2 under mixed precision return float32 log-probs, and sum gradients in float32, as DDP does.
+
+    accelerate's own policy casts what the model returns to the precision of its products: a sum of log-probs would have
+    8 bits, and DPO would not begin at log 2. A policy that the user gave stays.
+
+    Args:
+        accelerator: of the run; its plugin is changed.
+    """
+    if not accelerator.is_fsdp2:
+        return
+    plugin = accelerator.state.fsdp_plugin
+    policy = plugin.mixed_precision_policy
+    dtype = None if policy is None else policy.param_dtype
+    if dtype is not None and policy == MixedPrecisionPolicy(dtype, dtype, dtype):
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
 
 
 def check_whole(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 STEPS = 3
 SAVED_AT = 2
 KINDS = ("sft", "dpo", "kto", "reward", "distill")
+IN_SHARDS = ("sft", "dpo")  # with FSDP2: checkpoints in shards, and whole ones for the others
 
 
 def shard_on_cpus(kind: str) -> None:
@@ -26,8 +27,7 @@ def shard_on_cpus(kind: str) -> None:
     if kind == "fsdp2":
         os.environ |= {
             "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-            "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-            "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+            "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
         }  # fmt: skip
         torch.distributed.init_process_group("gloo")
     else:
@@ -49,6 +49,7 @@ def make_trainer(kind: str, folder: Path, tokenizer, batch: int, **changes):
 
     import rlhf
 
+    os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT" if kind in IN_SHARDS else "FULL_STATE_DICT"
     names = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "reward": "Reward", "distill": "Distill"}
     rows = {"sft": sft_rows, "distill": sft_rows, "kto": unpaired_rows}.get(kind, preference_rows)
     config = getattr(rlhf, f"{names[kind]}Config")(
@@ -72,6 +73,18 @@ def resumed(kind: str, folder: Path, tokenizer, batch: int, name: str) -> list[f
     trainer.train(resume_from_checkpoint=str(folder / kind / f"checkpoint-{SAVED_AT}"))
     trainer.save_model()
     return losses(trainer)
+
+
+def first_loss_in_half_precision(folder: Path, tokenizer) -> float:
+    """Of DPO with bf16 products, at the start; log 2, if policy and reference are computed alike."""
+    import transformers.training_args
+
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True  # these CPUs stand for accelerators
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    trainer = make_trainer("dpo", folder / "half", tokenizer, 2, bf16=True, save_strategy="no")
+    trainer.train()
+    os.environ.pop("ACCELERATE_MIXED_PRECISION")
+    return losses(trainer)[0]
 
 
 def losses(trainer) -> list[float]:
@@ -100,6 +113,8 @@ def main() -> None:
         compare()
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     found = train_all(folder, tokenizer, kinds)
+    if sharding == "fsdp2":
+        found["dpo"]["half"] = [first_loss_in_half_precision(folder, tokenizer)]
     gc.collect()  # a model that still holds the group would abort at the interpreter's end
     is_first = dist.get_rank() == 0
     dist.barrier()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sharded_training import KINDS, losses, make_trainer
+from sharded_training import IN_SHARDS, KINDS, losses, make_trainer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 HERE = Path(__file__).parent
@@ -25,7 +26,8 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 def test_sharded_runs_are_those_of_one_process(sharding, tmp_path, tokenizer):
     """Losses and the saved weights; resumed by two processes, and by one. A frozen reference is sharded too.
 
-    With FSDP2 also scores and gradients of single models (sharded.py), in the same processes.
+    With FSDP2 also scores and gradients of single models (sharded.py) and the first loss of DPO in bf16, in the same
+    processes.
 
     With DeepSpeed: `DS_BUILD_OPS=0 pip install deepspeed`, then `pytest -m slow` on this file, two minutes each.
     """
@@ -37,6 +39,10 @@ def test_sharded_runs_are_those_of_one_process(sharding, tmp_path, tokenizer):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "losses.json").read_text())
+    if sharding == "fsdp2":
+        shards = {kind for kind in KINDS if (tmp_path / kind / "checkpoint-2/pytorch_model_fsdp_0").is_dir()}
+        assert shards == set(IN_SHARDS)
+    assert found["dpo"].pop("half", [math.log(2)]) == pytest.approx([math.log(2)], abs=1e-7)
     for kind in KINDS:
         trainer = make_trainer(kind, tmp_path / f"{kind}-one", tokenizer, 4, use_cpu=True, save_strategy="no")
         trainer.train()
