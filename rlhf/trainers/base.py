@@ -58,6 +58,7 @@ from rlhf.trainers.reference import Reference, SyncReference
 from rlhf.trainers.sharding import can_shard, check_whole, keep_single_precision, shard
 from rlhf.trainers.step_checks import CheckedSteps
 from rlhf.trainers.trackers import Trackers, set_places
+from rlhf.trainers.unused_parameters import settle_unused_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -129,12 +130,12 @@ class BaseTrainer(Evaluating, CheckedSteps):
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             )
-        self.trackers = Trackers(self.callback_handler.callbacks)
+        self.trackers, self._metric_sums = Trackers(self.callback_handler.callbacks), MetricSums()
         self._replace_neftune()
         # Only now is the model where it will be trained, which decides whether its attention takes segments.
         if data_collator is None and choose_layout(model, self._layout()) == "segments":
             self.data_collator = Collator(pad_token, layout="segments")  # type: ignore[assignment]
-        self._metric_sums = MetricSums()
+        self._spread_over_processes()
         self.balancer = balancer(self.model, args.router_aux_loss_coef, self.accelerator, self.balances)
         self._add_callbacks()
 
@@ -160,6 +161,11 @@ class BaseTrainer(Evaluating, CheckedSteps):
         check_positions(model, first_rows, eval_dataset)
         self.choose_prompts(eval_rows, tokenizer, args)
         return train_dataset, eval_dataset, first_rows
+
+    def _spread_over_processes(self) -> None:
+        """Settings of a run of several processes; before anything shards the model."""
+        is_decided = "ddp_find_unused_parameters" in self.args.given_options
+        settle_unused_parameters(self.model, self.accelerator, is_decided)
 
     def _add_callbacks(self) -> None:
         self.add_profiler()

@@ -44,7 +44,7 @@ ACTS: dict[str, str] = {
     "bf16": "on by default where the GPU has bfloat16",
     "remove_unused_columns": "columns that nothing reads are left out when rows are tokenised, always",
     "dataloader_pin_memory": "on where there is a GPU",
-    "ddp_find_unused_parameters": "off by default",
+    "ddp_find_unused_parameters": "by default on where a trial text misses trainable parameters",
     "logging_steps": "10 by default",
     "logging_nan_inf_filter": "off by default",
     "include_num_input_tokens_seen": "tokens are counted without padding, whatever is asked",

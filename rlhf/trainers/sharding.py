@@ -19,6 +19,13 @@ def can_shard(accelerator: Accelerator) -> bool:
     return accelerator.is_fsdp2 or zero_stage(accelerator) == 3
 
 
+def uses_ddp(accelerator: Accelerator) -> bool:
+    """Whether there are several processes that each hold the whole model, without FSDP and DeepSpeed."""
+    plugins = ("fsdp_plugin", "deepspeed_plugin")
+    is_sharded = any(getattr(accelerator.state, name, None) is not None for name in plugins)
+    return accelerator.num_processes > 1 and not is_sharded
+
+
 def zero_stage(accelerator: Accelerator) -> int:
     """The stage of DeepSpeed's ZeRO: from 2 on gradients, at 3 also weights are sharded. 0 without DeepSpeed."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
