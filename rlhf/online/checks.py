@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 # Options, and the parameter of an estimator that reads them.
 READ_BY_ESTIMATORS = {
     "gamma": "gamma", "lam": "lam", "scale_rewards": "scale", "value_model": "values", "vf_coef": "values",
-    "cliprange_value": "values",
+    "cliprange_value": "values", "critic_warmup": "values",
 }  # fmt: skip
 ONLY_WITH_TOKEN_LOSSES = ("adaptive_kl_target", "early_stop_kl", "importance_sampling_cap", "off_policy_mask_threshold")
 PAIR_LENGTHS = ("chosen_lengths", "rejected_lengths")  # what sampled pairs have besides log-probs
@@ -96,6 +96,11 @@ def _check_advantages(args: Any) -> None:
         is_default = getattr(args, option) == type(args).__dataclass_fields__[option].default
         if parameter not in estimator.reads and not is_default:
             raise ValueError(f"{option} has no effect with advantage_estimator {name}: leave it out")
+    if args.critic_warmup and args.value_model == "shared":
+        raise ValueError(
+            f"critic_warmup {args.critic_warmup}: a shared critic moves the policy's own layers; name a model for the "
+            "critic (--value_model FOLDER), or leave critic_warmup out"
+        )
     if is_own(estimator):
         settings = {"gamma": args.gamma, "lam": args.lam, "scale": args.scale_rewards}
         try_advantage_estimator(f"advantage_estimator {name}", estimator, args.num_generations, **settings)

@@ -104,6 +104,7 @@ class PPOConfig(TRLNames, ReferenceSyncArguments, BaseConfig):
     vf_coef: float = option(0.1, "Weight of the critic's loss.")
     cliprange_value: float | None = option(0.2, "Clip range of the value; None: no clipping.")
     value_model: str = option("shared", "Critic: shared (a head on the policy), or a model's folder.")
+    critic_warmup: int = option(0, "Rollouts at the start that train the critic alone; it needs a value_model.")
     # Completions
     log_completions: bool = option(True, "Write the last rollout before each line of the log to completions.jsonl.")
     num_completions_to_print: int | None = option(0, "Print this many of them too; None prints all.")
@@ -217,6 +218,16 @@ class PPOConfig(TRLNames, ReferenceSyncArguments, BaseConfig):
         lengths_read = arguments_of(PREFERENCE_LOSSES.find(self.loss_type), lengths)
         options = lengths_read | self.loss_options
         return dpo_loss(*logps, self.beta, loss_type=self.loss_type, reduction="none", **options)
+
+    def policy_weight(self, rollout: int) -> float:
+        """The factor of the policy's loss: 0 while the critic warms up.
+
+        Args:
+            rollout: its number, from 1.
+        Returns:
+            0 or 1. With 0 the policy's gradient is zeros, not missing: under DDP each parameter needs one.
+        """
+        return 0.0 if 0 < rollout <= self.critic_warmup else 1.0
 
     def kl_controller(self) -> AdaptiveKLController | None:
         """What adapts beta; None where it is constant."""

@@ -49,7 +49,8 @@ MOVE_FIGURES: dict[str, str] = {
     "normalize_advantages scale_rewards multi_objective_aggregation",
     "policy and critic": "num_mini_batches num_iterations epsilon epsilon_high delta importance_sampling_level "
     "top_entropy_quantile off_policy_mask_threshold importance_sampling_cap kl_in kl_estimator adaptive_kl_target "
-    "adaptive_kl_horizon early_stop_kl entropy_coef vf_coef cliprange_value value_model",
+    "adaptive_kl_horizon early_stop_kl entropy_coef vf_coef cliprange_value value_model "
+    "critic_warmup",
 }
 """Options of which another value gives another run, by subject."""
 

@@ -336,6 +336,30 @@ def test_a_critic_of_its_own_learns_and_is_saved(make, tmp_path, tokenizer):
     AutoModelForCausalLM.from_pretrained(tmp_path / "run")
 
 
+def test_a_critic_that_warms_up_leaves_the_policy_as_it_is(make, tmp_path, tokenizer):
+    critic = add_scalar_head(tiny_model(seed=3))
+    critic.save_pretrained(tmp_path / "critic")
+    tokenizer.save_pretrained(tmp_path / "critic")
+    steps = 2 * make().args.num_iterations * make().args.num_mini_batches  # two rollouts
+    options = {"value_model": str(tmp_path / "critic"), "vf_coef": 1.0, "learning_rate": 1e-2, "logging_steps": 1}
+    trainer = make(critic_warmup=1, max_steps=steps, **options)
+    first_half = StopAt(steps // 2)
+    trainer.add_callback(first_half)
+    before = {name: weight.clone() for name, weight in trainer.policy.model.state_dict().items()}
+    trainer.train()
+    assert all(torch.equal(weight, before[name]) for name, weight in trainer.policy.model.state_dict().items())
+    assert trainer.policy.critic.model.score.weight.abs().max() > 0
+    # The second rollout trains both.
+    trainer.remove_callback(first_half)
+    trainer.train(resume_from_checkpoint=False)
+    assert any(not torch.equal(weight, before[name]) for name, weight in trainer.policy.model.state_dict().items())
+
+
+def test_a_shared_critic_cannot_warm_up_alone(make):
+    with pytest.raises(ValueError, match="critic_warmup 2: a shared critic moves"):
+        make(critic_warmup=2)
+
+
 def test_a_critic_with_another_tokenizer_is_refused(make, tmp_path, tokenizer):
     add_scalar_head(tiny_model()).save_pretrained(tmp_path / "critic")
     other = copy.deepcopy(tokenizer)
