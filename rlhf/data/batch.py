@@ -1,12 +1,13 @@
 """What a model reads: rows of token ids, the targets that are scored, and every number that travels with them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from rlhf.data.segments import Segments
 from rlhf.logprobs import Targets
 
 # The label that PyTorch's cross-entropy ignores by default, and that all of transformers uses.
@@ -20,33 +21,10 @@ class Movable(Protocol):
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Any: ...
 
-
-class Span(NamedTuple):
-    """``length`` tokens of a flat row: each sees those before it in its span, and ``prefix`` tokens of another.
-
-    ``parent`` is the index of the span whose first ``prefix`` tokens they are (a branch sees the prompt that its
-    group's first span begins with).
-    """
-
-    length: int
-    # Not 0, which is the first span.
-    parent: int = -1
-    prefix: int = 0
+    def pin_memory(self) -> Any: ...
 
 
 # eq=False: a generated `==` would compare tensors, whose comparison is no single truth value.
-@dataclass(frozen=True, eq=False)
-class Segments:
-    """The spans of a flat row, in order and without gaps.
-
-    ``attention_cache`` holds what an attention function derives from them (masks, cumulative lengths): the first layer
-    fills it, all other layers reuse it.
-    """
-
-    spans: tuple[Span, ...]
-    attention_cache: dict[Any, Any] = field(default_factory=dict)
-
-
 @dataclass(frozen=True, eq=False)
 class Batch:
     """The input of a policy, with N scored tokens in S sequences.
@@ -81,18 +59,30 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same batch with all its tensors on ``device``."""
+        return self._map_parts(lambda part: part.to(device, non_blocking=non_blocking))
 
-        def moved(values: Mapping[str, Any]) -> dict[str, Any]:
-            return {name: value.to(device, non_blocking=non_blocking) for name, value in values.items()}
+    def pin_memory(self) -> Self:
+        """The same batch in pinned memory, from which a GPU copies while the host goes on.
+
+        PyTorch's data loader calls this with ``dataloader_pin_memory``.
+        """
+        return self._map_parts(lambda part: part.pin_memory())
+
+    def _map_parts(self, change: Callable[[Any], Any]) -> Self:
+        """The same batch with each of its tensors, and all else that can move, changed."""
+
+        def changed(parts: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: change(part) for name, part in parts.items()}
 
         inputs = {name: getattr(self, name) for name in ("input_ids", "attention_mask", "position_ids")}
         return replace(
             self,
-            **moved(inputs),
-            targets=self.targets.to(device, non_blocking),
-            per_token=moved(self.per_token),
-            per_sequence=moved(self.per_sequence),
-            extras=moved(self.extras),
+            **changed(inputs),
+            targets=change(self.targets),
+            segments=None if self.segments is None else change(self.segments),
+            per_token=changed(self.per_token),
+            per_sequence=changed(self.per_sequence),
+            extras=changed(self.extras),
         )
 
     def num_tokens(self) -> Tensor:
@@ -114,8 +104,7 @@ class Batch:
             padding_on_the_right = self.attention_mask.flip(1).argmax(1)
             sequence_ends = torch.arange(1, num_rows + 1, device=padding_on_the_right.device) * row_width
             return sequence_ends - 1 - padding_on_the_right
-        sequence_ends = torch.tensor([span.length for span in self.segments.spans]).cumsum(0) - 1
-        return sequence_ends.to(self.input_ids.device)
+        return self.segments.last_rows()
 
     def inputs(self) -> dict[str, Any]:
         """The arguments of a causal LM's forward."""

@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.data.batch import IGNORE, Batch, Layout, Movable, Row, Segments, Span, sequences
+from rlhf.data.batch import IGNORE, Batch, Layout, Movable, Row, sequences
+from rlhf.data.segments import Segments, Span
 from rlhf.logprobs import Targets
 
 
@@ -138,7 +139,7 @@ class Collator:
         input_ids = torch.tensor(flat_ids)[None]
         position_ids = torch.cat(position_spans)[None]
         # Nothing is padding here. Which tokens see each other is decided by the segments, not by this mask.
-        return Batch(input_ids, torch.ones_like(input_ids), position_ids, targets, Segments(tuple(spans)))
+        return Batch(input_ids, torch.ones_like(input_ids), position_ids, targets, Segments.of(tuple(spans)))
 
     def _padded(self, examples: list[Row]) -> Batch:
         """A row for each sequence, [S, T], each with its prompt."""

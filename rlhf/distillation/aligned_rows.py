@@ -1,9 +1,9 @@
 """Rows for two tokenizers: the same text for a student and its teacher, with the spans that align their tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -44,11 +44,14 @@ class Alignment(NamedTuple):
     partner: Tensor
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Alignment":
-        student, teacher, partner = (
-            tensor.to(device, non_blocking=non_blocking)
-            for tensor in (self.spans.student, self.spans.teacher, self.partner)
-        )
-        return Alignment(self.batch.to(device, non_blocking), Spans(student, teacher, self.spans.total), partner)
+        return self._map_parts(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Alignment":
+        return self._map_parts(lambda part: part.pin_memory())
+
+    def _map_parts(self, change: Callable[[Any], Any]) -> "Alignment":
+        spans = Spans(change(self.spans.student), change(self.spans.teacher), self.spans.total)
+        return Alignment(change(self.batch), spans, change(self.partner))
 
 
 def collate_alignment(examples: list[Row], collate: Collator, pad_token_id: int) -> Alignment:

@@ -8,6 +8,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from rlhf.kernels.autocast import dtype_under_autocast
+
 logger = logging.getLogger(__name__)
 
 
@@ -72,20 +74,31 @@ class Predictions(NamedTuple):
         return replace(head, weight=head.weight.to(dtype), bias=bias).logits(rows)
 
 
-def as_autocast_casts(rows: Tensor) -> Tensor:
-    """The hidden states in the precision that autocast gives a matrix product on a GPU.
+def head_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """The type in which hidden states are multiplied with the head.
 
     The log-prob core multiplies with autocast off, because autocast would round log-probs. So float32 weights under
-    ``bf16=True`` would be multiplied in float32, many times slower. A CPU emulates half precision: there the rows stay.
+    ``bf16=True`` would be multiplied in float32, many times slower. A CPU emulates half precision: the type stays.
+
+    Args:
+        dtype: of the hidden states.
+        device: their device type.
+    Returns:
+        On a GPU, what autocast would take; elsewhere the same type.
+    """
+    is_cast = device == "cuda" and dtype == torch.float32
+    return dtype_under_autocast(dtype, device) if is_cast else dtype
+
+
+def as_autocast_casts(rows: Tensor) -> Tensor:
+    """The hidden states in the type of :func:`head_dtype`.
 
     Args:
         rows: [N, H].
     Returns:
         [N, H].
     """
-    if rows.is_cuda and rows.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
-        return rows.to(torch.get_autocast_dtype("cuda"))
-    return rows
+    return rows.to(head_dtype(rows.dtype, rows.device.type))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The scored tokens: the one contract for shifting and ``ignore_index``."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -126,9 +127,14 @@ class Targets:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
         """The same targets on another device."""
-        source, token, sequence = (
-            vector.to(device, non_blocking=non_blocking) for vector in (self.source, self.token, self.sequence)
-        )
+        return self._map_tensors(lambda vector: vector.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Targets":
+        """The same targets in pinned memory."""
+        return self._map_tensors(Tensor.pin_memory)
+
+    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Targets":
+        source, token, sequence = (change(vector) for vector in (self.source, self.token, self.sequence))
         return replace(self, source=source, token=token, sequence=sequence)
 
     def sum(self, values: Tensor) -> Tensor:

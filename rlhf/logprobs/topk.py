@@ -45,6 +45,10 @@ class TopK(NamedTuple):
         """The same on another device."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
+    def pin_memory(self) -> "TopK":
+        """The same in pinned memory."""
+        return self._each(Tensor.pin_memory)
+
     def rows(self, chunk: slice) -> "TopK":
         """Of some tokens alone."""
         return self._each(lambda tensor: tensor[chunk])

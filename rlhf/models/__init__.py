@@ -2,8 +2,8 @@
 
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.adapters import add_adapter, add_adapter_beside
-from rlhf.models.attention import choose_layout, use_segments
 from rlhf.models.generation import add_answer_ends, mend_generation_config
+from rlhf.models.layout import choose_layout, use_segments
 from rlhf.models.loading import load_model, load_tokenizer
 from rlhf.models.policy import Policy
 from rlhf.models.randomness import add_embedding_noise, configured_dropout, disable_dropout

@@ -11,7 +11,7 @@ from torch import nn
 from rlhf.data import Batch
 from rlhf.kernels.recompute import fewer_activations
 from rlhf.logprobs import HeadObjective, Predictions, Scores, model_predictions, model_scores, verified_settings
-from rlhf.models.attention import NAME
+from rlhf.models.attention import reads_segments
 from rlhf.models.positions import finds_own_positions, inputs_of, reads_padding, sees_ahead
 from rlhf.models.routing import Balancing
 
@@ -153,7 +153,7 @@ class Policy(Wrapper):
 
     def _check_layout(self, batch: Batch) -> None:
         # Another attention function would ignore the spans, and sequences would attend to each other.
-        if batch.segments is not None and self.config._attn_implementation != NAME:
+        if batch.segments is not None and not reads_segments(self.config):
             raise ValueError("the batch is laid out in segments, the model is not ready for them: use_segments(model)")
 
     @contextmanager

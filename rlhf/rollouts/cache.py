@@ -8,7 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rlhf.data.batch import Segments, Span
+from rlhf.data.segments import Segments, Span
 from rlhf.models.attention import segment_attention
 
 DECODING_ATTENTION = "rlhf_decoding"  # its name in transformers' registry
@@ -60,8 +60,8 @@ class Cache:
         Returns:
             Their spans in the row.
         """
-        lengths = self.lengths[self.prompts_read : self.prompts_read + count].tolist()
-        self.segments = Segments(tuple(Span(length) for length in lengths))
+        lengths = self.lengths[self.prompts_read : self.prompts_read + count]
+        self.segments = Segments.of(tuple(Span(length) for length in lengths.tolist())).to(lengths.device)
         return self.segments
 
     def end_prefill(self) -> None:

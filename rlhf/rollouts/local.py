@@ -17,7 +17,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from rlhf.models.attention import unsupported_reason
+from rlhf.models.layout import unsupported_reason
 from rlhf.models.positions import finds_own_positions, first_position
 from rlhf.rollouts.cache import DECODING_ATTENTION, Cache
 from rlhf.rollouts.decoding import DecodingState

@@ -10,9 +10,9 @@ from conftest import ARCHITECTURES, close, tiny_model
 from peft import LoraConfig, get_peft_model
 
 from rlhf.data import Batch, Collator
-from rlhf.data.batch import Segments, Span
+from rlhf.data.segments import Segments, Span
 from rlhf.logprobs import Targets
-from rlhf.models import Policy, attention, choose_layout, use_segments
+from rlhf.models import Policy, attention, attention_spans, choose_layout, use_segments
 from rlhf.models.attention import NAME, segment_attention
 
 WINDOW = 4  # shorter than most sequences below
@@ -21,6 +21,15 @@ FAMILIES = {name: (name, {}) for name in ARCHITECTURES if name != "gemma2"} | {
     "mistral, windows": ("llama", dict(model_type="mistral", sliding_window=WINDOW)),
     "phi3, windows": ("llama", dict(model_type="phi3", sliding_window=WINDOW)),
     "qwen2, some windows": ("qwen2", dict(use_sliding_window=True, sliding_window=WINDOW, layer_types=MIXED)),
+    # Scores that are soft-capped, strongly enough to show; sinks of each head.
+    "gemma2, some windows": (
+        "gemma2",
+        dict(head_dim=16, attn_logit_softcapping=0.5, sliding_window=WINDOW, layer_types=MIXED),
+    ),
+    "gpt_oss, some windows": (
+        "llama",
+        dict(model_type="gpt_oss", num_local_experts=4, head_dim=16, sliding_window=WINDOW, layer_types=MIXED),
+    ),
     "gemma3, some windows": (
         "qwen3",
         dict(model_type="gemma3_text", sliding_window=WINDOW, layer_types=MIXED, query_pre_attn_scalar=8),
@@ -77,7 +86,7 @@ def laid_out(groups):
             count += 1
     flat = torch.tensor([row])
     targets = Targets(*torch.tensor(scored).unbind(1), count)
-    return Batch(flat, torch.ones_like(flat), torch.tensor([positions]), targets, Segments(tuple(spans)))
+    return Batch(flat, torch.ones_like(flat), torch.tensor([positions]), targets, Segments.of(tuple(spans)))
 
 
 def batch_of(case):
@@ -93,7 +102,7 @@ def build(family, dtype=torch.float32):
 def both(request):
     """A model as it is, and the same one ready for segments."""
     own, model = build(request.param), build(request.param)
-    assert use_segments(model) is None and own.config._attn_implementation == "sdpa"
+    assert use_segments(model) is None and own.config._attn_implementation in ("sdpa", "eager")
     return own, model, copy.deepcopy(own.state_dict())
 
 
@@ -240,8 +249,6 @@ def test_an_adapter_does_not_hide_the_model():
 _MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
 _LATENT = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, n_group=1)
 UNFIT = {
-    "gemma2": ({}, "its attention is eager"),  # soft-capped scores
-    "gpt_oss": (dict(num_local_experts=4, head_dim=8), "its attention is eager"),  # attention sinks
     "bloom": (dict(n_layer=2, n_head=4), "its attention cannot be replaced"),  # ALiBi
     "falcon": (dict(alibi=True), "its attention cannot be replaced"),
     "rwkv": ({}, "its attention cannot be replaced"),
@@ -263,7 +270,7 @@ UNFIT = {
 @pytest.mark.parametrize("family", UNFIT)
 def test_what_cannot_take_segments_says_why_and_takes_rows(family, caplog):
     changes, reason = UNFIT[family]
-    model = tiny_model("gemma2" if family == "gemma2" else "llama", model_type=family, **changes)
+    model = tiny_model("llama", model_type=family, **changes)
     before = model.config._attn_implementation
     assert use_segments(model).startswith(reason)
     caplog.clear()
@@ -294,7 +301,7 @@ SURPRISES = {
 @pytest.mark.parametrize("surprise", SURPRISES)
 def test_a_surprising_attention_falls_back_to_rows(surprise, monkeypatch, caplog):
     wrong, reason = SURPRISES[surprise]
-    monkeypatch.setattr(attention, "_mask", wrong)
+    monkeypatch.setattr(attention_spans, "_mask", wrong)
     model, own = build("llama").train(), build("llama")
     assert choose_layout(model, "auto") == "rows"
     warned = [r for r in caplog.records if r.levelname == "WARNING"]
@@ -305,17 +312,17 @@ def test_a_surprising_attention_falls_back_to_rows(surprise, monkeypatch, caplog
         choose_layout(model, "segments")
 
 
-@pytest.mark.parametrize("name", ["s_aux", "softcap", "position_bias"])
+@pytest.mark.parametrize("name", ["position_bias"])
 def test_what_segments_do_not_know_is_never_left_out(name):
     x = torch.zeros(1, 1, 3, 8)
     with pytest.raises(NotImplementedError, match=f"segments know no {name}"):
-        segment_attention(torch.nn.Identity(), x, x, x, None, segments=Segments((Span(3),)), **{name: torch.ones(1)})
+        segment_attention(torch.nn.Identity(), x, x, x, None, segments=Segments.of((Span(3),)), **{name: torch.ones(1)})
 
 
 def test_a_mask_of_the_models_own_is_never_left_out():
     x, mask = torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, 3, 3)
     with pytest.raises(NotImplementedError, match="segments know no mask that the model makes"):
-        segment_attention(torch.nn.Identity(), x, x, x, mask, segments=Segments((Span(3),)))
+        segment_attention(torch.nn.Identity(), x, x, x, mask, segments=Segments.of((Span(3),)))
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -329,52 +336,24 @@ def test_segments_without_their_attention_are_an_error(implementation):
         model.base_model(**batch.inputs(), use_cache=False)
 
 
-# The GPU's attention
+# On a GPU
 
-SPANS = {
-    "packed": (Span(5), Span(1), Span(8)),
-    "shared": (Span(7), Span(4, 0, 3), Span(1, 0, 3), Span(0, 0, 7), Span(6), Span(2, 4, 6), Span(9, 4, 1)),
+GPU_KERNELS = {
+    "llama": "attend_by_varlen",
+    "mistral, windows": "attend_by_varlen",
+    "gemma2, some windows": "attend_by_flex",
+    "gpt_oss, some windows": "attend_by_flex",
 }
-
-
-def variable_length(query, key, value, starts_q, starts_k, longest_q, longest_k, *, scale, window_size, enable_gqa):
-    """torch's ``varlen_attn`` as its documentation has it, one query at a time."""
-    output = torch.zeros_like(query)
-    ends_q, ends_k = starts_q[1:].tolist(), starts_k[1:].tolist()
-    spans = list(zip(starts_q.tolist(), ends_q, starts_k.tolist(), ends_k, strict=False))
-    assert longest_q == max(b - a for a, b, _, _ in spans) and longest_k == max(d - c for _, _, c, d in spans)
-    assert ends_q[-1] == len(query) and ends_k[-1] == len(key)
-    shared = query.size(1) // key.size(1) if enable_gqa else 1
-    for a, b, c, d in spans:
-        for q in range(a, b):
-            last = d - (b - q)  # aligned at the bottom right
-            first = c if window_size[0] < 0 else max(c, last - window_size[0])
-            for head in range(query.size(1)):
-                k, v = key[first : last + 1, head // shared], value[first : last + 1, head // shared]
-                output[q, head] = (k @ query[q, head] * (scale or query.size(2) ** -0.5)).softmax(0) @ v
-    return output
-
-
-@pytest.mark.parametrize("window", [None, 1, 3])
-@pytest.mark.parametrize("spans", SPANS)
-def test_both_attentions_are_told_the_same(spans, window, monkeypatch):
-    """The plan for the GPU, read by a loop, gives what the CPU computes span by span."""
-    monkeypatch.setattr(attention, "varlen_attn", variable_length)
-    segments = Segments(SPANS[spans])
-    total = sum(span.length for span in segments.spans)
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, heads, total, 8, generator=g, dtype=torch.float64) for heads in (4, 2, 2))
-    want, _ = segment_attention(torch.nn.Identity(), q, k, v, None, 0.0, 0.3, window, segments)
-    close(attention._varlen(q, k, v, segments, 0.3, window), want, torch.float64)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", ["llama", "mistral, windows"])
+@pytest.mark.parametrize("family", GPU_KERNELS)
 def test_half_precision_on_a_gpu(family, case, monkeypatch):
-    calls = []
-    monkeypatch.setattr(attention, "_varlen", lambda *args, own=attention._varlen: calls.append(1) or own(*args))
+    calls, name = [], GPU_KERNELS[family]
+    own_kernel = getattr(attention, name)
+    monkeypatch.setattr(attention, name, lambda *args: calls.append(1) or own_kernel(*args))
     model, own = build(family).cuda().bfloat16(), build(family).bfloat16().float()
     assert use_segments(model) is None
     calls.clear()

@@ -1,0 +1,183 @@
+"""Attention of all spans in one call of FlexAttention, which takes softcaps, sinks and heads of any size.
+
+A branch reads the keys of its prompt where they are: each query sees two intervals of rows, one in its own span and one
+in its prompt.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from rlhf.data.segments import Segments
+from rlhf.models.attention_spans import ScoreOptions
+
+BLOCK = 128  # rows of a block of queries or keys
+ScoreChange = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class VisibleRows(NamedTuple):
+    """The rows that each query sees: from ``own_start`` to itself, and from ``prefix_start`` to before ``prefix_end``.
+
+    Args:
+        own_start: int32 [T].
+        prefix_start: int32 [T].
+        prefix_end: int32 [T].
+    """
+
+    own_start: Tensor
+    prefix_start: Tensor
+    prefix_end: Tensor
+
+
+def attend_by_flex(query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: ScoreOptions) -> Tensor:
+    """Attention by FlexAttention, compiled at the first call.
+
+    Args:
+        query: [1, heads, T, D].
+        key: [1, kv_heads, T, D].
+        value: [1, kv_heads, T, D'].
+        segments: the spans, with their layout on the device.
+        options: of the layer: no dropout.
+    Returns:
+        [1, T, heads, D'].
+    """
+    # All layers with the same window read the same mask.
+    cache_key = ("flex", options.window, query.device)
+    if cache_key not in segments.attention_cache:
+        segments.attention_cache[cache_key] = block_mask(segments, query.size(2), options.window)
+    arguments = dict(
+        score_mod=None if options.softcap is None else _softcap(options.softcap),
+        block_mask=segments.attention_cache[cache_key],
+        scale=options.scaling,
+        enable_gqa=query.size(1) != key.size(1),
+    )
+    # Inside of a compiled model, this function is compiled with it.
+    attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled()
+    if options.sinks is None:
+        return attend(query, key, value, **arguments).transpose(1, 2)
+    output, auxiliary = attend(query, key, value, return_aux=AuxRequest(lse=True), **arguments)
+    # The share of the probability that the keys keep: exp(lse) / (exp(lse) + exp(sink)).
+    share = torch.sigmoid(auxiliary.lse - options.sinks.float()[:, None])
+    return (output * share[..., None]).to(query.dtype).transpose(1, 2)
+
+
+def visible_rows(segments: Segments, num_rows: int, window: int | None) -> VisibleRows:
+    """The rows that each query sees, on the device of the segments' layout.
+
+    Args:
+        segments: the spans.
+        num_rows: T.
+        window: a token sees this many, itself included, counted in positions of its own sequence; None for all.
+    Returns:
+        Two intervals for each query.
+    """
+    layout = segments.layout
+    starts = layout.query_starts
+    lengths = starts.diff()
+    prefix_lengths = layout.key_starts.diff() - lengths
+
+    def for_each_row(per_span: Tensor) -> Tensor:
+        # With the size given, the host does not wait for the lengths.
+        return per_span.repeat_interleave(lengths, output_size=num_rows)
+
+    own_start, prefix_start, prefix = map(for_each_row, (starts[:-1], layout.prefix_starts, prefix_lengths))
+    prefix_end = prefix_start + prefix
+    if window is not None:
+        rows = torch.arange(num_rows, device=starts.device, dtype=starts.dtype)
+        position = prefix + rows - own_start
+        first_position = position - window + 1
+        # The prefix has positions 0, 1, …, so its first visible row follows from the first visible position.
+        prefix_start = torch.minimum(prefix_start + first_position.clamp(min=0), prefix_end)
+        own_start = torch.maximum(own_start, rows - window + 1)
+    return VisibleRows(own_start, prefix_start, prefix_end)
+
+
+def block_mask(segments: Segments, num_rows: int, window: int | None) -> BlockMask:
+    """What FlexAttention needs to know: which blocks of keys a block of queries sees in part, and which in full.
+
+    Made of intervals, in time and memory linear in the row; no mask of T x T exists. Nothing waits for the device.
+
+    Args:
+        segments: the spans.
+        num_rows: T.
+        window: as in :func:`visible_rows`.
+    Returns:
+        The mask, [1, 1, T, T].
+    """
+    visible = visible_rows(segments, num_rows, window)
+    rows = torch.arange(num_rows, device=visible.own_start.device)
+    own_touched, own_covered = _blocks_of(visible.own_start, rows + 1, num_rows)
+    prefix_touched, prefix_covered = _blocks_of(visible.prefix_start, visible.prefix_end, num_rows)
+    first_rows = torch.arange(_num_blocks(num_rows), device=rows.device) * BLOCK
+    rows_in_block = (num_rows - first_rows).clamp(max=BLOCK)
+    # The last block of keys may be short: it is never called full, and its missing keys are masked.
+    is_full = own_covered + prefix_covered == rows_in_block[:, None]
+    is_partial = (own_touched + prefix_touched > 0) & ~is_full
+
+    def sees(batch: Tensor, head: Tensor, query_row: Tensor, key_row: Tensor) -> Tensor:
+        is_own = (key_row >= visible.own_start[query_row]) & (key_row <= query_row)
+        is_prefix = (key_row >= visible.prefix_start[query_row]) & (key_row < visible.prefix_end[query_row])
+        return is_own | is_prefix
+
+    return BlockMask.from_kv_blocks(
+        *_ordered(is_partial), *_ordered(is_full), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(num_rows, num_rows)
+    )
+
+
+def _num_blocks(num_rows: int) -> int:
+    return -(-num_rows // BLOCK)
+
+
+def _blocks_of(first_row: Tensor, end_row: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """How many queries of each block see something of each block of keys, and how many see all of it.
+
+    Args:
+        first_row: int [T], where the interval of each query begins.
+        end_row: int [T], the row behind its last one.
+        num_rows: T.
+    Returns:
+        Two tensors, int32 [blocks, blocks].
+    """
+    is_empty = end_row <= first_row
+    touched_from, touched_to = first_row // BLOCK, (end_row + BLOCK - 1) // BLOCK
+    covered_from, covered_to = (first_row + BLOCK - 1) // BLOCK, end_row // BLOCK
+    touched_to = torch.where(is_empty, touched_from, touched_to)
+    covered_to = torch.where(is_empty, covered_from, torch.maximum(covered_to, covered_from))
+    return _count_intervals(touched_from, touched_to, num_rows), _count_intervals(covered_from, covered_to, num_rows)
+
+
+def _count_intervals(first_block: Tensor, end_block: Tensor, num_rows: int) -> Tensor:
+    """For each block of queries and each block of keys, the queries whose interval of blocks holds it."""
+    num_blocks = _num_blocks(num_rows)
+    query_block = torch.arange(num_rows, device=first_block.device) // BLOCK
+    # +1 where an interval begins and -1 behind its end: the running sum counts the intervals that are open.
+    changes = torch.zeros(num_blocks * (num_blocks + 1), dtype=torch.int32, device=first_block.device)
+    ones = torch.ones_like(query_block, dtype=torch.int32)
+    row_of_table = query_block * (num_blocks + 1)
+    changes.index_add_(0, row_of_table + first_block, ones).index_add_(0, row_of_table + end_block, -ones)
+    return changes.view(num_blocks, num_blocks + 1).cumsum(1, dtype=torch.int32)[:, :num_blocks]
+
+
+def _ordered(is_listed: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of each row are listed, and all blocks with those first: int32 [1, 1, B] and [1, 1, B, B]."""
+    order = is_listed.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
+    return is_listed.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
+
+
+@lru_cache
+def _compiled() -> Callable[..., Any]:
+    # Dynamic: batches differ in their number of tokens, and a compilation takes seconds.
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+
+
+# Cached: a new function for each call would be compiled again.
+@lru_cache
+def _softcap(softcap: float) -> ScoreChange:
+    def capped(score: Tensor, batch: Tensor, head: Tensor, query_row: Tensor, key_row: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return capped
