@@ -109,7 +109,9 @@ def _linear_forward(self: Any, inputs: Tensor) -> Tensor:
 
 def _lora_forward(self: Any, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     adapters = self.active_adapters
-    if args or kwargs or len(adapters) != 1 or not _is_plain_lora(self, adapters[0], inputs):
+    # The compiler fuses the passes over memory of PEFT's own forward.
+    is_replaceable = not (torch.compiler.is_compiling() or args or kwargs) and len(adapters) == 1
+    if not is_replaceable or not _is_plain_lora(self, adapters[0], inputs):
         return type(self).forward(self, inputs, *args, **kwargs)
     (adapter,) = adapters
     base_layer = self.base_layer

@@ -161,6 +161,9 @@ def enable_recompute(model: nn.Module) -> None:
 
 
 def _mlp_forward(self: Any, hidden: Tensor) -> Tensor:
+    # The compiler decides by itself what to recompute.
+    if torch.compiler.is_compiling():
+        return type(self).forward(self, hidden)
     gate, up = self.gate_proj(hidden), self.up_proj(hidden)
     # SwiGLU saves both anyway. Detached, because the graph must not hold itself.
     saved_gate, saved_up = gate.detach(), up.detach()
@@ -170,7 +173,8 @@ def _mlp_forward(self: Any, hidden: Tensor) -> Tensor:
 
 def _norm_forward(self: Any, hidden: Tensor) -> Tensor:
     # In mixed precision a norm casts in its own way, which differs between models.
-    if hidden.dtype != self.weight.dtype:
+    # The compiler decides by itself what to recompute.
+    if hidden.dtype != self.weight.dtype or torch.compiler.is_compiling():
         return type(self).forward(self, hidden)
     normed, inverse_rms = RMSNorm.apply(hidden, self.weight, self.variance_epsilon)
     saved_hidden, weight = hidden.detach(), self.weight.detach()

@@ -137,7 +137,7 @@ class BaseTrainer(Evaluating, CheckedSteps):
             self.data_collator = Collator(pad_token, layout="segments")  # type: ignore[assignment]
         self._spread_over_processes()
         self.balancer = balancer(self.model, args.router_aux_loss_coef, self.accelerator, self.balances)
-        self._add_callbacks()
+        self._finish_setup()
 
     def _prepare_data(
         self, train_dataset: Any, eval_dataset: Any, model: Any, tokenizer: PreTrainedTokenizerBase, args: BaseConfig
@@ -167,7 +167,8 @@ class BaseTrainer(Evaluating, CheckedSteps):
         is_decided = "ddp_find_unused_parameters" in self.args.given_options
         settle_unused_parameters(self.model, self.accelerator, is_decided)
 
-    def _add_callbacks(self) -> None:
+    def _finish_setup(self) -> None:
+        self.compile(self.model)
         self.add_profiler()
         self.show_run()
 
@@ -235,12 +236,9 @@ class BaseTrainer(Evaluating, CheckedSteps):
         return repeat_stream(stream, args, plans_rows=self.capacity(args) is not None)
 
     def _layout(self) -> str:
-        args = self.args
-        if args.torch_compile and args.layout == "segments":
-            logger.warning("--torch_compile with --layout segments compiles nearly every batch anew; use --layout rows")
-        # Segments change their shape with each batch; logits of whole rows need rows.
-        whole_rows = args.torch_compile or self.compute_metrics is not None
-        return "rows" if whole_rows and args.layout == "auto" else args.layout
+        layout = self.args.layout
+        # Logits of whole rows need rows.
+        return "rows" if self.compute_metrics is not None and layout == "auto" else layout
 
     # Training
 
@@ -423,7 +421,9 @@ class BaseTrainer(Evaluating, CheckedSteps):
             )
         disable_dropout(model)
         model = model.requires_grad_(False).eval()
-        return wrapped(model if shards else model.to(self.args.device), Policy, self.args)
+        policy = wrapped(model if shards else model.to(self.args.device), Policy, self.args)
+        self.compile(policy)
+        return policy
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         """Nothing: columns that nobody reads were left out when rows were tokenised."""

@@ -62,7 +62,7 @@ ACTS: dict[str, str] = {
     "resume_from_checkpoint": "a folder, or true for the last in output_dir; also on the command line",
     "do_train": "the commands train",
     "do_eval": "the commands evaluate where there are rows to evaluate on",
-    "torch_compile": "batches are padded rows then",
+    "torch_compile": "each layer is compiled, for batches of any shape",
     "torch_compile_backend": "as torch_compile",
     "torch_compile_mode": "as torch_compile",
     "accelerator_config": "non_blocking follows dataloader_pin_memory; dispatch_batches is refused",

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.nn.modules import module as global_hooks
 from torch.profiler import profile, record_function
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf.logprobs.head import backbone_of
 from rlhf.models.policy import Wrapper
+from rlhf.trainers.compiling import CompiledTrainer
 
 WARM_UP = 2  # steps that are not timed: memory is allocated and kernels are chosen in them
 # "head" is the head and the loss computed with it. "step" is all that has no other label.
@@ -138,7 +139,7 @@ class Profiler(TrainerCallback):
         print(table(figures))
 
 
-class ProfiledTrainer(Trainer):
+class ProfiledTrainer(CompiledTrainer):
     """A ``transformers.Trainer`` whose parts of a step have labels, where a profiler is there."""
 
     profiler: Profiler | None = None
