@@ -1,6 +1,7 @@
 """Log-probabilities of the tokens that count: targets, the head as data, the bridge to Hugging Face models."""
 
 from rlhf.logprobs.bridge import model_predictions, model_scores
+from rlhf.logprobs.chunk_scores import ChunkPredictions
 from rlhf.logprobs.chunks import ChunkPlan, ChunkResult, Step, plan_chunks
 from rlhf.logprobs.divergence import Divergence, SortedComparison, TeacherDivergence, compare, compare_sorted
 from rlhf.logprobs.head import Head, HeadSettings, Predictions, head_settings, read_head, verified_settings
@@ -20,6 +21,7 @@ from rlhf.losses import perplexity, sequence_logps, shift, token_logps
 
 __all__ = [
     "ChunkPlan",
+    "ChunkPredictions",
     "ChunkResult",
     "Comparison",
     "Divergence",

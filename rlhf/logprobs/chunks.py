@@ -10,10 +10,11 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from rlhf.kernels.matmul import add_product, product, use_onednn
+from rlhf.kernels.token_scores import LogitTransform, triton_is_usable
+from rlhf.logprobs.chunk_scores import ChunkPredictions, DenseChunk, FusedChunk, transform_logits
 from rlhf.logprobs.head import Head, Predictions
 
 Mode = Literal["auto", "unit", "save", "recompute"]
-IN_CACHE = 2**17  # logits that a CPU reads several times from its cache
 
 
 def check_tokens(token: Tensor, vocabulary: int) -> None:
@@ -140,11 +141,18 @@ class ChunkedHead:
         self.result_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         is_half_on_gpu = rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)
         self.operand_dtype = rows.dtype if is_half_on_gpu else self.result_dtype
+        # The kernels compute in float32.
+        self.fuses = rows.is_cuda and self.result_dtype == torch.float32 and triton_is_usable()
         self._memory: Tensor | None = None
+        self.transform = LogitTransform()
         if head is None:
             return
         self.weight = head.weight.detach().to(self.operand_dtype)
-        self.bias = None if head.bias is None else head.bias.detach().to(self.result_dtype)
+        bias = None if head.bias is None else head.bias.detach().to(self.result_dtype) * head.scale
+        # In half precision the product is scaled: scaled rows would be rounded.
+        self.scales_rows = self.operand_dtype == self.result_dtype
+        scale = 1.0 if self.scales_rows else head.scale
+        self.transform = LogitTransform(bias, scale, head.softcap, head.temperature)
 
     def chunks(self) -> list[slice]:
         """At least one chunk, which may be empty."""
@@ -152,52 +160,68 @@ class ChunkedHead:
         starts = range(0, max(len(self.rows), 1), self.size)
         return [slice(start, start + self.size) for start in starts]
 
+    def predictions(self, chunk: slice, keep: bool = False) -> ChunkPredictions:
+        """The predictions of a chunk: one matrix product.
+
+        Args:
+            chunk: which rows.
+            keep: give them memory of their own. Otherwise the next call overwrites them.
+        Returns:
+            The predictions, in the form that is faster on this device.
+        """
+        if not self.fuses:
+            log_probs, slope = self.log_probs(chunk, keep)
+            return DenseChunk(log_probs, slope, log_probs)
+        if self.head is None:
+            return FusedChunk(self.rows[chunk], self.transform, self.rows.dtype, None)
+        product = self._product(chunk, keep)
+        return FusedChunk(product, self.transform, self.operand_dtype, product)
+
+    def restored(self, chunk: slice, product: Tensor, slope: Tensor | None) -> ChunkPredictions:
+        """Predictions that were kept, from what ``saved`` of these returned.
+
+        Args:
+            chunk: which rows.
+            product: log-probs or product, [c, V].
+            slope: of the soft-cap, [c, V].
+        Returns:
+            The predictions. Their tensors stay whole: somebody may go backward again.
+        """
+        memory = self.memory(chunk)
+        if self.fuses:
+            return FusedChunk(product, self.transform, self.operand_dtype, memory)
+        return DenseChunk(product, slope, memory)
+
     def log_probs(self, chunk: slice, keep: bool = False) -> tuple[Tensor, Tensor | None]:
         """The log-probs of a chunk: one matrix product.
 
         Args:
             chunk: which rows.
-            keep: give the log-probs memory of their own. Otherwise the next call overwrites them.
+            keep: as in :meth:`predictions`.
         Returns:
             Log-probs [c, V], which the caller may overwrite, and the slope of the soft-cap [c, V] where there is one.
         """
         if self.head is None:
             return self.rows[chunk].to(self.result_dtype).log_softmax(-1), None
-        logits, slope = self._logits(chunk, None if keep else self.memory(chunk))
+        logits, slope = transform_logits(self._product(chunk, keep), self.transform)
         if logits.is_cuda:
             return logits.log_softmax(-1), slope
         # In place: one pass over the logits, no second buffer. Only the operator without autograd takes `out`.
         return torch.ops.aten._log_softmax.out(logits, 1, False, out=logits), slope
 
-    def _logits(self, chunk: slice, out: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        head = self.head
-        assert head is not None
+    def _product(self, chunk: slice, keep: bool) -> Tensor:
+        assert self.head is not None
         rows = self.rows[chunk]
-        if self.operand_dtype == self.result_dtype:
-            logits = self.product(rows.to(self.operand_dtype) * head.scale, self.weight.T, out)
-        else:
-            # Scaled after the product: half precision would round the scaled rows.
-            logits = self.product(rows, self.weight.T, out)
-            if head.scale != 1:
-                logits *= head.scale
-        if self.bias is not None:
-            logits += self.bias * head.scale
-        slope = None
-        if head.softcap is not None:
-            # The slope of c tanh(z / c) is 1 - tanh², which is at hand now.
-            logits.div_(head.softcap).tanh_()
-            slope = 1 - logits**2
-            logits.mul_(head.softcap)
-        if head.temperature != 1:
-            logits.div_(head.temperature)
-        return logits, slope
+        if self.scales_rows:
+            rows = rows.to(self.operand_dtype) * self.head.scale
+        return self.product(rows, self.weight.T, None if keep else self.memory(chunk))
 
     def memory(self, chunk: slice) -> Tensor | None:
         """Memory for the logits of a chunk, shared by all chunks; None where a product brings its own.
 
-        Fresh memory of that size would cost a CPU a page fault for each 4 KiB.
+        Fresh memory of that size would cost a CPU a page fault for each 4 KiB, and a GPU a second chunk of logits.
         """
-        if self.head is None or self.rows.is_cuda or use_onednn(self.rows, self.weight):
+        if self.head is None or use_onednn(self.rows, self.weight):
             return None
         if self._memory is None:
             shape = min(self.size, len(self.rows)), self.weight.size(0)
@@ -211,7 +235,7 @@ class ChunkedHead:
         if self.operand_dtype == self.result_dtype:
             return product(a, b, out)
         # The float32 accumulator is returned as it is: rounded to half precision, it keeps 8 to 11 bits.
-        return torch.mm(a, b, out_dtype=self.result_dtype)
+        return torch.mm(a, b, out_dtype=self.result_dtype, out=out)
 
     def empty(self) -> Tensor:
         """Memory for a number of each row, [N]."""
@@ -242,7 +266,7 @@ class Gradients:
         Args:
             chunk: which rows.
             grad_logits: [c, V], of the loss with respect to the logits over the head's temperature; overwritten.
-            slope: of the soft-cap, [c, V].
+            slope: of the soft-cap, [c, V], where it is still to be applied.
         """
         walk, head = self.walk, self.walk.head
         if head is None:
@@ -253,13 +277,14 @@ class Gradients:
         scale = head.scale / head.temperature
         if slope is not None:
             grad_logits *= slope
+        if self.needs_bias:
+            bias_grad = grad_logits.sum(0, dtype=walk.result_dtype).mul_(scale)
+            self.bias = bias_grad if self.bias is None else self.bias.add_(bias_grad)
+        grad_logits = grad_logits.to(walk.operand_dtype)  # once, for both products
         if self.rows is not None:
             self.rows[chunk] = walk.product(grad_logits, walk.weight).mul_(scale)
         if self.needs_weight:
             self._add_to_weight(grad_logits.T, walk.rows[chunk].to(walk.operand_dtype) * scale)
-        if self.needs_bias:
-            bias_grad = grad_logits.sum(0).mul_(scale)
-            self.bias = bias_grad if self.bias is None else self.bias.add_(bias_grad)
 
     def _add_to_weight(self, left: Tensor, right: Tensor) -> None:
         if self.weight is None:
@@ -267,8 +292,8 @@ class Gradients:
         elif self.walk.operand_dtype == self.walk.result_dtype:
             add_product(self.weight, left, right)
         else:
-            # A product in half precision cannot add to float32 memory.
-            self.weight += self.walk.product(left, right)
+            # The product in half precision is added to float32 memory where it is computed.
+            torch.addmm(self.weight, left, right, out_dtype=self.weight.dtype, out=self.weight)
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of rows, weight and bias, in the types of these."""
@@ -279,54 +304,6 @@ class Gradients:
         grad_weight = None if self.weight is None else self.weight.to(head.weight.dtype)
         grad_bias = None if self.bias is None or head.bias is None else self.bias.to(head.bias.dtype)
         return self.rows, grad_weight, grad_bias
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """The sum over v of a b, [c, V] twice to [c].
-
-    Not by ``bmm``, which on a CPU may add the terms one after another: over 50,000 of them 1e-4 of the sum is lost.
-    """
-    block_rows = max(IN_CACHE // a.size(1), 1) if a.device.type == "cpu" else max(len(a), 1)
-    starts = range(0, max(len(a), 1), block_rows)
-    return torch.cat(
-        [torch.linalg.vecdot(a[start : start + block_rows], b[start : start + block_rows]) for start in starts]
-    )
-
-
-def grad_of_logits(
-    log_probs: Tensor, token: Tensor, grad_logps: Tensor | None, grad_entropy: Tensor | None, out: Tensor | None
-) -> Tensor:  # fmt: skip
-    r"""The gradient of a loss with respect to the logits, from its gradients in the tokens' log-probs and entropies.
-
-    .. math:: g\,(1_y - p) - e\,p\,(\log p + H)
-
-    Args:
-        log_probs: [c, V].
-        token: int64 [c], y.
-        grad_logps: [c], g.
-        grad_entropy: [c], e.
-        out: memory for the result where there is no e; may be ``log_probs``.
-    Returns:
-        [c, V].
-    """
-    token = token[:, None]
-    token_logps = log_probs.gather(1, token)  # before `out`, which may be the same memory
-    probs = torch.exp(log_probs, out=out if grad_entropy is None else None)
-    if grad_logps is not None:
-        # 1 - p as -expm1(log p), formed before any downcast: exact for confident tokens.
-        at_token = -token_logps.expm1() * grad_logps[:, None]
-    if grad_entropy is None:
-        if grad_logps is None:
-            return probs.mul_(0)
-        return probs.mul_(-grad_logps[:, None]).scatter_(1, token, at_token)
-    # The entropy reads p and log p, so the result needs memory of its own.
-    entropy = -dot(probs, log_probs)[:, None]
-    # p (log p + H) sums to 0 over the vocabulary, as the gradient of a softmax must.
-    gradient = probs * (log_probs + entropy).mul_(-grad_entropy[:, None])
-    if grad_logps is not None:
-        grad_at_token = gradient.gather(1, token) + at_token
-        gradient.sub_(grad_logps[:, None] * probs).scatter_(1, token, grad_at_token)
-    return gradient
 
 
 class ChunkResult(NamedTuple):
@@ -341,11 +318,11 @@ class ChunkResult(NamedTuple):
 
     per_token: Tensor
     loss: Tensor
-    grad_logits: Tensor
+    grad_logits: Tensor | None
 
 
-Step = Callable[[slice, Tensor], ChunkResult]
-"""From a chunk and its log-probs [c, V], which it may overwrite, to the chunk's share of the loss."""
+Step = Callable[[slice, ChunkPredictions], ChunkResult]
+"""From a chunk and its predictions, which it may overwrite, to the chunk's share of the loss."""
 
 
 def sum_over_chunks(student: Predictions, size: int, step: Step, with_grad: bool) -> tuple[Tensor, Tensor]:
@@ -373,12 +350,14 @@ def _sum(chunked_head: ChunkedHead, step: Step, gradients: Gradients | None = No
     # On the device: nothing here waits for it.
     total_loss = chunked_head.rows.new_zeros((), dtype=chunked_head.result_dtype)
     for chunk in chunked_head.chunks():
-        log_probs, slope = chunked_head.log_probs(chunk)
-        chunk_result = step(chunk, log_probs)
+        predictions = chunked_head.predictions(chunk)
+        chunk_result = step(chunk, predictions)
         per_token_parts.append(chunk_result.per_token)
         total_loss += chunk_result.loss
         if gradients is not None:
-            gradients.add(chunk, chunk_result.grad_logits, slope)
+            assert chunk_result.grad_logits is not None
+            gradients.add(chunk, chunk_result.grad_logits, predictions.slope)
+        del predictions, chunk_result  # before the next chunk takes memory
     return torch.cat(per_token_parts, 1), total_loss
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.logprobs.chunks import IN_CACHE, ChunkedHead, ChunkResult, Step, check_tokens, dot, grad_of_logits
+from rlhf.logprobs.chunk_scores import IN_CACHE, ChunkPredictions, dot, grad_of_logits
+from rlhf.logprobs.chunks import ChunkedHead, ChunkResult, Step, check_tokens
 from rlhf.logprobs.fused import FUSED, Fused
 from rlhf.logprobs.head import Predictions
 from rlhf.logprobs.objective import Comparison, HeadObjective, Scores
@@ -203,7 +204,8 @@ class TeacherDivergence(HeadObjective):
         teacher = ChunkedHead(self.teacher if common_tokens is None else self.teacher.first(common_tokens), chunk_size)
         fused = self.divergence.fused()
 
-        def step(chunk: slice, log_q: Tensor) -> ChunkResult:
+        def step(chunk: slice, predictions: ChunkPredictions) -> ChunkResult:
+            log_q = predictions.log_probs()
             # Both sides in the precision of the student, whose gradient this is.
             log_p = teacher.log_probs(chunk)[0].to(log_q.dtype)
             labels = token[chunk, None]
@@ -365,7 +367,8 @@ class SortedComparison(HeadObjective):
         teacher = ChunkedHead(self.teacher._replace(rows=self.teacher.rows[partner_position]), chunk_size)
         teacher_token = self.teacher_token[partner_position]
 
-        def step(chunk: slice, log_q: Tensor) -> ChunkResult:
+        def step(chunk: slice, predictions: ChunkPredictions) -> ChunkResult:
+            log_q = predictions.log_probs()
             log_p = teacher.log_probs(chunk)[0].to(log_q.dtype)
             logps = log_q.gather(1, token[chunk, None]).squeeze(1)
             teacher_logps = log_p.gather(1, teacher_token[chunk, None]).squeeze(1)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.logprobs.chunks import dot
+from rlhf.logprobs.chunk_scores import dot
 from rlhf.losses import alpha_divergence, generalized_jsd, kl_divergence, skew_kl, total_variation
 
 MAX_LOG_RATIO = 80.0  # log-ratios beyond it change nothing in float32, whose exp overflows at 88

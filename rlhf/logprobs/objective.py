@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.logprobs.chunks import ChunkResult, Step, dot, grad_of_logits
+from rlhf.logprobs.chunk_scores import ChunkPredictions
+from rlhf.logprobs.chunks import ChunkResult, Step
 from rlhf.logprobs.head import Predictions
 
 
@@ -121,21 +122,22 @@ class TokenLoss(HeadObjective):
     columns: tuple[Tensor, ...] = ()
 
     def begin(self, token: Tensor, chunk_size: int, with_grad: bool, entropy: bool) -> Step:
-        def step(chunk: slice, log_probs: Tensor) -> ChunkResult:
-            # A leaf of its own: the graph of the loss ends here and not at the logits.
-            logps = log_probs.gather(1, token[chunk, None]).squeeze(1).requires_grad_(with_grad)
-            # Computed before the gradient, which is written over the log-probs.
-            entropies = (-dot(log_probs.exp(), log_probs)).requires_grad_(with_grad) if entropy else None
+        def step(chunk: slice, predictions: ChunkPredictions) -> ChunkResult:
+            # Computed before the gradient, which may be written over the predictions.
+            token_scores = predictions.scores(token[chunk], entropy)
+            # Leaves of their own: the graph of the loss ends here and not at the logits.
+            logps = token_scores.logps.requires_grad_(with_grad)
+            entropies = None if token_scores.entropy is None else token_scores.entropy.requires_grad_(with_grad)
             inputs = [logps] if entropies is None else [logps, entropies]
             with torch.set_grad_enabled(with_grad):
                 columns = [column[chunk] for column in self.columns]
                 loss = self.function(Scores(logps, entropies), *columns).sum()
-            grad_logits = log_probs
+            grad_logits = None
             if with_grad:
                 # Autograd runs on two numbers for each token; the step from them to the logits is in closed form.
                 # A loss may ignore one of the two, and without an entropy there is one gradient alone.
                 grad_logps, grad_entropy = (*torch.autograd.grad(loss, inputs, allow_unused=True), None)[:2]
-                grad_logits = grad_of_logits(log_probs, token[chunk], grad_logps, grad_entropy, out=log_probs)
+                grad_logits = predictions.grad_of_logits(token[chunk], token_scores, grad_logps, grad_entropy)
             return ChunkResult(torch.stack([tensor.detach() for tensor in inputs]), loss.detach(), grad_logits)
 
         return step

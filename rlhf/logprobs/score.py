@@ -24,13 +24,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from rlhf.kernels.token_scores import TokenScores
 from rlhf.logprobs.chunks import (
     ChunkedHead,
     Gradients,
     Mode,
     check_tokens,
-    dot,
-    grad_of_logits,
     needs_grad,
     plan_chunks,
     sum_over_chunks,
@@ -138,8 +137,8 @@ def score_predictions(
             step = objective.begin(token, plan.chunk_size, with_grad, entropy)
             return objective.scores(*sum_over_chunks(student, plan.chunk_size, step, with_grad))
         if plan.mode == "tile":
-            (logps, entropies), _ = _scan(ChunkedHead(student, plan.chunk_size), token, entropy)
-            return Scores(logps, entropies)
+            token_scores, _ = _scan(ChunkedHead(student, plan.chunk_size), token, entropy)
+            return Scores(token_scores.logps, token_scores.entropy)
         if plan.mode == "unit":
             return Scores(_Unit.apply(student.rows, student.head, token, plan.chunk_size))
         rows, head = student
@@ -150,27 +149,28 @@ def score_predictions(
         return Scores(logps, entropies)
 
 
-DenseLogProbs = tuple[Tensor, Tensor | None]  # of a chunk, [c, V], with the slope of the soft-cap
-
-
 def _scan(
     chunked_head: ChunkedHead, token: Tensor, entropy: bool, chunks_cached: int = 0
-) -> tuple[tuple[Tensor, Tensor | None], list[DenseLogProbs]]:
-    """Forward over all chunks; returns logps and entropy [N], and the dense log-probs of the first chunks."""
-    logps = chunked_head.empty()
-    entropies = chunked_head.empty() if entropy else None
-    cached_log_probs = []
+) -> tuple[TokenScores, list[Tensor | None]]:
+    """Forward over all chunks; returns the scores [N], and the tensors of the first chunks, two of each."""
+    chunk_scores: list[TokenScores] = []
+    cached_tensors: list[Tensor | None] = []
     with torch.no_grad():
         for index, chunk in enumerate(chunked_head.chunks()):
             is_cached = index < chunks_cached
             # A cached chunk needs memory of its own: the next chunk overwrites the shared one.
-            log_probs, slope = chunked_head.log_probs(chunk, keep=is_cached)
-            logps[chunk] = log_probs.gather(1, token[chunk, None]).squeeze(1)
-            if entropies is not None:
-                entropies[chunk] = -dot(log_probs.exp(), log_probs)
+            predictions = chunked_head.predictions(chunk, keep=is_cached)
+            chunk_scores.append(predictions.scores(token[chunk], entropy))
             if is_cached:
-                cached_log_probs.append((log_probs, slope))
-    return (logps, entropies), cached_log_probs
+                cached_tensors += predictions.saved()
+            del predictions  # before the next chunk takes memory
+    return _concatenate(chunk_scores), cached_tensors
+
+
+def _concatenate(chunk_scores: list[TokenScores]) -> TokenScores:
+    logps, *others = zip(*chunk_scores, strict=True)
+    # All chunks of a walk have the same numbers.
+    return TokenScores(torch.cat(logps), *(None if column[0] is None else torch.cat(column) for column in others))
 
 
 class _TokenLogps(Function):
@@ -188,33 +188,36 @@ class _TokenLogps(Function):
         chunks_cached: int,
         entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        outputs, cache = _scan(ChunkedHead(Predictions(rows, head), chunk_size), token, entropy, chunks_cached)
+        chunked_head = ChunkedHead(Predictions(rows, head), chunk_size)
+        scores, cached_tensors = _scan(chunked_head, token, entropy, chunks_cached)
+        # Copies: autograd would forbid its caller to change an output in place that is saved here.
+        saved_scores = [None if numbers is None else numbers.clone() for numbers in scores]
         # Weight and bias are saved as tensors, not in `head`: autograd then notices if somebody overwrites them.
-        ctx.save_for_backward(rows, weight, bias, token, *(tensor for tensors in cache for tensor in tensors))
+        ctx.save_for_backward(rows, weight, bias, token, *saved_scores, *cached_tensors)
         ctx.settings = None if head is None else (head.scale, head.softcap, head.temperature)
         ctx.chunk_size = chunk_size
         ctx.set_materialize_grads(False)  # None for an output that no loss reads, not a vector of zeros
-        return outputs
+        return scores.logps, scores.entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        rows, weight, bias, token, *cached_tensors = ctx.saved_tensors
+        rows, weight, bias, token, logps, entropy, log_sum_exp, *cached_tensors = ctx.saved_tensors
+        scores = TokenScores(logps, entropy, log_sum_exp)
         # Rebuilt from the saved tensors, with the settings that are no tensors.
         head = None if ctx.settings is None else Head(weight, bias, *ctx.settings)
         chunked_head = ChunkedHead(Predictions(rows, head), ctx.chunk_size)
         gradients = Gradients(chunked_head, ctx.needs_input_grad)
         for index, chunk in enumerate(chunked_head.chunks()):
-            if 2 * index < len(cached_tensors):
-                log_probs, slope = cached_tensors[2 * index], cached_tensors[2 * index + 1]
-                gradient_memory = chunked_head.memory(chunk)  # the cache stays whole: somebody may go backward again
-            else:
-                log_probs, slope = chunked_head.log_probs(chunk)
-                gradient_memory = log_probs
+            saved = cached_tensors[2 * index : 2 * index + 2]
+            predictions = chunked_head.restored(chunk, *saved) if saved else chunked_head.predictions(chunk)
             chunk_grad_logps = None if grad_logps is None else grad_logps[chunk]
             chunk_grad_entropy = None if grad_entropy is None else grad_entropy[chunk]
-            grad_logits = grad_of_logits(log_probs, token[chunk], chunk_grad_logps, chunk_grad_entropy, gradient_memory)
-            gradients.add(chunk, grad_logits, slope)
+            grad_logits = predictions.grad_of_logits(
+                token[chunk], scores.rows(chunk), chunk_grad_logps, chunk_grad_entropy
+            )
+            gradients.add(chunk, grad_logits, predictions.slope)
+            del predictions, grad_logits  # before the next chunk takes memory
         return *gradients.results(), None, None, None, None, None
 
 
@@ -224,14 +227,17 @@ class _Unit(Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, head: Head, token: Tensor, chunk_size: int) -> Tensor:
         chunked_head = ChunkedHead(Predictions(rows, head), chunk_size)
-        gradients, logps = Gradients(chunked_head, (True, False, False)), chunked_head.empty()
+        gradients = Gradients(chunked_head, (True, False, False))
+        logps = chunked_head.empty()
         for chunk in chunked_head.chunks():
-            log_probs, slope = chunked_head.log_probs(chunk)
-            logps[chunk] = log_probs.gather(1, token[chunk, None]).squeeze(1)
+            predictions = chunked_head.predictions(chunk)
+            scores = predictions.scores(token[chunk], entropy=False)
+            logps[chunk] = scores.logps
             # With a gradient of 1 for each log-prob, the rows get the derivatives themselves.
-            unit_grads = torch.ones_like(logps[chunk])
-            grad_logits = grad_of_logits(log_probs, token[chunk], unit_grads, None, out=log_probs)
-            gradients.add(chunk, grad_logits, slope)
+            unit_grads = torch.ones_like(scores.logps)
+            grad_logits = predictions.grad_of_logits(token[chunk], scores, unit_grads, None)
+            gradients.add(chunk, grad_logits, predictions.slope)
+            del predictions, grad_logits  # before the next chunk takes memory
         # d log p / d h of each token: the backward pass multiplies rows by numbers, and needs no product of the head.
         ctx.save_for_backward(gradients.rows)
         return logps

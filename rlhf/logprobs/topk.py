@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.logprobs.bridge import model_predictions, model_scores
+from rlhf.logprobs.chunk_scores import ChunkPredictions
 from rlhf.logprobs.chunks import ChunkedHead, ChunkResult, Step, plan_chunks
 from rlhf.logprobs.head import Head, Predictions
 from rlhf.logprobs.objective import Comparison, HeadObjective, Scores
@@ -113,7 +114,8 @@ class TopKDivergence(HeadObjective):
         return student
 
     def begin(self, token: Tensor, chunk_size: int, with_grad: bool, entropy: bool) -> Step:
-        def step(chunk: slice, log_q: Tensor) -> ChunkResult:
+        def step(chunk: slice, predictions: ChunkPredictions) -> ChunkResult:
+            log_q = predictions.log_probs()
             logps = log_q.gather(1, token[chunk, None]).squeeze(1)
             divergence, grad_logits = self._divergence(log_q, token[chunk], self.teacher.rows(chunk), with_grad)
             if self.scale_by_temperature:

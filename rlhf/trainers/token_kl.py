@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from rlhf.logprobs import ChunkResult, Comparison, HeadObjective, Predictions, Scores, Step
-from rlhf.logprobs.chunks import ChunkedHead, dot
+from rlhf.logprobs.chunk_scores import ChunkPredictions, dot
+from rlhf.logprobs.chunks import ChunkedHead
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class WeightedKL(HeadObjective):
     def begin(self, token: Tensor, chunk_size: int, with_grad: bool, entropy: bool) -> Step:
         reference = ChunkedHead(self.reference, chunk_size)
 
-        def step(chunk: slice, log_q: Tensor) -> ChunkResult:
+        def step(chunk: slice, predictions: ChunkPredictions) -> ChunkResult:
+            log_q = predictions.log_probs()
             log_p = reference.log_probs(chunk)[0].to(log_q.dtype)
             labels = token[chunk, None]
             logps, ref_logps = log_q.gather(1, labels), log_p.gather(1, labels)

@@ -1,0 +1,273 @@
+"""Log-probs of tokens and their gradient on a GPU: one Triton kernel for each, in place of torch's chain of passes.
+
+The first reads the logits once. The second reads them once more and writes the gradient, in half precision if asked.
+Torch would read and write matrices of that size six times. In Triton's interpreter the kernels run on a CPU, for tests.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton reads the types of a kernel's arguments from what it is called with.
+
+import logging
+import os
+import shutil
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # only builds of torch for a GPU bring it
+    triton = None  # type: ignore[assignment,unused-ignore]
+
+logger = logging.getLogger(__name__)
+
+# Logits that one program reads at a time, and the warps of 32 threads that share them.
+BLOCK_SIZE, WARPS = 4096, 8
+
+
+class LogitTransform(NamedTuple):
+    """From a product z of rows and weight to logits: ``cap(scale * z + bias) / temperature``.
+
+    Args:
+        bias: [V], times the scale of the head.
+        scale: of the product; 1 where the rows were scaled.
+        softcap: bound on the absolute logits; None for none.
+        temperature: that tokens were sampled at.
+    """
+
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+
+class TokenScores(NamedTuple):
+    """Numbers of each token, [c].
+
+    Args:
+        logps: the tokens' log-probs.
+        entropy: of the predictions, where it was asked for.
+        log_sum_exp: of the logits, where the gradient reads it again.
+    """
+
+    logps: Tensor
+    entropy: Tensor | None = None
+    log_sum_exp: Tensor | None = None
+
+    def rows(self, chunk: slice) -> "TokenScores":
+        """The scores of some tokens alone."""
+        logps, *others = (None if numbers is None else numbers[chunk] for numbers in self)
+        assert logps is not None
+        return TokenScores(logps, *others)
+
+
+@cache
+def triton_is_usable() -> bool:
+    """Whether Triton can be imported and finds the C compiler that it needs to start a kernel."""
+    if triton is None:
+        return False
+    compilers = [os.environ.get("CC"), "clang", "gcc"]
+    if any(name and shutil.which(name) for name in compilers):
+        return True
+    logger.warning("Triton finds no C compiler (CC, clang, gcc): log-probs are computed in more passes over memory")
+    return False
+
+
+def score_tokens(product: Tensor, token: Tensor, transform: LogitTransform, entropy: bool) -> TokenScores:
+    """The tokens' log-probs, in one pass over the product.
+
+    Args:
+        product: [c, V], rows that are contiguous; float32 or half precision.
+        token: int64 [c]. One outside the vocabulary gets a log-prob of nan.
+        transform: from the product to the logits.
+        entropy: the entropy is wanted too.
+    Returns:
+        The scores, float32.
+    """
+    rows, vocabulary = product.shape
+    logps, log_sum_exp = (torch.empty(rows, dtype=torch.float32, device=product.device) for _ in range(2))
+    entropies = torch.empty_like(logps) if entropy else None
+    if rows:
+        # Triton starts a kernel on the current GPU, which need not be that of the tensors.
+        with torch.cuda.device_of(product):
+            _score_kernel[(rows,)](
+                product,
+                token,
+                transform.bias,
+                logps,
+                log_sum_exp,
+                entropies,
+                vocabulary,
+                product.stride(0),
+                transform.scale,
+                transform.softcap or 1.0,
+                1 / transform.temperature,
+                HAS_BIAS=transform.bias is not None,
+                HAS_SOFTCAP=transform.softcap is not None,
+                HAS_ENTROPY=entropy,
+                BLOCK=_block_size(vocabulary),
+                num_warps=WARPS,
+            )
+    return TokenScores(logps, entropies, log_sum_exp)
+
+
+def write_gradient(
+    product: Tensor,
+    token: Tensor,
+    transform: LogitTransform,
+    scores: TokenScores,
+    grad_logps: Tensor | None,
+    grad_entropy: Tensor | None,
+    out: Tensor,
+) -> None:
+    r"""Write the gradient of a loss, from its gradients in the tokens' log-probs and entropies.
+
+    .. math:: \big(g\,(1_y - p) - e\,p\,(\log p + H)\big)\,\mathrm{cap}'
+
+    With respect to the logits before the soft-cap, times the temperature: the caller divides a smaller matrix by it.
+
+    Args:
+        product: [c, V], as in :func:`score_tokens`.
+        token: int64 [c], y.
+        transform: as in :func:`score_tokens`.
+        scores: its result, with the entropy where ``grad_entropy`` is given.
+        grad_logps: [c], g.
+        grad_entropy: [c], e.
+        out: [c, V], memory for the result, in its precision; may be ``product``.
+    """
+    rows, vocabulary = product.shape
+    if not rows:
+        return
+    if grad_logps is None:
+        grad_logps = torch.zeros_like(scores.logps)
+    # 1 - p as -expm1(log p), formed before any downcast: exact for confident tokens.
+    grad_at_token = -scores.logps.expm1() * grad_logps
+    block_size = _block_size(vocabulary)
+    with torch.cuda.device_of(product):
+        _gradient_kernel[(rows, triton.cdiv(vocabulary, block_size))](
+            product,
+            token,
+            transform.bias,
+            scores.log_sum_exp,
+            scores.entropy,
+            grad_logps.contiguous(),
+            grad_at_token,
+            None if grad_entropy is None else grad_entropy.contiguous(),
+            out,
+            vocabulary,
+            product.stride(0),
+            out.stride(0),
+            transform.scale,
+            transform.softcap or 1.0,
+            1 / transform.temperature,
+            HAS_BIAS=transform.bias is not None,
+            HAS_SOFTCAP=transform.softcap is not None,
+            HAS_ENTROPY=grad_entropy is not None,
+            BLOCK=block_size,
+            num_warps=WARPS,
+        )
+
+
+def _block_size(vocabulary: int) -> int:
+    return min(BLOCK_SIZE, triton.next_power_of_2(vocabulary))
+
+
+# Names in capitals are pointers, or constants that a kernel is compiled for.
+if triton is not None:
+
+    @triton.jit
+    def _before_softcap(product, BIAS, column, inside, scale, HAS_BIAS: tl.constexpr):
+        logits = product * scale
+        if HAS_BIAS:
+            logits += tl.load(BIAS + column, mask=inside, other=0.0).to(tl.float32)
+        return logits
+
+    @triton.jit
+    def _with_softcap(logits, softcap):
+        # tanh(x) = sign(x) (1 - d) / (1 + d) with d = exp(-2 |x|), which cannot overflow.
+        decay = tl.exp(-2.0 * tl.abs(logits / softcap))
+        size = softcap * (1.0 - decay) / (1.0 + decay)
+        return tl.where(logits < 0, -size, size)
+
+    @triton.jit
+    def _softcap_slope(logits, softcap):
+        # 1 - tanh² = 4 d / (1 + d)², without the cancellation where tanh is nearly 1.
+        decay = tl.exp(-2.0 * tl.abs(logits / softcap))
+        return 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
+
+    @triton.jit
+    def _score_kernel(
+        PRODUCT, TOKEN, BIAS, LOGPS, LOG_SUM_EXP, ENTROPY,
+        vocabulary, row_stride, scale, softcap, inverse_temperature,
+        HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """A program reads one row, and keeps its running maximum and the sums of exponentials below it."""
+        row = tl.program_id(0).to(tl.int64)  # a chunk of logits has more entries than int32 counts
+        first = PRODUCT + row * row_stride
+        highest = -float("inf")
+        total = 0.0  # of exp(z - highest)
+        weighted = 0.0  # of exp(z - highest) (z - highest)
+        for start in range(0, vocabulary, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = column < vocabulary
+            logits = tl.load(first + column, mask=inside, other=0.0).to(tl.float32)
+            logits = _before_softcap(logits, BIAS, column, inside, scale, HAS_BIAS)
+            if HAS_SOFTCAP:
+                logits = _with_softcap(logits, softcap)
+            logits = tl.where(inside, logits * inverse_temperature, -float("inf"))
+            new_highest = tl.maximum(highest, tl.max(logits, 0))
+            # While all logits are -inf, a difference to their maximum would be nan.
+            reference = tl.where(new_highest == -float("inf"), 0.0, new_highest)
+            moved = tl.where(highest == -float("inf"), 0.0, highest - reference)
+            shrink = tl.exp(highest - reference)
+            exponentials = tl.exp(logits - reference)
+            if HAS_ENTROPY:
+                # 0 times -inf would be nan.
+                distance = tl.where(logits == -float("inf"), 0.0, logits - reference)
+                weighted = shrink * (weighted + moved * total) + tl.sum(exponentials * distance, 0)
+            total = total * shrink + tl.sum(exponentials, 0)
+            highest = new_highest
+        log_total = tl.log(total)
+        log_sum_exp = highest + log_total
+        token = tl.load(TOKEN + row)
+        # A token outside the vocabulary reads nan, not the memory of another row.
+        known = (token >= 0) & (token < vocabulary)
+        at_token = tl.load(first + token, mask=known, other=float("nan")).to(tl.float32)
+        at_token = _before_softcap(at_token, BIAS, token, known, scale, HAS_BIAS)
+        if HAS_SOFTCAP:
+            at_token = _with_softcap(at_token, softcap)
+        tl.store(LOGPS + row, at_token * inverse_temperature - log_sum_exp)
+        tl.store(LOG_SUM_EXP + row, log_sum_exp)
+        if HAS_ENTROPY:
+            tl.store(ENTROPY + row, log_total - weighted / total)
+
+    @triton.jit
+    def _gradient_kernel(
+        PRODUCT, TOKEN, BIAS, LOG_SUM_EXP, ENTROPY, GRAD_LOGPS, GRAD_AT_TOKEN, GRAD_ENTROPY, OUT,
+        vocabulary, row_stride, out_stride, scale, softcap, inverse_temperature,
+        HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """A program reads one block of a row and writes its gradient; the result may replace what was read."""
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < vocabulary
+        before = tl.load(PRODUCT + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+        before = _before_softcap(before, BIAS, column, inside, scale, HAS_BIAS)
+        logits = before
+        if HAS_SOFTCAP:
+            logits = _with_softcap(before, softcap)
+        log_probs = logits * inverse_temperature - tl.load(LOG_SUM_EXP + row)
+        probs = tl.exp(log_probs)
+        gradient = -tl.load(GRAD_LOGPS + row) * probs
+        gradient = tl.where(column == tl.load(TOKEN + row), tl.load(GRAD_AT_TOKEN + row), gradient)
+        if HAS_ENTROPY:
+            surprise = tl.load(ENTROPY + row) + log_probs
+            # A probability of 0 has no part in the entropy; its logarithm of -inf would make nan.
+            surprise = tl.where(probs == 0, 0.0, surprise)
+            gradient -= tl.load(GRAD_ENTROPY + row) * probs * surprise
+        if HAS_SOFTCAP:
+            gradient *= _softcap_slope(before, softcap)
+        tl.store(OUT + row * out_stride + column, gradient.to(OUT.dtype.element_ty), mask=inside)
