@@ -50,12 +50,14 @@ class TokenScores(NamedTuple):
     Args:
         logps: the tokens' log-probs.
         entropy: of the predictions, where it was asked for.
-        log_sum_exp: of the logits, where the gradient reads it again.
+        highest: the largest logit, where the gradient reads it again.
+        log_total: the log-sum-exp of the logits minus the largest. Two numbers: their sum would be rounded.
     """
 
     logps: Tensor
     entropy: Tensor | None = None
-    log_sum_exp: Tensor | None = None
+    highest: Tensor | None = None
+    log_total: Tensor | None = None
 
     def rows(self, chunk: slice) -> "TokenScores":
         """The scores of some tokens alone."""
@@ -88,7 +90,7 @@ def score_tokens(product: Tensor, token: Tensor, transform: LogitTransform, entr
         The scores, float32.
     """
     rows, vocabulary = product.shape
-    logps, log_sum_exp = (torch.empty(rows, dtype=torch.float32, device=product.device) for _ in range(2))
+    logps, highest, log_total = (torch.empty(rows, dtype=torch.float32, device=product.device) for _ in range(3))
     entropies = torch.empty_like(logps) if entropy else None
     if rows:
         # Triton starts a kernel on the current GPU, which need not be that of the tensors.
@@ -98,7 +100,8 @@ def score_tokens(product: Tensor, token: Tensor, transform: LogitTransform, entr
                 token,
                 transform.bias,
                 logps,
-                log_sum_exp,
+                highest,
+                log_total,
                 entropies,
                 vocabulary,
                 product.stride(0),
@@ -111,7 +114,7 @@ def score_tokens(product: Tensor, token: Tensor, transform: LogitTransform, entr
                 BLOCK=_block_size(vocabulary),
                 num_warps=WARPS,
             )
-    return TokenScores(logps, entropies, log_sum_exp)
+    return TokenScores(logps, entropies, highest, log_total)
 
 
 def write_gradient(
@@ -151,7 +154,8 @@ def write_gradient(
             product,
             token,
             transform.bias,
-            scores.log_sum_exp,
+            scores.highest,
+            scores.log_total,
             scores.entropy,
             grad_logps.contiguous(),
             grad_at_token,
@@ -200,7 +204,7 @@ if triton is not None:
 
     @triton.jit
     def _score_kernel(
-        PRODUCT, TOKEN, BIAS, LOGPS, LOG_SUM_EXP, ENTROPY,
+        PRODUCT, TOKEN, BIAS, LOGPS, HIGHEST, LOG_TOTAL, ENTROPY,
         vocabulary, row_stride, scale, softcap, inverse_temperature,
         HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
@@ -231,7 +235,6 @@ if triton is not None:
             total = total * shrink + tl.sum(exponentials, 0)
             highest = new_highest
         log_total = tl.log(total)
-        log_sum_exp = highest + log_total
         token = tl.load(TOKEN + row)
         # A token outside the vocabulary reads nan, not the memory of another row.
         known = (token >= 0) & (token < vocabulary)
@@ -239,14 +242,15 @@ if triton is not None:
         at_token = _before_softcap(at_token, BIAS, token, known, scale, HAS_BIAS)
         if HAS_SOFTCAP:
             at_token = _with_softcap(at_token, softcap)
-        tl.store(LOGPS + row, at_token * inverse_temperature - log_sum_exp)
-        tl.store(LOG_SUM_EXP + row, log_sum_exp)
+        tl.store(LOGPS + row, at_token * inverse_temperature - highest - log_total)
+        tl.store(HIGHEST + row, highest)
+        tl.store(LOG_TOTAL + row, log_total)
         if HAS_ENTROPY:
             tl.store(ENTROPY + row, log_total - weighted / total)
 
     @triton.jit
     def _gradient_kernel(
-        PRODUCT, TOKEN, BIAS, LOG_SUM_EXP, ENTROPY, GRAD_LOGPS, GRAD_AT_TOKEN, GRAD_ENTROPY, OUT,
+        PRODUCT, TOKEN, BIAS, HIGHEST, LOG_TOTAL, ENTROPY, GRAD_LOGPS, GRAD_AT_TOKEN, GRAD_ENTROPY, OUT,
         vocabulary, row_stride, out_stride, scale, softcap, inverse_temperature,
         HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
@@ -259,7 +263,7 @@ if triton is not None:
         logits = before
         if HAS_SOFTCAP:
             logits = _with_softcap(before, softcap)
-        log_probs = logits * inverse_temperature - tl.load(LOG_SUM_EXP + row)
+        log_probs = logits * inverse_temperature - tl.load(HIGHEST + row) - tl.load(LOG_TOTAL + row)
         probs = tl.exp(log_probs)
         gradient = -tl.load(GRAD_LOGPS + row) * probs
         gradient = tl.where(column == tl.load(TOKEN + row), tl.load(GRAD_AT_TOKEN + row), gradient)

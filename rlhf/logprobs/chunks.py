@@ -125,6 +125,18 @@ def needs_grad(predictions: Predictions) -> tuple[bool, bool]:
     return torch.is_grad_enabled() and (rows.requires_grad or head_needs_grad), head_needs_grad
 
 
+def use_fused_kernels(device: torch.device, result_dtype: torch.dtype) -> bool:
+    """Whether chunks are :class:`FusedChunk`: on a GPU with Triton, in float32, which the kernels compute in.
+
+    Args:
+        device: where the rows live.
+        result_dtype: of the log-probs.
+    Returns:
+        False for torch's own operators.
+    """
+    return device.type == "cuda" and result_dtype == torch.float32 and triton_is_usable()
+
+
 class ChunkedHead:
     """The log-probs of some rows under a head, ``size`` rows at a time.
 
@@ -141,8 +153,7 @@ class ChunkedHead:
         self.result_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         is_half_on_gpu = rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)
         self.operand_dtype = rows.dtype if is_half_on_gpu else self.result_dtype
-        # The kernels compute in float32.
-        self.fuses = rows.is_cuda and self.result_dtype == torch.float32 and triton_is_usable()
+        self.fuses = use_fused_kernels(rows.device, self.result_dtype)
         self._memory: Tensor | None = None
         self.transform = LogitTransform()
         if head is None:
@@ -287,9 +298,14 @@ class Gradients:
             self._add_to_weight(grad_logits.T, walk.rows[chunk].to(walk.operand_dtype) * scale)
 
     def _add_to_weight(self, left: Tensor, right: Tensor) -> None:
-        if self.weight is None:
-            self.weight = self.walk.product(left, right)  # the first chunk needs no zeros to be added to
-        elif self.walk.operand_dtype == self.walk.result_dtype:
+        walk = self.walk
+        assert walk.head is not None
+        is_only_chunk = walk.size >= len(walk.rows)
+        if is_only_chunk and walk.head.weight.dtype == walk.operand_dtype:
+            self.weight = torch.mm(left, right)  # nothing is added to it: rounded once, without a float32 copy
+        elif self.weight is None:
+            self.weight = walk.product(left, right)  # the first chunk needs no zeros to be added to
+        elif walk.operand_dtype == walk.result_dtype:
             add_product(self.weight, left, right)
         else:
             # The product in half precision is added to float32 memory where it is computed.

@@ -202,8 +202,8 @@ class _TokenLogps(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        rows, weight, bias, token, logps, entropy, log_sum_exp, *cached_tensors = ctx.saved_tensors
-        scores = TokenScores(logps, entropy, log_sum_exp)
+        rows, weight, bias, token, logps, entropy, highest, log_total, *cached_tensors = ctx.saved_tensors
+        scores = TokenScores(logps, entropy, highest, log_total)
         # Rebuilt from the saved tensors, with the settings that are no tensors.
         head = None if ctx.settings is None else Head(weight, bias, *ctx.settings)
         chunked_head = ChunkedHead(Predictions(rows, head), ctx.chunk_size)

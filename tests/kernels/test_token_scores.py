@@ -1,0 +1,151 @@
+"""The two kernels of the head against float64: in Triton's interpreter on a CPU, compiled on a GPU."""
+
+import pytest
+import torch
+from conftest import close
+
+from rlhf.kernels import token_scores
+from rlhf.kernels.token_scores import LogitTransform, score_tokens, triton_is_usable, write_gradient
+
+pytest.importorskip("triton")
+
+CAPPED = (1.7, 4.0, 0.6)  # scale, soft-cap, temperature
+# A block holds at most 16 here: vocabularies below, equal to and beyond it, with and without a rest.
+SIZES = [(1, 1), (1, 5), (3, 16), (2, 37), (5, 64)]
+# Of gradients in half precision; the interpreter drops the last bits where a GPU rounds them.
+TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(token_scores, "BLOCK_SIZE", 16)
+
+
+def inputs(rows, vocabulary, device="cpu", settings=(1.0, None, 1.0), bias=False):
+    g = torch.Generator().manual_seed(0)
+    product = torch.randn(rows, vocabulary, generator=g) * 3
+    token = torch.randint(vocabulary, (rows,), generator=g)
+    bias = torch.randn(vocabulary, generator=g).to(device) if bias else None
+    return product.to(device), token.to(device), LogitTransform(bias, *settings)
+
+
+def exact(product, token, transform, grads):
+    """Log-probs, entropies and the gradient over scale / temperature, by autograd in float64."""
+    product = product.detach().cpu().double().requires_grad_()
+    logits = product * transform.scale
+    if transform.bias is not None:
+        logits = logits + transform.bias.cpu().double()
+    if transform.softcap is not None:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    logps = (logits / transform.temperature).log_softmax(1)
+    entropy = -(logps.exp() * logps.masked_fill(logps == -torch.inf, 0.0)).sum(1)
+    logps = logps.gather(1, token.cpu()[:, None]).squeeze(1)
+    grad_logps, grad_entropy = (grad.cpu().double() for grad in grads)
+    (gradient,) = torch.autograd.grad((logps * grad_logps + entropy * grad_entropy).sum(), product)
+    return logps.detach(), entropy.detach(), gradient * transform.temperature / transform.scale
+
+
+def check(product, token, transform, gradient_dtype=torch.float32):
+    g = torch.Generator().manual_seed(1)
+    grad_logps, grad_entropy = (torch.randn(len(token), generator=g).to(product.device) for _ in range(2))
+    scores = score_tokens(product, token, transform, entropy=True)
+    gradient = torch.empty_like(product, dtype=gradient_dtype)
+    write_gradient(product, token, transform, scores, grad_logps, grad_entropy, gradient)
+    logps, entropy, wanted = exact(product, token, transform, (grad_logps, grad_entropy))
+    close(scores.logps.cpu(), logps)
+    close(scores.entropy.cpu(), entropy)
+    error = (gradient.cpu().double() - wanted).norm()
+    assert error <= TOLERANCES[gradient_dtype] * wanted.norm() + 1e-6
+    # Without an entropy: another constant of the kernels.
+    plain = score_tokens(product, token, transform, entropy=False)
+    write_gradient(product, token, transform, plain, grad_logps, None, gradient)
+    _, _, wanted = exact(product, token, transform, (grad_logps, torch.zeros_like(grad_logps)))
+    assert plain.entropy is None
+    assert torch.equal(plain.logps, scores.logps)
+    assert (gradient.cpu().double() - wanted).norm() <= TOLERANCES[gradient_dtype] * wanted.norm() + 1e-6
+
+
+@pytest.mark.parametrize("settings", [(1.0, None, 1.0), CAPPED], ids=["plain", "capped"])
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_that_no_block_divides(size, settings):
+    check(*inputs(*size, settings=settings, bias=settings == CAPPED))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_in_half_precision(dtype):
+    check(*inputs(4, 37), gradient_dtype=dtype)
+
+
+def test_logits_of_half_precision_with_strides():
+    """A model that brings its own logits, of which a first part is scored."""
+    product, token, transform = inputs(3, 40)
+    check(product.bfloat16()[:, :37], token.clamp(max=36), transform)
+
+
+def test_no_row():
+    product, token, transform = inputs(0, 37)
+    scores = score_tokens(product, token, transform, entropy=True)
+    write_gradient(product, token, transform, scores, None, None, product)
+    assert [len(numbers) for numbers in scores] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("settings", [(1.0, None, 1.0), CAPPED], ids=["plain", "capped"])
+def test_extreme_logits(settings):
+    """Sums of exponentials neither overflow nor vanish, and a block of -inf before the others makes no nan."""
+    product, token, transform = inputs(5, 37, settings=settings)
+    product[0] = 1e4
+    product[1] *= 1e4
+    product[2] = -1e4
+    product[2, 30] = 1e4
+    product[3, :20] = -torch.inf
+    product[4] = 0  # ties
+    token[:] = torch.tensor([3, int(product[1].argmax()), 30, 25, 0])
+    if settings == CAPPED:  # autograd's gradient of tanh at -inf times 0 is nan
+        product.clamp_(min=-1e4)
+    check(product, token, transform)
+
+
+def test_rows_without_a_gradient_get_zeros():
+    product, token, transform = inputs(3, 37)
+    scores = score_tokens(product, token, transform, entropy=True)
+    gradient = torch.full_like(product, 9.0)
+    write_gradient(product, token, transform, scores, torch.tensor([0.0, 1.0, 0.0]), None, gradient)
+    assert not gradient[[0, 2]].any()
+    assert gradient[1].all()
+    write_gradient(product, token, transform, scores, None, None, gradient)
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("wrong", [-1, 37, 10**9])
+def test_a_token_outside_the_vocabulary_is_nan(wrong):
+    product, token, transform = inputs(3, 37)
+    token[1] = wrong
+    scores = score_tokens(product, token, transform, entropy=False)
+    assert scores.logps.isnan().tolist() == [False, True, False]
+
+
+def test_nan_and_infinity_are_not_hidden():
+    product, token, transform = inputs(3, 37)
+    product[0, 30], product[1, 5] = torch.nan, torch.inf
+    scores = score_tokens(product, token, transform, entropy=True)
+    assert scores.logps.isnan().tolist() == [True, True, False]
+    assert scores.entropy.isnan().tolist() == [True, True, False]
+
+
+def test_without_a_c_compiler_torch_computes(monkeypatch, caplog):
+    monkeypatch.setattr(token_scores.shutil, "which", lambda name: None)
+    triton_is_usable.cache_clear()
+    try:
+        assert not triton_is_usable()
+    finally:
+        triton_is_usable.cache_clear()
+    assert "no C compiler" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [(1.0, None, 1.0), CAPPED], ids=["plain", "capped"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_compiled_kernels(dtype, settings, gpu, monkeypatch):
+    monkeypatch.undo()  # blocks of a real size
+    check(*inputs(70, 50257, gpu, settings, bias=settings == CAPPED), gradient_dtype=dtype)
+    check(*inputs(3, 37, gpu, settings), gradient_dtype=dtype)

@@ -1,0 +1,144 @@
+"""The whole head by kernels, in Triton's interpreter: every mode as by torch's own operators."""
+
+import pytest
+import torch
+from conftest import close
+
+from rlhf.logprobs import Divergence, Head, Predictions, Targets, TokenLoss, chunks, compare, score, score_predictions
+
+pytest.importorskip("triton")
+
+ROWS, HIDDEN, VOCABULARY = 7, 6, 21
+MODES = ["loss of tokens", "recompute", "save", "frozen head", "no gradient"]
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """A switch between the kernels and torch's operators; counts the chunks by kernels."""
+    made, own = [], chunks.FusedChunk
+    monkeypatch.setattr(chunks, "FusedChunk", lambda *args: made.append(1) or own(*args))
+
+    def switch(on):
+        monkeypatch.setattr(chunks, "use_fused_kernels", lambda device, dtype: on)
+        return made
+
+    return switch
+
+
+def problem():
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS, HIDDEN, generator=g)
+    weight, bias = torch.randn(VOCABULARY, HIDDEN, generator=g), torch.randn(VOCABULARY, generator=g)
+    targets = Targets(torch.tensor([0, 1, 1, 4, 6]), torch.tensor([3, 4, 0, 20, 2]), torch.zeros(5, dtype=torch.int64))
+    return hidden, weight, bias, targets, torch.randn(5, generator=g)
+
+
+def outcome(mode, softcap, entropy):
+    """Everything that a caller sees: scores and gradients."""
+    hidden, weight, bias, targets, factor = problem()
+    leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
+    head = Head(weight, bias, 1.7, softcap, 0.6)
+    if mode == "frozen head":
+        head = Head(weight.detach(), bias.detach(), 1.7, softcap, 0.6)
+    options = {"chunk_size": 2, "entropy": entropy}
+    if mode in ("recompute", "save"):
+        options["mode"] = mode
+    elif mode == "loss of tokens":
+
+        def loss_of_token(scores, factor):
+            return factor * scores.logps + (0.3 * scores.entropy**2 if entropy else 0.0)
+
+        options["objective"] = TokenLoss(loss_of_token, (factor,))
+    with torch.set_grad_enabled(mode != "no gradient"):
+        scores = score(hidden, head, targets, **options)
+    seen = [scores.logps] + ([scores.entropy] if entropy else [])
+    if mode == "no gradient":
+        return seen
+    loss = scores.loss
+    if loss is None:
+        loss = (factor * scores.logps).sum() + (0.3 * scores.entropy**2).sum() if entropy else factor @ scores.logps
+    (0.7 * loss).backward()
+    return [*(tensor.detach() for tensor in seen), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+@pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
+@pytest.mark.parametrize("softcap", [None, 5.0], ids=["", "capped"])
+@pytest.mark.parametrize("mode", MODES)
+def test_kernels_change_nothing(mode, softcap, entropy, fused):
+    fused(False)
+    wanted = outcome(mode, softcap, entropy)
+    made = fused(True)
+    got = outcome(mode, softcap, entropy)
+    assert made  # or torch's operators were compared with themselves
+    for ours, theirs in zip(got, wanted, strict=True):
+        close(ours, theirs)
+
+
+def test_logits_without_a_head(fused):
+    """They belong to the caller: whatever is computed from them leaves them whole."""
+    *_, targets, factor = problem()
+    results = []
+    for on in (False, True):
+        fused(on)
+        logits = torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        before = logits.detach().clone()
+        scores = score_predictions(Predictions(logits), targets.token, entropy=True, chunk_size=2)
+        (factor @ scores.logps + scores.entropy.sum()).backward()
+        assert torch.equal(logits, before)
+        results.append((scores.logps.detach(), scores.entropy.detach(), logits.grad))
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs)
+
+
+def test_one_loss_reads_the_log_probs_and_another_the_entropies(fused):
+    results = []
+    for on in (False, True):
+        fused(on)
+        for name in ("logps", "entropy"):
+            hidden, weight, bias, targets, factor = problem()
+            scores = score(hidden.requires_grad_(), Head(weight, bias), targets, entropy=True, chunk_size=2)
+            (getattr(scores, name) @ factor).backward()
+            results.append(hidden.grad)
+    close(results[2], results[0])
+    close(results[3], results[1])
+
+
+def test_an_output_may_be_changed_in_place(fused):
+    fused(True)
+    hidden, weight, bias, targets, _ = problem()
+    scores = score(hidden.requires_grad_(), Head(weight.requires_grad_(), bias), targets, mode="recompute")
+    scores.logps.mul_(2.0).sum().backward()
+    twice = hidden.grad.clone()
+    hidden.grad = None
+    score(hidden, Head(weight, bias), targets, mode="recompute").logps.sum().backward()
+    close(twice, 2 * hidden.grad)
+
+
+@pytest.mark.parametrize("name", ["kl_divergence", "total_variation", "generalized_jsd"])
+def test_losses_that_read_all_log_probs(name, fused):
+    """A teacher: these are taken by torch's operators, from the same product."""
+    results = []
+    for on in (False, True):
+        fused(on)
+        hidden, weight, bias, targets, _ = problem()
+        head = Head(weight.requires_grad_(), bias, 1.7, 5.0, 0.6)
+        hidden.requires_grad_()
+        student = Predictions(hidden[:5], head)
+        teacher = Predictions(hidden[2:].detach(), Head(weight.detach().flip(0)))
+        scores = compare(student, teacher, targets.token, Divergence(name, crossentropy_weight=0.5), chunk_size=2)
+        scores.loss.backward()
+        results.append((scores.logps, scores.loss.detach(), hidden.grad, weight.grad))
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs)
+
+
+def test_no_scored_token(fused):
+    fused(True)
+    hidden, weight, bias, _, _ = problem()
+    nothing = Targets(*(torch.zeros(0, dtype=torch.int64) for _ in range(3)), 0)
+    hidden.requires_grad_()
+    for options in ({}, {"objective": TokenLoss(lambda scores: scores.logps)}, {"mode": "recompute", "entropy": True}):
+        scores = score(hidden, Head(weight, bias), nothing, **options)
+        loss = scores.logps.sum() if scores.loss is None else scores.loss
+        loss.backward()
+        assert not hidden.grad.any()
