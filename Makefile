@@ -1,7 +1,7 @@
 PY ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test docs fuzz test-oldest check wheel soak bench
+.PHONY: setup demo test docs fuzz test-oldest check wheel soak bench gpu
 setup: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PY) -m venv .venv
@@ -56,3 +56,14 @@ bench: setup .venv/.trl  # MODEL=folder [DATA=folder of rows] adds whole steps o
 	$(if $(MODEL),$(BIN)/python benchmarks/generation.py --model $(MODEL))
 	$(if $(MODEL),$(BIN)/python benchmarks/training.py --model $(MODEL) $(if $(DATA),--data $(DATA)))
 	$(if $(MODEL),$(if $(DATA),$(BIN)/python benchmarks/online.py --model $(MODEL) --data $(DATA)))
+# On a machine whose Python has torch for its GPU, and the package's other dependencies: nothing is installed.
+# PYTHON=another; MODEL=folder [DATA=folder of rows] adds steps of that model beside TRL's. About eight minutes.
+PYTHON ?= python3
+gpu: export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
+gpu: export HF_HUB_OFFLINE := 1
+gpu:
+	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: torch finds no GPU here')"
+	status=0; $(PYTHON) -m pytest -q -p no:cacheprovider -m gpu tests || status=1; \
+	$(PYTHON) -m benchmarks.gpu || status=1; \
+	$(if $(MODEL),$(PYTHON) benchmarks/training.py --model $(MODEL) $(if $(DATA),--data $(DATA)) --case sft dpo || status=1;) \
+	exit $$status

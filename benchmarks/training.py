@@ -5,6 +5,9 @@
 The folder holds preferences_train.jsonl.gz (conversations: prompt, chosen, rejected); without one, rows of random
 words of the same lengths are used. Each side runs in a process of its own, one after the
 other; losses must agree step by step. Writes a table and a plot to --output.
+
+On a GPU all sides train in bf16 under autocast, unless --dtype float32. --mkl leaves oneDNN out of ours, for a
+processor on which it gains nothing.
 """
 
 import argparse
@@ -52,6 +55,18 @@ CASES = {
 SIDES = ("ours", "trl", "plain")
 
 
+class Machine(NamedTuple):
+    """Where all sides train, and how."""
+
+    device: str  # "cuda" or "cpu"
+    dtype: str  # "bfloat16", under autocast, or "float32"
+    mkl: bool = False  # products of matrices by MKL alone
+
+    @property
+    def bf16(self) -> bool:
+        return self.dtype == "bfloat16"
+
+
 def rows_of(case: Case, tokenizer: Any, data: str | None, count: int) -> list[dict[str, Any]]:
     """The first rows whose prompt and answers have fitting lengths, rendered to text: the same tokens on every side."""
     found = []
@@ -95,14 +110,17 @@ def _words(case: Case) -> Any:
         }
 
 
-def trainer_of(side: str, case: Case, model: Any, tokenizer: Any, rows: Any, steps: int, out: str) -> Any:
+def trainer_of(
+    side: str, case: Case, machine: Machine, model: Any, tokenizer: Any, rows: Any, steps: int, out: str
+) -> Any:
     from datasets import Dataset
     from peft import LoraConfig
 
     settings: dict[str, Any] = dict(
         output_dir=out, max_steps=steps, per_device_train_batch_size=case.rows, logging_steps=1, report_to="none",
         save_strategy="no", learning_rate=1e-6 if case.kind == "dpo" else 1e-5, lr_scheduler_type="constant",
-        disable_tqdm=True, max_length=1024, bf16=torch.cuda.is_available(), train_sampling_strategy="sequential",
+        disable_tqdm=True, max_length=1024, bf16=machine.bf16, use_cpu=machine.device == "cpu",
+        train_sampling_strategy="sequential",
     )  # fmt: skip
     if side == "trl":
         import trl as package
@@ -126,7 +144,9 @@ def trainer_of(side: str, case: Case, model: Any, tokenizer: Any, rows: Any, ste
     )
 
 
-def plain(case: Case, model: Any, tokenizer: Any, rows: list[dict[str, Any]], steps: int) -> dict[str, Any]:
+def plain(
+    case: Case, machine: Machine, model: Any, tokenizer: Any, rows: list[dict[str, Any]], steps: int
+) -> dict[str, Any]:
     """What one writes without a package: padded rows, all logits."""
     import copy
 
@@ -149,7 +169,7 @@ def plain(case: Case, model: Any, tokenizer: Any, rows: list[dict[str, Any]], st
         nll = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
         return -nll.view(len(ids), -1).sum(1)
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = machine.device
     model.to(device).train()
     if case.lora:
         from peft import LoraConfig, get_peft_model
@@ -161,7 +181,7 @@ def plain(case: Case, model: Any, tokenizer: Any, rows: list[dict[str, Any]], st
     losses, times = [], [time.perf_counter()]
     for step in range(steps):
         batch = rows[step * case.rows : (step + 1) * case.rows]
-        with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(device, torch.bfloat16, enabled=machine.bf16):
             if case.kind == "sft":
                 ids, mask, labels = padded([encode(row, "completion") for row in batch])
                 loss = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
@@ -184,10 +204,19 @@ def plain(case: Case, model: Any, tokenizer: Any, rows: list[dict[str, Any]], st
     return {"losses": losses, "seconds": [b - a for a, b in itertools.pairwise(times)]}
 
 
-def run(side: str, case: Case, model: str, data: str | None, steps: int) -> dict[str, Any]:
+def use_mkl_alone() -> None:
+    """Keep oneDNN out of our products, as on a processor on which it gains nothing."""
+    from rlhf.kernels import linear, matmul
+
+    matmul.onednn_is_faster = linear.onednn_is_faster = lambda: False  # type: ignore[attr-defined,assignment]
+
+
+def run(side: str, case: Case, machine: Machine, model: str, data: str | None, steps: int) -> dict[str, Any]:
     """One side of one case, in this process."""
     if side == "ours":
         os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as our commands do: large pages, before torch's first tensor
+        if machine.mkl:
+            use_mkl_alone()
     import tempfile
 
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -199,7 +228,7 @@ def run(side: str, case: Case, model: str, data: str | None, steps: int) -> dict
     rows = rows_of(case, tokenizer, data, steps * case.rows)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
     if side == "plain":
-        result = plain(case, loaded, tokenizer, rows, steps)
+        result = plain(case, machine, loaded, tokenizer, rows, steps)
     else:
         times: list[float] = []
 
@@ -208,12 +237,12 @@ def run(side: str, case: Case, model: str, data: str | None, steps: int) -> dict
                 times.append(time.perf_counter())
 
             def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-                if torch.cuda.is_available():
+                if machine.device == "cuda":
                     torch.cuda.synchronize()
                 times.append(time.perf_counter())
 
         with tempfile.TemporaryDirectory() as out:
-            trainer = trainer_of(side, case, loaded, tokenizer, rows, steps, out)
+            trainer = trainer_of(side, case, machine, loaded, tokenizer, rows, steps, out)
             trainer.add_callback(Clock())
             counts: list[float] = []
             compute_loss = trainer.compute_loss
@@ -229,8 +258,8 @@ def run(side: str, case: Case, model: str, data: str | None, steps: int) -> dict
         if case.packed:  # over all rows: each step holds other ones
             losses = [sum(a * b for a, b in zip(losses, counts, strict=True)) / sum(counts)]
         result = {"losses": losses, "seconds": [b - a for a, b in itertools.pairwise(times)]}
-    gpu = torch.cuda.is_available()
-    peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    on_gpu = machine.device == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {**result, "peak": peak / 2**30}
 
 
@@ -240,6 +269,7 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
     sides = [side for side in args.sides if side != "plain" or not CASES[name].packed]
     for side in sides:
         argv = [sys.executable, __file__, "--model", args.model, "--steps", str(args.steps), "--one", side, name]
+        argv += ["--device", args.device, "--dtype", args.dtype, *(["--mkl"] if args.mkl else [])]
         done = subprocess.run([*argv, *(["--data", args.data] if args.data else [])], capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{name}, {side}:\n{done.stderr[-3000:]}")
@@ -248,7 +278,7 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
     for side in sides[1:]:
         pairs = zip(found["ours"]["losses"], found[side]["losses"], strict=True)
         worst = max(abs(a - b) / max(abs(b), 1e-3) for a, b in pairs)
-        assert worst < (2e-2 if torch.cuda.is_available() else 2e-4), f"{name}: losses differ from {side}: {found}"
+        assert worst < (2e-2 if args.dtype == "bfloat16" else 2e-4), f"{name}: losses differ from {side}: {found}"
     return {
         side: {"seconds": statistics.median(run["seconds"][1:]), "peak": run["peak"], "losses": run["losses"]}
         for side, run in found.items()
@@ -297,11 +327,17 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--steps", type=int, default=5, help="the first is a warm-up")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--output", type=Path, help="folder; default: docs/benchmarks, on a GPU runs/benchmarks")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--mkl", action="store_true", help="products of ours by MKL alone")
     parser.add_argument("--one", nargs=2, metavar=("SIDE", "CASE"), help="one side of one case, as JSON")
     args = parser.parse_args()
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    args.output = args.output or Path("docs/benchmarks" if args.device == "cpu" else "runs/benchmarks")
     if args.one:
-        print(json.dumps(run(args.one[0], CASES[args.one[1]], args.model, args.data, args.steps)))
+        machine = Machine(args.device, args.dtype, args.mkl)
+        print(json.dumps(run(args.one[0], CASES[args.one[1]], machine, args.model, args.data, args.steps)))
         return
     file = args.output / "training.json"
     results = json.loads(file.read_text()) if file.exists() else {}
