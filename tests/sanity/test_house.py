@@ -64,8 +64,10 @@ def test_public_names_exist_and_are_documented(module):
 
 ONLINE = ("ppo", "grpo", "rloo", "online_dpo", "best_of_n")
 ADAPTED = ("sft_lora", "sft_qlora", "sft_long", "sft_laptop", "dpo_lora")
+CLUSTERS = ("grpo_8", "grpo_64", "grpo_512")
 HAS = {
     "configs": ("sft", "distill", "dpo", "kto", "reward", *ONLINE, *ADAPTED),
+    "configs/clusters": CLUSTERS,
     "demo": ("sft", "dpo", "ppo", "distill"),
     "docs/runs/smollm2-135m": ("sft", "dpo"),
     "docs/runs/one-sentence": ("ppo", "grpo"),
@@ -75,7 +77,7 @@ HAS = {
 TRAINING = [ROOT / f"{folder}/{name}.yaml" for folder, names in HAS.items() for name in names]
 # Files that are not named after their command.
 COMMAND_OF = {
-    **{name: name.partition("_")[0] for name in ADAPTED},
+    **{name: name.partition("_")[0] for name in (*ADAPTED, *CLUSTERS)},
     "hard": "sft",
     **dict.fromkeys(("live", "cached", "gkd"), "distill"),
 }
