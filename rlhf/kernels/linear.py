@@ -95,6 +95,17 @@ def speed_up_linear(model: nn.Module) -> None:
             module.forward = MethodType(forward, module)
 
 
+def restore_lora(model: nn.Module) -> None:
+    """Give LoRA layers the forward of PEFT again, which changes no result in place.
+
+    Args:
+        model: its modules are changed in place.
+    """
+    for module in model.modules():
+        if getattr(module.forward, "__func__", None) is _lora_forward:
+            del module.forward
+
+
 def weights_are_here(module: nn.Module) -> bool:
     """Whether this process holds the weights: not on the meta device, and not sharded by ZeRO-3 (``ds_id``)."""
     return not any(weight.is_meta or hasattr(weight, "ds_id") for weight in module.parameters())

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rlhf.models.attention import NAME
+from rlhf.models.attention import reads_segments
 
 MAX_VERSIONS = 16  # of one layer's code: with and without gradient, in each kind of layer that shares the code
 
@@ -35,7 +35,9 @@ def compile_layers(model: nn.Module, backend: str, mode: str | None) -> None:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(f"--torch_compile: {type(model).__name__} has no layers that are known; leave it out")
-    _keep_out_of_graphs(NAME)
+    config = model.config
+    if reads_segments(config):
+        _keep_out_of_graphs(config._attn_implementation)  # type: ignore[union-attr,arg-type]
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VERSIONS)
     for layer in layers:
         # The function inside transformers' own wrapper, which checkpoints it.

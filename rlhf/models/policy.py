@@ -9,8 +9,10 @@ from accelerate.utils.environment import parse_flag_from_env
 from torch import nn
 
 from rlhf.data import Batch
+from rlhf.kernels.linear import restore_lora
 from rlhf.kernels.recompute import fewer_activations
 from rlhf.logprobs import HeadObjective, Predictions, Scores, model_predictions, model_scores, verified_settings
+from rlhf.models.activations import checkpoint_arguments
 from rlhf.models.attention import reads_segments
 from rlhf.models.positions import finds_own_positions, inputs_of, reads_padding, sees_ahead
 from rlhf.models.routing import Balancing
@@ -57,6 +59,23 @@ class Wrapper(nn.Module):
         caller_prefix = f"{prefix}." if prefix else ""
         for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
             yield caller_prefix + name.removeprefix(caller_prefix).removeprefix(model_prefix), parameter
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """As the model's own; ``{"selective": true}`` is taken too.
+
+        Args:
+            activation_checkpointing_kwargs: of torch's ``checkpoint``, see :mod:`rlhf.models.activations`.
+            kwargs: of the model's own method.
+        """
+        checkpoint_kwargs = checkpoint_arguments(activation_checkpointing_kwargs or {})
+        if "context_fn" in checkpoint_kwargs:
+            # LoRA's product is added in place to a result that is to be kept.
+            restore_lora(self.model)
+        self.model.activation_checkpointing_enable(  # type: ignore[operator]
+            activation_checkpointing_kwargs=checkpoint_kwargs or None, **kwargs
+        )
 
     def get_submodule(self, target: str) -> nn.Module:
         """As ``nn.Module``; a name that the model has is found too."""

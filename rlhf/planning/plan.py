@@ -106,8 +106,11 @@ def enable_checkpointing(trainer: Any) -> None:
     """Turn activation checkpointing on, as training does, if it is asked for."""
     args = trainer.args
     if args.activation_checkpointing:
-        kwargs = dict(args.activation_checkpointing_kwargs or {})
-        trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs or None)
+        checkpoint_kwargs = dict(args.activation_checkpointing_kwargs or {})
+        # transformers reads these two out of the dictionary.
+        own_names = checkpoint_kwargs.keys() & {"every_n_layers", "offload"}
+        own_kwargs = {name: checkpoint_kwargs.pop(name) for name in own_names}
+        trainer.model.activation_checkpointing_enable(checkpoint_kwargs, **own_kwargs)
 
 
 def _largest_micro(trainer: Any, loader: Any, sizes: BatchSizes | None) -> Micro:

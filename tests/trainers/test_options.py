@@ -250,3 +250,10 @@ def test_training_is_in_float32_and_evaluation_in_the_checkpoints_dtype():
     """TRL#1580: of weights that are trained in bfloat16 in place, most updates are rounded away."""
     assert ModelArguments().load_kwargs()["dtype"] == "float32"
     assert LoadArguments().load_kwargs()["dtype"] == "auto"
+
+
+def test_selective_checkpointing_of_compiled_layers_is_refused(tmp_path):
+    selective = dict(activation_checkpointing=True, activation_checkpointing_kwargs={"selective": True})
+    SFTConfig(str(tmp_path), use_cpu=True, **selective)
+    with pytest.raises(ValueError, match="selective does not work with --torch_compile: leave one out"):
+        SFTConfig(str(tmp_path), use_cpu=True, torch_compile=True, **selective)

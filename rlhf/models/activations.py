@@ -1,0 +1,61 @@
+"""Selective activation checkpointing: the backward pass recomputes what is large or cheap, and nothing else.
+
+Full checkpointing keeps the input of each layer and runs the layer a second time. Here the results of attention and of
+matrix products are kept too, unless a product is wider than its input: those of a gated MLP hold most of a layer's
+memory. So the second run has no attention and no projections.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+SELECTIVE = "selective"  # the key in activation_checkpointing_kwargs
+# Operators of torch, and the place of the right factor [k, n] among their arguments.
+_PRODUCTS = {"aten::mm": 1, "aten::addmm": 2, "aten::bmm": 1, "aten::baddbmm": 2, "aten::_grouped_mm": 1}
+_TRANSPOSED_PRODUCTS = {"mkldnn::_linear_pointwise": 1}  # their right factor is [n, k]
+
+
+def checkpoint_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``torch.utils.checkpoint.checkpoint``.
+
+    Args:
+        given: ``activation_checkpointing_kwargs``, where ``selective`` may be true.
+    Returns:
+        The same without ``selective``, and with the functions that it stands for.
+    Raises:
+        ValueError: ``selective`` with ``use_reentrant``, which torch cannot do.
+    """
+    others = {name: value for name, value in given.items() if name != SELECTIVE}
+    if not given.get(SELECTIVE):
+        return others
+    if others.get("use_reentrant"):
+        raise ValueError('activation_checkpointing_kwargs: "selective" needs "use_reentrant": false')
+    return {**others, "use_reentrant": False, "context_fn": selective_contexts}
+
+
+def choose_kept(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Whether the result of an operator is kept for the backward pass.
+
+    Args:
+        context: of torch; not read.
+        operator: of torch.
+        *args: its arguments.
+        **kwargs: its arguments by name.
+    Returns:
+        ``MUST_SAVE`` for attention, and for products that are not wider than their input.
+    """
+    name = operator.name().split(".")[0]
+    is_kept = "attention" in name or "_attn" in name
+    if name in _PRODUCTS:
+        inner_size, outer_size = args[_PRODUCTS[name]].shape[-2:]
+        is_kept = outer_size <= inner_size
+    elif name in _TRANSPOSED_PRODUCTS:
+        outer_size, inner_size = args[_TRANSPOSED_PRODUCTS[name]].shape[-2:]
+        is_kept = outer_size <= inner_size
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+selective_contexts: Callable[[], Any] = partial(create_selective_checkpoint_contexts, choose_kept)
+"""Makes the two contexts of a checkpoint: of the forward pass, and of its recomputation."""
