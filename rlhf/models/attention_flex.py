@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
@@ -49,20 +50,28 @@ def attend_by_flex(query: Tensor, key: Tensor, value: Tensor, segments: Segments
     cache_key = ("flex", options.window, query.device)
     if cache_key not in segments.attention_cache:
         segments.attention_cache[cache_key] = block_mask(segments, query.size(2), options.window)
-    arguments = dict(
-        score_mod=None if options.softcap is None else _softcap(options.softcap),
-        block_mask=segments.attention_cache[cache_key],
-        scale=options.scaling,
-        enable_gqa=query.size(1) != key.size(1),
-    )
+    mask: BlockMask = segments.attention_cache[cache_key]
+    num_rows = query.size(2)
+    # Whole blocks: a row of another length would be another compilation.
+    query, key, value = (F.pad(tensor, (0, 0, 0, mask.shape[-1] - num_rows)) for tensor in (query, key, value))
     # Inside of a compiled model, this function is compiled with it.
     attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled()
-    if options.sinks is None:
-        return attend(query, key, value, **arguments).transpose(1, 2)
-    output, auxiliary = attend(query, key, value, return_aux=AuxRequest(lse=True), **arguments)
-    # The share of the probability that the keys keep: exp(lse) / (exp(lse) + exp(sink)).
-    share = torch.sigmoid(auxiliary.lse - options.sinks.float()[:, None])
-    return (output * share[..., None]).to(query.dtype).transpose(1, 2)
+    output = attend(
+        query,
+        key,
+        value,
+        score_mod=None if options.softcap is None else _softcap(options.softcap),
+        block_mask=mask,
+        scale=options.scaling,
+        enable_gqa=query.size(1) != key.size(1),
+        return_aux=None if options.sinks is None else AuxRequest(lse=True),
+    )
+    if options.sinks is not None:
+        output, auxiliary = output
+        # The share of the probability that the keys keep: exp(lse) / (exp(lse) + exp(sink)).
+        share = torch.sigmoid(auxiliary.lse - options.sinks.float()[:, None])
+        output = (output * share[..., None]).to(query.dtype)
+    return output[:, :, :num_rows].transpose(1, 2)
 
 
 def visible_rows(segments: Segments, num_rows: int, window: int | None) -> VisibleRows:
@@ -106,39 +115,35 @@ def block_mask(segments: Segments, num_rows: int, window: int | None) -> BlockMa
         num_rows: T.
         window: as in :func:`visible_rows`.
     Returns:
-        The mask, [1, 1, T, T].
+        The mask of T rounded up to whole blocks, and two at least: a single one would be another compilation.
     """
+    num_blocks = max(-(-num_rows // BLOCK), 2)
+    padded_rows = num_blocks * BLOCK
+    rows = torch.arange(padded_rows, device=segments.layout.query_starts.device)
     visible = visible_rows(segments, num_rows, window)
-    rows = torch.arange(num_rows, device=visible.own_start.device)
-    own_touched, own_covered = _blocks_of(visible.own_start, rows + 1, num_rows)
-    prefix_touched, prefix_covered = _blocks_of(visible.prefix_start, visible.prefix_end, num_rows)
-    first_rows = torch.arange(_num_blocks(num_rows), device=rows.device) * BLOCK
-    rows_in_block = (num_rows - first_rows).clamp(max=BLOCK)
-    # The last block of keys may be short: it is never called full, and its missing keys are masked.
-    is_full = own_covered + prefix_covered == rows_in_block[:, None]
+    # A row of padding sees itself.
+    own_start = torch.cat((visible.own_start, rows[num_rows:]))
+    prefix_start, prefix_end = (F.pad(rows_of, (0, padded_rows - num_rows)) for rows_of in visible[1:])
+    own_touched, own_covered = _blocks_of(own_start, rows + 1, num_blocks)
+    prefix_touched, prefix_covered = _blocks_of(prefix_start, prefix_end, num_blocks)
+    is_full = own_covered + prefix_covered == BLOCK
     is_partial = (own_touched + prefix_touched > 0) & ~is_full
 
     def sees(batch: Tensor, head: Tensor, query_row: Tensor, key_row: Tensor) -> Tensor:
-        is_own = (key_row >= visible.own_start[query_row]) & (key_row <= query_row)
-        is_prefix = (key_row >= visible.prefix_start[query_row]) & (key_row < visible.prefix_end[query_row])
+        is_own = (key_row >= own_start[query_row]) & (key_row <= query_row)
+        is_prefix = (key_row >= prefix_start[query_row]) & (key_row < prefix_end[query_row])
         return is_own | is_prefix
 
-    return BlockMask.from_kv_blocks(
-        *_ordered(is_partial), *_ordered(is_full), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(num_rows, num_rows)
-    )
+    return BlockMask.from_kv_blocks(*_ordered(is_partial), *_ordered(is_full), BLOCK_SIZE=BLOCK, mask_mod=sees)
 
 
-def _num_blocks(num_rows: int) -> int:
-    return -(-num_rows // BLOCK)
-
-
-def _blocks_of(first_row: Tensor, end_row: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+def _blocks_of(first_row: Tensor, end_row: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
     """How many queries of each block see something of each block of keys, and how many see all of it.
 
     Args:
         first_row: int [T], where the interval of each query begins.
         end_row: int [T], the row behind its last one.
-        num_rows: T.
+        num_blocks: T / BLOCK.
     Returns:
         Two tensors, int32 [blocks, blocks].
     """
@@ -147,13 +152,16 @@ def _blocks_of(first_row: Tensor, end_row: Tensor, num_rows: int) -> tuple[Tenso
     covered_from, covered_to = (first_row + BLOCK - 1) // BLOCK, end_row // BLOCK
     touched_to = torch.where(is_empty, touched_from, touched_to)
     covered_to = torch.where(is_empty, covered_from, torch.maximum(covered_to, covered_from))
-    return _count_intervals(touched_from, touched_to, num_rows), _count_intervals(covered_from, covered_to, num_rows)
+    return _count_intervals(touched_from, touched_to, num_blocks), _count_intervals(
+        covered_from, covered_to, num_blocks
+    )
 
 
-def _count_intervals(first_block: Tensor, end_block: Tensor, num_rows: int) -> Tensor:
+def _count_intervals(first_block: Tensor, end_block: Tensor, num_blocks: int) -> Tensor:
     """For each block of queries and each block of keys, the queries whose interval of blocks holds it."""
-    num_blocks = _num_blocks(num_rows)
-    query_block = torch.arange(num_rows, device=first_block.device) // BLOCK
+    query_block = torch.arange(num_blocks, device=first_block.device).repeat_interleave(
+        BLOCK, output_size=num_blocks * BLOCK
+    )
     # +1 where an interval begins and -1 behind its end: the running sum counts the intervals that are open.
     changes = torch.zeros(num_blocks * (num_blocks + 1), dtype=torch.int32, device=first_block.device)
     ones = torch.ones_like(query_block, dtype=torch.int32)
