@@ -20,7 +20,7 @@ from rlhf.models.attention_kernels import choose_kernel
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
 VOCABULARY, RANK = 330, 3
 ROWS = [{"prompt_ids": [5, 3, 4], "chosen_ids": [6, 7, 3, 2], "rejected_ids": [2, 4, 6]}]
-# Weights, autocast: the dtype of projections and of attention, the kernel on a GPU, the dtype of the head's product there.
+# Weights and autocast: the dtype of projections and attention, the kernel on a GPU, the dtype of the head there.
 TABLE = {
     (FLOAT, None): (FLOAT, "sdpa", FLOAT),
     (FLOAT, BFLOAT): (BFLOAT, "varlen", BFLOAT),
@@ -37,8 +37,8 @@ TABLE = {
 class Products(TorchDispatchMode):
     """The dtypes of all matrix products by kind, forward and backward.
 
-    Without those of a head: one with a vocabulary is asked of a pure function, and that of a value or a reward, which has
-    one output, is in float32 on purpose.
+    Without those of a head: one with a vocabulary is asked of a pure function, and that of a value or a reward, which
+    has one output, is in float32 on purpose.
     """
 
     def __init__(self):
