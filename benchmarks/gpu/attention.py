@@ -87,7 +87,7 @@ def _errors(setup: Setup, make: Callable[[], Any], lengths: Any, weights: torch.
 
 def measure(setup: Setup) -> Results:
     """Our attention as a layer calls it, in the layouts of the table in docs/benchmarks.md."""
-    from rlhf.data.batch import Segments, Span
+    from rlhf.data.segments import Segments, Span
 
     results = Results(setup)
     total = 512 if setup.tiny else 16_384
@@ -98,7 +98,7 @@ def measure(setup: Setup) -> Results:
     layouts[f"16 pairs, prompt and answers of {third}"] = tuple(pairs)
     for (name, spans), dtype in itertools.product(layouts.items(), (torch.bfloat16, torch.float32)):
         labels = {"layout": name, "queries and keys": str(dtype).removeprefix("torch.")}
-        results.measure(labels, _timed, setup, Segments(spans), dtype)
+        results.measure(labels, _timed, setup, Segments.of(spans).to(setup.device), dtype)
     return results
 
 

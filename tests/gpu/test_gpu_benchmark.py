@@ -12,7 +12,7 @@ TINY = ["--tiny", "--device", "cpu"]
 
 
 def test_sections_run_on_a_cpu(tmp_path, capsys):
-    names = ["environment", "flow", "head-accuracy", "attention-accuracy", "head"]
+    names = ["environment", "flow", "head-accuracy", "attention-accuracy", "head", "attention"]
     file = tmp_path / "gpu.json"
     assert benchmark.main([*TINY, "--only", ",".join(names), "--output", str(file)]) == 0
     found = json.loads(file.read_text())
