@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 # Logits that one program reads at a time, and the warps of 32 threads that share them.
 BLOCK_SIZE, WARPS = 4096, 8
+ALIGNMENT = 16  # numbers
 
 
 class LogitTransform(NamedTuple):
@@ -78,6 +79,38 @@ def triton_is_usable() -> bool:
     return False
 
 
+def empty_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for logits or their gradient; on a GPU each row starts at a multiple of 16 numbers.
+
+    Both the kernels and products of matrices read aligned rows several numbers at a time.
+
+    Args:
+        rows: number of rows.
+        columns: number of columns.
+        dtype: of the numbers.
+        device: where they live.
+    Returns:
+        [rows, columns], a part of its memory where the columns are no multiple of 16.
+    """
+    padded_columns = columns if device.type == "cpu" else _padded(columns)
+    return torch.empty(rows, padded_columns, dtype=dtype, device=device)[:, :columns]
+
+
+def _padded(columns: int) -> int:
+    return -(-columns // ALIGNMENT) * ALIGNMENT
+
+
+def _readable_columns(matrix: Tensor) -> int:
+    """How many columns of each row may be read and written: with the padding of :func:`empty_rows`."""
+    rows, columns = matrix.shape
+    padded_columns = matrix.stride(0)
+    if padded_columns != _padded(columns) or matrix.storage_offset() % padded_columns:
+        return columns
+    # A part of a larger matrix may end before the padding of its last row does.
+    end = matrix.storage_offset() + rows * padded_columns
+    return padded_columns if end * matrix.element_size() <= matrix.untyped_storage().nbytes() else columns
+
+
 def score_tokens(product: Tensor, token: Tensor, transform: LogitTransform, entropy: bool) -> TokenScores:
     """The tokens' log-probs, in one pass over the product.
 
@@ -104,6 +137,7 @@ def score_tokens(product: Tensor, token: Tensor, transform: LogitTransform, entr
                 log_total,
                 entropies,
                 vocabulary,
+                _readable_columns(product),
                 product.stride(0),
                 transform.scale,
                 transform.softcap or 1.0,
@@ -162,6 +196,8 @@ def write_gradient(
             None if grad_entropy is None else grad_entropy.contiguous(),
             out,
             vocabulary,
+            _readable_columns(product),
+            _readable_columns(out),
             product.stride(0),
             out.stride(0),
             transform.scale,
@@ -205,7 +241,7 @@ if triton is not None:
     @triton.jit
     def _score_kernel(
         PRODUCT, TOKEN, BIAS, LOGPS, HIGHEST, LOG_TOTAL, ENTROPY,
-        vocabulary, row_stride, scale, softcap, inverse_temperature,
+        vocabulary, readable, row_stride, scale, softcap, inverse_temperature,
         HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """A program reads one row, and keeps its running maximum and the sums of exponentials below it."""
@@ -217,7 +253,8 @@ if triton is not None:
         for start in range(0, vocabulary, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside = column < vocabulary
-            logits = tl.load(first + column, mask=inside, other=0.0).to(tl.float32)
+            # Padding is read and left out below: a mask at any column would have each number read by itself.
+            logits = tl.load(first + column, mask=column < readable, other=0.0).to(tl.float32)
             logits = _before_softcap(logits, BIAS, column, inside, scale, HAS_BIAS)
             if HAS_SOFTCAP:
                 logits = _with_softcap(logits, softcap)
@@ -251,14 +288,14 @@ if triton is not None:
     @triton.jit
     def _gradient_kernel(
         PRODUCT, TOKEN, BIAS, HIGHEST, LOG_TOTAL, ENTROPY, GRAD_LOGPS, GRAD_AT_TOKEN, GRAD_ENTROPY, OUT,
-        vocabulary, row_stride, out_stride, scale, softcap, inverse_temperature,
+        vocabulary, readable, writable, row_stride, out_stride, scale, softcap, inverse_temperature,
         HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """A program reads one block of a row and writes its gradient; the result may replace what was read."""
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < vocabulary
-        before = tl.load(PRODUCT + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+        before = tl.load(PRODUCT + row * row_stride + column, mask=column < readable, other=0.0).to(tl.float32)
         before = _before_softcap(before, BIAS, column, inside, scale, HAS_BIAS)
         logits = before
         if HAS_SOFTCAP:
@@ -274,4 +311,4 @@ if triton is not None:
             gradient -= tl.load(GRAD_ENTROPY + row) * probs * surprise
         if HAS_SOFTCAP:
             gradient *= _softcap_slope(before, softcap)
-        tl.store(OUT + row * out_stride + column, gradient.to(OUT.dtype.element_ty), mask=inside)
+        tl.store(OUT + row * out_stride + column, gradient.to(OUT.dtype.element_ty), mask=column < writable)

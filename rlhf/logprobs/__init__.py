@@ -1,8 +1,9 @@
 """Log-probabilities of the tokens that count: targets, the head as data, the bridge to Hugging Face models."""
 
 from rlhf.logprobs.bridge import model_predictions, model_scores
+from rlhf.logprobs.chunk_plan import ChunkPlan, plan_chunks
 from rlhf.logprobs.chunk_scores import ChunkPredictions
-from rlhf.logprobs.chunks import ChunkPlan, ChunkResult, Step, plan_chunks
+from rlhf.logprobs.chunks import ChunkResult, Step
 from rlhf.logprobs.divergence import Divergence, SortedComparison, TeacherDivergence, compare, compare_sorted
 from rlhf.logprobs.head import Head, HeadSettings, Predictions, head_settings, read_head, verified_settings
 from rlhf.logprobs.objective import Comparison, HeadObjective, Scores, TokenLoss

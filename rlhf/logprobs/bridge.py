@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.logprobs.chunks import Mode
+from rlhf.logprobs.chunk_plan import Mode
 from rlhf.logprobs.head import HeadSettings, Predictions, as_autocast_casts, backbone_of, read_head, verified_settings
 from rlhf.logprobs.objective import HeadObjective, Scores
 from rlhf.logprobs.score import score_predictions

@@ -7,7 +7,7 @@ the logits as the product returned them, and reads them by the kernels of :mod:`
 import torch
 from torch import Tensor
 
-from rlhf.kernels.token_scores import LogitTransform, TokenScores, score_tokens, write_gradient
+from rlhf.kernels.token_scores import LogitTransform, TokenScores, empty_rows, score_tokens, write_gradient
 
 IN_CACHE = 2**17  # logits that a CPU reads several times from its cache
 
@@ -174,7 +174,8 @@ class FusedChunk:
         """
         memory = self._gradient_memory
         if memory is None or memory.dtype != self._gradient_dtype:
-            memory = torch.empty_like(self._product, dtype=self._gradient_dtype)
+            rows, vocabulary = self._product.shape
+            memory = empty_rows(rows, vocabulary, self._gradient_dtype, self._product.device)
         write_gradient(self._product, token, self._transform, scores, grad_logps, grad_entropy, memory)
         return memory
 

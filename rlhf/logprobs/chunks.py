@@ -1,20 +1,18 @@
 """The walk over scored tokens in chunks: some hundred rows of logits at a time, and the sum of their gradients."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import psutil
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from rlhf.kernels.matmul import add_product, product, use_onednn
-from rlhf.kernels.token_scores import LogitTransform, triton_is_usable
+from rlhf.kernels.token_scores import LogitTransform, empty_rows, triton_is_usable
+from rlhf.logprobs.chunk_plan import ChunkPlan
 from rlhf.logprobs.chunk_scores import ChunkPredictions, DenseChunk, FusedChunk, transform_logits
 from rlhf.logprobs.head import Head, Predictions
-
-Mode = Literal["auto", "unit", "save", "recompute"]
 
 
 def check_tokens(token: Tensor, vocabulary: int) -> None:
@@ -34,88 +32,6 @@ def check_tokens(token: Tensor, vocabulary: int) -> None:
         raise ValueError(f"target token {wrong_token} is outside the vocabulary [0, {vocabulary})")
 
 
-class ChunkPlan(NamedTuple):
-    """How :func:`rlhf.logprobs.score` does its work.
-
-    Args:
-        mode: of the table in :mod:`rlhf.logprobs.score`, in lower case.
-        chunk_size: rows of logits at a time.
-        chunks_cached: how many chunks of log-probs are kept for the backward pass.
-    """
-
-    mode: str
-    chunk_size: int
-    chunks_cached: int = 0
-
-
-def plan_chunks(
-    rows: int,
-    logits_per_row: int,
-    device: torch.device,
-    *,
-    needs_grad: bool,
-    head_needs_grad: bool,
-    has_objective: bool = False,
-    entropy: bool = False,
-    mode: Mode = "auto",
-    chunk_size: int | None = None,
-) -> ChunkPlan:
-    """Choose the mode and the size of chunks.
-
-    Args:
-        rows: number of scored tokens.
-        logits_per_row: numbers that live at a time for each of them: the vocabulary, or a multiple of it.
-        device: where they live.
-        needs_grad: a gradient is wanted at all.
-        head_needs_grad: the head's weight or bias gets one too.
-        has_objective: the loss is taken while a chunk's logits live.
-        entropy: as in :func:`rlhf.logprobs.score`.
-        mode: as in :func:`rlhf.logprobs.score`.
-        chunk_size: as in :func:`rlhf.logprobs.score`.
-    Returns:
-        The plan.
-    Raises:
-        ValueError: ``"unit"`` is asked for where the head or the entropy needs a gradient.
-    """
-    # Unit saves only the gradient of the log-probs in the rows: none of the head, and none of an entropy.
-    if mode == "unit" and (head_needs_grad or entropy):
-        raise ValueError('mode "unit" is for a frozen head without entropy; use "auto"')
-    rows_per_chunk = chunk_size or _chunk_size(rows, logits_per_row, device)
-    if not needs_grad:
-        return ChunkPlan("tile", rows_per_chunk)
-    if has_objective:
-        # The objective takes its gradient while the logits live, so the backward pass needs none of them.
-        return ChunkPlan("local", rows_per_chunk)
-    unit_is_possible = not head_needs_grad and not entropy
-    if mode == "unit" or (mode == "auto" and unit_is_possible):
-        return ChunkPlan("unit", rows_per_chunk)
-    chunks_cached = _chunks_to_cache(mode, rows, rows_per_chunk, logits_per_row, device)
-    return ChunkPlan("save" if chunks_cached else "recompute", rows_per_chunk, chunks_cached)
-
-
-def _chunk_size(rows: int, logits_per_row: int, device: torch.device) -> int:
-    # Each chunk reads and writes the whole gradient of the weight once more: below 512 rows that costs time.
-    on_cpu = device.type == "cpu"
-    # The budget bounds one chunk of float32 logits, 4 bytes each.
-    memory_budget = 2**29 if on_cpu else 2**30  # bytes
-    fewest_rows, most_rows = (64, 512) if on_cpu else (512, 8192)
-    rows_per_chunk = min(max(memory_budget // (logits_per_row * 4), fewest_rows), most_rows)
-    # Balanced chunks: the last one is not a sliver.
-    num_chunks = max(-(-rows // rows_per_chunk), 1)
-    return max(-(-rows // num_chunks), 1)
-
-
-def _chunks_to_cache(mode: Mode, rows: int, rows_per_chunk: int, logits_per_row: int, device: torch.device) -> int:
-    num_chunks = -(-rows // rows_per_chunk)
-    if mode != "auto":  # "save" or "recompute": somebody decided
-        return num_chunks if mode == "save" else 0
-    if device.type != "cpu":
-        return 0  # a GPU's memory is wanted elsewhere, and its matrix products are cheap
-    # Three quarters of the free memory stay free: the backward pass of the backbone comes on top.
-    memory_budget = min(2**31, psutil.virtual_memory().available // 4)
-    return min(num_chunks, memory_budget // (rows_per_chunk * logits_per_row * 4))
-
-
 def needs_grad(predictions: Predictions) -> tuple[bool, bool]:
     """Whether a gradient is wanted at all, and whether the head needs one."""
     rows, head = predictions
@@ -123,6 +39,11 @@ def needs_grad(predictions: Predictions) -> tuple[bool, bool]:
     head_needs_grad = any(parameter is not None and parameter.requires_grad for parameter in parameters)
     # Under `torch.no_grad()` a trainable weight still requires a gradient, but none is computed.
     return torch.is_grad_enabled() and (rows.requires_grad or head_needs_grad), head_needs_grad
+
+
+def multiplies_in_half(rows: Tensor) -> bool:
+    """Whether products with these rows are taken in half precision: on a GPU, which adds them up in float32."""
+    return rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)
 
 
 def use_fused_kernels(device: torch.device, result_dtype: torch.dtype) -> bool:
@@ -151,8 +72,7 @@ class ChunkedHead:
         self.rows, self.head, self.size = rows.detach(), head, size
         dtypes = {rows.dtype} if head is None else {rows.dtype, head.weight.dtype}
         self.result_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        is_half_on_gpu = rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)
-        self.operand_dtype = rows.dtype if is_half_on_gpu else self.result_dtype
+        self.operand_dtype = rows.dtype if multiplies_in_half(rows) else self.result_dtype
         self.fuses = use_fused_kernels(rows.device, self.result_dtype)
         self._memory: Tensor | None = None
         self.transform = LogitTransform()
@@ -171,12 +91,13 @@ class ChunkedHead:
         starts = range(0, max(len(self.rows), 1), self.size)
         return [slice(start, start + self.size) for start in starts]
 
-    def predictions(self, chunk: slice, keep: bool = False) -> ChunkPredictions:
+    def predictions(self, chunk: slice, keep: bool = False, gradient_memory: Tensor | None = None) -> ChunkPredictions:
         """The predictions of a chunk: one matrix product.
 
         Args:
             chunk: which rows.
             keep: give them memory of their own. Otherwise the next call overwrites them.
+            gradient_memory: of :meth:`Gradients.memory`; None for any.
         Returns:
             The predictions, in the form that is faster on this device.
         """
@@ -184,20 +105,27 @@ class ChunkedHead:
             log_probs, slope = self.log_probs(chunk, keep)
             return DenseChunk(log_probs, slope, log_probs)
         if self.head is None:
-            return FusedChunk(self.rows[chunk], self.transform, self.rows.dtype, None)
+            return FusedChunk(self.rows[chunk], self.transform, self.rows.dtype, gradient_memory)
         product = self._product(chunk, keep)
-        return FusedChunk(product, self.transform, self.operand_dtype, product)
+        if gradient_memory is None:
+            gradient_memory = product
+        return FusedChunk(product, self.transform, self.operand_dtype, gradient_memory)
 
-    def restored(self, chunk: slice, product: Tensor, slope: Tensor | None) -> ChunkPredictions:
+    def restored(
+        self, chunk: slice, product: Tensor, slope: Tensor | None, gradient_memory: Tensor | None
+    ) -> ChunkPredictions:
         """Predictions that were kept, from what ``saved`` of these returned.
 
         Args:
             chunk: which rows.
             product: log-probs or product, [c, V].
             slope: of the soft-cap, [c, V].
+            gradient_memory: as in :meth:`predictions`.
         Returns:
             The predictions. Their tensors stay whole: somebody may go backward again.
         """
+        if self.fuses and gradient_memory is not None:
+            return FusedChunk(product, self.transform, self.operand_dtype, gradient_memory)
         memory = self.memory(chunk)
         if self.fuses:
             return FusedChunk(product, self.transform, self.operand_dtype, memory)
@@ -235,8 +163,8 @@ class ChunkedHead:
         if self.head is None or use_onednn(self.rows, self.weight):
             return None
         if self._memory is None:
-            shape = min(self.size, len(self.rows)), self.weight.size(0)
-            self._memory = self.rows.new_empty(shape, dtype=self.result_dtype)
+            rows = min(self.size, len(self.rows))
+            self._memory = empty_rows(rows, self.weight.size(0), self.result_dtype, self.rows.device)
         # The last chunk may be shorter than the others.
         return self._memory[: len(self.rows[chunk])]
 
@@ -256,20 +184,37 @@ class ChunkedHead:
 class Gradients:
     """The sum over chunks of the gradients of rows, weight and bias.
 
-    Weight and bias are summed in the result's precision, because sums in bf16 drift.
+    Weight and bias are summed in the result's precision, because sums in bf16 drift. In half precision a product adds
+    in float32 by itself, so the gradients of several chunks of logits can wait for one product: fewer passes over the
+    gradient of the weight, none of them where all chunks wait.
 
     Args:
         walk: the head that the chunks went through.
         needs_input_grad: of rows, weight and bias, as autograd says.
+        chunks_per_product: how many chunks wait, see :class:`rlhf.logprobs.ChunkPlan`.
     """
 
-    def __init__(self, walk: ChunkedHead, needs_input_grad: tuple[bool, ...]) -> None:
+    def __init__(self, walk: ChunkedHead, needs_input_grad: tuple[bool, ...], chunks_per_product: int = 1) -> None:
         self.walk = walk
         self.needs_weight, self.needs_bias = needs_input_grad[1:3]
         # Every row is in exactly one chunk, so its gradient is written once and not summed.
         self.rows = torch.empty_like(walk.rows) if needs_input_grad[0] else None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
+        self._rows_per_product = chunks_per_product * walk.size
+        self._waiting = self._empty_group() if chunks_per_product > 1 else None
+
+    def _empty_group(self) -> Tensor:
+        walk = self.walk
+        rows = min(self._rows_per_product, len(walk.rows))
+        return empty_rows(rows, walk.weight.size(0), walk.operand_dtype, walk.rows.device)
+
+    def memory(self, chunk: slice) -> Tensor | None:
+        """Where the gradient of a chunk's logits waits for its product; None where it does not wait."""
+        if self._waiting is None:
+            return None
+        start = chunk.start % self._rows_per_product
+        return self._waiting[start : start + len(self.walk.rows[chunk])]
 
     def add(self, chunk: slice, grad_logits: Tensor, slope: Tensor | None) -> None:
         """Add a chunk's share.
@@ -284,24 +229,37 @@ class Gradients:
             if self.rows is not None:
                 self.rows[chunk] = grad_logits
             return
-        # From the gradient over the temperature to that of the product.
-        scale = head.scale / head.temperature
         if slope is not None:
             grad_logits *= slope
         if self.needs_bias:
-            bias_grad = grad_logits.sum(0, dtype=walk.result_dtype).mul_(scale)
+            # The products below take the same factor, on smaller matrices.
+            bias_grad = grad_logits.sum(0, dtype=walk.result_dtype).mul_(head.scale / head.temperature)
             self.bias = bias_grad if self.bias is None else self.bias.add_(bias_grad)
+        if self._waiting is None:
+            self._multiply(chunk, grad_logits)
+            return
+        memory = self.memory(chunk)
+        assert memory is not None
+        if memory.data_ptr() != grad_logits.data_ptr():
+            memory.copy_(grad_logits)
+        group_start = chunk.start - chunk.start % self._rows_per_product
+        group = slice(group_start, group_start + self._rows_per_product)
+        if chunk.stop >= min(group.stop, len(walk.rows)):
+            self._multiply(group, self._waiting[: len(walk.rows[group])])
+
+    def _multiply(self, rows: slice, grad_logits: Tensor) -> None:
+        walk, head = self.walk, self.walk.head
+        assert head is not None
+        # From the gradient over the temperature to that of the product.
+        scale = head.scale / head.temperature
         grad_logits = grad_logits.to(walk.operand_dtype)  # once, for both products
         if self.rows is not None:
-            self.rows[chunk] = walk.product(grad_logits, walk.weight).mul_(scale)
-        if self.needs_weight:
-            self._add_to_weight(grad_logits.T, walk.rows[chunk].to(walk.operand_dtype) * scale)
-
-    def _add_to_weight(self, left: Tensor, right: Tensor) -> None:
-        walk = self.walk
-        assert walk.head is not None
-        is_only_chunk = walk.size >= len(walk.rows)
-        if is_only_chunk and walk.head.weight.dtype == walk.operand_dtype:
+            self.rows[rows] = walk.product(grad_logits, walk.weight).mul_(scale)
+        if not self.needs_weight:
+            return
+        left, right = grad_logits.T, walk.rows[rows].to(walk.operand_dtype) * scale
+        is_whole = len(grad_logits) == len(walk.rows)
+        if is_whole and head.weight.dtype == walk.operand_dtype:
             self.weight = torch.mm(left, right)  # nothing is added to it: rounded once, without a float32 copy
         elif self.weight is None:
             self.weight = walk.product(left, right)  # the first chunk needs no zeros to be added to
@@ -341,12 +299,12 @@ Step = Callable[[slice, ChunkPredictions], ChunkResult]
 """From a chunk and its predictions, which it may overwrite, to the chunk's share of the loss."""
 
 
-def sum_over_chunks(student: Predictions, size: int, step: Step, with_grad: bool) -> tuple[Tensor, Tensor]:
+def sum_over_chunks(student: Predictions, plan: ChunkPlan, step: Step, with_grad: bool) -> tuple[Tensor, Tensor]:
     """A loss that is a sum over tokens: its gradient is taken while a chunk's logits live.
 
     Args:
         student: the rows and the head.
-        size: rows at a time.
+        plan: how many rows at a time.
         step: what is done with a chunk.
         with_grad: take the gradient.
     Returns:
@@ -355,9 +313,9 @@ def sum_over_chunks(student: Predictions, size: int, step: Step, with_grad: bool
     rows, head = student
     if with_grad:
         weight, bias = (None, None) if head is None else (head.weight, head.bias)
-        return _Sum.apply(rows, weight, bias, head, size, step)
+        return _Sum.apply(rows, weight, bias, head, plan, step)
     with torch.no_grad():
-        return _sum(ChunkedHead(student, size), step)
+        return _sum(ChunkedHead(student, plan.chunk_size), step)
 
 
 def _sum(chunked_head: ChunkedHead, step: Step, gradients: Gradients | None = None) -> tuple[Tensor, Tensor]:
@@ -366,7 +324,8 @@ def _sum(chunked_head: ChunkedHead, step: Step, gradients: Gradients | None = No
     # On the device: nothing here waits for it.
     total_loss = chunked_head.rows.new_zeros((), dtype=chunked_head.result_dtype)
     for chunk in chunked_head.chunks():
-        predictions = chunked_head.predictions(chunk)
+        gradient_memory = None if gradients is None else gradients.memory(chunk)
+        predictions = chunked_head.predictions(chunk, gradient_memory=gradient_memory)
         chunk_result = step(chunk, predictions)
         per_token_parts.append(chunk_result.per_token)
         total_loss += chunk_result.loss
@@ -380,11 +339,17 @@ def _sum(chunked_head: ChunkedHead, step: Step, gradients: Gradients | None = No
 class _Sum(Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor | None, bias: Tensor | None, head: Head | None, size: int, step: Step
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        head: Head | None,
+        plan: ChunkPlan,
+        step: Step,
     ) -> tuple[Tensor, Tensor]:
         # Weight and bias are arguments of their own beside `head`: autograd sees tensors only where they are arguments.
-        chunked_head = ChunkedHead(Predictions(rows, head), size)
-        gradients = Gradients(chunked_head, ctx.needs_input_grad)
+        chunked_head = ChunkedHead(Predictions(rows, head), plan.chunk_size)
+        gradients = Gradients(chunked_head, ctx.needs_input_grad, plan.chunks_per_product)
         per_token, total_loss = _sum(chunked_head, step, gradients)
         ctx.save_for_backward(*gradients.results())
         # Without this, a loss made of these numbers would silently get no gradient, instead of an error.

@@ -25,13 +25,13 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from rlhf.kernels.token_scores import TokenScores
+from rlhf.logprobs.chunk_plan import ChunkPlan, Mode, plan_chunks
 from rlhf.logprobs.chunks import (
     ChunkedHead,
     Gradients,
-    Mode,
     check_tokens,
+    multiplies_in_half,
     needs_grad,
-    plan_chunks,
     sum_over_chunks,
 )
 from rlhf.logprobs.head import Head, Predictions, as_autocast_casts
@@ -127,6 +127,7 @@ def score_predictions(
         entropy=entropy,
         mode=mode,
         chunk_size=chunk_size,
+        half_precision=multiplies_in_half(student.rows),
     )
     # Precision is chosen here, product by product: autocast would round log-probs.
     with torch.autocast(token.device.type, enabled=False):
@@ -135,7 +136,7 @@ def score_predictions(
             if entropy and not isinstance(objective, TokenLoss):
                 raise ValueError(f"entropy goes with log-probs or a TokenLoss, not with {type(objective).__name__}")
             step = objective.begin(token, plan.chunk_size, with_grad, entropy)
-            return objective.scores(*sum_over_chunks(student, plan.chunk_size, step, with_grad))
+            return objective.scores(*sum_over_chunks(student, plan, step, with_grad))
         if plan.mode == "tile":
             token_scores, _ = _scan(ChunkedHead(student, plan.chunk_size), token, entropy)
             return Scores(token_scores.logps, token_scores.entropy)
@@ -143,9 +144,7 @@ def score_predictions(
             return Scores(_Unit.apply(student.rows, student.head, token, plan.chunk_size))
         rows, head = student
         weight, bias = (None, None) if head is None else (head.weight, head.bias)
-        logps, entropies = _TokenLogps.apply(
-            rows, weight, bias, head, token, plan.chunk_size, plan.chunks_cached, entropy
-        )
+        logps, entropies = _TokenLogps.apply(rows, weight, bias, head, token, plan, entropy)
         return Scores(logps, entropies)
 
 
@@ -184,18 +183,17 @@ class _TokenLogps(Function):
         bias: Tensor | None,
         head: Head | None,
         token: Tensor,
-        chunk_size: int,
-        chunks_cached: int,
+        plan: ChunkPlan,
         entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        chunked_head = ChunkedHead(Predictions(rows, head), chunk_size)
-        scores, cached_tensors = _scan(chunked_head, token, entropy, chunks_cached)
+        chunked_head = ChunkedHead(Predictions(rows, head), plan.chunk_size)
+        scores, cached_tensors = _scan(chunked_head, token, entropy, plan.chunks_cached)
         # Copies: autograd would forbid its caller to change an output in place that is saved here.
         saved_scores = [None if numbers is None else numbers.clone() for numbers in scores]
         # Weight and bias are saved as tensors, not in `head`: autograd then notices if somebody overwrites them.
         ctx.save_for_backward(rows, weight, bias, token, *saved_scores, *cached_tensors)
         ctx.settings = None if head is None else (head.scale, head.softcap, head.temperature)
-        ctx.chunk_size = chunk_size
+        ctx.plan = plan
         ctx.set_materialize_grads(False)  # None for an output that no loss reads, not a vector of zeros
         return scores.logps, scores.entropy
 
@@ -206,11 +204,15 @@ class _TokenLogps(Function):
         scores = TokenScores(logps, entropy, highest, log_total)
         # Rebuilt from the saved tensors, with the settings that are no tensors.
         head = None if ctx.settings is None else Head(weight, bias, *ctx.settings)
-        chunked_head = ChunkedHead(Predictions(rows, head), ctx.chunk_size)
-        gradients = Gradients(chunked_head, ctx.needs_input_grad)
+        chunked_head = ChunkedHead(Predictions(rows, head), ctx.plan.chunk_size)
+        gradients = Gradients(chunked_head, ctx.needs_input_grad, ctx.plan.chunks_per_product)
         for index, chunk in enumerate(chunked_head.chunks()):
-            saved = cached_tensors[2 * index : 2 * index + 2]
-            predictions = chunked_head.restored(chunk, *saved) if saved else chunked_head.predictions(chunk)
+            memory = gradients.memory(chunk)
+            if 2 * index < len(cached_tensors):
+                product, slope = cached_tensors[2 * index : 2 * index + 2]
+                predictions = chunked_head.restored(chunk, product, slope, memory)
+            else:
+                predictions = chunked_head.predictions(chunk, gradient_memory=memory)
             chunk_grad_logps = None if grad_logps is None else grad_logps[chunk]
             chunk_grad_entropy = None if grad_entropy is None else grad_entropy[chunk]
             grad_logits = predictions.grad_of_logits(
@@ -218,7 +220,7 @@ class _TokenLogps(Function):
             )
             gradients.add(chunk, grad_logits, predictions.slope)
             del predictions, grad_logits  # before the next chunk takes memory
-        return *gradients.results(), None, None, None, None, None
+        return *gradients.results(), None, None, None, None
 
 
 class _Unit(Function):

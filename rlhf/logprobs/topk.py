@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.logprobs.bridge import model_predictions, model_scores
+from rlhf.logprobs.chunk_plan import plan_chunks
 from rlhf.logprobs.chunk_scores import ChunkPredictions
-from rlhf.logprobs.chunks import ChunkedHead, ChunkResult, Step, plan_chunks
+from rlhf.logprobs.chunks import ChunkedHead, ChunkResult, Step
 from rlhf.logprobs.head import Head, Predictions
 from rlhf.logprobs.objective import Comparison, HeadObjective, Scores
 from rlhf.logprobs.score import score

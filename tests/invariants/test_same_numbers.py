@@ -32,7 +32,7 @@ from rlhf.data import Collator
 
 ROOT = Path(__file__).parents[2]
 STEPS = 3
-scoring = importlib.import_module("rlhf.logprobs.chunks")  # the name in the package is the function's
+scoring = importlib.import_module("rlhf.logprobs.chunk_plan")  # the name in the package is the function's
 KINDS = {
     "sft": (SFTTrainer, SFTConfig, "sft_rows"),
     "dpo": (DPOTrainer, DPOConfig, "preference_rows"),

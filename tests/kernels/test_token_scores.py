@@ -82,6 +82,18 @@ def test_logits_of_half_precision_with_strides():
     check(product.bfloat16()[:, :37], token.clamp(max=36), transform)
 
 
+def test_padding_is_read_and_changes_nothing():
+    """Rows that start at multiples of 16 numbers have room that a kernel may read: here it is nan."""
+    product, token, transform = inputs(3, 37)
+    padded = torch.full((3, 48), torch.nan)
+    padded[:, :37] = product
+    assert token_scores._readable_columns(padded[:, :37]) == 48
+    check(padded[:, :37], token, transform)
+    # The last row of another matrix's part may end with the memory.
+    end_of_memory = torch.empty(3 * 48 - 11)[: 3 * 48 - 11].as_strided((3, 37), (48, 1))
+    assert token_scores._readable_columns(end_of_memory) == 37
+
+
 def test_no_row():
     product, token, transform = inputs(0, 37)
     scores = score_tokens(product, token, transform, entropy=True)

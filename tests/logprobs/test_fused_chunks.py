@@ -1,12 +1,26 @@
 """The whole head by kernels, in Triton's interpreter: every mode as by torch's own operators."""
 
+import importlib
+
 import pytest
 import torch
 from conftest import close
 
-from rlhf.logprobs import Divergence, Head, Predictions, Targets, TokenLoss, chunks, compare, score, score_predictions
+from rlhf.logprobs import (
+    Divergence,
+    Head,
+    Predictions,
+    Targets,
+    TokenLoss,
+    chunks,
+    compare,
+    plan_chunks,
+    score,
+    score_predictions,
+)
 
 pytest.importorskip("triton")
+scoring = importlib.import_module("rlhf.logprobs.score")  # the name in the package is the function's
 
 ROWS, HIDDEN, VOCABULARY = 7, 6, 21
 MODES = ["loss of tokens", "recompute", "save", "frozen head", "no gradient"]
@@ -142,3 +156,63 @@ def test_no_scored_token(fused):
         loss = scores.logps.sum() if scores.loss is None else scores.loss
         loss.backward()
         assert not hidden.grad.any()
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["torch", "kernels"])
+@pytest.mark.parametrize("mode", ["loss of tokens", "recompute", "save"])
+@pytest.mark.parametrize("chunks_per_product", [2, 3, 9])
+def test_gradients_that_wait_for_one_product(mode, chunks_per_product, kernels, fused, monkeypatch):
+    """Five tokens in chunks of two: the last chunk is short, and the last group too or alone."""
+    fused(kernels)
+    wanted = outcome(mode, 5.0, True)
+    plan_of = scoring.plan_chunks
+    monkeypatch.setattr(
+        scoring,
+        "plan_chunks",
+        lambda *args, **options: plan_of(*args, **options)._replace(chunks_per_product=chunks_per_product),
+    )
+    got = outcome(mode, 5.0, True)
+    for ours, theirs in zip(got, wanted, strict=True):
+        close(ours, theirs)
+
+
+GIB = 2**30
+LLAMA_3 = 128256  # tokens
+
+
+@pytest.mark.parametrize(
+    "free, total, rows, chunk, chunks_per_product",
+    [
+        (130 * GIB, 139 * GIB, 8192, 2048, 4),  # all gradients of 8,192 tokens wait: 2.0 GiB
+        (70 * GIB, 80 * GIB, 8192, 1280, 7),  # the logits of a chunk take 0.6 GiB
+        (4 * GIB, 80 * GIB, 8192, 512, 8),  # a card that is nearly full
+        (20 * GIB, 24 * GIB, 8192, 512, 6),
+        (130 * GIB, 139 * GIB, 300, 300, 1),
+        (130 * GIB, 139 * GIB, 0, 1, 1),
+    ],
+)
+def test_chunks_by_the_memory_of_the_card(free, total, rows, chunk, chunks_per_product, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    plan = plan_chunks(
+        rows,
+        LLAMA_3,
+        torch.device("cuda"),
+        needs_grad=True,
+        head_needs_grad=True,
+        has_objective=True,
+        half_precision=True,
+    )
+    assert plan == ("local", chunk, 0, chunks_per_product)
+    logits, gradients = chunk * LLAMA_3 * 4, chunk * chunks_per_product * LLAMA_3 * 2
+    if chunk > 512:  # fewer rows would cost more time than memory
+        assert logits + gradients <= min(1.25 * total / 32, free / 4) * 1.1
+
+
+def test_a_frozen_head_or_full_precision_waits_for_nothing():
+    settings = dict(needs_grad=True, has_objective=True, chunk_size=512)
+    cpu = torch.device("cpu")
+    frozen = plan_chunks(8192, LLAMA_3, cpu, head_needs_grad=False, half_precision=True, **settings)
+    float32 = plan_chunks(8192, LLAMA_3, cpu, head_needs_grad=True, **settings)
+    assert frozen.chunks_per_product == float32.chunks_per_product == 1
