@@ -37,7 +37,7 @@ def compile_layers(model: nn.Module, backend: str, mode: str | None) -> None:
         raise ValueError(f"--torch_compile: {type(model).__name__} has no layers that are known; leave it out")
     config = model.config
     if reads_segments(config):
-        _keep_out_of_graphs(config._attn_implementation)  # type: ignore[union-attr,arg-type]
+        _keep_out_of_graphs(config._attn_implementation)  # type: ignore[union-attr]
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VERSIONS)
     for layer in layers:
         # The function inside transformers' own wrapper, which checkpoints it.

@@ -12,8 +12,10 @@ from torch.nn.modules import module as global_hooks
 from torch.profiler import profile, record_function
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rlhf.kernels.peak import measure_peak
 from rlhf.logprobs.head import backbone_of
-from rlhf.models.policy import Wrapper
+from rlhf.models.flops import Flops, batch_flops
+from rlhf.models.policy import Policy, Wrapper
 from rlhf.trainers.compiling import CompiledTrainer
 
 WARM_UP = 2  # steps that are not timed: memory is allocated and kernels are chosen in them
@@ -36,6 +38,8 @@ class Profiler(TrainerCallback):
     def __init__(self, args: Any) -> None:
         self.args = args
         self.steps_done = self.tokens = 0
+        self.flops = Flops()  # of the steps that are timed
+        self.weights_dtype = torch.float32  # of the model that was run last
         self.profile: Any = None
         self.step: ExitStack | None = None  # labels that last until the end of the step; None between steps
         self.recording = ExitStack()  # the profiler and its hooks, while steps are timed
@@ -101,6 +105,11 @@ class Profiler(TrainerCallback):
             return
         if name == "head":
             self.tokens += inputs[0].input_ids.numel()
+        if isinstance(module, Wrapper):
+            self.flops += batch_flops(
+                module.without_adapter, inputs[0], with_head=isinstance(module, Policy), with_gradient=name == "head"
+            )
+            self.weights_dtype = module.dtype
         labels = ExitStack()
         labels.enter_context(self.label(name))
         self.running.append((module, labels))
@@ -130,6 +139,7 @@ class Profiler(TrainerCallback):
             "seconds": {name: spent / steps for name, spent in seconds.items()},
             "tokens": self.tokens / steps,
             "tokens_per_second": self.tokens / total,
+            **self._flops(total),
         }
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -137,6 +147,24 @@ class Profiler(TrainerCallback):
         self.profile.export_chrome_trace(str(folder / "trace.json"))
         self.profile = None
         print(table(figures))
+
+    def _flops(self, seconds: float) -> dict[str, Any]:
+        dtype = self._dtype_of_products()
+        peak = measure_peak(self.args.device, dtype)
+        steps = self.steps_done - WARM_UP
+        return {
+            "model_flops": self.flops.model / steps,
+            "hardware_flops": self.flops.hardware / steps,
+            "peak_flops_per_second": peak,
+            "peak_dtype": str(dtype).removeprefix("torch."),
+            "model_flops_utilization": self.flops.model / seconds / peak,
+            "hardware_flops_utilization": self.flops.hardware / seconds / peak,
+        }
+
+    def _dtype_of_products(self) -> torch.dtype:
+        if self.args.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.args.fp16 else self.weights_dtype
 
 
 class ProfiledTrainer(CompiledTrainer):
@@ -215,4 +243,11 @@ def table(figures: dict[str, Any]) -> str:
         if spent:
             lines.append(f"  {label_shown:<14}{1000 * spent:>10.1f} ms{100 * spent / total:>7.1f} %")
     lines.append(f"  {'step':<14}{1000 * total:>10.1f} ms, {tokens_per_second:.0f} tokens/s")
+    for name, utilization in (("MFU", "model_flops"), ("HFU", "hardware_flops")):
+        share, teraflops = figures[f"{utilization}_utilization"], figures[utilization] / 1e12
+        lines.append(f"  {name:<14}{100 * share:>10.1f} %, {teraflops:.4g} TFLOP of {utilization.split('_')[0]}")
+    lines.append(
+        f"  of the speed of one large product: {figures['peak_flops_per_second'] / 1e12:.4g} TFLOP/s in "
+        f"{figures['peak_dtype']}"
+    )
     return "\n".join(lines)

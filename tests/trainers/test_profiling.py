@@ -20,6 +20,7 @@ import rlhf
 from rlhf import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from rlhf.cli.main import main
 from rlhf.data import Collator
+from rlhf.models.flops import batch_flops
 from rlhf.trainers import profiling
 
 bridge = importlib.import_module("rlhf.logprobs.bridge")
@@ -156,7 +157,13 @@ def test_the_command_prints_a_table_and_writes_the_figures(tmp_path, model_folde
         assert f"\n  {label:<14}" in shown
     assert f"\n  {'reference':<14}" not in shown
     found = json.loads((tmp_path / "run" / "profile.json").read_text())
-    assert found.keys() == {"steps", "step_seconds", "seconds", "tokens", "tokens_per_second"}
+    flops = {"model_flops", "hardware_flops", "model_flops_utilization", "hardware_flops_utilization"}
+    peak = {"peak_flops_per_second", "peak_dtype"}
+    assert found.keys() == {"steps", "step_seconds", "seconds", "tokens", "tokens_per_second"} | flops | peak
+    assert found["peak_dtype"] == "float32" and 0 < found["model_flops"] < found["hardware_flops"]
+    utilization = found["model_flops"] / found["step_seconds"] / found["peak_flops_per_second"]
+    close(found["model_flops_utilization"], utilization)
+    assert f"\n  {'MFU':<14}" in shown
     assert tuple(found["seconds"]) == profiling.LABELS
     close(found["tokens_per_second"], found["tokens"] / found["step_seconds"])
     trace = json.loads((tmp_path / "run" / "trace.json").read_text())
@@ -168,6 +175,18 @@ def test_tokens_are_those_that_the_model_reads(make, sft_rows):
     trainer.train()
     batch = Collator(layout="segments")(list(trainer.train_dataset))
     assert read(trainer)["tokens"] == batch.input_ids.numel()
+
+
+def test_flops_are_those_of_the_policy_and_its_reference(make, preference_rows):
+    trainer = make(
+        "dpo", rows=preference_rows.select(range(8)), profile=1, max_steps=3, per_device_train_batch_size=8,
+        precompute_ref_log_probs=False,
+    )  # fmt: skip
+    trainer.train()
+    batch = Collator(layout="segments")(list(trainer.train_dataset))
+    model = trainer.model.without_adapter
+    passes = [batch_flops(model, batch, with_head=True, with_gradient=gradient).model for gradient in (True, False)]
+    assert read(trainer)["model_flops"] == sum(passes)
 
 
 def test_on_policy_steps_have_their_rollout(tmp_path, tokenizer):
