@@ -213,3 +213,23 @@ def _untie_adapted(model: PreTrainedModel) -> None:
         # Still set, it would tie the weights again when the merged model is loaded.
         model.config.get_text_config().tie_word_embeddings = False
         model.config.tie_word_embeddings = False
+
+
+def unserved_part(adapter: Any) -> str | None:
+    """Why vLLM cannot serve an adapter as it was trained, if so.
+
+    Args:
+        adapter: its configuration.
+    Returns:
+        The end of a sentence about the adapter; None for a plain LoRA.
+    """
+    kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+    if kind != "LORA":
+        return f"is of kind {kind}"
+    parts = {
+        "use_dora": "is DoRA",
+        "modules_to_save": "has layers that were trained whole",
+        "trainable_token_indices": "has rows of new tokens",
+        "target_parameters": "is on weights that are no layers",
+    }
+    return next((reason for name, reason in parts.items() if getattr(adapter, name, None)), None)

@@ -64,11 +64,26 @@ def old_name(meaning: str) -> Any:
 class ServerArguments:
     """Where completions are sampled."""
 
-    rollout_server_url: str | None = option(None, "Address of a rollout server (vLLM, SGLang).")
+    rollout_server_url: list[str] | None = option(None, "Addresses of rollout servers (vLLM, SGLang), one or several.")
     rollout_server_model: str | None = option(None, "Name of the policy on the server.")
-    rollout_weights_dir: str | None = option(None, "Shared folder through which the server reads new weights.")
+    rollout_weights_dir: str | None = option(None, "Shared folder for new weights; not needed where they go by NCCL.")
     rollout_server_sleep: bool = option(False, "Let the server free its memory while the policy trains.")
     server_startup_timeout: float = option(240.0, "Seconds to wait for a server that is still loading.")
+
+    def server_urls(self) -> list[str]:
+        """The addresses of the rollout servers.
+
+        Returns:
+            In their order; a single one may be given as a text.
+        Raises:
+            ValueError: one is there twice.
+        """
+        given = self.rollout_server_url or []
+        urls = [given] if isinstance(given, str) else list(given)
+        repeated = sorted({url for url in urls if urls.count(url) > 1})
+        if repeated:
+            raise ValueError(f"rollout_server_url: {repeated[0]} is there twice")
+        return urls
 
 
 @dataclass
@@ -141,7 +156,7 @@ class GenerationArguments(ServerArguments):
             raise ValueError(f"vllm_mode {self.vllm_mode!r} is not offered: {_SERVER_COMMAND}")
         if self.rollout_server_url is None:  # the name here wins
             address = f"http://{self.vllm_server_host or '127.0.0.1'}:{self.vllm_server_port or 8000}"
-            self.rollout_server_url = self.vllm_server_base_url or address
+            self.rollout_server_url = [self.vllm_server_base_url or address]
         if self.rollout_server_model is None or self.rollout_weights_dir is None:
             raise ValueError(f"use_vllm: {_SERVER_COMMAND}")
 

@@ -3,22 +3,22 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.models import Policy
 from rlhf.rollouts.arguments import ServerArguments
 from rlhf.rollouts.engine import RolloutEngine
 from rlhf.rollouts.local import LocalEngine, end_ids
+from rlhf.rollouts.policy_weights import adapter_rank, adapter_weights, merged_weights, whole_model_reason
+from rlhf.rollouts.replicas import PATIENCE, ReplicatedEngine, servers_of
 from rlhf.rollouts.server import TOKENIZER_PROBE, ServerEngine
 from rlhf.rollouts.server_proof import check_served_weights
-from rlhf.rollouts.server_weights import WRONG_MODEL_HINT
+from rlhf.rollouts.server_weights import WRONG_MODEL_HINT, VersionFolders
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ class PolicySampler:
         self.is_local = isinstance(engine, LocalEngine)
         self._sent_at_step: int | None = None  # evaluation and a rollout after the same step need one transfer
         self._version = 0
+        self._adapter_alone: bool | None = None  # not known yet
         self._trains = False
 
     @contextmanager
@@ -58,11 +59,11 @@ class PolicySampler:
             self.engine.wake()
         except OSError as error:  # the training's own error must be seen, or its result kept
             logger.warning("the server could not be woken: %s", error)
-        if isinstance(self.engine, ServerEngine) and self._version:
+        for server in servers_of(self.engine) if self._version and not self._adapter_alone else []:
             logger.warning(
                 "%s goes on serving the trained weights under the name %r: start it again to have the original ones",
-                self.engine.url,
-                self.engine.model,
+                server.url,
+                server.model,
             )
 
     @contextmanager
@@ -98,13 +99,36 @@ class PolicySampler:
         model_state = {
             name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")
         }
-        weights = merged_weights(policy.model, model_state)
         self._version += 1
-        if self.accelerator.is_main_process:
-            self.engine.update_weights(weights.items(), self._version)
+        if self._sends_adapter_alone(policy):
+            if self.accelerator.is_main_process:
+                assert isinstance(self.engine, ServerEngine | ReplicatedEngine)
+                self.engine.update_adapter(adapter_weights(policy.model, model_state), self._version)
+        else:
+            # All processes: the changes of an adapter may be sharded too.
+            weights = merged_weights(policy.model, model_state)
+            if self.accelerator.is_main_process:
+                self.engine.update_weights(weights.items(), self._version)
         self.accelerator.wait_for_everyone()
-        if isinstance(self.engine, ServerEngine) and self.probe_ids:
-            check_served_weights(self.engine, policy, trained_model, self.accelerator, self.probe_ids)
+        for server in servers_of(self.engine) if self.probe_ids else []:
+            check_served_weights(server, policy, trained_model, self.accelerator, self.probe_ids)
+
+    def _sends_adapter_alone(self, policy: Policy) -> bool:
+        """Whether the server has the model under the adapter, and takes the adapter; decided once."""
+        if self._adapter_alone is None:
+            self._adapter_alone = hasattr(policy.model, "peft_config") and self._takes_adapter(policy.model)
+        return self._adapter_alone
+
+    def _takes_adapter(self, model: nn.Module) -> bool:
+        largest_rank = getattr(self.engine, "max_adapter_rank", 0)
+        if not largest_rank:
+            return False
+        reason = whole_model_reason(model)
+        if reason is None and adapter_rank(model) > largest_rank:
+            reason = f"has rank {adapter_rank(model)}, and the server's --max-lora-rank is {largest_rank}"
+        if reason is not None:
+            logger.warning("the server gets the whole model at each update: the adapter %s", reason)
+        return reason is None
 
 
 def probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -142,7 +166,7 @@ def make_engine(
             server with another tokenizer.
     """
     if args.rollout_server_url is not None:
-        return _server_engine(args, policy, tokenizer, reads_logps)
+        return _server_engine(args, policy, tokenizer, accelerator.device, reads_logps)
     deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
     is_sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None
     is_sharded |= deepspeed is not None and deepspeed.zero_stage == 3
@@ -157,70 +181,35 @@ def make_engine(
 
 
 def _server_engine(
-    args: ServerArguments, policy: Policy, tokenizer: PreTrainedTokenizerBase, reads_logps: bool
-) -> ServerEngine:
-    assert args.rollout_server_url is not None
-    if args.rollout_server_model is None or args.rollout_weights_dir is None:
+    args: ServerArguments,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    reads_logps: bool,
+) -> ServerEngine | ReplicatedEngine:
+    urls = args.server_urls()
+    if args.rollout_server_model is None or (args.rollout_weights_dir is None and device.type != "cuda"):
         raise ValueError("--rollout_server_url needs --rollout_server_model and --rollout_weights_dir")
-    engine = ServerEngine(
-        args.rollout_server_url,
-        args.rollout_server_model,
-        weights_dir=args.rollout_weights_dir,
-        vocab_size=policy.config.get_text_config().vocab_size,
-        reads_logps=reads_logps,
-        # A completion must end where it ends in this process.
-        end_ids=end_ids(policy.without_adapter, tokenizer),
-        startup_timeout=args.server_startup_timeout,
-        sleeps=args.rollout_server_sleep,
-    )
-    difference = engine.tokenizer_difference(tokenizer)
-    if difference is not None:
-        raise ValueError(f"{engine.url} has another tokenizer than the policy: {difference}; {WRONG_MODEL_HINT}")
-    return engine
-
-
-@torch.no_grad()
-def merged_weights(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under the names of an ordinary checkpoint, with a LoRA adapter added into new tensors.
-
-    The model's own weights are not touched: merging in place and taking the adapter out again would leave a rounding
-    error in the frozen weights each time.
-
-    Args:
-        model: a model, or PEFT around one.
-        state: its whole state, by the names of its parameters.
-    Returns:
-        Name to tensor.
-    Raises:
-        ValueError: the adapter is not a plain LoRA.
-    """
-    if not hasattr(model, "peft_config"):
-        return state
-    adapter: Any = model.active_adapter
-    # Under PEFT a wrapped layer's weight is in its base layer, and a copied module beside the original one.
-    weights = {
-        _checkpoint_name(name, adapter): tensor
-        for name, tensor in state.items()
-        if ".lora_" not in name and ".original_module." not in name
-    }
-    for name, layer in model.named_modules():
-        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, LoraLayer):
-            raise ValueError(f"{name}: only plain LoRA can be merged for another process, not {type(layer).__name__}")
-        # Layers without this adapter are as they are in the checkpoint.
-        if not isinstance(layer, LoraLayer) or adapter not in (*layer.lora_A, *layer.lora_embedding_A):
-            continue
-        if adapter in layer.lora_variant:
-            raise ValueError(f"{name}: only plain LoRA can be merged for another process, not DoRA and the like")
-        delta: Any = layer.get_delta_weight(adapter)  # type: ignore[attr-defined]
-        if hasattr(delta, "full_tensor"):  # sharded by FSDP2
-            delta = delta.full_tensor()
-        weight_name = f"{_checkpoint_name(name, adapter)}.weight"
-        # A new tensor, because those of the state are the model's own.
-        weights[weight_name] = weights[weight_name] + delta.to(weights[weight_name])
-    return weights
-
-
-def _checkpoint_name(name: str, adapter: str) -> str:
-    """A parameter's name without what PEFT puts into it."""
-    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-    return name.replace(f".modules_to_save.{adapter}.", ".")
+    # One folder of each version for all servers.
+    folders = None if args.rollout_weights_dir is None else VersionFolders(Path(args.rollout_weights_dir))
+    engines = [
+        ServerEngine(
+            url,
+            args.rollout_server_model,
+            weights_dir=folders,
+            device=device,
+            vocab_size=policy.config.get_text_config().vocab_size,
+            reads_logps=reads_logps,
+            # A completion must end where it ends in this process.
+            end_ids=end_ids(policy.without_adapter, tokenizer),
+            startup_timeout=args.server_startup_timeout,
+            sleeps=args.rollout_server_sleep,
+            patience=PATIENCE if len(urls) > 1 else None,
+        )
+        for url in urls
+    ]
+    for engine in engines:
+        difference = engine.tokenizer_difference(tokenizer)
+        if difference is not None:
+            raise ValueError(f"{engine.url} has another tokenizer than the policy: {difference}; {WRONG_MODEL_HINT}")
+    return engines[0] if len(engines) == 1 else ReplicatedEngine(engines)

@@ -2,18 +2,22 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.http_client import HttpClient, ServerError
 from rlhf.rollouts.engine import Completion, Sampling, check_request
+from rlhf.rollouts.policy_weights import AdapterWeights
+from rlhf.rollouts.served_policy import ServedPolicy
 from rlhf.rollouts.server_calls import NOT_OFFERED, ServerCalls, check_logps
-from rlhf.rollouts.server_weights import WRONG_MODEL_HINT, ServerWeights
+from rlhf.rollouts.server_weights import WRONG_MODEL_HINT, VersionFolders
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +50,9 @@ class ServerEngine:
     Args:
         url: of the server, with or without ``/v1``.
         model: the name that it serves the policy under.
-        weights_dir: a folder that both sides see; needed by ``update_weights``, which saves a checkpoint there.
+        weights_dir: a folder that both sides see, for :meth:`update_weights`. Several engines share one if they are
+            given the same :class:`~rlhf.rollouts.server_weights.VersionFolders`.
+        device: of the policy; on a GPU, weights can go to the server without a folder, by NCCL or CUDA IPC.
         concurrency: largest number of requests at once.
         timeout: seconds for one request.
         api_key: sent as a bearer token, if given.
@@ -55,6 +61,7 @@ class ServerEngine:
         end_ids: tokens that end a completion, in addition to those of the server's configuration.
         startup_timeout: seconds to wait for a server that is still loading.
         sleeps: whether :meth:`sleep` does anything; without it, the server stays awake for its other users.
+        patience: seconds after which a request is given up; by default as long as a server needs to start.
     Raises:
         ConnectionError: no server answers there.
         ValueError: it does not serve ``model``.
@@ -65,7 +72,8 @@ class ServerEngine:
         url: str,
         model: str,
         *,
-        weights_dir: str | Path | None = None,
+        weights_dir: str | Path | VersionFolders | None = None,
+        device: torch.device | None = None,
         concurrency: int = 64,
         timeout: float = 600.0,
         api_key: str | None = None,
@@ -74,6 +82,7 @@ class ServerEngine:
         end_ids: Sequence[int] = (),
         startup_timeout: float = 240.0,
         sleeps: bool = False,
+        patience: float | None = None,
     ) -> None:
         self.model = model
         self.version = 0
@@ -84,13 +93,14 @@ class ServerEngine:
             headers=headers,
             connections=concurrency,
             timeout=timeout,
-            # As long as a server needs to start: it may do so again.
             tries=MAX_TRIES,
-            patience=max(startup_timeout, SHORTEST_PATIENCE),
+            # A server may be started again.
+            patience=max(startup_timeout, SHORTEST_PATIENCE) if patience is None else patience,
         )
         self._calls = ServerCalls(client)
         self.url = client.address
-        self._weights = None if weights_dir is None else ServerWeights(self._calls, Path(weights_dir))
+        folders = VersionFolders(Path(weights_dir)) if isinstance(weights_dir, str | Path) else weights_dir
+        self._policy = ServedPolicy(self._calls, model, folders, device)
         # Its threads end with the process, also where a request is still waiting: an executor's would be waited for.
         self._pool = ThreadPool(concurrency)
         self._concurrency = concurrency
@@ -171,19 +181,50 @@ class ServerEngine:
         return f"{TOKENIZER_PROBE.split()[0]!r}… is {server_ids[:8]} there, {policy_ids[:8]} here"
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See :class:`RolloutEngine`: saves a checkpoint, and the server loads it (SGLang, or vLLM in dev mode).
+        """See :class:`RolloutEngine`: by NCCL, by CUDA IPC, or through ``weights_dir`` (SGLang, or vLLM in dev mode).
 
         Args:
             weights: by the names of a checkpoint.
             version: of the policy.
         Raises:
-            ValueError: there is no ``weights_dir``.
+            ValueError: there is no ``weights_dir``, and no other way.
             ServerError: the server has no call to load weights, or fails to load these.
         """
-        if self._weights is None:
-            raise ValueError("update_weights needs weights_dir=, a folder that this process and the server both see")
-        self._weights.load(weights, version)
+        self._policy.load_weights(weights, version)
         self.version = version
+
+    def update_adapter(self, adapter: AdapterWeights, version: int) -> None:
+        """Load a LoRA adapter for the model that the server has, instead of a whole model.
+
+        Args:
+            adapter: of a rank up to :attr:`max_adapter_rank`.
+            version: of the policy.
+        Raises:
+            ServerError: the server does not load it.
+        """
+        self._policy.load_adapter(adapter, version)
+        self.version = version
+
+    @cached_property
+    def max_adapter_rank(self) -> int:
+        """The largest rank of a LoRA adapter that the server loads on its own; 0 if it loads none."""
+        return self._policy.max_adapter_rank()
+
+    def is_reachable(self) -> bool:
+        """Ask the server once whether it answers.
+
+        Returns:
+            False if it does not, or not as it must.
+        """
+        try:
+            self._calls.request("GET", "/v1/models", tries=1)
+        except OSError:
+            return False
+        return True
+
+    def forget_weights(self) -> None:
+        """Set up the way of the weights anew at the next update, because the server was started again."""
+        self._policy.forget()
 
     def sleep(self) -> None:
         """Ask the server to free its accelerator's memory, if ``sleeps`` is set.
@@ -226,16 +267,22 @@ class ServerEngine:
         for _ in range(MAX_RESTARTS):
             faults_before = client.connection_faults
             requests = zip(prompts, seed_keys, strict=True)
-            completions = self._in_parallel(lambda request: self._complete(sampling, *request), requests)
-            if client.connection_faults == faults_before or self._weights is None or not self._weights.are_loaded:
-                return completions
+            try:
+                completions = self._in_parallel(lambda request: self._complete(sampling, *request), requests)
+            except ServerError:
+                # A server that was started again does not know the adapter.
+                if client.connection_faults == faults_before or not self._policy.are_loaded:
+                    raise
+            else:
+                if client.connection_faults == faults_before or not self._policy.are_loaded:
+                    return completions
             logger.warning(
                 "%s: the connection was lost, and a server that was started again has its original weights: it loads "
                 "version %d again, and the completions are sampled anew",
                 self.url,
                 self.version,
             )
-            self._weights.load_again()
+            self._policy.load_again()
         raise ConnectionError(f"{self.url}: the connection was lost {MAX_RESTARTS} times while it sampled")
 
     def _in_parallel(self, ask: Callable[[Any], Any], requests: Iterable[Any]) -> list[Any]:
@@ -285,7 +332,7 @@ class ServerEngine:
         # An option that is not sent would be taken from the generation config of the served model.
         neutral = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
         # Log-probs of two tokens, because the check of the temperature compares the best two.
-        request_body = {"model": self.model, "prompt": prompt, "n": 1, "logprobs": 2, "return_token_ids": True}
+        request_body = {"model": self._policy.name, "prompt": prompt, "n": 1, "logprobs": 2, "return_token_ids": True}
         choice = self._first_choice(request_body | neutral | options)
         ids, ids_read = choice.get("token_ids"), choice.get("prompt_token_ids")
         if ids is None:

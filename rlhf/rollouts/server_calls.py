@@ -48,6 +48,7 @@ class ServerCalls:
         *,
         may_be_missing: bool = False,
         repeats_errors: bool = True,
+        tries: int | None = None,
     ) -> Reply:
         """Ask the server.
 
@@ -57,6 +58,7 @@ class ServerCalls:
             body: sent as JSON.
             may_be_missing: whether to return the reply of a server that has no such path.
             repeats_errors: whether a status of 500 is repeated: not where the request may be its cause.
+            tries: of this request; None for the client's.
         Returns:
             The reply.
         Raises:
@@ -64,9 +66,11 @@ class ServerCalls:
             ServerError: it refuses the request, or cannot answer.
         """
         try:
-            reply = self.client.request(method, path, body, repeats_errors=repeats_errors)
+            reply = self.client.request(method, path, body, repeats_errors=repeats_errors, tries=tries)
         except Unavailable as error:
-            raise ConnectionError(f"{self.url}{path}: the server {error}, {self.client.tries} tries") from error
+            raise ConnectionError(
+                f"{self.url}{path}: the server {error}, {tries or self.client.tries} tries"
+            ) from error
         return self._checked(reply, may_be_missing)
 
     def first_offered(self, *calls: tuple[str, dict[str, Any]]) -> Reply | None:

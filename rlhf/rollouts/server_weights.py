@@ -1,10 +1,10 @@
-"""New weights for a completion server: saved in a folder, loaded by the server, and checked."""
+"""New weights for a completion server through a folder, and what every way to send weights has to check."""
 
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from huggingface_hub import save_torch_state_dict
 from tenacity import Retrying, retry_if_result, stop_after_attempt, wait_exponential
@@ -23,17 +23,98 @@ WRONG_MODEL_HINT = "it must serve the model that is trained"
 RESET_TRIES = 8  # about two minutes of waiting
 
 
-class ServerWeights:
-    """Sends weights to a server.
+class Reloadable(Protocol):
+    """One way in which weights reach a server."""
+
+    @property
+    def are_loaded(self) -> bool:
+        """Whether this process had the server load weights."""
+        ...
+
+    def load_again(self) -> None:
+        """Have the server load the last weights again: it may have been started anew, with its original ones.
+
+        Raises:
+            ServerError: they are not kept, or cannot be loaded.
+        """
+        ...
+
+
+class VersionFolders:
+    """A shared folder in which each version of the weights is saved once, whatever the number of servers that read it.
+
+    Args:
+        root: that this process and the servers see.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.newest: Path | None = None
+        self._newest_version: int | None = None
+        self._read_by: dict[str, Path] = {}  # by address of a server: what it loaded last
+        self._created: list[Path] = []
+
+    def create(self, version: int, save: Callable[[Path], None]) -> Path:
+        """The folder of a version; it is filled by the first server that asks for it.
+
+        Args:
+            version: of the policy.
+            save: writes the files.
+        Returns:
+            The folder.
+        """
+        if self.newest is None or version != self._newest_version:
+            folder = self._new_folder(version)
+            save(folder)
+            self._created.append(folder)
+            self.newest, self._newest_version = folder, version
+        return self.newest
+
+    def loaded_by(self, url: str, folder: Path) -> None:
+        """Note that a server has loaded a folder, and delete those that no server may read any more.
+
+        Args:
+            url: of the server.
+            folder: from :meth:`create`.
+        """
+        self._read_by[url] = folder
+        # Other folders beside these are not of this run.
+        in_use = {*self._read_by.values(), self.newest}
+        for old_folder in [folder for folder in self._created if folder not in in_use]:
+            shutil.rmtree(old_folder)
+            self._created.remove(old_folder)
+
+    def _new_folder(self, version: int) -> Path:
+        """A folder that was not there: the server may still read the one before, and others may belong to the user."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while True:
+            name = f"version-{version}" if number == 1 else f"version-{version}-{number}"
+            folder = (self.root / name).resolve()
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                number += 1
+                continue
+            return folder
+
+
+class SavedWeights:
+    """Saves weights in a folder, from which the server loads them: works with every server, and without a GPU.
 
     Args:
         calls: to the server.
-        folder: that both sides see.
+        folders: that both sides see.
     """
 
-    def __init__(self, calls: ServerCalls, folder: Path) -> None:
-        self.calls, self.folder = calls, folder
-        self._own_folder: Path | None = None  # with the weights that the server loaded last
+    def __init__(self, calls: ServerCalls, folders: VersionFolders) -> None:
+        self.calls, self.folders = calls, folders
+        self._loaded_folder: Path | None = None
+
+    @property
+    def are_loaded(self) -> bool:
+        """See :class:`Reloadable`."""
+        return self._loaded_folder is not None
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Save weights, and have the server load them.
@@ -44,41 +125,18 @@ class ServerWeights:
         Raises:
             ServerError: the server has no call to load weights, or fails to load these.
         """
-        folder = self._new_folder(version)
-        save_torch_state_dict(dict(weights), folder)
-        is_first = self._own_folder is None
+        folder = self.folders.create(version, lambda path: save_torch_state_dict(dict(weights), path))
         self._load_from(folder)
-        if is_first:
-            self._check_that_all_are_loaded(folder)
-        # Only now: the server has loaded the new weights, and nobody reads the older ones. Other folders beside it
-        # are not of this run.
-        if self._own_folder is not None:
-            shutil.rmtree(self._own_folder)
-        self._own_folder = folder
-
-    @property
-    def are_loaded(self) -> bool:
-        """Whether this process had the server load weights."""
-        return self._own_folder is not None
+        if self._loaded_folder is None:
+            check_that_all_are_loaded(self.calls, lambda: self._load_from(folder), str(folder))
+        self._loaded_folder = folder
+        # Only now: the server has loaded the new weights, and does not read the older ones.
+        self.folders.loaded_by(self.calls.url, folder)
 
     def load_again(self) -> None:
-        """Have the server load the last weights again: it may have been started anew, with its original ones."""
-        assert self._own_folder is not None
-        self._load_from(self._own_folder)
-
-    def _new_folder(self, version: int) -> Path:
-        """A folder that was not there: the server may still read the one before, and others may belong to the user."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        number = 1
-        while True:
-            name = f"version-{version}" if number == 1 else f"version-{version}-{number}"
-            folder = (self.folder / name).resolve()
-            try:
-                folder.mkdir()
-            except FileExistsError:
-                number += 1
-                continue
-            return folder
+        """See :class:`Reloadable`."""
+        assert self._loaded_folder is not None
+        self._load_from(self._loaded_folder)
 
     def _load_from(self, folder: Path) -> None:
         try:
@@ -93,53 +151,69 @@ class ServerWeights:
             raise ServerError(f"{url} {NO_WEIGHT_UPDATE}")
         # The prefix cache holds keys and values of the old weights; SGLang was asked to flush it with the update.
         if reply.address.endswith("/collective_rpc"):
-            self._reset_prefix_cache()
+            reset_prefix_cache(self.calls)
         elif not reply.json().get("success", True):
             raise ServerError(f"{url} did not load {folder}: {reply.json().get('message', 'no reason given')}")
 
-    def _reset_prefix_cache(self) -> None:
-        """Ask until the cache is empty: vLLM keeps it while other requests run."""
-        retrying = Retrying(
-            retry=retry_if_result(_says_no),
-            wait=wait_exponential(multiplier=0.5, max=30),
-            stop=stop_after_attempt(RESET_TRIES),
-            # After the last try: the reply as it is.
-            retry_error_callback=lambda state: state.outcome and state.outcome.result(),
+
+def reset_prefix_cache(calls: ServerCalls) -> None:
+    """Ask until the prefix cache is empty: vLLM keeps it while other requests run.
+
+    Args:
+        calls: to the server.
+    Raises:
+        ServerError: it is not emptied after several tries.
+    """
+    retrying = Retrying(
+        retry=retry_if_result(_says_no),
+        wait=wait_exponential(multiplier=0.5, max=30),
+        stop=stop_after_attempt(RESET_TRIES),
+        # After the last try: the reply as it is.
+        retry_error_callback=lambda state: state.outcome and state.outcome.result(),
+    )
+    reply: Reply = retrying(calls.request, "POST", "/reset_prefix_cache", {})
+    if _says_no(reply):
+        raise ServerError(
+            f"{calls.url}/reset_prefix_cache fails after {RESET_TRIES} tries, so answers would mix old and "
+            "new weights: end the other requests to this server, or start it with --no-enable-prefix-caching"
         )
-        reply: Reply = retrying(self.calls.request, "POST", "/reset_prefix_cache", {})
-        if _says_no(reply):
-            raise ServerError(
-                f"{self.calls.url}/reset_prefix_cache fails after {RESET_TRIES} tries, so answers would mix old and "
-                "new weights: end the other requests to this server, or start it with --no-enable-prefix-caching"
-            )
 
-    def _check_that_all_are_loaded(self, folder: Path) -> None:
-        """Find tensors of the server that the checkpoint does not hold: they would keep their old values in silence.
 
-        All weights are set to zero, and loaded again: a tensor that is now another one was not loaded, or only in part.
-        Names are the same in all updates, so one check is enough. Only vLLM has the call, from 0.32 on. Its CPU kernels
-        keep packed copies of matrices, which it does not tell of.
-        """
-        loaded = self._checksums()
-        if loaded is None:
-            return
-        self.calls.request("POST", "/weight_checker", {"action": "reset"})
-        self._load_from(folder)
-        now = self._checksums() or {}
-        missing = sorted(name for name in loaded.keys() | now.keys() if loaded.get(name) != now.get(name))
-        if missing:
-            raise ServerError(
-                f"{self.calls.url} did not load {len(missing)} of its {len(now)} tensors from {folder}: "
-                f"{', '.join(missing[:3])}; {WRONG_MODEL_HINT}; start it again: it has only a part of them now"
-            )
+def check_that_all_are_loaded(calls: ServerCalls, load: Callable[[], None], source: str) -> None:
+    """Find tensors of the server that the weights sent do not hold: they would keep their old values in silence.
 
-    def _checksums(self) -> dict[str, str] | None:
-        """A hash of each tensor of the server; None if it does not tell."""
-        reply = self.calls.request("POST", "/weight_checker", {"action": "checksum"}, may_be_missing=True)
-        if reply.status in NOT_OFFERED:
-            return None
-        checksums: dict[str, str] = reply.json()["checksums"]
-        return checksums
+    All weights are set to zero, and loaded again: a tensor that is now another one was not loaded, or only in part.
+    Names are the same in all updates, so one check is enough. Only vLLM has the call, from 0.32 on. Its CPU kernels
+    keep packed copies of matrices, which it does not tell of.
+
+    Args:
+        calls: to a server that has loaded the weights.
+        load: loads them again.
+        source: of the weights, for the message.
+    Raises:
+        ServerError: names the tensors.
+    """
+    loaded = _checksums(calls)
+    if loaded is None:
+        return
+    calls.request("POST", "/weight_checker", {"action": "reset"})
+    load()
+    now = _checksums(calls) or {}
+    missing = sorted(name for name in loaded.keys() | now.keys() if loaded.get(name) != now.get(name))
+    if missing:
+        raise ServerError(
+            f"{calls.url} did not load {len(missing)} of its {len(now)} tensors from {source}: "
+            f"{', '.join(missing[:3])}; {WRONG_MODEL_HINT}; start it again: it has only a part of them now"
+        )
+
+
+def _checksums(calls: ServerCalls) -> dict[str, str] | None:
+    """A hash of each tensor of the server; None if it does not tell."""
+    reply = calls.request("POST", "/weight_checker", {"action": "checksum"}, may_be_missing=True)
+    if reply.status in NOT_OFFERED:
+        return None
+    checksums: dict[str, str] = reply.json()["checksums"]
+    return checksums
 
 
 def _says_no(reply: Any) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.models import load_tokenizer
-from rlhf.models.adapter_files import adapter_config, base_of
+from rlhf.models.adapter_files import adapter_config, base_of, unserved_part
 from rlhf.models.places import resolve
 from rlhf.serving.model_folder import ServedModel, served_model
 
@@ -38,7 +38,7 @@ def vllm_command(name: str) -> str:
 
 def _adapter_command(location: str, adapter: Any) -> str:
     merge = f"merge it first: rlhf merge {location} -o FOLDER"
-    reason = _unserved_part(adapter)
+    reason = unserved_part(adapter)
     if reason is not None:
         raise ValueError(f"{location}: vLLM serves plain LoRA, and this adapter {reason}; {merge}")
     base_name = base_of(location, adapter)
@@ -62,19 +62,6 @@ def _adapter_command(location: str, adapter: Any) -> str:
     if base.missing_end_ids:
         raise ValueError(f"{location}: answers end with a token that its base model does not list; {merge}")
     return shlex.join(words)
-
-
-def _unserved_part(adapter: Any) -> str | None:
-    kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
-    if kind != "LORA":
-        return f"is of kind {kind}"
-    parts = {
-        "use_dora": "is DoRA",
-        "modules_to_save": "has layers that were trained whole",
-        "trainable_token_indices": "has rows of new tokens",
-        "target_parameters": "is on weights that are no layers",
-    }
-    return next((reason for name, reason in parts.items() if getattr(adapter, name, None)), None)
 
 
 def _check_ends(model: ServedModel, missing: list[int]) -> None:

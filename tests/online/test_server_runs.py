@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "rollouts"))
 from fake_server import FakeServer
+from fake_vllm import FakeVLLM
 
 from rlhf import GRPOConfig, GRPOTrainer
 from rlhf.cli.main import main
 from rlhf.rollouts import ServerError
-from rlhf.rollouts.policy_sampler import merged_weights
+from rlhf.rollouts.policy_weights import merged_weights
 
 
 def vowels(completions, **_):
@@ -42,10 +43,10 @@ def beginning(server, folder, model, data):
 
 def trainer(server, tokenizer, folder, peft_config=None, model=None, **changes):
     args = GRPOConfig(
-        str(folder), per_device_train_batch_size=8, num_generations=4, max_steps=3, learning_rate=1e-2, logging_steps=1,
+        str(folder), per_device_train_batch_size=8, num_generations=4, learning_rate=1e-2, logging_steps=1,
         report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", max_length=64, max_completion_length=6,
-        rollout_server_url=server.url, rollout_server_model="tiny", rollout_weights_dir=str(folder / "weights"),
-        **changes,
+        rollout_server_model="tiny", rollout_weights_dir=str(folder / "weights"),
+        **{"rollout_server_url": server.url, "max_steps": 3, **changes},
     )  # fmt: skip
     rows = Dataset.from_list([{"prompt": text} for text in sentences(1, 12)])
     return GRPOTrainer(
@@ -117,6 +118,65 @@ def test_lora_reaches_the_server_and_leaves_the_base_as_it_was(server, tokenizer
     assert not torch.equal(merged["lm_head.weight"], start["lm_head.weight"])
     for name, weight in merged.items():
         close(served[name], weight)
+
+
+def adapter_run(server, tokenizer, folder):
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    one = trainer(server, tokenizer, folder, adapter, max_steps=2)
+    one.train()
+    return one
+
+
+def test_a_server_that_takes_adapters_gets_the_adapter_alone(tokenizer, tmp_path, caplog):
+    merging = FakeServer(tiny_model(seed=1), tokenizer, weights="vllm")
+    adapting = FakeVLLM(tiny_model(), tokenizer, max_lora_rank=4)
+    runs = [adapter_run(server, tokenizer, tmp_path / str(server.server_port)) for server in (merging, adapting)]
+    logs = [[entry for entry in one.state.log_history if "loss" in entry] for one in runs]
+    assert len(logs[0]) == 2
+    for merged, alone in zip(*logs, strict=True):
+        assert abs(alone["sampler_kl"]) < 1e-5
+        for name in ("reward", "loss", "grad_norm", "entropy"):
+            close(alone[name], merged[name])
+    assert {body["model"] for body in merging.bodies} == {"tiny"}
+    assert {body["model"] for body in adapting.bodies} == {"rlhf-policy"}
+    assert adapting.posts.count("/v1/load_lora_adapter") == 2 and "/collective_rpc" not in adapting.posts
+    (folder,) = (tmp_path / str(adapting.server_port) / "weights").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert f"{merging.url} goes on serving the trained" in caplog.text and f"{adapting.url} goes on" not in caplog.text
+    for server in (merging, adapting):
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (dict(modules_to_save=["lm_head"]), "has layers that were trained whole"),
+        (dict(rank_pattern={"q_proj": 8}), "has rank 8, and the server's --max-lora-rank is 4"),
+    ],
+)
+def test_an_adapter_that_the_server_cannot_take_is_merged(options, reason, tokenizer, tmp_path, caplog):
+    server = FakeVLLM(tiny_model(seed=1), tokenizer, max_lora_rank=4)
+    one = trainer(server, tokenizer, tmp_path, LoraConfig(r=4, target_modules=["q_proj"], **options))
+    one.evaluate()
+    assert f"the server gets the whole model at each update: the adapter {reason}" in caplog.text
+    assert {body["model"] for body in server.bodies} == {"tiny"}
+    server.shutdown()
+
+
+def test_several_servers(server, tokenizer, tmp_path):
+    second = FakeServer(tiny_model(seed=2), tokenizer, weights="vllm")
+    logs = []
+    for urls in (server.url, [server.url, second.url]):
+        one = trainer(server, tokenizer, tmp_path, rollout_server_url=urls, max_steps=1)
+        one.train()
+        logs.append([entry for entry in one.state.log_history if "loss" in entry])
+    for alone, together in zip(*logs, strict=True):
+        close(together["loss"], alone["loss"])
+        assert together["reward"] == alone["reward"]
+    assert second.bodies and second.posts.count("/collective_rpc") == 2
+    second.shutdown()
+    with pytest.raises(ValueError, match=f"rollout_server_url: {server.url} is there twice"):
+        trainer(server, tokenizer, tmp_path, rollout_server_url=[server.url, server.url])
 
 
 def test_what_cannot_be_merged_is_refused():

@@ -110,7 +110,7 @@ def test_sampling_takes_trls_options(tmp_path):
         tmp_path, use_vllm=True, vllm_server_host="here", vllm_server_port=9, rollout_server_model="m",
         rollout_weights_dir="w", vllm_enable_sleep_mode=True, vllm_server_timeout=30.0,
     )  # fmt: skip
-    assert server.rollout_server_url == "http://here:9"
+    assert server.rollout_server_url == ["http://here:9"]
     assert server.rollout_server_sleep and server.server_startup_timeout == 30
 
 

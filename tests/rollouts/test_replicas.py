@@ -1,0 +1,84 @@
+"""Several servers as one engine."""
+
+import pytest
+from conftest import tiny_model
+from fake_server import FakeServer
+
+from rlhf.rollouts import Sampling, ServerEngine
+from rlhf.rollouts.replicas import ReplicatedEngine
+from rlhf.rollouts.server_weights import VersionFolders
+
+PROMPTS = [[5, 6, 7], [9], [40, 50, 60, 70], [8, 9], [11, 12]]
+SAMPLING = Sampling(max_tokens=6)
+
+
+@pytest.fixture
+def servers(tokenizer):
+    all_servers = [FakeServer(tiny_model(), tokenizer, weights="vllm") for _ in range(3)]
+    yield all_servers
+    for server in all_servers:
+        server.shutdown()
+
+
+def connect(servers, folder):
+    folders = VersionFolders(folder)
+    return ReplicatedEngine(
+        [ServerEngine(server.url, "tiny", weights_dir=folders, patience=0.2, concurrency=8) for server in servers]
+    )
+
+
+def ids(groups):
+    return [[one.ids for one in group] for group in groups]
+
+
+def test_results_do_not_depend_on_the_number_of_servers(servers, tmp_path):
+    one, three = connect(servers[:1], tmp_path), connect(servers, tmp_path)
+    expected = one.generate(PROMPTS, 3, SAMPLING, 4)
+    for server in servers:
+        server.bodies.clear()
+    assert ids(three.generate(PROMPTS, 3, SAMPLING, 4)) == ids(expected)
+    # The prompts go around, and all completions of a prompt to one server.
+    asked = [[body["prompt"] for body in server.bodies] for server in servers]
+    assert [sorted(map(tuple, prompts)) for prompts in asked] == [
+        sorted(tuple(PROMPTS[row]) for row in rows for _ in range(3)) for rows in ((0, 3), (1, 4), (2,))
+    ]
+    assert ids(three.generate([PROMPTS[4]], 3, SAMPLING, 4, [4])) == ids(expected)[4:]
+    assert three.generate([], 3, SAMPLING, 4) == []
+
+
+def test_weights_are_saved_once_and_loaded_by_all(servers, tmp_path):
+    engine = connect(servers, tmp_path)
+    for version in (1, 2):
+        engine.update_weights(tiny_model(seed=version).state_dict().items(), version)
+        assert [path.name for path in tmp_path.iterdir()] == [f"version-{version}"]
+    expected = tiny_model(seed=2).state_dict()
+    for server in servers:
+        assert all(tensor.equal(expected[name]) for name, tensor in server.model.state_dict().items())
+    assert {one.version for group in engine.generate(PROMPTS, 1, SAMPLING, 0) for one in group} == {2}
+
+
+def test_a_server_that_dies_is_named_and_comes_back(servers, tokenizer, tmp_path, caplog):
+    engine = connect(servers, tmp_path)
+    engine.update_weights(tiny_model(seed=1).state_dict().items(), 1)
+    expected = engine.generate(PROMPTS, 2, SAMPLING, 0)
+    gone = servers[1]
+    gone.shutdown()
+    gone.server_close()
+    gone.faults["/v1/completions"] = [None] * 99  # also for connections that are open
+    assert ids(engine.generate(PROMPTS, 2, SAMPLING, 0)) == ids(expected)
+    assert f"{gone.url}/v1/completions: the server does not answer" in caplog.text
+    assert "2 of 3 servers go on without it" in caplog.text
+    engine.update_weights(tiny_model(seed=2).state_dict().items(), 2)
+
+    # Started again with its original weights: it gets those of the next update.
+    servers[1] = FakeServer(tiny_model(), tokenizer, weights="vllm", port=gone.server_port)
+    engine.update_weights(tiny_model(seed=3).state_dict().items(), 3)
+    assert f"{gone.url} answers again, and takes part from now on" in caplog.text
+    engine.generate(PROMPTS, 2, SAMPLING, 0)
+    assert servers[1].bodies
+    assert [path.name for path in tmp_path.iterdir()] == ["version-3"]
+
+    for server in servers:
+        server.faults["/v1/completions"] = [None] * 99
+    with pytest.raises(ConnectionError, match=r"none of the 3 servers answers; the last: http://127"):
+        engine.generate(PROMPTS, 2, SAMPLING, 0)
