@@ -9,7 +9,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf.data.segments import Segments, Span
-from rlhf.models.attention import segment_attention
+from rlhf.models.attention import UNKNOWN_PARTS, segment_attention
+from rlhf.models.attention_spans import ScoreOptions
 
 DECODING_ATTENTION = "rlhf_decoding"  # its name in transformers' registry
 KeysValues = tuple[Tensor, Tensor]
@@ -150,14 +151,13 @@ class Cache:
         # None where no prompt is padded saves a pass over the scores.
         self.padding = is_padding[:, None, None] if bool(is_padding.any()) else None  # [P, 1, 1, longest]
 
-    def attend(self, layer: nn.Module, query: Tensor, scaling: float, window: int | None) -> Tensor:
+    def attend(self, layer: nn.Module, query: Tensor, options: ScoreOptions) -> Tensor:
         """Softmax attention of one token of each row over its prompt and its completion so far.
 
         Args:
             layer: whose keys and values to read.
             query: [R, heads, 1, D].
-            scaling: factor of the products of queries and keys.
-            window: columns that a token sees, itself included; None for all.
+            options: of the layer; its window counts columns.
         Returns:
             [R, heads, 1, D].
         """
@@ -170,7 +170,7 @@ class Cache:
 
         # A window counts columns back from this token's; the first of them may lie in the prompt or after it.
         column = self.longest + self.step
-        window_start = 0 if window is None else max(0, column + 1 - window)
+        window_start = 0 if options.window is None else max(0, column + 1 - options.window)
         prompt_start = min(window_start, self.longest)
         completion_start = max(0, window_start - self.longest)
         completion_end = self.step + 1
@@ -178,14 +178,14 @@ class Cache:
         completion_values = completion_values[:, :, completion_start:completion_end]
 
         # The prompt's keys are read once for all its rows, which is why queries go through the grid.
-        completion_scores = matmul_fp32(query, completion_keys.transpose(2, 3))
-        prompt_scores = matmul_fp32(self._rows_to_grid(query), keys[:, :, prompt_start:].transpose(2, 3))
+        completion_scores = attention_scores(query, completion_keys, options)
+        prompt_scores = attention_scores(self._rows_to_grid(query), keys[:, :, prompt_start:], options)
         if self.padding is not None:
             prompt_scores.masked_fill_(self.padding[..., prompt_start:], -torch.inf)
 
         # One softmax over both parts, so that they compete for the same weight.
-        scores = torch.cat((self._grid_to_rows(prompt_scores), completion_scores), dim=-1).mul_(scaling)
-        weights = scores.softmax(-1).to(query.dtype)
+        scores = torch.cat((self._grid_to_rows(prompt_scores), completion_scores), dim=-1)
+        weights = probabilities(scores, options.sinks).to(query.dtype)
         prompt_length = self.longest - prompt_start
         prompt_weights, completion_weights = weights.split((prompt_length, completion_end - completion_start), dim=-1)
         from_prompt = matmul_fp32(self._rows_to_grid(prompt_weights), values[:, :, prompt_start:])
@@ -238,6 +238,38 @@ def matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
     return product.view(*left.shape[:2], *product.shape[1:])
 
 
+def attention_scores(query: Tensor, keys: Tensor, options: ScoreOptions) -> Tensor:
+    """Scaled, and capped where the layer caps them; before any mask, whose -inf a cap would make finite.
+
+    Args:
+        query: [A, kv_heads, M, D].
+        keys: [A, kv_heads, K, D].
+        options: of the layer.
+    Returns:
+        [A, kv_heads, M, K], at least float32.
+    """
+    scale = query.size(-1) ** -0.5 if options.scaling is None else options.scaling
+    scores = matmul_fp32(query, keys.transpose(2, 3)).mul_(scale)
+    if options.softcap is not None:
+        scores.div_(options.softcap).tanh_().mul_(options.softcap)
+    return scores
+
+
+def probabilities(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over the last dimension, in which a sink of each head takes part.
+
+    Args:
+        scores: [R, kv_heads, G, K], of G query heads that share a key head.
+        sinks: [kv_heads * G].
+    Returns:
+        [R, kv_heads, G, K]; with sinks, their sums are below 1.
+    """
+    if sinks is None:
+        return scores.softmax(-1)
+    sink_scores = sinks.to(scores.dtype).view(1, *scores.shape[1:3], 1).expand(*scores.shape[:3], 1)
+    return torch.cat((scores, sink_scores), dim=-1).softmax(-1)[..., :-1]
+
+
 def decoding_attention(
     module: nn.Module,
     query: Tensor,
@@ -277,12 +309,12 @@ def decoding_attention(
         return segment_attention(
             module, query, key, value, None, 0.0, scaling, sliding_window, cache.segments, **kwargs
         )
-    for name in ("s_aux", "softcap", "position_bias"):  # sinks, soft-capping, ALiBi and relatives
+    for name in UNKNOWN_PARTS:
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"the decoding cache does not support {name}")
     cache.append(module, key, value)
-    scale = query.size(-1) ** -0.5 if scaling is None else scaling
-    return cache.attend(module, query, scale, sliding_window).transpose(1, 2), None
+    options = ScoreOptions(scaling, sliding_window, softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
+    return cache.attend(module, query, options).transpose(1, 2), None
 
 
 AttentionInterface.register(DECODING_ATTENTION, decoding_attention)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from rlhf.rollouts.cache import Cache, matmul_fp32
+from rlhf.models.attention_spans import ScoreOptions
+from rlhf.rollouts.cache import Cache, attention_scores, matmul_fp32, probabilities
 
 FIRST_COLUMNS = 64  # completion columns that attention reads at first; doubled when they are full
 
@@ -51,14 +52,13 @@ class StaticCache(Cache):
     def _copy_rows(self, cached: Tensor, rows: Tensor) -> Tensor:
         return cached.index_select(0, rows)
 
-    def attend(self, layer: nn.Module, query: Tensor, scaling: float, window: int | None) -> Tensor:
+    def attend(self, layer: nn.Module, query: Tensor, options: ScoreOptions) -> Tensor:
         """See :meth:`Cache.attend`.
 
         Args:
             layer: whose keys and values to read.
             query: [R, heads, 1, D].
-            scaling: factor of the products of queries and keys.
-            window: columns that a token sees, itself included; None for all.
+            options: of the layer; its window counts columns.
         Returns:
             [R, heads, 1, D].
         """
@@ -68,15 +68,15 @@ class StaticCache(Cache):
         kv_heads = keys.size(1)
         query = query.view(rows, kv_heads, heads // kv_heads, query.size(3))
 
-        completion_scores = matmul_fp32(query, completion_keys.transpose(2, 3))
-        completion_scores.masked_fill_(self._hidden_completion_columns(window), -torch.inf)
-        prompt_scores = matmul_fp32(self._rows_to_grid(query), keys.transpose(2, 3))
-        hidden_prompt_columns = self._hidden_prompt_columns(window)
+        completion_scores = attention_scores(query, completion_keys, options)
+        completion_scores.masked_fill_(self._hidden_completion_columns(options.window), -torch.inf)
+        prompt_scores = attention_scores(self._rows_to_grid(query), keys, options)
+        hidden_prompt_columns = self._hidden_prompt_columns(options.window)
         if hidden_prompt_columns is not None:
             prompt_scores.masked_fill_(hidden_prompt_columns, -torch.inf)
 
-        scores = torch.cat((self._grid_to_rows(prompt_scores), completion_scores), dim=-1).mul_(scaling)
-        weights = scores.softmax(-1).to(query.dtype)
+        scores = torch.cat((self._grid_to_rows(prompt_scores), completion_scores), dim=-1)
+        weights = probabilities(scores, options.sinks).to(query.dtype)
         prompt_weights, completion_weights = weights.split((self.longest, self.columns), dim=-1)
         from_prompt = matmul_fp32(self._rows_to_grid(prompt_weights), values)
         output = self._grid_to_rows(from_prompt) + matmul_fp32(completion_weights, completion_values)

@@ -298,8 +298,8 @@ def test_a_teacher_is_read_from_its_folder(distill, tmp_path, teachers):
 
 @pytest.mark.parametrize("align", ["uld", "spans"])
 def test_a_student_that_runs_its_own_head_and_a_teacher_in_rows(distill, teachers, align):
-    """An adapter on the head, new, changes nothing; Gemma's soft-capped attention takes no segments."""
-    teacher = tiny_model("gemma2", vocab_size=300, seed=1)
+    """An adapter on the head, new, changes nothing; StableLM's attention takes no segments."""
+    teacher = tiny_model("stablelm", vocab_size=300, seed=1)
     plain = distill(teacher=teacher, align=align)
     adapted = get_peft_model(tiny_model(), LoraConfig(target_modules=["lm_head"]))
     trainer = distill(student=adapted, teacher=teacher, align=align, crossentropy_weight=0.0)

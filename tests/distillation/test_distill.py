@@ -188,7 +188,7 @@ def test_a_teacher_that_runs_its_own_head(distill):
 
 
 def test_a_teacher_that_cannot_take_segments_takes_the_student_to_rows(distill):
-    trainer = distill(teacher=tiny_model("gemma2", seed=1))
+    trainer = distill(teacher=tiny_model("stablelm", seed=1))
     assert trainer.data_collator.layout == "rows"
     trainer.train()
 

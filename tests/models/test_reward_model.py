@@ -47,8 +47,6 @@ def test_rewards_and_gradients_in_any_layout(name, layout):
     model.zero_grad()
     if layout == "segments":
         reason = use_segments(model)
-        if name == "gemma2":
-            pytest.skip(f"gemma2: {reason}")
         assert reason is None
     collator = Collator(layout="segments") if layout == "segments" else Collator(0, padding_side=layout)
     got = RewardModel(model)(collator(PAIRS))

@@ -14,7 +14,7 @@ PROMPTS = [[5, 6, 7], [9], [40, 50, 60, 70, 80]]
 
 @pytest.fixture(params=["local", "model.generate", "server"])
 def engine(request, tokenizer, tmp_path):
-    model = tiny_model("gemma2" if request.param == "model.generate" else "llama")  # soft-capped attention
+    model = tiny_model("stablelm" if request.param == "model.generate" else "llama")
     if request.param != "server":
         yield LocalEngine(model, tokenizer)
         return

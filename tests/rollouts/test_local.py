@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, close, tiny_model
+from conftest import ARCHITECTURES, ROWS_ONLY, close, tiny_model
 from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
 from transformers import (
@@ -21,7 +21,6 @@ from rlhf.rollouts.decoding import DecodingState
 from rlhf.rollouts.sampling import FIRST_CANDIDATES, draw, uniforms
 
 PROMPTS = [[5, 6, 7], [9], [40, 50, 60, 70, 80, 90, 100, 110, 120], [9, 9]]
-FALL_BACK = {"gemma2"}  # its attention is soft-capped
 
 
 def generate(model, prompt, **options):
@@ -32,22 +31,30 @@ def generate(model, prompt, **options):
 
 
 @pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *ROWS_ONLY])
 def test_greedy_is_transformers_generate(name, n, tokenizer):
     model = tiny_model(name)
     engine = LocalEngine(model, tokenizer)
     groups = engine.generate(PROMPTS, n, Sampling(temperature=0, max_tokens=16), 0)
-    assert bool(engine._fallback_reason) == (name in FALL_BACK)
+    assert bool(engine._fallback_reason) == (name in ROWS_ONLY)
     for prompt, group in zip(PROMPTS, groups, strict=True):
         want = generate(model, prompt, max_new_tokens=16)
         assert [one.ids for one in group] == [want] * n
 
 
+WINDOWED = {
+    "mixtral": {},
+    "qwen2": dict(use_sliding_window=True, max_window_layers=1),
+    # Soft-capped scores, and sinks.
+    "gemma2": dict(attn_logit_softcapping=0.5),
+    "gpt_oss": dict(model_type="gpt_oss", num_local_experts=4, head_dim=8),
+}
+
+
 @pytest.mark.parametrize("window", [1, 2, 4, 7])
-@pytest.mark.parametrize("name", ["mixtral", "qwen2"])
+@pytest.mark.parametrize("name", WINDOWED)
 def test_greedy_with_a_sliding_window(name, window, tokenizer):
-    changes = dict(use_sliding_window=True, max_window_layers=1) if name == "qwen2" else {}
-    model = tiny_model(name, sliding_window=window, **changes)
+    model = tiny_model(name if name in ARCHITECTURES else "llama", sliding_window=window, **WINDOWED[name])
     engine = LocalEngine(model, tokenizer)
     groups = engine.generate(PROMPTS, 2, Sampling(temperature=0, max_tokens=12), 0)
     assert not engine._fallback_reason
@@ -58,7 +65,7 @@ def test_greedy_with_a_sliding_window(name, window, tokenizer):
         assert [one.ids for one in group] == [ids[len(prompt) :]] * 2
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "stablelm"])
 def test_rows_that_end_are_dropped_and_the_others_do_not_notice(name, tokenizer):
     model = tiny_model(name)
     engine = LocalEngine(model, tokenizer)
@@ -96,7 +103,7 @@ def test_the_fallback_draws_the_same_completions(tokenizer):
 
 
 def test_the_fallback_ignores_the_models_own_generation_config(tokenizer):
-    model = tiny_model("gemma2")
+    model = tiny_model("stablelm")
     sampling = Sampling(max_tokens=8, temperature=0)
     want = LocalEngine(model, tokenizer).generate(PROMPTS, 1, sampling, 0)
     usual = model.generation_config
@@ -218,7 +225,7 @@ def test_uniforms_differ_by_seed_prompt_and_sample():
     close(uniforms(1, 2, 0, 3), uniforms(1, 2, 0, 9)[:3])
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "stablelm"])
 def test_the_model_comes_back_as_it_was(name, tokenizer):
     model = tiny_model(name).train()
     model.get_input_embeddings().eval()
@@ -280,7 +287,7 @@ def test_many_prompts_are_read_in_parts(monkeypatch, tokenizer):
 
 
 def test_a_model_that_does_not_fit_says_so_once(caplog, tokenizer):
-    engine = LocalEngine(tiny_model("gemma2"), tokenizer)
+    engine = LocalEngine(tiny_model("stablelm"), tokenizer)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             engine.generate(PROMPTS, 1, Sampling(max_tokens=2), 0)

@@ -73,7 +73,7 @@ def test_reasoning_and_calls_are_keys_where_the_template_reads_them():
     assert answer_message("x", wrong_call, "tool_calls") == {"role": "assistant", "content": "x"}
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])  # our attention, and model.generate
+@pytest.mark.parametrize("architecture", ["llama", "stablelm"])  # our attention, and model.generate
 def test_the_engine_reports_each_token_up_to_the_end(architecture, tokenizer):
     engine = LocalEngine(tiny_model(architecture), tokenizer)
     engine.end_ids = list(range(40))  # so that rows end at different steps

@@ -113,14 +113,14 @@ def test_another_reference(dpo):
 
 
 def test_a_reference_that_cannot_take_segments_takes_the_policy_to_rows(dpo, caplog):
-    trainer = dpo(ref_model=tiny_model("gemma2"))
-    assert trainer.data_collator.layout == "rows" and "Gemma2ForCausalLM: padded rows, because" in caplog.text
+    trainer = dpo(ref_model=tiny_model("stablelm"))
+    assert trainer.data_collator.layout == "rows" and "StableLmForCausalLM: padded rows, because" in caplog.text
     trainer.train()
-    want = dpo(ref_model=tiny_model("gemma2"), layout="rows")
+    want = dpo(ref_model=tiny_model("stablelm"), layout="rows")
     want.train()
     close(losses(trainer), losses(want))
-    with pytest.raises(ValueError, match="--layout segments: Gemma2ForCausalLM cannot take it"):
-        dpo(ref_model=tiny_model("gemma2"), layout="segments")
+    with pytest.raises(ValueError, match="--layout segments: StableLmForCausalLM cannot take it"):
+        dpo(ref_model=tiny_model("stablelm"), layout="segments")
 
 
 @pytest.mark.parametrize("loss_type", ["hinge", "ipo"])
@@ -256,10 +256,15 @@ def test_streams_without_an_end_are_refused_with_a_line(tmp_path, tokenizer, sft
 def test_the_layout_is_the_models_and_is_said_once(make, request, caplog):
     make = request.getfixturevalue(make)
     assert make().data_collator.layout == "segments" and not caplog.text
-    assert make(tiny_model("gemma2")).data_collator.layout == "rows"
-    assert caplog.text.count("Gemma2ForCausalLM: padded rows, because its attention is eager (exact, slower)") == 1
-    with pytest.raises(ValueError, match=r"^--layout segments: Gemma2ForCausalLM cannot take it, its attention is"):
-        make(tiny_model("gemma2"), layout="segments")
+    assert make(tiny_model("stablelm")).data_collator.layout == "rows"
+    assert (
+        caplog.text.count("StableLmForCausalLM: padded rows, because its attention cannot be replaced (exact, slower)")
+        == 1
+    )
+    with pytest.raises(
+        ValueError, match=r"^--layout segments: StableLmForCausalLM cannot take it, its attention cannot"
+    ):
+        make(tiny_model("stablelm"), layout="segments")
 
 
 def test_rows_longer_than_a_planned_batch_are_trained_on_and_told(sft, caplog):
