@@ -83,6 +83,9 @@ ARCHITECTURES = {
     "granite": dict(model_type="granite", logits_scaling=4.0, **_SMALL),
     "cohere": dict(model_type="cohere", logit_scale=0.25, **_SMALL),
     "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, **_SMALL),
+    "qwen3_moe": dict(
+        model_type="qwen3_moe", head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, **_SMALL
+    ),
     "phi": dict(model_type="phi", **_SMALL),  # a head with a bias
 }
 # Its attention cannot be replaced: padded rows, and `model.generate`.

@@ -71,12 +71,15 @@ class Segments:
         attention_cache: what attention functions derive from them (masks): the first layer fills it, all other layers
             reuse it.
         windows_seen: the sliding windows that layers have asked for, where somebody wants to know.
+        gather: gives the rows of the whole row, where this process has a part of them (context parallelism). The keys
+            of each span are those that ``layout.key_rows`` names then.
     """
 
     spans: tuple[Span, ...]
     layout: SpanLayout
     attention_cache: dict[Any, Any] = field(default_factory=dict)
     windows_seen: set[int | None] | None = None
+    gather: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def of(cls, spans: tuple[Span, ...]) -> Self:

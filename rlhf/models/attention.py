@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flash_attention import flash_attention_forward
@@ -137,6 +138,8 @@ def attend(
     # Rotary embeddings in float32 give a float32 query and key beside a half-precision value. Cast as autocast casts
     # what enters torch's own attention.
     query, key, value = (tensor.to(dtype_under_autocast(tensor.dtype, device)) for tensor in (query, key, value))
+    if segments.gather is not None:
+        key, value = _gathered(key, value, segments.gather)
     call = AttentionCall(
         device,
         query.dtype,
@@ -146,6 +149,7 @@ def attend(
         has_dropout=dropout > 0,
         has_softcap=softcap is not None,
         has_sinks=s_aux is not None,
+        is_part=segments.gather is not None,
     )
     options = ScoreOptions(scaling, sliding_window, dropout, softcap, s_aux)
     kernel = choose_kernel(call, None if flash is None else flash.options)
@@ -157,6 +161,15 @@ def attend(
     if kernel == "flex":
         return attend_by_flex(query, key, value, segments, options)
     return attend_by_span(query, key, value, segments, options, explicit=kernel == "explicit")
+
+
+def _gathered(key: Tensor, value: Tensor, gather: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The keys and values of all processes, in one message."""
+    sizes = [key.size(-1), value.size(-1)]
+    rows = torch.cat((key, value), dim=-1)[0].transpose(0, 1)  # [t, kv_heads, D + D']
+    whole = gather(rows).transpose(0, 1)[None]
+    whole_key, whole_value = whole.split(sizes, dim=-1)
+    return whole_key, whole_value
 
 
 def is_flash(implementation: str) -> bool:

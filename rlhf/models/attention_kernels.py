@@ -32,6 +32,7 @@ class AttentionCall(NamedTuple):
         has_dropout: whether attention probabilities are dropped.
         has_softcap: whether scores are soft-capped (Gemma 2).
         has_sinks: whether each head has a sink, a score without a key (gpt-oss).
+        is_part: whether the queries are a part of the row, and the keys are those of all processes.
     """
 
     device: str
@@ -42,6 +43,7 @@ class AttentionCall(NamedTuple):
     has_dropout: bool = False
     has_softcap: bool = False
     has_sinks: bool = False
+    is_part: bool = False
 
 
 def choose_kernel(call: AttentionCall, flash_options: frozenset[str] | None = None) -> Kernel:
@@ -58,7 +60,7 @@ def choose_kernel(call: AttentionCall, flash_options: frozenset[str] | None = No
             return "flash"
         if _varlen_takes(call):
             return "varlen"
-        if call.head_size in FLEX_HEADS and call.value_size in FLEX_HEADS and not call.has_dropout:
+        if _flex_takes(call):
             return "flex"
     return "explicit" if call.has_softcap or call.has_sinks else "sdpa"
 
@@ -70,6 +72,11 @@ def _takes_heads(call: AttentionCall) -> bool:
 
 def _varlen_takes(call: AttentionCall) -> bool:
     return _takes_heads(call) and not (call.has_dropout or call.has_softcap or call.has_sinks)
+
+
+def _flex_takes(call: AttentionCall) -> bool:
+    has_sizes = call.head_size in FLEX_HEADS and call.value_size in FLEX_HEADS
+    return has_sizes and not (call.has_dropout or call.is_part)
 
 
 def _flash_takes(call: AttentionCall, options: frozenset[str]) -> bool:

@@ -1,5 +1,6 @@
 """Attention one span at a time: by torch's SDPA, or written out for scores that SDPA does not know."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -45,13 +46,9 @@ def attend_by_span(
     """
     lengths = [span.length for span in segments.spans]
     # One split and one concatenation: slices of the row would each be a gradient of the row's size.
-    queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+    tensors = (query.split(lengths, dim=2), _by_span(key, segments), _by_span(value, segments))
     outputs = []
-    for index, (length, parent, prefix) in enumerate(segments.spans):
-        span_keys, span_values = keys[index], values[index]
-        if prefix:
-            span_keys = torch.cat((keys[parent][:, :, :prefix], span_keys), dim=2)
-            span_values = torch.cat((values[parent][:, :, :prefix], span_values), dim=2)
+    for (length, _, prefix), span_query, span_keys, span_values in zip(segments.spans, *tensors, strict=True):
         # Without a mask, "causal" aligns the first query with the first key: wrong behind a prefix, whose keys come
         # before all queries.
         mask = None
@@ -59,10 +56,10 @@ def attend_by_span(
             mask = _mask(segments, length, prefix, options.window, query)
         if explicit:
             assert mask is not None
-            output = _written_out(queries[index], span_keys, span_values, mask, options)
+            output = _written_out(span_query, span_keys, span_values, mask, options)
         else:
             output = F.scaled_dot_product_attention(
-                queries[index],
+                span_query,
                 span_keys,
                 span_values,
                 attn_mask=mask,
@@ -78,6 +75,19 @@ def attend_by_span(
     # concatenation too; it is recomputed from them instead.
     detached = [output.detach() for output in outputs]
     return mark_recomputable(torch.cat(outputs, dim=1), lambda: torch.cat(detached, dim=1))
+
+
+def _by_span(tensor: Tensor, segments: Segments) -> Iterator[Tensor]:
+    """The keys or values of each span, behind those of its prefix."""
+    if segments.gather is not None:
+        # They are those of all processes: the layout names the rows of each span.
+        assert segments.layout.key_rows is not None
+        rows = tensor.index_select(2, segments.layout.key_rows)
+        yield from rows.split([span.prefix + span.length for span in segments.spans], dim=2)
+        return
+    own_rows = tensor.split([span.length for span in segments.spans], dim=2)
+    for rows, (_, parent, prefix) in zip(own_rows, segments.spans, strict=True):
+        yield torch.cat((own_rows[parent][:, :, :prefix], rows), dim=2) if prefix else rows
 
 
 def _written_out(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: ScoreOptions) -> Tensor:

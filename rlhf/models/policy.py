@@ -14,6 +14,7 @@ from rlhf.kernels.recompute import fewer_activations
 from rlhf.logprobs import HeadObjective, Predictions, Scores, model_predictions, model_scores, verified_settings
 from rlhf.models.activations import checkpoint_arguments
 from rlhf.models.attention import reads_segments
+from rlhf.models.context_parallel import ContextParallel, own_objective
 from rlhf.models.positions import finds_own_positions, inputs_of, reads_padding, sees_ahead
 from rlhf.models.routing import Balancing
 
@@ -114,6 +115,7 @@ class Policy(Wrapper):
         self.value_head: nn.Module | None = None
         self.critic: Any = None  # of an ActorCritic
         self.balancing: Balancing | None = None  # set where router logits are wanted
+        self.context_parallel: ContextParallel | None = None  # set where several processes share each batch
         # Asked now, before anything shards the weights: the head is checked against the model's own logits.
         verified_settings(self.without_adapter)
         self._warn_of_unusual_models()
@@ -145,6 +147,13 @@ class Policy(Wrapper):
             ValueError: the batch is laid out in segments, and the model is not ready for them.
         """
         self._check_layout(batch)
+        if self.context_parallel is None:
+            return self._scores(batch, objective, entropy)
+        part = self.context_parallel.part_of(batch)
+        own_scores = self._scores(part.batch, own_objective(objective, part.targets), entropy)
+        return self.context_parallel.whole_scores(own_scores, part, batch)
+
+    def _scores(self, batch: Batch, objective: HeadObjective | None, entropy: bool) -> Scores:
         with fewer_activations():
             # First: beside the policy's saved activations, a teacher's forward would need more memory at its peak.
             prepared = None if objective is None else objective.prepare(self, batch)
@@ -161,6 +170,8 @@ class Policy(Wrapper):
     def predictions(self, batch: Batch) -> Predictions:
         """The model's predictions of the targets of a batch before the softmax, with gradient where one is wanted."""
         self._check_layout(batch)
+        if self.context_parallel is not None:
+            raise NotImplementedError("predictions of whole vocabularies are not gathered under context parallelism")
         return model_predictions(self.model, batch.targets, temperature=self.temperature, **self._inputs(batch))
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
@@ -172,6 +183,8 @@ class Policy(Wrapper):
 
     def _check_layout(self, batch: Batch) -> None:
         # Another attention function would ignore the spans, and sequences would attend to each other.
+        if batch.segments is None and self.context_parallel is not None:
+            raise ValueError("context parallelism divides a row without padding, and this batch has padded rows")
         if batch.segments is not None and not reads_segments(self.config):
             raise ValueError("the batch is laid out in segments, the model is not ready for them: use_segments(model)")
 

@@ -40,6 +40,7 @@ from rlhf.trainers.evaluating import Evaluating, Measures
 from rlhf.trainers.metric_sums import Metrics, MetricSums, known, means
 from rlhf.trainers.nonfinite import RowSource
 from rlhf.trainers.options import accepting, as_config, refuse_arguments
+from rlhf.trainers.parallelism import SharedBatches, cp_size
 from rlhf.trainers.preparation import (
     check_drop_last,
     check_positions,
@@ -58,12 +59,11 @@ from rlhf.trainers.reference import Reference, SyncReference
 from rlhf.trainers.sharding import can_shard, check_whole, keep_single_precision, shard
 from rlhf.trainers.step_checks import CheckedSteps
 from rlhf.trainers.trackers import Trackers, set_places
-from rlhf.trainers.unused_parameters import settle_unused_parameters
 
 logger = logging.getLogger(__name__)
 
 
-class BaseTrainer(Evaluating, CheckedSteps):
+class BaseTrainer(SharedBatches, Evaluating, CheckedSteps):
     """A ``transformers.Trainer`` around a :class:`Policy`, or another :class:`Wrapper`.
 
     A subclass defines :meth:`tokenize`, :meth:`count` and :meth:`measure`.
@@ -161,11 +161,6 @@ class BaseTrainer(Evaluating, CheckedSteps):
         check_positions(model, first_rows, eval_dataset)
         self.choose_prompts(eval_rows, tokenizer, args)
         return train_dataset, eval_dataset, first_rows
-
-    def _spread_over_processes(self) -> None:
-        """Settings of a run of several processes; before anything shards the model."""
-        is_decided = "ddp_find_unused_parameters" in self.args.given_options
-        settle_unused_parameters(self.model, self.accelerator, is_decided)
 
     def _finish_setup(self) -> None:
         self.compile(self.model)
@@ -347,7 +342,8 @@ class BaseTrainer(Evaluating, CheckedSteps):
         if ("loss" in logs or "train_loss" in logs) and self._metric_sums:
             sums = self._metric_sums.reduce(self.accelerator)
             # Kept in the trainer's state, so that a resumed run goes on counting.
-            self.state.num_input_tokens_seen += int(sums.pop("num_tokens")[0])
+            # Processes that share a batch count the same tokens.
+            self.state.num_input_tokens_seen += int(sums.pop("num_tokens")[0]) // cp_size(self.args)
             logs |= known(self.reduce_metrics(sums), sums)
             logs["num_tokens"] = self.state.num_input_tokens_seen
         super().log(logs, start_time)
@@ -423,6 +419,7 @@ class BaseTrainer(Evaluating, CheckedSteps):
         model = model.requires_grad_(False).eval()
         policy = wrapped(model if shards else model.to(self.args.device), Policy, self.args)
         self.compile(policy)
+        self._share_batches(policy, self.data_collator)
         return policy
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:

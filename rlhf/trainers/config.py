@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from rlhf.data import Reading, RowFormat
 from rlhf.trainers.options import check_options, check_packages, greater_is_better
+from rlhf.trainers.parallelism import check_context_parallel, parallel_sizes
 from rlhf.trainers.processes import check_processes, load_models_whole, trains_on_cpus
 from rlhf.trainers.ranges import check_finite, check_ranges
 from rlhf.trainers.secret_options import SecretOptions
@@ -21,7 +22,13 @@ logger = logging.getLogger(__name__)
 
 BAD_ROWS = "bad_rows.jsonl"  # in output_dir, with drop_bad_rows
 # Text in these is always JSON. transformers' own dictionaries may also name a file.
-_NEVER_A_FILE = ("model_init_kwargs", "chat_template_kwargs", "loss_kwargs", "teacher_model_init_kwargs")
+_NEVER_A_FILE = (
+    "model_init_kwargs",
+    "chat_template_kwargs",
+    "loss_kwargs",
+    "teacher_model_init_kwargs",
+    "parallelism_config",
+)
 
 
 @dataclass
@@ -132,6 +139,13 @@ class BaseConfig(SecretOptions, TrainingArguments):
         default=None,
         metadata={"help": "Mixed precision in bfloat16; default: on if the GPU supports it. Weights stay float32."},
     )
+    parallelism_config: dict[str, int] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Sizes of groups of processes under FSDP2: dp_replicate_size, dp_shard_size, and cp_size, which "
+            'divides long rows; as {"cp_size": 2}.'
+        },
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay false: the collator needs all columns."}
@@ -140,8 +154,14 @@ class BaseConfig(SecretOptions, TrainingArguments):
         default=False, metadata={"help": "Hide NaN losses in the log; waits for the device at each step."}
     )
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]  # noqa: RUF012  # not a field
+    _VALID_DICT_FIELDS = [  # noqa: RUF012  # not a field
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "chat_template_kwargs",
+        "parallelism_config",
+    ]
 
+    divides_rows: ClassVar[bool] = False  # whether the loss needs nothing but scores of targets (context parallelism)
     best_metric: ClassVar[str] = "loss"  # of evaluation, where nobody names another
 
     def __post_init__(self) -> None:
@@ -159,6 +179,8 @@ class BaseConfig(SecretOptions, TrainingArguments):
         load_models_whole()
         # After transformers' own checks, which make an object of accelerator_config.
         check_options(self)
+        self.parallelism_config = parallel_sizes(self.parallelism_config, self.world_size)
+        check_context_parallel(self)
         self.columns = renames(self.columns, "columns")
         self.roles = renames(self.roles, "roles")
         if self.max_seq_length is not None:
@@ -173,6 +195,14 @@ class BaseConfig(SecretOptions, TrainingArguments):
         self._check_batches()
         if self.truncation_mode != "keep_start":
             raise ValueError(f"truncation_mode {self.truncation_mode!r}: rows are cut at their end (keep_start)")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, which expects an object of accelerate where these options have sizes."""
+        sizes, self.parallelism_config = self.parallelism_config, None
+        try:
+            return super().to_dict() | {"parallelism_config": sizes}
+        finally:
+            self.parallelism_config = sizes
 
     def _check_batches(self) -> None:
         plans_rows = self.tokens_per_batch is not None or getattr(self, "packing", False)

@@ -21,6 +21,7 @@ from rlhf.models import vocabulary_size
 from rlhf.models.positions import inputs_of
 from rlhf.trainers.history import as_frame
 from rlhf.trainers.metric_sums import Metrics
+from rlhf.trainers.parallelism import gather_rows
 from rlhf.trainers.progress import ProgressLines, replace_progress
 from rlhf.trainers.resuming import Resuming
 from rlhf.trainers.sample_answers import SampleAnswers, SamplePrompt, choose_prompts
@@ -148,8 +149,8 @@ class Evaluating(Resuming):
             metrics = {"loss": (measures.loss, measures.counts), **measures.metrics}
             names = list(metrics)
             columns = [column.float() for sum_and_count in metrics.values() for column in sum_and_count]
-            # Ranks are evened out by repeating rows; gather_for_metrics drops the repeated ones.
-            row_sums = self.accelerator.gather_for_metrics(torch.stack(columns, dim=1))
+            # Ranks are evened out by repeating rows; the repeated ones are dropped.
+            row_sums = gather_rows(self.accelerator, torch.stack(columns, dim=1))
             batch_tables.append(row_sums.double().cpu())
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         row_sums = torch.cat(batch_tables) if batch_tables else torch.zeros(0, 0, dtype=torch.float64)

@@ -16,6 +16,7 @@ from rlhf.data.columns import check_unpaired_columns
 from rlhf.losses import kto_loss
 from rlhf.trainers.config import BaseConfig
 from rlhf.trainers.evaluating import Measures
+from rlhf.trainers.parallelism import gather_rows
 from rlhf.trainers.referenced import ReferencedConfig, ReferencedTrainer
 
 logger = logging.getLogger(__name__)
@@ -146,9 +147,7 @@ class KTOTrainer(ReferencedTrainer):
         """As for every trainer; the KL of the whole data set comes first."""
         # This estimate runs before the loop that switches dropout off.
         self.model.eval()
-        batch_kls = [
-            self.accelerator.gather_for_metrics(self._mismatched_kl(self.model, batch)) for batch in dataloader
-        ]
+        batch_kls = [gather_rows(self.accelerator, self._mismatched_kl(self.model, batch)) for batch in dataloader]
         self._kl = torch.cat(batch_kls).mean().clamp(min=0)
         return super().evaluation_loop(dataloader, *args, **kwargs)
 

@@ -22,7 +22,7 @@ MOVE_FIGURES: dict[str, str] = {
     "batches and their order": "per_device_train_batch_size gradient_accumulation_steps tokens_per_batch packing "
     "packing_strategy padding_free pad_to_multiple_of seed data_seed full_determinism train_sampling_strategy "
     "shuffle_dataset shuffle_buffer_size dataloader_drop_last dataloader_in_order ignore_data_skip accelerator_config "
-    "fsdp fsdp_config deepspeed streaming mixture",
+    "fsdp fsdp_config deepspeed parallelism_config streaming mixture",
     "rows": "max_length max_seq_length max_prompt_length drop_long_prompts truncation_mode chat_template_path columns "
     "roles chat_template_kwargs drop_bad_rows eos_token pad_token add_tokens dataset_text_field dataset_kwargs "
     "completion_only_loss assistant_only_loss",

@@ -26,7 +26,6 @@ REFUSED: dict[str, str] = {
     "include_for_metrics": "docs/metrics.md lists what is measured",
     "batch_eval_metrics": "metrics are sums over the data set, for any batch size",
     "average_tokens_across_devices": "the loss is always divided by the number of scored items on all devices",
-    "parallelism_config": "weights are sharded by FSDP or DeepSpeed alone",
     "length_column_name": "lengths are counted from the tokens",
     "do_predict": "nothing is predicted after training; use rlhf eval",
 }
@@ -58,6 +57,7 @@ ACTS: dict[str, str] = {
     "report_to": "one or several names; a missing package is found at the start",
     "run_name": "by default the name of the output folder",
     "project": "by default the name of the folder above the output folder",
+    "parallelism_config": "sizes of FSDP2's groups, and cp_size: processes that share each batch",
     "optim": "a missing package is found at the start",
     "resume_from_checkpoint": "a folder, or true for the last in output_dir; also on the command line",
     "do_train": "the commands train",

@@ -11,6 +11,7 @@ from rlhf.data import Batch, Packed
 from rlhf.trainers.base import BaseTrainer
 from rlhf.trainers.config import BaseConfig
 from rlhf.trainers.options import as_config
+from rlhf.trainers.parallelism import cp_size
 from rlhf.trainers.preparation import sets_of
 from rlhf.trainers.reference import Reference, ReferenceSyncArguments
 from rlhf.trainers.reference_logps import add_ref_logps, reference_fingerprint
@@ -33,6 +34,8 @@ class ReferencedConfig(ReferenceSyncArguments, BaseConfig):
     precompute_ref_batch_size: int | None = field(
         default=None, metadata={"help": "Batch size of that computation; default: per_device_eval_batch_size."}
     )
+
+    divides_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,7 +74,9 @@ class ReferencedTrainer(BaseTrainer):
         self.set_up()  # first, as it may change how rows are collated for the reference
         precompute = args.precompute_ref_log_probs
         if precompute is None:
-            precompute = not has_stream and not args.sync_ref_model and self._reads_rows_again()
+            # Before training, processes that share batches have nothing to share yet.
+            asks_often = has_stream or args.sync_ref_model or cp_size(args) > 1
+            precompute = not asks_often and self._reads_rows_again()
         # Before training the policy itself is the reference: where all sums are stored then, no copy is needed.
         self.reference = self.make_reference(ref_model, copies=not precompute)
         self.reference_is_start = ref_model is None

@@ -99,6 +99,7 @@ class SFTConfig(TextConfig):
         default=None, metadata={"help": "A name of TRL; only skip_prepare_dataset, for tokenised rows."}
     )
 
+    divides_rows: ClassVar[bool] = True
     _VALID_DICT_FIELDS = [*TextConfig._VALID_DICT_FIELDS, "dataset_kwargs"]  # noqa: RUF012  # not a field
 
     def __post_init__(self) -> None:

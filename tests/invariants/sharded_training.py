@@ -3,19 +3,64 @@
 accelerate shards over accelerators alone. That is patched away here, and nothing else: what is sharded, trained, saved
 and resumed is accelerate's, torch's or DeepSpeed's own work.
 
-    torchrun --nproc_per_node 2 sharded_training.py fsdp2|zero2|zero3 FOLDER KINDS…
+    torchrun --nproc_per_node 2 sharded_training.py fsdp2|zero2|zero3 FOLDER CASES…
 """
 
 import gc
 import json
 import os
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 STEPS = 3
 SAVED_AT = 2
-KINDS = ("sft", "dpo", "kto", "reward", "distill")
-IN_SHARDS = ("sft", "dpo")  # with FSDP2: checkpoints in shards, and whole ones for the others
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training, in one process and in two.
+
+    Args:
+        trainer: the name of the trainer, without its last word.
+        rows: a fixture of rows.
+        model: a tiny model.
+        options: of the trainer.
+        lora: whether an adapter is trained.
+        shared: whether both processes share each batch (context parallelism).
+        resumes: the processes that go on from a checkpoint.
+        slow: whether it runs among the slow tests alone.
+    """
+
+    trainer: str
+    rows: str
+    model: str = "llama"
+    options: dict[str, Any] = field(default_factory=dict)
+    lora: bool = False
+    shared: bool = False
+    resumes: tuple[int, ...] = ()
+    slow: bool = False
+
+
+BALANCED = dict(router_aux_loss_coef=0.1)
+CASES = {
+    "sft": Case("SFT", "sft_rows", resumes=(2,)),
+    "dpo": Case("DPO", "preference_rows", resumes=(1, 2)),
+    "kto": Case("KTO", "unpaired_rows", "qwen2"),  # a head that is tied to the embeddings
+    "reward": Case("Reward", "preference_rows"),
+    "distill": Case("Distill", "sft_rows"),
+    "sft, checkpointed activations": Case("SFT", "sft_rows", options=dict(activation_checkpointing=True), slow=True),
+    "dpo, adapter": Case("DPO", "preference_rows", lora=True),
+    "dpo, stored reference": Case("DPO", "preference_rows", options=dict(precompute_ref_log_probs=True), slow=True),
+    "mixture": Case("SFT", "sft_rows", "mixtral", BALANCED),
+    "dpo, mixture": Case("DPO", "preference_rows", "qwen3_moe", BALANCED, slow=True),
+    "ppo": Case("PPO", "prompt_rows", slow=True),
+    "ppo, critic": Case("PPO", "prompt_rows", options=dict(value_model="critic")),
+    "shared sft": Case("SFT", "sft_rows", shared=True, slow=True),
+    "shared dpo": Case("DPO", "preference_rows", "mixtral", BALANCED, shared=True),
+    "shared kto": Case("KTO", "unpaired_rows", shared=True, slow=True),
+}
 
 
 def shard_on_cpus(kind: str) -> None:
@@ -27,7 +72,8 @@ def shard_on_cpus(kind: str) -> None:
     if kind == "fsdp2":
         os.environ |= {
             "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-            "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+            "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+            "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
         }  # fmt: skip
         torch.distributed.init_process_group("gloo")
     else:
@@ -43,78 +89,117 @@ def shard_on_cpus(kind: str) -> None:
     state.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
 
 
-def make_trainer(kind: str, folder: Path, tokenizer, batch: int, **changes):
+class FirstPolicy:
+    """An engine outside of the trainer that keeps the first weights, so that any number of processes sample alike."""
+
+    version = 0
+
+    def __init__(self, tokenizer) -> None:
+        from conftest import tiny_model
+
+        from rlhf.rollouts import LocalEngine
+
+        self.engine = LocalEngine(tiny_model(), tokenizer)
+
+    def generate(self, *args, **kwargs):
+        return self.engine.generate(*args, **kwargs)
+
+    def update_weights(self, weights, version: int) -> None:
+        list(weights)  # each is gathered by all processes together
+
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def reward_letters(completions, **_):
+    return [float(len(text) % 7) for text in completions]
+
+
+def prompt_rows():
+    from conftest import sentences
+    from datasets import Dataset
+
+    return Dataset.from_list([{"prompt": text} for text in sentences(1, 24)])
+
+
+def make_trainer(name: str, folder: Path, tokenizer, processes: int, **changes):
     """A trainer of a tiny model; the same rows are in a step for any number of processes."""
-    from conftest import preference_rows, sft_rows, tiny_model, unpaired_rows
+    import conftest
+    from peft import LoraConfig
 
     import rlhf
 
-    os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT" if kind in IN_SHARDS else "FULL_STATE_DICT"
-    names = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "reward": "Reward", "distill": "Distill"}
-    rows = {"sft": sft_rows, "distill": sft_rows, "kto": unpaired_rows}.get(kind, preference_rows)
-    config = getattr(rlhf, f"{names[kind]}Config")(
-        str(folder), per_device_train_batch_size=batch, max_steps=STEPS, logging_steps=1, save_steps=SAVED_AT,
+    case = CASES[name]
+    shares = case.shared and processes == 2
+    options = dict(
+        per_device_train_batch_size=4 if processes == 1 or shares else 2, max_steps=STEPS, logging_steps=1,
+        save_steps=SAVED_AT, save_strategy="steps" if case.resumes else "no",
         report_to="none", disable_tqdm=True, learning_rate=1e-2, max_grad_norm=1.0,
         # Gradients that are nearly 0 come out of rounding, and Adam would magnify them.
-        adam_epsilon=1e-3, **changes,
+        adam_epsilon=1e-3,
     )  # fmt: skip
-    own = {"teacher_model": tiny_model(seed=1)} if kind == "distill" else {}
-    model = tiny_model(
-        "qwen2" if kind == "kto" else "llama"
-    )  # a head that is tied to the embeddings, and one of its own
-    return getattr(rlhf, f"{names[kind]}Trainer")(
-        model, args=config, train_dataset=rows.__wrapped__(), processing_class=tokenizer, **own
+    if case.trainer == "PPO":
+        options |= dict(max_completion_length=8, max_length=64, beta=0.0, max_steps=2)
+    if shares:
+        options["parallelism_config"] = {"cp_size": 2}
+    own = {"peft_config": LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0)} if case.lora else {}
+    if case.trainer == "Distill":
+        own["teacher_model"] = conftest.tiny_model(seed=1)
+    if case.trainer == "PPO":
+        own |= {"reward_funcs": reward_letters, "engine": FirstPolicy(tokenizer)}
+        rows = prompt_rows()
+    else:
+        rows = getattr(conftest, case.rows).__wrapped__()
+    if case.options.get("value_model"):
+        changes["value_model"] = str(folder.parent / "critic")
+    config = getattr(rlhf, f"{case.trainer}Config")(str(folder), **{**options, **case.options, **changes})
+    return getattr(rlhf, f"{case.trainer}Trainer")(
+        conftest.tiny_model(case.model), args=config, train_dataset=rows, processing_class=tokenizer, **own
     )
 
 
-def resumed(kind: str, folder: Path, tokenizer, batch: int, name: str) -> list[float]:
+def resumed(name: str, folder: Path, tokenizer, processes: int) -> list[float]:
     """The losses of a run that goes on from a checkpoint of another one."""
-    trainer = make_trainer(kind, folder / f"{kind}-{name}", tokenizer, batch, allow_changes=name == "alone")
-    trainer.train(resume_from_checkpoint=str(folder / kind / f"checkpoint-{SAVED_AT}"))
+    place = folder / f"{name}-resumed-{processes}"
+    trainer = make_trainer(name, place, tokenizer, processes, allow_changes=processes == 1)
+    trainer.train(resume_from_checkpoint=str(folder / name / f"checkpoint-{SAVED_AT}"))
     trainer.save_model()
     return losses(trainer)
-
-
-def first_loss_in_half_precision(folder: Path, tokenizer) -> float:
-    """Of DPO with bf16 products, at the start; log 2, if policy and reference are computed alike."""
-    import transformers.training_args
-
-    transformers.training_args.is_torch_bf16_gpu_available = lambda: True  # these CPUs stand for accelerators
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
-    trainer = make_trainer("dpo", folder / "half", tokenizer, 2, bf16=True, save_strategy="no")
-    trainer.train()
-    os.environ.pop("ACCELERATE_MIXED_PRECISION")
-    return losses(trainer)[0]
 
 
 def losses(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def train_all(folder: Path, tokenizer, kinds) -> dict[str, dict[str, list[float]]]:
+def train_all(folder: Path, tokenizer, names) -> dict[str, dict[str, list[float]]]:
     found = {}
-    for kind in kinds:
-        trainer = make_trainer(kind, folder / kind, tokenizer, 2)
+    for name in names:
+        trainer = make_trainer(name, folder / name, tokenizer, 2)
         trainer.train()
         trainer.save_model()
-        found[kind] = {"whole": losses(trainer), "resumed": resumed(kind, folder, tokenizer, 2, "resumed")}
+        found[name] = {"": losses(trainer)}
+        if 2 in CASES[name].resumes:
+            found[name]["-resumed-2"] = resumed(name, folder, tokenizer, 2)
     return found
 
 
 def main() -> None:
-    sharding, folder, kinds = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+    sharding, folder, names = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
     shard_on_cpus(sharding)
     import torch.distributed as dist
     from transformers import AutoTokenizer
 
     if sharding == "fsdp2":
+        from context_parallel import compare_context_parallel
         from sharded import compare
 
         compare()
+        compare_context_parallel()
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    found = train_all(folder, tokenizer, kinds)
-    if sharding == "fsdp2":
-        found["dpo"]["half"] = [first_loss_in_half_precision(folder, tokenizer)]
+    found = train_all(folder, tokenizer, names)
     gc.collect()  # a model that still holds the group would abort at the interpreter's end
     is_first = dist.get_rank() == 0
     dist.barrier()
@@ -125,8 +210,9 @@ def main() -> None:
     if sharding == "fsdp2":
         os.environ |= {"WORLD_SIZE": "1"}
         dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-        for kind in kinds:
-            found[kind]["alone"] = resumed(kind, folder, tokenizer, 4, "alone")
+        for name in names:
+            if 1 in CASES[name].resumes:
+                found[name]["-resumed-1"] = resumed(name, folder, tokenizer, 1)
         gc.collect()
         dist.destroy_process_group()
     (folder / "losses.json").write_text(json.dumps(found))
