@@ -1,0 +1,70 @@
+"""What a model has learnt: held-out perplexity and preference accuracy, and answers with their rewards."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from settings import ANSWER_TOKENS, SAMPLES
+
+from rlhf.cli.main import main
+from rlhf.data import encode_prompt
+from rlhf.models import load_model, load_tokenizer
+from rlhf.rewards import ModelReward
+from rlhf.rollouts import LocalEngine, Sampling
+
+
+def evaluate(model: str, reference: str, rows: str, out: Path, name: str) -> dict[str, float]:
+    """The metrics of ``rlhf eval``.
+
+    Args:
+        model: a folder.
+        reference: of the preference metrics.
+        rows: a file of pairs.
+        out: a folder for its output.
+        name: of that output.
+    Returns:
+        Figures by name.
+    """
+    file = out / f"eval-{name}.json"
+    command = ["eval", "--model_name_or_path", model, "--ref_model_name_or_path", reference, "--dataset_name", rows]
+    command += ["--dtype", "float32", "--batch_size", "32", "--max_length", "1024", "--drop_long_prompts"]
+    main([*command, "--output_file", str(file), "--overwrite"])
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    file.unlink()
+    return found
+
+
+def answer(model: str, rows: Dataset, judges: Sequence[Path], tokens: int = ANSWER_TOKENS) -> list[dict[str, Any]]:
+    """A greedy and some sampled answers to each prompt, each with the reward of each judge.
+
+    Args:
+        model: a folder.
+        rows: prompts.
+        judges: folders of reward models.
+        tokens: the longest answer.
+    Returns:
+        An entry for each answer.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = load_tokenizer(model)
+    policy = load_model(model, dtype="bfloat16" if device == "cuda" else "float32").to(device)
+    engine = LocalEngine(policy, tokenizer)
+    ids = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    found = []
+    for kind, temperature, count in (("greedy", 0.0, 1), ("sampled", 1.0, SAMPLES)):
+        groups = engine.generate(ids, count, Sampling(temperature=temperature, max_tokens=tokens), seed=0)
+        for number, group in enumerate(groups):
+            for completion in group:
+                text = tokenizer.decode(completion.ids, skip_special_tokens=True)
+                entry = {"prompt": number, "kind": kind, "text": text, "tokens": len(completion.ids)}
+                found.append(entry | {"ended": completion.finish_reason == "stop"})
+    asked = [rows[entry["prompt"]]["prompt"] for entry in found]
+    replies = [[{"role": "assistant", "content": entry["text"]}] for entry in found]
+    for folder in judges:
+        judge = ModelReward(str(folder), batch_size=64)
+        for entry, reward in zip(found, judge(asked, replies), strict=True):
+            entry[folder.name] = reward
+    return found
