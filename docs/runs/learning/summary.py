@@ -1,0 +1,227 @@
+"""Tables of the run: python summary.py RESULTS DATA writes summary.json and curves.json and prints Markdown.
+
+RESULTS is the folder that run.py wrote (its .json files), DATA that of the preferences.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rows import question, read
+from settings import SIDES, STAGES
+
+from rlhf.evaluation import Estimate, length_controlled_win_rate, mean_ratio, share_difference
+
+HERE = Path(__file__).parent
+Answers = list[dict[str, Any]]
+# What a curve shows; the rest of a line of the log is left out.
+CURVES = {
+    "sft": ("loss",),
+    "dpo": ("loss", "rewards/accuracies"),
+    "grpo": ("reward",),
+    "ppo": ("reward", "critic/explained_variance", "completions/mean_length", "kl"),
+    "reward": ("loss", "accuracy"),
+}
+
+
+def shown(estimate: Estimate | None, digits: int = 3) -> str:
+    """A figure with its interval."""
+    if estimate is None:
+        return "–"
+    return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+
+
+# Reward models
+
+
+def by_prompt(hits: Sequence[float], rows: Sequence[dict[str, Any]]) -> Estimate | None:
+    """The share of hits; its interval takes prompts, not pairs, as independent."""
+    groups: dict[str, list[float]] = {}
+    for hit, row in zip(hits, rows, strict=True):
+        groups.setdefault(question(row), []).append(hit)
+    return mean_ratio([sum(group) for group in groups.values()], [len(group) for group in groups.values()])
+
+
+def length_differences(rows: Sequence[dict[str, Any]], measure: Callable[[str], int]) -> list[int]:
+    """How much longer the chosen answers are."""
+    return [measure(row["chosen"][-1]["content"]) - measure(row["rejected"][-1]["content"]) for row in rows]
+
+
+def hit(difference: float) -> float:
+    """1 where the chosen answer is ahead, 1/2 for a tie."""
+    return (difference > 0) + 0.5 * (difference == 0)
+
+
+def balanced(hits: Sequence[float], longer: Sequence[float]) -> tuple[float, float, float]:
+    """Accuracy where the chosen answer is the longer one, where it is the shorter one, and the mean of both."""
+    where_longer = [value for value, length in zip(hits, longer, strict=True) if length > 0]
+    where_shorter = [value for value, length in zip(hits, longer, strict=True) if length < 0]
+    parts = statistics.mean(where_longer), statistics.mean(where_shorter)
+    return *parts, statistics.mean(parts)
+
+
+def judge_table(results: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy of each reward model, and of "the longer answer", on the held-out pairs."""
+    characters = length_differences(rows, len)
+    words = length_differences(rows, lambda text: len(text.split()))
+    rules = {"longer, in characters": characters, "longer, in words": words}
+    margins: dict[str, list[float]] = {name: [float(value) for value in rule] for name, rule in rules.items()}
+    for file in sorted(results.glob("reward-*.json")):
+        rewards = json.loads(file.read_text(encoding="utf-8"))["eval"]
+        margins[file.stem] = [chosen - rejected for chosen, rejected in rewards]
+    judges = [margins[name] for name in margins if name.startswith("reward-")]
+    if len(judges) > 1:
+        margins["mean of the reward models"] = [sum(values) / len(values) for values in zip(*judges, strict=True)]
+    print("\n| on held-out pairs | accuracy | chosen longer | chosen shorter | balanced |\n|---|---|---|---|---|")
+    table = {}
+    longest = [hit(value) for value in margins["longer, in characters"]]
+    for name, values in margins.items():
+        hits = [hit(value) for value in values]
+        parts = balanced(hits, characters)
+        gains = sum(a > b for a, b in zip(hits, longest, strict=True))
+        losses = sum(a < b for a, b in zip(hits, longest, strict=True))
+        table[name] = {
+            "accuracy": by_prompt(hits, rows),
+            "parts": parts,
+            "gain_over_longer": share_difference(gains, losses, len(hits)),
+        }
+        print(f"| {name} | {shown(by_prompt(hits, rows))} | " + " | ".join(f"{part:.3f}" for part in parts) + " |")
+    return table
+
+
+# SFT, DPO, GRPO
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation over the seeds."""
+    if len(values) < 2:
+        return f"{statistics.mean(values):.3f}" if values else "–"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def side_table(sides: dict[str, list[dict[str, Any]]]) -> None:
+    """What each side reached, over its seeds."""
+    print("\n| figure | " + " | ".join(sides) + " |\n|---|" + "---|" * len(sides))
+
+    def line(name: str, figure: Callable[[dict[str, Any]], float]) -> None:
+        cells = []
+        for runs in sides.values():
+            values = []
+            for run in runs:
+                try:
+                    values.append(figure(run))
+                except KeyError:  # this stage failed or was stopped
+                    continue
+            cells.append(spread(values))
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+    for stage in STAGES:
+        line(f"{stage}: steps", lambda run, stage=stage: run[stage]["steps"])  # type: ignore[misc]
+        line(f"{stage}: seconds", lambda run, stage=stage: run[stage]["seconds"])  # type: ignore[misc]
+    for stage in ("sft", "dpo"):
+        for metric in ("perplexity/chosen", "rewards/accuracies", "rewards/margins"):
+            line(f"{stage}: {metric}", lambda run, s=stage, m=metric: run[f"{s}_held_out"]["metrics"][m])  # type: ignore[misc]
+    for kind in ("sampled", "greedy"):
+        line(
+            f"grpo: share of {kind} held-out answers that fit",
+            lambda run, k=kind: statistics.mean(a["fits"] for a in run["grpo_answers"] if a["kind"] == k),  # type: ignore[misc]
+        )
+
+
+# Win rates
+
+
+def duel(before: Answers, after: Answers, judge: str, kind: str) -> dict[str, Any]:
+    """The second model's answers against the first one's, by a judge; prompts are the units."""
+    scores: dict[int, list[float]] = {}
+    lengths: dict[int, list[float]] = {}
+    old, new = ([entry for entry in answers if entry["kind"] == kind] for answers in (before, after))
+    for a, b in zip(old, new, strict=True):
+        assert a["prompt"] == b["prompt"]
+        scores.setdefault(a["prompt"], []).append(hit(b[judge] - a[judge]))
+        lengths.setdefault(a["prompt"], []).append(len(b["text"]) - len(a["text"]))
+    each = [statistics.mean(values) for values in scores.values()]
+    return {
+        "win_rate": mean_ratio(each, [1] * len(each)),
+        "at_equal_length": length_controlled_win_rate(each, [statistics.mean(values) for values in lengths.values()]),
+        "characters": [statistics.mean(len(entry["text"]) for entry in answers) for answers in (old, new)],
+        "tokens": [statistics.mean(entry["tokens"] for entry in answers) for answers in (old, new)],
+        "ended": [statistics.mean(entry["ended"] for entry in answers) for answers in (old, new)],
+        "rewards": [statistics.mean(entry[judge] for entry in answers) for answers in (old, new)],
+    }
+
+
+def show_duels(title: str, duels: dict[str, dict[str, Any]]) -> None:
+    print(f"\n{title}\n\n| answers | win rate | at equal length | reward | tokens | ended |\n|---|---|---|---|---|---|")
+    for name, found in duels.items():
+        pairs = [f"{found[key][0]:.2f} → {found[key][1]:.2f}" for key in ("rewards", "tokens", "ended")]
+        print(
+            f"| {name} | {shown(found['win_rate'])} | {shown(found['at_equal_length'])} | " + " | ".join(pairs) + " |"
+        )
+
+
+def side_duels(sides: dict[str, list[dict[str, Any]]], judges: list[str]) -> dict[str, Any]:
+    """Ours against TRL's, all seeds together: a prompt's score is the mean over the seeds."""
+    found = {}
+    ours, theirs = (sides[side] for side in SIDES)
+    for stage in ("sft", "dpo"):
+        pairs = [
+            (a, b) for a, b in zip(ours, theirs, strict=False) if f"{stage}_answers" in a and f"{stage}_answers" in b
+        ]
+        for judge in judges:
+            for kind in ("sampled", "greedy"):
+                if pairs:
+                    old = [entry for _, b in pairs for entry in b[answers]]
+                    new = [entry for a, _ in pairs for entry in a[answers]]
+                    found[f"{stage}, {kind}, by {judge}"] = duel(old, new, judge, kind)
+    return found
+
+
+def curves(results: Path, sides: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The figures of each line of the logs, against seconds."""
+
+    def points(kind: str, lines: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
+        return {
+            name: [[line["seconds"], line["step"], round(line[name], 5)] for line in lines if name in line]
+            for name in CURVES[kind]
+        }
+
+    found: dict[str, Any] = {}
+    for side, runs in sides.items():
+        for run in runs:
+            for stage in STAGES:
+                found[f"{stage}-{side}-{run['seed']}"] = points(stage, run.get(stage, {}).get("lines", []))
+    for file in sorted(results.glob("reward-*.json")):
+        found[file.stem] = points("reward", json.loads(file.read_text(encoding="utf-8"))["lines"])
+    if (results / "ppo.json").exists():
+        found["ppo"] = points("ppo", json.loads((results / "ppo.json").read_text(encoding="utf-8"))["lines"])
+    return found
+
+
+def main() -> None:
+    results, data = Path(sys.argv[1]), Path(sys.argv[2])
+    rows = read(data, "eval")
+    sides: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    for file in sorted(results.glob("side-*.json")):
+        run = json.loads(file.read_text(encoding="utf-8"))
+        sides[run["side"]].append(run)
+    judges = [file.stem for file in sorted(results.glob("reward-*.json"))]
+    summary: dict[str, Any] = {"judges": judge_table(results, rows)}
+    side_table(sides)
+    summary["ours_against_trl"] = side_duels(sides, judges)
+    show_duels("This package's models (after) against TRL's (before)", summary["ours_against_trl"])
+    ppo_file = results / "ppo.json"
+    ppo = json.loads(ppo_file.read_text(encoding="utf-8")) if ppo_file.exists() else {}
+    if "before" in ppo:
+        kinds = [(kind, judge) for kind in ("sampled", "greedy") for judge in judges]
+        summary["ppo"] = {f"{k}, by {j}": duel(ppo["before"], ppo["after"], j, k) for k, j in kinds}
+        show_duels("PPO (after) against its start (before)", summary["ppo"])
+    (HERE / "summary.json").write_text(json.dumps(summary, default=vars, indent=1) + "\n", encoding="utf-8")
+    (HERE / "curves.json").write_text(json.dumps(curves(results, sides)) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
