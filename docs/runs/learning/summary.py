@@ -168,9 +168,8 @@ def side_duels(sides: dict[str, list[dict[str, Any]]], judges: list[str]) -> dic
     found = {}
     ours, theirs = (sides[side] for side in SIDES)
     for stage in ("sft", "dpo"):
-        pairs = [
-            (a, b) for a, b in zip(ours, theirs, strict=False) if f"{stage}_answers" in a and f"{stage}_answers" in b
-        ]
+        answers = f"{stage}_answers"
+        pairs = [(a, b) for a, b in zip(ours, theirs, strict=False) if answers in a and answers in b]
         for judge in judges:
             for kind in ("sampled", "greedy"):
                 if pairs:
