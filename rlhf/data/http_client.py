@@ -4,8 +4,10 @@ import json
 import logging
 import re
 import socket
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +16,16 @@ from tenacity import (
     RetryCallState,
     Retrying,
     retry_if_exception_type,
+    sleep_using_event,
     stop_after_attempt,
     stop_after_delay,
+    stop_when_event_set,
     wait_exponential,
     wait_fixed,
     wait_random,
 )
+
+from rlhf.data.open_sockets import OpenSockets
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +44,10 @@ _ADDRESS = re.compile(
 
 class ServerError(OSError):
     """A server replied, but not as it must; an ``OSError``, which commands report in one line."""
+
+
+class Cancelled(OSError):
+    """This process has ended its own requests; see :meth:`HttpClient.cancelled`."""
 
 
 class Unavailable(ConnectionError):
@@ -149,6 +159,8 @@ class HttpClient:
         logging.getLogger("httpx2").setLevel(logging.WARNING)
         # A server that was started again does not say so; whoever depends on its state looks here.
         self.connection_faults = 0
+        self._sockets = OpenSockets()
+        self._cancelled = threading.Event()  # another one after each cancellation
         self._warned_at = -SECONDS_BETWEEN_WARNINGS
 
     def request(
@@ -166,18 +178,34 @@ class HttpClient:
             The reply, whatever its status, unless the status says that the server cannot answer now.
         Raises:
             Unavailable: the server does not answer, or cannot, after all tries.
+            Cancelled: see :meth:`cancelled`.
             ServerError: the reply is too large.
             ValueError: the body cannot be written as JSON.
         """
         content = None if body is None else _as_json(body, self.address)
+        cancelled = self._cancelled  # this one stays set for the requests that were under way
         retrying = Retrying(
             retry=retry_if_exception_type(Unavailable),
             wait=wait_exponential(multiplier=1, max=30) + wait_random(0, 1),
-            stop=stop_after_attempt(tries or self.tries) | stop_after_delay(self.patience),
+            stop=stop_after_attempt(tries or self.tries)
+            | stop_after_delay(self.patience)
+            | stop_when_event_set(cancelled),
+            sleep=sleep_using_event(cancelled),
             before_sleep=self._warn,
             reraise=True,
         )
-        return retrying(self._send, method, path, content, repeats_errors)
+
+        def send() -> Reply:
+            if cancelled.is_set():
+                raise Cancelled(f"{self.address}{path}: the request was cancelled")
+            return self._send(method, path, content, repeats_errors)
+
+        try:
+            return retrying(send)
+        except Unavailable:
+            if cancelled.is_set():
+                raise Cancelled(f"{self.address}{path}: the request was cancelled") from None
+            raise
 
     def wait_until_ready(self, path: str, seconds: float) -> Reply:
         """Ask a server that may still be loading.
@@ -199,6 +227,22 @@ class HttpClient:
         )
         return retrying(self._send, "GET", path, None, True)
 
+    @contextmanager
+    def cancelled(self) -> Iterator[None]:
+        """End the requests of other threads that are under way; inside, none is made: each raises :class:`Cancelled`.
+
+        A completion server gives up what it samples for a connection that ends.
+
+        Yields:
+            Nothing.
+        """
+        self._cancelled.set()
+        self._sockets.shut_down()
+        try:
+            yield
+        finally:
+            self._cancelled = threading.Event()
+
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
@@ -206,7 +250,10 @@ class HttpClient:
     def _send(self, method: str, path: str, content: bytes | None, repeats_errors: bool) -> Reply:
         headers = {} if content is None else {"Content-Type": "application/json"}
         try:
-            with self._client.stream(method, self._url + path, content=content, headers=headers) as response:
+            extensions = {"trace": self._sockets.trace}
+            with self._client.stream(
+                method, self._url + path, content=content, headers=headers, extensions=extensions
+            ) as response:
                 body = self._read(response)
                 reply = Reply(self.address + path, response.status_code, response.reason_phrase, body)
         except httpx2.TransportError as error:

@@ -63,6 +63,8 @@ def _check_sampling(args: Any) -> None:
             f"max_completion_length {args.max_completion_length} leaves no room for a prompt in max_length "
             f"{args.max_length}: raise max_length"
         )
+    if args.max_staleness:
+        check_staleness(args)
     if args.dynamic_sampling and args.num_generations < 2:
         raise ValueError("dynamic_sampling looks for groups of different rewards: num_generations must be above 1")
     # Allowed, as ratios are between the trainer's own log-probs; but the samples are then not the policy's.
@@ -70,6 +72,26 @@ def _check_sampling(args: Any) -> None:
         logger.warning(
             "top_p, top_k, min_p or repetition_penalty: samples come from another distribution than the policy's "
             "own, which the loss takes them for; sampler_kl shows how far they are apart"
+        )
+
+
+def check_staleness(args: Any) -> None:
+    """Refuse what cannot be while rollouts are sampled ahead.
+
+    Args:
+        args: a :class:`rlhf.PPOConfig`.
+    Raises:
+        ValueError: the option, and what to do.
+    """
+    if args.rollout_server_sleep:
+        raise ValueError(
+            "max_staleness: the server samples while the policy trains, so it cannot sleep: leave rollout_server_sleep "
+            "out"
+        )
+    # Processes exchange their groups, which only their main threads may do.
+    if args.dynamic_sampling and args.world_size > 1:
+        raise ValueError(
+            f"max_staleness with dynamic_sampling works on one process, not on {args.world_size}: leave one of them out"
         )
 
 

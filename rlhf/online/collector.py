@@ -1,7 +1,9 @@
 """From prompts to scored samples: which prompts come next, what is sampled for them, and their rewards."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from rlhf.data.messages import Turns
 from rlhf.models import Policy
 from rlhf.online.config import PPOConfig
 from rlhf.online.prompts import Prompts
+from rlhf.online.rollout import Rollout
 from rlhf.online.samples import Sample, groups_with_reward_variance, zero_std_groups
 from rlhf.rewards import RewardSet
 from rlhf.rewards.scoring import Scored
@@ -24,24 +27,6 @@ from rlhf.rollouts import Environment, Sampling, play
 from rlhf.rollouts.policy_sampler import PolicySampler
 
 NumberedRow = tuple[int, dict[str, Any]]  # a row of the data, and the number of its prompt in the rollout
-
-
-@dataclass
-class Rollout:
-    """One rollout's share of this process.
-
-    Args:
-        samples: scored, in the order of training.
-        scored: what the reward functions returned at each call, for their own metrics.
-        zero_std_groups: groups of equal rewards and all groups, before dynamic sampling replaced any. With dynamic
-            sampling these are of all processes, otherwise of this one.
-        greedy_rewards: [S], rewards of the most probable answer to each sample's prompt; only for ``remax``.
-    """
-
-    samples: list[Sample]
-    scored: list[Scored] = field(default_factory=list)
-    zero_std_groups: tuple[int, int] = (0, 0)
-    greedy_rewards: Tensor | None = None
 
 
 class RolloutCollector:
@@ -74,6 +59,7 @@ class RolloutCollector:
         self.tokenizer, self.row_format = tokenizer, row_format
         self.environment_factory = environment_factory
         self.num_rollouts = 0  # so far
+        self.version = 0  # of the weights that sample now: the rollouts that the policy was trained on
         # A step takes a fixed number of completions, so a rollout takes the prompts that give so many.
         completions_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.prompts_per_step = completions_per_step // args.completions_used  # of this process
@@ -101,18 +87,55 @@ class RolloutCollector:
         Returns:
             This process's share.
         """
+        started_at = time.perf_counter()
+        with self.sampler.synced_engine(policy, trained_model, state.global_step):
+            self.version = self.num_rollouts
+            rollout = self.next_rollout(state)
+        rollout.seconds = time.perf_counter() - started_at  # with the time that sending the weights took
+        return rollout
+
+    def next_rollout(self, state: TrainerState) -> Rollout:
+        """The next rollout, from the weights that the engine has.
+
+        Args:
+            state: the trainer's state; reward functions may ask for it.
+        Returns:
+            This process's share.
+        """
+        started_at = time.perf_counter()
         self.num_rollouts += 1
         # Every process draws all prompts, and samples for its share: so the order needs no communication.
         rows = list(enumerate(self.prompts.draw(self.prompts_per_rollout)))
-        rollout = Rollout([])
-        with self.sampler.synced_engine(policy, trained_model, state.global_step):
-            rollout.samples = self._sample_and_score(self._share_of_minibatches(rows), state, rollout)
-            rollout.zero_std_groups = zero_std_groups(rollout.samples)
-            if self.args.dynamic_sampling:
-                self._resample_zero_std_groups(rollout, state)
-            if self.args.uses_baselines:
-                rollout.greedy_rewards = self._greedy_rewards(rollout, state)
+        rollout = Rollout([], number=self.num_rollouts)
+        rollout.samples = self._sample_and_score(self._share_of_minibatches(rows), state, rollout)
+        rollout.zero_std_groups = zero_std_groups(rollout.samples)
+        if self.args.dynamic_sampling:
+            self._resample_zero_std_groups(rollout, state)
+        if self.args.uses_baselines:
+            rollout.greedy_rewards = self._greedy_rewards(rollout, state)
+        rollout.drawn = self.prompts.drawn
+        rollout.seconds = time.perf_counter() - started_at
         return rollout
+
+    def check(self) -> None:
+        """Nothing goes on between rollouts that could fail."""
+
+    def during_training(self) -> AbstractContextManager[None]:
+        """As :meth:`PolicySampler.during_training`."""
+        return self.sampler.during_training()
+
+    def state(self) -> dict[str, Any]:
+        """What is needed to go on with the next rollout."""
+        return {"rollouts": self.num_rollouts, "drawn": self.prompts.drawn}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` returned.
+
+        Args:
+            state: with ``rollouts`` and ``drawn``.
+        """
+        self.num_rollouts = state["rollouts"]
+        self.prompts.go_to(state["drawn"])
 
     def answer(self, policy: Policy, trained_model: nn.Module, rows: Any, state: TrainerState) -> list[Sample]:
         """Scored completions of each of these rows, for evaluation.
@@ -206,7 +229,11 @@ class RolloutCollector:
         sample_rows = self._complete if self.environment_factory is None else self._converse
         samples: list[Sample] = []
         for start in range(0, len(rows), rows_at_once):
-            samples += sample_rows(rows[start : start + rows_at_once], sampling, num_samples, rollout_number)
+            version = self.version  # before the request: newer weights may come in the middle
+            new_samples = sample_rows(rows[start : start + rows_at_once], sampling, num_samples, rollout_number)
+            for sample in new_samples:
+                sample.version = version
+            samples += new_samples
         return samples
 
     def _complete(

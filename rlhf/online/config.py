@@ -63,6 +63,7 @@ class PPOConfig(TRLNames, ReferenceSyncArguments, BaseConfig):
     dynamic_sampling: int = option(0, "Rounds of new prompts that replace groups of equal rewards (DAPO).")
     rollout_batch_size: int | None = option(None, "Completions sampled at once on a device; default: all.")
     max_turns: int = option(1, "Answers in an episode, with an environment.")
+    max_staleness: int = option(0, "Rollouts that a server samples ahead, while the policy trains; 0: none.")
     # Training
     num_mini_batches: int = option(1, "Optimizer steps in a pass over a rollout.")
     num_iterations: int = option(4, "Passes over a rollout.")

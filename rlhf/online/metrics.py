@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rlhf.losses import kl_estimate
+from rlhf.online.rollout import Rollout
 from rlhf.online.samples import RolloutBatch, Sample
 from rlhf.rewards.scoring import Scored
 from rlhf.runs.rollout_faults import diagnose
@@ -122,6 +123,21 @@ def policy_metrics(samples: Sequence[Sample]) -> dict[str, tuple[Number, Number]
     return sums
 
 
+def staleness_metrics(rollout: Rollout) -> dict[str, tuple[Number, Number]]:
+    """How old the samples of a rollout are that was sampled ahead.
+
+    Args:
+        rollout: that training begins on.
+    Returns:
+        By name, the sum and the count. The largest age is kept elsewhere, as it is no mean.
+    """
+    return {
+        "rollout/staleness/mean": (sum(rollout.staleness), len(rollout.staleness)),
+        "rollout/dropped": (rollout.dropped, 1),
+        "rollout/waiting_seconds": (rollout.waiting_seconds, 1),
+    }
+
+
 # Of a step
 
 
@@ -180,10 +196,18 @@ class StepStatistics:
 
     def add(self, metrics: Metrics, peaks: Mapping[str, Tensor]) -> None:
         """Add what :func:`step_metrics` found in a micro-batch."""
-        for name, value in peaks.items():
-            self.peaks[name] = torch.maximum(self.peaks[name], value) if name in self.peaks else value
+        self._add_peaks(peaks)
         sum_and_count = torch.stack(metrics["approx_kl"])
         self.last_step_kl = sum_and_count if self.last_step_kl is None else self.last_step_kl + sum_and_count
+
+    def add_staleness(self, rollout: Rollout, device: torch.device) -> None:
+        """Add the age of the oldest sample of a rollout."""
+        oldest = torch.tensor(float(max(rollout.staleness, default=0)), device=device)
+        self._add_peaks({"rollout/staleness/max": oldest})
+
+    def _add_peaks(self, peaks: Mapping[str, Tensor]) -> None:
+        for name, value in peaks.items():
+            self.peaks[name] = torch.maximum(self.peaks[name], value) if name in self.peaks else value
 
     def undo(self) -> Callable[[], None]:
         """What forgets the step that begins now; its KL limits nothing."""

@@ -222,3 +222,29 @@ def make_objective(
     except TypeError as error:
         raise ValueError(f"loss_type {name}: {error}") from error
     return Objective(loss, options, level=level, **terms)
+
+
+def loss_of_tokens(
+    objective: Objective,
+    scores: Scores,
+    advantages: Tensor,
+    weight: Tensor,
+    correction: Tensor,
+    ref_logps: Tensor,
+    old_logps: Tensor | None = None,
+) -> Tensor:
+    """:meth:`Objective.token_loss` with its columns in the order of a :class:`rlhf.logprobs.TokenLoss`.
+
+    Args:
+        objective: not coupled.
+        scores: of c tokens under the policy.
+        advantages: [c].
+        weight: [c], the factor of each token, 0 where it does not count.
+        correction: [c], an importance weight.
+        ref_logps: [c], under the reference.
+        old_logps: [c], before the first step; None where this is the first step.
+    Returns:
+        Scalar.
+    """
+    before = scores.logps.detach() if old_logps is None else old_logps
+    return objective.token_loss(scores, advantages, weight, correction, before, ref_logps)

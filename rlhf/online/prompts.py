@@ -30,7 +30,6 @@ class Prompts:
         self, rows: Dataset | IterableDataset, seed: int, shuffle: bool, prepare: Callable[[Dataset], Dataset]
     ) -> None:
         self.rows, self.seed, self.shuffle, self.prepare = rows, seed, shuffle, prepare
-        # A resumed run sets this number, and continues there.
         self.drawn = 0  # rows; of a stream, those that were left out too
         self._stream: Iterator[Row] | None = None
         self._epoch = -1
@@ -56,6 +55,14 @@ class Prompts:
             prompts.append(self.rows[int(self._order[index])])
         self.drawn += count
         return prompts
+
+    def go_to(self, drawn: int) -> None:
+        """Go on as if so many rows had been drawn.
+
+        Args:
+            drawn: rows; of a stream, those that were left out too.
+        """
+        self.drawn, self._stream = drawn, None
 
     def _order_of(self, epoch: int) -> np.ndarray:
         if not self.shuffle:

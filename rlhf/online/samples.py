@@ -33,6 +33,8 @@ class Sample:
         reward_components: by reward function.
         extra: columns that reward functions logged.
         in_loss: False leaves its tokens out of the loss.
+        version: of the weights that sampled it, the oldest if there were several: the number of rollouts that the
+            policy had been trained on.
     """
 
     group: int
@@ -47,6 +49,7 @@ class Sample:
     reward_components: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     in_loss: bool = True
+    version: int = 0
 
     def __len__(self) -> int:
         """Tokens that the policy sampled."""

@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 
 from rlhf.data import in_memory, tokenize_prompts
-from rlhf.logprobs import Scores, TokenLoss
+from rlhf.logprobs import TokenLoss
 from rlhf.losses import truncated_importance_weights, value_loss
 from rlhf.models import ActorCritic, Policy, vocabulary_size
-from rlhf.online.collector import Rollout, RolloutCollector
+from rlhf.online.ahead import RolloutsAhead
+from rlhf.online.collector import RolloutCollector
 from rlhf.online.completions import COMPLETIONS, show_completions
 from rlhf.online.config import PPOConfig
 from rlhf.online.evaluation import EvaluatesBySampling
@@ -32,11 +33,13 @@ from rlhf.online.metrics import (
     policy_metrics,
     reward_function_metrics,
     sample_metrics,
+    staleness_metrics,
     step_metrics,
 )
 from rlhf.online.model_scores import add_model_scores
-from rlhf.online.objective import Objective
+from rlhf.online.objective import Objective, loss_of_tokens
 from rlhf.online.prompts import Prompts
+from rlhf.online.rollout import Rollout
 from rlhf.online.samples import (
     MinibatchSchedule,
     RolloutBatch,
@@ -155,6 +158,7 @@ class PPOTrainer(EvaluatesBySampling):
         self.sync_reference()
         self.controller = args.kl_controller()
         self.collector = self._make_collector(engine, environment_factory)
+        self.rollouts = RolloutsAhead(self.collector, args.max_staleness) if args.max_staleness else self.collector
         self.schedule = MinibatchSchedule(
             args.per_device_train_batch_size, args.gradient_accumulation_steps, args.num_iterations
         )
@@ -257,11 +261,12 @@ class PPOTrainer(EvaluatesBySampling):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As :class:`BaseTrainer`; a server that sleeps between rollouts is awake afterwards."""
-        with self.collector.sampler.during_training():
+        with self.rollouts.during_training():
             return super().train(*args, **kwargs)
 
     def _next_micro_batch(self) -> RolloutBatch:
         schedule = self.schedule
+        self.rollouts.check()
         if not schedule.remaining_micro_batches:
             schedule.is_first_step = False
             is_too_far = self.step_statistics.exceeds_kl_limit(self.args.early_stop_kl, self.accelerator)
@@ -276,8 +281,7 @@ class PPOTrainer(EvaluatesBySampling):
         started_at = time.perf_counter()
         training_seconds = started_at - self._training_since if self._training_since else 0.0
         with self.label("rollout"):
-            rollout = self.collector.collect(self.policy, self.model_wrapped, self.state)
-        rollout_seconds = time.perf_counter() - started_at
+            rollout = self.rollouts.collect(self.policy, self.model_wrapped, self.state)
         # Before selection: a masked sample can still be the best or the worst of its group, and is then left out.
         if args.mask_truncated_completions:
             for sample in rollout.samples:
@@ -313,10 +317,10 @@ class PPOTrainer(EvaluatesBySampling):
             device=args.device,
         )
         # Metrics come before beta moves: they report the beta that this rollout's rewards used.
-        self._add_rollout_metrics(rollout, samples, rollout_seconds, training_seconds)
+        self._add_rollout_metrics(rollout, samples, training_seconds)
         self._update_beta(samples)
         # The order follows the seed and the rollout alone, so that a resumed run and all processes agree.
-        self.schedule.order_steps(args.num_mini_batches, args.seed + self.collector.num_rollouts)
+        self.schedule.order_steps(args.num_mini_batches, args.seed + rollout.number)
         self._training_since = time.perf_counter()
 
     @property
@@ -342,24 +346,28 @@ class PPOTrainer(EvaluatesBySampling):
 
     def resume_state(self) -> dict[str, Any]:
         schedule, diagnosis = self.schedule, self.diagnosis
-        state: dict[str, Any] = super().resume_state() | {
-            "processes": self.args.world_size,
-            "rollouts": self.collector.num_rollouts,
-            "drawn": self.collector.prompts.drawn,
-            "kl_coef": None if self.controller is None else self.controller.value,
-            "steps": schedule.remaining_steps,
-            # The samples are needed only in the middle of a rollout.
-            "minibatches": plain_samples(schedule.minibatches) if schedule.remaining_steps else [],
-            "report": {
-                "kl": self.step_statistics.last_step_kl,
-                "peaks": self.step_statistics.peaks,
-                "entropy": diagnosis.first_entropy,
-                "said": diagnosis.already_warned,
-                "unlogged_samples": plain_samples(self._unlogged_samples),
-                "tokens_to_train": self._tokens_to_train,
-                "seconds_since_rollout": time.perf_counter() - self._training_since if self._training_since else None,
-            },
-        }
+        state: dict[str, Any] = (
+            super().resume_state()
+            | self.rollouts.state()
+            | {
+                "processes": self.args.world_size,
+                "kl_coef": None if self.controller is None else self.controller.value,
+                "steps": schedule.remaining_steps,
+                # The samples are needed only in the middle of a rollout.
+                "minibatches": plain_samples(schedule.minibatches) if schedule.remaining_steps else [],
+                "report": {
+                    "kl": self.step_statistics.last_step_kl,
+                    "peaks": self.step_statistics.peaks,
+                    "entropy": diagnosis.first_entropy,
+                    "said": diagnosis.already_warned,
+                    "unlogged_samples": plain_samples(self._unlogged_samples),
+                    "tokens_to_train": self._tokens_to_train,
+                    "seconds_since_rollout": time.perf_counter() - self._training_since
+                    if self._training_since
+                    else None,
+                },
+            }
+        )
         if self.args.sync_ref_model and self.ref_policy is not None:
             state["ref_model"] = self.ref_policy.model.state_dict()
         return state
@@ -371,17 +379,15 @@ class PPOTrainer(EvaluatesBySampling):
                 "rollout cannot be shared out anew; resume with as many"
             )
         super().load_resume_state(state)
-        self.collector.num_rollouts, self.collector.prompts.drawn = state["rollouts"], state["drawn"]
+        self.rollouts.load_state(state)
         self.schedule.remaining_steps = state["steps"]
         self.schedule.minibatches = samples_of(state["minibatches"])
         report = state["report"]
         self.step_statistics.last_step_kl = report["kl"]
         self.step_statistics.peaks = {name: peak.to(self.args.device) for name, peak in report["peaks"].items()}
         self.diagnosis = Diagnosis(report["entropy"], report["said"])
-        self._unlogged_samples, self._tokens_to_train = (
-            samples_of(report["unlogged_samples"]),
-            report["tokens_to_train"],
-        )
+        self._unlogged_samples = samples_of(report["unlogged_samples"])
+        self._tokens_to_train = report["tokens_to_train"]
         if report["seconds_since_rollout"] is not None:
             self._training_since = time.perf_counter() - report["seconds_since_rollout"]
         if self.ref_policy is not None and "ref_model" in state:
@@ -408,7 +414,7 @@ class PPOTrainer(EvaluatesBySampling):
         head_objective = None
         if not objective.is_coupled:
             columns = [advantages, weight, correction, ref_logps, *([] if old_logps is None else [old_logps])]
-            head_objective = TokenLoss(partial(_token_loss, objective), tuple(columns))
+            head_objective = TokenLoss(partial(loss_of_tokens, objective), tuple(columns))
         scores = model(batch, head_objective, self.args.entropy_coef > 0)
         # With one step for each rollout, the policy before the step is this one.
         before = scores.logps.detach() if old_logps is None else old_logps
@@ -453,16 +459,14 @@ class PPOTrainer(EvaluatesBySampling):
 
     def answer_rows(self, rows: Any) -> list[Sample]:
         started_at = time.perf_counter()
-        samples = self.collector.answer(self.policy, self.model_wrapped, rows, self.state)
+        samples = self.rollouts.answer(self.policy, self.model_wrapped, rows, self.state)
         if self._training_since:  # the time of evaluation is no time of training
             self._training_since += time.perf_counter() - started_at
         return samples
 
     # What is logged
 
-    def _add_rollout_metrics(
-        self, rollout: Rollout, used: list[Sample], rollout_seconds: float, training_seconds: float
-    ) -> None:
+    def _add_rollout_metrics(self, rollout: Rollout, used: list[Sample], training_seconds: float) -> None:
         """Add the metrics of a rollout, of which the samples ``used`` are trained on."""
         args = self.args
         self.add_metrics(sample_metrics(rollout.samples, self.reward_names, args.device))
@@ -470,7 +474,10 @@ class PPOTrainer(EvaluatesBySampling):
         sums |= policy_metrics(used)
         if args.num_generations > 1:
             sums["frac_reward_zero_std"] = rollout.zero_std_groups
-        sums["tokens_per_second/rollout"] = sum(map(len, rollout.samples)), rollout_seconds
+        sums["tokens_per_second/rollout"] = sum(map(len, rollout.samples)), rollout.seconds
+        if args.max_staleness:
+            sums |= staleness_metrics(rollout)
+            self.step_statistics.add_staleness(rollout, args.device)
         if training_seconds:
             sums["tokens_per_second/training"] = self._tokens_to_train, training_seconds
         if args.beta > 0:
@@ -502,16 +509,3 @@ class PPOTrainer(EvaluatesBySampling):
         for trouble in self.diagnosis.new_troubles(logs, half_precision):
             if self.is_world_process_zero():
                 logger.warning("step %d: %s", self.state.global_step, trouble)
-
-
-def _token_loss(
-    objective: Objective,
-    scores: Scores,
-    advantages: Tensor,
-    weight: Tensor,
-    correction: Tensor,
-    ref_logps: Tensor,
-    old_logps: Tensor | None = None,
-) -> Tensor:
-    before = scores.logps.detach() if old_logps is None else old_logps
-    return objective.token_loss(scores, advantages, weight, correction, before, ref_logps)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rlhf.online import PPOTrainer
-from rlhf.online.collector import Rollout
+from rlhf.online.rollout import Rollout
 from rlhf.online.samples import MinibatchSchedule, Sample
 from rlhf.planning.batches import Micro
 from rlhf.planning.layers import LayerStack

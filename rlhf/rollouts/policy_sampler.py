@@ -1,8 +1,8 @@
 """The engine that samples from a policy as it is now: in this process, or a server that is sent the weights first."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -79,20 +79,39 @@ class PolicySampler:
         """
         if self._is_responsible:
             self.engine.wake()
-        if not self.is_local and self._sent_at_step != step:
-            self._send_weights(policy, trained_model)
-            self._sent_at_step = step
+        self.sync(policy, trained_model, step)
         yield self.engine
         # A server must not be paused while another process still samples.
         self.accelerator.wait_for_everyone()
         if self._is_responsible and self._trains:
             self.engine.sleep()
 
+    def sync(
+        self,
+        policy: Policy,
+        trained_model: nn.Module,
+        step: int,
+        pausing: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Give the engine the policy's weights, unless it has them.
+
+        Args:
+            policy: the policy itself.
+            trained_model: what accelerate made of it.
+            step: optimizer steps so far.
+            pausing: holds the engine's requests while it loads the weights; needed where some are under way.
+        """
+        if not self.is_local and self._sent_at_step != step:
+            self._send_weights(policy, trained_model, pausing)
+            self._sent_at_step = step
+
     @property
     def _is_responsible(self) -> bool:
         return self.is_local or self.accelerator.is_main_process
 
-    def _send_weights(self, policy: Policy, trained_model: nn.Module) -> None:
+    def _send_weights(
+        self, policy: Policy, trained_model: nn.Module, pausing: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         """Send the policy's weights under the names of a checkpoint, an adapter merged into them."""
         # All processes take part in gathering sharded weights.
         state = self.accelerator.get_state_dict(trained_model)
@@ -103,12 +122,15 @@ class PolicySampler:
         if self._sends_adapter_alone(policy):
             if self.accelerator.is_main_process:
                 assert isinstance(self.engine, ServerEngine | ReplicatedEngine)
-                self.engine.update_adapter(adapter_weights(policy.model, model_state), self._version)
+                adapter = adapter_weights(policy.model, model_state)
+                with pausing():
+                    self.engine.update_adapter(adapter, self._version)
         else:
             # All processes: the changes of an adapter may be sharded too.
             weights = merged_weights(policy.model, model_state)
             if self.accelerator.is_main_process:
-                self.engine.update_weights(weights.items(), self._version)
+                with pausing():
+                    self.engine.update_weights(weights.items(), self._version)
         self.accelerator.wait_for_everyone()
         for server in servers_of(self.engine) if self.probe_ids else []:
             check_served_weights(server, policy, trained_model, self.accelerator, self.probe_ids)

@@ -1,7 +1,8 @@
 """Several completion servers with the same policy, as one engine."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
@@ -100,6 +101,30 @@ class ReplicatedEngine:
     def max_adapter_rank(self) -> int:
         """The largest rank of a LoRA adapter that all servers load on its own; 0 if one loads none."""
         return min(engine.max_adapter_rank for engine in self.engines)
+
+    def can_pause(self) -> bool:
+        """Whether all servers take weights while requests are under way."""
+        return all(engine.can_pause() for engine in self.engines)
+
+    def pause(self) -> None:
+        """See :meth:`ServerEngine.pause`."""
+        self._ask(lambda engine: engine.pause(), [(engine,) for engine in self.working])
+
+    def resume(self) -> None:
+        """See :meth:`ServerEngine.resume`."""
+        self._ask(lambda engine: engine.resume(), [(engine,) for engine in self.working])
+
+    @contextmanager
+    def cancelled(self) -> Iterator[None]:
+        """See :meth:`ServerEngine.cancelled`.
+
+        Yields:
+            Nothing.
+        """
+        with ExitStack() as stack:
+            for engine in self.engines:
+                stack.enter_context(engine.cancelled())
+            yield
 
     def sleep(self) -> None:
         """See :class:`~rlhf.rollouts.engine.RolloutEngine`."""

@@ -1,7 +1,9 @@
 """The engine behind a completion server: vLLM, SGLang, or another with their form of OpenAI's protocol."""
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -14,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.http_client import HttpClient, ServerError
 from rlhf.rollouts.engine import Completion, Sampling, check_request
+from rlhf.rollouts.pausing import can_pause, pause, resume, resume_if_paused
 from rlhf.rollouts.policy_weights import AdapterWeights
 from rlhf.rollouts.served_policy import ServedPolicy
 from rlhf.rollouts.server_calls import NOT_OFFERED, ServerCalls, check_logps
@@ -103,7 +106,8 @@ class ServerEngine:
         self._policy = ServedPolicy(self._calls, model, folders, device)
         # Its threads end with the process, also where a request is still waiting: an executor's would be waited for.
         self._pool = ThreadPool(concurrency)
-        self._concurrency = concurrency
+        # Weights are loaded by one thread at a time: another may find that the server was started again.
+        self._loading = threading.RLock()
         # Whether log-probs are right, by what can make them wrong: the temperature, and truncation or a penalty.
         self._logps_are_right: dict[tuple[float, bool], bool] = {}
         self._sleeps, self._is_asleep = sleeps, False
@@ -112,6 +116,7 @@ class ServerEngine:
         if model not in served_models:
             raise ValueError(f"{self.url} serves {', '.join(map(str, served_models)) or 'nothing'}, not {model!r}")
         self._wake_if_asleep()
+        resume_if_paused(self._calls)
 
     def generate(
         self,
@@ -190,8 +195,25 @@ class ServerEngine:
             ValueError: there is no ``weights_dir``, and no other way.
             ServerError: the server has no call to load weights, or fails to load these.
         """
-        self._policy.load_weights(weights, version)
-        self.version = version
+        with self._loading:
+            self._policy.load_weights(weights, version)
+            self.version = version
+
+    def can_pause(self) -> bool:
+        """Whether the server takes weights while requests are under way."""
+        return can_pause(self._calls)
+
+    def pause(self) -> None:
+        """Let the requests that are under way wait, for an update of the weights; they keep their tokens."""
+        pause(self._calls)
+
+    def resume(self) -> None:
+        """Undo :meth:`pause`."""
+        resume(self._calls)
+
+    def cancelled(self) -> AbstractContextManager[None]:
+        """End the requests of other threads; inside, none is made."""
+        return self._calls.client.cancelled()
 
     def update_adapter(self, adapter: AdapterWeights, version: int) -> None:
         """Load a LoRA adapter for the model that the server has, instead of a whole model.
@@ -202,8 +224,9 @@ class ServerEngine:
         Raises:
             ServerError: the server does not load it.
         """
-        self._policy.load_adapter(adapter, version)
-        self.version = version
+        with self._loading:
+            self._policy.load_adapter(adapter, version)
+            self.version = version
 
     @cached_property
     def max_adapter_rank(self) -> int:
@@ -282,17 +305,22 @@ class ServerEngine:
                 self.url,
                 self.version,
             )
-            self._policy.load_again()
+            with self._loading:
+                self._policy.load_again()
         raise ConnectionError(f"{self.url}: the connection was lost {MAX_RESTARTS} times while it sampled")
 
     def _in_parallel(self, ask: Callable[[Any], Any], requests: Iterable[Any]) -> list[Any]:
         """The results in the order of the requests, whichever is answered first."""
+        has_failed = threading.Event()
+
+        def ask_unless_failed(request: Any) -> Any:
+            return None if has_failed.is_set() else ask(request)
+
         try:
-            return list(self._pool.imap(ask, requests))
+            return list(self._pool.imap(ask_unless_failed, requests))
         except BaseException:  # Ctrl-C too
-            # Requests that have not begun are dropped.
-            self._pool.terminate()
-            self._pool = ThreadPool(self._concurrency)
+            # Requests that have not begun are dropped. Those of another thread go on.
+            has_failed.set()
             raise
 
     def _complete(self, sampling: Sampling, prompt: list[int], seed_key: tuple[int, int, int]) -> Completion:

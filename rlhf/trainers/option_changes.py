@@ -43,7 +43,7 @@ MOVE_FIGURES: dict[str, str] = {
     "sampling_temperature reverse_kl_reward seq_kd",
     "sampling": "temperature top_p top_k min_p repetition_penalty generation_kwargs max_completion_length "
     "max_new_tokens min_completion_length stop num_generations dynamic_sampling rollout_batch_size max_turns "
-    "environment rollout_server_model",
+    "max_staleness environment rollout_server_model",
     "rewards and advantages": "reward_funcs reward_weights on_reward_error reward_clip reward_clip_range "
     "missing_eos_penalty mask_truncated_completions whiten_rewards advantage_estimator gamma lam whiten_advantages "
     "normalize_advantages scale_rewards multi_objective_aggregation",

@@ -71,7 +71,7 @@ RANGES: dict[Range, str] = {
     "num_iterations num_mini_batches max_turns rollout_batch_size adaptive_kl_horizon num_ppo_epochs response_length "
     "steps_per_generation generation_batch_size",
     COUNT: "dataloader_num_workers save_total_limit profile shuffle_buffer_size samples num_completions num_prompts k "
-    "dynamic_sampling min_completion_length num_completions_to_print max_tool_calling_iterations top_k "
+    "max_staleness dynamic_sampling min_completion_length num_completions_to_print max_tool_calling_iterations top_k "
     "max_nonfinite_steps num_sample_answers critic_warmup",
     Range(2, LARGEST): "max_length max_seq_length",
     SEED: "seed data_seed",

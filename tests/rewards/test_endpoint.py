@@ -15,6 +15,7 @@ def server(monkeypatch):
     """A server whose ``answer(payload)`` gives status and body; ``seen`` is what it was asked."""
     waits = []
     monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr("rlhf.data.http_client.sleep_using_event", lambda event: waits.append)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):

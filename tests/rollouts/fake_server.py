@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import select
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +18,7 @@ class FakeServer(ThreadingHTTPServer):
     """``weights``: None, "sglang" or "vllm", the way in which weights are loaded.
 
     ``faults``: by path, statuses or bodies that it answers first; ``overlooked``: tensors that it does not load.
+    ``delay``: seconds for a completion; ``given_up``: completions whose client went away meanwhile.
     """
 
     daemon_threads = True
@@ -26,6 +29,9 @@ class FakeServer(ThreadingHTTPServer):
         self.model, self.engine, self.lock = model, LocalEngine(model, tokenizer), threading.Lock()
         self.ids, self.processed, self.weights, self.echo = ids, processed, weights, echo
         self.bodies, self.posts, self.asleep = [], [], False
+        self.delay, self.under_way, self.given_up = 0.0, 0, 0
+        self.goes_on = threading.Event()  # not paused
+        self.goes_on.set()
         self.faults, self.overlooked, self.sees = {}, (), lambda choice: None
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -99,11 +105,27 @@ class Handler(BaseHTTPRequestHandler):
             self.reply({"detail": "a fault"}, fault) if isinstance(fault, int) else self.reply(fault)
         return True
 
+    def waits(self):
+        """As long as a completion takes, and as long as the server is paused; False if the client goes away."""
+        server = self.server
+        with server.lock:
+            server.under_way += 1
+        has_ended, _, _ = select.select([self.connection], [], [], server.delay)
+        is_here = not has_ended or bool(self.connection.recv(1, socket.MSG_PEEK))
+        with server.lock:
+            server.under_way -= 1
+            server.given_up += not is_here
+        server.goes_on.wait(10)
+        self.close_connection = not is_here
+        return is_here
+
     def do_GET(self):
         if self.fails():
             return
         if self.path == "/v1/models":
             self.reply({"data": [{"id": "tiny"}]})
+        elif self.path == "/is_paused" and self.server.weights == "vllm":
+            self.reply({"is_paused": not self.server.goes_on.is_set()})
         elif self.path == "/is_sleeping" and self.server.weights == "vllm":
             self.reply({"is_sleeping": self.server.asleep})
         else:
@@ -131,6 +153,8 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/completions":
             self.server.bodies.append(body)
             reads = "prompt_logprobs" in body and self.server.weights == "vllm"
+            if not self.waits():
+                return
             reply = self.server.read(body) if reads else self.server.complete(body)
             self.server.sees(reply["choices"][0])
             self.reply(reply)
@@ -144,6 +168,9 @@ class Handler(BaseHTTPRequestHandler):
             assert body["method"] == "reload_weights"
             self.server.load(body["kwargs"]["weights_path"])
             self.reply({"results": [None]})
+        elif self.path.partition("?")[0] in ("/pause", "/resume") and self.server.weights == "vllm":
+            self.server.goes_on.set() if self.path == "/resume" else self.server.goes_on.clear()
+            self.reply({})
         elif self.path == "/reset_prefix_cache" and self.server.weights == "vllm":
             self.reply({"success": True})
         elif self.path == "/weight_checker" and self.server.weights == "vllm":

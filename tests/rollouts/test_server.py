@@ -4,12 +4,15 @@ import os
 import signal
 import socket
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 from conftest import tiny_model
 from fake_server import FakeServer
+from tenacity import wait_fixed
 
+from rlhf.data.http_client import Cancelled
 from rlhf.rollouts import Sampling, ServerEngine, ServerError
 
 PROMPTS = [[5, 6, 7], [9]]
@@ -17,14 +20,16 @@ PROMPTS = [[5, 6, 7], [9]]
 
 @pytest.fixture
 def serve(tokenizer, tmp_path):
-    servers = []
+    servers, engines = [], []
 
     def start(**options):
         servers.append(FakeServer(tiny_model(), tokenizer, **options))
-        return servers[-1], ServerEngine(servers[-1].url + "/v1/", "tiny", weights_dir=tmp_path)
+        engines.append(ServerEngine(servers[-1].url + "/v1/", "tiny", weights_dir=tmp_path))
+        return servers[-1], engines[-1]
 
     yield start
-    for server in servers:
+    for server, engine in zip(servers, engines, strict=True):
+        engine.close()
         server.shutdown()
 
 
@@ -107,6 +112,7 @@ def waits(monkeypatch):
     """Seconds that would have been waited between tries."""
     waited = []
     monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=waited.append))
+    monkeypatch.setattr("rlhf.data.http_client.sleep_using_event", lambda event: waited.append)
     return waited
 
 
@@ -270,3 +276,93 @@ def test_other_replies_are_refused_in_one_line(serve, body):
     server.faults["/v1/completions"] = [body]
     with pytest.raises(ServerError, match=r"/v1/completions: expected \{\"choices\": \[…\]\}, got"):
         engine.generate(PROMPTS[:1], 1, Sampling(max_tokens=2), 0)
+
+
+def in_a_thread(call):
+    """The thread, and a list that gets what the call returns or raises."""
+    results = []
+
+    def work():
+        try:
+            results.append(call())
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread, results
+
+
+def until(is_so):
+    for _ in range(500):
+        if is_so():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come about in five seconds")
+
+
+def test_requests_of_another_thread_are_ended(serve):
+    server, engine = serve()
+    engine.generate(PROMPTS, 1, Sampling(max_tokens=2), 0)  # connections that are used again have to end too
+    server.delay = 30.0
+    thread, results = in_a_thread(lambda: engine.generate(PROMPTS, 3, Sampling(max_tokens=2), 0))
+    until(lambda: server.under_way == 6)
+    with engine.cancelled():
+        thread.join(5)
+        with pytest.raises(Cancelled, match="/v1/completions: the request was cancelled"):
+            engine.generate(PROMPTS, 1, Sampling(max_tokens=2), 0)
+    assert not thread.is_alive() and isinstance(results[0], Cancelled)
+    until(lambda: server.given_up == 6)  # the server need not sample for nobody
+    server.delay = 0.0
+    assert engine.generate(PROMPTS, 1, Sampling(max_tokens=2), 0)
+
+
+def test_a_wait_between_tries_is_ended_too(serve, monkeypatch):
+    server, engine = serve()
+    monkeypatch.setattr("rlhf.data.http_client.wait_exponential", lambda **_: wait_fixed(60))
+    server.faults["/v1/completions"] = [503] * 20
+    thread, results = in_a_thread(lambda: engine.generate(PROMPTS, 1, Sampling(max_tokens=2), 0))
+    until(lambda: "/v1/completions" in server.posts)
+    with engine.cancelled():
+        thread.join(5)
+        assert isinstance(results[0], Cancelled)
+
+
+def test_an_error_of_one_request_does_not_stop_those_of_another_thread(serve):
+    server, engine = serve()
+    server.delay = 0.2
+    thread, results = in_a_thread(lambda: engine.generate(PROMPTS, 3, Sampling(max_tokens=2), 0))
+    until(lambda: server.under_way == 6)
+    server.faults["/v1/completions"] = [400]
+    with pytest.raises(ServerError, match="answered 400"):
+        engine.generate(PROMPTS, 1, Sampling(max_tokens=2), 0)
+    thread.join(5)
+    assert [len(completions) for completions in results[0]] == [3, 3]
+
+
+def test_requests_wait_while_the_server_is_paused(serve):
+    server, engine = serve()
+    server.weights = "vllm"
+    server.delay = 0.05
+    assert engine.can_pause()
+    engine.pause()
+    thread, results = in_a_thread(lambda: engine.generate(PROMPTS, 1, Sampling(max_tokens=2), 0))
+    thread.join(0.3)
+    assert thread.is_alive()
+    engine.update_weights(tiny_model(seed=3).state_dict().items(), 1)
+    engine.resume()
+    thread.join(5)
+    assert len(results[0]) == 2
+
+
+def test_a_server_that_was_left_paused_is_resumed_at_the_start(serve, caplog):
+    server, _ = serve()
+    server.weights = "vllm"
+    server.goes_on.clear()
+    ServerEngine(server.url, "tiny")
+    assert server.goes_on.is_set() and "is paused: resuming it" in caplog.text
+
+
+def test_not_every_server_can_be_paused(serve):
+    _, engine = serve()
+    assert not engine.can_pause()
