@@ -1,7 +1,5 @@
 """Decoding for CUDA graphs: the static cache, and when a step is captured. The capture is a stand-in, for a CPU."""
 
-import contextlib
-
 import pytest
 import torch
 from conftest import close, tiny_model
@@ -11,41 +9,35 @@ from rlhf.rollouts import LocalEngine, Sampling, graphs, local, static_cache
 PROMPTS = [[5, 6, 7], [9], [40, 50, 60, 70, 80, 90, 100, 110, 120], [9, 9]]
 
 
-class Captured:
+class Captured(graphs.CapturedStep):
     """What stands for a CUDA graph: the replay computes the step with the tensors of the capture."""
 
-    count, replays, fails = 0, 0, False
-    runner = None
+    count, replays, fault = 0, 0, None
 
-    def __init__(self):
+    def __init__(self, step, token, positions, shape, pool):
         Captured.count += 1
+        if Captured.fault == "capture":
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        self.step, self.shape = step, shape
+        self._token, self._positions = token.clone(), positions.clone()
+        self._logits = step(self._token, self._positions)
+        self._graph = self
 
-    def replay(self):
+    def replay(self, *inputs):
+        if not inputs:  # of the graph
+            return self._logits.copy_(self.step(self._token, self._positions))
         Captured.replays += 1
-        runner = Captured.runner
-        runner._logits.copy_(runner.step(runner._token, runner._positions))
-
-
-@contextlib.contextmanager
-def capture(graph, **options):
-    if Captured.fails:
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
-    yield
+        logits = super().replay(*inputs)
+        return logits + 1 if Captured.fault == "replay" else logits
 
 
 @pytest.fixture
 def captured(monkeypatch):
     """An engine on a CPU that takes the way of a GPU."""
-
-    def make_runner(step, cache):
-        Captured.runner = graphs.GraphedSteps(step, cache)
-        return Captured.runner
-
-    Captured.count, Captured.replays, Captured.fails = 0, 0, False
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Captured)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
-    monkeypatch.setattr(local, "GraphedSteps", make_runner)
+    Captured.count, Captured.replays, Captured.fault = 0, 0, None
+    monkeypatch.setattr(graphs, "CapturedStep", Captured)
+    for name, value in (("graph_pool_handle", (0, 0)), ("current_stream", None), ("set_stream", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments, value=value: value)
     monkeypatch.setattr(local, "can_use_graphs", lambda device: True)
     return Captured
 
@@ -75,19 +67,22 @@ def test_completions_and_log_probs_are_those_without_graphs(window, tokenizer, c
                 close(one.logps, expected.logps)
 
 
-def test_a_model_that_cannot_be_captured_decodes_as_usual(tokenizer, captured, caplog):
+@pytest.mark.parametrize(
+    "fault, reason",
+    [("capture", "operation not permitted when stream is capturing"), ("replay", "its logits differ by 1")],
+)
+def test_a_model_that_cannot_be_captured_decodes_as_usual(fault, reason, tokenizer, captured, caplog):
     engine = LocalEngine(tiny_model(), tokenizer)
-    captured.fails = True
+    captured.fault = fault
     sampling = Sampling(max_tokens=20, temperature=0)
-    first = engine.generate(PROMPTS, 2, sampling, 0)
-    engine.generate(PROMPTS, 2, sampling, 0)
-    warning = "decoding without CUDA graphs, because a step cannot be captured (operation not permitted when stream is"
-    assert caplog.text.count(warning) == 1
-    assert captured.replays == 0 and captured.count == 1
-    captured.fails, engine._can_be_captured = False, True
-    again = engine.generate(PROMPTS, 2, sampling, 0)
-    assert captured.replays > 0
-    assert [[one.ids for one in group] for group in first] == [[one.ids for one in group] for group in again]
+    first, second = (engine.generate(PROMPTS, 2, sampling, 0) for _ in range(2))
+    assert caplog.text.count(f"decoding without CUDA graphs, because a step cannot be captured ({reason}") == 1
+    assert captured.count == 1
+    captured.fault, engine._can_be_captured = None, True
+    third = engine.generate(PROMPTS, 2, sampling, 0)
+    assert captured.replays > 10
+    ids = [[[one.ids for one in group] for group in groups] for groups in (first, second, third)]
+    assert ids[0] == ids[1] == ids[2]
 
 
 def test_short_completions_are_not_captured(tokenizer, captured):
