@@ -7,10 +7,6 @@ Torch would read and write matrices of that size six times. In Triton's interpre
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # Triton reads the types of a kernel's arguments from what it is called with.
 
-import logging
-import os
-import shutil
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -21,8 +17,6 @@ try:
     import triton.language as tl
 except ImportError:  # only builds of torch for a GPU bring it
     triton = None  # type: ignore[assignment,unused-ignore]
-
-logger = logging.getLogger(__name__)
 
 # Logits that one program reads at a time, and the warps of 32 threads that share them.
 BLOCK_SIZE, WARPS = 4096, 8
@@ -67,16 +61,9 @@ class TokenScores(NamedTuple):
         return TokenScores(logps, *others)
 
 
-@cache
-def triton_is_usable() -> bool:
-    """Whether Triton can be imported and finds the C compiler that it needs to start a kernel."""
-    if triton is None:
-        return False
-    compilers = [os.environ.get("CC"), "clang", "gcc"]
-    if any(name and shutil.which(name) for name in compilers):
-        return True
-    logger.warning("Triton finds no C compiler (CC, clang, gcc): log-probs are computed in more passes over memory")
-    return False
+def has_triton() -> bool:
+    """Whether Triton can be imported; whether its kernels work is found out by :mod:`rlhf.kernels.trial`."""
+    return triton is not None
 
 
 def empty_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -100,7 +87,7 @@ def _padded(columns: int) -> int:
     return -(-columns // ALIGNMENT) * ALIGNMENT
 
 
-def _readable_columns(matrix: Tensor) -> int:
+def readable_columns(matrix: Tensor) -> int:
     """How many columns of each row may be read and written: with the padding of :func:`empty_rows`."""
     rows, columns = matrix.shape
     padded_columns = matrix.stride(0)
@@ -137,7 +124,7 @@ def score_tokens(product: Tensor, token: Tensor, transform: LogitTransform, entr
                 log_total,
                 entropies,
                 vocabulary,
-                _readable_columns(product),
+                readable_columns(product),
                 product.stride(0),
                 transform.scale,
                 transform.softcap or 1.0,
@@ -145,7 +132,7 @@ def score_tokens(product: Tensor, token: Tensor, transform: LogitTransform, entr
                 HAS_BIAS=transform.bias is not None,
                 HAS_SOFTCAP=transform.softcap is not None,
                 HAS_ENTROPY=entropy,
-                BLOCK=_block_size(vocabulary),
+                BLOCK=block_size(vocabulary),
                 num_warps=WARPS,
             )
     return TokenScores(logps, entropies, highest, log_total)
@@ -182,9 +169,9 @@ def write_gradient(
         grad_logps = torch.zeros_like(scores.logps)
     # 1 - p as -expm1(log p), formed before any downcast: exact for confident tokens.
     grad_at_token = -scores.logps.expm1() * grad_logps
-    block_size = _block_size(vocabulary)
+    block = block_size(vocabulary)
     with torch.cuda.device_of(product):
-        _gradient_kernel[(rows, triton.cdiv(vocabulary, block_size))](
+        _gradient_kernel[(rows, triton.cdiv(vocabulary, block))](
             product,
             token,
             transform.bias,
@@ -196,8 +183,8 @@ def write_gradient(
             None if grad_entropy is None else grad_entropy.contiguous(),
             out,
             vocabulary,
-            _readable_columns(product),
-            _readable_columns(out),
+            readable_columns(product),
+            readable_columns(out),
             product.stride(0),
             out.stride(0),
             transform.scale,
@@ -206,12 +193,13 @@ def write_gradient(
             HAS_BIAS=transform.bias is not None,
             HAS_SOFTCAP=transform.softcap is not None,
             HAS_ENTROPY=grad_entropy is not None,
-            BLOCK=block_size,
+            BLOCK=block,
             num_warps=WARPS,
         )
 
 
-def _block_size(vocabulary: int) -> int:
+def block_size(vocabulary: int) -> int:
+    """How many logits a program reads at a time."""
     return min(BLOCK_SIZE, triton.next_power_of_2(vocabulary))
 
 
@@ -219,21 +207,21 @@ def _block_size(vocabulary: int) -> int:
 if triton is not None:
 
     @triton.jit
-    def _before_softcap(product, BIAS, column, inside, scale, HAS_BIAS: tl.constexpr):
+    def before_softcap(product, BIAS, column, inside, scale, HAS_BIAS: tl.constexpr):
         logits = product * scale
         if HAS_BIAS:
             logits += tl.load(BIAS + column, mask=inside, other=0.0).to(tl.float32)
         return logits
 
     @triton.jit
-    def _with_softcap(logits, softcap):
+    def with_softcap(logits, softcap):
         # tanh(x) = sign(x) (1 - d) / (1 + d) with d = exp(-2 |x|), which cannot overflow.
         decay = tl.exp(-2.0 * tl.abs(logits / softcap))
         size = softcap * (1.0 - decay) / (1.0 + decay)
         return tl.where(logits < 0, -size, size)
 
     @triton.jit
-    def _softcap_slope(logits, softcap):
+    def softcap_slope(logits, softcap):
         # 1 - tanh² = 4 d / (1 + d)², without the cancellation where tanh is nearly 1.
         decay = tl.exp(-2.0 * tl.abs(logits / softcap))
         return 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
@@ -255,9 +243,9 @@ if triton is not None:
             inside = column < vocabulary
             # Padding is read and left out below: a mask at any column would have each number read by itself.
             logits = tl.load(first + column, mask=column < readable, other=0.0).to(tl.float32)
-            logits = _before_softcap(logits, BIAS, column, inside, scale, HAS_BIAS)
+            logits = before_softcap(logits, BIAS, column, inside, scale, HAS_BIAS)
             if HAS_SOFTCAP:
-                logits = _with_softcap(logits, softcap)
+                logits = with_softcap(logits, softcap)
             logits = tl.where(inside, logits * inverse_temperature, -float("inf"))
             new_highest = tl.maximum(highest, tl.max(logits, 0))
             # While all logits are -inf, a difference to their maximum would be nan.
@@ -276,9 +264,9 @@ if triton is not None:
         # A token outside the vocabulary reads nan, not the memory of another row.
         known = (token >= 0) & (token < vocabulary)
         at_token = tl.load(first + token, mask=known, other=float("nan")).to(tl.float32)
-        at_token = _before_softcap(at_token, BIAS, token, known, scale, HAS_BIAS)
+        at_token = before_softcap(at_token, BIAS, token, known, scale, HAS_BIAS)
         if HAS_SOFTCAP:
-            at_token = _with_softcap(at_token, softcap)
+            at_token = with_softcap(at_token, softcap)
         tl.store(LOGPS + row, at_token * inverse_temperature - highest - log_total)
         tl.store(HIGHEST + row, highest)
         tl.store(LOG_TOTAL + row, log_total)
@@ -296,10 +284,10 @@ if triton is not None:
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < vocabulary
         before = tl.load(PRODUCT + row * row_stride + column, mask=column < readable, other=0.0).to(tl.float32)
-        before = _before_softcap(before, BIAS, column, inside, scale, HAS_BIAS)
+        before = before_softcap(before, BIAS, column, inside, scale, HAS_BIAS)
         logits = before
         if HAS_SOFTCAP:
-            logits = _with_softcap(before, softcap)
+            logits = with_softcap(before, softcap)
         log_probs = logits * inverse_temperature - tl.load(HIGHEST + row) - tl.load(LOG_TOTAL + row)
         probs = tl.exp(log_probs)
         gradient = -tl.load(GRAD_LOGPS + row) * probs
@@ -310,5 +298,5 @@ if triton is not None:
             surprise = tl.where(probs == 0, 0.0, surprise)
             gradient -= tl.load(GRAD_ENTROPY + row) * probs * surprise
         if HAS_SOFTCAP:
-            gradient *= _softcap_slope(before, softcap)
+            gradient *= softcap_slope(before, softcap)
         tl.store(OUT + row * out_stride + column, gradient.to(OUT.dtype.element_ty), mask=column < writable)

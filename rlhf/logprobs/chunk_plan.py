@@ -50,7 +50,7 @@ def plan_chunks(
         entropy: as in :func:`rlhf.logprobs.score`.
         mode: as in :func:`rlhf.logprobs.score`.
         chunk_size: as in :func:`rlhf.logprobs.score`.
-        half_precision: products are taken in half precision, so that their sum over chunks needs a float32 matrix.
+        half_precision: products are taken in half precision, and kernels write their gradients: these may wait.
     Returns:
         The plan.
     Raises:

@@ -151,19 +151,19 @@ class FusedChunk:
         gradient_dtype: torch.dtype,
         gradient_memory: Tensor | None,
     ) -> None:
-        self._product, self._transform = product, transform
+        self.product, self.transform = product, transform
         self._gradient_dtype, self._gradient_memory = gradient_dtype, gradient_memory
         self.slope: Tensor | None = None
 
     def log_probs(self) -> Tensor:
         """As :meth:`DenseChunk.log_probs`, for losses that read all of them."""
         # Without a head, the product is a tensor of the caller's, and the transform changes nothing.
-        logits, self.slope = transform_logits(self._product.float(), self._transform)
+        logits, self.slope = transform_logits(self.product.float(), self.transform)
         return logits.log_softmax(-1)
 
     def scores(self, token: Tensor, entropy: bool) -> TokenScores:
         """As :meth:`DenseChunk.scores`, in one pass."""
-        return score_tokens(self._product, token, self._transform, entropy)
+        return score_tokens(self.product, token, self.transform, entropy)
 
     def grad_of_logits(
         self, token: Tensor, scores: TokenScores, grad_logps: Tensor | None, grad_entropy: Tensor | None
@@ -172,16 +172,21 @@ class FusedChunk:
 
         The slope of the soft-cap is applied already.
         """
-        memory = self._gradient_memory
-        if memory is None or memory.dtype != self._gradient_dtype:
-            rows, vocabulary = self._product.shape
-            memory = empty_rows(rows, vocabulary, self._gradient_dtype, self._product.device)
-        write_gradient(self._product, token, self._transform, scores, grad_logps, grad_entropy, memory)
+        memory = self.gradient_memory()
+        write_gradient(self.product, token, self.transform, scores, grad_logps, grad_entropy, memory)
         return memory
+
+    def gradient_memory(self) -> Tensor:
+        """Memory for a gradient, [c, V], in the precision of the next product."""
+        memory = self._gradient_memory
+        if memory is not None and memory.dtype == self._gradient_dtype:
+            return memory
+        rows, vocabulary = self.product.shape
+        return empty_rows(rows, vocabulary, self._gradient_dtype, self.product.device)
 
     def saved(self) -> tuple[Tensor, Tensor | None]:
         """As :meth:`DenseChunk.saved`."""
-        return self._product, None
+        return self.product, None
 
 
 ChunkPredictions = DenseChunk | FusedChunk

@@ -9,7 +9,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from rlhf.kernels.matmul import add_product, product, use_onednn
-from rlhf.kernels.token_scores import LogitTransform, empty_rows, triton_is_usable
+from rlhf.kernels.token_scores import LogitTransform, empty_rows
+from rlhf.kernels.trial import kernels_work
 from rlhf.logprobs.chunk_plan import ChunkPlan
 from rlhf.logprobs.chunk_scores import ChunkPredictions, DenseChunk, FusedChunk, transform_logits
 from rlhf.logprobs.head import Head, Predictions
@@ -47,7 +48,7 @@ def multiplies_in_half(rows: Tensor) -> bool:
 
 
 def use_fused_kernels(device: torch.device, result_dtype: torch.dtype) -> bool:
-    """Whether chunks are :class:`FusedChunk`: on a GPU with Triton, in float32, which the kernels compute in.
+    """Whether chunks are :class:`FusedChunk`: on a GPU where the kernels work, in float32, which they compute in.
 
     Args:
         device: where the rows live.
@@ -55,7 +56,7 @@ def use_fused_kernels(device: torch.device, result_dtype: torch.dtype) -> bool:
     Returns:
         False for torch's own operators.
     """
-    return device.type == "cuda" and result_dtype == torch.float32 and triton_is_usable()
+    return device.type == "cuda" and result_dtype == torch.float32 and kernels_work(device)
 
 
 class ChunkedHead:
@@ -160,7 +161,8 @@ class ChunkedHead:
 
         Fresh memory of that size would cost a CPU a page fault for each 4 KiB, and a GPU a second chunk of logits.
         """
-        if self.head is None or use_onednn(self.rows, self.weight):
+        is_dense_on_gpu = self.rows.is_cuda and not self.fuses
+        if self.head is None or is_dense_on_gpu or use_onednn(self.rows, self.weight):
             return None
         if self._memory is None:
             rows = min(self.size, len(self.rows))
@@ -174,6 +176,8 @@ class ChunkedHead:
         if self.operand_dtype == self.result_dtype:
             return product(a, b, out)
         # The float32 accumulator is returned as it is: rounded to half precision, it keeps 8 to 11 bits.
+        if out is None:
+            return torch.mm(a, b, out_dtype=self.result_dtype)
         return torch.mm(a, b, out_dtype=self.result_dtype, out=out)
 
     def empty(self) -> Tensor:
@@ -265,6 +269,8 @@ class Gradients:
             self.weight = walk.product(left, right)  # the first chunk needs no zeros to be added to
         elif walk.operand_dtype == walk.result_dtype:
             add_product(self.weight, left, right)
+        elif not walk.fuses:
+            self.weight += walk.product(left, right)
         else:
             # The product in half precision is added to float32 memory where it is computed.
             torch.addmm(self.weight, left, right, out_dtype=self.weight.dtype, out=self.weight)

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.logprobs.chunk_scores import IN_CACHE, ChunkPredictions, dot, grad_of_logits
+from rlhf.kernels.token_divergences import compare_tokens, side, write_divergence_gradient
+from rlhf.kernels.trial import divergence_kernels_work
+from rlhf.logprobs.chunk_scores import IN_CACHE, ChunkPredictions, FusedChunk, dot, grad_of_logits
 from rlhf.logprobs.chunks import ChunkedHead, ChunkResult, Step, check_tokens
-from rlhf.logprobs.fused import FUSED, Fused
+from rlhf.logprobs.fused import FUSED, Fused, interpolation
 from rlhf.logprobs.head import Predictions
 from rlhf.logprobs.objective import Comparison, HeadObjective, Scores
 from rlhf.logprobs.score import score_predictions
@@ -204,7 +206,15 @@ class TeacherDivergence(HeadObjective):
         teacher = ChunkedHead(self.teacher if common_tokens is None else self.teacher.first(common_tokens), chunk_size)
         fused = self.divergence.fused()
 
+        beta = None if fused is None else interpolation(fused)
+
         def step(chunk: slice, predictions: ChunkPredictions) -> ChunkResult:
+            if isinstance(predictions, FusedChunk) and beta is not None and divergence_kernels_work(token.device):
+                teacher_chunk = teacher.predictions(chunk)
+                if isinstance(teacher_chunk, FusedChunk):
+                    return _compare_by_kernels(
+                        predictions, teacher_chunk, token[chunk], self.divergence, beta, with_grad
+                    )
             log_q = predictions.log_probs()
             # Both sides in the precision of the student, whose gradient this is.
             log_p = teacher.log_probs(chunk)[0].to(log_q.dtype)
@@ -224,6 +234,28 @@ class TeacherDivergence(HeadObjective):
     def scores(self, per_token: Tensor, loss: Tensor) -> Scores:
         divergence, kl, logps, teacher_logps, agrees = per_token.unbind()
         return Scores(logps, loss=loss, teacher=Comparison(divergence, kl, teacher_logps, agrees.bool()))
+
+
+def _compare_by_kernels(
+    student: FusedChunk, teacher: FusedChunk, token: Tensor, divergence: Divergence, beta: float, with_grad: bool
+) -> ChunkResult:
+    """As :func:`_compare` for a chunk on a GPU."""
+    temperature = divergence.temperature
+    student_side = side(student.product, student.transform, token, temperature)
+    teacher_side = side(teacher.product, teacher.transform, token, temperature)
+    numbers = compare_tokens(student_side, teacher_side, beta, temperature)
+    gradient = None
+    if with_grad:
+        gradient = student.gradient_memory()
+        # The chain rule: the logits enter D divided by the temperature.
+        soft_weight = divergence.distillation_weight * divergence.factor / temperature
+        hard_weight = divergence.crossentropy_weight
+        weights = beta, temperature, soft_weight, hard_weight
+        write_divergence_gradient(student_side, teacher_side, token, numbers, *weights, out=gradient)
+    divergences = numbers.divergence * divergence.factor
+    logps, teacher_logps = student_side.scores.logps, teacher_side.scores.logps
+    per_token = torch.stack([divergences, numbers.kl, logps, teacher_logps, numbers.agrees])
+    return ChunkResult(per_token, divergence.loss(divergences, logps).sum(), gradient)
 
 
 def _compare(

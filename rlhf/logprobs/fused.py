@@ -146,3 +146,17 @@ FUSED: dict[Callable[..., Tensor], Callable[[dict[str, Any]], Fused]] = {
     total_variation: _of_total_variation,
 }
 """From the options of a divergence (all of them, with their defaults) to the function of a chunk."""
+
+
+def interpolation(fused: Fused) -> float | None:
+    """The divergence as a generalised JSD, which the kernels of a GPU know.
+
+    Args:
+        fused: of :data:`FUSED`.
+    Returns:
+        0 for the forward KL, 1 for the reverse KL, between them beta; None for others.
+    """
+    limits: dict[Fused, float] = {_forward_kl: 0.0, _reverse_kl: 1.0}
+    if isinstance(fused, partial):
+        return float(fused.keywords["beta"]) if fused.func is _jsd else None
+    return limits.get(fused)

@@ -33,6 +33,7 @@ from rlhf.logprobs.chunks import (
     multiplies_in_half,
     needs_grad,
     sum_over_chunks,
+    use_fused_kernels,
 )
 from rlhf.logprobs.head import Head, Predictions, as_autocast_casts
 from rlhf.logprobs.objective import HeadObjective, Scores, TokenLoss
@@ -127,7 +128,7 @@ def score_predictions(
         entropy=entropy,
         mode=mode,
         chunk_size=chunk_size,
-        half_precision=multiplies_in_half(student.rows),
+        half_precision=multiplies_in_half(student.rows) and use_fused_kernels(token.device, torch.float32),
     )
     # Precision is chosen here, product by product: autocast would round log-probs.
     with torch.autocast(token.device.type, enabled=False):

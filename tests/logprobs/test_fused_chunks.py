@@ -128,22 +128,63 @@ def test_an_output_may_be_changed_in_place(fused):
     close(twice, 2 * hidden.grad)
 
 
-@pytest.mark.parametrize("name", ["kl_divergence", "total_variation", "generalized_jsd"])
-def test_losses_that_read_all_log_probs(name, fused):
-    """A teacher: these are taken by torch's operators, from the same product."""
-    results = []
-    for on in (False, True):
-        fused(on)
-        hidden, weight, bias, targets, _ = problem()
-        head = Head(weight.requires_grad_(), bias, 1.7, 5.0, 0.6)
-        hidden.requires_grad_()
-        student = Predictions(hidden[:5], head)
-        teacher = Predictions(hidden[2:].detach(), Head(weight.detach().flip(0)))
-        scores = compare(student, teacher, targets.token, Divergence(name, crossentropy_weight=0.5), chunk_size=2)
-        scores.loss.backward()
-        results.append((scores.logps, scores.loss.detach(), hidden.grad, weight.grad))
-    for ours, theirs in zip(*results, strict=True):
+DIVERGENCES = {
+    "forward KL": Divergence("kl_divergence", crossentropy_weight=0.5),
+    "reverse KL": Divergence("kl_divergence", options={"reverse": True}, crossentropy_weight=0.5),
+    "forward KL at a temperature": Divergence("kl_divergence", 2.5, {"scale_by_temperature": True}, 0.7, 0.3),
+    "JSD": Divergence("generalized_jsd", options={"beta": 0.3}),
+    "JSD at a temperature": Divergence("generalized_jsd", 0.6, {"beta": 0.9}, 0.7, 0.3),
+    "JSD of the first tokens": Divergence("generalized_jsd", 1.5, vocab_size=17, crossentropy_weight=0.1),
+    "total variation": Divergence("total_variation", crossentropy_weight=0.5),  # has no kernel
+}
+
+
+def compared(divergence, with_grad=True):
+    hidden, weight, bias, targets, _ = problem()
+    hidden.requires_grad_()
+    student = Predictions(hidden[:5], Head(weight.requires_grad_(), bias.requires_grad_(), 1.7, 5.0, 0.6))
+    teacher = Predictions(hidden[2:].detach(), Head(3 * weight.detach().flip(0), None, 1.0, 8.0))
+    token = targets.token.clamp(max=16)
+    with torch.set_grad_enabled(with_grad):
+        scores = compare(student, teacher, token, divergence, chunk_size=2)
+    numbers = [scores.logps, scores.loss.detach(), *scores.teacher[:4]]
+    if with_grad:
+        (0.3 * scores.loss).backward()
+        numbers += [hidden.grad, weight.grad, bias.grad]
+    return numbers
+
+
+@pytest.mark.parametrize("with_grad", [True, False])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_a_teacher(name, with_grad, fused):
+    fused(False)
+    wanted = compared(DIVERGENCES[name], with_grad)
+    fused(True)
+    got = compared(DIVERGENCES[name], with_grad)
+    for ours, theirs in zip(got, wanted, strict=True):
         close(ours, theirs)
+
+
+def test_a_teacher_with_other_zeros(fused):
+    """Tokens that one side or both exclude; a student that is its teacher has neither loss nor gradient."""
+    fused(True)
+    g = torch.Generator().manual_seed(3)
+    logits, other = torch.randn(4, VOCABULARY, generator=g), torch.randn(4, VOCABULARY, generator=g)
+    token = torch.zeros(4, dtype=torch.int64)
+    logits[:, 5], other[:, 5] = -torch.inf, -torch.inf
+    for beta in (0.0, 0.5, 1.0):
+        for student in (logits, other):
+            student = student.clone().requires_grad_()
+            divergence = Divergence("generalized_jsd", options={"beta": beta})
+            scores = compare(Predictions(student), Predictions(logits), token, divergence)
+            scores.loss.backward()
+            assert student.grad.isfinite().all() and scores.teacher.kl.isfinite().all()
+            assert not student.grad[:, 5].any()
+            is_teacher = torch.equal(student.detach(), logits)
+            close(scores.loss.detach(), 0.0) if is_teacher else close(student.grad.sum(1), torch.zeros(4))
+            assert bool(scores.teacher.agrees.all()) == is_teacher
+            if is_teacher:
+                assert student.grad.abs().max() < 1e-7
 
 
 def test_no_scored_token(fused):
