@@ -241,13 +241,19 @@ def kto_loss(
 
 def _aot(better: Tensor, worse: Tensor, pair: Pair, beta: float, label_smoothing: float) -> Tensor:
     """The loss of each quantile, [S], at the places that the mask leaves."""
-    # Hidden pairs leave before the sort: their 0 would be a quantile of the sample.
-    visible = torch.ones_like(better, dtype=torch.bool) if pair.mask is None else pair.mask.bool()
+    if pair.mask is not None:
+        # Hidden pairs are sorted behind all others: their 0 would be a quantile of the sample. Selecting the others
+        # would make the host wait for a GPU.
+        better, worse = (value.masked_fill(~pair.mask.bool(), math.inf) for value in (better, worse))
     # The i-th smallest of one sample against the i-th smallest of the other: no pair is compared with its own partner.
-    quantile_gaps = better[visible].sort().values - worse[visible].sort().values
+    quantile_gaps = better.sort().values - worse.sort().values
+    if pair.mask is None:
+        return smoothed(logistic, beta * quantile_gaps, label_smoothing)
+    num_visible = pair.mask.sum()
+    quantile_gaps = torch.where(torch.arange(len(better), device=better.device) < num_visible, quantile_gaps, 0.0)
     losses = smoothed(logistic, beta * quantile_gaps, label_smoothing)
     # Element i is the i-th quantile, not pair i: only the mean or the sum has a meaning.
-    return torch.zeros_like(better).masked_scatter(visible, losses)
+    return torch.zeros_like(losses).masked_scatter(pair.mask.bool(), losses)
 
 
 @preference_loss("aot", coupled=True)

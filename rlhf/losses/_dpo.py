@@ -311,7 +311,8 @@ def length_desensitized_logps(
     check_same_shape(logps=logps, sequence=sequence)
     logps = upcast(logps)
     num_sequences = len(public_lengths)
-    lengths = torch.bincount(sequence, minlength=num_sequences)
+    # Not bincount, which makes the host wait for a GPU.
+    lengths = sequence.new_zeros(num_sequences).index_add(0, sequence, torch.ones_like(sequence))
     # Tokens of a sequence lie together, so a position is the distance from where its sequence starts.
     first_positions = lengths.cumsum(0) - lengths
     position = torch.arange(len(logps), device=logps.device) - first_positions[sequence]

@@ -12,7 +12,7 @@ TINY = ["--tiny", "--device", "cpu"]
 
 
 def test_sections_run_on_a_cpu(tmp_path, capsys):
-    names = ["environment", "flow", "head-accuracy", "attention-accuracy", "head", "attention"]
+    names = ["flow", "head-accuracy", "head", "attention"]
     file = tmp_path / "gpu.json"
     assert benchmark.main([*TINY, "--only", ",".join(names), "--output", str(file)]) == 0
     found = json.loads(file.read_text())
@@ -38,12 +38,12 @@ def test_a_failure_is_a_row_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("benchmarks.gpu.head.measure", measure)
     monkeypatch.setattr("benchmarks.gpu.flow.measure", lambda setup: 1 / 0)
     file = tmp_path / "gpu.json"
-    assert benchmark.main([*TINY, "--only", "flow,head,environment", "--output", str(file)]) == 1
+    assert benchmark.main([*TINY, "--only", "flow,head,attention", "--output", str(file)]) == 1
     found = json.loads(file.read_text())
     assert [row.get("ms") for row in found["tables"]["head"]] == [1.0, None, 3.0]
     assert found["failures"][0] == "flow: ZeroDivisionError: division by zero"
     assert found["failures"][1].startswith("head: second: RuntimeError")
-    assert found["tables"]["environment"] and "failed: head: second" in capsys.readouterr().out
+    assert found["tables"]["attention"] and "failed: head: second" in capsys.readouterr().out
 
 
 def test_memory_of_a_failed_call_is_free():

@@ -1,35 +1,11 @@
 """Every loss of the catalogue gives on a GPU what it gives on a CPU. The inputs are its documented example."""
 
-import doctest
-import sys
-from dataclasses import fields, is_dataclass
-
 import pytest
 import torch
-
-from rlhf.losses.catalogue import entries
+from examples_of_losses import ENTRIES, documented_call, tensors_in
 
 pytestmark = pytest.mark.gpu
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-NO_TENSORS = ("AdaptiveKLController",)
-ENTRIES = [entry for entry in entries() if entry.name not in NO_TENSORS]
-
-
-def documented_call(entry):
-    """The arguments with which the docstring's example calls the function."""
-    calls = []
-    name = entry.function.__name__
-
-    def record(*args, **options):
-        calls.append((args, options))
-        return entry.function(*args, **options)
-
-    module = sys.modules[entry.function.__module__]
-    names = dict(vars(module), **{name: record})
-    for example in doctest.DocTestParser().get_examples(entry.documentation):
-        exec(compile(example.source, entry.name, "exec"), names)
-    assert calls, f"the example of {entry.name} does not call {name}"
-    return calls[0]
 
 
 def moved(value, device, dtype):
@@ -40,18 +16,6 @@ def moved(value, device, dtype):
     if isinstance(value, dict):
         return {key: moved(item, device, dtype) for key, item in value.items()}
     return type(value)(moved(item, device, dtype) for item in value) if isinstance(value, tuple) else value
-
-
-def tensors_in(value):
-    if torch.is_tensor(value):
-        return [value]
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    elif is_dataclass(value):
-        value = tuple(getattr(value, field.name) for field in fields(value))
-    if isinstance(value, tuple):
-        return [tensor for item in value for tensor in tensors_in(item)]
-    return [torch.tensor(value)] if isinstance(value, float) else []
 
 
 def value_and_gradients(entry, device, dtype):
