@@ -6,12 +6,18 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+MEMORY_SHARE = 0.3  # of a GPU, for vLLM in the process of the trainer
 _SERVER_COMMAND = "start `vllm serve MODEL` and pass rollout_server_url, rollout_server_model and rollout_weights_dir"
 _OPTION_OF_SERVER = "an option of `vllm serve` itself: give it there"
 # Options that are refused, and options that change nothing; `--help` has the reason of each.
 _REFUSED = (
-    "vllm_model_impl", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_max_model_length",
-    "vllm_structured_outputs_regex", "vllm_group_port",
+    "vllm_model_impl", "vllm_tensor_parallel_size", "vllm_structured_outputs_regex", "vllm_group_port",
+)  # fmt: skip
+# Options of vLLM in this process, which a server has itself.
+_OF_COLOCATED = ("vllm_gpu_memory_utilization", "vllm_max_model_length")
+# Options of a server: with one of them, `use_vllm` means a server.
+_OF_SERVER = (
+    "rollout_server_url", "rollout_server_model", "vllm_server_base_url", "vllm_server_host", "vllm_server_port",
 )  # fmt: skip
 _WITHOUT_EFFECT = ("cache_implementation", "use_transformers_paged", "use_transformers_continuous_batching")
 # Keys of generation_kwargs, and their names in a :class:`rlhf.rollouts.Sampling`.
@@ -85,6 +91,14 @@ class ServerArguments:
             raise ValueError(f"rollout_server_url: {repeated[0]} is there twice")
         return urls
 
+    def colocated_vllm(self) -> tuple[float, int | None] | None:
+        """How vLLM runs in this process.
+
+        Returns:
+            Its share of the GPU's memory, and the tokens of a sequence at most; None if it does not run here.
+        """
+        return None
+
 
 @dataclass
 class GenerationArguments(ServerArguments):
@@ -97,16 +111,22 @@ class GenerationArguments(ServerArguments):
     generation_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": f"The sampling options in one mapping: {', '.join(_GENERATION_KEYS)}."}
     )
-    use_vllm: bool = option(False, "TRL's name: sample on a vLLM server (vllm_server_*).")
-    vllm_mode: str | None = old_name("server; colocate is not offered")
+    use_vllm: bool = option(False, "Sample with vLLM, in this process or on a server (vllm_mode).")
+    vllm_mode: str | None = option(
+        None, "With use_vllm: colocate (in this process) or server; default: a server if one is named."
+    )
     vllm_server_base_url: str | None = old_name("rollout_server_url")
     vllm_server_host: str | None = old_name("of rollout_server_url")
     vllm_server_port: int | None = old_name("of rollout_server_url")
     vllm_model_impl: str | None = old_name(_OPTION_OF_SERVER)
     vllm_enable_sleep_mode: bool | None = old_name("rollout_server_sleep")
-    vllm_gpu_memory_utilization: float | None = old_name(_OPTION_OF_SERVER)
+    vllm_gpu_memory_utilization: float | None = option(
+        None, f"Share of the GPU's memory for vLLM in this process; default: {MEMORY_SHARE}."
+    )
     vllm_tensor_parallel_size: int | None = old_name(_OPTION_OF_SERVER)
-    vllm_max_model_length: int | None = old_name(_OPTION_OF_SERVER)
+    vllm_max_model_length: int | None = option(
+        None, "Tokens of a prompt and its completion for vLLM in this process; default: the model's context."
+    )
     vllm_structured_outputs_regex: str | None = old_name("not offered: a constrained policy is not the one that learns")
     vllm_server_timeout: float | None = old_name("server_startup_timeout")
     vllm_group_port: int | None = old_name("not needed: weights go through rollout_weights_dir")
@@ -142,7 +162,10 @@ class GenerationArguments(ServerArguments):
         if self.vllm_server_timeout is not None:
             self.server_startup_timeout = self.vllm_server_timeout
         if self.use_vllm:
-            self._take_over_server()
+            self._take_over_vllm()
+        for name in _OF_COLOCATED:
+            if getattr(self, name) is not None and self.colocated_vllm() is None:
+                raise ValueError(f"{name}: {_OPTION_OF_SERVER}; leave it out, or pass vllm_mode=colocate")
         # Called for its checks alone: the values are read where a Sampling is made.
         self.generation_options()
 
@@ -151,9 +174,25 @@ class GenerationArguments(ServerArguments):
         help_text: str = cls.__dataclass_fields__[name].metadata["help"]
         return help_text.removeprefix("TRL's name: ").rstrip(".")
 
+    def colocated_vllm(self) -> tuple[float, int | None] | None:
+        """See :meth:`ServerArguments.colocated_vllm`."""
+        if not self.use_vllm or self.vllm_mode != "colocate":
+            return None
+        share = self.vllm_gpu_memory_utilization
+        return MEMORY_SHARE if share is None else share, self.vllm_max_model_length
+
+    def _take_over_vllm(self) -> None:
+        given_of_server = [name for name in _OF_SERVER if getattr(self, name) is not None]
+        if self.vllm_mode is None:
+            self.vllm_mode = "server" if given_of_server else "colocate"
+        if self.vllm_mode not in ("server", "colocate"):
+            raise ValueError(f"vllm_mode must be server or colocate, got {self.vllm_mode!r}")
+        if self.vllm_mode == "server":
+            self._take_over_server()
+        elif given_of_server:
+            raise ValueError(f"vllm_mode=colocate runs vLLM in this process: leave {given_of_server[0]} out")
+
     def _take_over_server(self) -> None:
-        if self.vllm_mode not in (None, "server"):
-            raise ValueError(f"vllm_mode {self.vllm_mode!r} is not offered: {_SERVER_COMMAND}")
         if self.rollout_server_url is None:  # the name here wins
             address = f"http://{self.vllm_server_host or '127.0.0.1'}:{self.vllm_server_port or 8000}"
             self.rollout_server_url = [self.vllm_server_base_url or address]

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
 from torch import Tensor
 
 
@@ -166,3 +167,16 @@ def check_request(prompt_ids: Sequence[Sequence[int]], n: int, seed: int) -> Non
     for index, ids in enumerate(prompt_ids):
         if not len(ids):
             raise ValueError(f"prompt {index} is empty: give it at least one token, such as the tokenizer's BOS")
+
+
+def sample_seed(seed: int, prompt: int, sample: int) -> int:
+    """The seed of one completion, for an engine that takes one for each request.
+
+    Args:
+        seed: of the whole request.
+        prompt: number of the prompt.
+        sample: number of the completion.
+    Returns:
+        A number of 31 bits: servers take a signed one of 32.
+    """
+    return int(np.random.SeedSequence((seed, prompt, sample)).generate_state(1)[0] >> 1)

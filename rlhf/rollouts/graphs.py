@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,9 +108,7 @@ class CapturedStep:
         RuntimeError: the step cannot be captured.
     """
 
-    def __init__(
-        self, step: Step, token: Tensor, positions: Tensor, shape: tuple[int, int], pool: tuple[int, int]
-    ) -> None:
+    def __init__(self, step: Step, token: Tensor, positions: Tensor, shape: tuple[int, int], pool: Any) -> None:
         self.shape = shape
         self._token, self._positions = token.clone(), positions.clone()
         self._graph = torch.cuda.CUDAGraph()

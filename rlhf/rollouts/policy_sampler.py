@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.models import Policy
 from rlhf.rollouts.arguments import ServerArguments
+from rlhf.rollouts.colocated import ColocatedEngine, ColocatedOptions
 from rlhf.rollouts.engine import RolloutEngine
 from rlhf.rollouts.local import LocalEngine, end_ids
 from rlhf.rollouts.policy_weights import adapter_rank, adapter_weights, merged_weights, whole_model_reason
@@ -26,8 +27,8 @@ logger = logging.getLogger(__name__)
 class PolicySampler:
     """Keeps an engine's weights those of the policy.
 
-    A local engine exists once in each process. A server is shared by all processes, so the first one alone pauses it,
-    resumes it and sends it weights.
+    An engine in this process exists once in each process. A server is shared by all processes, so the first one alone
+    pauses it, resumes it and sends it weights.
 
     Args:
         engine: from :func:`make_engine`, or another one.
@@ -37,7 +38,9 @@ class PolicySampler:
 
     def __init__(self, engine: RolloutEngine, accelerator: Accelerator, probe_ids: Sequence[int] = ()) -> None:
         self.engine, self.accelerator, self.probe_ids = engine, accelerator, list(probe_ids)
-        self.is_local = isinstance(engine, LocalEngine)
+        self.is_local = isinstance(engine, LocalEngine)  # it samples from the policy's own weights
+        is_in_process = self.is_local or isinstance(engine, ColocatedEngine)
+        self._is_responsible = is_in_process or accelerator.is_main_process
         self._sent_at_step: int | None = None  # evaluation and a rollout after the same step need one transfer
         self._version = 0
         self._adapter_alone: bool | None = None  # not known yet
@@ -101,13 +104,10 @@ class PolicySampler:
             step: optimizer steps so far.
             pausing: holds the engine's requests while it loads the weights; needed where some are under way.
         """
-        if not self.is_local and self._sent_at_step != step:
+        has_weights = self._sent_at_step == step and getattr(self.engine, "has_weights", True)
+        if not self.is_local and not has_weights:
             self._send_weights(policy, trained_model, pausing)
             self._sent_at_step = step
-
-    @property
-    def _is_responsible(self) -> bool:
-        return self.is_local or self.accelerator.is_main_process
 
     def _send_weights(
         self, policy: Policy, trained_model: nn.Module, pausing: Callable[[], AbstractContextManager[None]]
@@ -128,7 +128,7 @@ class PolicySampler:
         else:
             # All processes: the changes of an adapter may be sharded too.
             weights = merged_weights(policy.model, model_state)
-            if self.accelerator.is_main_process:
+            if self._is_responsible:
                 with pausing():
                     self.engine.update_weights(weights.items(), self._version)
         self.accelerator.wait_for_everyone()
@@ -182,7 +182,8 @@ def make_engine(
         accelerator: of the training run.
         reads_logps: whether the log-probs of samples are used, so that a server's are checked.
     Returns:
-        A :class:`ServerEngine` or a :class:`LocalEngine`.
+        An engine of one or several servers, a :class:`ColocatedEngine` (vLLM in this process), or a
+        :class:`LocalEngine`.
     Raises:
         ValueError: sharded weights in this process; no end token; a server's address without its other options, or a
             server with another tokenizer.
@@ -199,7 +200,18 @@ def make_engine(
         )
     # As in training, so that both passes compute the same log-probs.
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    return LocalEngine(policy.model, tokenizer, autocast=autocast)
+    colocated = args.colocated_vllm()
+    if colocated is None:
+        return LocalEngine(policy.model, tokenizer, autocast=autocast)
+    memory_share, max_length = colocated
+    options = ColocatedOptions(
+        memory_share=memory_share,
+        max_length=max_length,
+        sleeps=args.rollout_server_sleep,
+        dtype=autocast or next(policy.without_adapter.parameters()).dtype,
+        processes=accelerator.num_processes,
+    )
+    return ColocatedEngine(policy.config, tokenizer, end_ids(policy.without_adapter, tokenizer), options)
 
 
 def _server_engine(

@@ -9,13 +9,12 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.http_client import HttpClient, ServerError
-from rlhf.rollouts.engine import Completion, Sampling, check_request
+from rlhf.rollouts.engine import Completion, Sampling, check_request, sample_seed
 from rlhf.rollouts.pausing import can_pause, pause, resume, resume_if_paused
 from rlhf.rollouts.policy_weights import AdapterWeights
 from rlhf.rollouts.served_policy import ServedPolicy
@@ -339,8 +338,7 @@ class ServerEngine:
             repetition_penalty=sampling.repetition_penalty,
             min_tokens=sampling.min_tokens,
             max_tokens=sampling.max_tokens,
-            # Servers take a signed 32-bit seed.
-            seed=int(np.random.SeedSequence(seed_key).generate_state(1)[0] >> 1),
+            seed=sample_seed(*seed_key),
             **end_options,
         )
         finish_reason = choice.get("finish_reason")  # others: "abort", "content_filter"

@@ -73,7 +73,7 @@ RANGES: dict[Range, str] = {
     COUNT: "dataloader_num_workers save_total_limit profile shuffle_buffer_size samples num_completions num_prompts k "
     "max_staleness dynamic_sampling min_completion_length num_completions_to_print max_tool_calling_iterations top_k "
     "max_nonfinite_steps num_sample_answers critic_warmup",
-    Range(2, LARGEST): "max_length max_seq_length",
+    Range(2, LARGEST): "max_length max_seq_length vllm_max_model_length",
     SEED: "seed data_seed",
     Range(-1, LARGEST): "local_rank",
     # A temperature of 0 would be greedy, and a group of completions all alike.
@@ -88,7 +88,7 @@ RANGES: dict[Range, str] = {
     Range(0, infinite=True): "max_grad_norm",
     Range(0, 1, open_above=True): "adam_beta1 adam_beta2 lora_dropout",
     SHARE: "lmbda ld_alpha label_smoothing label_smoothing_factor gamma lam min_p top_entropy_quantile",
-    Range(0, 1, open_below=True): "top_p ref_model_mixup_alpha",
+    Range(0, 1, open_below=True): "top_p ref_model_mixup_alpha vllm_gpu_memory_utilization",
     # The bounds of these depend on the loss, which checks them.
     FINITE: "beta alpha f_alpha_divergence_coef loss_weights reward_weights sapo_temperature_neg sapo_temperature_pos "
     "vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos",
@@ -97,8 +97,8 @@ RANGES: dict[Range, str] = {
 
 UNCHECKED: dict[str, str] = {
     "refused at any value": "rpo_alpha max_prompt_length entropy_coef_delta entropy_coef_max entropy_coef_min "
-    "entropy_target vllm_gpu_memory_utilization vllm_group_port vllm_max_model_length "
-    "vllm_tensor_parallel_size vllm_importance_sampling_clip_min",
+    "entropy_target vllm_group_port vllm_tensor_parallel_size "
+    "vllm_importance_sampling_clip_min",
     "moves no figure": "pad_to_multiple_of",
     "one side may be infinite; the order of both is checked with the rewards": "reward_clip_range",
     "a part of an address, which is asked at the start": "vllm_server_port",

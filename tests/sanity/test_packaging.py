@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MODULES = {"pyyaml": "yaml", "math-verify": "math_verify"}  # named otherwise than their distribution
 # Imported late, and an error names the extra; builds of torch for a GPU bring triton.
-EXTRA = {"math_verify", "bitsandbytes", "deepspeed", "lm_eval", "triton"}
+EXTRA = {"math_verify", "bitsandbytes", "deepspeed", "lm_eval", "triton", "vllm"}
 
 
 def imported():

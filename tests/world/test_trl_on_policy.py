@@ -81,8 +81,9 @@ def test_trls_names_are_taken_over(tmp_path, given, name, means):
         (dict(steps_per_generation=3, gradient_accumulation_steps=2), "no whole number of optimizer steps"),
         (dict(steps_per_generation=2, generation_batch_size=8), "say the same: give one"),
         (dict(generation_batch_size=6), "generation_batch_size 6 is no multiple"),
-        (dict(use_vllm=True), "use_vllm: start `vllm serve MODEL`"),
-        (dict(use_vllm=True, vllm_mode="colocate"), "vllm_mode 'colocate' is not offered"),
+        (dict(use_vllm=True, vllm_mode="server"), "use_vllm: start `vllm serve MODEL`"),
+        (dict(use_vllm=True, vllm_mode="nearby"), "vllm_mode must be server or colocate, got 'nearby'"),
+        (dict(use_vllm=True, vllm_mode="colocate", vllm_server_port=9), "in this process: leave vllm_server_port out"),
         (dict(vllm_gpu_memory_utilization=0.3), "vllm_gpu_memory_utilization: an option of `vllm serve` itself"),
         (dict(generation_kwargs={"num_beams": 2}), "generation_kwargs: num_beams=2 is not offered"),
         (dict(generation_kwargs={"temperature": 2.0}), "give temperature as temperature"),
@@ -110,7 +111,12 @@ def test_sampling_takes_trls_options(tmp_path):
         tmp_path, use_vllm=True, vllm_server_host="here", vllm_server_port=9, rollout_server_model="m",
         rollout_weights_dir="w", vllm_enable_sleep_mode=True, vllm_server_timeout=30.0,
     )  # fmt: skip
-    assert server.rollout_server_url == ["http://here:9"]
+    assert server.rollout_server_url == ["http://here:9"] and server.colocated_vllm() is None
+    assert config(tmp_path, use_vllm=True).colocated_vllm() == (0.3, None)
+    colocated = config(
+        tmp_path, use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.5, vllm_max_model_length=64
+    )
+    assert colocated.colocated_vllm() == (0.5, 64)
     assert server.rollout_server_sleep and server.server_startup_timeout == 30
 
 
