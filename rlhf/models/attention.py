@@ -16,9 +16,10 @@ from transformers.utils.generic import is_flash_attention_requested
 from rlhf.data.segments import Segments
 from rlhf.kernels.autocast import dtype_under_autocast
 from rlhf.models.attention_flex import attend_by_flex
-from rlhf.models.attention_kernels import AttentionCall, choose_kernel
+from rlhf.models.attention_kernels import HALF, AttentionCall, choose_kernel
 from rlhf.models.attention_spans import ScoreOptions, attend_by_span
-from rlhf.models.attention_varlen import FlashAttention, attend_by_flash, attend_by_varlen, load_flash_attention
+from rlhf.models.attention_trials import is_exact
+from rlhf.models.attention_varlen import FlashAttention, attend_by_varlen, load_flash_attention
 
 NAME = "rlhf_segments"  # in place of "sdpa"
 EAGER_NAME = "rlhf_segments_eager"  # in place of "eager", for models whose scores SDPA does not know
@@ -153,14 +154,11 @@ def attend(
     )
     options = ScoreOptions(scaling, sliding_window, dropout, softcap, s_aux)
     kernel = choose_kernel(call, None if flash is None else flash.options)
-    if kernel == "flash":
-        assert flash is not None
-        return attend_by_flash(flash, query, key, value, segments, options)
-    if kernel == "varlen":
-        return attend_by_varlen(query, key, value, segments, options)
-    if kernel == "flex":
-        return attend_by_flex(query, key, value, segments, options)
-    return attend_by_span(query, key, value, segments, options, explicit=kernel == "explicit")
+    kernels = {"flash": flash and flash.attend_spans, "varlen": attend_by_varlen, "flex": attend_by_flex}
+    in_one_call = kernels.get(kernel)
+    if in_one_call is not None and is_exact(kernel, in_one_call, call, query, key):
+        return in_one_call(query, key, value, segments, options)
+    return attend_by_span(query, key, value, segments, options, explicit=call.needs_explicit_scores)
 
 
 def _gathered(key: Tensor, value: Tensor, gather: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -212,11 +210,23 @@ def _flash_segment_attention(flash: FlashAttention) -> Callable[..., tuple[Tenso
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         if segments is None:
+            if _takes_plain_sdpa(query, attention_mask, kwargs):
+                return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
             return flash_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return attend(query, key, value, attention_mask, segments, flash=flash, **kwargs), None
 
     flash_segment_attention.takes_segments = True  # type: ignore[attr-defined]
     return flash_segment_attention
+
+
+def _takes_plain_sdpa(query: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> bool:
+    """Whether SDPA must and can stand in for flash-attention, which takes half precision on a GPU alone.
+
+    The few tokens by which a model is checked before training are in the dtype of its weights, without autocast.
+    """
+    is_half = dtype_under_autocast(query.dtype, query.device.type) in HALF
+    changes_scores = any(options.get(name) is not None for name in ("softcap", "s_aux"))
+    return not (is_half and query.is_cuda) and attention_mask is None and not changes_scores
 
 
 def _is_ours(implementation: str) -> bool:

@@ -45,6 +45,11 @@ class AttentionCall(NamedTuple):
     has_sinks: bool = False
     is_part: bool = False
 
+    @property
+    def needs_explicit_scores(self) -> bool:
+        """Whether SDPA does not know what happens to the scores."""
+        return self.has_softcap or self.has_sinks
+
 
 def choose_kernel(call: AttentionCall, flash_options: frozenset[str] | None = None) -> Kernel:
     """The fastest kernel that computes exactly what a layer asks for.
@@ -62,7 +67,7 @@ def choose_kernel(call: AttentionCall, flash_options: frozenset[str] | None = No
             return "varlen"
         if _flex_takes(call):
             return "flex"
-    return "explicit" if call.has_softcap or call.has_sinks else "sdpa"
+    return "explicit" if call.needs_explicit_scores else "sdpa"
 
 
 def _takes_heads(call: AttentionCall) -> bool:
@@ -71,7 +76,7 @@ def _takes_heads(call: AttentionCall) -> bool:
 
 
 def _varlen_takes(call: AttentionCall) -> bool:
-    return _takes_heads(call) and not (call.has_dropout or call.has_softcap or call.has_sinks)
+    return _takes_heads(call) and not (call.has_dropout or call.needs_explicit_scores)
 
 
 def _flex_takes(call: AttentionCall) -> bool:

@@ -25,6 +25,44 @@ class FlashAttention(NamedTuple):
     arguments: Callable[..., dict[str, Any]]
     options: frozenset[str]
 
+    def attend_spans(
+        self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: ScoreOptions
+    ) -> Tensor:
+        """Attention of all spans, each with the keys of ``[prefix, span]``.
+
+        Args:
+            query: [1, heads, T, D], in half precision on a GPU.
+            key: [1, kv_heads, T, D].
+            value: [1, kv_heads, T, D].
+            segments: the spans, with their layout on the device.
+            options: of the layer, as far as the function takes them.
+        Returns:
+            [1, T, heads, D].
+        """
+        layout = segments.layout
+        arguments = self.arguments(
+            query_length=layout.longest_query,
+            key_length=layout.longest_key,
+            is_causal=True,
+            dropout=options.dropout,
+            softmax_scale=options.scaling,
+            sliding_window=options.window,
+            softcap=options.softcap,
+            s_aux=None if options.sinks is None else options.sinks.to(query.dtype),
+            max_seqlen_q=layout.longest_query,
+            max_seqlen_k=layout.longest_key,
+        )
+        output = self.attend(
+            _flat(query),
+            _keys(key, layout.key_rows),
+            _keys(value, layout.key_rows),
+            cu_seqlens_q=layout.query_starts,
+            cu_seqlens_k=layout.key_starts,
+            **arguments,
+        )
+        # Some versions return the log-sum-exp too.
+        return (output[0] if isinstance(output, tuple) else output).unsqueeze(0)
+
 
 def load_flash_attention(implementation: str) -> FlashAttention | None:
     """The function behind an attention implementation of transformers.
@@ -69,46 +107,6 @@ def attend_by_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segmen
         enable_gqa=query.size(1) != key.size(1),
     )
     return output.unsqueeze(0)  # type: ignore[union-attr]
-
-
-def attend_by_flash(
-    flash: FlashAttention, query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: ScoreOptions
-) -> Tensor:
-    """Attention by a flash-attention package, each span with the keys of ``[prefix, span]``.
-
-    Args:
-        flash: the function.
-        query: [1, heads, T, D], in half precision on a GPU.
-        key: [1, kv_heads, T, D].
-        value: [1, kv_heads, T, D].
-        segments: the spans, with their layout on the device.
-        options: of the layer, as far as the function takes them.
-    Returns:
-        [1, T, heads, D].
-    """
-    layout = segments.layout
-    arguments = flash.arguments(
-        query_length=layout.longest_query,
-        key_length=layout.longest_key,
-        is_causal=True,
-        dropout=options.dropout,
-        softmax_scale=options.scaling,
-        sliding_window=options.window,
-        softcap=options.softcap,
-        s_aux=None if options.sinks is None else options.sinks.to(query.dtype),
-        max_seqlen_q=layout.longest_query,
-        max_seqlen_k=layout.longest_key,
-    )
-    output = flash.attend(
-        _flat(query),
-        _keys(key, layout.key_rows),
-        _keys(value, layout.key_rows),
-        cu_seqlens_q=layout.query_starts,
-        cu_seqlens_k=layout.key_starts,
-        **arguments,
-    )
-    # Some versions return the log-sum-exp too.
-    return (output[0] if isinstance(output, tuple) else output).unsqueeze(0)
 
 
 def _flat(tensor: Tensor) -> Tensor:

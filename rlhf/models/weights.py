@@ -9,6 +9,8 @@ from torch import nn
 from transformers.distributed.utils import is_local_dist_rank_0
 from transformers.integrations import is_fsdp_enabled
 
+from rlhf.models.attention import is_flash, register_flash
+
 _NAMES_SHOWN = 3
 _INTEGERS = ("I", "U", "B")  # first letters of safetensors' names of integer types and of BOOL
 _FLOATS_IN_B = ("BF16",)
@@ -32,6 +34,10 @@ def load_whole(auto_class: Any, location: str, *, new_head: str | None = None, *
         ValueError: Weights are missing, are integers where the model has floats, or are not finite.
     """
     model, report = auto_class.from_pretrained(location, output_loading_info=True, **kwargs)
+    implementation = model.config._attn_implementation
+    if implementation is not None and is_flash(implementation):
+        # Now, so that float32 weights can be checked before training by forwards without autocast.
+        register_flash(implementation)
     # With FSDP the first process of a machine alone has weights yet.
     if is_fsdp_enabled() and not is_local_dist_rank_0():
         return model

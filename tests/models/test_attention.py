@@ -7,13 +7,16 @@ import re
 import pytest
 import torch
 from conftest import ARCHITECTURES, close, tiny_model
+from dense_attention import flash_varlen, found_by_transformers
 from peft import LoraConfig, get_peft_model
+from transformers import AttentionInterface, PreTrainedModel
 
 from rlhf.data import Batch, Collator
 from rlhf.data.segments import Segments, Span
 from rlhf.logprobs import Targets
-from rlhf.models import Policy, attention, attention_spans, choose_layout, use_segments
+from rlhf.models import Policy, attention, attention_spans, attention_varlen, choose_layout, use_segments
 from rlhf.models.attention import NAME, segment_attention
+from rlhf.models.attention_kernels import choose_kernel
 
 WINDOW = 4  # shorter than most sequences below
 MIXED = ["sliding_attention", "full_attention"]
@@ -334,6 +337,58 @@ def test_segments_without_their_attention_are_an_error(implementation):
         Policy(model)(batch)
     with pytest.raises(RuntimeError):
         model.base_model(**batch.inputs(), use_cache=False)
+
+
+# Flash-attention that the user chose
+
+
+def test_a_chosen_flash_attention_takes_segments(monkeypatch):
+    """A stand-in for the package, which computes each span as a dense row, on a CPU that passes for a GPU."""
+    name, calls = "flash_attention_2", []
+
+    def function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False,
+                 window_size=(-1, -1)):  # fmt: skip
+        calls.append(window_size)
+        return flash_varlen(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, softmax_scale, causal, window_size
+        ).to(q.dtype)
+
+    own, model = build("qwen2, some windows"), build("qwen2, some windows")
+    found = found_by_transformers(function)
+    monkeypatch.setattr(attention_varlen, "lazy_import_flash_attention", lambda implementation: found)
+    monkeypatch.setattr(PreTrainedModel, "_check_and_adjust_attn_implementation", lambda self, wanted, **_: wanted)
+    monkeypatch.setitem(AttentionInterface._global_mapping, name, AttentionInterface._global_mapping[name])
+    model.set_attn_implementation(name)
+    assert choose_layout(model, "auto") == "segments"
+    assert model.config._attn_implementation == name and not calls  # tried by SDPA
+    on_gpu = dict(device="cuda", dtype=torch.bfloat16)
+    monkeypatch.setattr(attention, "choose_kernel", lambda call, flash: choose_kernel(call._replace(**on_gpu), flash))
+    start = copy.deepcopy(own.state_dict())
+    want = step(own, start, lambda m: apart(m, CASES["pairs"]))
+    agree(step(model, start, lambda m: together(m, batch_of("pairs"))), want)
+    # Before each of two kinds of layers, the kernel is tried with a window of 48, and without one.
+    assert calls == [(47, 47), (WINDOW - 1, WINDOW - 1), (-1, -1), (-1, -1)]
+    # Without segments it is what it was, except that SDPA takes float32.
+    ids = torch.tensor([[5, 6, 7]])
+    close(model(ids).logits, own(ids).logits)
+    rows = []
+
+    def own_function(module, query, *args, **options):
+        rows.append(query.size(2))
+        return query.transpose(1, 2), None
+
+    monkeypatch.setattr(attention, "flash_attention_forward", own_function)
+    model(ids, attention_mask=torch.tensor([[0, 1, 1]]))
+    assert rows == [3, 3]
+
+
+def test_a_flash_attention_without_spans_is_refused(monkeypatch):
+    model = build("llama")
+    monkeypatch.setattr(attention_varlen, "lazy_import_flash_attention", lambda _: ((None,) * 5, (dict, dict)))
+    monkeypatch.setattr(PreTrainedModel, "_check_and_adjust_attn_implementation", lambda self, wanted, **_: wanted)
+    model.set_attn_implementation("flash_attention_3")
+    assert use_segments(model) == "flash_attention_3 has no function for spans of different lengths"
+    assert model.config._attn_implementation == "flash_attention_3"
 
 
 # On a GPU

@@ -7,13 +7,15 @@ from functools import partial
 import pytest
 import torch
 from conftest import close
+from dense_attention import dense, flash_varlen, found_by_transformers, variable_length, visible
 
 from rlhf.data.segments import Segments, Span
-from rlhf.models import attention_flex, attention_varlen
+from rlhf.models import attention, attention_flex, attention_varlen
+from rlhf.models.attention import attend
 from rlhf.models.attention_flex import BLOCK, attend_by_flex, block_mask
 from rlhf.models.attention_kernels import AttentionCall, choose_kernel
 from rlhf.models.attention_spans import ScoreOptions, attend_by_span
-from rlhf.models.attention_varlen import attend_by_flash, attend_by_varlen
+from rlhf.models.attention_varlen import attend_by_varlen
 
 HEADS, KV_HEADS = 4, 2
 SPANS = {
@@ -39,32 +41,6 @@ OPTIONS = {
 PLAIN = {name: options for name, options in OPTIONS.items() if options.softcap is None and options.sinks is None}
 
 
-def visible(spans, window=None):
-    """Which row sees which, one row at a time: bool [T, T]."""
-    starts = [0, *itertools.accumulate(span.length for span in spans)]
-    seen = torch.zeros(starts[-1], starts[-1], dtype=torch.bool)
-    for start, (length, parent, prefix) in zip(starts, spans, strict=False):
-        keys = [*range(starts[parent], starts[parent] + prefix), *range(start, start + length)]
-        for position in range(prefix, prefix + length):
-            first = 0 if window is None else max(0, position - window + 1)
-            seen[start + position - prefix, keys[first : position + 1]] = True
-    return seen
-
-
-def dense(query, key, value, spans, options):
-    """Attention with a mask of T x T, in float64."""
-    query, key, value = (tensor.double() for tensor in (query, key, value))
-    key, value = (tensor.repeat_interleave(query.size(1) // tensor.size(1), 1) for tensor in (key, value))
-    scores = query @ key.transpose(2, 3) * (query.size(3) ** -0.5 if options.scaling is None else options.scaling)
-    if options.softcap is not None:
-        scores = options.softcap * (scores / options.softcap).tanh()
-    scores = scores.masked_fill(~visible(spans, options.window).to(scores.device), -torch.inf)
-    if options.sinks is not None:
-        sinks = options.sinks.to(scores)[None, :, None, None].expand(1, -1, scores.size(2), 1)
-        scores = torch.cat((scores, sinks), -1)
-    return (scores.softmax(-1)[..., : key.size(2)] @ value).transpose(1, 2)
-
-
 def inputs(spans, size=8, dtype=torch.float64, device="cpu", seed=0):
     total = sum(span.length for span in spans)
     generator = torch.Generator().manual_seed(seed)
@@ -79,43 +55,6 @@ def with_gradients(attend, tensors):
     # Small whole numbers, exact in any precision, and unlike for two entries side by side.
     weights = (torch.arange(output.numel(), device=output.device) % 7 - 3).view(output.shape).to(output)
     return [output, *torch.autograd.grad((output * weights).sum(), tensors)]
-
-
-def variable_length(query, key, value, starts_q, starts_k, longest_q, longest_k, *, scale, window_size, enable_gqa):
-    """torch's ``varlen_attn`` as its documentation has it, one query at a time."""
-    output = torch.zeros_like(query)
-    ends_q, ends_k = starts_q[1:].tolist(), starts_k[1:].tolist()
-    spans = list(zip(starts_q.tolist(), ends_q, starts_k.tolist(), ends_k, strict=False))
-    assert longest_q == max(b - a for a, b, _, _ in spans) and longest_k == max(d - c for _, _, c, d in spans)
-    assert ends_q[-1] == len(query) and ends_k[-1] == len(key)
-    shared = query.size(1) // key.size(1) if enable_gqa else 1
-    for a, b, c, d in spans:
-        for q in range(a, b):
-            last = d - (b - q)  # aligned at the bottom right
-            first = c if window_size[0] < 0 else max(c, last - window_size[0])
-            for head in range(query.size(1)):
-                k, v = key[first : last + 1, head // shared], value[first : last + 1, head // shared]
-                output[q, head] = (k @ query[q, head] * (scale or query.size(2) ** -0.5)).softmax(0) @ v
-    return output
-
-
-def flash_varlen(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
-    window_size=(-1, -1), softcap=0.0, s_aux=None,
-):  # fmt: skip
-    """flash-attention's function as its documentation has it, with the sinks of version 3."""
-    assert causal and not dropout_p and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-    outputs = []
-    for index, (start, end) in enumerate(itertools.pairwise(cu_seqlens_q.tolist())):
-        first, last = cu_seqlens_k[index : index + 2].tolist()
-        window = None if window_size[0] < 0 else window_size[0] + 1
-        # A prefix is a part of the keys, seen by all queries: the same as a span behind a span.
-        spans = (Span(last - first - (end - start)), Span(end - start, 0, last - first - (end - start)))
-        query = torch.cat((q.new_zeros(spans[0].length, *q.shape[1:]), q[start:end]))
-        rows = [tensor.transpose(0, 1)[None] for tensor in (query, k[first:last], v[first:last])]
-        options = ScoreOptions(softmax_scale, window, 0.0, softcap or None, s_aux)
-        outputs.append(dense(*rows, spans, options)[0, spans[0].length :])
-    return torch.cat(outputs)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -149,21 +88,13 @@ def test_variable_length_attention_is_told_the_same(spans, options, monkeypatch)
     close(got, dense(*tensors, SPANS[spans], OPTIONS[options]), torch.float64)
 
 
-def flash(monkeypatch):
-    """What transformers would find for an installed flash-attention."""
-    from transformers import modeling_flash_attention_utils as utils
-
-    arguments = utils._lazy_define_process_function(flash_varlen)
-    found = (None, flash_varlen, None, None, None), (arguments, dict)
-    monkeypatch.setattr(attention_varlen, "lazy_import_flash_attention", lambda implementation: found)
-    return attention_varlen.load_flash_attention("flash_attention_3")
-
-
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("spans", SPANS)
 def test_flash_attention_is_told_the_same(spans, options, monkeypatch):
+    monkeypatch.setattr(attention_varlen, "lazy_import_flash_attention", lambda _: found_by_transformers(flash_varlen))
     tensors, segments = inputs(SPANS[spans]), Segments.of(SPANS[spans])
-    got = attend_by_flash(flash(monkeypatch), *tensors, segments, OPTIONS[options])
+    flash = attention_varlen.load_flash_attention("flash_attention_3")
+    got = flash.attend_spans(*tensors, segments, OPTIONS[options])
     close(got, dense(*tensors, SPANS[spans], OPTIONS[options]), torch.float64)
 
 
@@ -252,6 +183,53 @@ CHOICES = {
 def test_the_fastest_exact_kernel_is_chosen(case):
     asked, flash_options, kernel = CHOICES[case]
     assert choose_kernel(asked, flash_options) == kernel
+
+
+# What a device computes wrongly is not used
+
+
+def broken(*arguments):
+    raise RuntimeError("no valid triton configs\nmore")
+
+
+def wrong_gradient(query, key, value, segments, options):
+    output = attend_by_span(query, key, value, segments, options, explicit=False)
+    return output + 0.1 * (key - key.detach()).transpose(1, 2).repeat_interleave(2, 2)
+
+
+def right(query, key, value, segments, options):
+    return attend_by_span(query, key, value, segments, options, explicit=True)
+
+
+TRIALS = {
+    "an error": (broken, "attention by varlen is not used here: RuntimeError: no valid triton configs (exact, slower)"),
+    "a wrong gradient": (wrong_gradient, "it is off by "),
+    "exact": (right, None),
+}
+
+
+@pytest.mark.parametrize("case", TRIALS)
+def test_a_kernel_is_tried_before_it_is_used(case, monkeypatch, caplog):
+    kernel, warning = TRIALS[case]
+    calls = []
+
+    def counted(*arguments):
+        calls.append(1)
+        return kernel(*arguments)
+
+    monkeypatch.setattr(attention, "attend_by_varlen", counted)
+    monkeypatch.setattr(attention, "choose_kernel", lambda call, flash: "varlen")
+    segments, state = Segments.of(SPANS["shared"]), torch.get_rng_state()
+    tensors = [tensor.bfloat16() for tensor in inputs(SPANS["shared"])]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # which the trial is free of
+        outputs = [attend(*tensors, None, segments, sliding_window=3) for _ in range(3)]
+    for output in outputs:
+        close(output, dense(*tensors, SPANS["shared"], OPTIONS["a window"]), torch.bfloat16)
+    assert torch.equal(state, torch.get_rng_state())
+    if warning is None:
+        assert len(calls) == 1 + 3 and not caplog.text
+    else:
+        assert len(calls) == 1 and caplog.text.count(warning) == 1
 
 
 # On a GPU
