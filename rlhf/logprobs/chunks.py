@@ -262,12 +262,12 @@ class Gradients:
         if not self.needs_weight:
             return
         left, right = grad_logits.T, walk.rows[rows].to(walk.operand_dtype) * scale
-        is_whole = len(grad_logits) == len(walk.rows)
-        if is_whole and head.weight.dtype == walk.operand_dtype:
+        is_half = walk.operand_dtype != walk.result_dtype
+        if is_half and len(grad_logits) == len(walk.rows) and head.weight.dtype == walk.operand_dtype:
             self.weight = torch.mm(left, right)  # nothing is added to it: rounded once, without a float32 copy
         elif self.weight is None:
             self.weight = walk.product(left, right)  # the first chunk needs no zeros to be added to
-        elif walk.operand_dtype == walk.result_dtype:
+        elif not is_half:
             add_product(self.weight, left, right)
         elif not walk.fuses:
             self.weight += walk.product(left, right)

@@ -64,7 +64,8 @@ def score(
         mode: ``"save"`` keeps the log-probs of all chunks for the backward pass, ``"recompute"`` none, ``"unit"``
             (frozen head, no entropy) the gradient of each log-prob; ``"auto"`` is unit where it can be, else keeps as
             many chunks as fit in a quarter of the free memory, at most 2 GiB (none on a GPU).
-        chunk_size: rows of logits at a time; by default 512 (at most 512 MiB of them) on CPU, 1 GiB of them on a GPU.
+        chunk_size: rows of logits at a time; by default 512 (at most 512 MiB of them) on a CPU, 1/128 of the memory of
+            a GPU.
     Returns:
         Scores of [N] vectors, and with an objective its sum. None depends on mode or chunk size beyond rounding.
     Raises:

@@ -256,3 +256,20 @@ def test_a_frozen_head_or_full_precision_waits_for_nothing():
     frozen = plan_chunks(8192, LLAMA_3, cpu, head_needs_grad=False, half_precision=True, **settings)
     float32 = plan_chunks(8192, LLAMA_3, cpu, head_needs_grad=True, **settings)
     assert frozen.chunks_per_product == float32.chunks_per_product == 1
+
+
+def test_float32_products_are_all_by_the_faster_library(monkeypatch):
+    """Also where one chunk has all rows, whose gradient of the weight needs no sum."""
+    shapes, own = [], chunks.product
+
+    def counted(left, right, out=None):
+        shapes.append((*left.shape, right.size(1)))
+        return own(left, right, out)
+
+    monkeypatch.setattr(chunks, "product", counted)
+    hidden, weight, bias, targets, _ = problem()
+    objective = TokenLoss(lambda scores: scores.logps)
+    score(hidden.requires_grad_(), Head(weight.requires_grad_(), bias), targets, objective=objective).loss.backward()
+    tokens = len(targets.token)
+    of_logits, of_rows = (tokens, HIDDEN, VOCABULARY), (tokens, VOCABULARY, HIDDEN)
+    assert shapes == [of_logits, of_rows, (VOCABULARY, tokens, HIDDEN)]
