@@ -176,9 +176,29 @@ def _norm_forward(self: Any, hidden: Tensor) -> Tensor:
     # The compiler decides by itself what to recompute.
     if hidden.dtype != self.weight.dtype or torch.compiler.is_compiling():
         return type(self).forward(self, hidden)
-    normed, inverse_rms = RMSNorm.apply(hidden, self.weight, self.variance_epsilon)
     saved_hidden, weight = hidden.detach(), self.weight.detach()
+    if has_fused_norm(hidden.device):
+        normed = _fused_norm(hidden, self.weight, self.variance_epsilon)
+        return mark_recomputable(normed, lambda: _fused_norm(saved_hidden, weight, self.variance_epsilon))
+    normed, inverse_rms = RMSNorm.apply(hidden, self.weight, self.variance_epsilon)
     return mark_recomputable(normed, lambda: _times_weight(saved_hidden, inverse_rms, weight))
+
+
+def has_fused_norm(device: torch.device) -> bool:
+    """Whether torch computes a norm in one kernel: on a GPU, where :class:`RMSNorm` takes twice the time.
+
+    Args:
+        device: of the hidden states.
+    Returns:
+        True on a GPU.
+    """
+    return device.type == "cuda"
+
+
+def _fused_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    # Without autocast, so that the backward pass recomputes it in the same precision.
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.rms_norm(hidden, weight.shape, weight, eps)
 
 
 def _is_rms_norm(module: nn.Module) -> bool:

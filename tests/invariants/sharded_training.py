@@ -61,6 +61,7 @@ CASES = {
     "shared dpo": Case("DPO", "preference_rows", "mixtral", BALANCED, shared=True),
     "shared kto": Case("KTO", "unpaired_rows", shared=True, slow=True),
 }
+OFFLOADED = ("kto",)  # with FSDP2: weights and optimizer in the memory of the CPU
 
 
 def shard_on_cpus(kind: str) -> None:
@@ -76,6 +77,7 @@ def shard_on_cpus(kind: str) -> None:
             "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
         }  # fmt: skip
         torch.distributed.init_process_group("gloo")
+        torch.Tensor.pin_memory = lambda self, *args: self  # offloaded weights are pinned for an accelerator
     else:
         os.environ |= {
             "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": kind[-1], "DS_ACCELERATOR": "cpu",
@@ -132,6 +134,7 @@ def make_trainer(name: str, folder: Path, tokenizer, processes: int, **changes):
 
     import rlhf
 
+    os.environ["FSDP_OFFLOAD_PARAMS"] = "true" if name in OFFLOADED else "false"
     case = CASES[name]
     shares = case.shared and processes == 2
     options = dict(

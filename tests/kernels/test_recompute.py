@@ -8,7 +8,7 @@ from conftest import ARCHITECTURES, close, tiny_model
 from peft import LoraConfig, get_peft_model
 
 from rlhf.data import Collator
-from rlhf.kernels import optimize
+from rlhf.kernels import optimize, recompute
 from rlhf.kernels.recompute import RMSNorm, SwiGLU, enable_recompute, fewer_activations, mark_recomputable
 from rlhf.models import Policy
 
@@ -33,6 +33,42 @@ def test_values_are_torchs():
     weight = torch.randn(6, generator=g)
     close(SwiGLU.apply(x, y), torch.nn.functional.silu(x) * y)
     close(RMSNorm.apply(x, weight, 1e-5)[0], torch.nn.functional.rms_norm(x, (6,), weight, 1e-5))
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_torchs_fused_norm_takes_its_place_on_a_gpu(monkeypatch, cast):
+    """The choice is by the device; the CPU stands in for a GPU here."""
+    assert recompute.has_fused_norm(torch.device("cuda", 0)) and not recompute.has_fused_norm(torch.device("cpu"))
+    model, batch = tiny_model(), Collator()(ROWS)
+    plain = copy.deepcopy(model)
+    optimize(model)
+    monkeypatch.setattr(recompute, "has_fused_norm", lambda device: True)
+    found = []
+    for one in (plain, model):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            score = Policy(one)(batch).logps.sum()
+        found.append(gradients(lambda score=score: score, one))
+    for name, gradient in found[0].items():
+        difference = (found[1][name] - gradient).norm() / gradient.norm()
+        close(difference, 0, torch.bfloat16 if cast else torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_norm_against_float64(gpu, dtype):
+    g = torch.Generator().manual_seed(0)
+    hidden, grad = torch.randn(2, 64, 256, generator=g).to(gpu, dtype)
+    weight = torch.rand(256, generator=g).add(0.5).to(gpu, dtype)
+
+    def run(dtype):
+        inputs = [tensor.to(dtype, copy=True).requires_grad_() for tensor in (hidden, weight)]
+        output = recompute._fused_norm(*inputs, 1e-6)
+        assert output.dtype == dtype
+        output.backward(grad.to(dtype))
+        return [value.double() for value in (output.detach(), *(tensor.grad for tensor in inputs))]
+
+    for got, want in zip(run(dtype), run(torch.float64), strict=True):
+        assert (got - want).norm() < (1e-6 if dtype == torch.float32 else 3e-3) * want.norm()
 
 
 def gradients(forward, model):

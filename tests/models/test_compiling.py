@@ -39,7 +39,7 @@ def batch(lengths, layout):
 
 
 def check_gradients(got, want):
-    assert got.keys() == want.keys() and len(got) > 10
+    assert got.keys() == want.keys() and len(got) > 6
     for name, gradient in want.items():
         close((got[name] - gradient).norm() / gradient.norm(), 0)
 
@@ -67,9 +67,9 @@ def test_gradients_are_those_of_eager_layers_for_batches_of_any_shape(layout, ba
 
 
 def test_adapters_and_checkpointing_under_the_compiler(graphs_made):
-    model = get_peft_model(
-        tiny_model(), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
-    )
+    targets = ["q_proj", "v_proj", "down_proj"]
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets, init_lora_weights=False)
+    model = get_peft_model(tiny_model(num_hidden_layers=1), adapter)
     optimize(model)
     assert use_segments(model) is None
     plain = Policy(copy.deepcopy(model)).train()
@@ -82,6 +82,24 @@ def test_adapters_and_checkpointing_under_the_compiler(graphs_made):
     before = graphs_made()
     policy.model.eval().generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, min_new_tokens=3)
     assert graphs_made() == before
+
+
+def test_a_wrong_gradient_is_noticed_and_the_layer_is_not_compiled(monkeypatch, caplog):
+    """What a compiler once did on a GPU: the right loss, and another gradient."""
+
+    def miscompiled(forward, **options):
+        def detached(layer, hidden, *args, **kwargs):
+            return forward(layer, hidden.detach() / 2 + hidden / 2, *args, **kwargs)
+
+        return detached
+
+    monkeypatch.setattr(torch, "compile", miscompiled)
+    model = tiny_model("qwen2")
+    eager, compiled = (Policy(m).train() for m in (model, copy.deepcopy(model)))
+    compile_layers(compiled.model, "a backend", None)
+    inputs = batch(LENGTHS[0], "rows")
+    check_gradients(gradients(compiled, inputs), gradients(eager, inputs))
+    assert "--torch_compile: a compiled Qwen2DecoderLayer has another gradient (relative diff" in caplog.text
 
 
 def test_a_model_without_known_layers_is_refused():

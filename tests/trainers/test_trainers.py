@@ -241,6 +241,15 @@ def test_compiled_it_gives_the_same(sft, dpo):
         assert all("compiled" in layer.forward.__name__ for layer in policy.model.model.layers)
 
 
+def test_the_optimizer_is_fused_for_all_weights(sft):
+    trainer = sft(peft_config=lora())
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"]
+    groups = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    assert {id(parameter) for parameter in groups} == {id(parameter) for parameter in trained} and len(trained) > 4
+
+
 def test_small_updates_of_half_precision_weights_are_warned_of(sft, caplog):
     sft(model=tiny_model().bfloat16(), learning_rate=1e-5)
     assert "training bfloat16 weights in place" in caplog.text
