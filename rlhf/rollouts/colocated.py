@@ -54,6 +54,7 @@ class ColocatedEngine:
         options: memory, length and precision.
     Raises:
         ImportError: vLLM is not installed.
+        ValueError: it does not take the model or an option, such as sleep on a CPU.
     """
 
     def __init__(
@@ -76,7 +77,10 @@ class ColocatedEngine:
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            self._llm: Any = LLM(folder, **self._llm_options())
+            try:
+                self._llm: Any = LLM(folder, **self._llm_options())
+            except ValueError as error:  # of several lines
+                raise ValueError(f"vLLM cannot start in this process: {' '.join(str(error).split())}") from error
 
     def _llm_options(self) -> dict[str, Any]:
         options = self.options

@@ -4,20 +4,24 @@ It needs the command `vllm`, or its path in VLLM_COMMAND, and takes about two mi
 docs/runs/vllm/README.md has the installation and the figures of a run.
 """
 
+import contextlib
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import time
 
 import pytest
 import torch
 from conftest import sentences
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf import GRPOConfig, GRPOTrainer
 from rlhf.rollouts import Sampling, ServerEngine, ServerError
+from rlhf.rollouts.policy_weights import adapter_weights, merged_weights
 
 COMMAND = os.environ.get("VLLM_COMMAND", "vllm")
 PROMPTS = [[5, 6, 7, 300, 20], [9], [40, 50, 60, 70, 80]]
@@ -43,29 +47,42 @@ def small_model(seed):
     ).eval()  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def server(tokenizer, tmp_path_factory):
-    """Its address; it begins with the weights of seed 0."""
-    folder = tmp_path_factory.mktemp("vllm")
+@contextlib.contextmanager
+def serving(tokenizer, folder, *options, **settings):
+    """The address of a server that begins with the weights of seed 0."""
     small_model(0).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = (
+    usual = (
         "--served-model-name tiny --dtype float32 --logprobs-mode processed_logprobs --max-model-len 256 "
         f"--max-num-seqs 16 --enforce-eager --port {port}"
     )
-    settings = dict(VLLM_SERVER_DEV_MODE="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
+    settings |= dict(VLLM_SERVER_DEV_MODE="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(
-            [COMMAND, "serve", str(folder / "model"), *options.split()],
+            [COMMAND, "serve", str(folder / "model"), *usual.split(), *options],
             env=os.environ | settings, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     yield f"http://127.0.0.1:{port}"
     # It has processes of its own.
     os.killpg(process.pid, signal.SIGTERM)
     process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def server(tokenizer, tmp_path_factory):
+    with serving(tokenizer, tmp_path_factory.mktemp("vllm")) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def adapter_server(tokenizer, tmp_path_factory):
+    options = ("--enable-lora", "--max-lora-rank", "8", "--weight-transfer-config", '{"backend": "nccl"}')
+    folder = tmp_path_factory.mktemp("vllm-lora")
+    with serving(tokenizer, folder, *options, VLLM_ALLOW_RUNTIME_LORA_UPDATING="True") as address:
+        yield address
 
 
 @pytest.fixture
@@ -150,7 +167,7 @@ def test_sleep_and_wake(engine, server, caplog):
     engine.wake()
 
 
-def grpo(server, tokenizer, folder, **changes):
+def grpo(server, tokenizer, folder, peft_config=None, model=None, **changes):
     args = GRPOConfig(
         str(folder), per_device_train_batch_size=8, num_generations=4, max_steps=3, learning_rate=1e-3, logging_steps=1,
         report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", max_length=64, max_completion_length=12,
@@ -158,9 +175,9 @@ def grpo(server, tokenizer, folder, **changes):
     )  # fmt: skip
     rows = Dataset.from_list([{"prompt": text} for text in sentences(1, 12)])
     return GRPOTrainer(
-        small_model(5),
+        model or small_model(5),
         lambda completions, **_: [float(sum(letter in "aeiou" for letter in text)) for text in completions],
-        args, train_dataset=rows, processing_class=tokenizer,
+        args, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config,
     )  # fmt: skip
 
 
@@ -187,3 +204,35 @@ def test_a_missing_matrix_is_found_by_log_probs(server, tokenizer, tmp_path):
     with pytest.raises(ServerError, match="after the update its log-probs differ") as raised:
         trainer.train()
     print(str(raised.value)[:160])
+
+
+def test_an_adapter_alone(adapter_server, tokenizer, tmp_path, caplog):
+    """Its log-probs are those of the trainer, and of the same adapter merged into the weights."""
+    caplog.set_level("INFO")
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj", "gate_proj"])
+    trainer = grpo(adapter_server, tokenizer, tmp_path, config, small_model(0))
+    engine = trainer.collector.sampler.engine
+    assert engine.max_adapter_rank == 8
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "sampler_kl" in entry]
+    for entry in steps:
+        record(f"sampler_kl of step {entry['step']} with an adapter alone", entry["sampler_kl"])
+    assert len(steps) == 3 and all(abs(entry["sampler_kl"]) < 1e-5 for entry in steps)
+    (folder,) = (tmp_path / "weights").iterdir()
+    assert (folder / "adapter_model.safetensors").exists()
+
+    policy = trainer.policy.model
+    start = time.perf_counter()
+    engine.update_adapter(adapter_weights(policy, policy.state_dict()), 10)
+    record("seconds of an update with an adapter alone", time.perf_counter() - start)
+    merged = small_model(0)
+    merged.load_state_dict(merged_weights(policy, policy.state_dict()))
+    alone = largest_difference(engine, merged, Sampling(max_tokens=12))
+    record("largest difference with an adapter alone", alone)
+    start = time.perf_counter()
+    engine.update_weights(merged.state_dict().items(), 11)
+    record("seconds of an update with merged weights", time.perf_counter() - start)
+    assert "takes weights by nccl, and the policy is on no GPU: they go through a folder" in caplog.text
+    whole = largest_difference(engine, merged, Sampling(max_tokens=12))
+    record("largest difference with merged weights", whole)
+    assert max(alone, whole) < CLOSE

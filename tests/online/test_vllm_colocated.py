@@ -70,7 +70,8 @@ class Behind:
 @pytest.fixture(scope="module")
 def vllm_engine(tokenizer):
     os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1")
-    options = ColocatedOptions(dtype=torch.float32, max_length=256, sleeps=True)
+    # The default `use_vllm` of a run starts an engine alike; it is made once here, because the start takes a minute.
+    options = ColocatedOptions(dtype=torch.float32, max_length=256, sleeps=torch.cuda.is_available())
     one = ColocatedEngine(small_model().config, tokenizer, [0], options)
     yield one
     one.close()
@@ -87,6 +88,7 @@ def engine(vllm_engine, tokenizer, monkeypatch):
     return vllm_engine
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM cannot sleep on a CPU")
 def test_sleep_takes_the_weights(engine):
     sampling = test_engines.Sampling(max_tokens=6, temperature=0)
     expected = engine.generate(test_engines.PROMPTS, 1, sampling, 0)
@@ -104,7 +106,7 @@ def test_three_steps_of_grpo(with_adapter, engine, tokenizer, tmp_path):
     args = GRPOConfig(
         str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_steps=3, learning_rate=1e-3,
         logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", max_length=64,
-        max_completion_length=12, bf16=False, use_vllm=True, vllm_mode="colocate", vllm_enable_sleep_mode=True,
+        max_completion_length=12, bf16=False, use_vllm=True, vllm_mode="colocate",
     )  # fmt: skip
     trainer = GRPOTrainer(
         small_model(seed=5),

@@ -89,3 +89,17 @@ def test_short_completions_are_not_captured(tokenizer, captured):
     engine = LocalEngine(tiny_model(), tokenizer)
     engine.generate(PROMPTS, 2, Sampling(max_tokens=graphs.FEWEST_STEPS - 1), 0)
     assert captured.count == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "mixtral"])  # a mixture of experts may not be captured
+def test_on_a_gpu(name, gpu, tokenizer, monkeypatch):
+    engine = LocalEngine(tiny_model(name).to(gpu), tokenizer)
+    sampling = Sampling(max_tokens=90, min_tokens=90, temperature=1.5)
+    with_graphs = engine.generate(PROMPTS, 3, sampling, 0)
+    assert name == "mixtral" or engine._can_be_captured
+    monkeypatch.setattr(local, "can_use_graphs", lambda device: False)
+    for group, expected_group in zip(with_graphs, engine.generate(PROMPTS, 3, sampling, 0), strict=True):
+        for one, expected in zip(group, expected_group, strict=True):
+            assert one.ids == expected.ids
+            close(one.logps, expected.logps)

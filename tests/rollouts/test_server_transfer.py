@@ -140,3 +140,17 @@ def test_without_a_folder_a_cpu_has_no_way(server, monkeypatch):
     engine = ServerEngine(server.url, "tiny", device=CPU)
     with pytest.raises(ValueError, match=r"takes weights through a folder only: pass rollout_weights_dir"):
         engine.update_weights(tiny_model().state_dict().items(), 1)
+
+
+@pytest.mark.gpu
+def test_nccl_in_a_group_of_one(gpu):
+    """The calls of NCCL; two members need two GPUs."""
+    if gpu.type != "cuda":
+        pytest.skip("NCCL needs a GPU")
+    unique_id = server_transfer.nccl.unique_id()
+    assert isinstance(unique_id, bytes) and len(unique_id) == 128
+    one = server_transfer.NcclCommunicator(unique_id, 1, gpu)
+    tensor = torch.arange(1000, device=gpu, dtype=torch.uint8)
+    one.broadcast(tensor)
+    torch.cuda.synchronize()
+    assert torch.equal(tensor.cpu(), torch.arange(1000, dtype=torch.uint8))
