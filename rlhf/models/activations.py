@@ -35,6 +35,34 @@ def checkpoint_arguments(given: dict[str, Any]) -> dict[str, Any]:
     return {**others, "use_reentrant": False, "context_fn": selective_contexts}
 
 
+def checkpointing_options(args: Any) -> tuple[bool, dict[str, Any]]:
+    """Whether a run checkpoints activations, and how; older transformers (5.19) has other names.
+
+    Args:
+        args: of the training run.
+    Returns:
+        The two options.
+    """
+    is_on = getattr(args, "activation_checkpointing", None)
+    if is_on is None:
+        return args.gradient_checkpointing, dict(args.gradient_checkpointing_kwargs or {})
+    return is_on, dict(args.activation_checkpointing_kwargs or {})
+
+
+def enable_checkpointing(model: Any, checkpoint_kwargs: dict[str, Any] | None, **own_kwargs: Any) -> None:
+    """Have a transformers model checkpoint its layers, under the name that its version has for this.
+
+    Args:
+        model: of transformers, or PEFT around one.
+        checkpoint_kwargs: of torch's ``checkpoint``.
+        own_kwargs: of the model's method.
+    """
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=checkpoint_kwargs, **own_kwargs)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpoint_kwargs, **own_kwargs)
+
+
 def choose_kept(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Whether the result of an operator is kept for the backward pass.
 

@@ -12,7 +12,7 @@ from rlhf.data import Batch
 from rlhf.kernels.linear import restore_lora
 from rlhf.kernels.recompute import fewer_activations
 from rlhf.logprobs import HeadObjective, Predictions, Scores, model_predictions, model_scores, verified_settings
-from rlhf.models.activations import checkpoint_arguments
+from rlhf.models.activations import checkpoint_arguments, enable_checkpointing
 from rlhf.models.attention import reads_segments
 from rlhf.models.context_parallel import ContextParallel, own_objective
 from rlhf.models.positions import finds_own_positions, inputs_of, reads_padding, sees_ahead
@@ -74,9 +74,18 @@ class Wrapper(nn.Module):
         if "context_fn" in checkpoint_kwargs:
             # LoRA's product is added in place to a result that is to be kept.
             restore_lora(self.model)
-        self.model.activation_checkpointing_enable(  # type: ignore[operator]
-            activation_checkpointing_kwargs=checkpoint_kwargs or None, **kwargs
-        )
+        enable_checkpointing(self.model, checkpoint_kwargs or None, **kwargs)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The name of :meth:`activation_checkpointing_enable` in older transformers (5.19), whose Trainer calls it.
+
+        Args:
+            gradient_checkpointing_kwargs: of torch's ``checkpoint``.
+            kwargs: of the model's own method.
+        """
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def get_submodule(self, target: str) -> nn.Module:
         """As ``nn.Module``; a name that the model has is found too."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from rlhf.models.activations import checkpointing_options
 from rlhf.planning.batches import BatchSizes, Micro, make_micro, sizes_of_rows
 from rlhf.planning.memory import MemoryPlan
 
@@ -41,7 +42,7 @@ def changes_that_help(
             half = args.max_length // 2
             shorter = [_cut(row, half) for row in largest]
             peaks[f"--max_length {half}"] = peak_of(make_micro(trainer, shorter))
-        if not args.activation_checkpointing:
+        if not checkpointing_options(args)[0]:
             trainer.model.activation_checkpointing_enable()
             peaks["--activation_checkpointing"] = peak_of(make_micro(trainer, largest))
     return dict(sorted(((name, peak) for name, peak in peaks.items() if peak < plan.peak), key=lambda item: item[1]))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from rlhf.data import Mixture
+from rlhf.models.activations import checkpointing_options
 from rlhf.online import PPOTrainer
 from rlhf.planning.advice import changes_that_help
 from rlhf.planning.batches import BatchSizes, Micro, batch_sizes, largest_of_stream, make_micro, sizes_of_rows
@@ -104,9 +105,8 @@ def plan_run(trainer: BaseTrainer, folder: Path | None = None, *, with_times: bo
 
 def enable_checkpointing(trainer: Any) -> None:
     """Turn activation checkpointing on, as training does, if it is asked for."""
-    args = trainer.args
-    if args.activation_checkpointing:
-        checkpoint_kwargs = dict(args.activation_checkpointing_kwargs or {})
+    is_on, checkpoint_kwargs = checkpointing_options(trainer.args)
+    if is_on:
         # transformers reads these two out of the dictionary.
         own_names = checkpoint_kwargs.keys() & {"every_n_layers", "offload"}
         own_kwargs = {name: checkpoint_kwargs.pop(name) for name in own_names}

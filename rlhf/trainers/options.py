@@ -136,7 +136,7 @@ def check_options(args: Any) -> None:
         raise ValueError("--label_names has no effect here: batches name their targets themselves")
     if args.accelerator_config.dispatch_batches:
         raise ValueError("--accelerator_config dispatch_batches has no effect here: each process reads its own rows")
-    checkpoint_kwargs = args.activation_checkpointing_kwargs
+    checkpoint_kwargs = getattr(args, "activation_checkpointing_kwargs", None)  # not in transformers 5.19
     if args.torch_compile and isinstance(checkpoint_kwargs, dict) and checkpoint_kwargs.get("selective"):
         raise ValueError(
             "--activation_checkpointing_kwargs selective does not work with --torch_compile: leave one out (compiled "
