@@ -137,7 +137,7 @@ def write_divergence_gradient(
         _divergence_gradient_kernel[(rows, triton.cdiv(vocabulary, constants["BLOCK"]))](
             *_arguments(student, teacher, beta, temperature),
             divergences.mean_grad,
-            token,
+            token.contiguous(),
             grad_at_label,
             out,
             vocabulary,
@@ -207,18 +207,22 @@ if triton is not None:
     @triton.jit
     def _terms(log_q, log_p, beta, KIND: tl.constexpr):
         """The share of each entry in the divergence, and q g."""
-        q, p = tl.exp(log_q), tl.exp(log_p)
+        q = tl.exp(log_q)
+        p = tl.exp(log_p)
         if KIND == 0:
-            return _times(p, log_p - log_q), -p
-        if KIND == 1:
-            term = _times(q, log_q - log_p)
-            return term, term
-        # Ratios beyond it change nothing in float32, whose exp overflows at 88.
-        log_ratio = tl.where((q == 0) & (p == 0), 0.0, tl.minimum(log_p - log_q, 80.0))
-        log_m_over_q = tl.log(1.0 + beta * (tl.exp(log_ratio) - 1.0))
-        mixture = beta * p + (1.0 - beta) * q
-        value = beta * _times(p, log_ratio) - _times(mixture, log_m_over_q)
-        return value, (beta - 1.0) * _times(q, log_m_over_q)
+            value = _times(p, log_p - log_q)
+            q_times_grad = -p
+        elif KIND == 1:
+            value = _times(q, log_q - log_p)
+            q_times_grad = value
+        else:
+            # Ratios beyond it change nothing in float32, whose exp overflows at 88.
+            log_ratio = tl.where((q == 0) & (p == 0), 0.0, tl.minimum(log_p - log_q, 80.0))
+            log_m_over_q = tl.log(1.0 + beta * (tl.exp(log_ratio) - 1.0))
+            mixture = beta * p + (1.0 - beta) * q
+            value = beta * _times(p, log_ratio) - _times(mixture, log_m_over_q)
+            q_times_grad = (beta - 1.0) * _times(q, log_m_over_q)
+        return value, q_times_grad
 
     @triton.jit
     def _compare_kernel(

@@ -102,7 +102,7 @@ def score_tokens(product: Tensor, token: Tensor, transform: LogitTransform, entr
     """The tokens' log-probs, in one pass over the product.
 
     Args:
-        product: [c, V], rows that are contiguous; float32 or half precision.
+        product: [c, V], the numbers of a row side by side; float32 or half precision.
         token: int64 [c]. One outside the vocabulary gets a log-prob of nan.
         transform: from the product to the logits.
         entropy: the entropy is wanted too.
@@ -117,7 +117,7 @@ def score_tokens(product: Tensor, token: Tensor, transform: LogitTransform, entr
         with torch.cuda.device_of(product):
             _score_kernel[(rows,)](
                 product,
-                token,
+                token.contiguous(),
                 transform.bias,
                 logps,
                 highest,
@@ -173,7 +173,7 @@ def write_gradient(
     with torch.cuda.device_of(product):
         _gradient_kernel[(rows, triton.cdiv(vocabulary, block))](
             product,
-            token,
+            token.contiguous(),
             transform.bias,
             scores.highest,
             scores.log_total,

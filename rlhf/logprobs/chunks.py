@@ -106,7 +106,9 @@ class ChunkedHead:
             log_probs, slope = self.log_probs(chunk, keep)
             return DenseChunk(log_probs, slope, log_probs)
         if self.head is None:
-            return FusedChunk(self.rows[chunk], self.transform, self.rows.dtype, gradient_memory)
+            # Logits of the caller's, of any strides.
+            logits = self.rows[chunk] if self.rows.stride(1) == 1 else self.rows[chunk].contiguous()
+            return FusedChunk(logits, self.transform, self.rows.dtype, gradient_memory)
         product = self._product(chunk, keep)
         if gradient_memory is None:
             gradient_memory = product

@@ -104,6 +104,21 @@ def test_logits_without_a_head(fused):
         close(ours, theirs)
 
 
+def test_logits_and_tokens_of_any_strides(fused):
+    logits = torch.randn(VOCABULARY, 5, generator=torch.Generator().manual_seed(2)).T
+    token = torch.tensor([[3, 0], [4, 0], [0, 0], [20, 0], [2, 0]])[:, 0]
+    results = []
+    for on in (False, True):
+        fused(on)
+        student = logits.clone().requires_grad_()
+        assert student.stride() == logits.stride() != (VOCABULARY, 1)
+        scores = score_predictions(Predictions(student), token, chunk_size=2)
+        scores.logps.square().sum().backward()
+        results.append((scores.logps.detach(), student.grad))
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs)
+
+
 def test_one_loss_reads_the_log_probs_and_another_the_entropies(fused):
     results = []
     for on in (False, True):
