@@ -17,8 +17,9 @@ VOCABULARY = 1000
 class Operations(TorchDispatchMode):
     """Counts operators of attention and products of matrices as they reach the device, with their types."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: int) -> None:
         super().__init__()
+        self.vocabulary = vocabulary
         self.attention: Counter[str] = Counter()
         self.layers: Counter[str] = Counter()
         self.head: Counter[str] = Counter()
@@ -28,7 +29,7 @@ class Operations(TorchDispatchMode):
         tensors = [tensor for tensor in args if torch.is_tensor(tensor)]
         if tensors and name in PRODUCTS:
             # The head is the one product with the whole vocabulary.
-            is_head = any(VOCABULARY in tensor.shape for tensor in tensors)
+            is_head = any(self.vocabulary in tensor.shape for tensor in tensors)
             (self.head if is_head else self.layers)[_short(tensors[-1].dtype)] += 1
         elif tensors and ("attention" in name or "varlen" in name) and "backward" not in name:
             self.attention[f"{name.split('::')[1].strip('_')} {_short(tensors[0].dtype)}"] += 1
@@ -62,7 +63,7 @@ def _forward(setup: Setup, dtype: torch.dtype, autocast: bool) -> Row:
     batch = Collator(layout="rows" if reason else "segments")(random_rows([24, 17, 40], VOCABULARY)).to(setup.device)
     loss = TokenLoss(lambda scores: -scores.logps)
     policy(batch, loss)  # the head is verified, kernels are chosen
-    with Operations() as seen, torch.autocast(setup.device.type, torch.bfloat16, enabled=autocast):
+    with Operations(VOCABULARY) as seen, torch.autocast(setup.device.type, torch.bfloat16, enabled=autocast):
         policy(batch, loss).loss.backward()
     return {
         "layout": reason or "segments",

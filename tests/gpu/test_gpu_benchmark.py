@@ -12,16 +12,11 @@ TINY = ["--tiny", "--device", "cpu"]
 
 
 def test_sections_run_on_a_cpu(tmp_path, capsys):
-    names = ["flow", "head-accuracy", "head", "attention"]
+    names = ["head-accuracy", "head", "attention"]
     file = tmp_path / "gpu.json"
     assert benchmark.main([*TINY, "--only", ",".join(names), "--output", str(file)]) == 0
     found = json.loads(file.read_text())
     assert list(found["tables"]) == names and found["failures"] == []
-    flow = {(row["weights"], row["autocast"]): row for row in found["tables"]["flow"]}
-    # Autocast makes products and attention bfloat16, whatever the weights are.
-    for row in (flow["float32", "bfloat16"], flow["bfloat16", "off"]):
-        assert row["layout"] == "segments" and "bfloat16" in row["attention"] and "float32" not in row["attention"]
-        assert row["products of layers"].startswith("bfloat16 ×")
     assert all(row["gradient of rows"] < 1e-2 for row in found["tables"]["head-accuracy"])
     shown = capsys.readouterr().out
     assert "The head against float64" in shown and "way" in shown
