@@ -34,6 +34,7 @@ RAW_LOGPS = (
 CANNOT_SLEEP = (
     "cannot sleep: start vLLM with --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1, or leave --rollout_server_sleep out"
 )
+FURTHER_CONNECTIONS = 4
 MAX_TRIES = 12  # of a request: three and a half minutes of waiting
 SHORTEST_PATIENCE = 60.0  # seconds
 MAX_RESTARTS = 3  # within one request for completions
@@ -93,7 +94,8 @@ class ServerEngine:
         client = HttpClient(
             url.rstrip("/").removesuffix("/v1"),
             headers=headers,
-            connections=concurrency,
+            # A server is paused, and sent weights, also while all completions are under way.
+            connections=concurrency + FURTHER_CONNECTIONS,
             timeout=timeout,
             tries=MAX_TRIES,
             # A server may be started again.
@@ -310,6 +312,10 @@ class ServerEngine:
 
     def _in_parallel(self, ask: Callable[[Any], Any], requests: Iterable[Any]) -> list[Any]:
         """The results in the order of the requests, whichever is answered first."""
+        requests = list(requests)
+        # It need not wait for those of another thread: each update of the weights asks for one completion.
+        if len(requests) == 1:
+            return [ask(requests[0])]
         has_failed = threading.Event()
 
         def ask_unless_failed(request: Any) -> Any:

@@ -366,3 +366,19 @@ def test_a_server_that_was_left_paused_is_resumed_at_the_start(serve, caplog):
 def test_not_every_server_can_be_paused(serve):
     _, engine = serve()
     assert not engine.can_pause()
+
+
+def test_a_server_takes_weights_while_all_connections_are_in_use(serve, tmp_path):
+    server, _ = serve()
+    server.weights, server.delay = "vllm", 0.3
+    engine = ServerEngine(server.url, "tiny", weights_dir=tmp_path, concurrency=2)
+    thread, results = in_a_thread(lambda: engine.generate(PROMPTS, 4, Sampling(max_tokens=2), 0))
+    until(lambda: server.under_way == 2)
+    engine.pause()
+    engine.update_weights(tiny_model(seed=3).state_dict().items(), 1)
+    engine.resume()
+    assert engine.generate([[5]], 1, Sampling(max_tokens=2), 0)  # as the check of an update does
+    assert thread.is_alive()
+    thread.join(10)
+    assert len(results[0]) == 2
+    engine.close()
