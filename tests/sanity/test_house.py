@@ -71,6 +71,7 @@ HAS = {
     "demo": ("sft", "dpo", "ppo", "distill"),
     "docs/runs/smollm2-135m": ("sft", "dpo"),
     "docs/runs/one-sentence": ("ppo", "grpo"),
+    "docs/runs/asynchronous": ("grpo",),
     "docs/runs/reward-and-ppo": ("reward", "ppo"),
     "docs/runs/distillation": ("hard", "live", "cached", "gkd"),
 }
