@@ -12,7 +12,7 @@ def dtype_under_autocast(dtype: torch.dtype, device: str) -> torch.dtype:
     Returns:
         The type to cast to.
     """
-    # Autocast leaves float64 alone.
-    if dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    # Autocast leaves float64 alone, and some devices have none, such as "meta" where a step is only counted.
+    if dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return dtype
     return torch.get_autocast_dtype(device)
