@@ -1,6 +1,7 @@
 """Several completion servers with the same policy, as one engine."""
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing.pool import ThreadPool
@@ -33,6 +34,7 @@ class ReplicatedEngine:
         self.version = 0
         self._lost: list[ServerEngine] = []
         self._pool = ThreadPool(len(self.engines))
+        self._end_pool = weakref.finalize(self, self._pool.terminate)
 
     @property
     def working(self) -> list[ServerEngine]:
@@ -136,7 +138,7 @@ class ReplicatedEngine:
 
     def close(self) -> None:
         """Close the connections; the servers keep running."""
-        self._pool.terminate()
+        self._end_pool()
         for engine in self.engines:
             engine.close()
 

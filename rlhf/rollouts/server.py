@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -107,6 +108,8 @@ class ServerEngine:
         self._policy = ServedPolicy(self._calls, model, folders, device)
         # Its threads end with the process, also where a request is still waiting: an executor's would be waited for.
         self._pool = ThreadPool(concurrency)
+        # Before the interpreter takes its modules apart, or the pool's end fails with a traceback.
+        self._end_pool = weakref.finalize(self, self._pool.terminate)
         # Weights are loaded by one thread at a time: another may find that the server was started again.
         self._loading = threading.RLock()
         # Whether log-probs are right, by what can make them wrong: the temperature, and truncation or a penalty.
@@ -278,7 +281,7 @@ class ServerEngine:
 
     def close(self) -> None:
         """Close the connections; the server keeps running."""
-        self._pool.terminate()
+        self._end_pool()
         self._calls.client.close()
 
     # Requests

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 TRUNCATED = 0.95  # share of completions that are cut
+STALE_KL = 0.1  # nats a token; a typical importance weight is then between 0.6 and 1.6
 
 
 def diagnose(logs: Mapping[str, float], first_entropy: float | None, half_precision: bool) -> dict[str, str]:
@@ -26,6 +27,14 @@ def diagnose(logs: Mapping[str, float], first_entropy: float | None, half_precis
     no_group_varies = logs.get("frac_reward_zero_std", 0.0) == 1
     same_rewards = "every reward is the same" if all_rewards_equal else "no group has two different rewards"
     sampler_kl = logs.get("sampler_kl", 0.0)
+    age = logs.get("rollout/staleness/mean", 0.0)
+    # Old samples come from another policy by intention, and are corrected; only a large distance is a trouble.
+    largest_sampler_kl = STALE_KL if age else (0.05 if half_precision else 0.01)
+    sampler_hint = (
+        f"samples are {age:.1f} updates old: lower max_staleness or learning_rate"
+        if age
+        else "set importance_sampling_cap, switch top_p and top_k off, or check that the server got the new weights"
+    )
 
     checks = {
         "ratio": (
@@ -54,9 +63,8 @@ def diagnose(logs: Mapping[str, float], first_entropy: float | None, half_precis
             "larger groups",
         ),
         "sampler": (
-            sampler_kl > (0.05 if half_precision else 0.01),
-            f"sampler and trainer differ by {sampler_kl:.2g} nats a token: set importance_sampling_cap, switch top_p "
-            "and top_k off, or check that the server got the new weights",
+            sampler_kl > largest_sampler_kl,
+            f"sampler and trainer differ by {sampler_kl:.2g} nats a token: {sampler_hint}",
         ),
     }
     return {name: message for name, (is_wrong, message) in checks.items() if is_wrong}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GRPO on a real vLLM, synchronous and one and two rollouts ahead: figures, table and picture, in about 15 minutes.
+# GRPO on a real vLLM, synchronous and one and two rollouts ahead: figures, table and picture, in about 10 minutes.
 #   VLLM_COMMAND=vllm/bin/vllm docs/runs/asynchronous/run.sh [SEED …]
 # The server has core 0, the trainer core 1. docs/runs/vllm/README.md has the installation of vLLM on a CPU.
 set -euo pipefail
