@@ -1,6 +1,10 @@
 """Rollouts that a server samples while the policy trains: their order, their age, and what is left behind."""
 
 import copy
+import json
+import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -9,8 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import close, sentences, tiny_model
+from conftest import close, sentences, tiny_model, write_rows
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "rollouts"))
@@ -26,12 +31,14 @@ from rlhf import (
     PPOConfig,
     PPOTrainer,
 )
+from rlhf.cli.main import main
 from rlhf.online.ahead import RolloutQueue
 from rlhf.online.checks import check_staleness
 from rlhf.online.rollout import Rollout, fresh_rollouts
 from rlhf.online.samples import Sample
 from rlhf.rollouts import Reply, ServerError
 from rlhf.runs.rollout_faults import diagnose
+from rlhf.trainers.stopping import noted_signals
 
 FAMILY = {
     "grpo": (GRPOTrainer, GRPOConfig),
@@ -251,24 +258,66 @@ def test_a_killed_run_goes_on_with_the_prompts_that_come_next(make, server, max_
         assert dropped == {1: [8, 0], 2: [0, 0]}[max_staleness]
 
 
-class Stop(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = True
+def test_a_run_that_is_stopped_leaves_a_checkpoint_and_no_thread_and_no_request(make, server, tmp_path):
+    trainer = make(max_steps=9)
+    measure, seen = trainer.measure, []
 
+    def be_slow_after_the_first_rollout(choice):
+        seen.append(len(choice["token_ids"]))
+        if seen.count(3) == 4:
+            server.delay, server.sees = 30.0, lambda choice: None
 
-def test_a_run_that_is_stopped_leaves_no_thread_and_no_request(make, server):
-    trainer = make(max_steps=9, callbacks=[Stop()])
-    measure = trainer.measure
+    server.sees = be_slow_after_the_first_rollout
 
-    def measure_while_the_server_is_slow(*inputs):
-        server.delay = 30.0
+    def measure_while_the_server_samples(*inputs):
+        wait_until(lambda: server.under_way == 4)
+        os.kill(os.getpid(), signal.SIGTERM)
         return measure(*inputs)
 
-    trainer.measure = measure_while_the_server_is_slow
-    trainer.train()
-    assert trainer.state.global_step == 1 and no_thread_is_left() and server.goes_on.is_set()
+    trainer.measure = measure_while_the_server_samples
+    with noted_signals() as requests:
+        trainer.obey(requests)
+        trainer.train()
+    assert trainer.state.global_step == 1 and (tmp_path / "run/checkpoint-1").is_dir()
+    assert no_thread_is_left()
+    wait_until(lambda: server.given_up == 4)
     server.delay = 0.0
     assert trainer.evaluate()["eval_reward"] >= 0  # the connection can be used again
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_twice_the_batch(tokenizer, tmp_path, model_folder):
+    data = write_rows(tmp_path / "prompts.jsonl", [{"prompt": text} for text in sentences(1, 12)])
+
+    def command(processes, url):
+        options = dict(
+            model_name_or_path=model_folder, dataset_name=data, max_steps=4, output_dir=tmp_path / f"{processes}",
+            per_device_train_batch_size=8 // processes, num_generations=2, learning_rate=1e-3, logging_steps=1,
+            save_strategy="no", adam_epsilon=1e-4, report_to="none", max_length=64, max_completion_length=8,
+            reward_funcs="length_reward(target=3)", rollout_server_url=url, rollout_server_model="tiny",
+            rollout_weights_dir=tmp_path / "weights", max_staleness=1,
+        )  # fmt: skip
+        return ["grpo", *(f"--{key}={value}" for key, value in options.items()), "--use_cpu"]
+
+    servers = [FakeServer(tiny_model(seed=1), tokenizer, weights="vllm") for _ in range(2)]
+    (tmp_path / "commands.json").write_text(json.dumps([command(2, servers[0].url)]))
+    root = Path(__file__).parents[2]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/two_cpu.yaml"]
+    argv = [*launch, "--main_process_port", "0", "tests/invariants/commands.py", str(tmp_path / "commands.json")]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(argv, cwd=root, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert main(command(1, servers[1].url)) == 0
+    for server in servers:
+        server.shutdown()
+    histories = [json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in "12"]
+    for one, two in zip(*histories, strict=True):
+        for name in ("reward", "sampler_kl", "approx_kl", "rollout/staleness/mean", "rollout/staleness/max"):
+            if name in one:
+                close(two[name], one[name])
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in "12")
+    for name, weight in one.items():
+        close(two[name], weight)
 
 
 def test_an_error_of_the_server_ends_the_step(make, server):
