@@ -83,6 +83,12 @@ def check_staleness(args: Any) -> None:
     Raises:
         ValueError: the option, and what to do.
     """
+    # Before vLLM is started, which takes a minute.
+    if args.colocated_vllm() is not None:
+        raise ValueError(
+            "max_staleness with vllm_mode colocate: one process cannot sample while it trains: give a rollout server "
+            "(--rollout_server_url)"
+        )
     if args.rollout_server_sleep:
         raise ValueError(
             "max_staleness: the server samples while the policy trains, so it cannot sleep: leave rollout_server_sleep "

@@ -379,6 +379,16 @@ def test_the_family_learns_from_rollouts_that_are_sampled_ahead(make, kind, opti
     "options, message",
     [
         (dict(rollout_server_url=None), "LocalEngine cannot in this process: give a rollout server"),
+        (
+            dict(
+                use_vllm=True,
+                vllm_mode="colocate",
+                rollout_server_url=None,
+                rollout_server_model=None,
+                rollout_weights_dir=None,
+            ),
+            "vllm_mode colocate: one process cannot sample while it trains",
+        ),
         (dict(rollout_server_sleep=True), "it cannot sleep: leave rollout_server_sleep out"),
         (dict(max_staleness=-1), "max_staleness must be at least 0, got -1"),
     ],
@@ -389,7 +399,9 @@ def test_what_cannot_be_sampled_ahead_is_refused_by_name(make, options, message)
 
 
 def test_groups_of_several_processes_are_not_exchanged_by_threads():
-    args = SimpleNamespace(max_staleness=1, rollout_server_sleep=False, dynamic_sampling=1, world_size=2)
+    args = SimpleNamespace(
+        max_staleness=1, rollout_server_sleep=False, dynamic_sampling=1, world_size=2, colocated_vllm=lambda: None
+    )
     with pytest.raises(ValueError, match="dynamic_sampling works on one process, not on 2"):
         check_staleness(args)
 

@@ -1,9 +1,13 @@
 """Several servers as one engine."""
 
+import threading
+import time
+
 import pytest
 from conftest import tiny_model
 from fake_server import FakeServer
 
+from rlhf.data.http_client import Cancelled
 from rlhf.rollouts import Sampling, ServerEngine
 from rlhf.rollouts.replicas import ReplicatedEngine
 from rlhf.rollouts.server_weights import VersionFolders
@@ -82,3 +86,30 @@ def test_a_server_that_dies_is_named_and_comes_back(servers, tokenizer, tmp_path
         server.faults["/v1/completions"] = [None] * 99
     with pytest.raises(ConnectionError, match=r"none of the 3 servers answers; the last: http://127"):
         engine.generate(PROMPTS, 2, SAMPLING, 0)
+
+
+def test_requests_to_all_servers_are_ended(servers, tmp_path):
+    engine = connect(servers, tmp_path)
+    engine.generate(PROMPTS, 1, SAMPLING, 0)
+    for server in servers:
+        server.delay = 30.0
+    results = []
+
+    def generate():
+        try:
+            engine.generate(PROMPTS, 2, SAMPLING, 0)
+        except OSError as error:
+            results.append(error)
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    while sum(server.under_way for server in servers) < 10:
+        time.sleep(0.01)
+    with engine.cancelled():
+        thread.join(10)
+    assert isinstance(results[0], Cancelled) and engine.working == engine.engines  # no server is at fault
+    assert engine.can_pause()
+    engine.pause()
+    assert not any(server.goes_on.is_set() for server in servers)
+    engine.resume()
+    assert all(server.goes_on.is_set() for server in servers)
