@@ -1,5 +1,6 @@
 """The engine that samples from a policy as it is now: in this process, or a server that is sent the weights first."""
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -211,7 +212,10 @@ def make_engine(
         dtype=autocast or next(policy.without_adapter.parameters()).dtype,
         processes=accelerator.num_processes,
     )
-    return ColocatedEngine(policy.config, tokenizer, end_ids(policy.without_adapter, tokenizer), options)
+    model = policy.without_adapter
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]  # a checkpoint may name another class, or none
+    return ColocatedEngine(config, tokenizer, end_ids(model, tokenizer), options)
 
 
 def _server_engine(

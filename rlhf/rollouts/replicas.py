@@ -1,7 +1,6 @@
 """Several completion servers with the same policy, as one engine."""
 
 import logging
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing.pool import ThreadPool
@@ -33,8 +32,6 @@ class ReplicatedEngine:
         self.engines = list(engines)
         self.version = 0
         self._lost: list[ServerEngine] = []
-        self._pool = ThreadPool(len(self.engines))
-        self._end_pool = weakref.finalize(self, self._pool.terminate)
 
     @property
     def working(self) -> list[ServerEngine]:
@@ -138,7 +135,6 @@ class ReplicatedEngine:
 
     def close(self) -> None:
         """Close the connections; the servers keep running."""
-        self._end_pool()
         for engine in self.engines:
             engine.close()
 
@@ -170,13 +166,17 @@ class ReplicatedEngine:
             except ConnectionError as error:
                 return error
 
-        answers = self._pool.map(call_or_error, requests)
+        # Threads of this call: weights may be sent while another thread waits for completions.
+        with ThreadPool(max(1, len(requests))) as pool:
+            answers = pool.map(call_or_error, requests)
         for (engine, *_), answer in zip(requests, answers, strict=True):
             if isinstance(answer, ConnectionError):
                 self._leave_out(engine, answer)
         return [None if isinstance(answer, ConnectionError) else answer for answer in answers]
 
     def _leave_out(self, engine: ServerEngine, error: ConnectionError) -> None:
+        if engine in self._lost:  # found by another thread
+            return
         self._lost.append(engine)
         if not self.working:
             raise ConnectionError(f"none of the {len(self.engines)} servers answers; the last: {error}") from error

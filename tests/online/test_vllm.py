@@ -22,6 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlhf import GRPOConfig, GRPOTrainer
 from rlhf.rollouts import Sampling, ServerEngine, ServerError
 from rlhf.rollouts.policy_weights import adapter_weights, merged_weights
+from rlhf.rollouts.replicas import ReplicatedEngine
+from rlhf.rollouts.server_weights import VersionFolders
 
 COMMAND = os.environ.get("VLLM_COMMAND", "vllm")
 PROMPTS = [[5, 6, 7, 300, 20], [9], [40, 50, 60, 70, 80]]
@@ -236,3 +238,20 @@ def test_an_adapter_alone(adapter_server, tokenizer, tmp_path, caplog):
     whole = largest_difference(engine, merged, Sampling(max_tokens=12))
     record("largest difference with merged weights", whole)
     assert max(alone, whole) < CLOSE
+
+
+def test_two_servers(server, adapter_server, tmp_path):
+    folders = VersionFolders(tmp_path)
+    engines = [ServerEngine(url, "tiny", weights_dir=folders, startup_timeout=300) for url in (server, adapter_server)]
+    both = ReplicatedEngine(engines)
+    model = small_model(8)
+    both.update_weights(model.state_dict().items(), 1)
+    assert len(list(tmp_path.iterdir())) == 1
+    sampling = Sampling(max_tokens=12)
+    expected, answered = (one.generate(PROMPTS, 2, sampling, 1) for one in (engines[0], both))
+    ids = [[[one.ids for one in group] for group in groups] for groups in (expected, answered)]
+    assert ids[0] == ids[1]
+    largest = largest_difference(both, model, sampling)
+    record("largest difference with two servers", largest)
+    assert largest < CLOSE
+    both.close()

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from multiprocessing.pool import ThreadPool
 
 import pytest
 from conftest import tiny_model
@@ -24,19 +25,27 @@ def servers(tokenizer):
         server.shutdown()
 
 
-def connect(servers, folder):
-    folders = VersionFolders(folder)
-    return ReplicatedEngine(
-        [ServerEngine(server.url, "tiny", weights_dir=folders, patience=0.2, concurrency=8) for server in servers]
-    )
+@pytest.fixture
+def connect(tmp_path):
+    engines = []
+
+    def make(servers):
+        folders = VersionFolders(tmp_path)
+        options = dict(weights_dir=folders, patience=0.2, concurrency=8)
+        engines.append(ReplicatedEngine([ServerEngine(server.url, "tiny", **options) for server in servers]))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
 
 
 def ids(groups):
     return [[one.ids for one in group] for group in groups]
 
 
-def test_results_do_not_depend_on_the_number_of_servers(servers, tmp_path):
-    one, three = connect(servers[:1], tmp_path), connect(servers, tmp_path)
+def test_results_do_not_depend_on_the_number_of_servers(servers, connect):
+    one, three = connect(servers[:1]), connect(servers)
     expected = one.generate(PROMPTS, 3, SAMPLING, 4)
     for server in servers:
         server.bodies.clear()
@@ -50,8 +59,8 @@ def test_results_do_not_depend_on_the_number_of_servers(servers, tmp_path):
     assert three.generate([], 3, SAMPLING, 4) == []
 
 
-def test_weights_are_saved_once_and_loaded_by_all(servers, tmp_path):
-    engine = connect(servers, tmp_path)
+def test_weights_are_saved_once_and_loaded_by_all(servers, connect, tmp_path):
+    engine = connect(servers)
     for version in (1, 2):
         engine.update_weights(tiny_model(seed=version).state_dict().items(), version)
         assert [path.name for path in tmp_path.iterdir()] == [f"version-{version}"]
@@ -61,8 +70,27 @@ def test_weights_are_saved_once_and_loaded_by_all(servers, tmp_path):
     assert {one.version for group in engine.generate(PROMPTS, 1, SAMPLING, 0) for one in group} == {2}
 
 
-def test_a_server_that_dies_is_named_and_comes_back(servers, tokenizer, tmp_path, caplog):
-    engine = connect(servers, tmp_path)
+def test_weights_are_sent_while_another_thread_samples(servers, connect):
+    engine = connect(servers[:2])
+    has_sampled, is_updated = threading.Event(), threading.Event()
+
+    def hold(choice):
+        has_sampled.set()
+        assert is_updated.wait(10)
+
+    for server in servers:
+        server.sees = hold
+    with ThreadPool(1) as pool:
+        completions = pool.apply_async(engine.generate, (PROMPTS, 1, SAMPLING, 0))
+        assert has_sampled.wait(10)
+        engine.update_weights(tiny_model(seed=1).state_dict().items(), 1)
+        assert not completions.ready()
+        is_updated.set()
+        assert len(completions.get(10)) == len(PROMPTS)
+
+
+def test_a_server_that_dies_is_named_and_comes_back(servers, connect, tokenizer, tmp_path, caplog):
+    engine = connect(servers)
     engine.update_weights(tiny_model(seed=1).state_dict().items(), 1)
     expected = engine.generate(PROMPTS, 2, SAMPLING, 0)
     gone = servers[1]
