@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -121,11 +122,13 @@ class PolicySampler:
         }
         self._version += 1
         if self._sends_adapter_alone(policy):
-            if self.accelerator.is_main_process:
-                assert isinstance(self.engine, ServerEngine | ReplicatedEngine)
+            assert isinstance(self.engine, ServerEngine | ReplicatedEngine)
+            if self._is_responsible:
                 adapter = adapter_weights(policy.model, model_state)
                 with pausing():
                     self.engine.update_adapter(adapter, self._version)
+            else:
+                self.engine.expect_adapter()
         else:
             # All processes: the changes of an adapter may be sharded too.
             weights = merged_weights(policy.model, model_state)
@@ -133,8 +136,13 @@ class PolicySampler:
                 with pausing():
                     self.engine.update_weights(weights.items(), self._version)
         self.accelerator.wait_for_everyone()
-        for server in servers_of(self.engine) if self.probe_ids else []:
-            check_served_weights(server, policy, trained_model, self.accelerator, self.probe_ids)
+        if isinstance(self.engine, ReplicatedEngine):
+            lost_urls = [self.engine.lost_urls]
+            broadcast_object_list(lost_urls)  # of the first process
+            self.engine.leave_out(lost_urls[0])
+        updated = [self.engine] if isinstance(self.engine, ColocatedEngine) else servers_of(self.engine)
+        for engine in updated if self.probe_ids else []:
+            check_served_weights(engine, policy, trained_model, self.accelerator, self.probe_ids)
 
     def _sends_adapter_alone(self, policy: Policy) -> bool:
         """Whether the server has the model under the adapter, and takes the adapter; decided once."""

@@ -38,6 +38,11 @@ class ReplicatedEngine:
         """The servers that answer, in their order."""
         return [engine for engine in self.engines if engine not in self._lost]
 
+    @property
+    def lost_urls(self) -> list[str]:
+        """The addresses of the servers that are left out."""
+        return [engine.url for engine in self._lost]
+
     def generate(
         self,
         prompt_ids: Sequence[Sequence[int]],
@@ -95,6 +100,19 @@ class ReplicatedEngine:
             version: of the policy.
         """
         self._update(lambda engine: engine.update_adapter(adapter, version), version)
+
+    def expect_adapter(self) -> None:
+        """See :meth:`ServerEngine.expect_adapter`."""
+        for engine in self.engines:
+            engine.expect_adapter()
+
+    def leave_out(self, urls: Sequence[str]) -> None:
+        """Take part with all servers but these, because only the process that sends weights knows who took them.
+
+        Args:
+            urls: of servers.
+        """
+        self._lost = [engine for engine in self.engines if engine.url in urls]
 
     @property
     def max_adapter_rank(self) -> int:

@@ -74,6 +74,10 @@ class ServedPolicy:
         self._adapter.load_adapter(adapter, version)
         self.name, self._loader = ADAPTER_NAME, self._adapter
 
+    def expect_adapter(self) -> None:
+        """Ask for the adapter from now on, which another process had the server load."""
+        self.name = ADAPTER_NAME
+
     def max_adapter_rank(self) -> int:
         """The largest rank of an adapter that the server loads without the model under it.
 

@@ -232,6 +232,10 @@ class ServerEngine:
             self._policy.load_adapter(adapter, version)
             self.version = version
 
+    def expect_adapter(self) -> None:
+        """Ask for the adapter from now on, which another process had the server load."""
+        self._policy.expect_adapter()
+
     @cached_property
     def max_adapter_rank(self) -> int:
         """The largest rank of a LoRA adapter that the server loads on its own; 0 if it loads none."""

@@ -1,4 +1,4 @@
-"""Whether a server samples from the weights that it was sent: its log-probs of one completion against the trainer's."""
+"""Whether an engine samples from the weights it was sent: its log-probs of one completion against the trainer's."""
 
 from collections.abc import Sequence
 
@@ -11,6 +11,7 @@ from rlhf.data import Collator
 from rlhf.data.batch import IGNORE
 from rlhf.data.http_client import ServerError
 from rlhf.models import Policy
+from rlhf.rollouts.colocated import ColocatedEngine
 from rlhf.rollouts.engine import Sampling
 from rlhf.rollouts.server import ServerEngine
 from rlhf.rollouts.server_weights import WRONG_MODEL_HINT
@@ -23,16 +24,16 @@ PROBE = Sampling(max_tokens=16)
 
 
 def check_served_weights(
-    engine: ServerEngine,
+    engine: ServerEngine | ColocatedEngine,
     policy: Policy,
     trained_model: nn.Module,
     accelerator: Accelerator,
     prompt_ids: Sequence[int],
 ) -> None:
-    """Have the server complete one prompt, and compare its log-probs with those of the policy.
+    """Have an engine complete one prompt, and compare its log-probs with those of the policy.
 
     Args:
-        engine: of the server; the first process alone asks it.
+        engine: a server, or vLLM in this process; the first process alone asks it.
         policy: the policy itself.
         trained_model: what accelerate made of it; all processes run it.
         accelerator: of the run.
@@ -51,8 +52,9 @@ def check_served_weights(
     gap = sum(abs(ours - theirs) for ours, theirs in zip(logps, served_logps, strict=True)) / len(ids)
     # Not `>`: NaN is no proof.
     if not gap <= LARGEST_GAP:
+        place = engine.url if isinstance(engine, ServerEngine) else "vLLM in this process"
         raise ServerError(
-            f"{engine.url}: after the update its log-probs differ from the policy's by {gap:.2g} nats a token "
+            f"{place}: after the update its log-probs differ from the policy's by {gap:.2g} nats a token "
             f"(the first: {served_logps[0]:.4f} there, {logps[0]:.4f} here); it has other weights, or another model: "
             f"{WRONG_MODEL_HINT}"
         )

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "rollouts"))
 import fake_llm
 
 from rlhf import GRPOConfig, GRPOTrainer
+from rlhf.rollouts import ServerError
 
 
 def trainer(tokenizer, folder, peft_config=None, **changes):
@@ -51,6 +52,15 @@ def test_it_samples_from_the_policy_and_sleeps_while_it_trains(with_adapter, tok
     # Its weights are gone after each sleep, so that an evaluation after the same step needs them again.
     assert llm.calls[0] == "reload_weights" and llm.calls.count("reload_weights") == 4
     one.evaluate()
+
+
+def test_weights_that_it_did_not_take_are_found_by_its_log_probs(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", fake_llm.module())
+    monkeypatch.setattr(fake_llm.LLM, "collective_rpc", lambda self, method, kwargs: None)
+    one = trainer(tokenizer, tmp_path)
+    one.policy.model.lm_head.weight.data *= 30  # as sure of its tokens as a trained model
+    with pytest.raises(ServerError, match=r"vLLM in this process: after the update its log-probs differ"):
+        one.train()
 
 
 def test_without_vllm_the_extra_is_named(tokenizer, tmp_path, monkeypatch):

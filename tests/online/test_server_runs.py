@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from fake_vllm import FakeVLLM
 
 from rlhf import GRPOConfig, GRPOTrainer
 from rlhf.cli.main import main
-from rlhf.rollouts import ServerError
+from rlhf.rollouts import Sampling, ServerEngine, ServerError
+from rlhf.rollouts.policy_sampler import PolicySampler
 from rlhf.rollouts.policy_weights import merged_weights
 
 
@@ -145,6 +147,21 @@ def test_a_server_that_takes_adapters_gets_the_adapter_alone(tokenizer, tmp_path
     assert f"{merging.url} goes on serving the trained" in caplog.text and f"{adapting.url} goes on" not in caplog.text
     for server in (merging, adapting):
         server.shutdown()
+
+
+def test_another_process_asks_for_the_adapter_that_the_first_one_sent(tokenizer, tmp_path):
+    server = FakeVLLM(tiny_model(), tokenizer, max_lora_rank=4)
+    one = trainer(server, tokenizer, tmp_path, LoraConfig(r=4, target_modules=["q_proj"]))
+    first = one.collector.sampler
+    accelerator = SimpleNamespace(
+        is_main_process=False, get_state_dict=first.accelerator.get_state_dict, wait_for_everyone=lambda: None
+    )
+    second = PolicySampler(ServerEngine(server.url, "tiny", weights_dir=tmp_path), accelerator)
+    first.sync(one.policy, one.model, 0)
+    second.sync(one.policy, one.model, 0)
+    second.engine.generate([[5, 6]], 1, Sampling(max_tokens=2), 0)
+    assert server.bodies[-1]["model"] == "rlhf-policy" and server.posts.count("/v1/load_lora_adapter") == 1
+    server.shutdown()
 
 
 @pytest.mark.parametrize(

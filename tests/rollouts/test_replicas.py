@@ -100,6 +100,10 @@ def test_a_server_that_dies_is_named_and_comes_back(servers, connect, tokenizer,
     assert ids(engine.generate(PROMPTS, 2, SAMPLING, 0)) == ids(expected)
     assert f"{gone.url}/v1/completions: the server does not answer" in caplog.text
     assert "2 of 3 servers go on without it" in caplog.text
+    # Another process of the run learns of it.
+    other = connect(servers)
+    other.leave_out(engine.lost_urls)
+    assert other.lost_urls == [gone.url] and len(other.working) == 2
     engine.update_weights(tiny_model(seed=2).state_dict().items(), 2)
 
     # Started again with its original weights: it gets those of the next update.
