@@ -67,9 +67,3 @@ def test_without_vllm_the_extra_is_named(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match=r"pip install 'rlhf-exact\[vllm\]', or sample on a server"):
         trainer(tokenizer, tmp_path)
-
-
-def test_it_cannot_sample_while_the_policy_trains(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", fake_llm.module())
-    with pytest.raises(ValueError, match="which ColocatedEngine cannot in this process"):
-        trainer(tokenizer, tmp_path, max_staleness=1).train()

@@ -100,10 +100,12 @@ def test_a_server_that_dies_is_named_and_comes_back(servers, connect, tokenizer,
     assert ids(engine.generate(PROMPTS, 2, SAMPLING, 0)) == ids(expected)
     assert f"{gone.url}/v1/completions: the server does not answer" in caplog.text
     assert "2 of 3 servers go on without it" in caplog.text
-    # Another process of the run learns of it.
-    other = connect(servers)
-    other.leave_out(engine.lost_urls)
-    assert other.lost_urls == [gone.url] and len(other.working) == 2
+    # Another process of the run, which has not noticed, is told.
+    lost_urls = engine.lost_urls
+    engine.leave_out([])
+    assert lost_urls == [gone.url] and len(engine.working) == 3
+    engine.leave_out(lost_urls)
+    assert engine.lost_urls == lost_urls
     engine.update_weights(tiny_model(seed=2).state_dict().items(), 2)
 
     # Started again with its original weights: it gets those of the next update.
@@ -120,8 +122,8 @@ def test_a_server_that_dies_is_named_and_comes_back(servers, connect, tokenizer,
         engine.generate(PROMPTS, 2, SAMPLING, 0)
 
 
-def test_requests_to_all_servers_are_ended(servers, tmp_path):
-    engine = connect(servers, tmp_path)
+def test_requests_to_all_servers_are_ended(servers, connect):
+    engine = connect(servers)
     engine.generate(PROMPTS, 1, SAMPLING, 0)
     for server in servers:
         server.delay = 30.0

@@ -66,7 +66,6 @@ ONLINE = ("ppo", "grpo", "rloo", "online_dpo", "best_of_n")
 ADAPTED = ("sft_lora", "sft_qlora", "sft_long", "sft_laptop", "dpo_lora")
 CLUSTERS = ("grpo_8", "grpo_64", "grpo_512")
 HAS = {
-    "docs/runs/asynchronous": ("grpo",),
     "configs": ("sft", "distill", "dpo", "kto", "reward", *ONLINE, *ADAPTED),
     "configs/clusters": CLUSTERS,
     "demo": ("sft", "dpo", "ppo", "distill"),
