@@ -116,7 +116,8 @@ class PolicySampler:
     ) -> None:
         """Send the policy's weights under the names of a checkpoint, an adapter merged into them."""
         # All processes take part in gathering sharded weights.
-        state = self.accelerator.get_state_dict(trained_model)
+        # Under ZeRO-3 only the first process gets them, the others None.
+        state = self.accelerator.get_state_dict(trained_model) or {}
         model_state = {
             name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")
         }
