@@ -157,7 +157,8 @@ def read_head(model: nn.Module, settings: HeadSettings, temperature: float = 1.0
         ValueError: the head is sharded, it is trained, and no forward pass of FSDP2 is under way.
     """
     layer = model.get_output_embeddings()  # type: ignore[operator]
-    if hasattr(layer.weight, "full_tensor") and layer.weight.requires_grad and torch.is_grad_enabled():
+    is_divided = hasattr(layer.weight, "full_tensor") and not _is_tensor_parallel(layer.weight)
+    if is_divided and layer.weight.requires_grad and torch.is_grad_enabled():
         # FSDP2 may shard the head as a unit of its own, which it gathers when the layer is called: here it is not.
         # Gathered by FSDP2, because the gradient of `full_tensor` is not summed over the processes.
         if not hasattr(layer, "unshard"):
@@ -176,6 +177,14 @@ def read_head(model: nn.Module, settings: HeadSettings, temperature: float = 1.0
     head = Head(weight, bias, settings.scale, settings.softcap, temperature)
     # The model's own forward drops the logits of padding rows as well.
     return head if settings.vocab_size is None else head.first(settings.vocab_size)
+
+
+def _is_tensor_parallel(weight: Any) -> bool:
+    """Whether a weight is divided by tensor parallelism: all its processes have the same batch and the same loss.
+
+    So each of them has the whole gradient of ``full_tensor``, of which its part is the one it keeps.
+    """
+    return weight.device_mesh.mesh_dim_names == ("tp",)
 
 
 # False for a model that failed the check. Weak: a model is not kept alive by having been checked.

@@ -56,8 +56,15 @@ def check_whole(model: nn.Module) -> None:
     Args:
         model: before training shards it.
     Raises:
-        ValueError: ZeRO-3 sharded it when it was loaded, or its weights are on the meta device.
+        ValueError: ZeRO-3 sharded it when it was loaded, its weights are on the meta device, or its layers are divided
+            by tensor parallelism.
     """
+    processes: int = getattr(model, "tp_size", None) or 1
+    if processes > 1:
+        raise ValueError(
+            f"the layers of a {type(model).__name__} were divided over {processes} processes when it was loaded "
+            "(tp_plan): trainers do not support tensor parallelism; load it whole, and let FSDP2 shard it"
+        )
     if not weights_are_here(model):
         raise ValueError(
             f"this process has only a part of the weights of a {type(model).__name__}: load it after the trainer's "

@@ -3,7 +3,7 @@
 accelerate shards over accelerators alone. That is patched away here, and nothing else: what is sharded, trained, saved
 and resumed is accelerate's, torch's or DeepSpeed's own work.
 
-    torchrun --nproc_per_node 2 sharded_training.py fsdp2|zero2|zero3 FOLDER CASES…
+    torchrun --nproc_per_node 2 sharded_training.py ddp|fsdp2|zero1|zero2|zero3 FOLDER CASES…
 """
 
 import gc
@@ -28,7 +28,8 @@ class Case:
         model: a tiny model.
         options: of the trainer.
         lora: whether an adapter is trained.
-        shared: whether both processes share each batch (context parallelism).
+        groups: ``parallelism_config`` of the run in several processes.
+        processes: their number.
         resumes: the processes that go on from a checkpoint.
         slow: whether it runs among the slow tests alone.
     """
@@ -38,11 +39,13 @@ class Case:
     model: str = "llama"
     options: dict[str, Any] = field(default_factory=dict)
     lora: bool = False
-    shared: bool = False
+    groups: dict[str, int] = field(default_factory=dict)
+    processes: int = 2
     resumes: tuple[int, ...] = ()
     slow: bool = False
 
 
+SHARED = {"cp_size": 2}
 BALANCED = dict(router_aux_loss_coef=0.1)
 CASES = {
     "sft": Case("SFT", "sft_rows", resumes=(2,)),
@@ -55,11 +58,15 @@ CASES = {
     "dpo, stored reference": Case("DPO", "preference_rows", options=dict(precompute_ref_log_probs=True), slow=True),
     "mixture": Case("SFT", "sft_rows", "mixtral", BALANCED),
     "dpo, mixture": Case("DPO", "preference_rows", "qwen3_moe", BALANCED, slow=True),
+    "vision tower": Case("SFT", "sft_rows", "gemma3", slow=True),
+    "sft, adapter": Case("SFT", "sft_rows", lora=True, slow=True),
     "ppo": Case("PPO", "prompt_rows", slow=True),
     "ppo, critic": Case("PPO", "prompt_rows", options=dict(value_model="critic")),
-    "shared sft": Case("SFT", "sft_rows", shared=True, slow=True),
-    "shared dpo": Case("DPO", "preference_rows", "mixtral", BALANCED, shared=True),
-    "shared kto": Case("KTO", "unpaired_rows", shared=True, slow=True),
+    "shared sft": Case("SFT", "sft_rows", groups=SHARED, slow=True),
+    "shared dpo": Case("DPO", "preference_rows", "mixtral", BALANCED, groups=SHARED),
+    "shared kto": Case("KTO", "unpaired_rows", groups=SHARED, slow=True),
+    "two copies of two shards": Case("DPO", "preference_rows", groups={"dp_replicate_size": 2}, processes=4, slow=True),
+    "two batches for four": Case("SFT", "sft_rows", groups=SHARED, processes=4, slow=True),
 }
 OFFLOADED = ("kto",)  # with FSDP2: weights and optimizer in the memory of the CPU
 
@@ -70,6 +77,8 @@ def shard_on_cpus(kind: str) -> None:
     import torch
     from accelerate.utils import DistributedType
 
+    if kind == "ddp":
+        return  # accelerate knows it on CPUs
     if kind == "fsdp2":
         os.environ |= {
             "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
@@ -131,14 +140,15 @@ def make_trainer(name: str, folder: Path, tokenizer, processes: int, **changes):
     """A trainer of a tiny model; the same rows are in a step for any number of processes."""
     import conftest
     from peft import LoraConfig
+    from world.families import tiny_family
 
     import rlhf
 
     os.environ["FSDP_OFFLOAD_PARAMS"] = "true" if name in OFFLOADED else "false"
     case = CASES[name]
-    shares = case.shared and processes == 2
+    groups = case.groups if processes > 1 else {}
     options = dict(
-        per_device_train_batch_size=4 if processes == 1 or shares else 2, max_steps=STEPS, logging_steps=1,
+        per_device_train_batch_size=4 * groups.get("cp_size", 1) // processes, max_steps=STEPS, logging_steps=1,
         save_steps=SAVED_AT, save_strategy="steps" if case.resumes else "no",
         report_to="none", disable_tqdm=True, learning_rate=1e-2, max_grad_norm=1.0,
         # Gradients that are nearly 0 come out of rounding, and Adam would magnify them.
@@ -146,8 +156,8 @@ def make_trainer(name: str, folder: Path, tokenizer, processes: int, **changes):
     )  # fmt: skip
     if case.trainer == "PPO":
         options |= dict(max_completion_length=8, max_length=64, beta=0.0, max_steps=2)
-    if shares:
-        options["parallelism_config"] = {"cp_size": 2}
+    if groups:
+        options["parallelism_config"] = groups
     own = {"peft_config": LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0)} if case.lora else {}
     if case.trainer == "Distill":
         own["teacher_model"] = conftest.tiny_model(seed=1)
@@ -159,8 +169,9 @@ def make_trainer(name: str, folder: Path, tokenizer, processes: int, **changes):
     if case.options.get("value_model"):
         changes["value_model"] = str(folder.parent / "critic")
     config = getattr(rlhf, f"{case.trainer}Config")(str(folder), **{**options, **case.options, **changes})
+    model = tiny_family("gemma3") if case.model == "gemma3" else conftest.tiny_model(case.model)
     return getattr(rlhf, f"{case.trainer}Trainer")(
-        conftest.tiny_model(case.model), args=config, train_dataset=rows, processing_class=tokenizer, **own
+        model, args=config, train_dataset=rows, processing_class=tokenizer, **own
     )
 
 
@@ -180,7 +191,7 @@ def losses(trainer) -> list[float]:
 def train_all(folder: Path, tokenizer, names) -> dict[str, dict[str, list[float]]]:
     found = {}
     for name in names:
-        trainer = make_trainer(name, folder / name, tokenizer, 2)
+        trainer = make_trainer(name, folder / name, tokenizer, CASES[name].processes)
         trainer.train()
         trainer.save_model()
         found[name] = {"": losses(trainer)}
@@ -198,9 +209,11 @@ def main() -> None:
     if sharding == "fsdp2":
         from context_parallel import compare_context_parallel
         from sharded import compare
+        from tensor_parallel import compare_tensor_parallel
 
         compare()
         compare_context_parallel()
+        compare_tensor_parallel()
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     found = train_all(folder, tokenizer, names)
     gc.collect()  # a model that still holds the group would abort at the interpreter's end

@@ -23,14 +23,16 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 
 
 @pytest.mark.parametrize(
-    ("sharding", "slow"),
+    ("sharding", "processes", "slow"),
     [
-        ("fsdp2", False),
-        pytest.param("fsdp2", True, marks=pytest.mark.slow),
-        *(pytest.param(name, None, marks=[pytest.mark.slow, needs_deepspeed]) for name in ("zero2", "zero3")),
+        ("fsdp2", 2, False),
+        pytest.param("fsdp2", 2, True, marks=pytest.mark.slow),
+        pytest.param("fsdp2", 4, True, marks=pytest.mark.slow),
+        pytest.param("ddp", 2, None, marks=pytest.mark.slow),
+        *(pytest.param(f"zero{stage}", 2, None, marks=[pytest.mark.slow, needs_deepspeed]) for stage in (1, 2, 3)),
     ],
 )
-def test_sharded_runs_are_those_of_one_process(sharding, slow, tmp_path, tokenizer, subtests):
+def test_sharded_runs_are_those_of_one_process(sharding, processes, slow, tmp_path, tokenizer, subtests):
     """Losses and the saved weights; resumed by two processes, and by one. A frozen reference is sharded too.
 
     With FSDP2 also scores and gradients of single models (sharded.py, context_parallel.py), in the same processes.
@@ -40,11 +42,13 @@ def test_sharded_runs_are_those_of_one_process(sharding, slow, tmp_path, tokeniz
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     for part in (add_scalar_head(tiny_model(seed=1)), tokenizer):
         part.save_pretrained(tmp_path / "critic")
-    # Context parallelism is accelerate's under FSDP2 alone.
-    names = [name for name, case in CASES.items() if not case.shared or sharding == "fsdp2"]
+    # Groups of processes are accelerate's under FSDP2 alone.
+    names = [
+        name for name, case in CASES.items() if case.processes == processes and (sharding == "fsdp2" or not case.groups)
+    ]
     if slow is not None:
         names = [name for name in names if CASES[name].slow == slow]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     done = subprocess.run(
         [*launcher, HERE / "sharded_training.py", sharding, tmp_path, *names], capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}, timeout=400,
