@@ -206,7 +206,7 @@ def main() -> None:
     import torch.distributed as dist
     from transformers import AutoTokenizer
 
-    if sharding == "fsdp2":
+    if sharding == "fsdp2" and dist.get_world_size() == 2:
         from context_parallel import compare_context_parallel
         from sharded import compare
         from tensor_parallel import compare_tensor_parallel
