@@ -209,11 +209,9 @@ def main() -> None:
     if sharding == "fsdp2" and dist.get_world_size() == 2:
         from context_parallel import compare_context_parallel
         from sharded import compare
-        from tensor_parallel import compare_tensor_parallel
 
         compare()
         compare_context_parallel()
-        compare_tensor_parallel()
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     found = train_all(folder, tokenizer, names)
     gc.collect()  # a model that still holds the group would abort at the interpreter's end

@@ -1,4 +1,4 @@
-"""Called by sharded_training.py: a model that transformers divides by layers must give the scores of the whole."""
+"""Run by test_sharded.py under torchrun: a model that transformers divides by layers gives the scores of the whole."""
 
 import tempfile
 
@@ -40,3 +40,9 @@ def compare_tensor_parallel() -> None:
         torch.testing.assert_close(gradient, whole.grad, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="trainers do not support tensor parallelism"):
         SFTTrainer(divided, train_dataset=[], processing_class=small_tokenizer())
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    compare_tensor_parallel()
+    dist.destroy_process_group()

@@ -74,3 +74,13 @@ def compare_runs(name, trainer, found, folder):
         saved = loader.from_pretrained(folder / f"{name}{place}")
         for key, weight in saved.named_parameters():
             torch.testing.assert_close(weight, weights[key], rtol=0, atol=1e-6, msg=f"{place} {key}")
+
+
+@pytest.mark.slow
+def test_scores_under_tensor_parallelism_are_those_of_the_whole():
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, HERE / "tensor_parallel.py"], capture_output=True, text=True, timeout=200,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-6000:]
