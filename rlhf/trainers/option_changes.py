@@ -77,7 +77,8 @@ MAY_CHANGE: dict[str, str] = {
     "remove_unused_columns label_names precompute_ref_log_probs precompute_ref_batch_size",
     "devices and servers": "use_cpu ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers "
     "ddp_static_graph ddp_backend ddp_timeout rollout_server_url rollout_weights_dir rollout_server_sleep "
-    "server_startup_timeout teacher_server_url reward_timeout",
+    "server_startup_timeout use_vllm vllm_mode vllm_gpu_memory_utilization vllm_max_model_length teacher_server_url "
+    "reward_timeout",
 }
 """Options of which any value gives the same run, by subject."""
 

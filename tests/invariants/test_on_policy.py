@@ -129,6 +129,7 @@ def vowels(prompts, completions, **columns):
 """
 
 
+@pytest.mark.slow
 def test_dynamic_sampling_on_two_processes_is_that_on_one(tmp_path, model_folder):
     """One of them is asked to save, and both do: a signal changes no number."""
     (tmp_path / "reward.py").write_text(VOWELS)
