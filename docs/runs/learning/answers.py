@@ -30,27 +30,26 @@ def evaluate(model: str, reference: str, rows: str, out: Path, name: str) -> dic
     """
     file = out / f"eval-{name}.json"
     command = ["eval", "--model_name_or_path", model, "--ref_model_name_or_path", reference, "--dataset_name", rows]
-    command += ["--dtype", "float32", "--batch_size", "32", "--max_length", "1024", "--drop_long_prompts"]
+    command += ["--dtype", "bfloat16", "--batch_size", "8", "--max_length", "1024"]
     main([*command, "--output_file", str(file), "--overwrite"])
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     file.unlink()
     return found
 
 
-def answer(model: str, rows: Dataset, judges: Sequence[Path], tokens: int = ANSWER_TOKENS) -> list[dict[str, Any]]:
-    """A greedy and some sampled answers to each prompt, each with the reward of each judge.
+def answer(model: str, rows: Dataset, tokens: int = ANSWER_TOKENS) -> list[dict[str, Any]]:
+    """A greedy and some sampled answers to each prompt.
 
     Args:
         model: a folder.
         rows: prompts.
-        judges: folders of reward models.
         tokens: the longest answer.
     Returns:
         An entry for each answer.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(model)
-    policy = load_model(model, dtype="bfloat16" if device == "cuda" else "float32").to(device)
+    policy = load_model(model, dtype="bfloat16").to(device)
     engine = LocalEngine(policy, tokenizer)
     ids = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
     found = []
@@ -61,10 +60,20 @@ def answer(model: str, rows: Dataset, judges: Sequence[Path], tokens: int = ANSW
                 text = tokenizer.decode(completion.ids, skip_special_tokens=True)
                 entry = {"prompt": number, "kind": kind, "text": text, "tokens": len(completion.ids)}
                 found.append(entry | {"ended": completion.finish_reason == "stop"})
-    asked = [rows[entry["prompt"]]["prompt"] for entry in found]
-    replies = [[{"role": "assistant", "content": entry["text"]}] for entry in found]
-    for folder in judges:
-        judge = ModelReward(str(folder), batch_size=64)
-        for entry, reward in zip(found, judge(asked, replies), strict=True):
-            entry[folder.name] = reward
     return found
+
+
+def add_rewards(answers: list[dict[str, Any]], rows: Dataset, judges: Sequence[Path]) -> None:
+    """Add the reward of each judge to each answer.
+
+    Args:
+        answers: of :func:`answer`.
+        rows: the same prompts.
+        judges: folders of reward models.
+    """
+    asked = [rows[entry["prompt"]]["prompt"] for entry in answers]
+    replies = [[{"role": "assistant", "content": entry["text"]}] for entry in answers]
+    for folder in judges:
+        judge = ModelReward(str(folder), batch_size=16)
+        for entry, reward in zip(answers, judge(asked, replies), strict=True):
+            entry[folder.name] = reward

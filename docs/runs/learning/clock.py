@@ -15,6 +15,11 @@ def wait_for(file: Path) -> None:
         time.sleep(0.05)
 
 
+def work_seconds() -> float:
+    """On a GPU the time; on a CPU that of this process alone, so that other programs on the machine do not count."""
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
+
+
 def wait_for_device() -> None:
     """Wait for what is queued on the GPU: a step that is not done has not been trained."""
     if torch.cuda.is_available():
@@ -30,13 +35,18 @@ class Budget(TrainerCallback):
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self.started = 0.0
+        self.started = self.wall_started = 0.0
         self.lines: list[dict[str, Any]] = []
 
     @property
     def elapsed(self) -> float:
-        """Seconds since training began."""
-        return time.perf_counter() - self.started
+        """Seconds since training began, of :func:`work_seconds`."""
+        return work_seconds() - self.started
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds on the clock since training began."""
+        return time.perf_counter() - self.wall_started
 
     def rate(self, step: int) -> float:
         """The share of the peak learning rate: a short warm-up, then down to 0 over the seconds."""
@@ -45,7 +55,7 @@ class Budget(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         wait_for_device()
-        self.started = time.perf_counter()
+        self.started, self.wall_started = work_seconds(), time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         wait_for_device()

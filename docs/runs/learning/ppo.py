@@ -7,21 +7,20 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from answers import answer
 from clock import Budget, wait_for
-from rows import prompts
-from settings import COMMON, PPO, REWARD, SECONDS
+from rows import one_sentence_prompts
+from settings import COMMON, PPO, SECONDS
 
 import rlhf
 
 start, out, data, scale = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4])
-judge = out / "models" / f"reward-{next(iter(REWARD))}"
+judge = out / "models" / "reward-tuned"
 folder = out / "models" / "ppo"
-questions = prompts(data, "train")
+questions = one_sentence_prompts(data, "train")
 (out / "gates" / "ready-ppo").touch()
 wait_for(out / "gates" / "go-ppo")
-options = COMMON | PPO | {"value_model": str(judge), "bf16": torch.cuda.is_available(), "drop_long_prompts": True}
+options = COMMON | PPO | {"value_model": str(judge), "drop_long_prompts": True}
 trainer = rlhf.PPOTrainer(
     start,
     str(judge),
@@ -33,9 +32,7 @@ lines = budget.train(trainer)
 trainer.save_model(str(folder))
 results = {"seconds": budget.elapsed, "steps": trainer.state.global_step, "lines": lines, "options": options}
 (out / "ppo.json").write_text(json.dumps(results, default=str), encoding="utf-8")
-judges = sorted((out / "models").glob("reward-*"))
-held_out = prompts(data, "eval")
-results["after"] = answer(str(folder), held_out, judges, tokens=PPO["max_completion_length"])
-(out / "ppo.json").write_text(json.dumps(results, default=str), encoding="utf-8")
-results["before"] = answer(start, held_out, judges, tokens=PPO["max_completion_length"])
-(out / "ppo.json").write_text(json.dumps(results, default=str), encoding="utf-8")
+held_out = one_sentence_prompts(data, "eval")
+for part, model in (("after", str(folder)), ("before", start)):
+    results[part] = answer(model, held_out, tokens=PPO["max_completion_length"])
+    (out / "ppo.json").write_text(json.dumps(results, default=str), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The data of the run: pairs, prompts, and a part of the training pairs that chooses between reward models."""
+"""The data of the run: pairs, prompts, and a part of the training pairs that nothing is trained on."""
 
 import gzip
 import json
@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from settings import LONGEST, ROWS
 
 VALIDATION_PROMPTS = 60
+# By logistic regression: the log-odds that an answer is the better one, for 1,000 characters more (training pairs).
+LENGTH_WEIGHT = 2.65
 ASKED = "Answer in one sentence of at most 20 words."
 
 
@@ -21,6 +24,40 @@ def read(data: Path, part: str) -> list[dict[str, Any]]:
 def question(row: dict[str, Any]) -> str:
     """What the user asks last."""
     return str(row["prompt"][-1]["content"])
+
+
+def length_advantage(row: dict[str, Any]) -> float:
+    """What the length alone says about a pair: the log-odds that the chosen answer is the better one."""
+    return LENGTH_WEIGHT * (len(row["chosen"][-1]["content"]) - len(row["rejected"][-1]["content"])) / 1000
+
+
+def beyond_length(rows: Dataset) -> Dataset:
+    """Pairs for a reward model that learns what the length does not tell: the length counts in the margin already.
+
+    The loss is then that of the reward plus the length: -log sigmoid(r_chosen - r_rejected - margin).
+    """
+    return rows.map(lambda row: {"margin": -length_advantage(row)})
+
+
+def characters(row: dict[str, Any]) -> int:
+    """The length of a prompt with its longest answer."""
+    answers = [row[name] for name in ("chosen", "rejected", "completion") if name in row]
+    return sum(len(turn["content"]) for turn in row["prompt"]) + max(len(answer[-1]["content"]) for answer in answers)
+
+
+def drawn(rows: Dataset, seed: int) -> Dataset:
+    """The rows of a seed: on a CPU some of them, and none that would be cut."""
+    if ROWS is None:
+        return rows
+    fitting = rows.filter(lambda row: characters(row) <= LONGEST)
+    return fitting.shuffle(seed=seed).select(range(min(ROWS, len(fitting))))
+
+
+def one_pair_a_prompt(data: Path) -> list[dict[str, Any]]:
+    """One held-out pair of each prompt."""
+    rows = read(data, "eval")
+    random.Random(0).shuffle(rows)
+    return list({question(row): row for row in rows}.values())
 
 
 def pairs(data: Path, part: str) -> Dataset:

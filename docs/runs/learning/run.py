@@ -1,12 +1,13 @@
-"""What is learnt in equal seconds, by this package and by TRL, on one GPU: SFT, DPO, GRPO, a reward model and PPO.
+"""What is learnt in equal seconds, by this package and by TRL: SFT, DPO, GRPO; then a reward model, and PPO against it.
 
 python docs/runs/learning/run.py --model SmolLM2-135M-Instruct --data FOLDER_OF_PREFERENCES --out runs/learning
 
-Each side trains its seeds at the same time, alone on the machine; the sides take turns. Reward models train first. PPO
-trains last, while the results of the others are evaluated; neither is timed against anything.
+On a CPU both sides train at the same time, each on a core of its own. On a GPU each side trains its seeds at the same
+time, and the sides take turns. Reward models train first, PPO last.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-from settings import REWARD, SIDES, STAGES  # noqa: E402
+from rows import one_pair_a_prompt  # noqa: E402
+from settings import ON_GPU, REWARD_LAYERS, SIDES, STAGES  # noqa: E402
 
 
 class Processes:
@@ -54,6 +56,11 @@ class Processes:
         (self.out / "gates" / gate).touch()
         self.say(gate)
 
+    def join(self, names: list[str]) -> None:
+        """Wait for the end of these processes, or of the time."""
+        while any(self.running[name].poll() is None for name in names) and time.monotonic() < self.deadline:
+            time.sleep(0.05)
+
     def finish(self) -> int:
         """Wait for all, stop those that are late, and say which failed.
 
@@ -82,45 +89,74 @@ def main() -> int:
     parser.add_argument("--out", required=True, type=Path, help="folder of the results")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="factor of all budgets of seconds")
-    parser.add_argument("--tiny", action="store_true", help="small batches, for a rehearsal on a CPU")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds after which everything is stopped")
+    parser.add_argument("--limit", type=float, default=6000.0, help="seconds after which everything is stopped")
     parser.add_argument("--only", nargs="+", default=["reward", "sides", "ppo"], choices=["reward", "sides", "ppo"])
     args = parser.parse_args()
-    if args.tiny:
-        os.environ["LEARNING_TINY"] = "1"
     processes = Processes(args.out, time.monotonic() + args.limit)
     threads = str(max(1, (os.cpu_count() or 2) // 8))
     os.environ |= {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     data = args.data.resolve()
-    judges = [f"reward-{name}" for name in REWARD] if "reward" in args.only else []
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in one_pair_a_prompt(data)]
+    (args.out / "held_out.jsonl").write_text("".join(lines), encoding="utf-8")
+    places = (args.model, data, args.out, args.scale)
+    (on_gpu if ON_GPU else on_cpu)(processes, args, places)
+    failed = processes.finish()
+    if not failed:
+        subprocess.run([sys.executable, str(HERE / "judge.py"), str(args.out), str(data)], check=True)
+    return 1 if failed else 0
+
+
+def train_reward(processes: Processes, args: argparse.Namespace) -> None:
+    """The head of the reward model, then all of its weights."""
+    if "reward" in args.only:
+        processes.open("go-reward")
+        processes.start("reward-frozen", "frozen_reward.py", args.model, REWARD_LAYERS, args.data.resolve(), args.out)
+        processes.join(["reward-frozen"])
+        processes.start("reward", "reward_model.py", args.data.resolve(), args.out, args.scale)
+        processes.join(["reward"])
+
+
+def start_ppo(processes: Processes, args: argparse.Namespace) -> None:
+    """Start PPO from the fine-tuned model of seed 0."""
+    if "ppo" in args.only:
+        start = args.out / "models" / "ours-0-sft"
+        processes.start("ppo", "ppo.py", start, args.out, args.data.resolve(), args.scale)
+
+
+def on_gpu(processes: Processes, args: argparse.Namespace, places: tuple[object, ...]) -> None:
+    """All processes start at once; then the sides take turns, each with all its seeds at the same time."""
     seeds = range(args.seeds) if "sides" in args.only else []
     workers = {side: [f"{side}-{seed}" for seed in seeds] for side in SIDES}
-    for name in judges:
-        processes.start(name, "reward_model.py", name.removeprefix("reward-"), args.model, data, args.out, args.scale)
     for side, names in workers.items():
         for seed, name in enumerate(names):
-            processes.start(name, "side.py", side, seed, args.model, data, args.out, args.scale)
-    if "ppo" in args.only:
-        start = args.out / "models" / "ours-0-sft" if "sides" in args.only else args.model
-        processes.start("ppo", "ppo.py", start, args.out, data, args.scale)
-    processes.wait("ready", judges)
-    processes.open("go-reward")
+            processes.start(name, "side.py", side, seed, *places)
+    start_ppo(processes, args)
+    train_reward(processes, args)  # while the others load: it is not timed
     for stage in STAGES:
         for names in workers.values():
             processes.wait(f"ready-{stage}", names)
-        if stage == STAGES[0]:
-            # The reward models are not timed, the sides are.
-            for name in judges:
-                processes.running[name].wait(max(0.1, processes.deadline - time.monotonic()))
         for side, names in workers.items():
-            if names:
-                processes.open(f"go-{stage}-{side}")
-                processes.wait(f"done-{stage}", names)
-    for name in judges:
-        processes.running[name].wait(max(0.1, processes.deadline - time.monotonic()))
+            processes.open(f"go-{stage}-{side}")
+            processes.wait(f"done-{stage}", names)
     processes.open("go-ppo")
     processes.open("go-answers")
-    return 1 if processes.finish() else 0
+
+
+def on_cpu(processes: Processes, args: argparse.Namespace, places: tuple[object, ...]) -> None:
+    """Both sides at the same time, each on a core of its own, one seed after the other."""
+    for gate in ("go-ppo", "go-answers", *(f"go-{stage}-{side}" for stage in STAGES for side in SIDES)):
+        processes.open(gate)
+    train_reward(processes, args)
+    for seed in range(args.seeds) if "sides" in args.only else []:
+        for side in SIDES:
+            processes.start(f"{side}-{seed}", "side.py", side, seed, *places)
+        processes.join([f"{side}-{seed}" for side in SIDES])
+        processes.say(f"seed {seed} is trained")
+    for seed in range(args.seeds) if "sides" in args.only else []:
+        for side in SIDES:
+            processes.start(f"learnt-{side}-{seed}", "learnt.py", side, seed, *places[:-1])
+        processes.join([f"learnt-{side}-{seed}" for side in SIDES])
+    start_ppo(processes, args)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rows import question, read
+from rows import length_advantage, question, read
 from settings import SIDES, STAGES
 
 from rlhf.evaluation import Estimate, length_controlled_win_rate, mean_ratio, share_difference
@@ -72,9 +72,8 @@ def judge_table(results: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     for file in sorted(results.glob("reward-*.json")):
         rewards = json.loads(file.read_text(encoding="utf-8"))["eval"]
         margins[file.stem] = [chosen - rejected for chosen, rejected in rewards]
-    judges = [margins[name] for name in margins if name.startswith("reward-")]
-    if len(judges) > 1:
-        margins["mean of the reward models"] = [sum(values) / len(values) for values in zip(*judges, strict=True)]
+        pairs = zip(margins[file.stem], rows, strict=True)
+        margins[f"{file.stem} and length"] = [margin + length_advantage(row) for margin, row in pairs]
     print("\n| on held-out pairs | accuracy | chosen longer | chosen shorter | balanced |\n|---|---|---|---|---|")
     table = {}
     longest = [hit(value) for value in margins["longer, in characters"]]
@@ -167,15 +166,13 @@ def side_duels(sides: dict[str, list[dict[str, Any]]], judges: list[str]) -> dic
     """Ours against TRL's, all seeds together: a prompt's score is the mean over the seeds."""
     found = {}
     ours, theirs = (sides[side] for side in SIDES)
-    for stage in ("sft", "dpo"):
-        answers = f"{stage}_answers"
-        pairs = [(a, b) for a, b in zip(ours, theirs, strict=False) if answers in a and answers in b]
-        for judge in judges:
-            for kind in ("sampled", "greedy"):
-                if pairs:
-                    old = [entry for _, b in pairs for entry in b[answers]]
-                    new = [entry for a, _ in pairs for entry in a[answers]]
-                    found[f"{stage}, {kind}, by {judge}"] = duel(old, new, judge, kind)
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=False) if "dpo_answers" in a and "dpo_answers" in b]
+    for judge in judges:
+        for kind in ("sampled", "greedy"):
+            if pairs:
+                old = [entry for _, b in pairs for entry in b["dpo_answers"]]
+                new = [entry for a, _ in pairs for entry in a["dpo_answers"]]
+                found[f"dpo, {kind}, by {judge}"] = duel(old, new, judge, kind)
     return found
 
 
