@@ -39,13 +39,15 @@ def draw_ppo(axis: Axes, name: str, title: str) -> None:
     axis.set(title=title, xlabel="optimizer step")
 
 
-figure, axes = plt.subplots(2, 3, figsize=(13, 6.6), layout="constrained")
-draw_sides(axes[0, 0], "sft", "loss", "SFT: loss")
-draw_sides(axes[0, 1], "dpo", "loss", "DPO: loss")
-draw_sides(axes[0, 2], "grpo", "reward", "GRPO: share of fitting answers")
-draw_ppo(axes[1, 0], "reward", "PPO: reward")
-draw_ppo(axes[1, 1], "critic/explained_variance", "PPO: variance the critic explains")
-draw_ppo(axes[1, 2], "completions/mean_length", "PPO: tokens an answer")
+has_ppo = bool(curves.get("ppo", {}).get("reward"))
+figure, axes = plt.subplots(1 + has_ppo, 3, figsize=(13, 3.4 * (1 + has_ppo)), layout="constrained", squeeze=False)
+draw_sides(axes[0, 0], "sft", "loss", "SFT: loss, mean of 5 steps")
+draw_sides(axes[0, 1], "dpo", "loss", "DPO: loss, mean of 5 steps")
+draw_sides(axes[0, 2], "grpo", "reward", "GRPO: share of fitting answers, mean of 5 steps")
+if has_ppo:
+    draw_ppo(axes[1, 0], "reward", "PPO: reward")
+    draw_ppo(axes[1, 1], "critic/explained_variance", "PPO: variance the critic explains")
+    draw_ppo(axes[1, 2], "completions/mean_length", "PPO: tokens an answer")
 for axis in axes.flat:
     axis.spines[["top", "right"]].set_visible(False)
 axes[0, 0].legend(frameon=False)

@@ -4,14 +4,15 @@ RESULTS is the folder that run.py wrote (its .json files), DATA that of the pref
 """
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rows import length_advantage, question, read
-from settings import SIDES, STAGES
+from rows import LENGTH_WEIGHT, length_advantage, question, read
+from settings import DPO, SIDES, STAGES
 
 from rlhf.evaluation import Estimate, length_controlled_win_rate, mean_ratio, share_difference
 
@@ -55,6 +56,11 @@ def hit(difference: float) -> float:
     return (difference > 0) + 0.5 * (difference == 0)
 
 
+def log_loss(margin: float) -> float:
+    """-log sigmoid(margin)."""
+    return math.log1p(math.exp(-abs(margin))) + max(0.0, -margin)
+
+
 def balanced(hits: Sequence[float], longer: Sequence[float]) -> tuple[float, float, float]:
     """Accuracy where the chosen answer is the longer one, where it is the shorter one, and the mean of both."""
     where_longer = [value for value, length in zip(hits, longer, strict=True) if length > 0]
@@ -64,30 +70,40 @@ def balanced(hits: Sequence[float], longer: Sequence[float]) -> tuple[float, flo
 
 
 def judge_table(results: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy of each reward model, and of "the longer answer", on the held-out pairs."""
+    """Accuracy and loss of each reward model, and of the length alone, on the held-out pairs."""
     characters = length_differences(rows, len)
     words = length_differences(rows, lambda text: len(text.split()))
-    rules = {"longer, in characters": characters, "longer, in words": words}
-    margins: dict[str, list[float]] = {name: [float(value) for value in rule] for name, rule in rules.items()}
+    margins = {
+        "longer, in characters": [length_advantage(row) for row in rows],
+        "longer, in words": [LENGTH_WEIGHT * count for count in words],
+    }
     for file in sorted(results.glob("reward-*.json")):
         rewards = json.loads(file.read_text(encoding="utf-8"))["eval"]
         margins[file.stem] = [chosen - rejected for chosen, rejected in rewards]
         pairs = zip(margins[file.stem], rows, strict=True)
         margins[f"{file.stem} and length"] = [margin + length_advantage(row) for margin, row in pairs]
-    print("\n| on held-out pairs | accuracy | chosen longer | chosen shorter | balanced |\n|---|---|---|---|---|")
+    print("\n| on held-out pairs | accuracy | chosen longer | chosen shorter | balanced | loss | less than by length |")
+    print("|---|---|---|---|---|---|---|")
     table = {}
     longest = [hit(value) for value in margins["longer, in characters"]]
+    length_losses = [log_loss(value) for value in margins["longer, in characters"]]
     for name, values in margins.items():
-        hits = [hit(value) for value in values]
-        parts = balanced(hits, characters)
-        gains = sum(a > b for a, b in zip(hits, longest, strict=True))
-        losses = sum(a < b for a, b in zip(hits, longest, strict=True))
+        hits, losses = [hit(value) for value in values], [log_loss(value) for value in values]
+        ahead = sum(a > b for a, b in zip(hits, longest, strict=True))
+        behind = sum(a < b for a, b in zip(hits, longest, strict=True))
+        saved = [before - after for before, after in zip(length_losses, losses, strict=True)]
         table[name] = {
             "accuracy": by_prompt(hits, rows),
-            "parts": parts,
-            "gain_over_longer": share_difference(gains, losses, len(hits)),
+            "longer_shorter_balanced": balanced(hits, characters),
+            "accuracy_gain": share_difference(ahead, behind, len(hits)),
+            "loss": statistics.mean(losses),
+            "loss_saved": by_prompt(saved, rows),
         }
-        print(f"| {name} | {shown(by_prompt(hits, rows))} | " + " | ".join(f"{part:.3f}" for part in parts) + " |")
+        # Of a reward alone, or of words, the scale means nothing, and so the loss.
+        has_loss = name == "longer, in characters" or name.endswith("and length")
+        end = [f"{statistics.mean(losses):.4f}", shown(table[name]["loss_saved"], 4)] if has_loss else ["", ""]
+        parts = [f"{part:.3f}" for part in balanced(hits, characters)]
+        print(f"| {name} | " + " | ".join([shown(table[name]["accuracy"]), *parts, *end]) + " |")
     return table
 
 
@@ -99,6 +115,14 @@ def spread(values: Sequence[float]) -> str:
     if len(values) < 2:
         return f"{statistics.mean(values):.3f}" if values else "–"
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def sft_perplexity(run: dict[str, Any]) -> float:
+    """The perplexity after SFT, which is the reference of DPO: its log-probs follow from DPO's figures."""
+    found = run["dpo_held_out"]["metrics"]
+    tokens = -found["logps/chosen"] / math.log(found["perplexity/chosen"])
+    reference = found["logps/chosen"] - found["rewards/chosen"] / DPO["beta"]
+    return math.exp(-reference / tokens)
 
 
 def side_table(sides: dict[str, list[dict[str, Any]]]) -> None:
@@ -120,9 +144,11 @@ def side_table(sides: dict[str, list[dict[str, Any]]]) -> None:
     for stage in STAGES:
         line(f"{stage}: steps", lambda run, stage=stage: run[stage]["steps"])  # type: ignore[misc]
         line(f"{stage}: seconds", lambda run, stage=stage: run[stage]["seconds"])  # type: ignore[misc]
-    for stage in ("sft", "dpo"):
-        for metric in ("perplexity/chosen", "rewards/accuracies", "rewards/margins"):
-            line(f"{stage}: {metric}", lambda run, s=stage, m=metric: run[f"{s}_held_out"]["metrics"][m])  # type: ignore[misc]
+        line(f"{stage}: seconds on the clock", lambda run, stage=stage: run[stage]["wall_seconds"])  # type: ignore[misc]
+    line("sft: held-out perplexity", sft_perplexity)
+    line("dpo: held-out perplexity", lambda run: run["dpo_held_out"]["metrics"]["perplexity/chosen"])
+    for metric in ("accuracies", "margins"):
+        line(f"dpo: held-out reward {metric}", lambda run, m=metric: run["dpo_held_out"]["metrics"][f"rewards/{m}"])  # type: ignore[misc]
     for kind in ("sampled", "greedy"):
         line(
             f"grpo: share of {kind} held-out answers that fit",
