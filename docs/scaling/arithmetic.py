@@ -44,7 +44,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a GPU and its connections give. The first three are measured, the others are assumed.
+    """What a GPU and its connections give. ``matmul`` and ``utilization`` are measured, most others assumed: see the page.
 
     Args:
         matmul: floating-point operations a second of a large bf16 product.
