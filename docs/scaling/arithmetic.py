@@ -44,7 +44,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a GPU and its connections give. ``matmul`` and ``utilization`` are measured, most others assumed: see the page.
+    """What a GPU and its connections give: the page says which figures are measured, and which assumed.
 
     Args:
         matmul: floating-point operations a second of a large bf16 product.
