@@ -87,6 +87,7 @@ def run(tmp_path, model_folder, data_files, *words):
     return subprocess.run([*argv, *words], capture_output=True, text=True, env=environment, cwd=tmp_path)
 
 
+@pytest.mark.slow  # the example in two processes is a part of each run of the tests
 def test_two_processes_share_a_batch(tmp_path, model_folder, data_files):
     """Twice the rows of one process in a step, and one checkpoint."""
     two = ("--num_processes", "2", "--accelerate_config", "two_cpu", "--per_device_train_batch_size", "2")

@@ -54,7 +54,7 @@ CASES = {
     "reward": Case("Reward", "preference_rows"),
     "distill": Case("Distill", "sft_rows"),
     "sft, checkpointed activations": Case("SFT", "sft_rows", options=dict(activation_checkpointing=True), slow=True),
-    "dpo, adapter": Case("DPO", "preference_rows", lora=True),
+    "dpo, adapter": Case("DPO", "preference_rows", lora=True, slow=True),
     "dpo, stored reference": Case("DPO", "preference_rows", options=dict(precompute_ref_log_probs=True), slow=True),
     "mixture": Case("SFT", "sft_rows", "mixtral", BALANCED),
     "dpo, mixture": Case("DPO", "preference_rows", "qwen3_moe", BALANCED, slow=True),
