@@ -125,20 +125,22 @@ def sft_perplexity(run: dict[str, Any]) -> float:
     return math.exp(-reference / tokens)
 
 
-def side_table(sides: dict[str, list[dict[str, Any]]]) -> None:
-    """What each side reached, over its seeds."""
+def side_table(sides: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[float]]]:
+    """What each side reached with each seed."""
+    table: dict[str, dict[str, list[float]]] = {}
     print("\n| figure | " + " | ".join(sides) + " |\n|---|" + "---|" * len(sides))
 
     def line(name: str, figure: Callable[[dict[str, Any]], float]) -> None:
         cells = []
-        for runs in sides.values():
-            values = []
+        for side, runs in sides.items():
+            values: list[float] = []
             for run in runs:
                 try:
                     values.append(figure(run))
                 except KeyError:  # this stage failed or was stopped
                     continue
             cells.append(spread(values))
+            table.setdefault(name, {})[side] = values
         print(f"| {name} | " + " | ".join(cells) + " |")
 
     for stage in STAGES:
@@ -154,6 +156,7 @@ def side_table(sides: dict[str, list[dict[str, Any]]]) -> None:
             f"grpo: share of {kind} held-out answers that fit",
             lambda run, k=kind: statistics.mean(a["fits"] for a in run["grpo_answers"] if a["kind"] == k),  # type: ignore[misc]
         )
+    return table
 
 
 # Win rates
@@ -232,7 +235,7 @@ def main() -> None:
         sides[run["side"]].append(run)
     judges = [file.stem for file in sorted(results.glob("reward-*.json"))]
     summary: dict[str, Any] = {"judges": judge_table(results, rows)}
-    side_table(sides)
+    summary["sides"] = side_table(sides)
     summary["ours_against_trl"] = side_duels(sides, judges)
     show_duels("This package's models (after) against TRL's (before)", summary["ours_against_trl"])
     ppo_file = results / "ppo.json"
