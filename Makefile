@@ -58,11 +58,12 @@ bench: setup .venv/.trl  # MODEL=folder [DATA=folder of rows] adds whole steps o
 	$(if $(MODEL),$(if $(DATA),$(BIN)/python benchmarks/online.py --model $(MODEL) --data $(DATA)))
 # On a machine whose Python has torch for its GPU, and the package's other dependencies: nothing is installed.
 # PYTHON=another; MODEL=folder [DATA=folder of rows] adds steps of that model beside TRL's. About eight minutes.
-PYTHON ?= python3
+PYTHON ?= $(or $(wildcard $(BIN)/python),$(PY))
 gpu: export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 gpu: export HF_HUB_OFFLINE := 1
 gpu:
-	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: torch finds no GPU here')"
+	@$(PYTHON) -c "import torch; exit(not torch.cuda.is_available())" 2> /dev/null || \
+	{ echo "make gpu: $(PYTHON) has no torch that finds a GPU; name another: make gpu PYTHON=python3"; exit 1; }
 	status=0; $(PYTHON) -m pytest -q -p no:cacheprovider -m gpu tests || status=1; \
 	$(PYTHON) -m benchmarks.gpu || status=1; \
 	$(if $(MODEL),$(PYTHON) benchmarks/training.py --model $(MODEL) $(if $(DATA),--data $(DATA)) --case sft dpo || status=1;) \
