@@ -16,12 +16,12 @@ from rlhf.rewards import ModelReward
 from rlhf.rollouts import LocalEngine, Sampling
 
 
-def evaluate(model: str, reference: str, rows: str, out: Path, name: str) -> dict[str, float]:
-    """The metrics of ``rlhf eval``.
+def evaluate(model: str, reference: str | None, rows: str, out: Path, name: str) -> dict[str, Any]:
+    """What ``rlhf eval`` finds.
 
     Args:
         model: a folder.
-        reference: of the preference metrics.
+        reference: of the preference metrics; without one there are none.
         rows: a file of pairs.
         out: a folder for its output.
         name: of that output.
@@ -29,7 +29,8 @@ def evaluate(model: str, reference: str, rows: str, out: Path, name: str) -> dic
         Figures by name.
     """
     file = out / f"eval-{name}.json"
-    command = ["eval", "--model_name_or_path", model, "--ref_model_name_or_path", reference, "--dataset_name", rows]
+    command = ["eval", "--model_name_or_path", model, "--dataset_name", rows]
+    command += ["--ref_model_name_or_path", reference] if reference else []
     command += ["--dtype", "bfloat16", "--batch_size", "8", "--max_length", "1024"]
     main([*command, "--output_file", str(file), "--overwrite"])
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

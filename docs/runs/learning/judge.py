@@ -9,12 +9,16 @@ from rows import one_sentence_prompts, prompts
 
 out, data = Path(sys.argv[1]), Path(sys.argv[2])
 judges = sorted(file.parent for file in (out / "models").glob("reward-*/whole"))
-questions = {"dpo_answers": prompts(data, "eval")} | dict.fromkeys(
-    ("before", "after"), one_sentence_prompts(data, "eval")
-)
-for file in [*sorted(out.glob("side-*.json")), *out.glob("ppo.json")]:
+questions, short_questions = prompts(data, "eval"), one_sentence_prompts(data, "eval")
+asked = {
+    "answers": questions,
+    "sft_answers": questions,
+    "dpo_answers": questions,
+    "before": short_questions,
+    "after": short_questions,
+}
+for file in [*out.glob("start.json"), *sorted(out.glob("side-*.json")), *out.glob("ppo.json")]:
     found = json.loads(file.read_text(encoding="utf-8"))
-    for part, rows in questions.items():
-        if part in found:
-            add_rewards(found[part], rows, judges)
+    for part in asked.keys() & found.keys():
+        add_rewards(found[part], asked[part], judges)
     file.write_text(json.dumps(found), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the models of one side and seed have learnt: python learnt.py ours|trl SEED MODEL DATA OUT."""
+"""What the models of one side and seed have learnt: python learnt.py ours|trl SEED DATA OUT."""
 
 import json
 import sys
@@ -8,6 +8,7 @@ from typing import Any
 from answers import answer, evaluate
 from reward_one_sentence import one_short_sentence
 from rows import one_sentence_prompts, prompts
+from settings import STAGES
 
 
 def folder_of(out: Path, side: str, seed: int, stage: str) -> str:
@@ -20,35 +21,32 @@ def write(out: Path, results: dict[str, Any]) -> None:
     (out / f"side-{results['side']}-{results['seed']}.json").write_text(json.dumps(results), encoding="utf-8")
 
 
-def add_findings(side: str, seed: int, model: str, data: Path, out: Path) -> None:
+def add_findings(side: str, seed: int, data: Path, out: Path) -> None:
     """Add perplexity, preference accuracy and answers to the results of training.
 
     Args:
         side: ours or trl.
         seed: of the run.
-        model: the start of SFT and GRPO.
         data: folder of the preferences.
         out: folder of the run.
     """
     results: dict[str, Any] = json.loads((out / f"side-{side}-{seed}.json").read_text(encoding="utf-8"))
-    references = {"sft": model, "dpo": folder_of(out, side, seed, "sft")}
-    for stage, reference in references.items():
-        if "steps" in results[stage]:
-            trained = folder_of(out, side, seed, stage)
-            results[f"{stage}_held_out"] = evaluate(
-                trained, reference, str(out / "held_out.jsonl"), out, f"{side}-{seed}"
-            )
+    trained = {stage: folder_of(out, side, seed, stage) for stage in STAGES if "steps" in results[stage]}
+    for stage, reference in (("sft", None), ("dpo", trained.get("sft"))):
+        if stage in trained:
+            pairs = str(out / "held_out.jsonl")
+            results[f"{stage}_held_out"] = evaluate(trained[stage], reference, pairs, out, f"{side}-{seed}")
             write(out, results)
-    if "steps" in results["grpo"]:
-        questions = one_sentence_prompts(data, "eval")
-        results["grpo_answers"] = answer(folder_of(out, side, seed, "grpo"), questions, tokens=48)
+    if "grpo" in trained:
+        results["grpo_answers"] = answer(trained["grpo"], one_sentence_prompts(data, "eval"), tokens=48)
         for entry in results["grpo_answers"]:
             entry["fits"] = one_short_sentence([entry["text"]])[0]
         write(out, results)
-    if "steps" in results["dpo"]:
-        results["dpo_answers"] = answer(folder_of(out, side, seed, "dpo"), prompts(data, "eval"))
-        write(out, results)
+    for stage in ("sft", "dpo"):
+        if stage in trained:
+            results[f"{stage}_answers"] = answer(trained[stage], prompts(data, "eval"))
+            write(out, results)
 
 
 if __name__ == "__main__":
-    add_findings(sys.argv[1], int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), Path(sys.argv[5]))
+    add_findings(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]))

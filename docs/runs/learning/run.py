@@ -123,6 +123,12 @@ def start_ppo(processes: Processes, args: argparse.Namespace) -> None:
         processes.start("ppo", "ppo.py", start, args.out, args.data.resolve(), args.scale)
 
 
+def start_answers(processes: Processes, args: argparse.Namespace) -> None:
+    """Start the answers of the model before training."""
+    if "sides" in args.only:
+        processes.start("start", "start.py", args.model, args.data.resolve(), args.out)
+
+
 def on_gpu(processes: Processes, args: argparse.Namespace, places: tuple[object, ...]) -> None:
     """All processes start at once; then the sides take turns, each with all its seeds at the same time."""
     seeds = range(args.seeds) if "sides" in args.only else []
@@ -140,6 +146,7 @@ def on_gpu(processes: Processes, args: argparse.Namespace, places: tuple[object,
             processes.wait(f"done-{stage}", names)
     processes.open("go-ppo")
     processes.open("go-answers")
+    start_answers(processes, args)
 
 
 def on_cpu(processes: Processes, args: argparse.Namespace, places: tuple[object, ...]) -> None:
@@ -154,8 +161,9 @@ def on_cpu(processes: Processes, args: argparse.Namespace, places: tuple[object,
         processes.say(f"seed {seed} is trained")
     for seed in range(args.seeds) if "sides" in args.only else []:
         for side in SIDES:
-            processes.start(f"learnt-{side}-{seed}", "learnt.py", side, seed, *places[:-1])
+            processes.start(f"learnt-{side}-{seed}", "learnt.py", side, seed, *places[1:-1])
         processes.join([f"learnt-{side}-{seed}" for side in SIDES])
+    start_answers(processes, args)
     start_ppo(processes, args)
 
 

@@ -80,4 +80,4 @@ for stage in STAGES:
     (out / "gates" / f"done-{stage}-{name}").touch()
 if ON_GPU:
     wait_for(out / "gates" / "go-answers")
-    add_findings(side, seed, model, Path(data), out)
+    add_findings(side, seed, Path(data), out)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from rows import LENGTH_WEIGHT, length_advantage, question, read
-from settings import DPO, SIDES, STAGES
+from settings import SIDES, STAGES
+from win_rates import KINDS, WITH_LENGTH, duel, show_duels, shown, side_duels, win
 
-from rlhf.evaluation import Estimate, length_controlled_win_rate, mean_ratio, share_difference
+from rlhf.evaluation import Estimate, mean_ratio, share_difference
 
 HERE = Path(__file__).parent
-Answers = list[dict[str, Any]]
 # What a curve shows; the rest of a line of the log is left out.
 CURVES = {
     "sft": ("loss",),
@@ -26,13 +26,6 @@ CURVES = {
     "ppo": ("reward", "critic/explained_variance", "completions/mean_length", "kl"),
     "reward": ("loss", "accuracy"),
 }
-
-
-def shown(estimate: Estimate | None, digits: int = 3) -> str:
-    """A figure with its interval."""
-    if estimate is None:
-        return "–"
-    return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
 
 
 # Reward models
@@ -49,11 +42,6 @@ def by_prompt(hits: Sequence[float], rows: Sequence[dict[str, Any]]) -> Estimate
 def length_differences(rows: Sequence[dict[str, Any]], measure: Callable[[str], int]) -> list[int]:
     """How much longer the chosen answers are."""
     return [measure(row["chosen"][-1]["content"]) - measure(row["rejected"][-1]["content"]) for row in rows]
-
-
-def hit(difference: float) -> float:
-    """1 where the chosen answer is ahead, 1/2 for a tie."""
-    return (difference > 0) + 0.5 * (difference == 0)
 
 
 def log_loss(margin: float) -> float:
@@ -85,10 +73,10 @@ def judge_table(results: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     print("\n| on held-out pairs | accuracy | chosen longer | chosen shorter | balanced | loss | less than by length |")
     print("|---|---|---|---|---|---|---|")
     table = {}
-    longest = [hit(value) for value in margins["longer, in characters"]]
+    longest = [win(value) for value in margins["longer, in characters"]]
     length_losses = [log_loss(value) for value in margins["longer, in characters"]]
     for name, values in margins.items():
-        hits, losses = [hit(value) for value in values], [log_loss(value) for value in values]
+        hits, losses = [win(value) for value in values], [log_loss(value) for value in values]
         ahead = sum(a > b for a, b in zip(hits, longest, strict=True))
         behind = sum(a < b for a, b in zip(hits, longest, strict=True))
         saved = [before - after for before, after in zip(length_losses, losses, strict=True)]
@@ -117,14 +105,6 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
-def sft_perplexity(run: dict[str, Any]) -> float:
-    """The perplexity after SFT, which is the reference of DPO: its log-probs follow from DPO's figures."""
-    found = run["dpo_held_out"]["metrics"]
-    tokens = -found["logps/chosen"] / math.log(found["perplexity/chosen"])
-    reference = found["logps/chosen"] - found["rewards/chosen"] / DPO["beta"]
-    return math.exp(-reference / tokens)
-
-
 def side_table(sides: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[float]]]:
     """What each side reached with each seed."""
     table: dict[str, dict[str, list[float]]] = {}
@@ -147,8 +127,11 @@ def side_table(sides: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, li
         line(f"{stage}: steps", lambda run, stage=stage: run[stage]["steps"])  # type: ignore[misc]
         line(f"{stage}: seconds", lambda run, stage=stage: run[stage]["seconds"])  # type: ignore[misc]
         line(f"{stage}: seconds on the clock", lambda run, stage=stage: run[stage]["wall_seconds"])  # type: ignore[misc]
-    line("sft: held-out perplexity", sft_perplexity)
-    line("dpo: held-out perplexity", lambda run: run["dpo_held_out"]["metrics"]["perplexity/chosen"])
+    for stage in ("sft", "dpo"):
+        line(
+            f"{stage}: held-out perplexity",
+            lambda run, stage=stage: run[f"{stage}_held_out"]["metrics"]["perplexity/chosen"],  # type: ignore[misc]
+        )
     for metric in ("accuracies", "margins"):
         line(f"dpo: held-out reward {metric}", lambda run, m=metric: run["dpo_held_out"]["metrics"][f"rewards/{m}"])  # type: ignore[misc]
     for kind in ("sampled", "greedy"):
@@ -159,50 +142,7 @@ def side_table(sides: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, li
     return table
 
 
-# Win rates
-
-
-def duel(before: Answers, after: Answers, judge: str, kind: str) -> dict[str, Any]:
-    """The second model's answers against the first one's, by a judge; prompts are the units."""
-    scores: dict[int, list[float]] = {}
-    lengths: dict[int, list[float]] = {}
-    old, new = ([entry for entry in answers if entry["kind"] == kind] for answers in (before, after))
-    for a, b in zip(old, new, strict=True):
-        assert a["prompt"] == b["prompt"]
-        scores.setdefault(a["prompt"], []).append(hit(b[judge] - a[judge]))
-        lengths.setdefault(a["prompt"], []).append(len(b["text"]) - len(a["text"]))
-    each = [statistics.mean(values) for values in scores.values()]
-    return {
-        "win_rate": mean_ratio(each, [1] * len(each)),
-        "at_equal_length": length_controlled_win_rate(each, [statistics.mean(values) for values in lengths.values()]),
-        "characters": [statistics.mean(len(entry["text"]) for entry in answers) for answers in (old, new)],
-        "tokens": [statistics.mean(entry["tokens"] for entry in answers) for answers in (old, new)],
-        "ended": [statistics.mean(entry["ended"] for entry in answers) for answers in (old, new)],
-        "rewards": [statistics.mean(entry[judge] for entry in answers) for answers in (old, new)],
-    }
-
-
-def show_duels(title: str, duels: dict[str, dict[str, Any]]) -> None:
-    print(f"\n{title}\n\n| answers | win rate | at equal length | reward | tokens | ended |\n|---|---|---|---|---|---|")
-    for name, found in duels.items():
-        pairs = [f"{found[key][0]:.2f} → {found[key][1]:.2f}" for key in ("rewards", "tokens", "ended")]
-        print(
-            f"| {name} | {shown(found['win_rate'])} | {shown(found['at_equal_length'])} | " + " | ".join(pairs) + " |"
-        )
-
-
-def side_duels(sides: dict[str, list[dict[str, Any]]], judges: list[str]) -> dict[str, Any]:
-    """Ours against TRL's, all seeds together: a prompt's score is the mean over the seeds."""
-    found = {}
-    ours, theirs = (sides[side] for side in SIDES)
-    pairs = [(a, b) for a, b in zip(ours, theirs, strict=False) if "dpo_answers" in a and "dpo_answers" in b]
-    for judge in judges:
-        for kind in ("sampled", "greedy"):
-            if pairs:
-                old = [entry for _, b in pairs for entry in b["dpo_answers"]]
-                new = [entry for a, _ in pairs for entry in a["dpo_answers"]]
-                found[f"dpo, {kind}, by {judge}"] = duel(old, new, judge, kind)
-    return found
+# Curves
 
 
 def curves(results: Path, sides: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -236,12 +176,18 @@ def main() -> None:
     judges = [file.stem for file in sorted(results.glob("reward-*.json"))]
     summary: dict[str, Any] = {"judges": judge_table(results, rows)}
     summary["sides"] = side_table(sides)
-    summary["ours_against_trl"] = side_duels(sides, judges)
-    show_duels("This package's models (after) against TRL's (before)", summary["ours_against_trl"])
+    start_file = results / "start.json"
+    start = json.loads(start_file.read_text(encoding="utf-8")) if start_file.exists() else {"answers": []}
+    if "held_out" in start:
+        summary["start"] = start["held_out"]["metrics"]
+        print(f"\nPerplexity before training: {summary['start']['perplexity/chosen']:.3f}")
+    with_length = [name + WITH_LENGTH for name in judges]
+    summary["win_rates"] = side_duels(start["answers"], sides, judges + with_length)
+    show_duels("Win rates of the second model against the first", summary["win_rates"])
     ppo_file = results / "ppo.json"
     ppo = json.loads(ppo_file.read_text(encoding="utf-8")) if ppo_file.exists() else {}
     if "before" in ppo:
-        kinds = [(kind, judge) for kind in ("sampled", "greedy") for judge in judges]
+        kinds = [(kind, judge) for kind in KINDS for judge in judges]
         summary["ppo"] = {f"{k}, by {j}": duel(ppo["before"], ppo["after"], j, k) for k, j in kinds}
         show_duels("PPO (after) against its start (before)", summary["ppo"])
     (HERE / "summary.json").write_text(json.dumps(summary, default=vars, indent=1) + "\n", encoding="utf-8")
