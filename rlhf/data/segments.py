@@ -104,8 +104,16 @@ class Segments:
         return replace(self, layout=self.layout.map_tensors(change))
 
     def last_rows(self) -> Tensor:
-        """The row of the last token of each span: int64 [spans]."""
-        return self.layout.query_starts[1:].long() - 1
+        """The row of the last token of each sequence: int64 [spans].
+
+        That of an empty answer is the last token of its prompt.
+        """
+        layout = self.layout
+        query_lengths = layout.query_starts.diff()
+        prompt_lengths = layout.key_starts.diff() - query_lengths
+        prompt_ends = layout.prefix_starts + prompt_lengths
+        ends = torch.where(query_lengths > 0, layout.query_starts[1:], prompt_ends)
+        return ends.long() - 1
 
 
 def _layout_of(spans: tuple[Span, ...]) -> SpanLayout:

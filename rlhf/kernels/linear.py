@@ -91,7 +91,7 @@ def speed_up_linear(model: nn.Module) -> None:
         forwards[nn.Linear] = _linear_forward
     for module in model.modules():
         forward = forwards.get(type(module))
-        if forward is not None and weights_are_here(module):
+        if forward is not None and has_own_forward(module) and weights_are_here(module):
             module.forward = MethodType(forward, module)
 
 
@@ -104,6 +104,11 @@ def restore_lora(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module.forward, "__func__", None) is _lora_forward:
             del module.forward
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module runs the forward of its class; accelerate's ``device_map`` and hub kernels replace it."""
+    return "forward" not in vars(module)
 
 
 def weights_are_here(module: nn.Module) -> bool:

@@ -17,9 +17,11 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 
-from rlhf.kernels.linear import weights_are_here
+from rlhf.kernels.linear import has_own_forward, weights_are_here
 
 logger = logging.getLogger(__name__)
+
+BEYOND_LIMITS = 100.0  # MLPs that clamp do so at 7 to 16; its square is a number of float16
 
 
 class Recipe(NamedTuple):
@@ -131,12 +133,12 @@ def _times_weight(hidden: Tensor, inverse_rms: Tensor, weight: Tensor) -> Tensor
 def enable_recompute(model: nn.Module) -> None:
     """Replace the forward of RMS norms and gated MLPs, so that their outputs need not be saved for the backward pass.
 
-    A module is recognised by its name and parts. One of each class is compared with its own forward first.
+    A module is recognised by its name and parts. One of each class and settings is compared with its own forward first.
 
     Args:
         model: its modules are changed in place. It saves less only inside :func:`fewer_activations`.
     """
-    agrees: dict[type, bool] = {}
+    agrees: dict[Any, bool] = {}
     for module in model.modules():
         if _is_rms_norm(module):
             forward = _norm_forward
@@ -144,20 +146,26 @@ def enable_recompute(model: nn.Module) -> None:
             forward = _mlp_forward
         else:
             continue
-        if not weights_are_here(module):
+        if not (has_own_forward(module) and weights_are_here(module)):
             continue
         # Quantised weights have no dtype in which the two could be compared.
         if not any(weight.is_floating_point() for weight in module.parameters()):
             continue
-        module_class = type(module)
-        if module_class not in agrees:
-            agrees[module_class] = _computes_the_same(module, forward)
-            if not agrees[module_class]:
+        kind = _kind(module)
+        if kind not in agrees:
+            agrees[kind] = _computes_the_same(module, forward)
+            if not agrees[kind]:
                 logger.warning(
-                    "%s computes something else than its parts suggest; left as it is", module_class.__name__
+                    "%s computes something else than its parts suggest; left as it is", type(module).__name__
                 )
-        if agrees[module_class]:
+        if agrees[kind]:
             module.forward = MethodType(forward, module)
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    """The class of a module and its settings, such as the limit of a clamped MLP, which may differ by layer."""
+    numbers = [(name, value) for name, value in vars(module).items() if isinstance(value, int | float | None)]
+    return type(module), *numbers
 
 
 def _mlp_forward(self: Any, hidden: Tensor) -> Tensor:
@@ -226,10 +234,19 @@ def _computes_the_same(module: nn.Module, forward: Callable[[Any, Tensor], Tenso
     # Dropout would make the two differ.
     module.eval()
     try:
-        expected = module(hidden)
-        result = forward(module, hidden)
+        trials = [hidden, _large_inputs(module, hidden)] if forward is _mlp_forward else [hidden]
+        return all(_agree(forward(module, inputs), module(inputs)) for inputs in trials)
     finally:
         module.train(was_training)
+
+
+def _large_inputs(mlp: Any, hidden: Tensor) -> Tensor:
+    """Inputs for which the gate and its factor exceed any usual limit, as some MLPs clamp them."""
+    sizes = [float(projection(hidden).abs().max()) for projection in (mlp.gate_proj, mlp.up_proj)]
+    return hidden * (BEYOND_LIMITS / max(min(sizes), 1e-6))
+
+
+def _agree(result: Tensor, expected: Tensor) -> bool:
     # In half precision the order of the casts alone moves the last bits.
     tolerance = 1e-5 if expected.dtype in (torch.float32, torch.float64) else 2e-2
     largest_output = float(expected.abs().max())

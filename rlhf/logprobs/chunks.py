@@ -360,6 +360,7 @@ class _Sum(Function):
         gradients = Gradients(chunked_head, ctx.needs_input_grad, plan.chunks_per_product)
         per_token, total_loss = _sum(chunked_head, step, gradients)
         ctx.save_for_backward(*gradients.results())
+        ctx.is_spent = False
         # Without this, a loss made of these numbers would silently get no gradient, instead of an error.
         ctx.mark_non_differentiable(per_token)
         return per_token, total_loss
@@ -367,6 +368,9 @@ class _Sum(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.is_spent:
+            raise RuntimeError("this loss has one backward pass; for another one, run the forward pass again")
+        ctx.is_spent = True
         # In place: the gradients were taken in the forward pass for this one use.
         grad_loss = grads[1]
         scaled_grads = [None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in ctx.saved_tensors]

@@ -189,6 +189,8 @@ def _is_tensor_parallel(weight: Any) -> bool:
 
 # False for a model that failed the check. Weak: a model is not kept alive by having been checked.
 _verified: WeakKeyDictionary[nn.Module, HeadSettings | Literal[False]] = WeakKeyDictionary()
+OWN_HEAD = "%s: %s; using the model's own head (exact, slower)"
+ADAPTER_ON_HEAD = "an adapter sits on the head"
 
 
 def verified_settings(model: nn.Module) -> HeadSettings | None:
@@ -208,8 +210,12 @@ def verified_settings(model: nn.Module) -> HeadSettings | None:
         settings = head_settings(model.config)
         problem = _unreadable_reason(model) or _mismatch(model, settings)
         if problem:
-            logger.warning("%s: %s; using the model's own head (exact, slower)", type(model).__name__, problem)
+            logger.warning(OWN_HEAD, type(model).__name__, problem)
         _verified[model] = False if problem else settings
+    elif _verified[model] and _has_adapter(model.get_output_embeddings()):  # type: ignore[operator]
+        # Put there after the check: PEFT changes a model in place.
+        logger.warning(OWN_HEAD, type(model).__name__, ADAPTER_ON_HEAD)
+        _verified[model] = False
     return _verified[model] or None
 
 
@@ -224,14 +230,18 @@ def _unreadable_reason(model: nn.Module) -> str | None:
     weight = getattr(layer, "weight", None)
     if layer is None or weight is None or backbone_of(model) is model:
         return "no output embedding to read the head from"
-    if hasattr(layer, "base_layer"):
-        # `.weight` would be the frozen matrix, without the adapter.
-        return "an adapter sits on the head"
+    if _has_adapter(layer):
+        return ADAPTER_ON_HEAD
     is_sharded = hasattr(weight, "ds_id") or weight.is_meta
     # Quantised weights are packed: neither two-dimensional nor floating-point.
     if is_sharded or weight.dim() != 2 or not weight.is_floating_point():
         return "the head's weights are not in memory as one matrix"
     return None
+
+
+def _has_adapter(layer: nn.Module) -> bool:
+    """Whether PEFT is around the head: its ``weight`` would be the frozen matrix, without the adapter."""
+    return hasattr(layer, "base_layer")
 
 
 @torch.no_grad()

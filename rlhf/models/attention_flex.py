@@ -49,7 +49,9 @@ def attend_by_flex(query: Tensor, key: Tensor, value: Tensor, segments: Segments
     # All layers with the same window read the same mask.
     cache_key = ("flex", options.window, query.device)
     if cache_key not in segments.attention_cache:
-        segments.attention_cache[cache_key] = block_mask(segments, query.size(2), options.window)
+        # A later pass may have a gradient, which cannot save a tensor of inference mode.
+        with torch.inference_mode(False):
+            segments.attention_cache[cache_key] = block_mask(segments, query.size(2), options.window)
     mask: BlockMask = segments.attention_cache[cache_key]
     num_rows = query.size(2)
     # Whole blocks: a row of another length would be another compilation.

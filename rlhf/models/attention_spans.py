@@ -128,12 +128,18 @@ def _mask(segments: Segments, length: int, prefix: int, window: int | None, quer
     """0 where a span's token sees a key of ``[prefix, span]``, else -inf: [length, prefix + length]."""
     cache_key = (length, prefix, window, query.dtype, query.device)
     if cache_key not in segments.attention_cache:
-        query_position = torch.arange(prefix, prefix + length, device=query.device)[:, None]
-        key_position = torch.arange(prefix + length, device=query.device)
-        is_hidden = key_position > query_position
-        if window is not None:
-            # A window counts the token itself, as in transformers.
-            is_hidden |= key_position <= query_position - window
-        mask = torch.zeros(is_hidden.shape, dtype=query.dtype, device=query.device)
-        segments.attention_cache[cache_key] = mask.masked_fill_(is_hidden, -torch.inf)
+        # A later pass may have a gradient, which cannot save a tensor of inference mode.
+        with torch.inference_mode(False):
+            segments.attention_cache[cache_key] = _new_mask(length, prefix, window, query.dtype, query.device)
     return segments.attention_cache[cache_key]
+
+
+def _new_mask(length: int, prefix: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    query_position = torch.arange(prefix, prefix + length, device=device)[:, None]
+    key_position = torch.arange(prefix + length, device=device)
+    is_hidden = key_position > query_position
+    if window is not None:
+        # A window counts the token itself, as in transformers.
+        is_hidden |= key_position <= query_position - window
+    mask = torch.zeros(is_hidden.shape, dtype=dtype, device=device)
+    return mask.masked_fill_(is_hidden, -torch.inf)

@@ -59,6 +59,16 @@ def test_an_empty_span_has_its_place():
     assert segments.layout.key_rows.tolist() == [0, 1, 2, 0, 1, 3, 4]
 
 
+def test_an_empty_answer_ends_where_its_prompt_does():
+    """A reward model would read its reward off the other answer."""
+    rows = [{"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9], "rejected_ids": []}, PAIRS[1]]
+    found = []
+    for layout in ("segments", "rows"):
+        batch = Collator(layout=layout)(rows)
+        found.append(batch.input_ids.flatten()[batch.last()].tolist())
+    assert found[0] == found[1] == [9, 7, 4, 7]
+
+
 def test_every_tensor_moves_and_is_pinned(monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(1) or self.clone())

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import close, tiny_model
 from peft import LoraConfig, get_peft_model
 
@@ -66,3 +67,21 @@ def test_twice_is_as_once():
     once = model(input_ids=ids).logits
     optimize(model)
     assert torch.equal(model(input_ids=ids).logits, once)
+
+
+def test_a_forward_that_somebody_else_replaced_stays():
+    """accelerate's ``device_map`` moves the inputs of a module in it, hub kernels compute in it."""
+    model, calls = tiny_model(), []
+    layer = model.model.layers[0]
+    hooked = [model.model.norm, layer.mlp, layer.self_attn.q_proj, model.lm_head]
+
+    class Noting(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(module)
+            return args, kwargs
+
+    for module in hooked:
+        add_hook_to_module(module, Noting())
+    optimize(model)
+    model(input_ids=torch.arange(1, 9)[None])
+    assert {id(module) for module in calls} == {id(module) for module in hooked}

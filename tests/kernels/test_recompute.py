@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, close, tiny_model
 from peft import LoraConfig, get_peft_model
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from rlhf.data import Collator
 from rlhf.kernels import optimize, recompute
@@ -187,6 +188,28 @@ def test_what_only_looks_alike_is_left(caplog):
     odd = OddRMSNorm()
     enable_recompute(odd)
     assert "forward" not in vars(odd) and "OddRMSNorm computes something else" in caplog.text
+
+
+class ClampedMLP(LlamaMLP):
+    """As DeepSeek V4's and Step 3.7's, of which only some layers have a limit."""
+
+    limit = 10.0
+
+    def forward(self, x):
+        gate, up = self.act_fn(self.gate_proj(x)).clamp(max=self.limit), self.up_proj(x).clamp(-self.limit, self.limit)
+        return self.down_proj(gate * up)
+
+
+def test_an_mlp_with_a_limit_keeps_it(caplog):
+    config = tiny_model().config
+    mlps = torch.nn.ModuleList(ClampedMLP(config) for _ in range(2))
+    mlps[0].limit = torch.inf
+    plain = copy.deepcopy(mlps)
+    enable_recompute(mlps)
+    assert "forward" in vars(mlps[0]) and "ClampedMLP computes something else" in caplog.text
+    large = torch.full((1, config.hidden_size), 1e3)
+    for got, want in zip(mlps, plain, strict=True):
+        close(got(large).detach(), want(large).detach())
 
 
 def test_a_copy_uses_its_own_weights():

@@ -5,6 +5,7 @@ import torch
 from conftest import ARCHITECTURES, close, tiny_model
 from torch.autograd import gradcheck
 
+from rlhf.kernels.recompute import fewer_activations
 from rlhf.logprobs import Head, Scores, Targets, TokenLoss, model_scores, score, verified_settings
 
 
@@ -283,6 +284,30 @@ def test_an_adapter_on_the_head_is_not_passed_over():
     close(scores.logps.detach(), want.detach())
     scores.logps.sum().backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "lora" in n)
+
+
+def test_an_adapter_that_comes_to_the_head_later_is_seen(caplog):
+    """The head was checked before, in an earlier run of the same process."""
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model().eval()
+    assert verified_settings(model) is not None
+    adapted = get_peft_model(model, LoraConfig(target_modules=["lm_head"], init_lora_weights=False)).eval()
+    ids = torch.arange(3, 15)[None]
+    want = adapted(input_ids=ids).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None]).view(-1)
+    close(model_scores(adapted, Targets.from_labels(ids), input_ids=ids).logps.detach(), want.detach())
+    assert caplog.text.count("an adapter sits on the head") == 1
+
+
+def test_a_loss_is_not_differentiated_twice():
+    """Its gradient is scaled in place: a second time would scale it again, in silence."""
+    head, hidden = Head(torch.randn(9, 4, requires_grad=True)), torch.randn(3, 4)
+    targets = Targets(torch.arange(3), torch.arange(3), torch.zeros(3, dtype=torch.int64))
+    with fewer_activations():  # without its hooks, autograd itself sees the change
+        loss = score(hidden, head, targets, objective=TokenLoss(lambda scores: -scores.logps)).loss / 3
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("flat", [True, False])

@@ -317,6 +317,15 @@ def test_a_surprising_attention_falls_back_to_rows(surprise, monkeypatch, caplog
         choose_layout(model, "segments")
 
 
+def test_a_pass_without_gradient_leaves_nothing_that_a_gradient_cannot_use():
+    model, batch = ready("llama"), batch_of("pairs")
+    with torch.inference_mode():
+        want = Policy(model)(batch).logps
+    got = Policy(model)(batch).logps
+    got.sum().backward()
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("name", ["position_bias"])
 def test_what_segments_do_not_know_is_never_left_out(name):
     x = torch.zeros(1, 1, 3, 8)
