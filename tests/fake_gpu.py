@@ -10,13 +10,14 @@ import inspect
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 
 import torch
 from conftest import tiny_model
 from examples_of_losses import ENTRIES, documented_call, tensors_in
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+from benchmarks.gpu.compiled import Case, compile_all
 from benchmarks.gpu.flow import Operations
 from rlhf import losses
 from rlhf.data import Collator
@@ -103,6 +104,13 @@ def operations(rows, dtype, autocast):
     }  # fmt: skip
 
 
+def compiled_kernels():
+    """A head in half precision, and the two kernels that need most registers; the slow test has the others."""
+    plain = Case(128_256, "float32", "bfloat16", "plain")
+    full = Case(50_257, "float32", "bfloat16", "full", "JSD")
+    return [asdict(kernel) for kernel in compile_all("H100", [plain, full])]
+
+
 def main():
     # What asks a real device: how much memory is free, and whether a kernel gives the right numbers.
     torch.cuda.mem_get_info = lambda device=None: (2**36, 2**36)
@@ -110,7 +118,7 @@ def main():
     cases = [("texts", torch.float32, True), ("pairs", torch.float32, True)]
     cases += [("texts", torch.bfloat16, False), ("texts", torch.float32, False)]
     flow = {f"{rows}, {str(dtype)[6:]}, autocast {on}": operations(rows, dtype, on) for rows, dtype, on in cases}
-    print(json.dumps({"losses": outcomes_of_losses(), "flow": flow}))
+    print(json.dumps({"losses": outcomes_of_losses(), "flow": flow, "compiled": compiled_kernels()}))
 
 
 if __name__ == "__main__":

@@ -23,10 +23,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.gpu.measuring import Results, Row, Setup, free_memory
+from benchmarks.gpu.measuring import Results, Setup, free_memory, show
 
 # Name: module, function, title of its table.
 SECTIONS = {
@@ -39,22 +37,6 @@ SECTIONS = {
     "steps": ("steps", "measure", "TITLE"),
     "kinds": ("kinds", "measure", "TITLE"),
 }
-
-
-def show(title: str, rows: list[Row]) -> None:
-    """Print a table of rows, whose columns are the keys of all."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(*columns, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*(_cell(row.get(column)) for column in columns))
-    # A file has no width of its own.
-    Console(width=None if sys.stdout.isatty() else 200).print(table, markup=False)
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def run(name: str, setup: Setup) -> tuple[Results, str]:

@@ -2,6 +2,7 @@
 
 import gc
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from functools import cache
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 Row = dict[str, Any]
@@ -54,6 +57,22 @@ class Results:
             # The frames of the traceback hold the tensors of the failed call.
             traceback.clear_frames(error.__traceback__)
         free_memory(self.setup)
+
+
+def show(title: str, rows: list[Row]) -> None:
+    """Print a table of rows, whose columns are the keys of all."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(_cell(row.get(column)) for column in columns))
+    # A file has no width of its own.
+    Console(width=None if sys.stdout.isatty() else 200).print(table, markup=False)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def wait(setup: Setup) -> None:

@@ -159,7 +159,7 @@ def _arguments(student: Side, teacher: Side, beta: float, temperature: float) ->
             predictions.scores.highest,
             predictions.scores.log_total,
             predictions.tempered.log_total,
-            readable_columns(predictions.product),
+            readable_columns(predictions.product, transform.bias),
             predictions.product.stride(0),
             transform.scale,
             transform.softcap or 1.0,
@@ -178,7 +178,7 @@ def _constants(student: Side, teacher: Side, beta: float, vocabulary: int) -> di
         "Q_HAS_SOFTCAP": student.transform.softcap is not None,
         "P_HAS_BIAS": teacher.transform.bias is not None,
         "P_HAS_SOFTCAP": teacher.transform.softcap is not None,
-        "BLOCK": block_size(vocabulary),
+        "BLOCK": block_size(vocabulary, matrices=2),
         "num_warps": WARPS,
     }
 
@@ -188,16 +188,17 @@ if triton is not None:
 
     @triton.jit
     def _logits_below_highest(
-        PRODUCT, BIAS, HIGHEST, row, column, inside, readable, row_stride, scale, softcap, inverse_temperature,
+        PRODUCT, BIAS, HIGHEST, row, column, vocabulary, readable, row_stride, scale, softcap, inverse_temperature,
         HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     ):  # fmt: skip
         """A block of a row's logits minus the largest of the row; -inf outside of the vocabulary."""
-        logits = tl.load(PRODUCT + row * row_stride + column, mask=column < readable, other=0.0).to(tl.float32)
-        logits = before_softcap(logits, BIAS, column, inside, scale, HAS_BIAS)
+        is_readable = column < readable
+        logits = tl.load(PRODUCT + row * row_stride + column, mask=is_readable, other=0.0).to(tl.float32)
+        logits = before_softcap(logits, BIAS, column, is_readable, scale, HAS_BIAS)
         if HAS_SOFTCAP:
             logits = with_softcap(logits, softcap)
         logits = logits * inverse_temperature - tl.load(HIGHEST + row)
-        return tl.where(inside, logits, -float("inf"))
+        return tl.where(column < vocabulary, logits, -float("inf"))
 
     @triton.jit
     def _times(probs, factor):
@@ -242,13 +243,12 @@ if triton is not None:
         q_at_highest = -float("inf")  # the student's logit at the teacher's most likely token
         for start in range(0, vocabulary, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            inside = column < vocabulary
             q_logits = _logits_below_highest(
-                Q, Q_BIAS, Q_HIGHEST, row, column, inside, q_readable, q_stride, q_scale, q_softcap, q_inverse,
+                Q, Q_BIAS, Q_HIGHEST, row, column, vocabulary, q_readable, q_stride, q_scale, q_softcap, q_inverse,
                 Q_HAS_BIAS, Q_HAS_SOFTCAP,
             )  # fmt: skip
             p_logits = _logits_below_highest(
-                P, P_BIAS, P_HIGHEST, row, column, inside, p_readable, p_stride, p_scale, p_softcap, p_inverse,
+                P, P_BIAS, P_HIGHEST, row, column, vocabulary, p_readable, p_stride, p_scale, p_softcap, p_inverse,
                 P_HAS_BIAS, P_HAS_SOFTCAP,
             )  # fmt: skip
             log_p = p_logits - tl.load(P_LOG_TOTAL + row)
@@ -283,13 +283,12 @@ if triton is not None:
         """A program reads one block of both; the result may replace the student's."""
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = column < vocabulary
         q_logits = _logits_below_highest(
-            Q, Q_BIAS, Q_HIGHEST, row, column, inside, q_readable, q_stride, q_scale, q_softcap, q_inverse,
+            Q, Q_BIAS, Q_HIGHEST, row, column, vocabulary, q_readable, q_stride, q_scale, q_softcap, q_inverse,
             Q_HAS_BIAS, Q_HAS_SOFTCAP,
         )  # fmt: skip
         p_logits = _logits_below_highest(
-            P, P_BIAS, P_HIGHEST, row, column, inside, p_readable, p_stride, p_scale, p_softcap, p_inverse,
+            P, P_BIAS, P_HIGHEST, row, column, vocabulary, p_readable, p_stride, p_scale, p_softcap, p_inverse,
             P_HAS_BIAS, P_HAS_SOFTCAP,
         )  # fmt: skip
         tempered_q = q_logits * inverse_temperature - tl.load(Q_TEMPERED_TOTAL + row)
@@ -300,6 +299,8 @@ if triton is not None:
         hard_grad = tl.where(column == tl.load(TOKEN + row), tl.load(GRAD_AT_LABEL + row), hard_grad)
         gradient = soft_weight * soft_grad + hard_grad
         if Q_HAS_SOFTCAP:
-            product = tl.load(Q + row * q_stride + column, mask=column < q_readable, other=0.0).to(tl.float32)
-            gradient *= softcap_slope(before_softcap(product, Q_BIAS, column, inside, q_scale, Q_HAS_BIAS), q_softcap)
+            is_readable = column < q_readable
+            product = tl.load(Q + row * q_stride + column, mask=is_readable, other=0.0).to(tl.float32)
+            before = before_softcap(product, Q_BIAS, column, is_readable, q_scale, Q_HAS_BIAS)
+            gradient *= softcap_slope(before, q_softcap)
         tl.store(OUT + row * out_stride + column, gradient.to(OUT.dtype.element_ty), mask=column < writable)

@@ -87,15 +87,42 @@ def _padded(columns: int) -> int:
     return -(-columns // ALIGNMENT) * ALIGNMENT
 
 
-def readable_columns(matrix: Tensor) -> int:
-    """How many columns of each row may be read and written: with the padding of :func:`empty_rows`."""
+def padded_bias(bias: Tensor) -> Tensor:
+    """A copy of a head's bias, with the padding that a row of :func:`empty_rows` has.
+
+    Args:
+        bias: [V].
+    Returns:
+        [V], a part of its memory where V is no multiple of 16.
+    """
+    (copy,) = empty_rows(1, len(bias), bias.dtype, bias.device)
+    return copy.copy_(bias)
+
+
+def readable_columns(matrix: Tensor, bias: Tensor | None = None) -> int:
+    """How many columns of each row may be read and written: with the padding of :func:`empty_rows`.
+
+    Args:
+        matrix: [c, V].
+        bias: [V], which is read with each row.
+    Returns:
+        The columns of the matrix, or these and the padding of both.
+    """
     rows, columns = matrix.shape
     padded_columns = matrix.stride(0)
     if padded_columns != _padded(columns) or matrix.storage_offset() % padded_columns:
         return columns
     # A part of a larger matrix may end before the padding of its last row does.
-    end = matrix.storage_offset() + rows * padded_columns
-    return padded_columns if end * matrix.element_size() <= matrix.untyped_storage().nbytes() else columns
+    is_padded = _has_room(matrix, rows * padded_columns)
+    if bias is not None:
+        is_padded = is_padded and bias.stride(0) == 1 and _has_room(bias, padded_columns)
+    return padded_columns if is_padded else columns
+
+
+def _has_room(tensor: Tensor, numbers: int) -> bool:
+    """Whether a tensor's memory holds so many numbers from its first one."""
+    end = tensor.storage_offset() + numbers
+    return end * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def score_tokens(product: Tensor, token: Tensor, transform: LogitTransform, entropy: bool) -> TokenScores:
@@ -124,7 +151,7 @@ def score_tokens(product: Tensor, token: Tensor, transform: LogitTransform, entr
                 log_total,
                 entropies,
                 vocabulary,
-                readable_columns(product),
+                readable_columns(product, transform.bias),
                 product.stride(0),
                 transform.scale,
                 transform.softcap or 1.0,
@@ -183,7 +210,7 @@ def write_gradient(
             None if grad_entropy is None else grad_entropy.contiguous(),
             out,
             vocabulary,
-            readable_columns(product),
+            readable_columns(product, transform.bias),
             readable_columns(out),
             product.stride(0),
             out.stride(0),
@@ -198,19 +225,26 @@ def write_gradient(
         )
 
 
-def block_size(vocabulary: int) -> int:
-    """How many logits a program reads at a time."""
-    return min(BLOCK_SIZE, triton.next_power_of_2(vocabulary))
+def block_size(vocabulary: int, matrices: int = 1) -> int:
+    """How many columns a program reads at a time.
+
+    Args:
+        vocabulary: number of columns.
+        matrices: that it reads side by side. The registers of a thread hold so many numbers and no more.
+    Returns:
+        A power of 2.
+    """
+    return min(BLOCK_SIZE // matrices, triton.next_power_of_2(vocabulary))
 
 
 # Names in capitals are pointers, or constants that a kernel is compiled for.
 if triton is not None:
 
     @triton.jit
-    def before_softcap(product, BIAS, column, inside, scale, HAS_BIAS: tl.constexpr):
+    def before_softcap(product, BIAS, column, is_readable, scale, HAS_BIAS: tl.constexpr):
         logits = product * scale
         if HAS_BIAS:
-            logits += tl.load(BIAS + column, mask=inside, other=0.0).to(tl.float32)
+            logits += tl.load(BIAS + column, mask=is_readable, other=0.0).to(tl.float32)
         return logits
 
     @triton.jit
@@ -240,13 +274,13 @@ if triton is not None:
         weighted = 0.0  # of exp(z - highest) (z - highest)
         for start in range(0, vocabulary, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            inside = column < vocabulary
             # Padding is read and left out below: a mask at any column would have each number read by itself.
-            logits = tl.load(first + column, mask=column < readable, other=0.0).to(tl.float32)
-            logits = before_softcap(logits, BIAS, column, inside, scale, HAS_BIAS)
+            is_readable = column < readable
+            logits = tl.load(first + column, mask=is_readable, other=0.0).to(tl.float32)
+            logits = before_softcap(logits, BIAS, column, is_readable, scale, HAS_BIAS)
             if HAS_SOFTCAP:
                 logits = with_softcap(logits, softcap)
-            logits = tl.where(inside, logits * inverse_temperature, -float("inf"))
+            logits = tl.where(column < vocabulary, logits * inverse_temperature, -float("inf"))
             new_highest = tl.maximum(highest, tl.max(logits, 0))
             # While all logits are -inf, a difference to their maximum would be nan.
             reference = tl.where(new_highest == -float("inf"), 0.0, new_highest)
@@ -282,9 +316,9 @@ if triton is not None:
         """A program reads one block of a row and writes its gradient; the result may replace what was read."""
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = column < vocabulary
-        before = tl.load(PRODUCT + row * row_stride + column, mask=column < readable, other=0.0).to(tl.float32)
-        before = before_softcap(before, BIAS, column, inside, scale, HAS_BIAS)
+        is_readable = column < readable
+        before = tl.load(PRODUCT + row * row_stride + column, mask=is_readable, other=0.0).to(tl.float32)
+        before = before_softcap(before, BIAS, column, is_readable, scale, HAS_BIAS)
         logits = before
         if HAS_SOFTCAP:
             logits = with_softcap(before, softcap)

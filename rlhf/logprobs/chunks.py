@@ -9,7 +9,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from rlhf.kernels.matmul import add_product, product, use_onednn
-from rlhf.kernels.token_scores import LogitTransform, empty_rows
+from rlhf.kernels.token_scores import LogitTransform, empty_rows, padded_bias
 from rlhf.kernels.trial import kernels_work
 from rlhf.logprobs.chunk_plan import ChunkPlan
 from rlhf.logprobs.chunk_scores import ChunkPredictions, DenseChunk, FusedChunk, transform_logits
@@ -80,7 +80,9 @@ class ChunkedHead:
         if head is None:
             return
         self.weight = head.weight.detach().to(self.operand_dtype)
-        bias = None if head.bias is None else head.bias.detach().to(self.result_dtype) * head.scale
+        bias = None
+        if head.bias is not None:
+            bias = padded_bias(head.bias.detach().to(self.result_dtype) * head.scale)
         # In half precision the product is scaled: scaled rows would be rounded.
         self.scales_rows = self.operand_dtype == self.result_dtype
         scale = 1.0 if self.scales_rows else head.scale

@@ -39,9 +39,14 @@ def guard(tmp_path_factory):
 @pytest.fixture(scope="module")
 def seen(guard):
     """What ``tests/fake_gpu.py`` prints."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-    words = [sys.executable, str(TESTS / "fake_gpu.py"), str(guard)]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    return output_of(str(TESTS / "fake_gpu.py"), str(guard))
+
+
+def output_of(*words):
+    """What a command prints as JSON. Here Triton compiles: this process has imported it as an interpreter."""
+    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    environment = os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -64,3 +69,43 @@ def test_kernels_and_types_on_a_gpu(seen):
         assert "float32" not in flow[case]["layers"]
     found = flow["texts, float32, autocast False"]
     assert found["layers"].keys() == found["head"].keys() == {"float32"}
+
+
+SHARED_MEMORY = {"A100": 163 * 2**10, "H100": 227 * 2**10, "B200": 227 * 2**10, "MI300X": 64 * 2**10}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def check_compiled(kernel):
+    assert kernel["spilled"] == 0, kernel
+    assert kernel["shared_memory"] <= SHARED_MEMORY[kernel["card"]], kernel
+    if kernel["vocabulary"] < 4096:  # less than a block: no thread has 16 bytes to load
+        return
+    is_comparison = kernel["kernel"] in ("compare_kernel", "divergence_gradient_kernel")
+    matrices = 2 if is_comparison else 1
+    # The scores of the teacher's plain head are compiled for the student's case too.
+    bias = BYTES["float32"] if kernel["head"] == "full" else 0
+    product = BYTES[kernel["product"]]
+    read = {matrices * product + bias} | ({product} if kernel["divergence"] and not is_comparison else set())
+    assert kernel["bytes_read"] in read, kernel
+    writes = kernel["kernel"].endswith("gradient_kernel")
+    assert kernel["bytes_written"] == (BYTES[kernel["gradient"]] if writes else 0), kernel
+    # The numbers of the row, and of its token.
+    assert kernel["narrow"] <= 10, kernel
+    # Fewer could not load while others wait for the sums of their row.
+    assert kernel["warps"] is None or kernel["warps"] >= 24, kernel
+
+
+def test_kernels_are_compiled_for_a_card(seen):
+    kernels = {kernel["kernel"] for kernel in seen["compiled"]}
+    assert kernels == {"score_kernel", "gradient_kernel", "compare_kernel", "divergence_gradient_kernel"}
+    for kernel in seen["compiled"]:
+        check_compiled(kernel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", SHARED_MEMORY)
+def test_every_case_is_compiled_for_every_card(card):
+    compiled = output_of("-m", "benchmarks.gpu.compiled", "--json", "--cards", card)
+    assert len(compiled) >= 130
+    for kernel in compiled:
+        check_compiled(kernel)
