@@ -1,6 +1,7 @@
 """The win rates of docs/runs/learning."""
 
 import importlib
+import math
 from pathlib import Path
 from types import ModuleType
 
@@ -48,3 +49,17 @@ def test_all_seeds_of_a_prompt_are_one_unit(win_rates):
     assert greedy["win_rate_by_seed"] == [1.0, 0.0]
     # Two prompts with 1/2 each: there is no difference between them, although there are four answers.
     assert (greedy["win_rate"].value, greedy["win_rate"].low, greedy["win_rate"].high) == (0.5, 0.5, 0.5)
+
+
+def test_lengths_of_a_pair_are_relative_to_all_answers_of_its_prompt(win_rates):
+    choices = importlib.import_module("reward_choices")
+    prompt = [{"role": "user", "content": "?"}]
+    rows = [
+        {"prompt": prompt, "chosen": [{"content": "a" * 9}], "rejected": [{"content": "a" * 4}]},
+        {"prompt": prompt, "chosen": [{"content": "a" * 3}], "rejected": [{"content": "a" * 4}]},
+    ]
+    linear, logarithm, relative = choices.lengths(rows).T.tolist()
+    assert linear == [0.005, -0.001]
+    assert logarithm == pytest.approx([math.log(2), math.log(4 / 5)])
+    assert relative == pytest.approx([1, -0.2])  # the mean of the four answers is 5
+    assert len(set(choices.folds_of(rows).tolist())) == 1

@@ -50,8 +50,9 @@ def answer(model: str, rows: Dataset, tokens: int = ANSWER_TOKENS) -> list[dict[
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(model)
-    policy = load_model(model, dtype="bfloat16").to(device)
-    engine = LocalEngine(policy, tokenizer)
+    policy = load_model(model, dtype="float32").to(device)
+    # As in training. With weights in bfloat16 some of these models would take the slow path of `model.generate`.
+    engine = LocalEngine(policy, tokenizer, autocast=torch.bfloat16)
     ids = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
     found = []
     for kind, temperature, count in (("greedy", 0.0, 1), ("sampled", 1.0, SAMPLES)):

@@ -9,6 +9,7 @@ answers is an offset, so that the head learns what the length does not tell. Fiv
 import json
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,14 @@ def fit(differences: Tensor, offsets: Tensor, penalty: float) -> Tensor:
     return weights.detach()
 
 
+def folds_of(rows: Sequence[dict[str, Any]]) -> Tensor:
+    """The fold of each row; rows of one prompt have the same."""
+    questions = sorted({question(row) for row in rows})
+    random.Random(0).shuffle(questions)
+    fold_of = {text: index % FOLDS for index, text in enumerate(questions)}
+    return torch.tensor([fold_of[question(row)] for row in rows])
+
+
 def held_out_loss(differences: Tensor, offsets: Tensor, folds: Tensor, penalty: float) -> float:
     """The mean loss of the pairs of each fold under a fit to the others."""
     total = 0.0
@@ -73,10 +82,7 @@ def main() -> None:
     differences = states["train"][:, 0] - states["train"][:, 1]
     scale = differences.std(0) + 1e-6
     offsets = torch.tensor([length_advantage(row) for row in rows["train"]], dtype=torch.float64)
-    questions = sorted({question(row) for row in rows["train"]})
-    random.Random(0).shuffle(questions)
-    fold_of = {text: index % FOLDS for index, text in enumerate(questions)}
-    folds = torch.tensor([fold_of[question(row)] for row in rows["train"]])
+    folds = folds_of(rows["train"])
     losses = {penalty: held_out_loss(differences / scale, offsets, folds, penalty) for penalty in PENALTIES}
     best = min(losses, key=losses.__getitem__)
     weights = fit(differences / scale, offsets, best) / scale

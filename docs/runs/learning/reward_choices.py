@@ -1,0 +1,185 @@
+"""Can a reward model beat "the longer answer"? Pooled states of frozen layers, and other measures of the length.
+
+python reward_choices.py MODEL DATA OUT
+
+Five folds of the training prompts choose the states, the shape of the length and the penalty. Nothing here looks at the
+held-out pairs before all choices are made. The states are kept in OUT/states.pt: they take most of the time.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from frozen_reward import FOLDS, fit, folds_of
+from rows import length_advantage, question, read
+from summary import by_prompt
+from torch import Tensor
+from torch.nn.functional import softplus
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from win_rates import shown, win
+
+from rlhf.evaluation import share_difference
+
+LAYERS = (3, 5, 6)
+PENALTIES = (0.1, 0.3, 1.0)
+# [pairs, answer, layer, pooling, width] -> [pairs, answer, features]; the poolings are the mean and the last token.
+POOLED: dict[str, Callable[[Tensor], Tensor]] = {
+    "last token, layer 6": lambda states: states[:, :, 2, 1],
+    "mean, layer 6": lambda states: states[:, :, 2, 0],
+    "mean and last token, layer 6": lambda states: states[:, :, 2].flatten(2),
+    "last token, mean of layers": lambda states: states[:, :, :, 1].mean(2),
+    "mean and last token, mean of layers": lambda states: states.mean(2).flatten(2),
+    "mean and last token, all layers": lambda states: states.flatten(2),
+}
+LENGTHS = {"linear": [0], "log": [1], "relative": [2], "all three": [0, 1, 2]}
+
+
+@torch.inference_mode()
+def answer_states(model: Any, tokenizer: Any, row: dict[str, Any]) -> Tensor:
+    """The mean and the last state of the chosen and the rejected answer in some layers."""
+    start = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+    begin = len(tokenizer(start, add_special_tokens=False)["input_ids"])
+    states = []
+    for name in ("chosen", "rejected"):
+        ids = tokenizer(start + row[name][-1]["content"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+        output = model(torch.tensor([ids], device=model.device), use_cache=False, output_hidden_states=True)
+        hidden = torch.stack([output.hidden_states[layer][0] for layer in LAYERS]).float()
+        states.append(torch.stack([hidden[:, begin:].mean(1), hidden[:, -1]], 1).half().cpu())
+    return torch.stack(states)
+
+
+def all_states(source: str, rows: dict[str, list[dict[str, Any]]], file: Path) -> dict[str, Tensor]:
+    """The states of all answers; they are computed once and kept in a file."""
+    if not file.exists():
+        config = AutoConfig.from_pretrained(source)
+        config.num_hidden_layers = max(LAYERS)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        trunk = AutoModel.from_pretrained(source, config=config, dtype=torch.bfloat16).eval()
+        trunk.to("cuda" if torch.cuda.is_available() else "cpu")
+        found = {part: torch.stack([answer_states(trunk, tokenizer, row) for row in rows[part]]) for part in rows}
+        torch.save(found, file)
+    return torch.load(file)
+
+
+def lengths(rows: Sequence[dict[str, Any]]) -> Tensor:
+    """How much longer the chosen answers are.
+
+    Returns:
+        For each pair the difference in 1,000 characters, that of the logarithms, and that in means of the prompt.
+    """
+    sizes = [[len(row[name][-1]["content"]) for name in ("chosen", "rejected")] for row in rows]
+    by_question: dict[str, list[int]] = {}
+    for row, pair in zip(rows, sizes, strict=True):
+        by_question.setdefault(question(row), []).extend(pair)
+    columns = []
+    for row, (chosen, rejected) in zip(rows, sizes, strict=True):
+        others = by_question[question(row)]
+        relative = (chosen - rejected) * len(others) / sum(others)
+        columns.append([(chosen - rejected) / 1000, math.log((chosen + 1) / (rejected + 1)), relative])
+    return torch.tensor(columns, dtype=torch.float64)
+
+
+def differences(states: Tensor, pooled: str) -> Tensor:
+    """Chosen less rejected."""
+    features = POOLED[pooled](states.double())
+    return features[:, 0] - features[:, 1]
+
+
+def margins(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], penalty: float) -> tuple[Tensor, Tensor]:
+    """The log-odds of the test pairs: by the reward, and by the length that it was fitted on top of.
+
+    Args:
+        train: differences of the states and of the lengths.
+        test: the same of other pairs.
+        penalty: of the reward's weights; the length has none.
+    """
+    length_weights = fit(train[1], torch.zeros(len(train[1]), dtype=torch.float64), 0.0)
+    weights = fit(train[0], train[1] @ length_weights, penalty)
+    return test[0] @ weights, test[1] @ length_weights
+
+
+def folded(states: Tensor, length: Tensor, folds: Tensor, penalty: float) -> tuple[float, float]:
+    """The loss and the accuracy of the pairs of each fold under a fit to the others."""
+    total = torch.zeros(len(folds), dtype=torch.float64)
+    for fold in range(FOLDS):
+        kept = folds != fold
+        by_reward, by_length = margins((states[kept], length[kept]), (states[~kept], length[~kept]), penalty)
+        total[~kept] = by_reward + by_length
+    return float(softplus(-total).mean()), float((total > 0).double().mean())
+
+
+def choose(states: Tensor, length: Tensor, folds: Tensor) -> tuple[str, float, float]:
+    """The states and the penalty with the lowest loss.
+
+    Returns:
+        The name of the states, the penalty, and the loss.
+    """
+    found = {}
+    for name in POOLED:
+        features = differences(states, name)
+        features /= features.std(0) + 1e-6
+        for penalty in PENALTIES:
+            loss, accuracy = folded(features, length, folds, penalty)
+            print(f"  {name}, penalty {penalty}: loss {loss:.4f}, accuracy {accuracy:.4f}", flush=True)
+            found[name, penalty] = loss
+    name, penalty = min(found, key=found.__getitem__)
+    return name, penalty, found[name, penalty]
+
+
+def main() -> None:
+    source, data, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    rows = {part: read(data, part) for part in ("train", "eval")}
+    states = all_states(source, rows, out / "states.pt")
+    train, folds = lengths(rows["train"]), folds_of(rows["train"])
+    none = torch.zeros(len(train), 1, dtype=torch.float64)
+    shapes = {}
+    for name, columns in LENGTHS.items():
+        shapes[name], accuracy = folded(none, train[:, columns], folds, 1.0)
+        print(f"length {name}: loss {shapes[name]:.4f}, accuracy {accuracy:.4f}", flush=True)
+    shape = min(shapes, key=shapes.__getitem__)
+    candidates = {"pooled states, linear length": "linear", f"pooled states, length {shape}": shape}
+    chosen = {
+        title: (name, *choose(states["train"], train[:, LENGTHS[name]], folds)) for title, name in candidates.items()
+    }
+
+    # All choices are made. From here on the held-out pairs are seen.
+    held_out, found = lengths(rows["eval"]), {}
+    length_alone = torch.tensor([length_advantage(row) for row in rows["eval"]], dtype=torch.float64)
+    for title, (name, pooled, penalty, _) in chosen.items():
+        scale = differences(states["train"], pooled).std(0) + 1e-6
+        parts = [differences(states[part], pooled) / scale for part in ("train", "eval")]
+        columns = LENGTHS[name]
+        found[title] = sum(margins((parts[0], train[:, columns]), (parts[1], held_out[:, columns]), penalty))
+    both = [
+        json.loads((out / f"reward-{name}.json").read_text(encoding="utf-8"))["eval"] for name in ("frozen", "tuned")
+    ]
+    rewards = torch.tensor(both, dtype=torch.float64).mean(0)
+    found["mean of the frozen and the fine-tuned rewards, linear length"] = rewards[:, 0] - rewards[:, 1] + length_alone
+    report(found, length_alone, rows["eval"])
+    (out / "choices.json").write_text(json.dumps({"shapes": shapes, "chosen": chosen}), encoding="utf-8")
+
+
+def report(found: dict[str, Tensor], length_alone: Tensor, rows: Sequence[dict[str, Any]]) -> None:
+    """Print accuracy and loss of each, and the paired test against the longer answer."""
+    longest = [win(value) for value in length_alone.tolist()]
+    length_loss = softplus(-length_alone)
+    print(
+        "\n| on held-out pairs | accuracy | gained, lost | p | loss | less than by length |\n|---|---|---|---|---|---|"
+    )
+    for title, values in found.items():
+        hits = [win(value) for value in values.tolist()]
+        ahead = sum(a > b for a, b in zip(hits, longest, strict=True))
+        behind = sum(a < b for a, b in zip(hits, longest, strict=True))
+        test = share_difference(ahead, behind, len(hits))
+        saved = by_prompt((length_loss - softplus(-values)).tolist(), rows)
+        cells = [shown(by_prompt(hits, rows)), f"{ahead}, {behind}", f"{test.p_value:.2f}"]
+        cells += [f"{float(softplus(-values).mean()):.4f}", shown(saved, 4)]
+        print(f"| {title} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
