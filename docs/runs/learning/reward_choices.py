@@ -22,8 +22,6 @@ from torch.nn.functional import softplus
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from win_rates import shown, win
 
-from rlhf.evaluation import share_difference
-
 LAYERS = (3, 5, 6)
 PENALTIES = (0.1, 0.3, 1.0)
 # [pairs, answer, layer, pooling, width] -> [pairs, answer, features]; the poolings are the mean and the last token.
@@ -102,31 +100,36 @@ def margins(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], penalty: 
     return test[0] @ weights, test[1] @ length_weights
 
 
-def folded(states: Tensor, length: Tensor, folds: Tensor, penalty: float) -> tuple[float, float]:
-    """The loss and the accuracy of the pairs of each fold under a fit to the others."""
+def folded(states: Tensor, length: Tensor, folds: Tensor, penalty: float) -> Tensor:
+    """The log-odds of the pairs of each fold under a fit to the others."""
     total = torch.zeros(len(folds), dtype=torch.float64)
     for fold in range(FOLDS):
         kept = folds != fold
         by_reward, by_length = margins((states[kept], length[kept]), (states[~kept], length[~kept]), penalty)
         total[~kept] = by_reward + by_length
-    return float(softplus(-total).mean()), float((total > 0).double().mean())
+    return total
 
 
-def choose(states: Tensor, length: Tensor, folds: Tensor) -> tuple[str, float, float]:
+def loss_of(log_odds: Tensor) -> float:
+    """The mean loss of pairs."""
+    return float(softplus(-log_odds).mean())
+
+
+def choose(states: Tensor, length: Tensor, folds: Tensor) -> tuple[str, float, Tensor]:
     """The states and the penalty with the lowest loss.
 
     Returns:
-        The name of the states, the penalty, and the loss.
+        The name of the states, the penalty, and the log-odds of each pair under a fit to other prompts.
     """
-    found = {}
+    found: dict[tuple[str, float], Tensor] = {}
     for name in POOLED:
         features = differences(states, name)
         features /= features.std(0) + 1e-6
         for penalty in PENALTIES:
-            loss, accuracy = folded(features, length, folds, penalty)
-            print(f"  {name}, penalty {penalty}: loss {loss:.4f}, accuracy {accuracy:.4f}", flush=True)
-            found[name, penalty] = loss
-    name, penalty = min(found, key=found.__getitem__)
+            log_odds = found[name, penalty] = folded(features, length, folds, penalty)
+            accuracy = float((log_odds > 0).double().mean())
+            print(f"  {name}, penalty {penalty}: loss {loss_of(log_odds):.4f}, accuracy {accuracy:.4f}", flush=True)
+    name, penalty = min(found, key=lambda candidate: loss_of(found[candidate]))
     return name, penalty, found[name, penalty]
 
 
@@ -138,46 +141,51 @@ def main() -> None:
     none = torch.zeros(len(train), 1, dtype=torch.float64)
     shapes = {}
     for name, columns in LENGTHS.items():
-        shapes[name], accuracy = folded(none, train[:, columns], folds, 1.0)
-        print(f"length {name}: loss {shapes[name]:.4f}, accuracy {accuracy:.4f}", flush=True)
+        shapes[name] = loss_of(folded(none, train[:, columns], folds, 1.0))
+        print(f"length {name}: loss {shapes[name]:.4f}", flush=True)
     shape = min(shapes, key=shapes.__getitem__)
     candidates = {"pooled states, linear length": "linear", f"pooled states, length {shape}": shape}
     chosen = {
         title: (name, *choose(states["train"], train[:, LENGTHS[name]], folds)) for title, name in candidates.items()
     }
+    report(
+        "training pairs, fitted to other prompts", {title: best[-1] for title, best in chosen.items()}, rows["train"]
+    )
 
     # All choices are made. From here on the held-out pairs are seen.
     held_out, found = lengths(rows["eval"]), {}
-    length_alone = torch.tensor([length_advantage(row) for row in rows["eval"]], dtype=torch.float64)
     for title, (name, pooled, penalty, _) in chosen.items():
         scale = differences(states["train"], pooled).std(0) + 1e-6
         parts = [differences(states[part], pooled) / scale for part in ("train", "eval")]
         columns = LENGTHS[name]
         found[title] = sum(margins((parts[0], train[:, columns]), (parts[1], held_out[:, columns]), penalty))
-    both = [
-        json.loads((out / f"reward-{name}.json").read_text(encoding="utf-8"))["eval"] for name in ("frozen", "tuned")
-    ]
+    files = [out / f"reward-{name}.json" for name in ("frozen", "tuned")]
+    both = [json.loads(file.read_text(encoding="utf-8"))["eval"] for file in files]
     rewards = torch.tensor(both, dtype=torch.float64).mean(0)
+    length_alone = torch.tensor([length_advantage(row) for row in rows["eval"]], dtype=torch.float64)
     found["mean of the frozen and the fine-tuned rewards, linear length"] = rewards[:, 0] - rewards[:, 1] + length_alone
-    report(found, length_alone, rows["eval"])
-    (out / "choices.json").write_text(json.dumps({"shapes": shapes, "chosen": chosen}), encoding="utf-8")
+    report("held-out pairs", found, rows["eval"])
 
 
-def report(found: dict[str, Tensor], length_alone: Tensor, rows: Sequence[dict[str, Any]]) -> None:
-    """Print accuracy and loss of each, and the paired test against the longer answer."""
+def report(pairs: str, found: dict[str, Tensor], rows: Sequence[dict[str, Any]]) -> None:
+    """Print accuracy and loss of each, and what they gain against the longer answer.
+
+    Args:
+        pairs: what the rows are.
+        found: log-odds of each pair, by name.
+        rows: the pairs.
+    """
+    length_alone = torch.tensor([length_advantage(row) for row in rows], dtype=torch.float64)
     longest = [win(value) for value in length_alone.tolist()]
     length_loss = softplus(-length_alone)
-    print(
-        "\n| on held-out pairs | accuracy | gained, lost | p | loss | less than by length |\n|---|---|---|---|---|---|"
-    )
+    print(f"\n| on {pairs} | accuracy | gained, lost | more than the longer answer | loss | less than by length |")
+    print("|---|---|---|---|---|---|")
     for title, values in found.items():
         hits = [win(value) for value in values.tolist()]
-        ahead = sum(a > b for a, b in zip(hits, longest, strict=True))
-        behind = sum(a < b for a, b in zip(hits, longest, strict=True))
-        test = share_difference(ahead, behind, len(hits))
+        gains = [hit - other for hit, other in zip(hits, longest, strict=True)]
         saved = by_prompt((length_loss - softplus(-values)).tolist(), rows)
-        cells = [shown(by_prompt(hits, rows)), f"{ahead}, {behind}", f"{test.p_value:.2f}"]
-        cells += [f"{float(softplus(-values).mean()):.4f}", shown(saved, 4)]
+        cells = [shown(by_prompt(hits, rows)), f"{sum(gain > 0 for gain in gains)}, {sum(gain < 0 for gain in gains)}"]
+        cells += [shown(by_prompt(gains, rows), 4), f"{loss_of(values):.4f}", shown(saved, 4)]
         print(f"| {title} | " + " | ".join(cells) + " |")
 
 
