@@ -210,7 +210,7 @@ class RolloutsAhead:
         self.engine: BackgroundEngine = engine
         self.accelerator = collector.sampler.accelerator
         self.queue = RolloutQueue(collector.next_rollout, self.accelerator.device)
-        self.num_taken = 0
+        self.num_rollouts = 0  # that were taken; the collector counts those that were begun
         self.drawn = 0  # rows of the prompts in the rollouts that were taken
         self.dropped = 0  # samples, since the last rollout was taken
         self._can_pause: bool | None = None
@@ -226,14 +226,14 @@ class RolloutsAhead:
             This process's share.
         """
         started_at = time.perf_counter()
-        last_number = self.num_taken + min(self.max_staleness + 1, self._rollouts_left(state))
+        last_number = self.num_rollouts + min(self.max_staleness + 1, self._rollouts_left(state))
         with self._between_requests():
             self.collector.sampler.sync(policy, trained_model, state.global_step, self._paused)
-            self.collector.version = self.num_taken
+            self.collector.version = self.num_rollouts
         # A copy: the trainer's own goes on.
         self.queue.allow(last_number, copy.copy(state))
         rollout = self.queue.take()
-        self.num_taken, self.drawn = rollout.number, rollout.drawn
+        self.num_rollouts, self.drawn = rollout.number, rollout.drawn
         rollout.waiting_seconds = time.perf_counter() - started_at
         rollout.dropped, self.dropped = self.dropped, 0
         return rollout
@@ -276,8 +276,8 @@ class RolloutsAhead:
             finally:
                 self.queue.close(self.engine.cancelled)
                 # The prompts of what was not taken come again.
-                self.collector.load_state({"rollouts": self.num_taken, "drawn": self.drawn})
-                self.queue.restart(self.num_taken)
+                self.collector.load_state({"rollouts": self.num_rollouts, "drawn": self.drawn})
+                self.queue.restart(self.num_rollouts)
 
     # Weights
 
@@ -312,7 +312,7 @@ class RolloutsAhead:
     def state(self) -> dict[str, Any]:
         """What is needed to go on: the place in the prompts, and finished rollouts. An unfinished one is begun anew."""
         finished = [plain_rollout(rollout) for rollout in self.queue.finished]
-        return {"rollouts": self.num_taken, "drawn": self.drawn, "ahead": finished}
+        return {"rollouts": self.num_rollouts, "drawn": self.drawn, "ahead": finished}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` returned. Rollouts that are too old now are dropped, and sampled anew.
@@ -320,10 +320,10 @@ class RolloutsAhead:
         Args:
             state: with ``rollouts`` and ``drawn``; ``ahead`` is missing where nothing was sampled ahead.
         """
-        self.num_taken, self.drawn = state["rollouts"], state["drawn"]
+        self.num_rollouts, self.drawn = state["rollouts"], state["drawn"]
         saved = [rollout_of(plain) for plain in state.get("ahead", [])]
         fresh = fresh_rollouts(saved, self.max_staleness)
         self.dropped = sum(len(rollout.samples) for rollout in saved[len(fresh) :])
         place = {"rollouts": fresh[-1].number, "drawn": fresh[-1].drawn} if fresh else state
         self.collector.load_state(place)
-        self.queue.restart(self.num_taken, fresh)
+        self.queue.restart(self.num_rollouts, fresh)

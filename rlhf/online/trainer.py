@@ -434,7 +434,7 @@ class PPOTrainer(EvaluatesBySampling):
             losses = value_loss(scores.values, tokens["values"], tokens["returns"], clip, reduction="none")
             critic_loss = (losses * weight).sum()
             metrics["value_loss"] = critic_loss.detach(), divisor
-            total = self.args.policy_weight(self.collector.num_rollouts) * total + self.args.vf_coef * critic_loss
+            total = self.args.policy_weight(self.rollouts.num_rollouts) * total + self.args.vf_coef * critic_loss
         num_sequences = len(batch.lengths)
         # The gradient is that of `total`; these shares only add up to it, as base classes expect.
         loss_of_sequences = (total.detach() / num_sequences).expand(num_sequences)

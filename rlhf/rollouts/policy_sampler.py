@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -43,7 +43,8 @@ class PolicySampler:
         self.is_local = isinstance(engine, LocalEngine)  # it samples from the policy's own weights
         is_in_process = self.is_local or isinstance(engine, ColocatedEngine)
         self._is_responsible = is_in_process or accelerator.is_main_process
-        self._sent_at_step: int | None = None  # evaluation and a rollout after the same step need one transfer
+        # Step and changes of the weights: evaluation and a rollout after the same step need one transfer.
+        self._sent_state: tuple[int, int] | None = None
         self._version = 0
         self._adapter_alone: bool | None = None  # not known yet
         self._trains = False
@@ -52,6 +53,7 @@ class PolicySampler:
     def during_training(self) -> Iterator[None]:
         """Let the engine sleep between rollouts, and wake it in the end, also after an error."""
         self._trains = True
+        self._sent_state = None  # steps are counted anew
         try:
             yield
         finally:
@@ -106,10 +108,15 @@ class PolicySampler:
             step: optimizer steps so far.
             pausing: holds the engine's requests while it loads the weights; needed where some are under way.
         """
-        has_weights = self._sent_at_step == step and getattr(self.engine, "has_weights", True)
-        if not self.is_local and not has_weights:
+        if self.is_local:
+            return
+        # Weights change without a step too: the best ones are loaded, or a user sets others.
+        state = step, sum(weight._version for weight in policy.parameters())
+        has_weights = self._sent_state == state and getattr(self.engine, "has_weights", True)
+        # All processes send weights, or none.
+        if not all(gather_object([has_weights])):
             self._send_weights(policy, trained_model, pausing)
-            self._sent_at_step = step
+            self._sent_state = state
 
     def _send_weights(
         self, policy: Policy, trained_model: nn.Module, pausing: Callable[[], AbstractContextManager[None]]

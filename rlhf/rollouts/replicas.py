@@ -32,6 +32,7 @@ class ReplicatedEngine:
         self.engines = list(engines)
         self.version = 0
         self._lost: list[ServerEngine] = []
+        self._last_error: ConnectionError | None = None
 
     @property
     def working(self) -> list[ServerEngine]:
@@ -69,7 +70,7 @@ class ReplicatedEngine:
         groups: dict[int, list[Completion]] = {}
         remaining = list(range(len(prompt_ids)))
         while remaining:
-            working = self.working
+            working = self._working_or_error()
             parts = [remaining[first :: len(working)] for first in range(len(working))]
 
             def complete(engine: ServerEngine, part: list[int]) -> list[list[Completion]]:
@@ -157,15 +158,23 @@ class ReplicatedEngine:
             engine.close()
 
     def _update(self, load: Callable[[ServerEngine], None], version: int) -> None:
-        for engine in list(self._lost):
-            if engine.is_reachable():
-                logger.warning("%s answers again, and takes part from now on", engine.url)
-                engine.forget_weights()
-                self._lost.remove(engine)
+        returning = [engine for engine in self._lost if engine.is_reachable()]
+        for engine in returning:
+            engine.forget_weights()
+
+        def load_into(engine: ServerEngine) -> bool:
+            load(engine)
+            return True
+
         # The first server alone: files are saved once, and wrong weights are found before all servers have them.
-        first, *others = self.working
-        self._ask(load, [(first,)])
-        self._ask(load, [(engine,) for engine in others])
+        engines = [*self._working_or_error(returning), *returning]
+        loaded = self._ask(load_into, [(engines[0],)]) + self._ask(load_into, [(engine,) for engine in engines[1:]])
+        for engine, is_loaded in zip(engines, loaded, strict=True):
+            # Only now: another thread may ask for completions at any time.
+            if engine in returning and is_loaded:
+                self._lost.remove(engine)
+                logger.warning("%s answers again, and takes part from now on", engine.url)
+        self._working_or_error()
         self.version = version
 
     def _ask(self, call: Callable[..., Any], requests: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -192,12 +201,19 @@ class ReplicatedEngine:
                 self._leave_out(engine, answer)
         return [None if isinstance(answer, ConnectionError) else answer for answer in answers]
 
+    def _working_or_error(self, returning: Sequence[ServerEngine] = ()) -> list[ServerEngine]:
+        working = self.working
+        if not working and not returning:
+            reason = "" if self._last_error is None else f"; the last: {self._last_error}"
+            raise ConnectionError(f"none of the {len(self.engines)} servers answers{reason}") from self._last_error
+        return working
+
     def _leave_out(self, engine: ServerEngine, error: ConnectionError) -> None:
         if engine in self._lost:  # found by another thread
             return
         self._lost.append(engine)
-        if not self.working:
-            raise ConnectionError(f"none of the {len(self.engines)} servers answers; the last: {error}") from error
+        self._last_error = error
+        self._working_or_error()
         logger.warning(
             "%s; %d of %d servers go on without it, until it answers at an update of the weights",
             error,

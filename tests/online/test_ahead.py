@@ -32,6 +32,7 @@ from rlhf import (
     PPOTrainer,
 )
 from rlhf.cli.main import main
+from rlhf.models import add_scalar_head
 from rlhf.online.ahead import RolloutQueue
 from rlhf.online.checks import check_staleness
 from rlhf.online.rollout import Rollout, fresh_rollouts
@@ -205,6 +206,26 @@ def test_two_ahead(make, server):
     assert record.versions == [{0}, {0}, {0}, {1}]
     assert record.rows == in_order(make(), 4)
     assert [entry["rollout/staleness/max"] for entry in lines(trainer)] == [0, 1, 2, 2]
+
+
+def test_a_critic_warms_up_on_the_rollouts_that_were_taken(make, tokenizer, tmp_path):
+    add_scalar_head(tiny_model(seed=3)).save_pretrained(tmp_path / "critic")
+    tokenizer.save_pretrained(tmp_path / "critic")
+    options = dict(value_model=str(tmp_path / "critic"), critic_warmup=1, num_generations=1, num_iterations=1)
+    trainer = make("ppo", max_staleness=2, max_steps=2, **options)
+    at_steps = []
+    measure = trainer.measure
+
+    def measure_once_the_queue_is_full(*inputs):
+        at_steps.append(weights(trainer))
+        wait_until(lambda: len(trainer.rollouts.queue.finished) == 1 - trainer.state.global_step)
+        return measure(*inputs)
+
+    trainer.measure = measure_once_the_queue_is_full
+    trainer.train()
+    first, second = at_steps
+    assert all(torch.equal(weight, first[name]) for name, weight in second.items())
+    assert not all(torch.equal(weight, second[name]) for name, weight in weights(trainer).items())
 
 
 def test_tokens_are_weighed_by_the_policy_now_over_the_policy_that_sampled(make, monkeypatch):

@@ -71,6 +71,22 @@ def test_the_server_samples_from_the_policy_as_it_is(server, tokenizer, tmp_path
     assert not server.asleep and "/sleep?level=1" not in server.posts
 
 
+def test_weights_that_changed_outside_of_training_are_sent(server, tokenizer, tmp_path):
+    run = trainer(server, tokenizer, tmp_path, max_steps=1)
+    run.train()
+    # Training begins anew, again with step 0.
+    before = run.policy.model.lm_head.weight.detach().clone()
+    sampled_from = []
+    server.sees = lambda choice: sampled_from.append(server.model.lm_head.weight.detach().clone())
+    run.train()
+    close(sampled_from[-1], before)
+    # As by load_best_model_at_end: the step stays, and the weights are others.
+    run.evaluate()
+    run.policy.model.load_state_dict(tiny_model(seed=5).state_dict())
+    run.evaluate()
+    close(server.model.lm_head.weight.detach(), run.policy.model.lm_head.weight.detach())
+
+
 def test_a_server_that_sleeps_while_the_policy_trains_is_awake_afterwards(server, tokenizer, tmp_path, caplog):
     one = trainer(server, tokenizer, tmp_path, rollout_server_sleep=True)
     slept = []

@@ -120,6 +120,21 @@ def test_a_server_that_dies_is_named_and_comes_back(servers, connect, tokenizer,
         server.faults["/v1/completions"] = [None] * 99
     with pytest.raises(ConnectionError, match=r"none of the 3 servers answers; the last: http://127"):
         engine.generate(PROMPTS, 2, SAMPLING, 0)
+    # A thread that comes later finds no server at fault, because none is left.
+    with pytest.raises(ConnectionError, match=r"none of the 3 servers answers; the last: http://127"):
+        engine.generate(PROMPTS, 2, SAMPLING, 0)
+
+
+def test_a_server_that_comes_back_samples_only_with_the_new_weights(servers, connect):
+    engine = connect(servers[:2])
+    engine.leave_out([servers[1].url])
+    working_meanwhile = []
+    for server in servers[:2]:
+        load = server.load
+        server.load = lambda folder, load=load: working_meanwhile.append(engine.working) or load(folder)
+    engine.update_weights(tiny_model(seed=1).state_dict().items(), 1)
+    assert all(working == engine.engines[:1] for working in working_meanwhile) and len(working_meanwhile) == 4
+    assert engine.working == engine.engines
 
 
 def test_requests_to_all_servers_are_ended(servers, connect):
