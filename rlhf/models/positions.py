@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.data import Batch
+from rlhf.models.single_precision import run_trial, tolerance_of
 
 # Weak: a model is not kept alive by having been asked.
 _finds_own: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -47,7 +48,7 @@ def finds_own_positions(model: nn.Module) -> bool:
         # The answer is kept for the transformers model, whatever is around it.
         model = model.get_base_model()  # type: ignore[operator]
     if model not in _finds_own:
-        _finds_own[model] = _is_in_memory(model) and not _accepts_positions(model)
+        _finds_own[model] = _is_in_memory(model) and not run_trial(model, lambda: _accepts_positions(model))
     return _finds_own[model]
 
 
@@ -74,12 +75,16 @@ def sees_ahead(model: Any) -> bool:
     if not _is_in_memory(model):
         return False
     try:
-        trial_ids = _trial_ids(model)
-        whole_hidden = _hidden_states(model, trial_ids)
-        short_hidden = _hidden_states(model, trial_ids[:, :SHORT_LENGTH])
+        return run_trial(model, lambda: _sees_ahead(model))
     except Exception:  # whatever an unknown model raises, it is found where it is trained
         return False
-    return not _agree(whole_hidden[:, :SHORT_LENGTH], short_hidden)
+
+
+def _sees_ahead(model: Any) -> bool:
+    trial_ids = _trial_ids(model)
+    whole_hidden = _hidden_states(model, trial_ids)
+    short_hidden = _hidden_states(model, trial_ids[:, :SHORT_LENGTH])
+    return not _agree(model, whole_hidden[:, :SHORT_LENGTH], short_hidden)
 
 
 def reads_padding(model: Any) -> bool:
@@ -93,13 +98,17 @@ def reads_padding(model: Any) -> bool:
     if not _is_in_memory(model):
         return False
     try:
-        trial_ids = _trial_ids(model)
-        attention_mask = (torch.arange(TRIAL_LENGTH, device=trial_ids.device) < SHORT_LENGTH)[None].long()
-        padded_hidden = _hidden_states(model, trial_ids, attention_mask=attention_mask)
-        short_hidden = _hidden_states(model, trial_ids[:, :SHORT_LENGTH])
+        return run_trial(model, lambda: _reads_padding(model))
     except Exception:  # whatever an unknown model raises, it is found where it is trained
         return False
-    return not _agree(padded_hidden[:, :SHORT_LENGTH], short_hidden)
+
+
+def _reads_padding(model: Any) -> bool:
+    trial_ids = _trial_ids(model)
+    attention_mask = (torch.arange(TRIAL_LENGTH, device=trial_ids.device) < SHORT_LENGTH)[None].long()
+    padded_hidden = _hidden_states(model, trial_ids, attention_mask=attention_mask)
+    short_hidden = _hidden_states(model, trial_ids[:, :SHORT_LENGTH])
+    return not _agree(model, padded_hidden[:, :SHORT_LENGTH], short_hidden)
 
 
 def _accepts_positions(model: Any) -> bool:
@@ -111,7 +120,7 @@ def _accepts_positions(model: Any) -> bool:
         return True
     positions = torch.arange(trial_ids.size(1), device=trial_ids.device)[None]
     try:
-        return _agree(_hidden_states(model, trial_ids, position_ids=positions), expected)
+        return _agree(model, _hidden_states(model, trial_ids, position_ids=positions), expected)
     except (TypeError, ValueError):  # it takes none
         return False
 
@@ -130,10 +139,10 @@ def _hidden_states(model: Any, ids: Tensor, **inputs: Tensor) -> Tensor:
     return model.base_model(input_ids=ids, use_cache=False, **inputs)[0]
 
 
-def _agree(hidden: Tensor, expected: Tensor) -> bool:
+def _agree(model: nn.Module, hidden: Tensor, expected: Tensor) -> bool:
     # Relative to the largest value: numbers near 0 are differences of larger ones.
-    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2
-    return torch.allclose(hidden, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+    tolerance = tolerance_of(model, expected) * float(expected.abs().max())
+    return torch.allclose(hidden, expected, rtol=0, atol=tolerance)
 
 
 def _is_in_memory(model: nn.Module) -> bool:

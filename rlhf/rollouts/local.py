@@ -19,6 +19,7 @@ from transformers import (
 
 from rlhf.models.layout import unsupported_reason
 from rlhf.models.positions import finds_own_positions, first_position
+from rlhf.models.single_precision import run_trial, tolerance_of
 from rlhf.rollouts.cache import DECODING_ATTENTION, Cache
 from rlhf.rollouts.decoding import DecodingState
 from rlhf.rollouts.engine import Completion, Sampling, check_request
@@ -31,8 +32,6 @@ PREFILL_TOKENS = 8192  # most tokens of prompts in one forward
 STOP_CHECK_INTERVAL = 8  # steps on an accelerator between two copies of which rows have ended
 COMPACT_BELOW = 7 / 8  # share of rows that still run, below which dropping the others costs less than it saves
 COMPACT_GRAPH_BELOW = 1 / 2  # the same, where a step of fewer rows is captured anew
-# Logits of the decoding path against those of the model's own forward, relative to the largest.
-TOLERANCE, HALF_TOLERANCE = 1e-4, 5e-2
 
 
 class LocalEngine:
@@ -339,18 +338,20 @@ class LocalEngine:
         sequences = [
             torch.tensor([prompts[row // 2] + completion], device=device) for row, completion in enumerate(completions)
         ]
-        try:
+
+        def largest_difference() -> tuple[float, float]:
             expected = [self.model(input_ids=ids, use_cache=False).logits[0] for ids in sequences]
+            largest_logit = max(float(logits.abs().max()) for logits in expected)
             with self._decoding_attention():
                 difference = self._largest_difference(prompts, sequences, expected, device)
+            return difference, tolerance_of(self.base, expected[0]) * largest_logit
+
+        try:
+            difference, tolerance = run_trial(self.model, largest_difference)
         except Exception as error:  # whatever an unknown model raises, its own generate can be used
             first_line = next(iter(str(error).splitlines()), "")
             return f"its attention cannot be replaced ({type(error).__name__}: {first_line})"
-        is_half = self.autocast is not None or expected[0].dtype not in (torch.float32, torch.float64)
-        largest_logit = max(float(logits.abs().max()) for logits in expected)
-        if difference <= (HALF_TOLERANCE if is_half else TOLERANCE) * largest_logit:
-            return None
-        return f"its logits differ by {difference:.2g}"
+        return None if difference <= tolerance else f"its logits differ by {difference:.2g}"
 
     def _in_vocabulary(self, rows: list[list[int]]) -> list[list[int]]:
         return [[token % self._vocab_size for token in ids] for ids in rows]
@@ -391,7 +392,8 @@ class LocalEngine:
         config = GenerationConfig(
             max_new_tokens=3, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
         )
-        try:
+
+        def logits_both_ways() -> tuple[Tensor, Tensor]:
             with _empty_generation_config(self.base):
                 output = self.model.generate(  # type: ignore[operator]
                     input_ids=ids,
@@ -399,15 +401,19 @@ class LocalEngine:
                     generation_config=config,
                     **_position_ids(self.base, ids),
                 )
-                logits = torch.stack(output.logits, 1).float()
-                expected = self.model(input_ids=output.sequences[:, :-1], use_cache=False).logits[:, 3:].float()
+                return (
+                    torch.stack(output.logits, 1),
+                    self.model(input_ids=output.sequences[:, :-1], use_cache=False).logits[:, 3:],
+                )
+
+        try:
+            logits, expected = run_trial(self.model, logits_both_ways)
         except Exception as error:  # whatever an unknown model raises, it can read the whole sequence at each step
             logger.debug("%s: generate fails with its cache (%s)", type(self.base).__name__, error)
             return False
-        half_types = (torch.float16, torch.bfloat16)
-        is_half = self.autocast is not None or next(self.base.parameters()).dtype in half_types
         # A longer path through the model than above, so a wider tolerance in float32.
-        return bool((logits - expected).abs().max() <= (HALF_TOLERANCE if is_half else 1e-3) * expected.abs().max())
+        tolerance = max(1e-3, tolerance_of(self.base, expected))
+        return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
