@@ -17,13 +17,18 @@ from rlhf.rollouts.arguments import ServerArguments
 from rlhf.rollouts.colocated import ColocatedEngine, ColocatedOptions
 from rlhf.rollouts.engine import RolloutEngine
 from rlhf.rollouts.local import LocalEngine, end_ids
-from rlhf.rollouts.policy_weights import adapter_rank, adapter_weights, merged_weights, whole_model_reason
+from rlhf.rollouts.policy_weights import adapter_rank, adapter_weights, merged_weights, unties_head, whole_model_reason
 from rlhf.rollouts.replicas import PATIENCE, ReplicatedEngine, servers_of
 from rlhf.rollouts.server import TOKENIZER_PROBE, ServerEngine
 from rlhf.rollouts.server_proof import check_served_weights
 from rlhf.rollouts.server_weights import WRONG_MODEL_HINT, VersionFolders
 
 logger = logging.getLogger(__name__)
+
+SHARED_HEAD = (
+    "the adapter changes the head or the embedding alone, and the server has one matrix for both: leave them out of "
+    "the adapter, pass ensure_weight_tying=True to LoraConfig, or sample in this process"
+)
 
 
 class PolicySampler:
@@ -138,6 +143,8 @@ class PolicySampler:
             else:
                 self.engine.expect_adapter()
         else:
+            if servers_of(self.engine) and unties_head(policy.model):
+                raise ValueError(SHARED_HEAD)
             # All processes: the changes of an adapter may be sharded too.
             weights = merged_weights(policy.model, model_state)
             if self._is_responsible:
@@ -231,6 +238,8 @@ def make_engine(
     model = policy.without_adapter
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]  # a checkpoint may name another class, or none
+    if unties_head(policy.model):
+        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
     return ColocatedEngine(config, tokenizer, end_ids(model, tokenizer), options)
 
 

@@ -23,15 +23,17 @@ def trainer(tokenizer, folder, peft_config=None, **changes):
     )  # fmt: skip
     rows = Dataset.from_list([{"prompt": text} for text in sentences(1, 12)])
     return GRPOTrainer(
-        tiny_model(), lambda completions, **_: [float(len(set(text))) for text in completions], args,
-        train_dataset=rows, eval_dataset=rows.select(range(3)), processing_class=tokenizer, peft_config=peft_config,
+        tiny_model(tie_word_embeddings=True), lambda completions, **_: [float(len(set(text))) for text in completions],
+        args, train_dataset=rows, eval_dataset=rows.select(range(3)), processing_class=tokenizer,
+        peft_config=peft_config,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_it_samples_from_the_policy_and_sleeps_while_it_trains(with_adapter, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", fake_llm.module())
-    adapter = LoraConfig(r=4, target_modules=["q_proj", "down_proj"]) if with_adapter else None
+    # A head of its own, in a model whose head is its embedding.
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]) if with_adapter else None
     one = trainer(
         tokenizer, tmp_path, adapter, vllm_enable_sleep_mode=True, vllm_gpu_memory_utilization=0.4,
         vllm_max_model_length=64, eval_strategy="steps", eval_steps=1,

@@ -138,6 +138,13 @@ def test_lora_reaches_the_server_and_leaves_the_base_as_it_was(server, tokenizer
         close(served[name], weight)
 
 
+def test_a_head_that_the_server_does_not_have_is_refused(server, tokenizer, tmp_path):
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    one = trainer(server, tokenizer, tmp_path, adapter, model=tiny_model(tie_word_embeddings=True))
+    with pytest.raises(ValueError, match="the server has one matrix for both: leave them out of the adapter, pass"):
+        one.train()
+
+
 def adapter_run(server, tokenizer, folder):
     adapter = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
     one = trainer(server, tokenizer, folder, adapter, max_steps=2)
