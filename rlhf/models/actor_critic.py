@@ -31,6 +31,12 @@ class ActorCritic(Policy):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """The weights of the critic that are trained; those of a shared critic are its head."""
+        critic = self.value_head if self.critic is None else self.critic
+        assert critic is not None
+        return [parameter for parameter in critic.parameters() if parameter.requires_grad]
+
     def forward(self, batch: Batch, objective: HeadObjective | None = None, entropy: bool = False) -> Scores:
         """As :class:`Policy`, with values. A separate critic is run on the same batch."""
         scores = super().forward(batch, objective, entropy)

@@ -13,7 +13,8 @@ logger = logging.getLogger(__name__)
 # Options, and the parameter of an estimator that reads them.
 READ_BY_ESTIMATORS = {
     "gamma": "gamma", "lam": "lam", "scale_rewards": "scale", "value_model": "values", "vf_coef": "values",
-    "cliprange_value": "values", "critic_warmup": "values",
+    "cliprange_value": "values", "critic_warmup": "values", "critic_learning_rate": "values",
+    "critic_head": "values",
 }  # fmt: skip
 ONLY_WITH_TOKEN_LOSSES = ("adaptive_kl_target", "early_stop_kl", "importance_sampling_cap", "off_policy_mask_threshold")
 PAIR_LENGTHS = ("chosen_lengths", "rejected_lengths")  # what sampled pairs have besides log-probs
@@ -128,6 +129,11 @@ def _check_advantages(args: Any) -> None:
         raise ValueError(
             f"critic_warmup {args.critic_warmup}: a shared critic moves the policy's own layers; name a model for the "
             "critic (--value_model FOLDER), or leave critic_warmup out"
+        )
+    if args.critic_head == "model" and args.value_model == "shared":
+        raise ValueError(
+            "critic_head model: a shared critic has a new head; name a reward model for the critic "
+            "(--value_model FOLDER), or leave critic_head out"
         )
     if is_own(estimator):
         settings = {"gamma": args.gamma, "lam": args.lam, "scale": args.scale_rewards}

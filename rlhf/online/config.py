@@ -105,6 +105,10 @@ class PPOConfig(TRLNames, ReferenceSyncArguments, BaseConfig):
     vf_coef: float = option(0.1, "Weight of the critic's loss.")
     cliprange_value: float | None = option(0.2, "Clip range of the value; None: no clipping.")
     value_model: str = option("shared", "Critic: shared (a head on the policy), or a model's folder.")
+    critic_head: str = option(
+        "zeros", "Start of the head of a value_model: zeros, or the model's own.", ["zeros", "model"]
+    )
+    critic_learning_rate: float | None = option(None, "Peak learning rate of the critic; default: learning_rate.")
     critic_warmup: int = option(0, "Rollouts at the start that train the critic alone; it needs a value_model.")
     # Completions
     log_completions: bool = option(True, "Write the last rollout before each line of the log to completions.jsonl.")

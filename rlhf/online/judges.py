@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import nn
+
 from rlhf.kernels import optimize
 from rlhf.models import RewardModel, disable_dropout, load_reward_model, load_tokenizer
 from rlhf.online.config import PPOConfig
@@ -43,6 +45,10 @@ def load_critic(folder: str, args: PPOConfig) -> RewardModel:
         The critic, with dropout off.
     """
     critic = load_reward_model(folder, **args.model_kwargs())
+    if args.critic_head == "zeros":
+        # A reward model's head has learnt to read the last token of an answer alone: at the others its output is noise,
+        # which would add to the variance of the advantages.
+        nn.init.zeros_(critic.without_adapter.score.weight)
     warn_of_lost_updates(critic, args)
     # Values are recorded before training and compared in it: dropout would make them differ.
     disable_dropout(critic)

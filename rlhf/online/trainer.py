@@ -23,6 +23,7 @@ from rlhf.online.ahead import RolloutsAhead
 from rlhf.online.collector import RolloutCollector
 from rlhf.online.completions import COMPLETIONS, show_completions
 from rlhf.online.config import PPOConfig
+from rlhf.online.critic_rate import with_critic_rate
 from rlhf.online.evaluation import EvaluatesBySampling
 from rlhf.online.judges import check_tokenizers, load_critic, load_rewards
 from rlhf.online.metrics import (
@@ -185,6 +186,9 @@ class PPOTrainer(EvaluatesBySampling):
             self.share_layout(self.policy.critic.model)
         # Log-probs are those of the distribution that is sampled from.
         self.policy.temperature = temperature
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        return with_critic_rate(super().create_optimizer(*args, **kwargs), self.policy, self.args)
 
     @property
     def beta(self) -> float:

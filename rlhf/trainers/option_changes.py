@@ -50,7 +50,7 @@ MOVE_FIGURES: dict[str, str] = {
     "policy and critic": "num_mini_batches num_iterations epsilon epsilon_high delta importance_sampling_level "
     "top_entropy_quantile off_policy_mask_threshold importance_sampling_cap kl_in kl_estimator adaptive_kl_target "
     "adaptive_kl_horizon early_stop_kl entropy_coef vf_coef cliprange_value value_model "
-    "critic_warmup",
+    "critic_warmup critic_head critic_learning_rate",
 }
 """Options of which another value gives another run, by subject."""
 

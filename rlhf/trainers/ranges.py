@@ -81,9 +81,9 @@ RANGES: dict[Range, str] = {
     "importance_sampling_cap vllm_importance_sampling_cap vllm_importance_sampling_clip_max cliprange_value "
     "cliprange epsilon epsilon_high delta reward_clip reward_timeout",
     AT_LEAST_0: "learning_rate warmup_steps weight_decay adam_epsilon logging_steps eval_steps save_steps eval_delay "
-    "neftune_noise_alpha router_aux_loss_coef center_rewards_coefficient desirable_weight undesirable_weight "
-    "crossentropy_weight distillation_weight hidden_state_weight entropy_coef missing_eos_penalty vf_coef "
-    "off_policy_mask_threshold sampling_temperature kl_coef server_startup_timeout vllm_server_timeout",
+    "critic_learning_rate neftune_noise_alpha router_aux_loss_coef center_rewards_coefficient desirable_weight "
+    "undesirable_weight crossentropy_weight distillation_weight hidden_state_weight entropy_coef missing_eos_penalty "
+    "vf_coef off_policy_mask_threshold sampling_temperature kl_coef server_startup_timeout vllm_server_timeout",
     # Infinity measures the norm and clips nothing.
     Range(0, infinite=True): "max_grad_norm",
     Range(0, 1, open_above=True): "adam_beta1 adam_beta2 lora_dropout",

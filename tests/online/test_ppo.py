@@ -353,6 +353,47 @@ def test_a_critic_that_warms_up_leaves_the_policy_as_it_is(make, tmp_path, token
     assert any(not torch.equal(weight, before[name]) for name, weight in trainer.policy.model.state_dict().items())
 
 
+@pytest.mark.parametrize("is_shared", [True, False], ids=["shared", "own"])
+def test_a_critic_learns_at_its_own_rate(make, tmp_path, tokenizer, is_shared):
+    critic = add_scalar_head(tiny_model(seed=3))
+    critic.save_pretrained(tmp_path / "critic")
+    tokenizer.save_pretrained(tmp_path / "critic")
+    options = {} if is_shared else {"value_model": str(tmp_path / "critic")}
+    # With a rate of 0 for the policy, only the critic moves.
+    trainer = make(critic_learning_rate=1e-2, learning_rate=0.0, max_steps=1, **options)
+    before = {name: weight.clone() for name, weight in trainer.policy.state_dict().items()}
+    trainer.train()
+    moved = {name for name, weight in trainer.policy.state_dict().items() if not torch.equal(weight, before[name])}
+    assert moved and all(name.startswith("value_head" if is_shared else "critic.") for name in moved)
+    groups = trainer.optimizer.param_groups
+    assert {group["initial_lr"] for group in groups if group["params"]} == {0.0, 1e-2}
+    # A second call changes nothing, and each weight is in one group.
+    assert trainer.create_optimizer().param_groups == groups
+    trained = [parameter for parameter in trainer.policy.parameters() if parameter.requires_grad]
+    assert sum(len(group["params"]) for group in groups) == len(trained)
+
+
+@pytest.mark.parametrize("head", ["zeros", "model"])
+def test_a_reward_model_as_critic_starts_with_a_head_of_zeros(make, tmp_path, tokenizer, head):
+    critic = add_scalar_head(tiny_model(seed=3))
+    critic.score.weight.data.normal_()
+    critic.save_pretrained(tmp_path / "critic")
+    tokenizer.save_pretrained(tmp_path / "critic")
+    trainer = make(value_model=str(tmp_path / "critic"), critic_head=head)
+    start = trainer.policy.critic.model.score.weight
+    assert torch.equal(start, torch.zeros_like(start) if head == "zeros" else critic.score.weight)
+
+
+def test_a_shared_critic_has_no_head_of_its_own_to_start_from(make):
+    with pytest.raises(ValueError, match="critic_head model: a shared critic has a new head"):
+        make(critic_head="model")
+
+
+def test_a_critics_rate_needs_a_critic(make):
+    with pytest.raises(ValueError, match="critic_learning_rate has no effect with advantage_estimator group"):
+        make("grpo", num_generations=4, critic_learning_rate=1e-4)
+
+
 def test_a_shared_critic_cannot_warm_up_alone(make):
     with pytest.raises(ValueError, match="critic_warmup 2: a shared critic moves"):
         make(critic_warmup=2)
