@@ -188,7 +188,9 @@ class DistillTrainer(TextTrainer):
         self.train_dataset = mark_prompts(rows, max_prompt_length, args.drop_long_prompts, args.dataset_num_proc)
         tokenizer: Any = self.processing_class
         if engine is None:
-            engine = make_engine(args, self.policy, tokenizer, self.accelerator, reads_logps=False)
+            engine = make_engine(
+                args, self.policy, tokenizer, self.accelerator, max_length=args.limit(), reads_logps=False
+            )
         return StudentRollouts(
             PolicySampler(engine, self.accelerator, probe_ids(tokenizer)),
             args.sampling(),

@@ -208,7 +208,7 @@ class PPOTrainer(EvaluatesBySampling):
         args = self.args
         tokenizer: Any = self.processing_class
         if engine is None:
-            engine = make_engine(args, self.policy, tokenizer, self.accelerator)
+            engine = make_engine(args, self.policy, tokenizer, self.accelerator, max_length=args.limit())
         order_seed = args.seed if args.data_seed is None else args.data_seed
         tokenize = partial(self.tokenize, tokenizer=tokenizer, args=args, vocab_size=vocabulary_size(self.policy))
         return RolloutCollector(

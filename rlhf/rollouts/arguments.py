@@ -73,7 +73,11 @@ class ServerArguments:
     rollout_server_url: list[str] | None = option(None, "Addresses of rollout servers (vLLM, SGLang), one or several.")
     rollout_server_model: str | None = option(None, "Name of the policy on the server.")
     rollout_weights_dir: str | None = option(None, "Shared folder for new weights; not needed where they go by NCCL.")
-    rollout_server_sleep: bool = option(False, "Let the server free its memory while the policy trains.")
+    rollout_server_sleep: bool = option(
+        False,
+        "Let the server free its memory while the policy trains. vLLM on a server moves its weights to host memory "
+        "(sleep level 1); vLLM in this process drops them (level 2), because they are sent again.",
+    )
     server_startup_timeout: float = option(240.0, "Seconds to wait for a server that is still loading.")
 
     def server_urls(self) -> list[str]:

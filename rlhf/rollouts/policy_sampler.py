@@ -29,6 +29,7 @@ SHARED_HEAD = (
     "the adapter changes the head or the embedding alone, and the server has one matrix for both: leave them out of "
     "the adapter, pass ensure_weight_tying=True to LoraConfig, or sample in this process"
 )
+_TOO_SHORT = "lower --max_length, which a prompt with its completion may have"
 
 
 class PolicySampler:
@@ -156,8 +157,8 @@ class PolicySampler:
             broadcast_object_list(lost_urls)  # of the first process
             self.engine.leave_out(lost_urls[0])
         updated = [self.engine] if isinstance(self.engine, ColocatedEngine) else servers_of(self.engine)
-        for engine in updated if self.probe_ids else []:
-            check_served_weights(engine, policy, trained_model, self.accelerator, self.probe_ids)
+        if self.probe_ids and updated:
+            check_served_weights(updated, policy, trained_model, self.accelerator, self.probe_ids)
 
     def _sends_adapter_alone(self, policy: Policy) -> bool:
         """Whether the server has the model under the adapter, and takes the adapter; decided once."""
@@ -195,6 +196,7 @@ def make_engine(
     tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
     *,
+    max_length: int,
     reads_logps: bool = True,
 ) -> RolloutEngine:
     """The engine that a configuration asks for: a server, or by default this process.
@@ -204,16 +206,17 @@ def make_engine(
         policy: samples in this process; its tokens and end tokens are those that a server must know.
         tokenizer: the policy's.
         accelerator: of the training run.
+        max_length: of a prompt with its completion.
         reads_logps: whether the log-probs of samples are used, so that a server's are checked.
     Returns:
         An engine of one or several servers, a :class:`ColocatedEngine` (vLLM in this process), or a
         :class:`LocalEngine`.
     Raises:
-        ValueError: sharded weights in this process; no end token; a server's address without its other options, or a
-            server with another tokenizer.
+        ValueError: sharded weights in this process; no end token; a server's address without its other options; a
+            server with another tokenizer, or with a shorter context than ``max_length``.
     """
     if args.rollout_server_url is not None:
-        return _server_engine(args, policy, tokenizer, accelerator.device, reads_logps)
+        return _server_engine(args, policy, tokenizer, accelerator.device, reads_logps, max_length)
     deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
     is_sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None
     is_sharded |= deepspeed is not None and deepspeed.zero_stage == 3
@@ -227,10 +230,14 @@ def make_engine(
     colocated = args.colocated_vllm()
     if colocated is None:
         return LocalEngine(policy.model, tokenizer, autocast=autocast)
-    memory_share, max_length = colocated
+    memory_share, context_length = colocated
+    if context_length is not None and context_length < max_length:
+        raise ValueError(
+            f"vllm_max_model_length {context_length} is less than max_length {max_length}: raise it, or {_TOO_SHORT}"
+        )
     options = ColocatedOptions(
         memory_share=memory_share,
-        max_length=max_length,
+        max_length=context_length,
         sleeps=args.rollout_server_sleep,
         dtype=autocast or next(policy.without_adapter.parameters()).dtype,
         processes=accelerator.num_processes,
@@ -249,6 +256,7 @@ def _server_engine(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     reads_logps: bool,
+    max_length: int,
 ) -> ServerEngine | ReplicatedEngine:
     urls = args.server_urls()
     if args.rollout_server_model is None or (args.rollout_weights_dir is None and device.type != "cuda"):
@@ -275,4 +283,10 @@ def _server_engine(
         difference = engine.tokenizer_difference(tokenizer)
         if difference is not None:
             raise ValueError(f"{engine.url} has another tokenizer than the policy: {difference}; {WRONG_MODEL_HINT}")
+        # Now, and not at the first prompt that is too long, which may come after days.
+        if engine.context_length is not None and engine.context_length < max_length:
+            raise ValueError(
+                f"{engine.url} has a context of {engine.context_length} tokens, less than max_length {max_length}: "
+                f"start it with a longer one (--max-model-len), or {_TOO_SHORT}"
+            )
     return engines[0] if len(engines) == 1 else ReplicatedEngine(engines)

@@ -20,9 +20,10 @@ PATIENCE = 30.0  # seconds; the other servers do the work of one that does not a
 class ReplicatedEngine:
     """A :class:`~rlhf.rollouts.engine.RolloutEngine` that spreads prompts evenly over several servers.
 
-    All completions of a prompt come from one server, which reads the prompt once. Random numbers belong to the sample,
-    so that results do not depend on the number of servers (up to the rounding of the servers). A server that does not
-    answer is left out until the next update of the weights, and its prompts go to the others.
+    All completions of a prompt come from one server, which reads the prompt once. The number of the first prompt
+    decides which server comes first, so that the requests of several processes are spread too. Random numbers belong
+    to the sample, so that results do not depend on the number of servers (up to the rounding of the servers). A server
+    that does not answer is left out until the next update of the weights, and its prompts go to the others.
 
     Args:
         engines: one for each server, all of the same policy.
@@ -71,6 +72,9 @@ class ReplicatedEngine:
         remaining = list(range(len(prompt_ids)))
         while remaining:
             working = self._working_or_error()
+            # Processes have few prompts each: if all began with the first server, the last ones would get none.
+            begin = prompt_numbers[0] % len(working)
+            working = working[begin:] + working[:begin]
             parts = [remaining[first :: len(working)] for first in range(len(working))]
 
             def complete(engine: ServerEngine, part: list[int]) -> list[list[Completion]]:

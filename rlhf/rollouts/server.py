@@ -116,9 +116,11 @@ class ServerEngine:
         self._logps_are_right: dict[tuple[float, bool], bool] = {}
         self._sleeps, self._is_asleep = sleeps, False
         reply = self._calls.wait_until_ready("/v1/models", startup_timeout)
-        served_models = [entry.get("id") for entry in reply.json().get("data", [])]
+        served_models = {entry.get("id"): entry for entry in reply.json().get("data", [])}
         if model not in served_models:
             raise ValueError(f"{self.url} serves {', '.join(map(str, served_models)) or 'nothing'}, not {model!r}")
+        # Tokens of a prompt and its completion; None where the server does not tell (vLLM and SGLang do).
+        self.context_length: int | None = served_models[model].get("max_model_len")
         self._wake_if_asleep()
         resume_if_paused(self._calls)
 

@@ -1,11 +1,12 @@
 """Whether an engine samples from the weights it was sent: its log-probs of one completion against the trainer's."""
 
 from collections.abc import Sequence
+from multiprocessing.pool import ThreadPool
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf.data import Collator
 from rlhf.data.batch import IGNORE
@@ -24,55 +25,66 @@ PROBE = Sampling(max_tokens=16)
 
 
 def check_served_weights(
-    engine: ServerEngine | ColocatedEngine,
+    engines: Sequence[ServerEngine | ColocatedEngine],
     policy: Policy,
     trained_model: nn.Module,
     accelerator: Accelerator,
     prompt_ids: Sequence[int],
 ) -> None:
-    """Have an engine complete one prompt, and compare its log-probs with those of the policy.
+    """Have each engine complete one prompt, and compare its log-probs with those of the policy.
 
     Args:
-        engine: a server, or vLLM in this process; the first process alone asks it.
+        engines: servers, or vLLM in this process; the first process alone asks them, all at the same time.
         policy: the policy itself.
-        trained_model: what accelerate made of it; all processes run it.
+        trained_model: what accelerate made of it; all processes run it, once.
         accelerator: of the run.
         prompt_ids: of the prompt.
     Raises:
-        ServerError: they are too far apart, so that the server has other weights.
+        ServerError: log-probs are too far apart, so that an engine has other weights.
     """
-    answer: list[tuple[list[int], list[float]] | None] = [None]
+    answers: list[list[tuple[list[int], list[float]]]] = [[]]
     if accelerator.is_main_process:
-        ((completion,),) = engine.generate([prompt_ids], 1, PROBE, seed=engine.version)
-        answer = [(completion.ids, completion.logps)]
-    broadcast_object_list(answer)
-    assert answer[0] is not None
-    ids, served_logps = answer[0]
-    logps = _policy_logps(policy, trained_model, accelerator, prompt_ids, ids)
-    gap = sum(abs(ours - theirs) for ours, theirs in zip(logps, served_logps, strict=True)) / len(ids)
-    # Not `>`: NaN is no proof.
-    if not gap <= LARGEST_GAP:
-        place = engine.url if isinstance(engine, ServerEngine) else "vLLM in this process"
-        raise ServerError(
-            f"{place}: after the update its log-probs differ from the policy's by {gap:.2g} nats a token "
-            f"(the first: {served_logps[0]:.4f} there, {logps[0]:.4f} here); it has other weights, or another model: "
-            f"{WRONG_MODEL_HINT}"
-        )
+
+        def answer(engine: ServerEngine | ColocatedEngine) -> tuple[list[int], list[float]]:
+            ((completion,),) = engine.generate([prompt_ids], 1, PROBE, seed=engine.version)
+            return completion.ids, completion.logps
+
+        with ThreadPool(len(engines)) as pool:
+            answers[0] = pool.map(answer, engines)
+    broadcast_object_list(answers)
+    ids_of_answers = [ids for ids, _ in answers[0]]
+    logps_of_answers = _policy_logps(policy, trained_model, accelerator, prompt_ids, ids_of_answers)
+    for engine, (_, served_logps), logps in zip(engines, answers[0], logps_of_answers, strict=True):
+        gaps = [abs(ours - theirs) for ours, theirs in zip(logps, served_logps, strict=True)]
+        gap = sum(gaps) / len(gaps)
+        # Not `>`: NaN is no proof.
+        if not gap <= LARGEST_GAP:
+            place = engine.url if isinstance(engine, ServerEngine) else "vLLM in this process"
+            raise ServerError(
+                f"{place}: after the update its log-probs differ from the policy's by {gap:.2g} nats a token "
+                f"(the first: {served_logps[0]:.4f} there, {logps[0]:.4f} here); it has other weights, or another "
+                f"model: {WRONG_MODEL_HINT}"
+            )
 
 
 def _policy_logps(
-    policy: Policy, trained_model: nn.Module, accelerator: Accelerator, prompt_ids: Sequence[int], ids: Sequence[int]
-) -> list[float]:
-    """Log-probs of a completion at temperature 1, without dropout."""
-    row = {"input_ids": [*prompt_ids, *ids], "labels": [IGNORE] * len(prompt_ids) + list(ids)}
-    batch = Collator()([row]).to(accelerator.device)
+    policy: Policy,
+    trained_model: nn.Module,
+    accelerator: Accelerator,
+    prompt_ids: Sequence[int],
+    ids_of_answers: Sequence[list[int]],
+) -> list[list[float]]:
+    """Log-probs of completions of one prompt at temperature 1, without dropout."""
+    labels = [[IGNORE] * len(prompt_ids) + ids for ids in ids_of_answers]
+    rows = [{"input_ids": [*prompt_ids, *ids], "labels": row} for ids, row in zip(ids_of_answers, labels, strict=True)]
+    batch = Collator()(rows).to(accelerator.device)
     temperature, was_training = policy.temperature, trained_model.training
     policy.temperature = PROBE.temperature
     trained_model.eval()
     try:
         with torch.no_grad(), accelerator.autocast():
-            logps: list[float] = trained_model(batch).logps.float().tolist()
+            logps: Tensor = trained_model(batch).logps.float().cpu()
     finally:
         policy.temperature = temperature
         trained_model.train(was_training)
-    return logps
+    return [part.tolist() for part in logps.split([len(ids) for ids in ids_of_answers])]

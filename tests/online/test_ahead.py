@@ -15,22 +15,13 @@ import pytest
 import torch
 from conftest import close, sentences, tiny_model, write_rows
 from datasets import Dataset
+from family import FAMILY, vowels
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "rollouts"))
 from fake_server import FakeServer
 
-from rlhf import (
-    BestOfNConfig,
-    BestOfNTrainer,
-    GRPOConfig,
-    GRPOTrainer,
-    OnlineDPOConfig,
-    OnlineDPOTrainer,
-    PPOConfig,
-    PPOTrainer,
-)
 from rlhf.cli.main import main
 from rlhf.models import add_scalar_head
 from rlhf.online.ahead import RolloutQueue
@@ -40,17 +31,6 @@ from rlhf.online.samples import Sample
 from rlhf.rollouts import Reply, ServerError
 from rlhf.runs.rollout_faults import diagnose
 from rlhf.trainers.stopping import noted_signals
-
-FAMILY = {
-    "grpo": (GRPOTrainer, GRPOConfig),
-    "ppo": (PPOTrainer, PPOConfig),
-    "online-dpo": (OnlineDPOTrainer, OnlineDPOConfig),
-    "best-of-n": (BestOfNTrainer, BestOfNConfig),
-}
-
-
-def vowels(completions, **_):
-    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
 
 
 @pytest.fixture

@@ -9,22 +9,12 @@ import pytest
 import torch
 from conftest import close, sentences, tiny_model
 from datasets import Dataset
+from family import FAMILY, vowels
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from rlhf import (
-    BestOfNConfig,
-    BestOfNTrainer,
-    GRPOConfig,
-    GRPOTrainer,
-    OnlineDPOConfig,
-    OnlineDPOTrainer,
-    PPOConfig,
-    PPOTrainer,
-    RLOOConfig,
-    RLOOTrainer,
-)
+from rlhf import OnlineDPOConfig, PPOConfig, PPOTrainer
 from rlhf.data import Dialogue
 from rlhf.logprobs import Scores
 from rlhf.losses import POLICY_LOSSES
@@ -33,18 +23,6 @@ from rlhf.online.objective import make_objective
 from rlhf.online.samples import Sample, add_advantages, collate_samples, select_of_groups
 from rlhf.rollouts import LocalEngine, Reply, Sampling, play
 from rlhf.runs.rollout_faults import diagnose
-
-FAMILY = {
-    "ppo": (PPOTrainer, PPOConfig),
-    "grpo": (GRPOTrainer, GRPOConfig),
-    "rloo": (RLOOTrainer, RLOOConfig),
-    "online-dpo": (OnlineDPOTrainer, OnlineDPOConfig),
-    "best-of-n": (BestOfNTrainer, BestOfNConfig),
-}
-
-
-def vowels(completions, **_):
-    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
 
 
 def lora():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import close, sentences, tiny_model
 from datasets import Dataset
+from family import vowels
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast
 
@@ -20,10 +21,6 @@ from rlhf.cli.main import main
 from rlhf.rollouts import Sampling, ServerEngine, ServerError
 from rlhf.rollouts.policy_sampler import PolicySampler
 from rlhf.rollouts.policy_weights import merged_weights
-
-
-def vowels(completions, **_):
-    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
 
 
 @pytest.fixture
@@ -225,6 +222,9 @@ def test_what_cannot_be_merged_is_refused():
     model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     with pytest.raises(ValueError, match="only plain LoRA"):
         merged_weights(model, model.state_dict())
+    # FSDP2 gathers the state in the first process alone; the others have taken part, and send nothing.
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    assert merged_weights(model, {}) == {}
 
 
 def test_tokens_are_weighed_where_the_server_is_not_the_trainer(server, tokenizer, tmp_path, monkeypatch):
@@ -254,6 +254,14 @@ def test_a_server_of_another_model_is_found_before_it_samples(tokenizer, tmp_pat
     with pytest.raises(ValueError, match=r"has another tokenizer than the policy: 'It'… is .*; it must"):
         trainer(other, tokenizer, tmp_path)
     other.shutdown()
+
+
+def test_a_server_with_a_shorter_context_is_found_before_it_samples(server, tokenizer, tmp_path):
+    server.context_length = 64
+    trainer(server, tokenizer, tmp_path)
+    server.context_length = 63
+    with pytest.raises(ValueError, match="has a context of 63 tokens, less than max_length 64: start it with a longer"):
+        trainer(server, tokenizer, tmp_path)
 
 
 def test_a_server_that_goes_on_with_another_vocabulary(tokenizer, tmp_path):

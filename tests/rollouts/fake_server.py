@@ -30,6 +30,7 @@ class FakeServer(ThreadingHTTPServer):
         self.ids, self.processed, self.weights, self.echo = ids, processed, weights, echo
         self.bodies, self.posts, self.asleep = [], [], False
         self.delay, self.under_way, self.given_up = 0.0, 0, 0
+        self.context_length = None  # it does not tell
         self.goes_on = threading.Event()  # not paused
         self.goes_on.set()
         self.faults, self.overlooked, self.sees = {}, (), lambda choice: None
@@ -123,7 +124,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.fails():
             return
         if self.path == "/v1/models":
-            self.reply({"data": [{"id": "tiny"}]})
+            self.reply({"data": [{"id": "tiny", "max_model_len": self.server.context_length}]})
         elif self.path == "/is_paused" and self.server.weights == "vllm":
             self.reply({"is_paused": not self.server.goes_on.is_set()})
         elif self.path == "/is_sleeping" and self.server.weights == "vllm":

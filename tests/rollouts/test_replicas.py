@@ -55,7 +55,9 @@ def test_results_do_not_depend_on_the_number_of_servers(servers, connect):
     assert [sorted(map(tuple, prompts)) for prompts in asked] == [
         sorted(tuple(PROMPTS[row]) for row in rows for _ in range(3)) for rows in ((0, 3), (1, 4), (2,))
     ]
+    # A process with a part of the prompts begins with another server.
     assert ids(three.generate([PROMPTS[4]], 3, SAMPLING, 4, [4])) == ids(expected)[4:]
+    assert [len(server.bodies) for server in servers] == [6, 9, 3]
     assert three.generate([], 3, SAMPLING, 4) == []
 
 
