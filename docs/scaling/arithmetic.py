@@ -52,7 +52,8 @@ class Machine:
         utilization: share of ``matmul`` that a training step reaches, communication apart.
         memory: bytes.
         within_node: bytes a second to and from the other GPUs of a node.
-        between_nodes: bytes a second to and from other nodes.
+        between_nodes: bytes a second to and from other nodes, by the adapter of one GPU.
+        host: bytes a second between a GPU and ordinary (pageable) memory of its host.
         file_system: bytes a second that all nodes together write to the shared file system.
         hours_between_failures: of one GPU. 419 interruptions in 54 days of 16,384 GPUs (arXiv 2407.21783, table 5).
         decoding_efficiency: share of ``memory_bandwidth`` that a server reaches while it samples.
@@ -64,6 +65,7 @@ class Machine:
     memory: float = 139 * GIB
     within_node: float = 300e9
     between_nodes: float = 40e9
+    host: float = 12e9
     file_system: float = 20e9
     hours_between_failures: float = 54 * 24 * 16_384 / 419
     decoding_efficiency: float = 0.6
@@ -112,7 +114,7 @@ LLAMA_405B = Model("405B", 405.9e9, 126, 16_384, 1024)
 RUNS = (
     Run(8, LLAMA_8B, 2, 1, 8, 576, 512, 2048, 288),
     Run(64, LLAMA_70B, 16, 4, 4, 1152, 512, 4096, 144),
-    Run(512, LLAMA_70B, 16, 4, 4, 9216, 512, 4096, 144),
+    Run(512, LLAMA_70B, 16, 4, 4, 10_752, 512, 4096, 144),
     Run(512, LLAMA_405B, 128, 8, 2, 3072, 512, 4096, 96),
 )
 
@@ -171,10 +173,18 @@ def compute_seconds(run: Run, machine: Machine) -> float:
     return flops * 4 / 3 / (machine.matmul * machine.utilization)
 
 
+def collective_rate(run: Run, machine: Machine) -> float:
+    """Bytes a second that each GPU gets while the GPUs of one copy gather weights, all at the same time."""
+    if run.shards <= 8:
+        return machine.within_node
+    # A ring for each GPU of a node: what enters a node comes by all eight adapters, and goes on within the node.
+    return min(machine.within_node, 8 * machine.between_nodes)
+
+
 def communication_seconds(run: Run, machine: Machine) -> float:
     """Of a micro-batch: weights are gathered twice in bf16, gradients are summed once in float32."""
     moved = (2 * 2 + 4) * run.model.parameters * (1 - 1 / run.shards)
-    return moved / (machine.within_node if run.shards <= 8 else machine.between_nodes)
+    return moved / collective_rate(run, machine)
 
 
 def least_tokens(run: Run, machine: Machine) -> float:
@@ -225,7 +235,7 @@ class Split:
 
     @property
     def overlapped(self) -> float:
-        """Seconds of a step while the next rollout is sampled."""
+        """Seconds of a step while the next rollout is sampled. New weights are sent between two rollouts."""
         return max(self.training, self.sampling) + self.update
 
 
@@ -240,16 +250,37 @@ def split(run: Run, machine: Machine, trainers: int) -> Split:
     training = micros * micro_seconds(run, machine) * 4 / 3 + between_copies
     waves = math.ceil(run.rows / (servers * run.concurrent))
     sampling = waves * run.completion * decoding_seconds(run, machine)
-    # bf16 weights, once to the servers: each GPU of a server takes its part, all at the same time.
-    link = machine.within_node if run.gpus <= 8 else machine.between_nodes
-    update = 2 * run.model.parameters / run.gpus_of_server / link
-    return Split(trainers, servers, training, sampling, update)
+    return Split(trainers, servers, training, sampling, update_seconds(run, machine, servers))
 
 
 def best_split(run: Run, machine: Machine) -> Split:
     """The split of the shortest step, with rollouts ahead of training."""
     choices = range(run.shards, run.gpus - run.gpus_of_server + 1, run.shards)
     return min((split(run, machine, trainers) for trainers in choices), key=lambda found: found.overlapped)
+
+
+# New weights for the servers
+
+
+def server_link(run: Run, machine: Machine) -> float:
+    """Bytes a second from one GPU that trains to the GPUs of a server."""
+    return machine.within_node if run.gpus <= 8 else machine.between_nodes
+
+
+def update_seconds(run: Run, machine: Machine, servers: int) -> float:
+    """New weights for all servers, as the code sends them.
+
+    The first process gathers float32 weights into the memory of its host. Then it copies them to its GPU and broadcasts
+    them, for each server anew.
+    """
+    size = 4 * run.model.parameters
+    gathering = size * (1 - 1 / run.shards) / collective_rate(run, machine) + size / machine.host
+    return gathering + servers * (size / machine.host + size / server_link(run, machine))
+
+
+def one_group_seconds(run: Run, machine: Machine) -> float:
+    """New weights in bf16, from the GPUs that train and without their hosts, once to all servers: not in the code."""
+    return 2 * run.model.parameters * (1 / collective_rate(run, machine) + 1 / server_link(run, machine))
 
 
 # Checkpoints
@@ -325,9 +356,11 @@ def split_table(machine: Machine) -> str:
         parts = [found.training, found.sampling, found.update]
         shape = [str(found.trainers), f"{found.servers} of {run.gpus_of_server}"]
         seconds = [f"{part:.1f}" for part in parts]
-        lines.append([name_of(run), f"{run.rows:,}", *shape, *seconds, f"**{found.overlapped:.0f}**", f"{gain:.2f}x"])
+        one_group = f"{one_group_seconds(run, machine):.1f}"
+        step = f"**{found.overlapped:.0f}**"
+        lines.append([name_of(run), f"{run.rows:,}", *shape, *seconds, step, f"{gain:.2f}x", one_group])
     header = ["run", "rows", "train", "servers, GPUs", "training, s", "sampling, s", "weights, s", "step, s"]
-    return rows([*header, "rollouts ahead gain"], lines)
+    return rows([*header, "rollouts ahead gain", "weights in one group, s"], lines)
 
 
 def checkpoint_table(machine: Machine) -> str:

@@ -48,7 +48,7 @@ def wait(device: torch.device) -> None:
 
 
 def measured_machine(device: torch.device, size: int) -> Machine:
-    """The rates of matrix products, copies and communication.
+    """The rates of matrix products, copies and communication; the link is that of a ring over all processes.
 
     Args:
         device: of this process.
@@ -64,7 +64,9 @@ def measured_machine(device: torch.device, size: int) -> Machine:
     gather = seconds(lambda: dist.all_gather_into_tensor(whole, left.view(-1)), device)
     # A process receives the parts of all others.
     link = left.nbytes * (processes - 1) / gather
-    return Machine(matmul=matmul, memory_bandwidth=bandwidth, within_node=link, between_nodes=link)
+    on_host = torch.empty(left.shape, dtype=dtype)  # not pinned, as gathered weights are
+    host = left.nbytes / seconds(lambda: left.copy_(on_host), device)
+    return Machine(matmul=matmul, memory_bandwidth=bandwidth, within_node=link, between_nodes=link, host=host)
 
 
 def micro_batch(policy: Policy, length: int, rows: int, device: torch.device) -> Callable[[], object]:
@@ -119,8 +121,9 @@ def main() -> None:
     machine = replace(machine, utilization=flops / alone / machine.matmul)
     moved = communication_seconds(run, machine)
     if dist.get_rank() == 0:
-        rates = {"TFLOP/s": machine.matmul / 1e12, "copy GB/s": machine.memory_bandwidth / 1e9}
-        rates |= {"link GB/s": machine.within_node / 1e9, "utilization": machine.utilization}
+        bandwidths = {"copy": machine.memory_bandwidth, "link": machine.within_node, "host": machine.host}
+        rates = {"TFLOP/s": machine.matmul / 1e12, "utilization": machine.utilization}
+        rates |= {f"{name} GB/s": rate / 1e9 for name, rate in bandwidths.items()}
         times = {"alone": alone, "communication": moved, "predicted": max(alone, moved), "measured": sharded}
         print(json.dumps({name: float(f"{value:.4g}") for name, value in (rates | times).items()}, indent=1))
     dist.destroy_process_group()

@@ -46,7 +46,15 @@ def test_counts_by_hand():
     # Four tokens of sequences of 8: 6 a parameter, and 2 products x 2 operations x 3 passes x half of the tokens.
     assert arithmetic.training_flops(model, 4, 8) == 4 * 6 * 50 + 3 * (2 * 2 * 4 * 4 * 5) * 2
     run = arithmetic.Run(16, model, 16, 1, 1, 16, 0, 8, 1)
-    machine = arithmetic.Machine(between_nodes=10, file_system=60, hours_between_failures=16 / 36)
-    assert arithmetic.communication_seconds(run, machine) == pytest.approx(8 * 50 * 15 / 16 / 10)
+    machine = arithmetic.Machine(
+        within_node=100, between_nodes=10, host=5, file_system=60, hours_between_failures=4 / 9
+    )
+    # All eight adapters of a node: 80 bytes a second, less than within the node.
+    assert arithmetic.communication_seconds(run, machine) == pytest.approx(8 * 50 * 15 / 16 / 80)
+    # 200 bytes are gathered and copied to the host; then to the GPU and on by one adapter, for each of three servers.
+    update = 200 * 15 / 16 / 80 + 200 / 5 + 3 * (200 / 5 + 200 / 10)
+    assert arithmetic.update_seconds(run, machine, 3) == pytest.approx(update)
+    # In bf16, once.
+    assert arithmetic.one_group_seconds(run, machine) == pytest.approx(100 / 80 + 100 / 10)
     # 600 bytes take 10 s; a failure every 100 s: sqrt(2 x 10 x 100).
     assert arithmetic.checkpoint(run, machine).interval == pytest.approx(math.sqrt(2000))
