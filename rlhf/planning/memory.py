@@ -25,6 +25,7 @@ class MemoryPlan:
         optimizer: the state of the optimizer.
         gradients: of all trained weights.
         phases: the peak of each phase of the run: what it takes beside weights and the state of the optimizer.
+        vllm: held by vLLM in this process, as long as the run goes on. Where it sleeps, it is a part of its phase.
         fixed: Python and its libraries on a CPU; 0 on an accelerator, whose context is not torch's memory.
         available: what the machine has, or the device.
         measured: the largest memory of this process during real steps, on a CPU; 0 without them. The C library keeps
@@ -40,6 +41,7 @@ class MemoryPlan:
     phases: dict[str, int]
     fixed: int
     available: int
+    vllm: int = 0
     measured: int = 0
     note: str = ""
     changes: dict[str, int] = field(default_factory=dict)
@@ -52,7 +54,7 @@ class MemoryPlan:
     @property
     def model_bytes(self) -> int:
         """All that stays in memory from step to step, without Python."""
-        return self.weights + self.others + self.optimizer
+        return self.weights + self.others + self.optimizer + self.vllm
 
     @property
     def peak(self) -> int:
@@ -98,6 +100,17 @@ def gradient_bytes(model: nn.Module) -> int:
         Bytes.
     """
     return sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+
+
+def device_memory(device: torch.device) -> int:
+    """All memory of an accelerator, in use or not.
+
+    Args:
+        device: of the training.
+    Returns:
+        Bytes; 0 for a CPU, where what other libraries hold is measured with the process.
+    """
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 0
 
 
 def resident_memory() -> int:

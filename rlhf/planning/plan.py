@@ -15,6 +15,7 @@ from rlhf.planning.batches import BatchSizes, Micro, batch_sizes, largest_of_str
 from rlhf.planning.memory import (
     MemoryPlan,
     available_memory,
+    device_memory,
     gradient_bytes,
     peak_resident,
     resident_memory,
@@ -22,7 +23,7 @@ from rlhf.planning.memory import (
 )
 from rlhf.planning.sampling import RolloutWork, largest_rollout_micro
 from rlhf.planning.schedule import Disk, RowFigures, Schedule, disk_of, row_figures, schedule_of
-from rlhf.planning.sharding import divided, shared_parts
+from rlhf.planning.sharding import divided, shards_of, shared_parts
 from rlhf.planning.step import at_full_depth, measure_step, other_models, stacks_of
 from rlhf.planning.timing import (
     Duration,
@@ -33,6 +34,7 @@ from rlhf.planning.timing import (
     seconds_to_save,
 )
 from rlhf.planning.tracking import MemoryRecorder
+from rlhf.rollouts.arguments import ServerArguments
 from rlhf.trainers.base import BaseTrainer
 
 ROLLOUT, EVALUATION, REFERENCE = "rollout", "evaluation", "reference pass"
@@ -96,6 +98,8 @@ def plan_run(trainer: BaseTrainer, folder: Path | None = None, *, with_times: bo
     largest = int(micro.batch.input_ids.numel())
     plan = RunPlan(train_rows, _evaluation_figures(trainer), schedule, largest, memory, disk)
     if not memory.fits:
+        # Micro-batches of rollouts are not those of the rows.
+        sizes = None if isinstance(trainer, PPOTrainer) else sizes
         others = changes_that_help(trainer, sizes, memory, lambda other: predict_memory(trainer, other, rollouts).peak)
         return replace(plan, memory=replace(memory, changes=others))
     if not with_times:
@@ -151,6 +155,9 @@ def predict_memory(trainer: BaseTrainer, micro: Micro, rollouts: RolloutWork | N
     if rollouts is not None:
         element_size = 2 if trainer.accelerator.mixed_precision in ("bf16", "fp16") else model.dtype.itemsize
         phases[ROLLOUT] = rollouts.peak(stacks, device, model.config, element_size)
+    vllm = _vllm_bytes(trainer)
+    if vllm and trainer.args.rollout_server_sleep:  # and then only while it samples
+        phases[ROLLOUT], vllm = vllm, 0
     for name, batch in _forward_batches(trainer):
         phases[name] = _forward_peak(trainer, batch, stacks)
     weights, others = weight_bytes([model]), weight_bytes(other_models(trainer))
@@ -168,9 +175,20 @@ def predict_memory(trainer: BaseTrainer, micro: Micro, rollouts: RolloutWork | N
         phases=phases,
         fixed=fixed,
         available=available_memory(device),
+        vllm=vllm,
     )
     layer = max(weight_bytes([layer]) for layer in stacks[0].layers)
-    return divided(whole, shared_parts(trainer), trainer.args.world_size, layer)
+    args = trainer.args
+    return divided(whole, shared_parts(trainer), args.world_size, shards_of(args), layer)
+
+
+def _vllm_bytes(trainer: Any) -> int:
+    """The memory of vLLM in this process."""
+    colocated = trainer.args.colocated_vllm() if isinstance(trainer.args, ServerArguments) else None
+    if colocated is None:
+        return 0
+    share, _ = colocated
+    return int(share * device_memory(trainer.args.device))
 
 
 def _forward_batches(trainer: Any) -> list[tuple[str, Any]]:

@@ -64,6 +64,8 @@ def _memory_lines(memory: MemoryPlan) -> list[str]:
     if memory.others:
         lines.append(_line("other models", gib(memory.others)))
     lines.append(_line("optimizer state", gib(memory.optimizer)))
+    if memory.vllm:
+        lines.append(_line("vLLM", f"{gib(memory.vllm)}, asleep in training with --vllm_enable_sleep_mode"))
     lines.append(_line("activations, gradients", f"{gib(memory.phases[memory.phase])}, most in: {memory.phase}"))
     if memory.fixed:
         lines.append(_line("Python, libraries", gib(memory.fixed)))

@@ -27,13 +27,27 @@ def shared_parts(trainer: Any) -> dict[str, bool]:
     return {"weights": weights, "gradients": gradients, "optimizer": optimizer}
 
 
-def divided(plan: MemoryPlan, parts: dict[str, bool], processes: int, layer_bytes: int) -> MemoryPlan:
+def shards_of(args: Any) -> int:
+    """How many processes share one copy of the model.
+
+    Args:
+        args: of the run.
+
+    Returns:
+        All of them, unless several copies are asked for (``dp_replicate_size``).
+    """
+    sizes: dict[str, int] = getattr(args, "parallelism_config", None) or {}
+    return int(args.world_size) // sizes.get("dp_replicate_size", 1)
+
+
+def divided(plan: MemoryPlan, parts: dict[str, bool], processes: int, shards: int, layer_bytes: int) -> MemoryPlan:
     """The memory of one of several processes.
 
     Args:
         plan: of one process that holds all.
         parts: from :func:`shared_parts`.
-        processes: that share.
+        processes: of the run.
+        shards: processes that share one copy of the model.
         layer_bytes: weights of the largest layer, which is whole while it is computed.
 
     Returns:
@@ -44,7 +58,7 @@ def divided(plan: MemoryPlan, parts: dict[str, bool], processes: int, layer_byte
     is_sharded = parts["weights"]
 
     def share(num_bytes: int, name: str) -> int:
-        return num_bytes // processes if parts[name] else num_bytes
+        return num_bytes // shards if parts[name] else num_bytes
 
     gradients = share(plan.gradients, "gradients")
     # DDP copies gradients into buckets, which it sums over the processes.

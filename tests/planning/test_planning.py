@@ -1,15 +1,23 @@
 """The plan of a run: its memory carried on from a few layers is that of the whole model; a dry run touches nothing."""
 
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 from conftest import tiny_model
 from peft import LoraConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "rollouts"))
+import fake_llm
 
 from rlhf.cli.main import main
 from rlhf.online import GRPOConfig, GRPOTrainer
 from rlhf.planning import plan_lines, plan_run
 from rlhf.planning.batches import batch_sizes, make_micro
-from rlhf.planning.memory import gradient_bytes, weight_bytes
+from rlhf.planning.memory import MemoryPlan, gradient_bytes, weight_bytes
 from rlhf.planning.schedule import row_figures
+from rlhf.planning.sharding import divided, shards_of
 from rlhf.planning.step import backward, measure_step, run_step, stacks_of
 from rlhf.trainers import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from rlhf.trainers.reference_logps import without_reference_pass
@@ -106,6 +114,38 @@ def test_a_rollout_is_planned_without_a_call_of_the_rewards(tmp_path, tokenizer,
     assert plan.memory.phases["rollout"] > 0 and plan.duration.rollouts > 0
     assert plan.memory.others == plan.memory.weights
     assert plan.schedule.steps == 12 * 3
+
+
+@pytest.mark.parametrize("sleeps", [False, True])
+def test_vllm_in_the_process_takes_its_share(sleeps, tmp_path, tokenizer, sft_rows, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", fake_llm.module())
+    monkeypatch.setattr("rlhf.planning.plan.device_memory", lambda device: 2**40)
+    args = GRPOConfig(
+        output_dir=str(tmp_path / "run"), max_length=96, max_completion_length=16, num_generations=4, use_cpu=True,
+        per_device_train_batch_size=8, report_to="none", disable_tqdm=True, use_vllm=True,
+        vllm_gpu_memory_utilization=0.25, vllm_enable_sleep_mode=sleeps,
+    )  # fmt: skip
+    prompts = sft_rows.select_columns(["prompt"])
+    trainer = GRPOTrainer(tiny_model(), lambda **_: [], args, prompts, processing_class=tokenizer)
+    plan = plan_run(trainer, with_times=False)
+    if sleeps:  # training has the memory then
+        assert plan.memory.vllm == 0 and plan.memory.phase == "rollout" and plan.memory.phases["rollout"] == 2**38
+    else:
+        assert plan.memory.vllm == 2**38 and "  vLLM                    256.00 GiB" in "\n".join(
+            plan_lines(plan, "cuda")
+        )
+    assert 2**38 < plan.memory.peak < 2**38 + 2**35
+    # A run that samples and does not fit is told what would help too.
+    assert not plan.memory.fits and set(plan.memory.changes) == {"--use_peft (computed)"}
+
+
+def test_each_process_holds_a_part_of_one_copy():
+    plan = MemoryPlan(weights=64, others=0, optimizer=128, gradients=64, phases={"step": 100}, fixed=0, available=1000)
+    args = SimpleNamespace(world_size=8, parallelism_config={"dp_replicate_size": 4, "dp_shard_size": 2, "cp_size": 1})
+    assert shards_of(args) == 2
+    parts = dict.fromkeys(("weights", "gradients", "optimizer"), True)
+    part = divided(plan, parts, args.world_size, shards_of(args), 4)
+    assert (part.weights, part.gradients, part.optimizer) == (32, 32, 64)
 
 
 def files_of(folder):
