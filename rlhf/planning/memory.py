@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -132,15 +133,14 @@ def peak_resident() -> int:
     return 0 if found is None else int(found[1]) * 1024
 
 
-def available_memory(device: torch.device, num_processes: int = 1) -> int:
+def available_memory(device: torch.device) -> int:
     """The memory that a process of a run may take.
 
     Args:
         device: of the training.
-        num_processes: of this machine, which share its memory on a CPU.
 
     Returns:
-        Bytes: of the device; on a CPU, of the machine or of the container.
+        Bytes: of the device; on a CPU, of the machine or of the container, divided by the processes that share it.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -151,4 +151,5 @@ def available_memory(device: torch.device, num_processes: int = 1) -> int:
         text = limit.read_text(encoding="ascii").strip() if limit.exists() else "max"
         if text.isdigit():
             total = min(total, int(text))
-    return total // num_processes
+    # Set by the launcher.
+    return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

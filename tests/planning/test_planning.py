@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import tiny_model
 from peft import LoraConfig
 
@@ -15,7 +16,7 @@ from rlhf.cli.main import main
 from rlhf.online import GRPOConfig, GRPOTrainer
 from rlhf.planning import plan_lines, plan_run
 from rlhf.planning.batches import batch_sizes, make_micro
-from rlhf.planning.memory import MemoryPlan, gradient_bytes, weight_bytes
+from rlhf.planning.memory import MemoryPlan, available_memory, gradient_bytes, weight_bytes
 from rlhf.planning.schedule import row_figures
 from rlhf.planning.sharding import divided, shards_of
 from rlhf.planning.step import backward, measure_step, run_step, stacks_of
@@ -137,6 +138,12 @@ def test_vllm_in_the_process_takes_its_share(sleeps, tmp_path, tokenizer, sft_ro
     assert 2**38 < plan.memory.peak < 2**38 + 2**35
     # A run that samples and does not fit is told what would help too.
     assert not plan.memory.fits and set(plan.memory.changes) == {"--use_peft (computed)"}
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch):
+    whole = available_memory(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert available_memory(torch.device("cpu")) == whole // 2
 
 
 def test_each_process_holds_a_part_of_one_copy():
