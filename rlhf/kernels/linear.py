@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from rlhf.kernels.autocast import without_autocast
 from rlhf.kernels.matmul import linear, onednn_is_faster, product, use_onednn
 
 
@@ -26,6 +27,7 @@ class Linear(Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         grad_rows = grad_output.flatten(0, -2)
@@ -59,6 +61,7 @@ class LoraLinear(Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         inputs, low_rank, weight, lora_a, lora_b = ctx.saved_tensors
         grad_rows = grad_output.flatten(0, -2)

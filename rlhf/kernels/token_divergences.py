@@ -23,6 +23,11 @@ except ImportError:  # as there
     triton = None  # type: ignore[assignment,unused-ignore]
 
 FORWARD_KL, REVERSE_KL, GENERALIZED_JSD = 0, 1, 2
+# As in :mod:`rlhf.kernels.token_scores`.
+NUMBERS_OF_ROWS = (
+    "Q_HIGHEST", "Q_LOG_TOTAL", "Q_TEMPERED_TOTAL", "P_HIGHEST", "P_LOG_TOTAL", "P_TEMPERED_TOTAL", "NUMBERS",
+    "MEAN_GRAD", "TOKEN", "GRAD_AT_LABEL",
+)  # fmt: skip
 
 
 class Side(NamedTuple):
@@ -225,7 +230,7 @@ if triton is not None:
             q_times_grad = (beta - 1.0) * _times(q, log_m_over_q)
         return value, q_times_grad
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=NUMBERS_OF_ROWS)
     def _compare_kernel(
         Q, Q_BIAS, Q_HIGHEST, Q_LOG_TOTAL, Q_TEMPERED_TOTAL, q_readable, q_stride, q_scale, q_softcap, q_inverse,
         P, P_BIAS, P_HIGHEST, P_LOG_TOTAL, P_TEMPERED_TOTAL, p_readable, p_stride, p_scale, p_softcap, p_inverse,
@@ -271,7 +276,7 @@ if triton is not None:
         tl.store(NUMBERS + 2 * rows + row, kl)
         tl.store(NUMBERS + 3 * rows + row, tl.where(q_at_highest == q_highest, 1.0, 0.0))
 
-    @triton.jit
+    @triton.jit(do_not_specialize_on_alignment=NUMBERS_OF_ROWS)
     def _divergence_gradient_kernel(
         Q, Q_BIAS, Q_HIGHEST, Q_LOG_TOTAL, Q_TEMPERED_TOTAL, q_readable, q_stride, q_scale, q_softcap, q_inverse,
         P, P_BIAS, P_HIGHEST, P_LOG_TOTAL, P_TEMPERED_TOTAL, p_readable, p_stride, p_scale, p_softcap, p_inverse,

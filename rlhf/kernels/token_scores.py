@@ -21,6 +21,10 @@ except ImportError:  # only builds of torch for a GPU bring it
 # Logits that one program reads at a time, and the warps of 32 threads that share them.
 BLOCK_SIZE, WARPS = 4096, 8
 ALIGNMENT = 16  # numbers
+# Arguments of which a program reads or writes one number. Where a chunk starts must not compile a kernel again.
+NUMBERS_OF_ROWS = (
+    "TOKEN", "LOGPS", "HIGHEST", "LOG_TOTAL", "ENTROPY", "GRAD_LOGPS", "GRAD_AT_TOKEN", "GRAD_ENTROPY",
+)  # fmt: skip
 
 
 class LogitTransform(NamedTuple):
@@ -107,15 +111,21 @@ def readable_columns(matrix: Tensor, bias: Tensor | None = None) -> int:
         bias: [V], which is read with each row.
     Returns:
         The columns of the matrix, or these and the padding of both.
+    Raises:
+        ValueError: the numbers of a row, or of the bias, are apart in memory.
     """
     rows, columns = matrix.shape
+    for name, tensor in (("row", matrix), ("bias", bias)):
+        # A kernel would read the memory between them.
+        if tensor is not None and columns > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"the numbers of a {name} must lie side by side, but its stride is {tensor.stride(-1)}")
     padded_columns = matrix.stride(0)
     if padded_columns != _padded(columns) or matrix.storage_offset() % padded_columns:
         return columns
     # A part of a larger matrix may end before the padding of its last row does.
     is_padded = _has_room(matrix, rows * padded_columns)
     if bias is not None:
-        is_padded = is_padded and bias.stride(0) == 1 and _has_room(bias, padded_columns)
+        is_padded = is_padded and _has_room(bias, padded_columns)
     return padded_columns if is_padded else columns
 
 
@@ -260,7 +270,7 @@ if triton is not None:
         decay = tl.exp(-2.0 * tl.abs(logits / softcap))
         return 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
 
-    @triton.jit
+    @triton.jit(do_not_specialize_on_alignment=NUMBERS_OF_ROWS)
     def _score_kernel(
         PRODUCT, TOKEN, BIAS, LOGPS, HIGHEST, LOG_TOTAL, ENTROPY,
         vocabulary, readable, row_stride, scale, softcap, inverse_temperature,
@@ -307,7 +317,7 @@ if triton is not None:
         if HAS_ENTROPY:
             tl.store(ENTROPY + row, log_total - weighted / total)
 
-    @triton.jit
+    @triton.jit(do_not_specialize_on_alignment=NUMBERS_OF_ROWS)
     def _gradient_kernel(
         PRODUCT, TOKEN, BIAS, HIGHEST, LOG_TOTAL, ENTROPY, GRAD_LOGPS, GRAD_AT_TOKEN, GRAD_ENTROPY, OUT,
         vocabulary, readable, writable, row_stride, out_stride, scale, softcap, inverse_temperature,

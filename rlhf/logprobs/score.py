@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from rlhf.kernels.autocast import without_autocast
 from rlhf.kernels.token_scores import TokenScores
 from rlhf.logprobs.chunk_plan import ChunkPlan, Mode, plan_chunks
 from rlhf.logprobs.chunks import (
@@ -201,6 +202,7 @@ class _TokenLogps(Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         rows, weight, bias, token, logps, entropy, highest, log_total, *cached_tensors = ctx.saved_tensors
         scores = TokenScores(logps, entropy, highest, log_total)

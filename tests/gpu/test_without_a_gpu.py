@@ -86,9 +86,13 @@ def check_compiled(kernel):
     bias = BYTES["float32"] if kernel["head"] == "full" else 0
     product = BYTES[kernel["product"]]
     read = {matrices * product + bias} | ({product} if kernel["divergence"] and not is_comparison else set())
-    assert kernel["bytes_read"] in read, kernel
+    # A warp of an MI300X has 64 threads, so each of them loads half as much.
+    has_short_loads = kernel["card"] == "MI300X" and matrices * product == 4
+    assert kernel["bytes_read"] in read or has_short_loads, kernel
     writes = kernel["kernel"].endswith("gradient_kernel")
     assert kernel["bytes_written"] == (BYTES[kernel["gradient"]] if writes else 0), kernel
+    # Each thread writes what it has read, so the gradient may take the memory of the product.
+    assert not writes or kernel["shared_memory"] == 0, kernel
     # The numbers of the row, and of its token.
     assert kernel["narrow"] <= 10, kernel
     # Fewer could not load while others wait for the sums of their row.
@@ -100,6 +104,12 @@ def test_kernels_are_compiled_for_a_card(seen):
     assert kernels == {"score_kernel", "gradient_kernel", "compare_kernel", "divergence_gradient_kernel"}
     for kernel in seen["compiled"]:
         check_compiled(kernel)
+    # Each once for the plain head and once for the full one, though three chunks of each began at other tokens.
+    # The scores of the teacher's plain head and of the student's full one need no entropy: others than those before.
+    names = [kernel["kernel"] for kernel in seen["compiled"]]
+    assert {name: names.count(name) for name in kernels} == {
+        "score_kernel": 3, "gradient_kernel": 1, "compare_kernel": 1, "divergence_gradient_kernel": 1,
+    }  # fmt: skip
 
 
 @pytest.mark.slow

@@ -162,3 +162,23 @@ def test_under_autocast_peft_casts(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(ours(x), theirs(x))
     assert not calls
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_backward_pass_under_autocast_is_that_without(lora):
+    """As the one of torch's own operators, which autocast casts in the forward pass alone."""
+    gradients = []
+    for autocast in (False, True):
+        g = torch.Generator().manual_seed(0)
+        inputs, weight, lora_a, lora_b = (
+            torch.randn(shape, generator=g) for shape in ((6, 40), (24, 40), (4, 40), (24, 4))
+        )
+        leaves = [inputs, lora_a, lora_b] if lora else [inputs, weight]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        output = (
+            LoraLinear.apply(inputs, weight, None, lora_a, lora_b, 0.5) if lora else Linear.apply(inputs, weight, None)
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            gradients.append(torch.autograd.grad(output.square().sum(), leaves))
+    assert all(map(torch.equal, *gradients))

@@ -94,6 +94,34 @@ def test_padding_is_read_and_changes_nothing():
     assert token_scores.readable_columns(end_of_memory) == 37
 
 
+def test_numbers_that_are_apart_are_refused():
+    """A kernel would read the memory between them without a word."""
+    product, token, transform = inputs(4, 37)
+    apart = torch.randn(37, 4).T
+    with pytest.raises(ValueError, match="the numbers of a row must lie side by side, but its stride is 4"):
+        score_tokens(apart, token, transform, entropy=False)
+    scores = score_tokens(product, token, transform, entropy=False)
+    with pytest.raises(ValueError, match="the numbers of a row must lie side by side"):
+        write_gradient(product, token, transform, scores, scores.logps, None, apart)
+    with pytest.raises(ValueError, match="the numbers of a bias must lie side by side, but its stride is 2"):
+        score_tokens(product, token, LogitTransform(torch.randn(37, 2)[:, 0]), entropy=False)
+
+
+def test_more_logits_than_int32_counts(tmp_path):
+    """The third row starts at number 2^31. A file of zeros takes no room on the disk, and a view of it no memory."""
+    apart = 2**30
+    zeros = torch.from_file(str(tmp_path / "zeros"), shared=True, size=2 * apart + 37, dtype=torch.bfloat16)
+    product = zeros.as_strided((3, 37), (apart, 1))
+    own, token, transform = inputs(3, 37)
+    product.copy_(own)
+    scores = score_tokens(product, token, transform, entropy=True)
+    logps, entropy, _ = exact(product, token, transform, (torch.ones(3), torch.zeros(3)))
+    close(scores.logps, logps)
+    close(scores.entropy, entropy)
+    write_gradient(product, token, transform, scores, torch.zeros(3), None, product)
+    assert not product.any()
+
+
 def test_no_row():
     product, token, transform = inputs(0, 37)
     scores = score_tokens(product, token, transform, entropy=True)

@@ -319,3 +319,16 @@ def test_the_entropy_of_a_large_vocabulary(flat):
     found = score(hidden, Head(weight), targets, entropy=True)
     logps = (hidden.double() @ weight.double().T).log_softmax(-1)
     close(found.entropy, -(logps.exp() * logps).sum(-1))
+
+
+@pytest.mark.parametrize("mode", ["recompute", "save"])
+def test_a_backward_pass_under_autocast_is_that_without(mode):
+    gradients = []
+    for autocast in (False, True):
+        g = torch.Generator().manual_seed(0)
+        hidden, weight = (torch.randn(shape, generator=g).requires_grad_() for shape in ((5, 8), (30, 8)))
+        targets = Targets(torch.arange(5), torch.arange(5), torch.zeros(5, dtype=torch.int64))
+        logps = score(hidden, Head(weight), targets, mode=mode, chunk_size=2).logps
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            gradients.append(torch.autograd.grad(logps.square().sum(), [hidden, weight]))
+    assert all(map(torch.equal, *gradients))
