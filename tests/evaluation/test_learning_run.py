@@ -6,6 +6,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from transformers import AutoModel
 
 FOLDER = Path(__file__).parents[2] / "docs/runs/learning"
 
@@ -63,3 +65,15 @@ def test_lengths_of_a_pair_are_relative_to_all_answers_of_its_prompt(win_rates):
     assert logarithm == pytest.approx([math.log(2), math.log(4 / 5)])
     assert relative == pytest.approx([1, -0.2])  # the mean of the four answers is 5
     assert len(set(choices.folds_of(rows).tolist())) == 1
+
+
+def test_a_reward_model_is_made_of_the_first_layers_and_a_head(win_rates, model_folder):
+    frozen_reward = importlib.import_module("frozen_reward")
+    whole = AutoModel.from_pretrained(model_folder)
+    weights = torch.linspace(-1, 1, whole.config.hidden_size)
+    reward = frozen_reward.with_head(str(model_folder), 1, weights)
+    reward.config.pad_token_id = 0
+    ids = torch.tensor([[5, 9, 7]])
+    with torch.no_grad():
+        state = whole.norm(whole(ids, output_hidden_states=True).hidden_states[1])[0, -1]
+        torch.testing.assert_close(reward(ids).logits[0, 0], state @ weights)

@@ -3,7 +3,7 @@
 python reward_choices.py MODEL DATA OUT
 
 Five folds of the training prompts choose the states, the shape of the length and the penalty. Nothing here looks at the
-held-out pairs before all choices are made. The states are kept in OUT/states.pt: they take most of the time.
+held-out pairs before all choices are made. The states are those of frozen_reward.py.
 """
 
 import json
@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from frozen_reward import FOLDS, fit, folds_of
+from frozen_reward import FOLDS, all_states, fit, folds_of
 from rows import length_advantage, question, read
+from settings import REWARD_LAYERS
 from summary import by_prompt
 from torch import Tensor
 from torch.nn.functional import softplus
-from transformers import AutoConfig, AutoModel, AutoTokenizer
 from win_rates import shown, win
 
-LAYERS = (3, 5, 6)
 PENALTIES = (0.1, 0.3, 1.0)
 # [pairs, answer, layer, pooling, width] -> [pairs, answer, features]; the poolings are the mean and the last token.
 POOLED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -34,33 +33,6 @@ POOLED: dict[str, Callable[[Tensor], Tensor]] = {
     "mean and last token, all layers": lambda states: states.flatten(2),
 }
 LENGTHS = {"linear": [0], "log": [1], "relative": [2], "all three": [0, 1, 2]}
-
-
-@torch.inference_mode()
-def answer_states(model: Any, tokenizer: Any, row: dict[str, Any]) -> Tensor:
-    """The mean and the last state of the chosen and the rejected answer in some layers."""
-    start = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
-    begin = len(tokenizer(start, add_special_tokens=False)["input_ids"])
-    states = []
-    for name in ("chosen", "rejected"):
-        ids = tokenizer(start + row[name][-1]["content"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
-        output = model(torch.tensor([ids], device=model.device), use_cache=False, output_hidden_states=True)
-        hidden = torch.stack([output.hidden_states[layer][0] for layer in LAYERS]).float()
-        states.append(torch.stack([hidden[:, begin:].mean(1), hidden[:, -1]], 1).half().cpu())
-    return torch.stack(states)
-
-
-def all_states(source: str, rows: dict[str, list[dict[str, Any]]], file: Path) -> dict[str, Tensor]:
-    """The states of all answers; they are computed once and kept in a file."""
-    if not file.exists():
-        config = AutoConfig.from_pretrained(source)
-        config.num_hidden_layers = max(LAYERS)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        trunk = AutoModel.from_pretrained(source, config=config, dtype=torch.bfloat16).eval()
-        trunk.to("cuda" if torch.cuda.is_available() else "cpu")
-        found = {part: torch.stack([answer_states(trunk, tokenizer, row) for row in rows[part]]) for part in rows}
-        torch.save(found, file)
-    return torch.load(file)
 
 
 def lengths(rows: Sequence[dict[str, Any]]) -> Tensor:
@@ -136,7 +108,7 @@ def choose(states: Tensor, length: Tensor, folds: Tensor) -> tuple[str, float, T
 def main() -> None:
     source, data, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     rows = {part: read(data, part) for part in ("train", "eval")}
-    states = all_states(source, rows, out / "states.pt")
+    states = all_states(source, REWARD_LAYERS, rows, out / "states.pt")
     train, folds = lengths(rows["train"]), folds_of(rows["train"])
     none = torch.zeros(len(train), 1, dtype=torch.float64)
     shapes = {}

@@ -13,7 +13,7 @@ from typing import Any
 
 from rows import LENGTH_WEIGHT, length_advantage, question, read
 from settings import SIDES, STAGES
-from win_rates import KINDS, WITH_LENGTH, duel, show_duels, shown, side_duels, win
+from win_rates import KINDS, WITH_LENGTH, duel, show_duels, show_win_rates, shown, side_duels, win
 
 from rlhf.evaluation import Estimate, mean_ratio, share_difference
 
@@ -183,7 +183,7 @@ def main() -> None:
         print(f"\nPerplexity before training: {summary['start']['perplexity/chosen']:.3f}")
     with_length = [name + WITH_LENGTH for name in judges]
     summary["win_rates"] = side_duels(start["answers"], sides, judges + with_length)
-    show_duels("Win rates of the second model against the first", summary["win_rates"])
+    show_win_rates(summary["win_rates"], judges + with_length)
     ppo_file = results / "ppo.json"
     ppo = json.loads(ppo_file.read_text(encoding="utf-8")) if ppo_file.exists() else {}
     if "before" in ppo:

@@ -113,3 +113,20 @@ def side_duels(start: Answers, sides: dict[str, list[dict[str, Any]]], judges: S
                 result["win_rate_by_seed"] = [rate.value for rate in rates if rate]
                 found[f"{name}, {kind}, by {judge}"] = result
     return found
+
+
+def show_win_rates(found: dict[str, Any], judges: Sequence[str]) -> None:
+    """Print a line for each comparison and kind of answer, with a column for each judge.
+
+    Args:
+        found: of :func:`side_duels`.
+        judges: names of rewards.
+    """
+    heads = [head for judge in judges for head in (judge, "at equal length")]
+    print("\nWin rates of the second model against the first\n\n| answers | " + " | ".join(heads) + " | characters |")
+    print("|---" * (len(heads) + 2) + "|")
+    for name in dict.fromkeys(key.rsplit(", by ", 1)[0] for key in found):
+        results = [found[f"{name}, by {judge}"] for judge in judges]
+        cells = [shown(result[figure]) for result in results for figure in ("win_rate", "at_equal_length")]
+        before, after = results[0]["characters"]
+        print(f"| {name} | " + " | ".join(cells) + f" | {before:.0f} → {after:.0f} |")
