@@ -42,6 +42,10 @@ class SpanLayout(NamedTuple):
     longest_query: int
     longest_key: int
 
+    def prefix_lengths(self) -> Tensor:
+        """Tokens of the prompt that each span shares: int32 [spans]."""
+        return self.key_starts.diff() - self.query_starts.diff()
+
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "SpanLayout":
         """The same layout with changed tensors.
 
@@ -109,10 +113,8 @@ class Segments:
         That of an empty answer is the last token of its prompt.
         """
         layout = self.layout
-        query_lengths = layout.query_starts.diff()
-        prompt_lengths = layout.key_starts.diff() - query_lengths
-        prompt_ends = layout.prefix_starts + prompt_lengths
-        ends = torch.where(query_lengths > 0, layout.query_starts[1:], prompt_ends)
+        prompt_ends = layout.prefix_starts + layout.prefix_lengths()
+        ends = torch.where(layout.query_starts.diff() > 0, layout.query_starts[1:], prompt_ends)
         return ends.long() - 1
 
 

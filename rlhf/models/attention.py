@@ -210,8 +210,9 @@ def _flash_segment_attention(flash: FlashAttention) -> Callable[..., tuple[Tenso
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         if segments is None:
-            if _takes_plain_sdpa(query, attention_mask, kwargs):
-                return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+            if _takes_sdpa(query, attention_mask, kwargs):
+                mask = _sdpa_mask(module, query.size(2), key.size(2), kwargs, query.device)
+                return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
             return flash_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return attend(query, key, value, attention_mask, segments, flash=flash, **kwargs), None
 
@@ -219,7 +220,7 @@ def _flash_segment_attention(flash: FlashAttention) -> Callable[..., tuple[Tenso
     return flash_segment_attention
 
 
-def _takes_plain_sdpa(query: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> bool:
+def _takes_sdpa(query: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> bool:
     """Whether SDPA must and can stand in for flash-attention, which takes half precision on a GPU alone.
 
     The few tokens by which a model is checked before training are in the dtype of its weights, without autocast.
@@ -227,6 +228,22 @@ def _takes_plain_sdpa(query: Tensor, attention_mask: Tensor | None, options: dic
     is_half = dtype_under_autocast(query.dtype, query.device.type) in HALF
     changes_scores = any(options.get(name) is not None for name in ("softcap", "s_aux"))
     return not (is_half and query.is_cuda) and attention_mask is None and not changes_scores
+
+
+def _sdpa_mask(
+    module: nn.Module, num_queries: int, num_keys: int, options: dict[str, Any], device: torch.device
+) -> Tensor | None:
+    """What flash-attention sees without a mask, for SDPA: bool [queries, keys]; None where SDPA needs none either."""
+    is_causal = options.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        return None
+    window = options.get("sliding_window") or num_keys
+    if window >= num_keys and num_queries in (1, num_keys):
+        return None
+    # The last query is at the last key: behind keys of a cache, SDPA would begin at the first one.
+    query_position = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    key_position = torch.arange(num_keys, device=device)
+    return (key_position <= query_position) & (key_position > query_position - window)
 
 
 def _is_ours(implementation: str) -> bool:

@@ -89,7 +89,7 @@ def visible_rows(segments: Segments, num_rows: int, window: int | None) -> Visib
     layout = segments.layout
     starts = layout.query_starts
     lengths = starts.diff()
-    prefix_lengths = layout.key_starts.diff() - lengths
+    prefix_lengths = layout.prefix_lengths()
 
     def for_each_row(per_span: Tensor) -> Tensor:
         # With the size given, the host does not wait for the lengths.

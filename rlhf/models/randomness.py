@@ -99,8 +99,9 @@ def _sequence_lengths(batch: Batch) -> Tensor:
     """Tokens of each token's own sequence, with its prompt: float32, the shape of ``input_ids``."""
     if batch.segments is None:
         return batch.attention_mask.sum(1, keepdim=True).expand_as(batch.input_ids).float()
-    spans = batch.segments.spans
+    layout = batch.segments.layout
     # A branch has its own tokens and those of the prompt that it shares.
-    whole_lengths = torch.tensor([float(span.length + span.prefix) for span in spans])
-    span_lengths = torch.tensor([span.length for span in spans])
-    return whole_lengths.repeat_interleave(span_lengths)[None]
+    whole_lengths = layout.key_starts.diff().float()
+    # With the size given, the host does not wait for the lengths.
+    num_tokens = batch.input_ids.size(1)
+    return whole_lengths.repeat_interleave(layout.query_starts.diff(), output_size=num_tokens)[None]

@@ -128,13 +128,11 @@ def _occurrences(batch: Batch) -> Tensor:
     if batch.segments is None:
         # In padded rows a shared prompt is repeated, so that its tokens count once in each row.
         return batch.attention_mask.reshape(-1)
-    spans = batch.segments.spans
-    lengths = torch.tensor([span.length for span in spans])
-    starts = (lengths.cumsum(0) - lengths).tolist()
+    layout = batch.segments.layout
+    prompt_ends = layout.prefix_starts + layout.prefix_lengths()
     # A prompt lies in one span with its first answer; each further answer adds one.
-    counts = torch.ones(int(lengths.sum()), dtype=torch.int64)
-    for span in spans:
-        if span.prefix:
-            prompt_start = starts[span.parent]
-            counts[prompt_start : prompt_start + span.prefix] += 1
-    return counts.to(batch.input_ids.device)
+    # +1 where a prompt begins and -1 behind its end: the running sum counts the further answers.
+    changes = torch.zeros(batch.input_ids.numel() + 1, dtype=torch.int64, device=prompt_ends.device)
+    ones = torch.ones_like(prompt_ends, dtype=torch.int64)
+    changes.index_add_(0, layout.prefix_starts, ones).index_add_(0, prompt_ends, -ones)
+    return 1 + changes.cumsum(0)[:-1]

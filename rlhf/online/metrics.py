@@ -182,7 +182,7 @@ def step_metrics(
         metrics["entropy"] = ((-logps * mask).sum(), count)
         metrics["sampler_kl"] = ((kl_estimate(per_token["sampler_logps"], logps, "k3") * mask).sum(), count)
         if "ref_logps" in per_token:
-            num_sequences = count.new_tensor(float(len(batch.lengths)))
+            num_sequences = count.new_full((), float(len(batch.lengths)))
             metrics["kl"] = ((logps - per_token["ref_logps"]).sum(), num_sequences)
     return metrics, peaks
 

@@ -50,7 +50,9 @@ class OnlineDPOTrainer(PPOTrainer):
         losses = self.args.pair_loss(
             chosen, rejected, ref_chosen, ref_rejected, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths
         )
-        in_loss = torch.tensor(_pairs_in_loss(batch), device=losses.device)
+        # On the device, as a copy from the host would wait for it.
+        chosen_in_loss, rejected_in_loss = _of_pairs(targets.sum(batch.per_token["in_loss"].float()) > 0)
+        in_loss = chosen_in_loss & rejected_in_loss
         # A tie, or a sample without a reward, gives no preference. The divisor is the number of the other pairs.
         losses = torch.where(in_loss, losses, 0.0)
         pair_counts = in_loss.float()

@@ -391,6 +391,11 @@ def test_a_chosen_flash_attention_takes_segments(monkeypatch):
     monkeypatch.setattr(attention, "flash_attention_forward", own_function)
     model(ids, attention_mask=torch.tensor([[0, 1, 1]]))
     assert rows == [3, 3]
+    # Longer than the window of a layer, and behind keys of a cache.
+    long = torch.arange(5, 5 + 3 * WINDOW)[None]
+    close(model(long).logits, own(long).logits)
+    cache = model(long[:, :7]).past_key_values
+    close(model(long[:, 7:], past_key_values=cache).logits, own(long).logits[:, 7:])
 
 
 def test_a_flash_attention_without_spans_is_refused(monkeypatch):

@@ -15,12 +15,15 @@ from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf
+from rlhf.data import Collator
+from rlhf.models.routing import routing
 
 aten = torch.ops.aten
 # Their result is a number of the host, or a tensor whose size depends on values.
 WAITING = {
     aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select, aten.bincount,
     aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.argwhere,
+    aten.lift_fresh,  # of `torch.tensor`: a copy from numbers of the host
 }  # fmt: skip
 # On a CPU targets are checked before anything is computed.
 CHECKS = ("int(token.min())", "int(ids.min())")
@@ -54,17 +57,19 @@ class WaitingOperators(TorchDispatchMode):
 
 def test_the_operators_are_seen():
     numbers, mask = torch.arange(4.0), torch.tensor([True, False, True, True])
+    counts, places = torch.tensor([1, 2, 0, 1]), torch.tensor([0, 2])
     with WaitingOperators() as seen:
         float(numbers.sum())
         numbers[mask]
         mask.nonzero()
-        numbers.repeat_interleave(torch.tensor([1, 2, 0, 1]))
+        numbers.repeat_interleave(counts)
         numbers.unique()
-    assert sum(seen.lines.values()) == 5
+        numbers.new_tensor(3.0)
+    assert sum(seen.lines.values()) == 6
     with WaitingOperators() as seen:
-        numbers[torch.tensor([0, 2])]
+        numbers[places]
         numbers.masked_fill(mask, 0.0).cumsum(0)
-        numbers.repeat_interleave(torch.tensor([1, 2, 0, 1]), output_size=4)
+        numbers.repeat_interleave(counts, output_size=4)
     assert not seen.lines
 
 
@@ -74,9 +79,19 @@ OFFLINE = {
     "Reward": "preference_rows",
     "Distill": "sft_rows",
 }
+CASES = {
+    "noise in embeddings": ("SFT", dict(neftune_noise_alpha=5.0)),
+    "KTO": ("KTO", {}),
+    "Reward": ("Reward", {}),
+    "Distill": ("Distill", {}),
+    "PPO": ("PPO", {}),
+    "GRPO": ("GRPO", dict(beta=0.1)),
+    "GRPO, means of sequences": ("GRPO", dict(loss_type="grpo")),
+    "online DPO": ("OnlineDPO", {}),
+}
 
 
-def made(kind, layout, rows, tokenizer, folder):
+def made(kind, layout, rows, tokenizer, folder, **changes):
     options = dict(
         per_device_train_batch_size=4, max_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
         use_cpu=True, layout=layout, max_length=64,
@@ -86,17 +101,17 @@ def made(kind, layout, rows, tokenizer, folder):
         options |= dict(max_completion_length=4) | (dict(num_generations=2) if kind == "GRPO" else {})
         more = {"reward_funcs": lambda completions, **_: [float(len(text)) for text in completions]}
     return getattr(rlhf, f"{kind}Trainer")(
-        tiny_model(), args=getattr(rlhf, f"{kind}Config")(str(folder), **options), train_dataset=rows,
+        tiny_model(), args=getattr(rlhf, f"{kind}Config")(str(folder), **options, **changes), train_dataset=rows,
         processing_class=tokenizer, **more,
     )  # fmt: skip
 
 
-def waits_of_a_micro_batch(kind, layout, request, tokenizer, folder):
+def waits_of_a_micro_batch(kind, layout, request, tokenizer, folder, **changes):
     if kind in OFFLINE:
         rows = request.getfixturevalue(OFFLINE[kind]).select(range(4))
     else:
         rows = Dataset.from_list([{"prompt": text} for text in sentences(1, 4)])
-    trainer = made(kind, layout, rows, tokenizer, folder)
+    trainer = made(kind, layout, rows, tokenizer, folder, **changes)
     seen = WaitingOperators()
     own_step = trainer.training_step
 
@@ -110,12 +125,23 @@ def waits_of_a_micro_batch(kind, layout, request, tokenizer, folder):
     return set(seen.lines)
 
 
-@pytest.mark.parametrize("kind", ["KTO", "Reward", "Distill", "PPO", "GRPO"])
-def test_nothing_waits_in_a_micro_batch(kind, request, tokenizer, tmp_path):
-    assert waits_of_a_micro_batch(kind, "segments", request, tokenizer, tmp_path) == set()
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_waits_in_a_micro_batch(case, request, tokenizer, tmp_path):
+    kind, changes = CASES[case]
+    assert waits_of_a_micro_batch(kind, "segments", request, tokenizer, tmp_path, **changes) == set()
 
 
 def test_with_padded_rows_transformers_asks_whether_there_is_padding(request, tokenizer, tmp_path):
     """One reason more for segments: the question is asked within its model, so it stays."""
     (line,) = waits_of_a_micro_batch("SFT", "rows", request, tokenizer, tmp_path)
     assert line.startswith("_local_scalar_dense at bridge.py") and "backbone_of(model)(**inputs" in line
+
+
+def test_counting_the_choices_of_routers_waits_for_nothing():
+    pairs = [{"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9], "rejected_ids": []}] * 2
+    rows, batch = Collator()(pairs), Collator(layout="segments")(pairs)
+    logits = torch.arange(4.0).expand(batch.input_ids.numel(), 4)
+    with WaitingOperators() as seen:
+        found = routing((logits,), batch, top_k=2)
+    assert not seen.lines
+    assert found.chosen.tolist() == [0, 0, *[int(rows.attention_mask.sum())] * 2]
