@@ -81,7 +81,8 @@ class Objective:
         """
         # Of a mean over sequences, each token gets the share of one sequence that it is.
         if self.loss.mean == "sequences":
-            # Counted on the device, as a copy from the host would wait for it. Tokens that do not count are masked later.
+            # Counted on the device, as a copy from the host would wait for it.
+            # Tokens that do not count are masked later.
             ones = torch.ones_like(sequence, dtype=dtype)
             return 1 / ones.new_zeros(len(lengths)).index_add(0, sequence, ones)[sequence]
         return torch.full((len(sequence),), 1 / self._constant_length, device=sequence.device, dtype=dtype)
