@@ -28,7 +28,15 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu.measuring import Row, show
 from rlhf.kernels.token_divergences import compare_tokens, side, write_divergence_gradient
-from rlhf.kernels.token_scores import LogitTransform, TokenScores, empty_rows, padded_bias, score_tokens, write_gradient
+from rlhf.kernels.token_scores import (
+    THREADS,
+    LogitTransform,
+    TokenScores,
+    empty_rows,
+    padded_bias,
+    score_tokens,
+    write_gradient,
+)
 
 NOWHERE = torch.device("meta")
 ROWS = 8192  # more logits than int32 counts
@@ -153,10 +161,12 @@ def launches_compile_for(name: str) -> Iterator[list[Launch]]:
         A list to which each kernel is added when it is compiled.
     """
     launches: list[Launch] = []
+    num_warps = THREADS // CARDS[name].target.warp_size  # as with a torch for that card
     own_run, known = JITFunction.run, set()
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         report = io.StringIO()
+        options["num_warps"] = num_warps
         with contextlib.redirect_stdout(report):
             kernel = own_run(self, *args, grid=grid, warmup=True, **options)
         if id(kernel) not in known:
@@ -207,7 +217,7 @@ def _read_ptx(code: str, report: str) -> tuple[int, int, list[tuple[str, int]]]:
     """Registers, spilled bytes, and the bytes of each load and store of a thread, from NVIDIA's assembler."""
     registers = re.search(r"Used (\d+) registers", report)
     assert registers is not None, report
-    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill stores", report)))
     # Such as ld.global.v4.b32: four times 32 bits.
     found = re.findall(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)", code)
     names = {"ld": "load", "st": "store"}

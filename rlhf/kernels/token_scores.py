@@ -18,8 +18,9 @@ try:
 except ImportError:  # only builds of torch for a GPU bring it
     triton = None  # type: ignore[assignment,unused-ignore]
 
-# Logits that one program reads at a time, and the warps of 32 threads that share them.
-BLOCK_SIZE, WARPS = 4096, 8
+# Logits that one program reads at a time, and the threads that share them.
+BLOCK_SIZE, THREADS = 4096, 256
+WARPS = THREADS // (64 if torch.version.hip else 32)  # a warp of AMD's has 64 threads
 ALIGNMENT = 16  # numbers
 # Arguments of which a program reads or writes one number. Where a chunk starts must not compile a kernel again.
 NUMBERS_OF_ROWS = (
