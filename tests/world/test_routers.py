@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from conftest import close, tiny_model
 from datasets import Dataset
 from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from rlhf.data import Collator
+from rlhf.models import routing
 from rlhf.rollouts import LocalEngine, Sampling
 
 RATE = 0.1
@@ -108,6 +111,33 @@ def test_pairs_count_their_prompt_with_each_answer(layout, batch, tmp_path, toke
     logs, _ = one_step(trainer)
     close(logs["aux_loss"], want)
     close(logs["loss"], math.log(2) + 0.5 * want)
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies between devices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.count += any(isinstance(arg, torch.Tensor) and arg.device != result.device for arg in args)
+        return result
+
+
+@pytest.mark.parametrize("answers", ["a shared prompt", "texts"])
+def test_tokens_are_counted_on_the_device(answers):
+    """The host would wait for a copy of its own counts in each micro-batch."""
+    pair = {"prompt_ids": [5, 6, 7], "chosen_ids": [8], "rejected_ids": [9, 4]}
+    text = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
+    batch = Collator(layout="segments")([pair if answers == "a shared prompt" else text] * 2)
+    logits = torch.zeros(batch.input_ids.numel(), 4)
+    # A pair's prompt of 3 is in both sequences: 4 and 5 tokens. All experts are alike here.
+    assert routing((logits,), batch, top_k=2).rows == (18 if answers == "a shared prompt" else 6)
+    elsewhere, logits = batch.to("meta"), logits.to("meta")
+    with Copies() as copies:
+        routing((logits,), elsewhere, top_k=2)
+    assert copies.count == 0
 
 
 def test_a_head_of_its_own_is_balanced_too(tmp_path, tokenizer):
