@@ -111,8 +111,11 @@ class StudentRollouts:
         # The row number is the stream of each answer, so which other rows are answered changes nothing.
         step_seed = int(np.random.SeedSequence((self.seed, step)).generate_state(1)[0])
         started = time.perf_counter()
-        with self.sampler.synced_engine(policy, trained_model, step) as engine:
-            groups = engine.generate(prompts, 1, self.sampling, step_seed, numbers) if prompts else []
+
+        def draw() -> list[list[Completion]]:
+            return self.sampler.engine.generate(prompts, 1, self.sampling, step_seed, numbers) if prompts else []
+
+        groups = self.sampler.sample(policy, trained_model, step, draw)
         seconds = time.perf_counter() - started
         # One completion for each prompt.
         completions = [completion for (completion,) in groups]

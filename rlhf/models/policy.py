@@ -94,6 +94,16 @@ class Wrapper(nn.Module):
         except AttributeError:
             return self.model.get_submodule(target)
 
+    @property
+    def _no_split_modules(self) -> set[str]:
+        """The classes of layers that FSDP2 shards one by one: of those that transformers lists, those that occur.
+
+        Beside the layers of a vision tower it lists those of the text model they were trained with, and accelerate
+        refuses a class that it does not find.
+        """
+        listed = getattr(self.model, "_no_split_modules", None) or ()
+        return {type(module).__name__ for module in self.model.modules()} & set(listed)
+
     def __getattr__(self, name: str) -> Any:
         """An attribute of the model, where this module has none of that name."""
         try:

@@ -19,6 +19,7 @@ from rlhf.online.collector import RolloutCollector
 from rlhf.online.rollout import Rollout, fresh_rollouts, plain_rollout, rollout_of
 from rlhf.online.samples import Sample
 from rlhf.rollouts import RolloutEngine
+from rlhf.rollouts.server import MAX_RESTARTS
 
 logger = logging.getLogger(__name__)
 
@@ -214,6 +215,7 @@ class RolloutsAhead:
         self.drawn = 0  # rows of the prompts in the rollouts that were taken
         self.dropped = 0  # samples, since the last rollout was taken
         self._can_pause: bool | None = None
+        self._restarts_seen = 0
 
     def collect(self, policy: Policy, trained_model: nn.Module, state: TrainerState) -> Rollout:
         """The next rollout; the weights are sent, and those after it go on.
@@ -227,16 +229,36 @@ class RolloutsAhead:
         """
         started_at = time.perf_counter()
         last_number = self.num_rollouts + min(self.max_staleness + 1, self._rollouts_left(state))
-        with self._between_requests():
-            self.collector.sampler.sync(policy, trained_model, state.global_step, self._paused)
-            self.collector.version = self.num_rollouts
-        # A copy: the trainer's own goes on.
-        self.queue.allow(last_number, copy.copy(state))
-        rollout = self.queue.take()
+        for _ in range(MAX_RESTARTS):
+            with self._between_requests():
+                self.collector.sampler.sync(policy, trained_model, state.global_step, self._paused)
+                self.collector.version = self.num_rollouts
+            # A copy: the trainer's own goes on.
+            self.queue.allow(last_number, copy.copy(state))
+            rollout = self.queue.take()
+            if not self._has_restarted():
+                break
+            self._drop_rollouts()
+        else:
+            raise ConnectionError(f"the connection to a rollout server was lost in each of {MAX_RESTARTS} rollouts")
         self.num_rollouts, self.drawn = rollout.number, rollout.drawn
         rollout.waiting_seconds = time.perf_counter() - started_at
         rollout.dropped, self.dropped = self.dropped, 0
         return rollout
+
+    def _has_restarted(self) -> bool:
+        """Whether a server may have had its original weights since the last rollout; all processes ask together."""
+        sampler = self.collector.sampler
+        sampler.has_lost_weights()
+        # An evaluation may have noticed it before.
+        seen_before, self._restarts_seen = self._restarts_seen, sampler.num_restarts
+        return seen_before != self._restarts_seen
+
+    def _drop_rollouts(self) -> None:
+        """End the thread and its requests; the prompts of what was not taken come again."""
+        self.queue.close(self.engine.cancelled)
+        self.collector.load_state({"rollouts": self.num_rollouts, "drawn": self.drawn})
+        self.queue.restart(self.num_rollouts)
 
     def _rollouts_left(self, state: TrainerState) -> int:
         """How many rollouts training still needs at most."""
@@ -274,10 +296,7 @@ class RolloutsAhead:
             try:
                 yield
             finally:
-                self.queue.close(self.engine.cancelled)
-                # The prompts of what was not taken come again.
-                self.collector.load_state({"rollouts": self.num_rollouts, "drawn": self.drawn})
-                self.queue.restart(self.num_rollouts)
+                self._drop_rollouts()
 
     # Weights
 

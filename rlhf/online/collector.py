@@ -88,9 +88,15 @@ class RolloutCollector:
             This process's share.
         """
         started_at = time.perf_counter()
-        with self.sampler.synced_engine(policy, trained_model, state.global_step):
+        place = self.state()
+
+        def draw() -> Rollout:
+            if self.state() != place:  # called again
+                self.load_state(place)
             self.version = self.num_rollouts
-            rollout = self.next_rollout(state)
+            return self.next_rollout(state)
+
+        rollout = self.sampler.sample(policy, trained_model, state.global_step, draw)
         rollout.seconds = time.perf_counter() - started_at  # with the time that sending the weights took
         return rollout
 
@@ -152,11 +158,14 @@ class RolloutCollector:
         numbered_rows = [(number, rows[number]) for number in numbers]
         num_samples = self.args.num_generations_eval or 1
         batch_size = self.args.per_device_eval_batch_size
-        with self.sampler.synced_engine(policy, trained_model, state.global_step):
+
+        def draw() -> list[Sample]:
             # No rollout has the number 0, so evaluation shares its random numbers with none.
             samples = self._sample(numbered_rows, self.args.sampling(), num_samples, 0, batch_size)
             self._score(samples, state)
-        return samples
+            return samples
+
+        return self.sampler.sample(policy, trained_model, state.global_step, draw)
 
     # Which rows
 

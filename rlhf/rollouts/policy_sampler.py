@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +20,7 @@ from rlhf.rollouts.engine import RolloutEngine
 from rlhf.rollouts.local import LocalEngine, end_ids
 from rlhf.rollouts.policy_weights import adapter_rank, adapter_weights, merged_weights, unties_head, whole_model_reason
 from rlhf.rollouts.replicas import PATIENCE, ReplicatedEngine, servers_of
-from rlhf.rollouts.server import TOKENIZER_PROBE, ServerEngine
+from rlhf.rollouts.server import MAX_RESTARTS, TOKENIZER_PROBE, ServerEngine
 from rlhf.rollouts.server_proof import check_served_weights
 from rlhf.rollouts.server_weights import WRONG_MODEL_HINT, VersionFolders
 
@@ -30,6 +31,8 @@ SHARED_HEAD = (
     "the adapter, pass ensure_weight_tying=True to LoraConfig, or sample in this process"
 )
 _TOO_SHORT = "lower --max_length, which a prompt with its completion may have"
+
+Drawn = TypeVar("Drawn")
 
 
 class PolicySampler:
@@ -49,6 +52,9 @@ class PolicySampler:
         self.is_local = isinstance(engine, LocalEngine)  # it samples from the policy's own weights
         is_in_process = self.is_local or isinstance(engine, ColocatedEngine)
         self._is_responsible = is_in_process or accelerator.is_main_process
+        self.num_restarts = 0  # of servers, as the processes have noticed together
+        for server in servers_of(engine):
+            server.is_shared = accelerator.num_processes > 1
         # Step and changes of the weights: evaluation and a rollout after the same step need one transfer.
         self._sent_state: tuple[int, int] | None = None
         self._version = 0
@@ -78,6 +84,50 @@ class PolicySampler:
                 server.url,
                 server.model,
             )
+
+    def sample(self, policy: Policy, trained_model: nn.Module, step: int, draw: Callable[[], Drawn]) -> Drawn:
+        """Sample from the policy, and once more if a server was started again meanwhile.
+
+        Args:
+            policy: the policy itself.
+            trained_model: what accelerate made of it.
+            step: optimizer steps so far.
+            draw: asks the engine. It is called again if a server had its original weights meanwhile.
+        Returns:
+            What ``draw`` returns.
+        Raises:
+            ConnectionError: servers are started again and again.
+        """
+        for _ in range(MAX_RESTARTS):
+            with self.synced_engine(policy, trained_model, step):
+                drawn = draw()
+            if not self.has_lost_weights():
+                return drawn
+        raise ConnectionError(f"the connection to a rollout server was lost in each of {MAX_RESTARTS} tries to sample")
+
+    def has_lost_weights(self) -> bool:
+        """Whether a server may have been started again since it was sent weights; all processes ask together.
+
+        Returns:
+            True if any process noticed it. The next :meth:`sync` sends the weights again.
+        """
+        is_lost = getattr(self.engine, "has_lost_weights", None)
+        if is_lost is None:
+            return False  # an engine in this process
+        if self.accelerator.num_processes > 1:
+            num_noticed = torch.tensor(float(is_lost), device=self.accelerator.device)
+            is_lost = bool(self.accelerator.reduce(num_noticed))
+        if not is_lost:
+            return False
+        if self.accelerator.is_main_process:
+            logger.warning(
+                "the connection to a rollout server was lost, and a server that was started again has its original "
+                "weights: it is sent the policy's again, and the rollout is sampled anew"
+            )
+        self.engine.forget_weights()  # type: ignore[attr-defined]
+        self._sent_state = None
+        self.num_restarts += 1
+        return True
 
     @contextmanager
     def synced_engine(self, policy: Policy, trained_model: nn.Module, step: int) -> Iterator[RolloutEngine]:
@@ -141,8 +191,6 @@ class PolicySampler:
                 adapter = adapter_weights(policy.model, model_state)
                 with pausing():
                     self.engine.update_adapter(adapter, self._version)
-            else:
-                self.engine.expect_adapter()
         else:
             if servers_of(self.engine) and unties_head(policy.model):
                 raise ValueError(SHARED_HEAD)
@@ -151,6 +199,9 @@ class PolicySampler:
             if self._is_responsible:
                 with pausing():
                     self.engine.update_weights(weights.items(), self._version)
+        if not self._is_responsible:
+            for server in servers_of(self.engine):
+                server.expect_update(is_adapter=self._sends_adapter_alone(policy))
         self.accelerator.wait_for_everyone()
         if isinstance(self.engine, ReplicatedEngine):
             lost_urls = [self.engine.lost_urls]

@@ -106,10 +106,15 @@ class ReplicatedEngine:
         """
         self._update(lambda engine: engine.update_adapter(adapter, version), version)
 
-    def expect_adapter(self) -> None:
-        """See :meth:`ServerEngine.expect_adapter`."""
+    @property
+    def has_lost_weights(self) -> bool:
+        """See :class:`ServerEngine`: of any server that answers."""
+        return any(engine.has_lost_weights for engine in self.working)
+
+    def forget_weights(self) -> None:
+        """See :meth:`ServerEngine.forget_weights`."""
         for engine in self.engines:
-            engine.expect_adapter()
+            engine.forget_weights()
 
     def leave_out(self, urls: Sequence[str]) -> None:
         """Take part with all servers but these, because only the process that sends weights knows who took them.

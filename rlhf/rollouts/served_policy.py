@@ -40,9 +40,10 @@ class ServedPolicy:
     ) -> None:
         self.calls, self.model, self.folders, self.device = calls, model, folders, device
         self.name = model
+        self.are_sent = False  # weights or an adapter, by this process or another one
         self._weights: SavedWeights | TransferredWeights | None = None
         self._adapter: SavedAdapter | None = None
-        self._loader: Reloadable | None = None  # the one that was used last
+        self._reloadable: Reloadable | None = None  # what this process sent last, if a copy of it is kept
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Have the server load the whole model.
@@ -54,10 +55,14 @@ class ServedPolicy:
             ValueError: a folder is needed, and there is none.
             ServerError: the server has no call to load weights, or fails to load these.
         """
+        if isinstance(self._weights, TransferredWeights) and not self._weights.are_there():
+            logger.warning("%s was started again: the connection for weights is set up anew", self.calls.url)
+            self._weights = None
         if self._weights is None:
             self._weights = self._weight_loader()
         self._weights.load(weights, version)
-        self.name, self._loader = self.model, self._weights
+        self.name, self.are_sent = self.model, True
+        self._reloadable = self._weights if isinstance(self._weights, SavedWeights) else None
 
     def load_adapter(self, adapter: AdapterWeights, version: int) -> None:
         """Have the server load an adapter for the model that it serves.
@@ -72,11 +77,16 @@ class ServedPolicy:
         if self._adapter is None:
             self._adapter = SavedAdapter(self.calls, self.folders)
         self._adapter.load_adapter(adapter, version)
-        self.name, self._loader = ADAPTER_NAME, self._adapter
+        self.name, self.are_sent = ADAPTER_NAME, True
+        self._reloadable = self._adapter
 
-    def expect_adapter(self) -> None:
-        """Ask for the adapter from now on, which another process had the server load."""
-        self.name = ADAPTER_NAME
+    def expect_update(self, is_adapter: bool) -> None:
+        """Note that another process had the server load weights or an adapter, and ask for these from now on.
+
+        Args:
+            is_adapter: whether it is an adapter.
+        """
+        self.name, self.are_sent = ADAPTER_NAME if is_adapter else self.model, True
 
     def max_adapter_rank(self) -> int:
         """The largest rank of an adapter that the server loads without the model under it.
@@ -93,18 +103,29 @@ class ServedPolicy:
         return int(lora.get("max_lora_rank") or 0) if is_offered else 0
 
     @property
-    def are_loaded(self) -> bool:
-        """Whether this process had the server load weights or an adapter."""
-        return self._loader is not None and self._loader.are_loaded
+    def can_load_again(self) -> bool:
+        """Whether this process sent the last weights or adapter, and a copy of them is kept."""
+        return self._reloadable is not None
 
-    def load_again(self) -> None:
-        """Have the server load the last weights or adapter again, after it was started anew."""
-        assert self._loader is not None
-        self._loader.load_again()
+    def load_again(self, version: int) -> None:
+        """Have the server load the last weights or adapter again, after it was started anew.
+
+        Args:
+            version: of the policy, for the log.
+        """
+        assert self._reloadable is not None
+        logger.warning(
+            "%s: the connection was lost, and a server that was started again has its original weights: it loads "
+            "version %d again, and the completions are sampled anew",
+            self.calls.url,
+            version,
+        )
+        self._reloadable.load_again()
 
     def forget(self) -> None:
-        """Set up the way of the weights anew at the next update."""
-        self._weights = self._adapter = self._loader = None
+        """Set up the way of the weights anew at the next update; until then, ask for the original model."""
+        self._weights = self._adapter = self._reloadable = None
+        self.name, self.are_sent = self.model, False
 
     def _weight_loader(self) -> SavedWeights | TransferredWeights:
         transport = None if self.device is None else choose_transport(self.calls, self.device)
@@ -128,11 +149,6 @@ class SavedAdapter:
     def __init__(self, calls: ServerCalls, folders: VersionFolders) -> None:
         self.calls, self.folders = calls, folders
         self._loaded_folder: Path | None = None
-
-    @property
-    def are_loaded(self) -> bool:
-        """See :class:`rlhf.rollouts.server_weights.Reloadable`."""
-        return self._loaded_folder is not None
 
     def load_adapter(self, adapter: AdapterWeights, version: int) -> None:
         """Save an adapter, and have the server load it in the place of the one before.

@@ -115,6 +115,10 @@ class ServerEngine:
         # Whether log-probs are right, by what can make them wrong: the temperature, and truncation or a penalty.
         self._logps_are_right: dict[tuple[float, bool], bool] = {}
         self._sleeps, self._is_asleep = sleeps, False
+        #: Whether other processes ask the server too, so that none of them alone can mend what a restart did.
+        self.is_shared = False
+        #: Whether completions may be of the server's original weights, because it was started again.
+        self.has_lost_weights = False
         reply = self._calls.wait_until_ready("/v1/models", startup_timeout)
         served_models = {entry.get("id"): entry for entry in reply.json().get("data", [])}
         if model not in served_models:
@@ -234,9 +238,13 @@ class ServerEngine:
             self._policy.load_adapter(adapter, version)
             self.version = version
 
-    def expect_adapter(self) -> None:
-        """Ask for the adapter from now on, which another process had the server load."""
-        self._policy.expect_adapter()
+    def expect_update(self, is_adapter: bool) -> None:
+        """Note that another process had the server load weights or an adapter, and ask for these from now on.
+
+        Args:
+            is_adapter: whether it is an adapter.
+        """
+        self._policy.expect_update(is_adapter)
 
     @cached_property
     def max_adapter_rank(self) -> int:
@@ -258,6 +266,7 @@ class ServerEngine:
     def forget_weights(self) -> None:
         """Set up the way of the weights anew at the next update, because the server was started again."""
         self._policy.forget()
+        self.has_lost_weights = False
 
     def sleep(self) -> None:
         """Ask the server to free its accelerator's memory, if ``sleeps`` is set.
@@ -295,29 +304,36 @@ class ServerEngine:
     def _complete_all(
         self, sampling: Sampling, prompts: list[list[int]], seed_keys: list[tuple[int, int, int]]
     ) -> list[Completion]:
-        """All completions, from the weights that were sent last, also where the server was started again meanwhile."""
-        client = self._calls.client
+        """All completions, from the weights that were sent last, also where the server was started again meanwhile.
+
+        Where this process cannot have it load them, ``has_lost_weights`` is set.
+        """
         for _ in range(MAX_RESTARTS):
-            faults_before = client.connection_faults
+            faults_before = self._calls.client.connection_faults
+            completions: list[Completion] | None = None
             requests = zip(prompts, seed_keys, strict=True)
             try:
                 completions = self._in_parallel(lambda request: self._complete(sampling, *request), requests)
             except ServerError:
                 # A server that was started again does not know the adapter.
-                if client.connection_faults == faults_before or not self._policy.are_loaded:
+                if not self._may_have_restarted(faults_before):
                     raise
-            else:
-                if client.connection_faults == faults_before or not self._policy.are_loaded:
-                    return completions
-            logger.warning(
-                "%s: the connection was lost, and a server that was started again has its original weights: it loads "
-                "version %d again, and the completions are sampled anew",
-                self.url,
-                self.version,
-            )
-            with self._loading:
-                self._policy.load_again()
+            if completions is not None and not self._may_have_restarted(faults_before):
+                return completions
+            if self._policy.can_load_again and not self.is_shared:
+                with self._loading:
+                    self._policy.load_again(self.version)
+                continue
+            # All processes must come to the end of the rollout, which they drop together.
+            self.has_lost_weights = True
+            if completions is not None:
+                return completions
+            self._policy.forget()  # the original model answers
         raise ConnectionError(f"{self.url}: the connection was lost {MAX_RESTARTS} times while it sampled")
+
+    def _may_have_restarted(self, faults_before: int) -> bool:
+        """Whether a connection was lost since, and the server did not have its original weights."""
+        return self._policy.are_sent and self._calls.client.connection_faults != faults_before
 
     def _in_parallel(self, ask: Callable[[Any], Any], requests: Iterable[Any]) -> list[Any]:
         """The results in the order of the requests, whichever is answered first."""

@@ -266,7 +266,7 @@ class TransferredWeights:
     def __init__(self, calls: ServerCalls, transport: Transport) -> None:
         self.calls, self.transport = calls, transport
         self._is_connected = False
-        self.are_loaded = False
+        self._sent_version: str | None = None
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Send weights, and have the server load them.
@@ -284,20 +284,20 @@ class TransferredWeights:
                 self.transport.connect(num_workers, self._post_init)
             self._is_connected = True
         self._send(named_tensors, version)
-        if not self.are_loaded:
+        if self._sent_version is None:
             check_that_all_are_loaded(self.calls, lambda: self._send(named_tensors, version), "the weights sent")
-        self.are_loaded = True
+        self._sent_version = str(version)
 
-    def load_again(self) -> None:
-        """See :class:`rlhf.rollouts.server_weights.Reloadable`.
+    def are_there(self) -> bool:
+        """Whether the server has the weights that were sent last.
 
-        Raises:
-            ServerError: always: no copy of the weights is kept, and the connection is of the server that is gone.
+        Returns:
+            False where it was started again, so that it is no member of the connection: sending would never end.
         """
-        raise ServerError(
-            f"{self.calls.url} was started again, and weights that were sent by {self.transport.name} are not kept: "
-            "resume the run from its last checkpoint"
-        )
+        if self._sent_version is None:
+            return True
+        reply = self.calls.request("GET", "/weight_info", may_be_missing=True)
+        return reply.status in NOT_OFFERED or reply.json().get("weight_version") == self._sent_version
 
     def _send(self, weights: NamedTensors, version: int) -> None:
         self._post("/start_weight_update", {})

@@ -24,18 +24,13 @@ RESET_TRIES = 8  # about two minutes of waiting
 
 
 class Reloadable(Protocol):
-    """One way in which weights reach a server."""
-
-    @property
-    def are_loaded(self) -> bool:
-        """Whether this process had the server load weights."""
-        ...
+    """A way in which weights reach a server, and which keeps a copy of them."""
 
     def load_again(self) -> None:
         """Have the server load the last weights again: it may have been started anew, with its original ones.
 
         Raises:
-            ServerError: they are not kept, or cannot be loaded.
+            ServerError: they cannot be loaded.
         """
         ...
 
@@ -110,11 +105,6 @@ class SavedWeights:
     def __init__(self, calls: ServerCalls, folders: VersionFolders) -> None:
         self.calls, self.folders = calls, folders
         self._loaded_folder: Path | None = None
-
-    @property
-    def are_loaded(self) -> bool:
-        """See :class:`Reloadable`."""
-        return self._loaded_folder is not None
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Save weights, and have the server load them.

@@ -13,8 +13,9 @@ from conftest import tiny_model
 from peft import AutoPeftModelForCausalLM
 from sharded_training import CASES, losses, make_trainer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from world.families import tiny_family
 
-from rlhf.models import add_scalar_head
+from rlhf.models import Policy, add_scalar_head
 
 HERE = Path(__file__).parent
 
@@ -60,6 +61,12 @@ def test_sharded_runs_are_those_of_one_process(sharding, processes, slow, tmp_pa
             trainer = make_trainer(name, tmp_path / f"{name}-one", tokenizer, 1, use_cpu=True, save_strategy="no")
             trainer.train()
             compare_runs(name, trainer, found[name], tmp_path)
+
+
+def test_the_layers_that_are_sharded_occur_in_the_model():
+    """accelerate refuses a class that it does not find: transformers lists SigLIP's text model for Gemma 3."""
+    layers = Policy(tiny_family("gemma3"))._no_split_modules
+    assert {"Gemma3DecoderLayer", "SiglipEncoderLayer"} <= layers and "SiglipTextEmbeddings" not in layers
 
 
 def compare_runs(name, trainer, found, folder):

@@ -146,6 +146,30 @@ def test_one_ahead(make, server):
         assert torch.equal(weight, weights(other)[name])
 
 
+def test_rollouts_of_a_server_that_was_started_again_are_dropped(make, server, monkeypatch, caplog):
+    """As in one of several processes, which cannot know what the others got."""
+    monkeypatch.setattr("rlhf.data.http_client.sleep_using_event", lambda event: lambda seconds: None)
+    record = Record()
+    trainer = record.watch(make())
+    sampler = trainer.collector.sampler
+    sampler.engine.is_shared = True
+    original = {name: weight.clone() for name, weight in server.model.state_dict().items()}
+    restart = trainer.collector.next_rollout
+
+    def draw(state):
+        if trainer.collector.num_rollouts == 2 and not sampler.num_restarts:
+            server.faults["/v1/completions"] = [lambda: server.model.load_state_dict(original)]
+        return restart(state)
+
+    trainer.rollouts.queue._sample = draw
+    trainer.train()
+    assert sampler.num_restarts == 1 and caplog.text.count("the rollout is sampled anew") == 1
+    # The third rollout is sampled from the policy that is trained on it.
+    assert record.versions == [{0}, {0}, {2}, {2}]
+    assert record.rows == in_order(make(), 4) and no_thread_is_left()
+    assert lines(trainer)[2]["sampler_kl"] < 1e-5
+
+
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_weights_that_come_while_requests_are_under_way(make, server, kind):
     """vLLM is paused; where a server cannot be, the rollout is waited for."""

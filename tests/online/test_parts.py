@@ -130,6 +130,25 @@ def test_weights_are_sent_once_for_each_step():
     assert [version for _, version in engine.asked("weights")] == [1, 2]
 
 
+@pytest.mark.parametrize("noticed_by", ["this process", "another one"])
+def test_all_processes_sample_anew_after_a_restart(noticed_by, caplog):
+    """A process that lost no connection may have asked the original weights too."""
+    engine = CountingEngine()
+    engine.has_lost_weights = noticed_by == "this process"
+    engine.forget_weights = lambda: setattr(engine, "has_lost_weights", False)
+    others = [float(noticed_by != "this process"), 0.0]
+    accelerator = SimpleNamespace(
+        num_processes=2, is_main_process=True, device=torch.device("cpu"), wait_for_everyone=lambda: None,
+        reduce=lambda noticed: noticed + others.pop(0), get_state_dict=lambda model: model.state_dict(),
+    )  # fmt: skip
+    sampler = PolicySampler(engine, accelerator)
+    policy = Policy(tiny_model())
+    draws = []
+    assert sampler.sample(policy, policy, 0, lambda: draws.append("drawn") or len(draws)) == 2
+    assert [version for _, version in engine.asked("weights")] == [1, 2] and not others
+    assert caplog.text.count("a server that was started again has its original weights") == 1
+
+
 def test_metrics_of_samples():
     def means(metrics):
         return {name: float(total.sum() / count.sum()) for name, (total, count) in metrics.items()}

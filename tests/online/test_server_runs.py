@@ -84,6 +84,32 @@ def test_weights_that_changed_outside_of_training_are_sent(server, tokenizer, tm
     close(server.model.lm_head.weight.detach(), run.policy.model.lm_head.weight.detach())
 
 
+def test_a_server_that_is_started_again_changes_no_number(tokenizer, tmp_path, caplog, monkeypatch):
+    """As in one of several processes: it asks the original model to the end of the rollout, which it then repeats."""
+    monkeypatch.setattr("rlhf.data.http_client.sleep_using_event", lambda event: lambda seconds: None)
+    finals = []
+    for is_started_again in (False, True):
+        server = FakeVLLM(tiny_model(), tokenizer, max_lora_rank=4)
+        adapter = LoraConfig(r=4, target_modules=["q_proj"])
+        one = trainer(server, tokenizer, tmp_path / str(is_started_again), adapter, max_steps=2)
+        sampler, draw = one.collector.sampler, one.collector.next_rollout
+        sampler.engine.is_shared = True
+
+        def begin(state, server=server, draw=draw, sampler=sampler, is_started_again=is_started_again):
+            if is_started_again and state.global_step == 1 and not sampler.num_restarts:
+                server.faults["/v1/completions"] = [server.start_again]
+            return draw(state)
+
+        one.collector.next_rollout = begin
+        one.train()
+        assert sampler.num_restarts == is_started_again and not sampler.engine.has_lost_weights
+        finals.append((one.policy.model.state_dict(), one.state.log_history[1]["reward"]))
+        server.shutdown()
+    (expected, expected_reward), (found, reward) = finals
+    assert reward == expected_reward and caplog.text.count("the rollout is sampled anew") == 1
+    assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
+
+
 def test_a_server_that_sleeps_while_the_policy_trains_is_awake_afterwards(server, tokenizer, tmp_path, caplog):
     one = trainer(server, tokenizer, tmp_path, rollout_server_sleep=True)
     slept = []
@@ -174,7 +200,10 @@ def test_another_process_asks_for_the_adapter_that_the_first_one_sent(tokenizer,
     one = trainer(server, tokenizer, tmp_path, LoraConfig(r=4, target_modules=["q_proj"]))
     first = one.collector.sampler
     accelerator = SimpleNamespace(
-        is_main_process=False, get_state_dict=first.accelerator.get_state_dict, wait_for_everyone=lambda: None
+        is_main_process=False,
+        num_processes=2,
+        get_state_dict=first.accelerator.get_state_dict,
+        wait_for_everyone=lambda: None,
     )
     second = PolicySampler(ServerEngine(server.url, "tiny", weights_dir=tmp_path), accelerator)
     first.sync(one.policy, one.model, 0)

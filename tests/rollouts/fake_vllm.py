@@ -22,6 +22,14 @@ class FakeVLLM(FakeServer):
         self.RequestHandlerClass = VLLMHandler
         self.backend, self.max_lora_rank, self.folder = backend, max_lora_rank, folder
         self.base, self.worker, self.requests = copy.deepcopy(model), None, []
+        self.weight_version = "default"
+
+    def start_again(self):
+        """As a server that died: with its original weights, and a member of no connection."""
+        with self.lock:
+            self.model = copy.deepcopy(self.base)
+            self.engine = LocalEngine(self.model, self.engine.tokenizer)
+            self.weight_version = "default"
 
     def start_worker(self):
         command = [sys.executable, str(Path(__file__).parent / "transfer_worker.py")]
@@ -51,6 +59,7 @@ class FakeVLLM(FakeServer):
 
     def transfer(self, path, body):
         self.requests.append((path, body))
+        self.weight_version = body.get("weight_version", self.weight_version)
         if path == "/init_weight_transfer_engine":
             port = int(base64.b64decode(body["init_info"]["nccl_unique_id_b64"]).rstrip(b"\0"))
             self.ask_worker(path=path, body=body, port=port)
@@ -70,6 +79,8 @@ class VLLMHandler(Handler):
     def do_GET(self):
         if self.path == "/server_info?config_format=json":
             self.reply(self.server.config())
+        elif self.path == "/weight_info":
+            self.reply({"weight_version": self.server.weight_version})
         elif self.path == "/get_world_size":
             self.reply({"world_size": 1})
         elif self.path == "/v1/load_lora_adapter" and self.server.max_lora_rank:

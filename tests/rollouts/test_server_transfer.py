@@ -6,6 +6,7 @@ The group is gloo's, between two processes on a CPU. NCCL itself needs a GPU in 
 import itertools
 import socket
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,7 +61,8 @@ def test_tensors_are_packed_in_order_and_cut_as_in_vllm():
     }
 
 
-def test_weights_reach_another_process(server, tokenizer):
+def test_weights_reach_another_process(server, tokenizer, caplog, monkeypatch):
+    monkeypatch.setattr("rlhf.data.http_client.sleep_using_event", lambda event: lambda seconds: None)
     server.start_worker()
     engine = ServerEngine(server.url, "tiny", device=CPU)
     new = tiny_model(seed=7)
@@ -84,8 +86,21 @@ def test_weights_reach_another_process(server, tokenizer):
     answered = engine.generate(PROMPTS, 1, sampling, 0)
     assert [[one.ids for one in group] for group in answered] == [[one.ids for one in group] for group in expected]
     assert {one.version for group in answered for one in group} == {6}
-    with pytest.raises(ServerError, match=r"started again, and weights that were sent by NCCL are not kept: resume"):
-        engine._policy.load_again()
+
+    # A server that was started again is no member of the connection: sending to it would never end.
+    server.start_again()
+    server.posts.clear()
+    engine.update_weights(tiny_model(seed=8).state_dict().items(), 7)
+    assert server.posts[0] == "/init_weight_transfer_engine" and "is set up anew" in caplog.text
+    assert engine.generate(PROMPTS, 1, sampling, 0) == [
+        [replace(one, version=7) for one in group] for group in answered
+    ]
+    # Meanwhile it has its original weights, which the run must learn: no copy of the weights is kept.
+    assert not engine.has_lost_weights
+    server.faults["/v1/completions"] = [server.start_again]
+    original = LocalEngine(tiny_model(), tokenizer).generate(PROMPTS, 1, sampling, 0)
+    assert engine.generate([PROMPTS[0]], 1, sampling, 0)[0][0].ids == original[0][0].ids
+    assert engine.has_lost_weights
 
     # A tensor that the server does not load keeps its zeros.
     server.overlooked = ("model.norm.weight",)
