@@ -115,13 +115,18 @@ class RolloutQueue:
             raise self._error
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, waits_for_all: bool = False) -> Iterator[None]:
         """Wait until the current rollout is complete, and begin none inside.
+
+        Args:
+            waits_for_all: whether to wait for all that may begin, also where the thread has not come to it yet.
 
         Yields:
             Nothing.
         """
         with self._changed:
+            if waits_for_all:
+                self._changed.wait_for(lambda: self._begun == self._last_allowed or self._error)
             self._is_held = True
             self._changed.wait_for(lambda: not self._is_sampling)
         try:
@@ -321,7 +326,8 @@ class RolloutsAhead:
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        with self.queue.held():
+        # With 1, what the next rollout is sampled from must not depend on how soon its thread begins.
+        with self.queue.held(waits_for_all=self.max_staleness == 1):
             # All processes ask the same server, which may get new weights now.
             self.accelerator.wait_for_everyone()
             yield
