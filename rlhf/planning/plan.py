@@ -38,6 +38,7 @@ from rlhf.rollouts.arguments import ServerArguments
 from rlhf.trainers.base import BaseTrainer
 
 ROLLOUT, EVALUATION, REFERENCE = "rollout", "evaluation", "reference pass"
+UNPLANNED_SAMPLING = "sampling comes on top: its time, and where the student samples in this process, its memory"
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,10 @@ def plan_run(trainer: BaseTrainer, folder: Path | None = None, *, with_times: bo
     memory = predict_memory(trainer, micro, rollouts)
     disk = disk_of(trainer, schedule, memory.optimizer, shutil.disk_usage(disk_folder).free)
     largest = int(micro.batch.input_ids.numel())
-    plan = RunPlan(train_rows, _evaluation_figures(trainer), schedule, largest, memory, disk)
+    # Servers, vLLM and students of a teacher.
+    is_unplanned = getattr(trainer, "rollouts", None) is not None and rollouts is None
+    notes = [UNPLANNED_SAMPLING] if is_unplanned else []
+    plan = RunPlan(train_rows, _evaluation_figures(trainer), schedule, largest, memory, disk, notes=notes)
     if not memory.fits:
         # Micro-batches of rollouts are not those of the rows.
         sizes = None if isinstance(trainer, PPOTrainer) else sizes

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 BUFFER_BYTES = 2**30  # of packed tensors; the server learns it at the start
 NUM_BUFFERS = 2
+# Several servers get their bytes from one device, which has no memory for the buffers of all at the same time.
+_SENDING = threading.Lock()
 NamedTensors = Sequence[tuple[str, Tensor]]
 PostUpdate = Callable[[dict[str, Any]], Any]  # sends the description of some tensors, and waits for the reply
 
@@ -301,7 +303,7 @@ class TransferredWeights:
 
     def _send(self, weights: NamedTensors, version: int) -> None:
         self._post("/start_weight_update", {})
-        with self._one_line_errors():
+        with _SENDING, self._one_line_errors():
             self.transport.send(weights, self._post_update)
         self._post("/finish_weight_update", {"weight_version": str(version)})
         reset_prefix_cache(self.calls)

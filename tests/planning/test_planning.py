@@ -136,6 +136,7 @@ def test_vllm_in_the_process_takes_its_share(sleeps, tmp_path, tokenizer, sft_ro
             plan_lines(plan, "cuda")
         )
     assert 2**38 < plan.memory.peak < 2**38 + 2**35
+    assert "sampling comes on top" in plan.notes[0]
     # A run that samples and does not fit is told what would help too.
     assert not plan.memory.fits and set(plan.memory.changes) == {"--use_peft (computed)"}
 

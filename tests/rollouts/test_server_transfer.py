@@ -6,7 +6,9 @@ The group is gloo's, between two processes on a CPU. NCCL itself needs a GPU in 
 import itertools
 import socket
 import threading
+import time
 from dataclasses import replace
+from multiprocessing.pool import ThreadPool
 
 import pytest
 import torch
@@ -14,9 +16,17 @@ from conftest import tiny_model
 from fake_vllm import FakeVLLM
 from transfer_worker import broadcast, join
 
+from rlhf.data.http_client import Reply
 from rlhf.rollouts import LocalEngine, Sampling, ServerEngine, ServerError, served_policy, server_transfer
 from rlhf.rollouts.server_calls import ServerCalls
-from rlhf.rollouts.server_transfer import BroadcastTransport, IpcTransport, choose_transport, describe, packed_chunks
+from rlhf.rollouts.server_transfer import (
+    BroadcastTransport,
+    IpcTransport,
+    TransferredWeights,
+    choose_transport,
+    describe,
+    packed_chunks,
+)
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 6, 7], [9]]
@@ -59,6 +69,31 @@ def test_tensors_are_packed_in_order_and_cut_as_in_vllm():
         "dtype_names": ["float32", "bfloat16", "float32"],
         "shapes": [[3], [2, 2], [3]],
     }
+
+
+def test_servers_get_their_bytes_one_after_another():
+    class Calls:
+        url = "http://host"
+
+        def request(self, method, path, *_, **__):
+            return Reply(path, 404 if path == "/weight_checker" else 200, "", b'{"world_size": 1}')
+
+    class Transport:
+        under_way, most = 0, 0
+
+        def connect(self, num_workers, post_init):
+            pass
+
+        def send(self, weights, post_update):
+            Transport.under_way += 1
+            Transport.most = max(Transport.most, Transport.under_way)
+            time.sleep(0.05)
+            Transport.under_way -= 1
+
+    ways = [TransferredWeights(Calls(), Transport()) for _ in range(3)]
+    with ThreadPool(3) as pool:
+        pool.map(lambda way: way.load([("a", torch.ones(1))], 1), ways)
+    assert Transport.most == 1
 
 
 def test_weights_reach_another_process(server, tokenizer, caplog, monkeypatch):
