@@ -9,6 +9,7 @@ time, and the sides take turns. Reward models train first, PPO last.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -61,6 +62,12 @@ class Processes:
         while any(self.running[name].poll() is None for name in names) and time.monotonic() < self.deadline:
             time.sleep(0.05)
 
+    def stop(self) -> None:
+        """End the processes that still run."""
+        for process in self.running.values():
+            if process.poll() is None:
+                process.kill()
+
     def finish(self) -> int:
         """Wait for all, stop those that are late, and say which failed.
 
@@ -99,8 +106,12 @@ def main() -> int:
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in one_pair_a_prompt(data)]
     (args.out / "held_out.jsonl").write_text("".join(lines), encoding="utf-8")
     places = (args.model, data, args.out, args.scale)
-    (on_gpu if ON_GPU else on_cpu)(processes, args, places)
-    failed = processes.finish()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` runs
+    try:
+        (on_gpu if ON_GPU else on_cpu)(processes, args, places)
+        failed = processes.finish()
+    finally:
+        processes.stop()
     if not failed:
         subprocess.run([sys.executable, str(HERE / "judge.py"), str(args.out), str(data)], check=True)
     return 1 if failed else 0
@@ -112,6 +123,8 @@ def train_reward(processes: Processes, args: argparse.Namespace) -> None:
         processes.open("go-reward")
         processes.start("reward-frozen", "frozen_reward.py", args.model, REWARD_LAYERS, args.data.resolve(), args.out)
         processes.join(["reward-frozen"])
+        if processes.running["reward-frozen"].poll() != 0:
+            return  # there is nothing to fine-tune; `finish` shows the error
         processes.start("reward", "reward_model.py", args.data.resolve(), args.out, args.scale)
         processes.join(["reward"])
 
