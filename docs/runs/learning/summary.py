@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rows import LENGTH_WEIGHT, length_advantage, question, read
-from settings import SIDES, STAGES
+from settings import DPO, SIDES, STAGES
 from win_rates import KINDS, WITH_LENGTH, duel, show_duels, show_win_rates, shown, side_duels, win
 
 from rlhf.evaluation import Estimate, mean_ratio, share_difference
@@ -105,6 +105,16 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
+def sft_perplexity(run: dict[str, Any]) -> float:
+    """The perplexity after SFT. Where it was not computed, it follows from DPO's figures, whose reference it is."""
+    if "sft_held_out" in run:
+        return float(run["sft_held_out"]["metrics"]["perplexity/chosen"])
+    found = run["dpo_held_out"]["metrics"]
+    tokens = -found["logps/chosen"] / math.log(found["perplexity/chosen"])
+    reference = found["logps/chosen"] - found["rewards/chosen"] / DPO["beta"]
+    return math.exp(-reference / tokens)
+
+
 def side_table(sides: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[float]]]:
     """What each side reached with each seed."""
     table: dict[str, dict[str, list[float]]] = {}
@@ -127,11 +137,8 @@ def side_table(sides: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, li
         line(f"{stage}: steps", lambda run, stage=stage: run[stage]["steps"])  # type: ignore[misc]
         line(f"{stage}: seconds", lambda run, stage=stage: run[stage]["seconds"])  # type: ignore[misc]
         line(f"{stage}: seconds on the clock", lambda run, stage=stage: run[stage]["wall_seconds"])  # type: ignore[misc]
-    for stage in ("sft", "dpo"):
-        line(
-            f"{stage}: held-out perplexity",
-            lambda run, stage=stage: run[f"{stage}_held_out"]["metrics"]["perplexity/chosen"],  # type: ignore[misc]
-        )
+    line("sft: held-out perplexity", sft_perplexity)
+    line("dpo: held-out perplexity", lambda run: run["dpo_held_out"]["metrics"]["perplexity/chosen"])
     for metric in ("accuracies", "margins"):
         line(f"dpo: held-out reward {metric}", lambda run, m=metric: run["dpo_held_out"]["metrics"][f"rewards/{m}"])  # type: ignore[misc]
     for kind in ("sampled", "greedy"):
