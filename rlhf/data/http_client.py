@@ -26,6 +26,7 @@ from tenacity import (
 )
 
 from rlhf.data.open_sockets import OpenSockets
+from rlhf.data.proxies import is_loopback, proxy_of
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,11 @@ class HttpClient:
             raise ValueError(f"{_shown_wrong_address(url)}: no address (no host in it)")
         self._url = url
         self._client = httpx2.Client(
-            headers=headers, limits=httpx2.Limits(max_connections=connections), timeout=timeout
+            headers=headers,
+            limits=httpx2.Limits(max_connections=connections),
+            timeout=timeout,
+            # A proxy of the environment would look for the server on its own machine.
+            trust_env=not is_loopback(host),
         )
         # The library logs every request with its whole address.
         logging.getLogger("httpx2").setLevel(logging.WARNING)
@@ -259,14 +264,22 @@ class HttpClient:
         except httpx2.TransportError as error:
             self.connection_faults += 1
             # A name that is not known is a typing error: waiting does not help.
-            problem = f"does not answer ({type(error).__name__}: {error})"
+            problem = f"does not answer{self._way()} ({type(error).__name__}: {error})"
             raise ConnectionError(problem) if _is_unknown_host(error) else Unavailable(problem) from error
         is_busy = reply.status in BUSY or (repeats_errors and reply.status >= 500)
         if is_busy:
             # A gateway that cannot reach the server behind it.
             self.connection_faults += reply.status == 502
-            raise Unavailable(f"answers {reply.status} {reply.reason} {reply.excerpt!r}", has_replied=True)
+            raise Unavailable(f"answers{self._way()} {reply.status} {reply.reason} {reply.excerpt!r}", has_replied=True)
         return reply
+
+    def _way(self) -> str:
+        """How requests reach the server, where it is not directly."""
+        proxy = proxy_of(self._url)
+        if proxy is None:
+            return ""
+        host = httpx2.URL(self._url).host
+        return f" through the proxy {shown_address(proxy)} of the environment (NO_PROXY={host} leaves it out)"
 
     def _read(self, response: httpx2.Response) -> bytes:
         body = bytearray()

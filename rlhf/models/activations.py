@@ -49,6 +49,24 @@ def checkpointing_options(args: Any) -> tuple[bool, dict[str, Any]]:
     return is_on, dict(args.activation_checkpointing_kwargs or {})
 
 
+def check_checkpointing(args: Any, reader: str) -> None:
+    """Refuse reentrant checkpointing where something reads a value inside a layer and sends a gradient back to it.
+
+    Its first pass through a layer records no gradient, so that the value would be a constant.
+
+    Args:
+        args: of the training run.
+        reader: of the values, for the message.
+    Raises:
+        ValueError: ``use_reentrant`` is true.
+    """
+    is_on, checkpoint_kwargs = checkpointing_options(args)
+    if is_on and checkpoint_kwargs.get("use_reentrant"):
+        raise ValueError(
+            f'activation_checkpointing_kwargs: with "use_reentrant": true {reader} would have no gradient; leave it out'
+        )
+
+
 def enable_checkpointing(model: Any, checkpoint_kwargs: dict[str, Any] | None, **own_kwargs: Any) -> None:
     """Have a transformers model checkpoint its layers, under the name that its version has for this.
 

@@ -53,6 +53,8 @@ def _check_kind(config: Any) -> None:
         reason = "it puts tokens of its own around each row, and losses here are of the rows' tokens alone"
     elif getattr(config, "alora_invocation_tokens", None):
         kind, reason = "aLoRA", "it acts from its invocation tokens on, and rows here share their prompts"
+    elif getattr(config, "layer_replication", None):
+        kind, reason = "layer_replication", "the repeated layers share weights, which cannot be saved"
     if reason is not None:
         raise ValueError(f"{kind} adapters cannot be trained here: {reason}; use LoRA (LoraConfig) or another kind")
 

@@ -70,7 +70,9 @@ def old_name(meaning: str) -> Any:
 class ServerArguments:
     """Where completions are sampled."""
 
-    rollout_server_url: list[str] | None = option(None, "Addresses of rollout servers (vLLM, SGLang), one or several.")
+    rollout_server_url: list[str] | None = option(
+        None, "Addresses of rollout servers (vLLM, SGLang), one or several; a key: ROLLOUT_SERVER_API_KEY."
+    )
     rollout_server_model: str | None = option(None, "Name of the policy on the server.")
     rollout_weights_dir: str | None = option(None, "Shared folder for new weights; not needed where they go by NCCL.")
     rollout_server_sleep: bool = option(

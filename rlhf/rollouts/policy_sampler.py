@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -26,6 +27,7 @@ from rlhf.rollouts.server_weights import WRONG_MODEL_HINT, VersionFolders
 
 logger = logging.getLogger(__name__)
 
+API_KEY = "ROLLOUT_SERVER_API_KEY"  # in the environment
 SHARED_HEAD = (
     "the adapter changes the head or the embedding alone, and the server has one matrix for both: leave them out of "
     "the adapter, pass ensure_weight_tying=True to LoraConfig, or sample in this process"
@@ -325,6 +327,8 @@ def _server_engine(
             # A completion must end where it ends in this process.
             end_ids=end_ids(policy.without_adapter, tokenizer),
             startup_timeout=args.server_startup_timeout,
+            # No option, which would be recorded beside the run.
+            api_key=os.environ.get(API_KEY),
             sleeps=args.rollout_server_sleep,
             patience=PATIENCE if len(urls) > 1 else None,
         )

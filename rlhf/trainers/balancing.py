@@ -1,6 +1,7 @@
 """The load-balancing loss of a mixture's routers, added to a trainer's loss."""
 
 import logging
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from rlhf.data import Batch
 from rlhf.models import Balancing, Policy, Routing, balancing_of, routing
+from rlhf.models.activations import check_checkpointing
 from rlhf.models.policy import eval_mode
 
 logger = logging.getLogger(__name__)
@@ -64,19 +66,20 @@ class Balancer:
         return routing(router_logits, batch, self.balancing.top_k).loss(self._step)
 
 
-def balancer(model: nn.Module, coef: float | None, accelerator: Accelerator, able: bool) -> Balancer | None:
+def balancer(model: nn.Module, args: Any, accelerator: Accelerator, able: bool) -> Balancer | None:
     """Decide whether this run balances routers, and let the model hand out their logits if so.
 
     Args:
         model: the wrapper around the model, changed in place.
-        coef: ``--router_aux_loss_coef``; None for the model's own.
+        args: of the run, with ``router_aux_loss_coef``; None there for the model's own.
         accelerator: of the run.
         able: whether the trainer hands on router logits.
     Returns:
         None where nothing is balanced.
     Raises:
-        ValueError: a weight is given, and this trainer or model has no such loss.
+        ValueError: a weight is given, and this trainer or model has no such loss; reentrant checkpointing.
     """
+    coef = args.router_aux_loss_coef
     if not able or not isinstance(model, Policy):
         # A weight of 0 asks for no such loss, which is so anyway.
         if coef:
@@ -85,4 +88,7 @@ def balancer(model: nn.Module, coef: float | None, accelerator: Accelerator, abl
             logger.warning("the config asks for a load-balancing loss of the routers, and this trainer adds none")
         return None
     model.balancing = balancing_of(model.without_adapter, coef)
-    return None if model.balancing is None else Balancer(model.balancing, accelerator)
+    if model.balancing is None:
+        return None
+    check_checkpointing(args, "the load-balancing loss of the routers")
+    return Balancer(model.balancing, accelerator)

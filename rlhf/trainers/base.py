@@ -56,7 +56,7 @@ from rlhf.trainers.preparation import (
 from rlhf.trainers.processes import load_models_whole
 from rlhf.trainers.recording import data_sources
 from rlhf.trainers.reference import Reference, SyncReference
-from rlhf.trainers.sharding import can_shard, check_whole, keep_single_precision, shard
+from rlhf.trainers.sharding import can_shard, check_whole, checkpoint_without_wrappers, keep_single_precision, shard
 from rlhf.trainers.step_checks import CheckedSteps
 from rlhf.trainers.trackers import Trackers, set_places
 
@@ -136,7 +136,7 @@ class BaseTrainer(SharedBatches, Evaluating, CheckedSteps):
         if data_collator is None and choose_layout(model, self._layout()) == "segments":
             self.data_collator = Collator(pad_token, layout="segments")  # type: ignore[assignment]
         self._spread_over_processes()
-        self.balancer = balancer(self.model, args.router_aux_loss_coef, self.accelerator, self.balances)
+        self.balancer = balancer(self.model, args, self.accelerator, self.balances)
         self._finish_setup()
 
     def _prepare_data(
@@ -171,6 +171,7 @@ class BaseTrainer(SharedBatches, Evaluating, CheckedSteps):
         super().create_accelerator_and_postprocess()
         load_models_whole()  # once more, as accelerate has read the configuration of DeepSpeed again
         keep_single_precision(self.accelerator)
+        checkpoint_without_wrappers(self.args, self.accelerator)
 
     def _replace_neftune(self) -> None:
         """Noise on the embeddings scaled by each sequence's length; transformers' own takes the row's length."""

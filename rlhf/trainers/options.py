@@ -228,14 +228,15 @@ def accepting(option: str, value: Any) -> Iterator[None]:
 
     Args:
         option: its name.
-        value: its value; a ``TypeError`` without one has another cause, and is raised as it is.
+        value: its value; a ``TypeError`` without one has another cause, and is raised as it is, unless an entry is
+            missing.
     Raises:
         ValueError: in the place of a ``TypeError``.
     """
     try:
         yield
     except TypeError as error:
-        if not value:  # then the option is not the cause
+        if not value and "missing" not in str(error):  # then the option is not the cause
             raise
         raise ValueError(f"--{option} {value}: {error}") from error
 

@@ -50,6 +50,25 @@ def keep_single_precision(accelerator: Accelerator) -> None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
 
 
+def checkpoint_without_wrappers(args: Any, accelerator: Accelerator) -> None:
+    """Let layers checkpoint themselves where FSDP is asked to do it, which would put a module around each of them.
+
+    PEFT finds the weights of an adapter by the names of modules, so that it would save none of those inside. What is
+    computed again is the same.
+
+    Args:
+        args: of the run, changed in place.
+        accelerator: of the run; its plugin is changed.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None or not plugin.activation_checkpointing:
+        return
+    plugin.activation_checkpointing = False
+    # Older transformers (5.19) has only the second name.
+    name = "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
+    setattr(args, name, True)
+
+
 def check_whole(model: nn.Module) -> None:
     """Refuse a model of which this process has only a part.
 

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf.cli.failing import fail
 from rlhf.trainers.processes import another_process_failed
-from rlhf.trainers.sharding import check_sharding_of
+from rlhf.trainers.sharding import check_sharding_of, checkpoint_without_wrappers
 from rlhf.trainers.stopping import SignalRequests
 
 
@@ -74,3 +74,11 @@ def test_a_checkpoint_with_other_shards_is_refused(file, plugin, processes, said
         return
     with pytest.raises(ValueError, match=said):
         check_sharding_of(str(tmp_path), run)
+
+
+@pytest.mark.parametrize("is_asked_for", [True, False])
+def test_layers_checkpoint_themselves_under_fsdp(is_asked_for):
+    plugin = SimpleNamespace(activation_checkpointing=is_asked_for)
+    args = SimpleNamespace(activation_checkpointing=False)
+    checkpoint_without_wrappers(args, SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    assert not plugin.activation_checkpointing and args.activation_checkpointing == is_asked_for

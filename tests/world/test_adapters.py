@@ -283,6 +283,7 @@ def test_invocation_tokens_and_prompts_are_refused_by_name(sft_rows, tokenizer, 
     for config, name in (
         (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "PROMPT_TUNING"),
         (lora(alora_invocation_tokens=[5]), "aLoRA"),
+        (lora(layer_replication=[[0, 2], [1, 2]]), "layer_replication"),
     ):
         with pytest.raises(ValueError, match=f"{name} adapters cannot be trained here"):
             SFTTrainer(

@@ -141,6 +141,7 @@ MODELS = {
         "--metric_for_best_model bleu: evaluation gives loss, perplexity"),
     "the hub, offline": (None, {"push_to_hub": True}, "offline"),
     "what a schedule does not take": (None, {"lr_scheduler_kwargs": '{"foo": 1}'}, "--lr_scheduler_kwargs {'foo': 1}"),
+    "what a schedule needs": (None, {"lr_scheduler_type": "warmup_stable_decay"}, "--lr_scheduler_kwargs None: "),
     "batches that are dropped": (
         None, {"dataloader_drop_last": True, "per_device_train_batch_size": 64}, "leaves nothing to train on: 48 rows"),
     "a layer that is not there": (None, {"use_peft": True, "lora_target_modules": "q_prooj"}, "q_prooj"),

@@ -184,3 +184,12 @@ def test_who_balances_nothing_says_so(tmp_path, tokenizer, preference_rows):
     args = args_of(RewardConfig, tmp_path, router_aux_loss_coef=0.1)
     with pytest.raises(ValueError, match="router_aux_loss_coef: this trainer"):
         RewardTrainer(tiny_model("llama"), args=args, train_dataset=preference_rows, processing_class=tokenizer)
+
+
+def test_reentrant_checkpointing_would_lose_its_gradient(tmp_path, tokenizer):
+    again = dict(activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ValueError, match="the load-balancing loss of the routers would have no gradient"):
+        SFTTrainer(
+            mixture(), args_of(SFTConfig, tmp_path, **again), train_dataset=Dataset.from_dict({"input_ids": [[5, 6]]}),
+            processing_class=tokenizer,
+        )  # fmt: skip
