@@ -38,13 +38,14 @@ def evaluate(model: str, reference: str | None, rows: str, out: Path, name: str)
     return found
 
 
-def answer(model: str, rows: Dataset, tokens: int = ANSWER_TOKENS) -> list[dict[str, Any]]:
+def answer(model: str, rows: Dataset, tokens: int = ANSWER_TOKENS, samples: int = SAMPLES) -> list[dict[str, Any]]:
     """A greedy and some sampled answers to each prompt.
 
     Args:
         model: a folder.
         rows: prompts.
         tokens: the longest answer.
+        samples: sampled answers to each prompt.
     Returns:
         An entry for each answer.
     """
@@ -55,7 +56,7 @@ def answer(model: str, rows: Dataset, tokens: int = ANSWER_TOKENS) -> list[dict[
     engine = LocalEngine(policy, tokenizer, autocast=torch.bfloat16)
     ids = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
     found = []
-    for kind, temperature, count in (("greedy", 0.0, 1), ("sampled", 1.0, SAMPLES)):
+    for kind, temperature, count in (("greedy", 0.0, 1), ("sampled", 1.0, samples)):
         groups = engine.generate(ids, count, Sampling(temperature=temperature, max_tokens=tokens), seed=0)
         for number, group in enumerate(groups):
             for completion in group:

@@ -31,10 +31,11 @@ class Budget(TrainerCallback):
 
     Args:
         seconds: that the run may train.
+        decays: let the learning rate fall to 0 over them; otherwise it stays.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float, decays: bool = True) -> None:
+        self.seconds, self.decays = seconds, decays
         self.started = self.wall_started = 0.0
         self.lines: list[dict[str, Any]] = []
 
@@ -49,8 +50,8 @@ class Budget(TrainerCallback):
         return time.perf_counter() - self.wall_started
 
     def rate(self, step: int) -> float:
-        """The share of the peak learning rate: a short warm-up, then down to 0 over the seconds."""
-        left = max(0.0, 1 - self.elapsed / self.seconds) if self.started else 1.0
+        """The share of the peak learning rate: a short warm-up, then constant or down to 0 over the seconds."""
+        left = max(0.0, 1 - self.elapsed / self.seconds) if self.started and self.decays else 1.0
         return left * min(1.0, (step + 1) / WARMUP_STEPS)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -76,7 +77,7 @@ class Budget(TrainerCallback):
         """
         trainer.add_callback(self)
         trainer.create_optimizer()
-        # The learning rate follows the clock, so that both sides end theirs at 0.
+        # The learning rate follows the clock, so that all runs of a comparison end theirs at 0.
         trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, self.rate)
         trainer.train()
         return self.lines

@@ -45,7 +45,7 @@ draw_sides(axes[0, 0], "sft", "loss", "SFT: loss, mean of 5 steps")
 draw_sides(axes[0, 1], "dpo", "loss", "DPO: loss, mean of 5 steps")
 draw_sides(axes[0, 2], "grpo", "reward", "GRPO: share of fitting answers, mean of 5 steps")
 if has_ppo:
-    draw_ppo(axes[1, 0], "reward", "PPO: reward")
+    draw_ppo(axes[1, 0], "rewards/reward-tuned/mean", "PPO: reward, in standard deviations of the start")
     draw_ppo(axes[1, 1], "critic/explained_variance", "PPO: variance the critic explains")
     draw_ppo(axes[1, 2], "completions/mean_length", "PPO: tokens an answer")
 for axis in axes.flat:

@@ -23,7 +23,7 @@ CURVES = {
     "sft": ("loss",),
     "dpo": ("loss", "rewards/accuracies"),
     "grpo": ("reward",),
-    "ppo": ("reward", "critic/explained_variance", "completions/mean_length", "kl"),
+    "ppo": ("reward", "rewards/reward-tuned/mean", "critic/explained_variance", "completions/mean_length", "kl"),
     "reward": ("loss", "accuracy"),
 }
 
@@ -194,7 +194,9 @@ def main() -> None:
     ppo_file = results / "ppo.json"
     ppo = json.loads(ppo_file.read_text(encoding="utf-8")) if ppo_file.exists() else {}
     if "before" in ppo:
-        kinds = [(kind, judge) for kind in KINDS for judge in judges]
+        # The last one was fitted by mean_state_judge.py, if it has run.
+        ppo_judges = [name for name in (*judges, "mean-state") if name in ppo["before"][0]]
+        kinds = [(kind, judge) for kind in KINDS for judge in ppo_judges]
         summary["ppo"] = {f"{k}, by {j}": duel(ppo["before"], ppo["after"], j, k) for k, j in kinds}
         show_duels("PPO (after) against its start (before)", summary["ppo"])
     (HERE / "summary.json").write_text(json.dumps(summary, default=vars, indent=1) + "\n", encoding="utf-8")
