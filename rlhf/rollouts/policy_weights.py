@@ -162,6 +162,12 @@ def _merged(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
             weight_name = f"{_own_name(name, adapter)}.{parameter}"
             if weight_name not in weights:
                 raise ValueError(f"{name}: the adapter changes its {parameter}, and the model under it has none")
+            # In 8 bits they keep their shape.
+            if weights[weight_name].shape != change.shape or not weights[weight_name].is_floating_point():
+                raise ValueError(
+                    f"{name}: its weights are quantised, and no adapter can be merged into them: start vLLM with "
+                    "--enable-lora, which takes the adapter alone, or sample in this process"
+                )
             # A new tensor, because those of the state are the model's own.
             weights[weight_name] = weights[weight_name] + change.to(weights[weight_name])
     return weights

@@ -74,6 +74,16 @@ def test_a_bias_that_the_model_lacks_is_refused():
         merged_weights(model, model.state_dict())
 
 
+@pytest.mark.parametrize("packed", [torch.zeros(512, 1, dtype=torch.uint8), torch.zeros(32, 32, dtype=torch.int8)])
+def test_quantised_weights_are_refused(packed):
+    model = adapted(tiny_model())
+    state = model.state_dict()
+    # As bitsandbytes keeps them: two numbers in a byte, or one.
+    state["base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"] = packed
+    with pytest.raises(ValueError, match=r"q_proj: its weights are quantised, .* start vLLM with --enable-lora"):
+        merged_weights(model, state)
+
+
 @pytest.mark.parametrize(
     ("options", "is_untied"),
     [
