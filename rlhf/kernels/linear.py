@@ -148,8 +148,10 @@ def _is_plain_lora(layer: Any, adapter: str, inputs: Tensor) -> bool:
         return False
     base_layer, lora_a, lora_b = layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter]
     for sublayer in (base_layer, lora_a, lora_b):
-        # A hook would not be called, as no part is called here.
+        # A hook would not be called, as no part is called here. accelerate has hooks of its own.
         if type(sublayer) is not nn.Linear or sublayer._forward_hooks or sublayer._forward_pre_hooks:
+            return False
+        if hasattr(sublayer, "_hf_hook"):
             return False
         if sublayer.weight.dtype != inputs.dtype:
             return False

@@ -4,10 +4,11 @@ from rlhf.logprobs.bridge import model_predictions, model_scores
 from rlhf.logprobs.chunk_plan import ChunkPlan, plan_chunks
 from rlhf.logprobs.chunk_scores import ChunkPredictions
 from rlhf.logprobs.chunks import ChunkResult, Step
-from rlhf.logprobs.divergence import Divergence, SortedComparison, TeacherDivergence, compare, compare_sorted
+from rlhf.logprobs.divergence import Divergence, TeacherDivergence, compare
 from rlhf.logprobs.head import Head, HeadSettings, Predictions, head_settings, read_head, verified_settings
 from rlhf.logprobs.objective import Comparison, HeadObjective, Scores, TokenLoss
 from rlhf.logprobs.score import score, score_predictions
+from rlhf.logprobs.sorted_comparison import SortedComparison, compare_sorted
 from rlhf.logprobs.targets import Targets
 from rlhf.logprobs.topk import (
     TopK,

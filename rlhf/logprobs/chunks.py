@@ -1,4 +1,4 @@
-"""The walk over scored tokens in chunks: some hundred rows of logits at a time, and the sum of their gradients."""
+"""Scored tokens in chunks: some hundred rows of logits at a time, and the sum of their gradients."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -197,32 +197,34 @@ class Gradients:
     gradient of the weight, none of them where all chunks wait.
 
     Args:
-        walk: the head that the chunks went through.
+        chunked_head: the head that the chunks went through.
         needs_input_grad: of rows, weight and bias, as autograd says.
         chunks_per_product: how many chunks wait, see :class:`rlhf.logprobs.ChunkPlan`.
     """
 
-    def __init__(self, walk: ChunkedHead, needs_input_grad: tuple[bool, ...], chunks_per_product: int = 1) -> None:
-        self.walk = walk
+    def __init__(
+        self, chunked_head: ChunkedHead, needs_input_grad: tuple[bool, ...], chunks_per_product: int = 1
+    ) -> None:
+        self.chunked_head = chunked_head
         self.needs_weight, self.needs_bias = needs_input_grad[1:3]
         # Every row is in exactly one chunk, so its gradient is written once and not summed.
-        self.rows = torch.empty_like(walk.rows) if needs_input_grad[0] else None
+        self.rows = torch.empty_like(chunked_head.rows) if needs_input_grad[0] else None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
-        self._rows_per_product = chunks_per_product * walk.size
+        self._rows_per_product = chunks_per_product * chunked_head.size
         self._waiting = self._empty_group() if chunks_per_product > 1 else None
 
     def _empty_group(self) -> Tensor:
-        walk = self.walk
-        rows = min(self._rows_per_product, len(walk.rows))
-        return empty_rows(rows, walk.weight.size(0), walk.operand_dtype, walk.rows.device)
+        chunked_head = self.chunked_head
+        rows = min(self._rows_per_product, len(chunked_head.rows))
+        return empty_rows(rows, chunked_head.weight.size(0), chunked_head.operand_dtype, chunked_head.rows.device)
 
     def memory(self, chunk: slice) -> Tensor | None:
         """Where the gradient of a chunk's logits waits for its product; None where it does not wait."""
         if self._waiting is None:
             return None
         start = chunk.start % self._rows_per_product
-        return self._waiting[start : start + len(self.walk.rows[chunk])]
+        return self._waiting[start : start + len(self.chunked_head.rows[chunk])]
 
     def add(self, chunk: slice, grad_logits: Tensor, slope: Tensor | None) -> None:
         """Add a chunk's share.
@@ -232,7 +234,7 @@ class Gradients:
             grad_logits: [c, V], of the loss with respect to the logits over the head's temperature; overwritten.
             slope: of the soft-cap, [c, V], where it is still to be applied.
         """
-        walk, head = self.walk, self.walk.head
+        chunked_head, head = self.chunked_head, self.chunked_head.head
         if head is None:
             if self.rows is not None:
                 self.rows[chunk] = grad_logits
@@ -241,7 +243,7 @@ class Gradients:
             grad_logits *= slope
         if self.needs_bias:
             # The products below take the same factor, on smaller matrices.
-            bias_grad = grad_logits.sum(0, dtype=walk.result_dtype).mul_(head.scale / head.temperature)
+            bias_grad = grad_logits.sum(0, dtype=chunked_head.result_dtype).mul_(head.scale / head.temperature)
             self.bias = bias_grad if self.bias is None else self.bias.add_(bias_grad)
         if self._waiting is None:
             self._multiply(chunk, grad_logits)
@@ -252,36 +254,36 @@ class Gradients:
             memory.copy_(grad_logits)
         group_start = chunk.start - chunk.start % self._rows_per_product
         group = slice(group_start, group_start + self._rows_per_product)
-        if chunk.stop >= min(group.stop, len(walk.rows)):
-            self._multiply(group, self._waiting[: len(walk.rows[group])])
+        if chunk.stop >= min(group.stop, len(chunked_head.rows)):
+            self._multiply(group, self._waiting[: len(chunked_head.rows[group])])
 
     def _multiply(self, rows: slice, grad_logits: Tensor) -> None:
-        walk, head = self.walk, self.walk.head
+        chunked_head, head = self.chunked_head, self.chunked_head.head
         assert head is not None
         # From the gradient over the temperature to that of the product.
         scale = head.scale / head.temperature
-        grad_logits = grad_logits.to(walk.operand_dtype)  # once, for both products
+        grad_logits = grad_logits.to(chunked_head.operand_dtype)  # once, for both products
         if self.rows is not None:
-            self.rows[rows] = walk.product(grad_logits, walk.weight).mul_(scale)
+            self.rows[rows] = chunked_head.product(grad_logits, chunked_head.weight).mul_(scale)
         if not self.needs_weight:
             return
-        left, right = grad_logits.T, walk.rows[rows].to(walk.operand_dtype) * scale
-        is_half = walk.operand_dtype != walk.result_dtype
-        if is_half and len(grad_logits) == len(walk.rows) and head.weight.dtype == walk.operand_dtype:
+        left, right = grad_logits.T, chunked_head.rows[rows].to(chunked_head.operand_dtype) * scale
+        is_half = chunked_head.operand_dtype != chunked_head.result_dtype
+        if is_half and len(grad_logits) == len(chunked_head.rows) and head.weight.dtype == chunked_head.operand_dtype:
             self.weight = torch.mm(left, right)  # nothing is added to it: rounded once, without a float32 copy
         elif self.weight is None:
-            self.weight = walk.product(left, right)  # the first chunk needs no zeros to be added to
+            self.weight = chunked_head.product(left, right)  # the first chunk needs no zeros to be added to
         elif not is_half:
             add_product(self.weight, left, right)
-        elif not walk.fuses:
-            self.weight += walk.product(left, right)
+        elif not chunked_head.fuses:
+            self.weight += chunked_head.product(left, right)
         else:
             # The product in half precision is added to float32 memory where it is computed.
             torch.addmm(self.weight, left, right, out_dtype=self.weight.dtype, out=self.weight)
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of rows, weight and bias, in the types of these."""
-        head = self.walk.head
+        head = self.chunked_head.head
         if head is None:
             return self.rows, None, None
         # Rounded once, after the last chunk.

@@ -1,4 +1,4 @@
-"""A loss that is taken with the head: what the walk over chunks runs, and what it returns for each scored token."""
+"""A loss that is taken with the head: what runs on each chunk, and what it returns for each scored token."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class Scores(NamedTuple):
 class HeadObjective:
     """A loss that is a sum over the scored tokens, taken while the logits of a chunk live.
 
-    ``policy(batch, objective)`` calls :meth:`prepare`, and then walks over the chunks of the head with :meth:`begin`.
+    ``policy(batch, objective)`` calls :meth:`prepare`, and then goes through the chunks of the head with :meth:`begin`.
     To write one, define :meth:`begin` and :meth:`scores`; the others have defaults.
     """
 
@@ -87,7 +87,7 @@ class HeadObjective:
         return vocabulary
 
     def begin(self, token: Tensor, chunk_size: int, with_grad: bool, entropy: bool) -> Step:
-        """Start a walk.
+        """Start a pass over all chunks.
 
         Args:
             token: int64 [N], the scored tokens.

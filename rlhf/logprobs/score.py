@@ -171,7 +171,7 @@ def _scan(
 
 def _concatenate(chunk_scores: list[TokenScores]) -> TokenScores:
     logps, *others = zip(*chunk_scores, strict=True)
-    # All chunks of a walk have the same numbers.
+    # All chunks of a pass have the same numbers.
     return TokenScores(torch.cat(logps), *(None if column[0] is None else torch.cat(column) for column in others))
 
 

@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf.models.attention import reads_segments
+from rlhf.models.randomness import draws_random_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +36,13 @@ def compile_layers(model: nn.Module, backend: str, mode: str | None) -> None:
         backend: of ``torch.compile``.
         mode: of ``torch.compile``.
     Raises:
-        ValueError: the model has no layers of transformers' usual kind.
+        ValueError: the model has no layers of transformers' usual kind, or ``device_map`` has hooks on them.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(f"--torch_compile: {type(model).__name__} has no layers that are known; leave it out")
+    if any(hasattr(layer, "_hf_hook") for layer in layers):
+        raise ValueError("--torch_compile: the layers of this model have hooks of `device_map`; leave one of both out")
     config = model.config
     if reads_segments(config):
         _keep_out_of_graphs(config._attn_implementation)  # type: ignore[union-attr]
@@ -89,8 +92,8 @@ def _gradients_agree(
     forward: Callable[..., Any], compiled: Callable[..., Any], layer: nn.Module, args: Any, kwargs: Any
 ) -> bool:
     """Compare the compiled gradient of one layer with the uncompiled one; warns where they differ."""
-    if _has_dropout(layer):
-        return True  # the two would draw other random numbers
+    if draws_random_numbers(layer):
+        return True  # the two would draw others
     hidden, *other_args = args
     weights = [weight for weight in layer.parameters() if weight.requires_grad]
 
@@ -114,8 +117,3 @@ def _gradients_agree(
         type(layer).__name__, difference / max(size, 1e-30),
     )  # fmt: skip
     return False
-
-
-def _has_dropout(layer: nn.Module) -> bool:
-    rates = [getattr(module, name, 0.0) for module in layer.modules() for name in ("p", "attention_dropout")]
-    return any(isinstance(rate, float) and rate > 0 for rate in rates)

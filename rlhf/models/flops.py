@@ -17,6 +17,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.data import Batch
 
+# Names in the configs of transformers' models.
+EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+
 
 @dataclass(frozen=True)
 class Flops:
@@ -134,8 +137,14 @@ def _products(layer: nn.Module, config: Any) -> Iterator[Product]:
                 yield Product(weight.numel(), weight.requires_grad, weight.size(1) > weight.size(0))
             elif weight.dim() == 3 and not isinstance(module, nn.Conv1d):
                 # The weights of all experts, [experts, out, in]; a token reads some.
-                share = config.num_experts_per_tok / weight.size(0)
+                share = _experts_of_a_token(config, weight.size(0)) / weight.size(0)
                 yield Product(int(weight.numel() * share), weight.requires_grad, weight.size(1) > weight.size(2))
+
+
+def _experts_of_a_token(config: Any, num_experts: int) -> int:
+    """How many experts read a token; all of them where no name for it is known."""
+    numbers = (getattr(config, name, None) for name in EXPERTS_OF_A_TOKEN)
+    return next((number for number in numbers if isinstance(number, int)), num_experts)
 
 
 def _attention_flops(layer: nn.Module, config: Any, batch: Batch) -> int:
@@ -143,7 +152,9 @@ def _attention_flops(layer: nn.Module, config: Any, batch: Batch) -> int:
     attention = next((module for module in layer.modules() if "Attention" in type(module).__name__), None)
     if attention is None:
         return 0
-    window = getattr(attention, "sliding_window", None)
+    # Where all layers have the same window (Mistral), it is in the config alone.
+    window_of_all = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
+    window = getattr(attention, "sliding_window", window_of_all)
     if batch.segments is not None:
         pairs = sum(visible_pairs(span.length, span.prefix, window) for span in batch.segments.spans)
     else:

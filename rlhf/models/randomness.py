@@ -40,6 +40,20 @@ def disable_dropout(model: nn.Module) -> None:
     object.__setattr__(model, _SAVED, saved_values)  # past nn.Module, which would look for parameters in it
 
 
+def draws_random_numbers(model: nn.Module) -> bool:
+    """Whether a training forward draws random numbers: for dropout of any kind, or for noise of routers.
+
+    Args:
+        model: A model or a part of one.
+
+    Returns:
+        False after :func:`disable_dropout`.
+    """
+    modules = list(model.modules())
+    layers = [module for module in modules if isinstance(module, nn.modules.dropout._DropoutNd)]
+    return any(layer.p > 0 for layer in layers) or any(_probabilities(module) for module in modules)
+
+
 def _probabilities(holder: Any) -> list[tuple[str, float]]:
     """Attributes that are probabilities of dropout, or strengths of router noise, above 0."""
     floats = [(name, value) for name, value in vars(holder).items() if isinstance(value, float)]

@@ -364,7 +364,7 @@ def test_no_more_logits_than_a_chunk(monkeypatch):
         seen.append(student_logits.shape)
         return uld_loss(student_logits, *args, **kwargs)
 
-    monkeypatch.setattr("rlhf.logprobs.divergence.uld_loss", watched)
+    monkeypatch.setattr("rlhf.logprobs.sorted_comparison.uld_loss", watched)
     head, other = Head(torch.randn(300, 4, requires_grad=True)), Head(torch.randn(500, 4))
     token = torch.zeros(40, dtype=torch.int64)
     compare_sorted(

@@ -8,6 +8,7 @@ import torch
 from conftest import close, tiny_model
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.utils import counters
+from world.families import tiny_family
 
 from rlhf.data import Collator
 from rlhf.kernels import optimize
@@ -100,6 +101,14 @@ def test_a_wrong_gradient_is_noticed_and_the_layer_is_not_compiled(monkeypatch, 
     inputs = batch(LENGTHS[0], "rows")
     check_gradients(gradients(compiled, inputs), gradients(eager, inputs))
     assert "--torch_compile: a compiled Qwen2DecoderLayer has another gradient (relative diff" in caplog.text
+
+
+def test_a_layer_that_draws_random_numbers_is_not_compared(monkeypatch, caplog):
+    """OPT hands its probability to a function: no layer of dropout shows it."""
+    model = tiny_family("opt", dropout=0.5, attention_dropout=0.0, layerdrop=0.0).train()
+    compile_layers(model, "eager", None)
+    model(input_ids=torch.arange(3, 20)[None], use_cache=False).logits.sum().backward()
+    assert not caplog.text
 
 
 def test_a_model_without_known_layers_is_refused():

@@ -1,5 +1,7 @@
 """FLOPs counted from shapes: against a count by hand, and against torch's counter of the operators that run."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -8,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rlhf.data import Collator
 from rlhf.logprobs import TokenLoss
-from rlhf.models import Policy, use_segments
+from rlhf.models import Policy, flops, use_segments
 from rlhf.models.flops import Flops, batch_flops, visible_pairs
 
 SUM = TokenLoss(lambda scores: -scores.logps)
@@ -84,3 +86,14 @@ def test_frozen_weights_have_no_gradient_and_adapters_count():
     plain, mixture = tiny_model("mixtral"), tiny_model("mixtral", num_experts_per_tok=1)
     counts = [batch_flops(m, batch, with_head=False, with_gradient=False).model for m in (plain, mixture)]
     assert counts[0] - counts[1] == 2 * 2 * 26 * 3 * 32 * 64  # one expert of four less
+
+
+def test_names_of_settings_that_other_families_have():
+    """Mistral's window is in its config alone; Ernie has another name for the experts of a token."""
+    batch = Collator()(ROWS)
+    models = [tiny_model(model_type="mistral", sliding_window=window) for window in (None, 3)]
+    whole, windowed = (batch_flops(model, batch, with_head=False, with_gradient=False).model for model in models)
+    hidden_pairs = [visible_pairs(row) - visible_pairs(row, window=3) for row in batch.attention_mask.sum(1).tolist()]
+    # Two layers; scores and weighted values; a multiplication and an addition.
+    assert whole - windowed == 2 * 2 * 2 * 32 * sum(hidden_pairs)
+    assert flops._experts_of_a_token(SimpleNamespace(moe_k=2), 8) == 2
