@@ -108,7 +108,7 @@ def test_a_layer_that_draws_random_numbers_is_not_compared(monkeypatch, caplog):
     model = tiny_family("opt", dropout=0.5, attention_dropout=0.0, layerdrop=0.0).train()
     compile_layers(model, "eager", None)
     model(input_ids=torch.arange(3, 20)[None], use_cache=False).logits.sum().backward()
-    assert not caplog.text
+    assert "another gradient" not in caplog.text
 
 
 def test_a_model_without_known_layers_is_refused():
