@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -22,7 +22,10 @@ def dtype_under_autocast(dtype: torch.dtype, device: str) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
-def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+Backward = TypeVar("Backward", bound=Callable[..., Any])
+
+
+def without_autocast(backward: Backward) -> Backward:
     """Decorate the backward pass of a function, so that it computes in the types of its forward pass.
 
     Some loops call ``loss.backward()`` under autocast. The backward pass of torch's own operators ignores it; without
@@ -36,10 +39,12 @@ def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(backward)
     def computes(ctx: Any, *grads: Any) -> Any:
-        device = next(grad.device.type for grad in grads if grad is not None)
+        device = next((grad.device.type for grad in grads if grad is not None), None)
+        if device is None:  # nothing that a loss reads
+            return backward(ctx, *grads)
         if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
             return backward(ctx, *grads)
         with torch.autocast(device, enabled=False):
             return backward(ctx, *grads)
 
-    return computes
+    return cast(Backward, computes)
