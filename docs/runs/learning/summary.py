@@ -105,10 +105,15 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
+def chosen_perplexity(metrics: dict[str, float]) -> float:
+    """The perplexity of the chosen answers; ``rlhf eval`` calls it so only where there is a reference model."""
+    return metrics["perplexity/chosen"] if "perplexity/chosen" in metrics else metrics["perplexity"]
+
+
 def sft_perplexity(run: dict[str, Any]) -> float:
     """The perplexity after SFT. Where it was not computed, it follows from DPO's figures, whose reference it is."""
     if "sft_held_out" in run:
-        return float(run["sft_held_out"]["metrics"]["perplexity/chosen"])
+        return chosen_perplexity(run["sft_held_out"]["metrics"])
     found = run["dpo_held_out"]["metrics"]
     tokens = -found["logps/chosen"] / math.log(found["perplexity/chosen"])
     reference = found["logps/chosen"] - found["rewards/chosen"] / DPO["beta"]
@@ -187,7 +192,7 @@ def main() -> None:
     start = json.loads(start_file.read_text(encoding="utf-8")) if start_file.exists() else {"answers": []}
     if "held_out" in start:
         summary["start"] = start["held_out"]["metrics"]
-        print(f"\nPerplexity before training: {summary['start']['perplexity/chosen']:.3f}")
+        print(f"\nPerplexity before training: {chosen_perplexity(summary['start']):.3f}")
     with_length = [name + WITH_LENGTH for name in judges]
     summary["win_rates"] = side_duels(start["answers"], sides, judges + with_length)
     show_win_rates(summary["win_rates"], judges + with_length)
