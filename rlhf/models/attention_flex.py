@@ -181,7 +181,14 @@ def _ordered(is_listed: Tensor) -> tuple[Tensor, Tensor]:
 @lru_cache
 def _compiled() -> Callable[..., Any]:
     # Dynamic: batches differ in their number of tokens, and a compilation takes seconds.
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    attend = torch.compile(flex_attention, dynamic=True, fullgraph=True)
+
+    # A soft-cap is a constant of the code: as an input, like the sizes, it cannot be compiled.
+    @torch._dynamo.config.patch(specialize_float=True)
+    def attend_with_constants(*args: Any, **options: Any) -> Any:
+        return attend(*args, **options)
+
+    return attend_with_constants
 
 
 # Cached: a new function for each call would be compiled again.

@@ -210,7 +210,11 @@ class Policy(Wrapper):
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
         """The model as it was before the adapter: under LoRA, the reference."""
+        trained_before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         with self.model.disable_adapter():  # type: ignore[operator]
+            # PEFT freezes the adapter. FSDP2 asks at its first forward pass, which may be this one, what is trained.
+            for parameter, was_trained in trained_before:
+                parameter.requires_grad_(was_trained)
             yield
 
     @contextmanager

@@ -101,7 +101,8 @@ def check_finite(model: nn.Module) -> None:
         ValueError: Names the first such weight.
     """
     for name, weight in model.named_parameters():
-        if weight.is_meta or not weight.is_floating_point():
+        # `quant_storage` of bitsandbytes may be a float type: its bits are those of several 4-bit numbers.
+        if weight.is_meta or not weight.is_floating_point() or type(weight).__name__ == "Params4bit":
             continue
         # A sum reads each number once, and is not finite where one of them is not.
         total = weight.sum(dtype=torch.float32)

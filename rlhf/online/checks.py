@@ -59,6 +59,11 @@ def _check_sampling(args: Any) -> None:
             f"train_sampling_strategy {args.train_sampling_strategy}: prompts are drawn in a random order, or with "
             "shuffle_dataset false in their own"
         )
+    if args.neftune_noise_alpha:
+        raise ValueError(
+            f"neftune_noise_alpha {args.neftune_noise_alpha}: samples come from the policy without noise, and the loss "
+            "would take them for those of the policy with it; leave it out"
+        )
     if args.max_completion_length >= args.limit():
         raise ValueError(
             f"max_completion_length {args.max_completion_length} leaves no room for a prompt in max_length "

@@ -20,7 +20,7 @@ from rlhf.models.adapters import learn_tokens
 from rlhf.models.positions import max_positions, trained_length
 from rlhf.models.vocabulary import grow
 from rlhf.trainers.config import BaseConfig
-from rlhf.trainers.sharding import check_whole
+from rlhf.trainers.sharding import check_packed_weights, check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +49,12 @@ def load_model_and_tokenizer(
     model_kwargs = args.model_kwargs()
     if name is not None:
         quantization = {} if quantization_config is None else {"quantization_config": quantization_config}
-        model = load_model(name, **model_kwargs | quantization)
+        model_kwargs |= quantization
+        check_packed_weights(model_kwargs.get("quantization_config"), args)
+        model = load_model(name, **model_kwargs)
     elif quantization_config is not None:
         raise ValueError("quantization_config acts when a model is loaded: pass the model by name, or load it so")
+    check_packed_weights(getattr(model.config, "quantization_config", None), args)
     check_whole(model)
     if tokenizer is None:
         # By the given name: an adapter's folder may hold a tokenizer, and its config names the base.

@@ -101,6 +101,7 @@ UNCHECKED: dict[str, str] = {
     "vllm_importance_sampling_clip_min",
     "moves no figure": "pad_to_multiple_of",
     "one side may be infinite; the order of both is checked with the rewards": "reward_clip_range",
+    "a mapping, which parallelism.py checks": "parallelism_config",
     "a part of an address, which is asked at the start": "vllm_server_port",
 }
 """Numeric options without a range, by the reason."""

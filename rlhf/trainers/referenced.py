@@ -1,7 +1,10 @@
 """Trainers that compare the policy with a frozen reference: in memory, under the adapter, or stored on disk."""
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from functools import cache, partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -15,6 +18,7 @@ from rlhf.trainers.parallelism import cp_size
 from rlhf.trainers.preparation import sets_of
 from rlhf.trainers.reference import Reference, ReferenceSyncArguments
 from rlhf.trainers.reference_logps import add_ref_logps, reference_fingerprint
+from rlhf.trainers.sharding import can_shard, shard
 
 
 @dataclass
@@ -42,6 +46,18 @@ class ReferencedConfig(ReferenceSyncArguments, BaseConfig):
         self.check_sync()
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ValueError("sync_ref_model moves the reference, precompute_ref_log_probs asks it once: choose one")
+
+
+class Scorer(NamedTuple):
+    """What gives the reference's log-probs before training.
+
+    Args:
+        reference: asked for them.
+        model: runs the forward passes.
+    """
+
+    reference: Reference
+    model: nn.Module
 
 
 class ReferencedTrainer(BaseTrainer):
@@ -126,34 +142,55 @@ class ReferencedTrainer(BaseTrainer):
     def _precompute(self) -> None:
         """Give every row the reference's sums."""
         precision = self.accelerator.mixed_precision
+        is_sharded = can_shard(self.accelerator)
+        if is_sharded and precision != "no":
+            precision += ", sharded"  # which rounds elsewhere
         # Weights of the adapter are no part of a reference that switches it off.
         adapter_off = self.reference is not None and self.reference.frozen is None
         fingerprint = reference_fingerprint(self._reference_now().model, precision, adapter_off)
         self.stored_key = fingerprint + self.reference_key()
-        self.train_dataset = self._with_ref_logps(self.train_dataset, "training rows")
+        # Made by the first row that is not stored yet.
+        scorer = cache(partial(self._sharded_scorer, adapter_off)) if is_sharded else self._scorer
+        self.train_dataset = self._with_ref_logps(self.train_dataset, "training rows", scorer)
         if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {name: self._with_ref_logps(rows, name) for name, rows in self.eval_dataset.items()}
+            self.eval_dataset = {
+                name: self._with_ref_logps(rows, name, scorer) for name, rows in self.eval_dataset.items()
+            }
         else:
-            self.eval_dataset = self._with_ref_logps(self.eval_dataset, "evaluation rows")
+            self.eval_dataset = self._with_ref_logps(self.eval_dataset, "evaluation rows", scorer)
+
+    def _scorer(self) -> Scorer:
+        policy = self._reference_now().to(self.args.device).eval()
+        return Scorer(self.reference or Reference(policy, frozen=policy), policy)
+
+    def _sharded_scorer(self, adapter_off: bool) -> Scorer:
+        """The reference sharded as the policy will be: a copy, as the weights themselves must stay whole until then.
+
+        FSDP2 rounds elsewhere than autocast does: from another forward pass, DPO would not begin at log 2.
+        """
+        frozen = self.freeze(copy.deepcopy(self._reference_now().model), shards=True)
+        sharded = shard(frozen, self.accelerator)
+        if adapter_off:
+            return Scorer(Reference(frozen, None), sharded)
+        return Scorer(Reference(frozen, frozen, sharded), sharded)
 
     def _reference_now(self) -> Any:
         """The policy that gives the reference's log-probs; at the start that may be the trained one itself."""
         return self.ref_policy or self.accelerator.unwrap_model(self.model)
 
-    def _with_ref_logps(self, rows: Any, name: str) -> Any:
+    def _with_ref_logps(self, rows: Any, name: str, scorer: Callable[[], Scorer]) -> Any:
         if isinstance(rows, Packed):  # the columns belong to the rows that it packs
-            rows.rows = self._with_ref_logps(rows.rows, name)
+            rows.rows = self._with_ref_logps(rows.rows, name, scorer)
         if rows is None or isinstance(rows, Packed):
             return rows
         # Trainer may keep the model on the CPU until it trains.
         policy = self._reference_now()
         device_before = next(policy.parameters()).device
-        policy.to(self.args.device).eval()
-        reference = self.reference or Reference(policy, frozen=policy)
 
         def score(rows: list[dict[str, Any]]) -> Tensor:
             batch: Any = self.data_collator([self.reference_row(row) for row in rows])
-            return self._sums_under(reference, policy, batch.to(self.args.device))
+            reference, model = scorer()
+            return self._sums_under(reference, model, batch.to(self.args.device))
 
         rows = add_ref_logps(
             rows,
@@ -183,7 +220,7 @@ class ReferencedTrainer(BaseTrainer):
                 "Cannot compute reference log-probs for a dataset passed to evaluate(): the reference is not in memory "
                 "any more; pass the rows as eval_dataset, or train with --precompute_ref_log_probs false"
             )
-        return self._with_ref_logps(rows, "evaluation rows")
+        return self._with_ref_logps(rows, "evaluation rows", self._scorer)
 
     # The reference's log-probs of a batch
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.environment import parse_flag_from_env
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -67,6 +68,54 @@ def checkpoint_without_wrappers(args: Any, accelerator: Accelerator) -> None:
     # Older transformers (5.19) has only the second name.
     name = "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
     setattr(args, name, True)
+
+
+def check_packed_weights(quantization_config: Any, args: Any) -> None:
+    """Refuse weights of few bits that FSDP2 would change, before they are loaded.
+
+    Args:
+        quantization_config: of bitsandbytes, a dictionary or an object; None for none.
+        args: the trainer's configuration.
+    Raises:
+        ValueError: weights of 8 bits; or packed bits in a float type that mixed precision would round.
+    """
+    is_fsdp = args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if quantization_config is None or not is_fsdp:
+        return
+    is_dict = isinstance(quantization_config, dict)
+    config = quantization_config if is_dict else quantization_config.to_dict()
+    if config.get("load_in_8bit"):
+        raise ValueError("weights of 8 bits do not go with FSDP2: use DDP or ZeRO, or --load_in_4bit")
+    storage = str(config.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
+    precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else storage
+    # Whole numbers are neither sharded nor rounded.
+    if storage.startswith(("float", "bfloat")) and storage != precision:
+        raise ValueError(
+            f"bnb_4bit_quant_storage {storage}: FSDP2 would round the packed bits to {precision}; "
+            f"pass --bnb_4bit_quant_storage {precision}"
+        )
+
+
+def leave_out_scales(model: nn.Module, accelerator: Accelerator) -> None:
+    """Let FSDP2 gather a model with weights of 4 bits, of which an adapter is trained.
+
+    bitsandbytes adds scales and tables to a layer's state, under names that belong to no parameter: PyTorch stops at
+    them. They are frozen, and quantising the base model again gives them.
+
+    Args:
+        model: before it is sharded; its layers are changed in place.
+        accelerator: of the run.
+    """
+    if not accelerator.is_fsdp2:
+        return
+    for module in model.modules():
+        if type(getattr(module, "weight", None)).__name__ == "Params4bit":
+            module.register_state_dict_post_hook(_without_scales)
+
+
+def _without_scales(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for key in [key for key in state if key.startswith(f"{prefix}weight.")]:
+        del state[key]
 
 
 def check_whole(model: nn.Module) -> None:

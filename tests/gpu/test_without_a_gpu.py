@@ -93,8 +93,8 @@ def check_compiled(kernel):
     assert not writes or kernel["shared_memory"] == 0, kernel
     # The numbers of the row, and of its token.
     assert kernel["narrow"] <= 10, kernel
-    # Fewer could not load while others wait for the sums of their row.
-    assert kernel["warps"] is None or kernel["warps"] >= 24, kernel
+    # Two programs of 8 warps: one loads while the other waits for the sums of its row.
+    assert kernel["warps"] is None or kernel["warps"] >= 16, kernel
 
 
 def test_kernels_are_compiled_for_a_card(seen):
@@ -117,3 +117,14 @@ def test_every_case_is_compiled_for_every_card(card):
     assert len(compiled) >= 130
     for kernel in compiled:
         check_compiled(kernel)
+
+
+@pytest.mark.slow
+def test_flex_attention_is_compiled_for_a_card(guard):
+    """The forward pass: autograd asks torch's own library for a card, so the backward pass cannot be traced."""
+    compiled = output_of(str(TESTS / "fake_gpu_compiler.py"), str(guard))
+    assert set(compiled) == {"plain", "soft-cap", "sinks"}
+    for kernels in compiled.values():
+        attention = [kernel for kernel in kernels if "flex_attention" in kernel["name"]]
+        assert attention and all(kernel["wgmma"] for kernel in attention), kernels
+        assert all(kernel["shared"] <= SHARED_MEMORY["H100"] for kernel in kernels), kernels

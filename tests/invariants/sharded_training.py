@@ -8,6 +8,7 @@ and resumed is accelerate's, torch's or DeepSpeed's own work.
 
 import gc
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -200,6 +201,22 @@ def train_all(folder: Path, tokenizer, names) -> dict[str, dict[str, list[float]
     return found
 
 
+def compare_references(folder: Path, tokenizer) -> None:
+    """In bf16 too, stored log-probs are those of a reference in memory, to the last digit; DPO begins at log 2."""
+    from transformers import training_args
+
+    training_args.is_torch_bf16_gpu_available = lambda: True  # FSDP2 computes in bf16 on a CPU too
+    found = {}
+    for name in ("dpo", "dpo, adapter"):
+        for stored in (False, True):
+            changes = dict(bf16=True, max_steps=2, save_strategy="no", precompute_ref_log_probs=stored)
+            trainer = make_trainer(name, folder / f"{name}-{stored}", tokenizer, 2, **changes)
+            trainer.train()
+            found[name, stored] = losses(trainer)
+        assert found[name, True] == found[name, False], found
+    assert abs(found["dpo", True][0] - math.log(2)) < 1e-7, found
+
+
 def main() -> None:
     sharding, folder, names = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
     shard_on_cpus(sharding)
@@ -213,6 +230,8 @@ def main() -> None:
         compare()
         compare_context_parallel()
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    if sharding == "fsdp2" and dist.get_world_size() == 2:
+        compare_references(folder, tokenizer)
     found = train_all(folder, tokenizer, names)
     gc.collect()  # a model that still holds the group would abort at the interpreter's end
     is_first = dist.get_rank() == 0

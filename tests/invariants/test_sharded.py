@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from sharded_training import CASES, losses, make_trainer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from world.families import tiny_family
@@ -67,6 +67,15 @@ def test_the_layers_that_are_sharded_occur_in_the_model():
     """accelerate refuses a class that it does not find: transformers lists SigLIP's text model for Gemma 3."""
     layers = Policy(tiny_family("gemma3"))._no_split_modules
     assert {"Gemma3DecoderLayer", "SiglipEncoderLayer"} <= layers and "SiglipTextEmbeddings" not in layers
+
+
+def test_a_reference_without_its_adapter_freezes_nothing():
+    """FSDP2 asks at its first forward pass what is trained, and that may be the reference's."""
+    policy = Policy(get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM", modules_to_save=["lm_head"])))
+    trained = [parameter.requires_grad for parameter in policy.parameters()]
+    with policy.adapter_off():
+        assert [parameter.requires_grad for parameter in policy.parameters()] == trained
+    assert [parameter.requires_grad for parameter in policy.parameters()] == trained and any(trained)
 
 
 def compare_runs(name, trainer, found, folder):

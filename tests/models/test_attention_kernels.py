@@ -110,6 +110,17 @@ def test_flex_attention_is_told_the_same(spans, options, monkeypatch):
     close(got, dense(*tensors, SPANS[spans], OPTIONS[options]), torch.float32)
 
 
+@pytest.mark.slow
+def test_a_soft_cap_is_compiled():
+    """By torch's compiler for a CPU: a number that a score function reads must be no input of the graph."""
+    tensors = [tensor.float() for tensor in inputs(LONG_SPANS["shared"], 64)]
+    for softcap in (0.7, 5.0):
+        options = ScoreOptions(softcap=softcap)
+        with torch.no_grad():
+            got = attend_by_flex(*tensors, Segments.of(LONG_SPANS["shared"]), options)
+        close(got, dense(*tensors, LONG_SPANS["shared"], options), torch.float32)
+
+
 @pytest.mark.parametrize("window", [None, 1, 3, BLOCK - 1, BLOCK + 2])
 @pytest.mark.parametrize("spans", LONG_SPANS)
 def test_blocks_hold_what_is_seen(spans, window):

@@ -173,11 +173,22 @@ def test_rollouts_of_a_server_that_was_started_again_are_dropped(make, server, m
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_weights_that_come_while_requests_are_under_way(make, server, kind):
     """vLLM is paused; where a server cannot be, the rollout is waited for."""
-    server.weights, server.delay = kind, 0.15
+    server.weights = kind
     record = Record()
-    observed = []
+    observed, seen = [], []
     load = server.load
-    server.load = lambda folder: observed.append((server.under_way, server.goes_on.is_set())) or load(folder)
+
+    def observe(folder):
+        observed.append((server.under_way, server.goes_on.is_set()))
+        server.delay = 0.0
+        load(folder)
+
+    def be_slow_after_the_first_rollout(choice):
+        seen.append(len(choice["token_ids"]))
+        if seen.count(3) == 4:
+            server.delay = 30.0 if kind == "vllm" else 1.0
+
+    server.load, server.sees = observe, be_slow_after_the_first_rollout
     trainer = record.watch(make(max_staleness=2, max_steps=3))
     measure = trainer.measure
 

@@ -744,6 +744,7 @@ def test_a_game_of_several_turns_is_learned(make, kind):
         (dict(kl_estimator="k3"), "in the reward only k1"),
         (dict(temperature=0.0), "temperature must be above 0"),
         (dict(max_length=100, max_completion_length=100), "leaves no room for a prompt"),
+        (dict(neftune_noise_alpha=5.0), "samples come from the policy without noise"),
         (dict(per_device_train_batch_size=6, num_generations=4), "no multiple of the 4"),
         (dict(top_p=0.0), "top_p must be in"),
         (dict(loss_type="cispo", epsilon=0.3), "loss_type cispo takes no epsilon; it takes max_ratio"),

@@ -5,6 +5,7 @@ import json
 import select
 import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -111,12 +112,15 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         with server.lock:
             server.under_way += 1
-        has_ended, _, _ = select.select([self.connection], [], [], server.delay)
+        deadline, has_ended = time.monotonic() + server.delay, []
+        # A pause ends the delay: what is left to sample comes after it.
+        while not has_ended and time.monotonic() < deadline and server.goes_on.is_set():
+            has_ended, _, _ = select.select([self.connection], [], [], min(0.02, server.delay))
         is_here = not has_ended or bool(self.connection.recv(1, socket.MSG_PEEK))
+        server.goes_on.wait(10)
         with server.lock:
             server.under_way -= 1
             server.given_up += not is_here
-        server.goes_on.wait(10)
         self.close_connection = not is_here
         return is_here
 

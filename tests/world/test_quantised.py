@@ -4,6 +4,7 @@ Reported: hiyouga/LLaMA-Factory#1160, huggingface/trl#402, unslothai/unsloth#111
 """
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.cli.main import main
 from rlhf.models import load_model
+from rlhf.trainers.sharding import check_packed_weights, leave_out_scales
 
 pytest.importorskip("bitsandbytes")
 
@@ -82,3 +84,32 @@ def test_a_missing_package_is_named(run, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     assert run("sft") == 2
     assert "4 and 8 bits need bitsandbytes: install the extra `quant`" in capsys.readouterr().err
+
+
+def test_fsdp2_can_gather_weights_of_4_bits(folder):
+    """In a float type they are sharded: their bits are no numbers, and may read as NaN. FSDP-QLoRA needs that type."""
+    few_bits = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_storage": "float32"}
+    model = load_model(str(folder), quantization_config=few_bits)
+    assert any(name.endswith("weight.absmax") for name in model.state_dict())
+    leave_out_scales(model, SimpleNamespace(is_fsdp2=True))
+    assert model.state_dict().keys() == dict(model.named_parameters()).keys()
+
+
+@pytest.mark.parametrize(
+    ("few_bits", "bf16", "message"),
+    [
+        (dict(load_in_4bit=True), True, None),  # whole numbers: not sharded, and not rounded
+        (dict(load_in_4bit=True, bnb_4bit_quant_storage="float32"), False, None),
+        (dict(load_in_4bit=True, bnb_4bit_quant_storage="bfloat16"), True, None),
+        (dict(load_in_4bit=True, bnb_4bit_quant_storage=torch.float32), True, "pass --bnb_4bit_quant_storage bfloat16"),
+        (dict(load_in_8bit=True), True, "weights of 8 bits do not go with FSDP2"),
+    ],
+)
+def test_few_bits_that_fsdp2_would_change_are_refused(few_bits, bf16, message):
+    args = SimpleNamespace(fsdp="full_shard", bf16=bf16, fp16=False)
+    if message is None:
+        return check_packed_weights(few_bits, args)
+    with pytest.raises(ValueError, match=message):
+        check_packed_weights(few_bits, args)
+    args.fsdp = ""
+    check_packed_weights(few_bits, args)
