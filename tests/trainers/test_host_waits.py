@@ -85,8 +85,7 @@ CASES = {
     "Reward": ("Reward", {}),
     "Distill": ("Distill", {}),
     "PPO": ("PPO", {}),
-    "GRPO": ("GRPO", dict(beta=0.1)),
-    "GRPO, means of sequences": ("GRPO", dict(loss_type="grpo")),
+    "GRPO": ("GRPO", dict(loss_type="grpo", beta=0.1)),
     "online DPO": ("OnlineDPO", {}),
 }
 
