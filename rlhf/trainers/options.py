@@ -136,6 +136,11 @@ def check_options(args: Any) -> None:
         raise ValueError("--label_names has no effect here: batches name their targets themselves")
     if args.accelerator_config.dispatch_batches:
         raise ValueError("--accelerator_config dispatch_batches has no effect here: each process reads its own rows")
+    if not args.accelerator_config.even_batches and args.world_size > 1 and not args.dataloader_drop_last:
+        raise ValueError(
+            "--accelerator_config even_batches false: processes with fewer batches would leave the others waiting; "
+            "leave it out, or pass --dataloader_drop_last"
+        )
     checkpoint_kwargs = getattr(args, "activation_checkpointing_kwargs", None)  # not in transformers 5.19
     if args.torch_compile and isinstance(checkpoint_kwargs, dict) and checkpoint_kwargs.get("selective"):
         raise ValueError(

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from rlhf import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from rlhf.cli.arguments import LoadArguments, ModelArguments
 from rlhf.cli.parsing import parse
-from rlhf.trainers.options import ACTS, HANDED_ON, REFUSED, greater_is_better
+from rlhf.trainers.options import ACTS, HANDED_ON, REFUSED, check_options, greater_is_better
 
 STEPS = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
 
@@ -257,3 +257,15 @@ def test_selective_checkpointing_of_compiled_layers_is_refused(tmp_path):
     SFTConfig(str(tmp_path), use_cpu=True, **selective)
     with pytest.raises(ValueError, match="selective does not work with --torch_compile: leave one out"):
         SFTConfig(str(tmp_path), use_cpu=True, torch_compile=True, **selective)
+
+
+@pytest.mark.parametrize(("processes", "drop_last"), [(1, False), (2, False), (2, True)])
+def test_uneven_batches_of_several_processes(processes, drop_last, tmp_path, monkeypatch):
+    args = SFTConfig(tmp_path, use_cpu=True, report_to="none", dataloader_drop_last=drop_last)
+    monkeypatch.setattr(SFTConfig, "world_size", processes)
+    args.accelerator_config.even_batches = False
+    if processes == 1 or drop_last:
+        check_options(args)
+    else:
+        with pytest.raises(ValueError, match="even_batches false: processes with fewer batches"):
+            check_options(args)
