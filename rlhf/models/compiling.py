@@ -51,9 +51,11 @@ def compile_layers(model: nn.Module, backend: str, mode: str | None) -> None:
     for layer in layers:
         layer_class = type(layer)
         if layer_class not in forwards:
-            # The function inside transformers' own wrapper, which checkpoints it.
-            forward = layer_class.forward.__wrapped__  # type: ignore[attr-defined]
-            forwards[layer_class] = _layer_forward(forward, _compiled(forward, backend, mode))
+            # The function inside transformers' own wrapper, which checkpoints it. In 5.16, `__call__` does.
+            wrapped = getattr(layer_class.forward, "__wrapped__", None)
+            forward = wrapped or layer_class.forward
+            compiled = _compiled(forward, backend, mode)
+            forwards[layer_class] = _layer_forward(forward, compiled, checkpoints=wrapped is not None)
         layer.forward = MethodType(forwards[layer_class], layer)
 
 
@@ -69,7 +71,9 @@ def _keep_out_of_graphs(name: str) -> None:
     ALL_ATTENTION_FUNCTIONS.register(name, torch.compiler.disable(ALL_ATTENTION_FUNCTIONS[name]))
 
 
-def _layer_forward(forward: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
+def _layer_forward(
+    forward: Callable[..., Any], compiled: Callable[..., Any], *, checkpoints: bool
+) -> Callable[..., Any]:
     """The forward of a layer, compiled where it can be; the first gradient is compared with the uncompiled one."""
     is_right: bool | None = None  # None until a gradient was compared
 
@@ -80,7 +84,7 @@ def _layer_forward(forward: Callable[..., Any], compiled: Callable[..., Any]) ->
             is_right = _gradients_agree(forward, compiled, self, args, kwargs)
         if is_right is False or generates:
             return type(self).forward(self, *args, **kwargs)
-        if self.gradient_checkpointing and self.training:
+        if checkpoints and self.gradient_checkpointing and self.training:
             # Around the compiled code and not inside it, so that the attention may stay out of the graph.
             return self._gradient_checkpointing_func(partial(compiled, self, **kwargs), *args)
         return compiled(self, *args, **kwargs)

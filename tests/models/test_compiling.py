@@ -14,6 +14,7 @@ from rlhf.data import Collator
 from rlhf.kernels import optimize
 from rlhf.logprobs import TokenLoss
 from rlhf.models import Policy, use_segments
+from rlhf.models.activations import enable_checkpointing
 from rlhf.models.compiling import compile_layers
 
 SUM = TokenLoss(lambda scores: -scores.logps)
@@ -74,7 +75,7 @@ def test_adapters_and_checkpointing_under_the_compiler(graphs_made):
     optimize(model)
     assert use_segments(model) is None
     plain = Policy(copy.deepcopy(model)).train()
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model, None)
     policy = Policy(model).train()
     compile_layers(policy.model, "eager", None)
     inputs = batch(LENGTHS[0], "segments")

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import rlhf
+from rlhf.cli.recipes import recipes
 
 PACKAGE = Path(rlhf.__file__).parent
 COMMAND = Path(sys.executable).parent / "rlhf"
@@ -26,21 +27,21 @@ def main() -> None:
     assert "site-packages" in PACKAGE.parts, f"{PACKAGE} is a checkout, not an installed wheel"
     assert (PACKAGE / "py.typed").exists()
     assert {"report.html.jinja", "report.css", "report.js"} <= {file.name for file in (PACKAGE / "runs/page").iterdir()}
-    configs = sorted((PACKAGE / "configs").glob("*.yaml"))
-    assert configs and list((PACKAGE / "configs/accelerate").glob("*.yaml"))
+    found = recipes()
+    assert found and list((PACKAGE / "configs/accelerate").glob("*.yaml"))
     with tempfile.TemporaryDirectory() as folder:
         version = run("--version", folder=folder)
         assert version.stdout.strip() == rlhf.__version__, version
         assert run("--help", folder=folder).returncode == 0
-        for config in configs:
-            command = config.stem.replace("_", "-")
+        for command in sorted({recipe.command for recipe in found.values()}):
             shown = run(command, "--help", folder=folder)
             assert shown.returncode == 0 and "--learning_rate" in shown.stdout, shown
+        for recipe in found.values():
             # The relative name is what the documentation writes; the package finds its own copy of it.
             data = ("--dataset_name", MISSING, "--output_dir", "out")
-            started = run(command, "--config", f"configs/{config.name}", *data, folder=folder)
+            started = run(recipe.command, "--config", f"configs/{recipe.file.name}", *data, folder=folder)
             assert started.returncode == 2 and MISSING in started.stderr, started
-            print(f"rlhf {command}: help and configs/{config.name}")
+            print(f"rlhf {recipe.command}: help and configs/{recipe.file.name}")
 
 
 if __name__ == "__main__":
