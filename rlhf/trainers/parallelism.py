@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from rlhf.models import Policy
 from rlhf.models.context_parallel import ContextParallel
-from rlhf.trainers.sharding import leave_out_scales
+from rlhf.trainers.sharding import check_tied_tokens, leave_out_scales
 from rlhf.trainers.unused_parameters import settle_unused_parameters
 
 SIZES = ("dp_replicate_size", "dp_shard_size", "cp_size")
@@ -152,6 +152,7 @@ class SharedBatches(Trainer):
         """Settings of a run of several processes; before anything shards the model."""
         is_decided = "ddp_find_unused_parameters" in self.args.given_options
         settle_unused_parameters(self.model, self.accelerator, is_decided)  # type: ignore[arg-type]
+        check_tied_tokens(self.model, self.accelerator)
         leave_out_scales(self.model, self.accelerator)  # type: ignore[arg-type]
         self._share_batches(self.model, self.data_collator)
 

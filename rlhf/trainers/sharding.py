@@ -140,6 +140,27 @@ def check_whole(model: nn.Module) -> None:
         )
 
 
+def check_tied_tokens(model: Any, accelerator: Accelerator) -> None:
+    """Refuse an adapter with rows of new tokens in an embedding that is the head too: FSDP2 cannot shard it.
+
+    PEFT makes one parameter of the rows for both layers, which are sharded apart.
+
+    Args:
+        model: of the run, before it is sharded.
+        accelerator: of the run.
+    Raises:
+        ValueError: it has such an adapter, and FSDP2 is used.
+    """
+    adapter = getattr(model, "active_peft_config", None)
+    if not accelerator.is_fsdp2 or getattr(adapter, "trainable_token_indices", None) is None:
+        return
+    if model.get_base_model().config.get_text_config().tie_word_embeddings:
+        raise ValueError(
+            "--add_tokens with an adapter does not go with FSDP2 where the embedding is the head too (tied weights): "
+            "use DDP, or train all weights"
+        )
+
+
 def shard(frozen: Policy, accelerator: Accelerator) -> nn.Module:
     """Shard the weights of a frozen policy.
 

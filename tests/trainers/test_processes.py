@@ -6,10 +6,12 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+from conftest import tiny_model
+from peft import LoraConfig, get_peft_model
 
 from rlhf.cli.failing import fail
 from rlhf.trainers.processes import another_process_failed
-from rlhf.trainers.sharding import check_sharding_of, checkpoint_without_wrappers
+from rlhf.trainers.sharding import check_sharding_of, check_tied_tokens, checkpoint_without_wrappers
 from rlhf.trainers.stopping import SignalRequests
 
 
@@ -82,3 +84,16 @@ def test_layers_checkpoint_themselves_under_fsdp(is_asked_for):
     args = SimpleNamespace(activation_checkpointing=False)
     checkpoint_without_wrappers(args, SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
     assert not plugin.activation_checkpointing and args.activation_checkpointing == is_asked_for
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_new_tokens_of_an_adapter_in_a_tied_embedding_are_refused_under_fsdp2(is_tied):
+    """One parameter in two groups of FSDP2, which stopped with "value was None" when it sharded the model."""
+    adapter = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=[3])
+    model = get_peft_model(tiny_model(tie_word_embeddings=is_tied), adapter)
+    check_tied_tokens(model, SimpleNamespace(is_fsdp2=False))
+    if is_tied:
+        with pytest.raises(ValueError, match=r"^--add_tokens with an adapter does not go with FSDP2 where"):
+            check_tied_tokens(model, SimpleNamespace(is_fsdp2=True))
+    else:
+        check_tied_tokens(model, SimpleNamespace(is_fsdp2=True))
