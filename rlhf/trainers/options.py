@@ -155,7 +155,7 @@ def check_packages(args: Any) -> None:
     Args:
         args: a configuration.
     Raises:
-        ValueError: names the option and what to install.
+        ValueError: names the option and what to install; or an optimizer of bitsandbytes on a CPU.
     """
     for tracker in args.report_to:
         if tracker not in (*INTEGRATION_TO_CALLBACK, "all", "none"):
@@ -168,6 +168,8 @@ def check_packages(args: Any) -> None:
         if name_part in optimizer:
             package = candidate  # the last that fits counts: galore_adamw_8bit is GaLore's
     require(package, f"--optim {optimizer}")
+    if package == "bitsandbytes" and args.device.type == "cpu":
+        raise ValueError(f"--optim {optimizer}: bitsandbytes has no optimizers for a CPU; use adamw_torch")
     if args.deepspeed:
         require("deepspeed", "--deepspeed")
 

@@ -50,6 +50,7 @@ EARLY = {
     "several trackers": ("sft", {"report_to": ["mlflow", "wandbb"]}, "--report_to "),
     "an unknown optimizer": ("sft", {"optim": "adamm"}, "adamm"),
     "an optimizer's package": ("sft", {"optim": "galore_adamw"}, "pip install galore-torch"),
+    "an optimizer of another device": ("sft", {"optim": "adamw_bnb_8bit"}, "bitsandbytes has no optimizers for a CPU"),
     "deepspeed's package": ("sft", {"deepspeed": '{"zero_optimization": {}}'}, "pip install deepspeed"),
     "a resumed folder that is not there": ("sft", {"resume_from_checkpoint": "/none"}, "/none: no such folder"),
     "a resumed folder that is no checkpoint": ("sft", {"resume_from_checkpoint": "model"}, "no trainer_state.json"),
