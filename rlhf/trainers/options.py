@@ -9,6 +9,7 @@ from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -168,7 +169,8 @@ def check_packages(args: Any) -> None:
         if name_part in optimizer:
             package = candidate  # the last that fits counts: galore_adamw_8bit is GaLore's
     require(package, f"--optim {optimizer}")
-    if package == "bitsandbytes" and args.device.type == "cpu":
+    # Not `args.device`, which would start the processes' group before DeepSpeed is known.
+    if package == "bitsandbytes" and (args.use_cpu or not torch.accelerator.is_available()):
         raise ValueError(f"--optim {optimizer}: bitsandbytes has no optimizers for a CPU; use adamw_torch")
     if args.deepspeed:
         require("deepspeed", "--deepspeed")
