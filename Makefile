@@ -1,7 +1,7 @@
 PY ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test docs fuzz test-oldest check wheel soak bench gpu
+.PHONY: setup demo test docs fuzz test-oldest zero check wheel soak bench gpu
 setup: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PY) -m venv .venv
@@ -32,6 +32,14 @@ $(OLDEST)/.ready: .venv/.ready constraints-oldest.txt
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > base.pth
 	mv base.pth $$($(OLDEST)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 	$(BIN)/pip --python $(OLDEST)/bin/python install -q -r constraints-oldest.txt
+	touch $@
+# Runs under ZeRO on two processes, about six minutes. In a folder of its own, because transformers imports DeepSpeed in
+# each process where it is installed.
+zero: .venv/.zero
+	PYTHONPATH=.venv/zero HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow tests/invariants/test_sharded.py -k zero
+.venv/.zero: .venv/.ready
+	DS_BUILD_OPS=0 $(BIN)/pip install -q --no-deps --target .venv/zero deepspeed==0.19.8 \
+	einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0
 	touch $@
 check: setup
 	$(BIN)/ruff check .
