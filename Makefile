@@ -33,7 +33,7 @@ $(OLDEST)/.ready: .venv/.ready constraints-oldest.txt
 	mv base.pth $$($(OLDEST)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 	$(BIN)/pip --python $(OLDEST)/bin/python install -q -r constraints-oldest.txt
 	touch $@
-# Runs under ZeRO on two processes, about six minutes. In a folder of its own, because transformers imports DeepSpeed in
+# Runs under ZeRO on two processes, about two minutes. In a folder of its own, because transformers imports DeepSpeed in
 # each process where it is installed.
 zero: .venv/.zero
 	PYTHONPATH=.venv/zero HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow tests/invariants/test_sharded.py -k zero

@@ -38,7 +38,7 @@ def test_sharded_runs_are_those_of_one_process(sharding, processes, slow, tmp_pa
 
     With FSDP2 also scores and gradients of single models (sharded.py, context_parallel.py), in the same processes.
 
-    With DeepSpeed: `make zero`, two minutes for each stage.
+    With DeepSpeed: `make zero`, half a minute for each stage.
     """
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     for part in (add_scalar_head(tiny_model(seed=1)), tokenizer):
