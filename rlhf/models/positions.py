@@ -3,6 +3,7 @@
 What a config does not say is found by a forward pass of a few tokens, once for each model.
 """
 
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -48,7 +49,7 @@ def finds_own_positions(model: nn.Module) -> bool:
         # The answer is kept for the transformers model, whatever is around it.
         model = model.get_base_model()  # type: ignore[operator]
     if model not in _finds_own:
-        _finds_own[model] = _is_in_memory(model) and not run_trial(model, lambda: _accepts_positions(model))
+        _finds_own[model] = _shows(model, _rejects_positions)
     return _finds_own[model]
 
 
@@ -72,12 +73,7 @@ def sees_ahead(model: Any) -> bool:
     Returns:
         False too where the model's weights are sharded, or a trial fails: training will tell.
     """
-    if not _is_in_memory(model):
-        return False
-    try:
-        return run_trial(model, lambda: _sees_ahead(model))
-    except Exception:  # whatever an unknown model raises, it is found where it is trained
-        return False
+    return _shows(model, _sees_ahead)
 
 
 def _sees_ahead(model: Any) -> bool:
@@ -95,12 +91,7 @@ def reads_padding(model: Any) -> bool:
     Returns:
         False too where the model's weights are sharded, or a trial fails: training will tell.
     """
-    if not _is_in_memory(model):
-        return False
-    try:
-        return run_trial(model, lambda: _reads_padding(model))
-    except Exception:  # whatever an unknown model raises, it is found where it is trained
-        return False
+    return _shows(model, _reads_padding)
 
 
 def _reads_padding(model: Any) -> bool:
@@ -111,17 +102,24 @@ def _reads_padding(model: Any) -> bool:
     return not _agree(model, padded_hidden[:, :SHORT_LENGTH], short_hidden)
 
 
-def _accepts_positions(model: Any) -> bool:
-    """Whether positions 0, 1, 2, … give what the model finds by itself."""
-    try:
-        trial_ids = _trial_ids(model)
-        expected = _hidden_states(model, trial_ids)
-    except Exception:  # whatever an unknown model raises, it is found where it is trained
-        return True
+def _rejects_positions(model: Any) -> bool:
+    """Whether positions 0, 1, 2, … are refused, or do not give what the model finds by itself."""
+    trial_ids = _trial_ids(model)
+    expected = _hidden_states(model, trial_ids)
     positions = torch.arange(trial_ids.size(1), device=trial_ids.device)[None]
     try:
-        return _agree(model, _hidden_states(model, trial_ids, position_ids=positions), expected)
+        return not _agree(model, _hidden_states(model, trial_ids, position_ids=positions), expected)
     except (TypeError, ValueError):  # it takes none
+        return True
+
+
+def _shows(model: Any, trial: Callable[[Any], bool]) -> bool:
+    """What a trial finds; False where the weights are sharded, or it fails."""
+    if not _is_in_memory(model):
+        return False
+    try:
+        return run_trial(model, lambda: trial(model))
+    except Exception:  # whatever an unknown model raises, it is found where it is trained
         return False
 
 
